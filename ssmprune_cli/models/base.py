@@ -1,0 +1,95 @@
+"""What every model family provides: a backbone with a pruner slot, and a FAMILY record that knows its checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.tokens import Mixers, Pruner
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Backbone(nn.Module, ABC):
+    """A vision SSM. `pruner` is called between blocks; None is the dense model.
+
+    `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again.
+    """
+
+    family: str
+    config: Any
+    pruner: Pruner | None = None
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of normalised images (B, 3, H, W)."""
+
+    @property
+    @abstractmethod
+    def mixers(self) -> Mixers:
+        """The mixer of every block, in order."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Length of the dense sequence, protected tokens included."""
+
+    @property
+    @abstractmethod
+    def protected(self) -> tuple[int, ...]:
+        """Dense positions of class and register tokens."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that the model takes."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing: ...
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What is known of a checkpoint beside its keys: decides between layouts whose keys and shapes are equal."""
+
+    filename: str = ""
+    model_name: str = ""  # `args.model` of the training script, if the container has it
+    image_size: int | None = None  # asked for by the user, or `args.input_size`
+    eval_crop_ratio: float | None = None  # `args.eval_crop_ratio`
+    variant: str | None = None  # asked for by the user
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    matches    (shapes, hints) -> whether these keys can be this family; must not guess between equal layouts
+    configure  (shapes, hints) -> config found from keys and shapes; raises CheckpointError naming what does not fit
+    build      config -> backbone, weights initialised as the authors do
+    remap      state dict -> the same in the names that `build` uses (drops what is not a weight, renames old keys)
+    variants   published configurations by name
+    """
+
+    name: str
+    title: str
+    matches: Callable[[Shapes, Hints], bool]
+    configure: Callable[[Shapes, Hints], Any]
+    build: Callable[[Any], Backbone]
+    config_class: type[Any]
+    remap: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    variants: Mapping[str, Any]
