@@ -23,7 +23,11 @@ class Backbone(nn.Module, ABC):
 
     family: str
     config: Any
-    pruner: Pruner | None = None
+    pruner: Pruner | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pruner = None
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
