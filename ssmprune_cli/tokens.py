@@ -115,7 +115,10 @@ class ScanAlignment:
 
 
 class Pruner(Protocol):
-    """The slot `model.pruner`: asked once before and once after every block (blocks count from 0)."""
+    """The slot `model.pruner`: asked once before and once after every block (blocks count from 0).
+
+    An implementation is an nn.Module, so that its buffers are saved and moved with the model.
+    """
 
     def wants_delta(self, block: int) -> bool:
         """Whether the mixer of `block` should hand out its step sizes too."""

@@ -1,0 +1,32 @@
+"""Token pruning: schedule, importance, reduction, alignment and calibration. Knows no model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmprune_cli.pruning.alignment import ALIGNMENTS
+from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.importance import IMPORTANCES
+from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
+from ssmprune_cli.pruning.reduction import REDUCTIONS
+from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
+
+
+def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
+    """Put an uncalibrated TokenPruner into `model`, from the settings of a config.json: its buffers are loaded next."""
+    model.pruner = TokenPruner(PruneSettings.from_dict(settings), model.mixers)
+
+
+__all__ = [
+    "ALIGNMENTS",
+    "IMPORTANCES",
+    "REDUCTIONS",
+    "Calibration",
+    "PruneSchedule",
+    "PruneSettings",
+    "TokenPruner",
+    "attach",
+    "calibrate",
+    "default_points",
+]

@@ -1,0 +1,50 @@
+"""Where the step size of a dropped token comes from: the scan still decays over it (arXiv 2409.18962, section 4.1).
+
+A dropped token m adds no input but its transition acts: h = exp(A * delta_m) h. Its own delta is not known any more once
+it has been dropped, so a source stands in for it. `None` from a source means "do not align".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ssmprune_cli.registry import Registry
+from ssmprune_cli.tokens import Mixer, ScanAlignment
+
+
+@dataclass(frozen=True)
+class AlignmentSource:
+    """One source of step sizes.
+
+    stored   (mixer, calibrated mean deltas of its dropped tokens (directions, E) or None) -> (directions, E) to store
+             with the model; None when nothing is stored
+    align    (stored deltas or None, number of directions) -> what the scans of one block do
+    """
+
+    stored: Callable[[Mixer, Tensor | None], Tensor] | None
+    align: Callable[[Tensor | None, int], ScanAlignment | None]
+    needs_calibration: bool = False
+
+
+def _per_channel(stored: Tensor | None, directions: int) -> ScanAlignment:
+    assert stored is not None
+    return ScanAlignment(tuple(stored[direction] for direction in range(directions)))
+
+
+def _null(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
+    return mixer.null_delta()
+
+
+def _calibrated(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
+    # Before calibration (an artefact about to be filled) and in blocks where nothing was dropped: the null step.
+    return mixer.null_delta() if calibrated is None else calibrated
+
+
+ALIGNMENTS: Registry[AlignmentSource] = Registry("alignment source")
+ALIGNMENTS.register("calibrated", AlignmentSource(_calibrated, _per_channel, needs_calibration=True))
+ALIGNMENTS.register("null", AlignmentSource(_null, _per_channel))
+ALIGNMENTS.register("neighbour", AlignmentSource(None, lambda stored, directions: ScanAlignment((None,) * directions)))
+ALIGNMENTS.register("none", AlignmentSource(None, lambda stored, directions: None))

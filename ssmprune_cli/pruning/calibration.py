@@ -1,0 +1,148 @@
+"""One dense pass over unlabelled images: step sizes of the tokens that will be dropped, and statistics of their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.errors import DataError
+from ssmprune_cli.pruning.importance import IMPORTANCES
+from ssmprune_cli.pruning.pruner import PruneSettings
+from ssmprune_cli.pruning.reduction.base import rank
+from ssmprune_cli.tokens import Mixers, Pruner, ScanAlignment, ScanStatistics, TokenSequence
+
+
+class Prunable(Protocol):
+    """A backbone, as calibration sees it."""
+
+    pruner: Pruner | None
+
+    @property
+    def mixers(self) -> Mixers: ...
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PointStatistics:
+    """What calibration saw at one prune point.
+
+    kept       (images, K) dense positions of the kept tokens, protected ones included
+    mean, std  of the importance score over patch tokens and images
+    mass_kept  mean over images of the share of the (non-negative) score that the kept patch tokens carry, or None
+    """
+
+    point: int
+    kept: Tensor
+    mean: float
+    std: float
+    mass_kept: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "point": self.point,
+            "importance_mean": self.mean,
+            "importance_std": self.std,
+            "importance_mass_kept": self.mass_kept,
+            "kept_positions": self.kept.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """deltas: one entry a block, the mean step sizes (directions, E) of the tokens dropped before it, or None."""
+
+    images: int
+    deltas: tuple[Tensor | None, ...]
+    points: tuple[PointStatistics, ...]
+
+
+class _Observer(nn.Module):
+    """A pruner that drops nothing: it notes what `settings` would drop, and the true step sizes of those tokens."""
+
+    def __init__(self, settings: PruneSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.importance = IMPORTANCES.get(settings.importance)
+        self.dropped: Tensor | None = None  # (B, L) bool
+        self.delta_sum: dict[int, Tensor] = {}
+        self.delta_count: dict[int, int] = {}
+        self.scores: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
+        self.kept: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
+
+    def wants_delta(self, block: int) -> bool:
+        return block >= self.settings.schedule.points[0]
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        return None
+
+    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        if block == 0:
+            self.dropped = torch.zeros_like(sequence.positions, dtype=torch.bool)
+        assert self.dropped is not None
+        count = int(self.dropped.sum())
+        if self.wants_delta(block) and count:
+            total = torch.stack([delta[self.dropped].double().sum(dim=0) for delta in statistics.delta])
+            self.delta_sum[block] = self.delta_sum.get(block, torch.zeros_like(total)) + total
+            self.delta_count[block] = self.delta_count.get(block, 0) + count
+        if block + 1 in self.scores:
+            self._select(block + 1, sequence, self.importance(sequence, statistics, block, self.settings.seed))
+        return sequence
+
+    def _select(self, point: int, sequence: TokenSequence, score: Tensor) -> None:
+        assert self.dropped is not None
+        if not torch.isfinite(score).all():
+            raise DataError(
+                f"the importance score after block {point} is not finite on the calibration images",
+                hint="Check the weights with `ssmprune inspect` and the images' preprocessing.",
+            )
+        schedule = self.settings.schedule
+        count = schedule.tokens[schedule.points.index(point)] + len(sequence.protected)
+        open_score = score.masked_fill(self.dropped, -torch.inf)
+        kept = rank(sequence, open_score)[:, :count].sort(dim=1).values
+        self.dropped = torch.ones_like(self.dropped).scatter(1, kept, False)
+        self.kept[point].append(kept)
+        self.scores[point].append(score.masked_fill(sequence.is_protected(), torch.nan))
+
+
+def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor]) -> Calibration:
+    """Run the dense `model` on `batches` of normalised images (B, 3, H, W) and observe what `settings` would drop.
+
+    Which tokens go is judged on the dense model's scores: one pass is enough, and the step sizes are the true ones.
+    Raises DataError when there are no images or a score is not finite. The model's own pruner is left in place.
+    """
+    observer, images, pruner = _Observer(settings), 0, model.pruner
+    model.pruner = observer
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+                images += len(batch)
+    finally:
+        model.pruner = pruner
+    if not images:
+        raise DataError("there are no calibration images")
+    deltas = tuple(
+        (observer.delta_sum[block] / observer.delta_count[block]).float() if block in observer.delta_sum else None
+        for block in range(len(model.mixers))
+    )
+    points = tuple(
+        _summary(point, torch.cat(observer.kept[point]), torch.cat(observer.scores[point]))
+        for point in settings.schedule.points
+    )
+    return Calibration(images, deltas, points)
+
+
+def _summary(point: int, kept: Tensor, score: Tensor) -> PointStatistics:
+    patches = score[~score.isnan()].double()
+    filled = score.nan_to_num(nan=0.0).double()
+    mass = None
+    if bool((filled >= 0).all()) and bool((filled.sum(dim=1) > 0).all()):
+        mass = float((filled.gather(1, kept).sum(dim=1) / filled.sum(dim=1)).mean())
+    return PointStatistics(point, kept, float(patches.mean()), float(patches.std(unbiased=False)), mass)
+
+

@@ -1,0 +1,19 @@
+"""What an importance score is, and the sum over scan directions that most of them start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+
+from torch import Tensor
+
+from ssmprune_cli.tokens import ScanStatistics, TokenSequence
+
+# (sequence, statistics of the block before it, block number, seed) -> (B, L); the tokens with the largest scores stay.
+Importance = Callable[[TokenSequence, ScanStatistics, int, int], Tensor]
+
+
+def scan_output(statistics: ScanStatistics) -> Tensor:
+    """(B, L, E): the scan outputs of all directions, each already at its tokens' own positions, summed."""
+    return reduce(add, statistics.y)

@@ -1,0 +1,12 @@
+"""Mean over channels of the scan output. Source: arXiv 2409.18962, table 4 ("w/o clip")."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmprune_cli.pruning.importance.base import scan_output
+from ssmprune_cli.tokens import ScanStatistics, TokenSequence
+
+
+def mean(sequence: TokenSequence, statistics: ScanStatistics, block: int, seed: int) -> Tensor:
+    return scan_output(statistics).mean(dim=-1)

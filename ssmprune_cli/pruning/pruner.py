@@ -1,0 +1,90 @@
+"""TokenPruner: the module in a backbone's `pruner` slot that scores, keeps and aligns tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.pruning.alignment import ALIGNMENTS
+from ssmprune_cli.pruning.importance import IMPORTANCES
+from ssmprune_cli.pruning.reduction import REDUCTIONS
+from ssmprune_cli.pruning.schedule import PruneSchedule
+from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, TokenSequence
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """Everything that defines a pruner beside its calibrated deltas; plain values, stored in an artefact's config.json."""
+
+    schedule: PruneSchedule
+    importance: str = "clip"
+    reduction: str = "drop"
+    alignment: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        IMPORTANCES.get(self.importance)
+        ALIGNMENTS.get(self.alignment)
+        if self.alignment != "none" and not REDUCTIONS.get(self.reduction).aligned:
+            raise UsageError(
+                f"the reduction {self.reduction!r} leaves no gaps in scan order, so there is nothing to align",
+                hint="Use `--alignment none` with it.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruneSettings:
+        """Inverse of `to_dict`. Raises CheckpointError if the values are not its."""
+        try:
+            schedule = PruneSchedule(*(tuple(map(int, values["schedule"][key])) for key in ("points", "tokens")))
+            return cls(schedule, **{key: value for key, value in values.items() if key != "schedule"})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the pruning settings are not valid: {error!r}", where="config.json") from error
+
+
+class TokenPruner(nn.Module):
+    """Implements `tokens.Pruner` for one backbone.
+
+    mixers      of the backbone, one a block
+    calibrated  for each block the mean step sizes of its dropped tokens, (directions, E), or None; see `calibration`
+    """
+
+    def __init__(
+        self, settings: PruneSettings, mixers: Mixers, calibrated: Sequence[Tensor | None] | None = None
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self._directions = [mixer.directions for mixer in mixers]
+        self._importance = IMPORTANCES.get(settings.importance)
+        self._reduction = REDUCTIONS.get(settings.reduction)
+        self._alignment = ALIGNMENTS.get(settings.alignment)
+        if self._alignment.stored is not None:
+            for block in range(settings.schedule.points[0], len(mixers)):
+                given = calibrated[block] if calibrated else None
+                stored = self._alignment.stored(mixers[block], given).detach().clone().float()
+                self.register_buffer(f"gap_delta_{block}", stored)
+
+    def wants_delta(self, block: int) -> bool:
+        return False
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        return self._alignment.align(getattr(self, f"gap_delta_{block}", None), self._directions[block])
+
+    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        schedule = self.settings.schedule
+        if block + 1 not in schedule.points:
+            return sequence
+        step = schedule.points.index(block + 1)
+        before = schedule.tokens[step - 1] if step else sequence.length - len(sequence.protected)
+        if schedule.tokens[step] == before:
+            return sequence  # nothing to drop: not even a gather, so a keep ratio of 1 is the dense model bit for bit
+        with torch.no_grad():
+            score = self._importance(sequence, statistics, block, self.settings.seed)
+        return self._reduction.apply(sequence, score, schedule.tokens[step] + len(sequence.protected))

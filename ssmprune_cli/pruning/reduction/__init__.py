@@ -1,0 +1,16 @@
+"""Reductions by name."""
+
+from __future__ import annotations
+
+from ssmprune_cli.pruning.reduction.base import Reduction
+from ssmprune_cli.pruning.reduction.drop import DROP
+from ssmprune_cli.pruning.reduction.drop_unsorted import DROP_UNSORTED
+from ssmprune_cli.pruning.reduction.mask import MASK
+from ssmprune_cli.registry import Registry
+
+REDUCTIONS: Registry[Reduction] = Registry("reduction")
+REDUCTIONS.register("drop", DROP)
+REDUCTIONS.register("drop-unsorted", DROP_UNSORTED)
+REDUCTIONS.register("mask", MASK)
+
+__all__ = ["REDUCTIONS", "Reduction"]

@@ -1,0 +1,38 @@
+"""What a reduction is, and the ranking that all of them start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.tokens import TokenSequence
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """`apply` (sequence, score (B, L), K) -> the sequence that goes on; K counts protected tokens.
+
+    `aligned` says whether the result has gaps in ascending order, so that a scan can be aligned over them.
+    `shortens` says whether it costs less than the dense model.
+    """
+
+    apply: Callable[[TokenSequence, Tensor, int], TokenSequence]
+    aligned: bool
+    shortens: bool
+
+
+def rank(sequence: TokenSequence, score: Tensor) -> Tensor:
+    """(B, L) token indices, best first: protected tokens, then live ones by falling score, then dead ones.
+
+    Equal scores keep their order, so ties are settled by position. A NaN score counts as the lowest.
+    """
+    score = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    # A second stable sort by class (0 protected, 1 live, 2 dead) settles what no score may overrule.
+    kind = 1 - sequence.is_protected().int()
+    if sequence.live is not None:
+        kind = torch.where(sequence.live, kind, 2)
+    return order.gather(1, kind.gather(1, order).argsort(dim=1, stable=True))

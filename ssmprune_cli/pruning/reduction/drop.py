@@ -1,0 +1,15 @@
+"""Drop the tokens with the lowest scores; the others stay in ascending position (arXiv 2409.18962, section 4)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmprune_cli.pruning.reduction.base import Reduction, rank
+from ssmprune_cli.tokens import TokenSequence
+
+
+def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
+    return sequence.keep(rank(sequence, score)[:, :count].sort(dim=1).values)
+
+
+DROP = Reduction(_apply, aligned=True, shortens=True)
