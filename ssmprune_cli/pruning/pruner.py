@@ -71,6 +71,11 @@ class TokenPruner(nn.Module):
                 stored = self._alignment.stored(mixers[block], given).detach().clone().float()
                 self.register_buffer(f"gap_delta_{block}", stored)
 
+    @property
+    def shortens(self) -> bool:
+        """Whether sequences get shorter (`mask` only zeroes tokens)."""
+        return self._reduction.shortens
+
     def wants_delta(self, block: int) -> bool:
         return False
 

@@ -1,0 +1,63 @@
+"""Peak memory of a forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Adds up the storages that are alive, op by op; what an op allocates and frees inside itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._seen: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.current -= size
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+def peak_memory(model: nn.Module, images: Tensor) -> int:
+    """Bytes of the largest set of tensors alive at once in a forward pass, weights and input included.
+
+    On a GPU it is the CUDA allocator's peak; on a CPU it is added up from the tensors that ops return.
+    """
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats(images.device)
+        with torch.no_grad():
+            model(images)
+        torch.cuda.synchronize(images.device)
+        return torch.cuda.max_memory_allocated(images.device)
+    tracker = _LiveTensors()
+    for tensor in (*model.parameters(), *model.buffers(), images):
+        tracker.add(tensor)
+    with torch.no_grad(), tracker:
+        model(images)
+    return tracker.peak

@@ -1,0 +1,141 @@
+"""`ssmprune profile`: parameters, multiply-adds, tokens per block, latency, throughput and peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.kernels import active_backend
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.pruning import TokenPruner
+from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.memory import peak_memory
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one batch: milliseconds at the median and at the quartiles, images per second at the median, rounds run."""
+
+    median_ms: float
+    quartiles_ms: tuple[float, float]
+    images_per_second: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One model's figures. Multiply-adds are for one image; `flops` names the conventions."""
+
+    family: str
+    image_size: tuple[int, int]
+    parameters: int
+    multiply_adds_all_directions: int
+    multiply_adds_one_direction: int
+    tokens_per_block: tuple[int, ...]
+    multiply_adds_per_block: tuple[int, ...]
+    batch_size: int
+    device: str
+    backend: str
+    threads: int
+    speed: Speed
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def tokens_per_block(model: Backbone) -> tuple[int, ...]:
+    """Length of the sequence that enters each block of `model`, protected tokens included."""
+    if isinstance(model.pruner, TokenPruner) and model.pruner.shortens:
+        schedule = model.pruner.settings.schedule
+        return tuple(schedule.tokens_per_block(len(model.mixers), model.num_tokens, len(model.protected)))
+    return (model.num_tokens,) * len(model.mixers)
+
+
+def profile(
+    models: list[Backbone],
+    *,
+    batch_size: int = 8,
+    device: str = "cpu",
+    rounds: int = 10,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Profile]:
+    """Profile `models` side by side: their timed runs are interleaved, so that a drift of the machine hits all alike.
+
+    Timing is on random images: static token counts make it independent of what they show. Two warm-up rounds are left
+    out. Raises UsageError for a device that is not there or images of different sizes.
+    """
+    if batch_size < 1 or rounds < 1:
+        raise UsageError("the batch size and the number of rounds must be at least 1")
+    if len({model.image_size for model in models}) > 1:
+        sizes = ", ".join("x".join(map(str, model.image_size)) for model in models)
+        raise UsageError(f"the models take images of different sizes: {sizes}", hint="Give `--image-size`.")
+    target = resolve_device(device)
+    images = torch.randn(
+        batch_size, 3, *models[0].image_size, generator=torch.Generator().manual_seed(seed)
+    ).to(target)
+    flops = [count_flops(model) for model in models]
+    for model in models:
+        model.to(target).eval()
+    speeds = _interleaved(models, images, rounds, progress)
+    return [
+        Profile(
+            family=model.family,
+            image_size=model.image_size,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            multiply_adds_all_directions=count.all_directions,
+            multiply_adds_one_direction=count.one_direction,
+            tokens_per_block=tokens_per_block(model),
+            multiply_adds_per_block=count.per_block,
+            batch_size=batch_size,
+            device=str(target),
+            backend=active_backend(),
+            threads=torch.get_num_threads(),
+            speed=speed,
+            peak_memory_bytes=peak_memory(model, images),
+        )
+        for model, count, speed in zip(models, flops, speeds, strict=True)
+    ]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device called `name`. Raises UsageError if it is unknown or not on this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used: {reason}", hint="See `ssmprune env`.") from error
+    return device
+
+
+def _interleaved(models: list[Backbone], images: Tensor, rounds: int, progress: Progress | None) -> list[Speed]:
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for round_number in range(-2, rounds):
+            for model, times in zip(models, seconds, strict=True):
+                start = time.perf_counter()
+                model(images)
+                if images.is_cuda:
+                    torch.cuda.synchronize(images.device)
+                if round_number >= 0:
+                    times.append(time.perf_counter() - start)
+            if progress is not None and round_number >= 0:
+                progress(round_number + 1, rounds)
+    return [_speed(times, len(images)) for times in seconds]
+
+
+def _speed(times: list[float], batch_size: int) -> Speed:
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (median,) * 3
+    return Speed(1e3 * median, (1e3 * low, 1e3 * high), batch_size / median, len(times))
