@@ -7,6 +7,7 @@ from typing import Any
 
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.compress import choose_alignment, compress, restore
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
@@ -28,5 +29,8 @@ __all__ = [
     "TokenPruner",
     "attach",
     "calibrate",
+    "choose_alignment",
+    "compress",
     "default_points",
+    "restore",
 ]

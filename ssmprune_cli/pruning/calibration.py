@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,15 @@ class Prunable(Protocol):
     @property
     def mixers(self) -> Mixers: ...
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def protected(self) -> tuple[int, ...]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def forward(self, images: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor
     try:
         with torch.inference_mode():
             for batch in batches:
-                model(batch)
+                model.forward(batch)
                 images += len(batch)
     finally:
         model.pruner = pruner

@@ -1,0 +1,68 @@
+"""The one verb: `compress(model, keep=0.8, calibration=images)` and its inverse `restore(model)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.pruning.alignment import ALIGNMENTS
+from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
+from ssmprune_cli.pruning.reduction import REDUCTIONS
+from ssmprune_cli.pruning.schedule import PruneSchedule
+
+
+def choose_alignment(alignment: str | None, reduction: str, *, calibrated: bool) -> str:
+    """`alignment`, or if it is None the best that is possible: `calibrated` with calibration images, `null` without,
+    `none` for a reduction that leaves no gaps. Raises UsageError for `calibrated` without images."""
+    if alignment is None:
+        if not REDUCTIONS.get(reduction).aligned:
+            return "none"
+        return "calibrated" if calibrated else "null"
+    if ALIGNMENTS.get(alignment).needs_calibration and not calibrated:
+        raise UsageError(
+            f"alignment {alignment!r} needs calibration images",
+            hint="Give `--calib DIR` with a few images, or choose `--alignment null`.",
+        )
+    return alignment
+
+
+def compress(
+    model: Prunable,
+    keep: float | Sequence[float] | None = None,
+    *,
+    tokens: Sequence[int] | None = None,
+    points: Sequence[int] | None = None,
+    importance: str = "clip",
+    reduction: str = "drop",
+    alignment: str | None = None,
+    calibration: Tensor | Iterable[Tensor] | None = None,
+    seed: int = 0,
+) -> Calibration | None:
+    """Make `model` drop tokens between blocks, in place; `restore` undoes it. The weights do not change.
+
+    keep         ratio of patch tokens kept *at each point*: one number or one a point (see PruneSchedule.resolve)
+    tokens       instead of `keep`: patch tokens that stay after each point
+    points       after how many blocks; by default a quarter, half and three quarters of the depth
+    alignment    see `choose_alignment`
+    calibration  normalised images (B, 3, H, W) on the model's device, or batches of them; unlabelled
+
+    Returns what calibration saw, or None without it. Raises UsageError for settings that do not fit the model.
+    """
+    mixers, num_patches = model.mixers, model.num_tokens - len(model.protected)
+    schedule = PruneSchedule.resolve(len(mixers), num_patches, points=points, keep=keep, tokens=tokens)
+    chosen = choose_alignment(alignment, reduction, calibrated=calibration is not None)
+    settings = PruneSettings(schedule, importance, reduction, chosen, seed)
+    seen = None
+    if calibration is not None:
+        seen = calibrate(model, settings, [calibration] if isinstance(calibration, Tensor) else calibration)
+    device = next(model.parameters()).device
+    model.pruner = TokenPruner(settings, mixers, seen.deltas if seen else None).to(device)
+    return seen
+
+
+def restore(model: Prunable) -> None:
+    """Make `model` dense again."""
+    model.pruner = None
