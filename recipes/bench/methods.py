@@ -1,0 +1,137 @@
+"""The accuracy table of BENCHMARKS.md: every way to drop tokens at equal keep ratios, on one checkpoint, no fine-tuning.
+
+    python recipes/bench/methods.py [--checkpoint FILE] [--images FILE.npz] [--calib FILE.npz] [--seeds 3] [--json FILE]
+
+prints a Markdown table. "nats" is the mean divergence KL(dense || pruned) of the class probabilities; top-1 is on all
+images of the file; standard errors are over images (for `random` over seeds and images).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import ssmprune_cli
+from ssmprune_cli import checkpoint
+from ssmprune_cli.data import batches, calibration_images, open_dataset
+from ssmprune_cli.kernels import active_backend
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.pruning import compress, restore
+from ssmprune_cli.workflows.flops import count_flops
+
+DEMO = Path(__file__).parent.parent / "demo"
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+# title -> importance, reduction, alignment
+METHODS = {
+    "random drop": ("random", "drop", "none"),
+    "unsorted drop": ("clip", "drop-unsorted", "none"),
+    "order-preserving drop": ("clip", "drop", "none"),
+    "aligned, neighbour": ("clip", "drop", "neighbour"),
+    "aligned, null": ("clip", "drop", "null"),
+    "aligned, calibrated": ("clip", "drop", "calibrated"),
+    "mask (saves nothing)": ("clip", "mask", "none"),
+}
+
+
+def logits_of(model: Backbone, images: list[Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch in images]).double()
+
+
+def standard_error(values: Tensor) -> float:
+    return float(values.std(unbiased=True)) / math.sqrt(len(values))
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+    model = checkpoint.load(arguments.checkpoint)
+    dataset = open_dataset("npz", arguments.images)
+    loaded = list(batches(dataset, model.preprocessing, 64))
+    images = [batch.images for batch in loaded]
+    labels = torch.cat([batch.labels for batch in loaded])
+    calibration = [b.images for b in batches(calibration_images(arguments.calib, 64, 0), model.preprocessing, 64)]
+    dense = logits_of(model, images)
+    dense_flops = count_flops(model).all_directions
+    dense_right = (dense.argmax(dim=1) == labels).double()
+    yield {
+        "keep": 1.0,
+        "method": "dense",
+        "flops": 1.0,
+        "top1": float(dense_right.mean()),
+        "top1_se": standard_error(dense_right),
+    }
+    for keep in KEEPS:
+        for title, (importance, reduction, alignment) in METHODS.items():
+            seeds = range(arguments.seeds if importance == "random" else 1)
+            rights, divergences, flops = [], [], 0
+            for seed in seeds:
+                compress(
+                    model,
+                    keep,
+                    importance=importance,
+                    reduction=reduction,
+                    alignment=alignment,
+                    calibration=calibration if alignment == "calibrated" else None,
+                    seed=seed,
+                )
+                logits, flops = logits_of(model, images), count_flops(model).all_directions
+                restore(model)
+                rights.append((logits.argmax(dim=1) == labels).double())
+                dense_log, pruned_log = functional.log_softmax(dense, dim=1), functional.log_softmax(logits, dim=1)
+                divergences.append((dense_log.exp() * (dense_log - pruned_log)).sum(dim=1))
+            # One value an image (the mean over seeds), plus the spread between seeds where there is randomness.
+            right, divergence = torch.stack(rights), torch.stack(divergences)
+            between = standard_error(right.mean(dim=1)) if len(right) > 1 else 0.0
+            yield {
+                "keep": keep,
+                "method": title,
+                "flops": flops / dense_flops,
+                "top1": float(right.mean()),
+                "top1_se": math.hypot(standard_error(right.mean(dim=0)), between),
+                "loss": float((dense_right - right.mean(dim=0)).mean()),
+                "loss_se": math.hypot(standard_error(dense_right - right.mean(dim=0)), between),
+                "nats": float(divergence.mean()),
+                "nats_se": standard_error(divergence.mean(dim=0)),
+            }
+            print(f"  {keep} {title}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "vim_digits.pth")
+    parser.add_argument("--images", type=Path, default=DEMO / "test.npz")
+    parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    table = list(rows(arguments))
+    print("| keep | method | multiply-adds | top-1 % | change against dense, points | divergence, nats |")
+    print("|---|---|---|---|---|---|")
+    for row in table:
+        change = f"{-100 * row['loss']:+.2f} ± {100 * row['loss_se']:.2f}" if "loss" in row else ""  # type: ignore[operator]
+        nats = f"{row['nats']:.4f} ± {row['nats_se']:.4f}" if "nats" in row else ""
+        print(
+            f"| {row['keep']} | {row['method']} | {row['flops']:.3f} | "
+            f"{100 * row['top1']:.2f} ± {100 * row['top1_se']:.2f} | {change} | {nats} |"  # type: ignore[operator]
+        )
+    print(
+        f"\n{arguments.checkpoint.name}, {arguments.images.name}; ssmprune {ssmprune_cli.__version__}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
+        f"backend {active_backend()}, {time.perf_counter() - start:.0f} s; ± is one standard error."
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
