@@ -1,0 +1,28 @@
+"""ssmprune: make pretrained vision state space models cheaper by dropping tokens.
+
+`load`, `compress` and `restore` are imported when they are first used, so that `import ssmprune_cli` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssmprune_cli.checkpoint import load
+    from ssmprune_cli.pruning import compress, restore
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "compress", "load", "restore"]
+
+_HOMES = {
+    "load": "ssmprune_cli.checkpoint",
+    "compress": "ssmprune_cli.pruning",
+    "restore": "ssmprune_cli.pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
