@@ -1,12 +1,10 @@
-"""A recipe says how to compress a model. It is read without torch, so names of scores and the like are checked later.
+"""A recipe says how to compress a model. It is read without torch, so names of scores and the like are text here.
 
-The text layer (safe YAML, and the line of every fault) is `yaml_text.py`; the fields and what they allow are here.
+The text layer (safe YAML that knows its lines) is `yaml_text.py`, the wording of faults `validation.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,19 +22,33 @@ from pydantic import (
 )
 
 from ssmprune_cli.errors import RecipeError, UsageError
+from ssmprune_cli.validation import Location, explain, suggestion
 from ssmprune_cli.yaml_text import Document, YamlFault, dump_yaml, parse_yaml
 
 MAX_BYTES = 1 << 20
 
 
 def _list_to_tuple(value: object) -> object:
+    if value in ([], ()):
+        raise ValueError("must not be empty")
     return tuple(value) if isinstance(value, list) else value
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Counts = Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_list_to_tuple)]
+Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list_to_tuple)]
 Name = Annotated[str, Field(min_length=1)]
+
+
+KnownNames = Mapping[str, Sequence[str]]  # names that exist, by kind: family, importance, reduction, alignment
+
+
+def _check_name(name: str | None, info: ValidationInfo) -> str | None:
+    """Refuse a name that is not among the known ones, where the caller knows any."""
+    known = (info.context or {}).get(info.field_name)
+    if name is None or known is None or name in known:
+        return name
+    raise ValueError(f"unknown {info.field_name} {name!r}; {suggestion(name, known)}")
 
 
 class _Section(BaseModel):
@@ -48,6 +60,8 @@ class ModelChoice(_Section):
 
     family: Name
     variant: Name | None = None
+
+    _known = field_validator("family")(_check_name)
 
 
 class Pruning(_Section):
@@ -65,6 +79,8 @@ class Pruning(_Section):
     importance: Name = "clip"
     reduction: Name = "drop"
     alignment: Name | None = None
+
+    _known = field_validator("importance", "reduction", "alignment")(_check_name)
 
     @field_validator("points")
     @classmethod
@@ -171,26 +187,43 @@ class Recipe(_Section):
             try:
                 return Recipe.model_validate(values)
             except ValidationError as error:
-                faults = [f"{'.'.join(map(str, loc)) or 'recipe'}: {text}" for loc, text in _explain(error)]
+                faults = [f"{'.'.join(map(str, loc)) or 'recipe'}: {text}" for loc, text in explain(error, SECTIONS)]
         raise UsageError(
             "\n".join(faults), where="--set", hint="Keys look like pruning.keep=0.7 or calibration.seed=1."
         )
 
 
-def load_recipe(path: Path | str) -> Recipe:
-    """Read a recipe file. A bare name is a shipped recipe. Raises RecipeError with every fault at once."""
+SECTIONS: dict[Location, type[BaseModel]] = {
+    (): Recipe,
+    ("model",): ModelChoice,
+    ("pruning",): Pruning,
+    ("calibration",): CalibrationPlan,
+}
+
+
+def load_recipe(path: Path | str, *, known: KnownNames | None = None) -> Recipe:
+    """The recipe in a file, or the shipped recipe of this name; see `parse_recipe`."""
+    file = find_recipe(path)
+    return parse_recipe(read_recipe(file), name=str(file), known=known)
+
+
+def find_recipe(path: Path | str) -> Path:
+    """The file of a recipe: a str without suffix that is no file names a shipped recipe. Raises RecipeError."""
     file = Path(path)
     if isinstance(path, str) and not file.suffix and not file.exists():
         shipped = shipped_recipes()
         if path not in shipped:
-            close = difflib.get_close_matches(path, shipped, n=1)
-            guess = f" Did you mean {close[0]!r}?" if close else ""
             raise RecipeError(
-                f"there is no file and no shipped recipe of this name.{guess}",
+                f"there is no file and no shipped recipe of this name; {suggestion(path, shipped)}",
                 where=path,
-                hint=f"Shipped recipes: {', '.join(shipped)}.",
+                hint="See `ssmprune recipes list`.",
             )
-        file = shipped[path]
+        return shipped[path]
+    return file
+
+
+def read_recipe(file: Path) -> str:
+    """The text of a recipe file. Raises RecipeError if it cannot be read or is no text."""
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
@@ -199,23 +232,28 @@ def load_recipe(path: Path | str) -> Recipe:
     if len(content) > MAX_BYTES:
         raise RecipeError(f"is larger than {MAX_BYTES:,} bytes, so it is not a recipe", where=str(file))
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"is not UTF-8 text (byte {error.start})", where=str(file)) from error
-    return parse_recipe(text, name=str(file))
 
 
-def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
-    """The recipe in `text`; `name` is how messages call it. Raises RecipeError with every fault at once."""
+def parse_recipe(text: str, *, name: str = "recipe", known: KnownNames | None = None) -> Recipe:
+    """The recipe in `text`; `name` is how messages call it. With `known`, names of scores and the like are checked too.
+
+    Raises RecipeError with every fault at once, each with its line and column.
+    """
     document = Document({}, None)
     try:
         document = parse_yaml(text)
         faults = list(document.faults)
-        recipe = Recipe.model_validate(document.value)
+        recipe = Recipe.model_validate(document.value, context=known)
     except YamlFault as error:
         faults = [error]
     except ValidationError as error:
-        faults += [YamlFault(*document.position(loc), _sentence(loc, text)) for loc, text in _explain(error)]
+        faults += [
+            YamlFault(*document.position(loc), f"{'.'.join(map(str, loc))}: {text}" if loc else text)
+            for loc, text in explain(error, SECTIONS)
+        ]
     if not faults:
         return recipe
     faults.sort(key=lambda fault: (fault.line, fault.column))
@@ -231,74 +269,27 @@ def shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-Location = tuple[int | str, ...]
-
-_SENTENCES = {
-    "missing": "is missing",
-    "int_type": "must be a whole number, not {input}",
-    "float_type": "must be a number, not {input}",
-    "string_type": "must be text, not {input}",
-    "string_too_short": "must not be empty",
-    "string_pattern_mismatch": "may have letters, digits, '.', '_' and '-' only, not {input}",
-    "tuple_type": "must be a list, not {input}",
-    "too_short": "must not be empty",
-    "model_type": "must be a mapping of keys to values, not {input}",
-    "dict_type": "must be a mapping of keys to values, not {input}",
-    "greater_than_equal": "must be at least {ge}, not {input}",
-    "less_than_equal": "must be at most {le}, not {input}",
-    "literal_error": "must be {expected}, not {input}",
-    "value_error": "{error}",
-}
-
-
-def _explain(error: ValidationError) -> list[tuple[Location, str]]:
-    """Every fault of `error` as its location and a sentence in the user's terms."""
-    found = []
-    for fault in error.errors(include_url=False):
-        loc, kind = fault["loc"], fault["type"]
-        if kind == "extra_forbidden":
-            text = _unknown_key(loc)
-        elif kind in _SENTENCES:
-            text = _SENTENCES[kind].format(input=reprlib.repr(fault["input"]), **fault.get("ctx", {}))
-        else:
-            text = fault["msg"]
-        found.append((loc, text))
-    return found
-
-
-def _sentence(loc: Location, text: str) -> str:
-    return f"{'.'.join(map(str, loc))}: {text}" if loc else text
-
-
-def _sections() -> dict[Location, type[_Section]]:
-    return {(): Recipe, ("model",): ModelChoice, ("pruning",): Pruning, ("calibration",): CalibrationPlan}
-
-
-def _unknown_key(loc: Location) -> str:
-    known = list(_sections()[loc[:-1]].model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f"unknown key; did you mean {close[0]!r}?" if close else f"unknown key; known keys: {', '.join(known)}"
-
-
 def _assign(values: dict[str, Any], assignment: str) -> str | None:
     """Apply one "a.b=value" to `values`. Returns the fault, if there is one."""
     key, equals, text = assignment.partition("=")
     path = tuple(key.strip().split("."))
     if not equals:
         return f"{assignment}: expected key=value"
-    sections = _sections()
+
     for depth, step in enumerate(path):
-        section = sections.get(path[:depth])
+        section = SECTIONS.get(path[:depth])
         if section is None:
             return f"{key}: {'.'.join(path[:depth])} has no keys below it"
         if step not in section.model_fields:
-            return f"{key}: {_unknown_key(path[: depth + 1])}"
+            return f"{key}: unknown key; {suggestion(step, section.model_fields)}"
     try:
         document = parse_yaml(text)
     except YamlFault as fault:
         return f"{key}: {fault.text}"
     target = values
     for step in path[:-1]:
-        target = target.setdefault(step, {})
+        if not isinstance(target.get(step), dict):
+            target[step] = {}
+        target = target[step]
     target[path[-1]] = document.value
     return None

@@ -1,0 +1,5 @@
+"""`python -m ssmprune_cli`."""
+
+from ssmprune_cli.cli.main import main
+
+main()

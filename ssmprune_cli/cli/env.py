@@ -1,0 +1,72 @@
+"""`ssmprune env`: what a bug report needs to know of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ssmprune_cli import __version__
+from ssmprune_cli.cli import output
+
+PACKAGES = ("torch", "numpy", "fvcore", "safetensors", "mamba-ssm", "causal-conv1d", "triton")
+
+
+def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions, devices and kernel backends, with the reason for each backend that is missing."""
+    from ssmprune_cli.cli.tables import facts_table
+
+    facts = _facts()
+    output.emit(facts_table(facts), facts, as_json=as_json)
+
+
+def _facts() -> dict[str, Any]:
+    import torch
+
+    from ssmprune_cli.kernels import available_backends
+
+    return {
+        "ssmprune": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": _devices(),
+        "kernels": dict(available_backends()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    """The CPU's name where the system tells it (Linux), else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    found = {"cpu": "available"}
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        found[f"cuda:{index}"] = f"{device.name}, {memory}, compute capability {device.major}.{device.minor}"
+    if torch.backends.mps.is_available():
+        found["mps"] = "available"
+    return found

@@ -1,0 +1,25 @@
+"""`ssmprune inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmprune_cli.cli import output
+
+
+def command(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file or an artefact folder.")],
+    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is in a checkpoint: family, size, tokens, scan directions, contents, dtype, checksum, preprocessing."""
+    from ssmprune_cli.cli.tables import facts_table
+    from ssmprune_cli.workflows.inspect import inspect
+
+    facts = inspect(path, family=family, variant=variant, weights=weights).to_dict()
+    output.emit(facts_table(facts), facts, as_json=as_json)

@@ -1,0 +1,77 @@
+"""`ssmprune recipes list|show|validate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ssmprune_cli.cli import output
+from ssmprune_cli.errors import RecipeError
+from ssmprune_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe, read_recipe, shipped_recipes
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and check compression recipes.")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or the name of a shipped one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that come with ssmprune."""
+    from rich.table import Table
+
+    found = [load_recipe(file) for file in shipped_recipes().values()]
+    table = Table()
+    for column in ("name", "description", "prune after blocks", "kept at each point"):
+        table.add_column(column)
+    for recipe in found:
+        table.add_row(recipe.name, recipe.description, *_schedule(recipe))
+    output.emit(table, [recipe.to_dict() for recipe in found], as_json=as_json)
+
+
+@app.command("show")
+def show(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
+    """Print a recipe with its comments, to read or to start one's own from."""
+    file = find_recipe(recipe)
+    text = read_recipe(file)
+    parsed = parse_recipe(text, name=str(file))
+    if as_json:
+        output.json_text(parsed.to_dict())
+    else:
+        output.text(text)
+
+
+@app.command("validate")
+def validate(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or names of shipped ones.")],
+) -> None:
+    """Check recipes: every fault is listed with its line and column. Exits with 1 if there is one."""
+    from ssmprune_cli.models import FAMILIES
+    from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, REDUCTIONS
+
+    known = {
+        "family": FAMILIES.names(),
+        "importance": IMPORTANCES.names(),
+        "reduction": REDUCTIONS.names(),
+        "alignment": ALIGNMENTS.names(),
+    }
+    faults = []
+    for recipe in recipes:
+        try:
+            load_recipe(recipe, known=known)
+        except RecipeError as error:
+            faults.append(str(error))
+        else:
+            output.text(f"{recipe}: valid\n")
+    if faults:
+        raise RecipeError("\n".join(faults))
+
+
+def _schedule(recipe: Recipe) -> tuple[str, str]:
+    pruning = recipe.pruning
+    points = ", ".join(map(str, pruning.points)) if pruning.points else "1/4, 1/2, 3/4 of the depth"
+    if pruning.tokens is not None:
+        return points, f"{', '.join(map(str, pruning.tokens))} tokens"
+    ratios = pruning.keep if isinstance(pruning.keep, tuple) else (pruning.keep,)
+    return points, ", ".join(map(str, ratios))

@@ -1,0 +1,163 @@
+"""The layout is the architecture: imports point down only, and what must be quick stays free of torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ssmprune_cli"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# From the top down. A module may import from rooms below its own and from its own, unless FORBIDDEN says otherwise.
+LAYERS = [
+    {"cli", "__main__"},
+    {"workflows"},
+    {"checkpoint", "data"},
+    {"models", "pruning"},
+    {"kernels"},
+    {"recipe", "report", "tokens"},
+    {"preprocessing", "registry", "validation", "yaml_text"},
+    {"errors"},
+]
+FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+TORCH_FREE = ("recipe", "report", "registry", "errors", "preprocessing", "validation", "yaml_text", "cli")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room(path: Path) -> str:
+    """The room of a module: its folder, or its own name at the top of the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a module imports anywhere, those for the type checker left out."""
+    yield from _imports(ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def _imports(nodes: list[ast.stmt]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            module = node.module or ""
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        for field in ("body", "orelse", "finalbody"):
+            yield from _imports(getattr(node, field, []))
+        for handler in getattr(node, "handlers", []):
+            yield from _imports(handler.body)
+
+
+def top_level_imports(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield from _imports([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.Try)])
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "__init__.py"], ids=name)
+def test_imports_point_down(path: Path) -> None:
+    here = room(path)
+    for target in imports(path):
+        parts = target.split(".")
+        if parts[0] != "ssmprune_cli" or len(parts) == 1 or parts[1] == "__version__":
+            continue
+        there = parts[1]
+        assert there in LEVEL, f"{target}: give this room a place in LAYERS"
+        assert there == here or LEVEL[there] >= LEVEL[here], f"imports {target}, which lies above"
+        assert (here, there) not in FORBIDDEN, f"imports {target}"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room(path) != "cli"], ids=name)
+def test_only_cli_talks_to_the_terminal(path: Path) -> None:
+    for target in imports(path):
+        assert target.split(".")[0] not in {"rich", "typer"}, f"imports {target}"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"print", "input", "exit", "quit", "sys.exit", "os._exit"}
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in {"sys.stdout", "sys.stderr"}
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            assert "SystemExit" not in ast.unparse(node.exc)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room(path) in TORCH_FREE], ids=name)
+def test_no_torch_at_import(path: Path) -> None:
+    heavy = {"torch", "fvcore", "numpy", "PIL"}
+    rooms = {"kernels", "models", "pruning", "checkpoint", "data", "workflows", "tokens"}
+    for target in top_level_imports(path):
+        parts = target.split(".")
+        assert parts[0] not in heavy
+        assert parts[0] != "ssmprune_cli" or len(parts) == 1 or parts[1] not in rooms
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_modules_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 320
+
+
+def test_packages_named_for_setuptools_are_those_on_disk() -> None:
+    """pyproject.toml has to name every package, because recipes/ is mapped into the package."""
+    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(setup["packages"]) == found | {"ssmprune_cli.recipes"}
+
+
+def run(code: str) -> str:
+    """Standard output of `code` in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_package_imports_without_torch_and_offers_the_verbs() -> None:
+    assert run("import sys, ssmprune_cli; print('torch' in sys.modules)") == "False\n"
+    assert run("import ssmprune_cli as s; print(callable(s.load), callable(s.compress), callable(s.restore))") == (
+        "True True True\n"
+    )
+
+
+def test_unknown_attribute_of_the_package_is_an_attribute_error() -> None:
+    import ssmprune_cli
+
+    with pytest.raises(AttributeError, match="no attribute 'squash'"):
+        _ = ssmprune_cli.squash
+
+
+def test_every_help_answers_without_torch() -> None:
+    """Torch takes seconds to import; walk every command of the app in one interpreter."""
+    code = """
+import contextlib, io, sys
+import typer
+from ssmprune_cli.cli.app import app
+
+root = typer.main.get_command(app)
+
+def walk(command, path):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            root.main([*path, "--help"], prog_name="ssmprune")
+        except SystemExit as end:
+            assert end.code in (0, None), path
+    assert "Usage: " + " ".join(["ssmprune", *path]) in text.getvalue(), path
+    print(" ".join(path))
+    for name, inner in getattr(command, "commands", {}).items():
+        walk(inner, [*path, name])
+
+walk(root, [])
+print([name for name in ("torch", "numpy", "PIL", "fvcore") if name in sys.modules])
+"""
+    lines = run(code).splitlines()
+    assert lines[-1] == "[]"
+    assert {"", "compress", "eval", "inspect", "profile", "env", "recipes list"} <= set(lines)
