@@ -1,0 +1,55 @@
+"""Apply a model's `Preprocessing` to a PIL image, with the rounding of torchvision's Resize and CenterCrop on PIL."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssmprune_cli.preprocessing import Preprocessing
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` in 8-bit RGB. 16-bit grey is scaled to 8 bits: PIL's own conversion clips it to white."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64) // 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        # A palette with transparent entries must become RGBA first, or PIL warns.
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
+    """Bring the short side to `size` pixels and the long one to int(size * long / short)."""
+    width, height = image.size
+    if min(width, height) == size:
+        return image
+    long = int(size * max(width, height) / min(width, height))
+    return image.resize((size, long) if width <= height else (long, size), _RESAMPLING[interpolation])
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle `size` x `size` pixels; an image that is too small is padded with zeros on both sides first."""
+    width, height = image.size
+    missing_x, missing_y = max(size - width, 0), max(size - height, 0)
+    if missing_x or missing_y:
+        canvas = Image.new(image.mode, (width + missing_x, height + missing_y))
+        canvas.paste(image, (missing_x // 2, missing_y // 2))
+        image = canvas
+        width, height = image.size
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """Normalised float32 image (3, crop, crop) of an image of any mode and size."""
+    image = resize_short_side(to_rgb(image), preprocessing.resize, preprocessing.interpolation)
+    pixels = np.array(center_crop(image, preprocessing.crop))
+    scaled = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
+    std = torch.tensor(preprocessing.std).view(3, 1, 1)
+    return scaled.sub_(mean).div_(std)

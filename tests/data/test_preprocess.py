@@ -1,0 +1,94 @@
+"""Preprocessing against torchvision's documented rounding, worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssmprune_cli.data.preprocess import center_crop, preprocess, resize_short_side, to_rgb
+from ssmprune_cli.preprocessing import Preprocessing
+
+IDENTITY = Preprocessing(resize=8, crop=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((500, 375), (341, 256)),  # 256 * 500 / 375 = 341.33
+        ((375, 500), (256, 341)),
+        ((3, 5), (256, 426)),  # 426.67 is cut, not rounded
+        ((256, 300), (256, 300)),  # already right: not resampled
+        ((7, 7), (256, 256)),
+    ],
+)
+def test_short_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert resize_short_side(Image.new("RGB", size), 256, "bicubic").size == expected
+
+
+def test_resize_is_pils_resize() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for name, filter_ in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        expected = np.asarray(image.resize((15, 10), filter_))
+        np.testing.assert_array_equal(np.asarray(resize_short_side(image, 10, name)), expected)
+
+
+@pytest.mark.parametrize(
+    ("side", "first"),
+    [
+        (8, 0),
+        (10, 1),
+        (9, 0),  # round(0.5) is 0: halves go to the even number
+        (11, 2),  # round(1.5) is 2
+    ],
+)
+def test_crop_offset(side: int, first: int) -> None:
+    columns = np.tile(np.arange(side, dtype=np.uint8), (8, 1))
+    cropped = np.asarray(center_crop(Image.fromarray(columns), 8))
+    assert cropped[0].tolist() == list(range(first, first + 8))
+
+
+def test_crop_pads_with_zeros() -> None:
+    cropped = np.asarray(center_crop(Image.new("RGB", (5, 12), (9, 9, 9)), 8))
+    assert cropped.shape == (8, 8, 3)
+    # Three columns are missing: one on the left (3 // 2), two on the right.
+    assert cropped[0, :, 0].tolist() == [0, 9, 9, 9, 9, 9, 0, 0]
+
+
+def test_values_are_normalised() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    settings = Preprocessing(resize=8, crop=8)
+    tensor = preprocess(Image.fromarray(pixels), settings)
+    expected = (pixels / 255.0 - np.array(settings.mean)) / np.array(settings.std)
+    assert tensor.dtype == torch.float32
+    assert tensor.shape == (3, 8, 8)
+    # A few float32 roundings of values up to 2.7.
+    np.testing.assert_allclose(tensor.numpy(), expected.transpose(2, 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
+def test_every_mode(mode: str) -> None:
+    assert to_rgb(Image.new(mode, (8, 8))).mode == "RGB"
+    assert preprocess(Image.new(mode, (8, 8)), IDENTITY).shape == (3, 8, 8)
+
+
+def test_16_bit_grey_is_scaled() -> None:
+    image = Image.fromarray(np.full((8, 8), 0x8080, dtype=np.uint16))
+    assert to_rgb(image).getpixel((0, 0)) == (0x80, 0x80, 0x80)
+
+
+def test_grey_is_repeated() -> None:
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    tensor = preprocess(image, IDENTITY)
+    assert torch.equal(tensor[0], tensor[1])
+    assert torch.equal(tensor[0], tensor[2])
+    assert float(tensor[0, 7, 7]) == pytest.approx(63 / 255)
+
+
+def test_transparent_palette() -> None:
+    image = Image.new("P", (8, 8))
+    image.putpalette([255, 0, 0] + [0] * 765)
+    image.info["transparency"] = b"\x00"  # PIL warns, and the suite fails, if this is not handled
+    assert to_rgb(image).getpixel((0, 0)) == (255, 0, 0)
