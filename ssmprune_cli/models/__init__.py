@@ -1,0 +1,12 @@
+"""Model families by name. A family registers here in one line; see `base.Family`."""
+
+from __future__ import annotations
+
+from ssmprune_cli.models.base import Backbone, Family
+from ssmprune_cli.models.vim_checkpoint import VIM
+from ssmprune_cli.registry import Registry
+
+FAMILIES: Registry[Family] = Registry("model family")
+FAMILIES.register(VIM.name, VIM)
+
+__all__ = ["FAMILIES", "Backbone", "Family"]

@@ -73,7 +73,7 @@ class Hints:
 
     filename: str = ""
     model_name: str = ""  # `args.model` of the training script, if the container has it
-    image_size: int | None = None  # asked for by the user, or `args.input_size`
+    image_size: int | None = None  # `args.input_size`: what the weights were trained for
     eval_crop_ratio: float | None = None  # `args.eval_crop_ratio`
     variant: str | None = None  # asked for by the user
 
@@ -87,6 +87,7 @@ class Family:
     build      config -> backbone, weights initialised as the authors do
     remap      state dict -> the same in the names that `build` uses (drops what is not a weight, renames old keys)
     variants   published configurations by name
+    resize     (state dict, config, image side) -> the same for square images of another size
     """
 
     name: str
@@ -97,3 +98,4 @@ class Family:
     config_class: type[Any]
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     variants: Mapping[str, Any]
+    resize: Callable[[dict[str, Tensor], Any, int], tuple[dict[str, Tensor], Any]]

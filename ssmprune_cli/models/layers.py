@@ -1,0 +1,102 @@
+"""Layers that several model families share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.errors import DataError
+from ssmprune_cli.tokens import TokenSequence
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over channels, then scale. Computed in the input's precision, as the authors do."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (x * scale).to(self.weight.dtype) * self.weight
+
+
+class PatchEmbed(nn.Module):
+    """Cut images (B, 3, H, W) into patches, overlapping if stride < patch_size, and embed them: (B, rows * columns, d)."""
+
+    def __init__(self, image_size: tuple[int, int], patch_size: int, stride: int, dim: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.grid = patch_grid(image_size, patch_size, stride)
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=stride)
+        # LeCun normal, truncated at two standard deviations; the constant makes up for what truncation takes away.
+        deviation = math.sqrt(1 / (3 * patch_size**2)) / 0.87962566103423978
+        nn.init.trunc_normal_(self.proj.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != (3, *self.image_size):
+            raise DataError(
+                f"the model takes images of shape {(3, *self.image_size)}, not {tuple(images.shape[1:])}",
+                hint="Resize the images, or load the checkpoint for another size (`--image-size`).",
+            )
+        embedded: Tensor = self.proj(images)
+        return embedded.flatten(2).transpose(1, 2)
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    return (image_size[0] - patch_size) // stride + 1, (image_size[1] - patch_size) // stride + 1
+
+
+class RotaryEmbedding(nn.Module):
+    """2-D rotary position embedding of whole tokens, as EVA-02 and the first Vim release use it.
+
+    The first half of the channels turns with the patch's row, the second half with its column. Positions are scaled to a
+    grid of 14 x 14, the authors' training resolution. With a class token, dense position 0 is not turned and position
+    p > 0 takes row p - 1 of the table, wherever the class token itself sits: that is what the authors compute.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int], *, class_token: bool) -> None:
+        super().__init__()
+        self.class_token = class_token
+        cos, sin = rotary_tables(dim, grid)
+        self.freqs_cos = nn.Buffer(cos)  # (rows * columns, d)
+        self.freqs_sin = nn.Buffer(sin)
+
+    def forward(self, values: Tensor, sequence: TokenSequence) -> Tensor:
+        """Rotate `values` (B, L, d), the hidden states or residuals of `sequence`, each by its own position."""
+        cos, sin = self.freqs_cos, self.freqs_sin
+        if self.class_token:
+            cos = torch.cat((torch.ones_like(cos[:1]), cos))
+            sin = torch.cat((torch.zeros_like(sin[:1]), sin))
+        if not sequence.is_dense:
+            cos, sin = cos[sequence.positions], sin[sequence.positions]  # (B, L, d)
+        pairs = values.unflatten(-1, (-1, 2))
+        turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
+        return values * cos + turned * sin
+
+
+def rotary_tables(dim: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (rows * columns, dim) each, for `dim` channels: half for rows, half for columns."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(0, half, 2).float() / half)  # (dim / 4,)
+
+    def angles(count: int) -> Tensor:
+        steps = torch.arange(count) / count * 14
+        return (steps[:, None] * frequencies).repeat_interleave(2, dim=-1)  # (count, dim / 2)
+
+    rows, columns = angles(grid[0]), angles(grid[1])
+    shape = (*grid, rows.shape[-1])
+    table = torch.cat((rows[:, None].expand(shape), columns[None].expand(shape)), dim=-1).flatten(0, 1)
+    return table.cos(), table.sin()
+
+
+def resize_grid(patches: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings of patches, (1, rows * columns, d), from the grid `old` to `new` by bicubic interpolation."""
+    image = patches.unflatten(1, old).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
