@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The demo of `make demo`: compress a small trained Vim with real digits, and compare it with the dense model.
+# `ssmprune` must be on the PATH. Everything is written to demo-out/.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+run() {
+  printf '\n$ %s\n' "$*"
+  "$@"
+}
+
+run ssmprune inspect recipes/demo/vim_digits.pth
+run ssmprune compress recipes/demo/vim_digits.pth --keep 0.6 --calib recipes/demo/calib.npz \
+  --dataset npz --eval-data recipes/demo/test.npz --out demo-out/vim_digits_k60 --overwrite
+run ssmprune profile demo-out/vim_digits_k60 --compare recipes/demo/vim_digits.pth
+run ssmprune visualize demo-out/vim_digits_k60 recipes/demo/test.npz --out demo-out/tokens_kept.png
