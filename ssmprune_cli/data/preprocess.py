@@ -48,8 +48,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Normalised float32 image (3, crop, crop) of an image of any mode and size."""
     image = resize_short_side(to_rgb(image), preprocessing.resize, preprocessing.interpolation)
-    pixels = np.array(center_crop(image, preprocessing.crop))
-    scaled = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-    mean = torch.tensor(preprocessing.mean).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std).view(3, 1, 1)
-    return scaled.sub_(mean).div_(std)
+    # NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
+    scaled = np.asarray(center_crop(image, preprocessing.crop)).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return torch.from_numpy(np.ascontiguousarray((scaled - mean) / std))

@@ -1,0 +1,207 @@
+"""`ssmprune eval`: accuracy on labelled images, of one model or of two on the same images."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.data import batches
+from ssmprune_cli.data.datasets import ImageDataset, Subset
+from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
+from ssmprune_cli.workflows.profile import resolve_device
+
+Progress = Callable[[int, int], None]  # (images done, images in all)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One model's share of right answers.
+
+    top5               None if there are fewer than 5 classes
+    interval           95 % interval of top-1 (Wilson)
+    images_per_second  of the model alone, without reading images; the first batch is left out if there are more
+    """
+
+    top1: float
+    top5: float | None
+    interval: tuple[float, float]
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "interval": list(self.interval),
+            "images_per_second": self.images_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Top-1 of a model minus that of `dense`, its reference, on the same images, as a fraction.
+
+    difference_interval  95 % interval of the paired difference (Tango's score method)
+    p_value              exact McNemar test, two-sided
+    """
+
+    dense: Accuracy
+    difference: float
+    difference_interval: tuple[float, float]
+    p_value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "dense": self.dense.to_dict(),
+            "difference": self.difference,
+            "difference_interval": list(self.difference_interval),
+            "p_value": self.p_value,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found on `count` images."""
+
+    count: int
+    accuracy: Accuracy
+    comparison: Comparison | None
+
+    def to_dict(self) -> dict[str, Any]:
+        compared = self.comparison.to_dict() if self.comparison else {}
+        return {"count": self.count, **self.accuracy.to_dict(), **compared}
+
+
+class _Score:
+    """Counts one model's right answers and the time it takes."""
+
+    def __init__(self, model: Backbone, device: torch.device, role: str) -> None:
+        self._model = model.to(device).eval()
+        self._device = device
+        self._role = role
+        self._seconds: list[float] = []
+        self._sizes: list[int] = []
+        self._ranks: list[Tensor] = []  # (B,) rank of the right class, 0 for a right answer
+
+    def add(self, images: Tensor, labels: Tensor, names: tuple[str, ...]) -> None:
+        images = images.to(self._device)
+        self._synchronize()
+        start = time.perf_counter()
+        logits = self._model(images)
+        self._synchronize()
+        self._seconds.append(time.perf_counter() - start)
+        self._sizes.append(len(images))
+        logits = logits.cpu()
+        bad = (~logits.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            raise SsmpruneError(
+                f"{self._role} gives logits that are not finite",
+                where=names[int(bad[0])],
+                hint="`ssmprune inspect` shows whether the weights are finite.",
+            )
+        # A stable order: among equal logits the lowest class comes first, so that equal logits are no right answers.
+        order = logits.argsort(dim=1, descending=True, stable=True)
+        self._ranks.append((order == labels[:, None]).int().argmax(dim=1))
+
+    def right(self) -> Tensor:
+        return torch.cat(self._ranks) == 0
+
+    def accuracy(self) -> Accuracy:
+        ranks = torch.cat(self._ranks)
+        timed = slice(1, None) if len(self._sizes) > 1 else slice(None)
+        right = int((ranks == 0).sum())
+        return Accuracy(
+            top1=right / len(ranks),
+            top5=int((ranks < 5).sum()) / len(ranks) if self._model.num_classes >= 5 else None,
+            interval=wilson_interval(right, len(ranks)),
+            images_per_second=sum(self._sizes[timed]) / sum(self._seconds[timed]),
+        )
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def evaluate(
+    model: Backbone,
+    dataset: ImageDataset,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    compare: Backbone | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Top-1 and top-5 of `model` on `dataset`; with `compare`, the dense model, the paired difference between the two.
+
+    limit  use so many images, evenly spaced: datasets are sorted by class, so the first ones would be of few classes
+
+    Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Raises
+    DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the image, for
+    logits that are not finite.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise UsageError("the batch size and the limit must be at least 1")
+    if limit is not None and limit < len(dataset):
+        dataset = Subset(dataset, evenly_spaced(len(dataset), limit))
+    models = [model] if compare is None else [model, compare]
+    for each in models:
+        _check(each, dataset)
+    target = resolve_device(device)
+    roles = ["the model", "the model to compare with"]
+    scores = [_Score(each, target, role) for each, role in zip(models, roles, strict=False)]
+    ways = list(dict.fromkeys(each.preprocessing for each in models))
+    streams = [batches(dataset, way, batch_size) for way in ways]
+    done = 0
+    with torch.inference_mode():
+        for prepared in zip(*streams, strict=True):
+            for each, score in zip(models, scores, strict=True):
+                batch = prepared[ways.index(each.preprocessing)]
+                assert batch.labels is not None  # by _check
+                score.add(batch.images, batch.labels, batch.names)
+            done += len(prepared[0].names)
+            if progress:
+                progress(done, len(dataset))
+    comparison = _compare(*scores) if compare is not None else None
+    return Evaluation(len(dataset), scores[0].accuracy(), comparison)
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` different indices below `total`, in the middle of equal stretches."""
+    return [math.floor((2 * i + 1) * total / (2 * count)) for i in range(count)]
+
+
+def _compare(pruned: _Score, dense: _Score) -> Comparison:
+    first, second = pruned.right(), dense.right()
+    gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
+    return Comparison(
+        dense=dense.accuracy(),
+        difference=(gained - lost) / len(first),
+        difference_interval=paired_interval(gained, lost, len(first)),
+        p_value=mcnemar_p_value(gained, lost),
+    )
+
+
+def _check(model: Backbone, dataset: ImageDataset) -> None:
+    """The classes of `dataset` must be those of `model`: otherwise the score is low for no fault of the model."""
+    if dataset.num_classes is not None and dataset.num_classes != model.num_classes:
+        raise DataError(
+            f"the images have {dataset.num_classes} classes, the model has {model.num_classes}",
+            hint="Accuracy means nothing across different classes. Is this the right dataset kind and folder?",
+        )
+    for index in range(len(dataset)):
+        label = dataset.label(index)
+        if label is None:
+            raise DataError("the images have no labels, so there is no accuracy to measure")
+        if not 0 <= label < model.num_classes:
+            raise DataError(
+                f"has the label {label}, and the model has {model.num_classes} classes (0 to {model.num_classes - 1})",
+                where=dataset.name(index),
+            )
