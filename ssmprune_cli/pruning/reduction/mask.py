@@ -16,7 +16,8 @@ from ssmprune_cli.tokens import TokenSequence
 
 def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
     kept = rank(sequence, score)[:, :count]
-    live = torch.zeros_like(sequence.positions, dtype=torch.bool).scatter(1, kept, True)
+    dead = torch.zeros_like(sequence.positions, dtype=torch.bool)
+    live = dead.scatter(1, kept, torch.ones_like(kept, dtype=torch.bool))
     weight = live.to(sequence.hidden.dtype)[..., None]  # (B, L, 1)
     residual = None if sequence.residual is None else sequence.residual * weight.to(sequence.residual.dtype)
     return replace(sequence, hidden=sequence.hidden * weight, residual=residual, live=live)

@@ -1,0 +1,185 @@
+"""`ssmprune compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+
+from ssmprune_cli.cli import output
+from ssmprune_cli.errors import LimitError, UsageError
+from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
+from ssmprune_cli.report import Report
+
+
+def command(
+    ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Ratio of patch tokens kept *at each prune point*: one number for all points (0.6 at three points leaves "
+            "0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7."
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Instead of --keep: patch tokens left after each point: 150,120,90.")
+    ] = None,
+    points: Annotated[
+        str | None,
+        typer.Option(help="Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth."),
+    ] = None,
+    importance: Annotated[str | None, typer.Option(help="Score: clip, l1, l2, mean or random.")] = None,
+    reduction: Annotated[str | None, typer.Option(help="drop; drop-unsorted and mask are for comparison.")] = None,
+    alignment: Annotated[
+        str | None,
+        typer.Option(
+            help="Step size of a dropped token in the scans: calibrated, null, neighbour or none. "
+            "Default: calibrated with --calib, null without."
+        ),
+    ] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Unlabelled calibration images: a folder, a tree of folders or an .npz.")
+    ] = None,
+    calib_images: Annotated[int | None, typer.Option(help="How many of them to use [default: 64].")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe file or the name of a shipped one.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, overrides the recipe: --set pruning.keep=0.7")
+    ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Labelled images: accuracy before and after, on the same images.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10 or npz.")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Exit with 3 if top-1 falls by more percentage points than this.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artefact.")] = False,
+    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
+    image_size: Annotated[int | None, typer.Option(help="Resize the position embeddings to this image side.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int | None, typer.Option(help="Seed of the random score and of the choice of images.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print tokens per block and multiply-adds; read no images, write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
+
+    Writes a folder with model.safetensors, config.json, recipe.yaml, report.json and a README.md. The input is never
+    changed. --keep is the ratio kept at each point, the keep rate of the literature.
+    """
+    amounts = ("pruning.keep=", "pruning.tokens=")
+    if recipe is not None:
+        chosen = load_recipe(recipe)
+    elif keep is not None or tokens is not None or any(text.startswith(amounts) for text in overrides or []):
+        chosen = Recipe(pruning=Pruning(keep=1.0))
+    else:
+        raise UsageError("how much to keep?", hint="Give `--keep 0.6`, `--tokens 150,120,90` or `--recipe FILE`.")
+    settings: list[str] = []
+    if keep is not None:
+        settings += [f"pruning.keep={_list(keep)}", "pruning.tokens=null"]
+    if tokens is not None:
+        settings += [f"pruning.tokens={_list(tokens, always=True)}", "pruning.keep=null"]
+    given = {
+        "pruning.points": None if points is None else _list(points, always=True),
+        "pruning.importance": importance,
+        "pruning.reduction": reduction,
+        "pruning.alignment": alignment,
+        "calibration.images": calib_images,
+        "calibration.seed": seed,
+        "seed": seed,
+    }
+    settings += [f"{key}={value}" for key, value in given.items() if value is not None]
+    chosen = chosen.override([*settings, *(overrides or [])])
+    if max_drop is not None and eval_data is None:
+        raise UsageError("--max-drop needs --eval-data, the images to measure the drop on")
+    if out is None and not dry_run:
+        raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
+
+    from ssmprune_cli.workflows.compress import Source, compress_checkpoint, plan
+
+    source = Source(ckpt, family, variant, weights, image_size)
+    if dry_run or out is None:
+        report = plan(source, chosen)
+    else:
+        with output.task_progress() as progress:
+            report = compress_checkpoint(
+                source,
+                chosen,
+                out=out,
+                calib=calib,
+                evaluation=_dataset(eval_data, dataset),
+                device=device,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    for warning in report.warnings:
+        output.warn(warning)
+    output.emit(_tables(report), report.to_dict(), as_json=as_json)
+    if out is not None and not dry_run:
+        output.note(f"Written to {out}")
+    if max_drop is not None and report.accuracy is not None:
+        drop = -100 * report.accuracy["difference"]
+        if drop > max_drop:
+            raise LimitError(f"top-1 fell by {drop:.2f} points; --max-drop allows {max_drop:g}")
+
+
+def _list(text: str, *, always: bool = False) -> str:
+    """"5,10,15" as a YAML list; one number stays a number unless a list is wanted."""
+    return f"[{text}]" if always or "," in text else text
+
+
+def _dataset(path: Path | None, name: str | None) -> Any:
+    if path is None:
+        return None
+    from ssmprune_cli.data import open_dataset
+
+    return open_dataset(name or ("npz" if path.suffix == ".npz" else "imagefolder"), path)
+
+
+def _tables(report: Report) -> Group:
+    dense, pruned = report.dense, report.pruned
+    table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
+    for column in ("", "dense", "pruned", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for title, before, after in (
+        ("multiply-adds, all directions (G)", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
+        ("multiply-adds, one direction (G)", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
+    ):
+        table.add_row(title, f"{before / 1e9:.4f}", f"{after / 1e9:.4f}", f"{after / before - 1:+.1%}")
+    if report.accuracy is not None:
+        figures = report.accuracy
+        low, high = figures["difference_interval"]
+        table.add_row(
+            f"top-1 on {figures['count']:,} images (%)",
+            f"{100 * figures['dense']['top1']:.2f}",
+            f"{100 * figures['top1']:.2f}",
+            f"{100 * figures['difference']:+.2f} points (95 %: {100 * low:+.2f} to {100 * high:+.2f})",
+        )
+    pruning = report.pruning
+    lengths = Table(title="Tokens entering each block", title_justify="left")
+    lengths.add_column("block")
+    lengths.add_column("dense", justify="right")
+    lengths.add_column("pruned", justify="right")
+    for first, last in _runs(pruned.tokens_per_block):
+        name = f"{first + 1}" if first == last else f"{first + 1} to {last + 1}"
+        lengths.add_row(name, str(dense.tokens_per_block[first]), str(pruned.tokens_per_block[first]))
+    kept = f"Keep ratio {pruning['keep']} at each point" if pruning["keep"] else "Token counts as given"
+    note = (
+        f"{kept}, after {', '.join(map(str, pruning['points']))} blocks; importance {pruning['importance']}, "
+        f"reduction {pruning['reduction']}, alignment {pruning['alignment']}."
+    )
+    return Group(table, lengths, note)
+
+
+def _runs(values: list[int]) -> list[tuple[int, int]]:
+    """First and last index of each run of equal values."""
+    starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return list(zip(starts, [start - 1 for start in starts[1:]] + [len(values) - 1], strict=True))

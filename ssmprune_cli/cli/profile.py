@@ -1,0 +1,91 @@
+"""`ssmprune profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.table import Table
+
+from ssmprune_cli.cli import output
+
+if TYPE_CHECKING:
+    from ssmprune_cli.workflows.profile import Profile
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
+    compare: Annotated[Path | None, typer.Option(help="A second model, such as the dense one, timed side by side.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Image side in pixels (default: the checkpoint's).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a timed batch.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the median is reported.")] = 10,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count parameters and multiply-adds, and measure latency, throughput and peak memory.
+
+    Multiply-adds are for one image; one multiply-add counts as one. "All directions" counts every scan; "one direction"
+    counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate.
+    """
+    from ssmprune_cli import checkpoint
+    from ssmprune_cli.workflows.profile import profile
+
+    paths = [path] if compare is None else [path, compare]
+    models = [checkpoint.load(each, family=family, variant=variant, image_size=image_size) for each in paths]
+    with output.progress("Timing") as advance:
+        profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    names = [each.name for each in paths]
+    data = {"models": [{"path": str(each), **one.to_dict()} for each, one in zip(paths, profiles, strict=True)]}
+    output.emit(Group(_summary(names, profiles), _blocks(names, profiles)), data, as_json=as_json)
+
+
+def _summary(names: list[str], profiles: list[Profile]) -> Table:
+    first = profiles[0]
+    table = Table(
+        title=f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.device}, "
+        f"{first.threads} threads, scan backend {first.backend}",
+        title_justify="left",
+    )
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    if len(profiles) == 2:
+        table.add_column("ratio", justify="right")
+
+    def row(title: str, texts: list[str], values: list[float]) -> None:
+        ratio = [f"{values[0] / values[1]:.3f}"] if len(values) == 2 else []
+        table.add_row(title, *texts, *ratio)
+
+    def add(title: str, values: list[float], form: str) -> None:
+        row(title, [form.format(value) for value in values], values)
+
+    add("parameters", [p.parameters for p in profiles], "{:,}")
+    add("multiply-adds, all directions (G)", [p.multiply_adds_all_directions / 1e9 for p in profiles], "{:.4f}")
+    add("multiply-adds, one direction (G)", [p.multiply_adds_one_direction / 1e9 for p in profiles], "{:.4f}")
+    spread = [
+        f"{p.speed.median_ms:.1f} ({p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f})" for p in profiles
+    ]
+    row("latency of a batch, median (quartiles), ms", spread, [p.speed.median_ms for p in profiles])
+    add("images per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
+    add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in profiles], "{:.1f}")
+    return table
+
+
+def _blocks(names: list[str], profiles: list[Profile]) -> Table:
+    table = Table(title="Tokens entering each block and its multiply-adds (M, all directions)", title_justify="left")
+    table.add_column("block", justify="right")
+    for name in names:
+        table.add_column(f"tokens, {name}", justify="right")
+        table.add_column("M", justify="right")
+    for block in range(max(len(p.tokens_per_block) for p in profiles)):
+        cells = []
+        for p in profiles:
+            inside = block < len(p.tokens_per_block)
+            cells.append(str(p.tokens_per_block[block]) if inside else "")
+            cells.append(f"{p.multiply_adds_per_block[block] / 1e6:.1f}" if inside else "")
+        table.add_row(str(block + 1), *cells)
+    return table

@@ -1,0 +1,100 @@
+"""Multiply-adds against the paper's figures and against a formula worked out by hand; weights are random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.models import FAMILIES
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.vim import VimConfig
+from ssmprune_cli.pruning import compress
+from ssmprune_cli.workflows.flops import count_flops
+
+
+def vim(variant: str) -> Backbone:
+    family = FAMILIES.get("vim")
+    return family.build(family.variants[variant])
+
+
+# Dense: the Vim literature (one direction) and an independent calculator for all directions, both rounded to 1 M. They
+# count a gate in every scan, ours is an uncounted product after the scans; what is left are three padded tokens a
+# convolution, less than 3e-4.
+@pytest.mark.parametrize(
+    ("variant", "one", "everything"),
+    [("vim_tiny", 1.449, 1.823), ("vim_small", 5.076, 5.912), ("vim_base", 18.867, 20.886)],
+)
+def test_dense_vim(variant: str, one: float, everything: float) -> None:
+    model = vim(variant)
+    gate = len(model.mixers) * model.num_tokens * model.mixers[0].d_inner
+    count = count_flops(model)
+    assert (count.one_direction + gate) / 1e9 == pytest.approx(one, rel=3e-4)
+    assert (count.all_directions + 2 * gate) / 1e9 == pytest.approx(everything, rel=3e-4)
+
+
+def test_the_papers_schedules() -> None:
+    # Plain drop, as published for these schedules (3.57 and 1.28 G); alignment adds B L E a scan.
+    model = vim("vim_small")
+    compress(model, 0.8, points=[5, 10, 15], alignment="none")
+    plain = count_flops(model).one_direction
+    assert plain / 1e9 == pytest.approx(3.57, abs=0.04)
+    compress(model, 0.8, points=[5, 10, 15], alignment="neighbour")
+    assert 0 < count_flops(model).one_direction - plain < 0.005 * plain
+    model = vim("vim_tiny")
+    compress(model, 0.8, points=[10], alignment="none")
+    assert count_flops(model).one_direction / 1e9 == pytest.approx(1.28, abs=0.02)
+
+
+def by_hand(config: VimConfig, lengths: list[int]) -> int:
+    d, n = config.embed_dim, config.d_state
+    e, r = 2 * d, -(-d // 16)
+    patches = (config.image_size[0] // config.patch_size) * (config.image_size[1] // config.patch_size)
+    embed = patches * d * 3 * config.patch_size**2
+    branch = e * config.d_conv + e * (r + 2 * n) + r * e + 9 * e * n + e  # conv, x_proj, dt_proj, scan with D
+    block = d * 2 * e + 2 * branch + e * d  # in_proj, two directions, out_proj
+    return embed + sum(lengths) * block + d * config.num_classes
+
+
+def test_against_a_formula_dense_and_pruned() -> None:
+    config = VimConfig(image_size=(32, 48), patch_size=8, stride=8, embed_dim=32, depth=4, num_classes=7)
+    model = FAMILIES.get("vim").build(config)
+    assert count_flops(model).all_directions == by_hand(config, [25] * 4)
+    compress(model, tokens=[11, 3], points=[1, 3], alignment="none")
+    assert count_flops(model).all_directions == by_hand(config, [25, 12, 12, 4])
+    compress(model, tokens=[11, 3], points=[1, 3], alignment="neighbour")
+    # One multiply-add a channel in both scans of the blocks that lack tokens.
+    assert count_flops(model).all_directions == by_hand(config, [25, 12, 12, 4]) + 2 * 64 * (12 + 12 + 4)
+    count = count_flops(model)
+    assert len(count.per_block) == 4 and count.per_block[1] == count.per_block[2] > count.per_block[3]
+
+
+def test_masking_saves_nothing() -> None:
+    model = FAMILIES.get("vim").build(VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=32, depth=4))
+    dense = count_flops(model).all_directions
+    compress(model, 0.5, reduction="mask")
+    assert count_flops(model).all_directions == dense
+
+
+def test_an_op_that_is_not_known_is_an_error() -> None:
+    class Odd(nn.Module):
+        def __init__(self, head: nn.Module) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(torch.fft.fft(x).real)
+            return result
+
+    model = FAMILIES.get("vim").build(VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=32, depth=2))
+    model.head = Odd(model.head)
+    with pytest.raises(SsmpruneError, match="fft"):
+        count_flops(model)
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    model = FAMILIES.get("vim").build(VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=32, depth=2))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    count_flops(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
