@@ -22,7 +22,7 @@ LAYERS = [
     {"models", "pruning"},
     {"kernels"},
     {"recipe", "report", "tokens"},
-    {"preprocessing", "registry", "validation", "yaml_text"},
+    {"preprocessing", "registry", "statistics", "validation", "yaml_text"},
     {"errors"},
 ]
 FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -288,6 +288,7 @@ recipes = st.builds(
 
 
 @given(recipes)
+@example(Recipe(pruning=Pruning(keep=1.0), description="a\x85b\u2028", provenance={"\x85": "\u2029"}))
 def test_what_is_written_is_read_back_the_same(recipe: Recipe) -> None:
     text = recipe.to_yaml()
     again = parse_recipe(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,8 @@ from ssmprune_cli.errors import LimitError, UsageError
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from ssmprune_cli.workflows.evaluate import Evaluation
+
 
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
@@ -21,7 +23,7 @@ def command(
     compare: Annotated[
         Path | None, typer.Option(help="A second model, such as the dense one, judged on the same images.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images, evenly spaced.")] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(min=0, help="With --compare: exit with 3 if top-1 is lower by more percentage points than this."),
@@ -58,24 +60,38 @@ def command(
             device=device,
             progress=advance,
         )
-    figures = result.to_dict()
-    output.emit(_tables([each.name for each in paths], figures), figures, as_json=as_json)
-    if max_drop is not None:
-        drop = -100 * figures["difference"]
+    output.emit(_tables([each.name for each in paths], result), result.to_dict(), as_json=as_json)
+    if max_drop is not None and result.comparison is not None:
+        drop = -100 * result.comparison.difference
         if drop > max_drop:
-            raise LimitError(f"top-1 fell by {drop:.2f} percentage points; --max-drop allows {max_drop:g}")
+            raise LimitError(f"top-1 is lower by {drop:.2f} percentage points; --max-drop allows {max_drop:g}")
 
 
-def _tables(names: list[str], figures: dict[str, Any]) -> Group:
-    """Both models' accuracy in columns, and the paired difference below."""
+def _tables(names: list[str], result: Evaluation) -> Group:
+    """Each model's accuracy in a column, and the paired difference below."""
     from rich.console import Group
     from rich.table import Table
 
-    columns = [figures] + ([figures["dense"]] if figures.get("dense") else [])
-    table = Table(title=f"{figures['count']:,} images", title_justify="left")
+    comparison = result.comparison
+    models = [result.accuracy] if comparison is None else [result.accuracy, comparison.dense]
+    table = Table(title=f"{result.count:,} images", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    for title, key in (("top-1 (%)", "top1"), ("top-5 (%)", "top5")):
-        table.add_row(title, *(_percent(one, key) for one in columns))
-    return Group(table)
+    table.add_row("top-1 (%)", *(f"{100 * one.top1:.2f}" for one in models))
+    table.add_row("  95 % interval", *(_interval(one.interval, "{:.2f}") for one in models))
+    table.add_row("top-5 (%)", *("-" if one.top5 is None else f"{100 * one.top5:.2f}" for one in models))
+    table.add_row("images per second", *(f"{one.images_per_second:.1f}" for one in models))
+    if comparison is None:
+        return Group(table)
+    return Group(
+        table,
+        f"Difference in top-1: {100 * comparison.difference:+.2f} percentage points "
+        f"(95 % interval {_interval(comparison.difference_interval, '{:+.2f}')}; "
+        f"exact McNemar test p = {comparison.p_value:.2g})",
+    )
+
+
+def _interval(ends: tuple[float, float], form: str) -> str:
+    """An interval of fractions, in per cent."""
+    return " to ".join(form.format(100 * end) for end in ends)
