@@ -12,7 +12,7 @@ from ssmprune_cli.tokens import TokenSequence
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over channels, then scale. Computed in the input's precision, as the authors do."""
+    """Divide by the root mean square over channels, then scale. In the input's precision, as the authors."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut images (B, 3, H, W) into patches, overlapping if stride < patch_size, and embed them: (B, rows * columns, d)."""
+    """Images (B, 3, H, W) to embedded patches (B, rows * columns, d), which overlap if stride < patch_size."""
 
     def __init__(self, image_size: tuple[int, int], patch_size: int, stride: int, dim: int) -> None:
         super().__init__()
@@ -55,17 +55,20 @@ def patch_grid(image_size: tuple[int, int], patch_size: int, stride: int) -> tup
 class RotaryEmbedding(nn.Module):
     """2-D rotary position embedding of whole tokens, as EVA-02 and the first Vim release use it.
 
-    The first half of the channels turns with the patch's row, the second half with its column. Positions are scaled to a
-    grid of 14 x 14, the authors' training resolution. With a class token, dense position 0 is not turned and position
-    p > 0 takes row p - 1 of the table, wherever the class token itself sits: that is what the authors compute.
+    The first half of the channels turns with the patch's row, the second half with its column. Positions are scaled
+    to a grid of 14 x 14, the authors' training resolution. With a class token, dense position 0 is not turned and
+    position p > 0 takes row p - 1 of the table, wherever the class token itself sits: that is what the authors compute.
     """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
 
     def __init__(self, dim: int, grid: tuple[int, int], *, class_token: bool) -> None:
         super().__init__()
         self.class_token = class_token
         cos, sin = rotary_tables(dim, grid)
-        self.freqs_cos = nn.Buffer(cos)  # (rows * columns, d)
-        self.freqs_sin = nn.Buffer(sin)
+        self.register_buffer("freqs_cos", cos)  # (rows * columns, d)
+        self.register_buffer("freqs_sin", sin)
 
     def forward(self, values: Tensor, sequence: TokenSequence) -> Tensor:
         """Rotate `values` (B, L, d), the hidden states or residuals of `sequence`, each by its own position."""

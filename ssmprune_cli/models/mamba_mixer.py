@@ -22,7 +22,7 @@ MixerKind = Literal["v2", "v1", "none"]
 
 
 class CausalConv1d(nn.Module):
-    """Depthwise causal convolution with SiLU over (B, L, E); `reverse` looks at later tokens instead of earlier ones."""
+    """Depthwise causal convolution with SiLU over (B, L, E); `reverse` looks at later tokens, not earlier ones."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class CausalConv1d(nn.Module):
 
 
 class StepProjection(nn.Linear):
-    """R channels to the raw step sizes of E channels. Its bias is left to the scan, which adds it before the softplus."""
+    """R channels to raw step sizes of E channels. The bias is left to the scan, which adds it before the softplus."""
 
     def __init__(self, rank: int, channels: int) -> None:
         super().__init__(rank, channels)
@@ -138,7 +138,7 @@ class MambaMixer(nn.Module):
         return u, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
 
     def null_delta(self) -> Tensor:
-        """(directions, E): the step size of a zero token among zero tokens, of which the convolution leaves its bias."""
+        """(directions, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
         steps = []
         for suffix in ("", "_b") if self.kind == "v2" else ("",) * self.directions:
             u = functional.silu(getattr(self, f"conv1d{suffix}").bias)
@@ -149,7 +149,7 @@ class MambaMixer(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """Add the last output to the residual stream, normalise, mix. The stream is in float32 at least, as the authors'."""
+    """Add the last output to the residual stream, normalise, mix. The stream is in float32 at least, as upstream."""
 
     def __init__(self, norm: nn.LayerNorm | RMSNorm, mixer: MambaMixer) -> None:
         super().__init__()

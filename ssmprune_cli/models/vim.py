@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,8 @@ class VimConfig:
     eval_crop_ratio: float = 0.875
 
     def __post_init__(self) -> None:
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+        given: Any = self.image_size  # an int, or a list from JSON
+        size = (given, given) if isinstance(given, int) else tuple(given)
         object.__setattr__(self, "image_size", size)
         if len(size) != 2 or min(size) < self.patch_size:
             raise UsageError(f"an image of size {size} has no room for a patch of {self.patch_size} pixels")
@@ -71,6 +72,7 @@ class Vim(Backbone):
     """See VimConfig. `features` are the tokens after the last block, before the final norm."""
 
     family = "vim"
+    cls_token: nn.Parameter
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()

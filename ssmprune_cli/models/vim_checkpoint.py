@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,33 +37,39 @@ def matches(shapes: Shapes, hints: Hints) -> bool:
 
 
 def configure(shapes: Shapes, hints: Hints) -> VimConfig:
-    """The configuration that fits `shapes`. What keys cannot tell is taken from `hints.variant` if it is given, else from
-    the authors' model name, else as in the released models (first release if there are rope tables)."""
+    """The configuration that fits `shapes`; with `hints.variant` that one, for the classes and image size of the file.
+
+    What keys cannot tell is taken from the authors' model name if the file has it, else as in the released models (the
+    first release if there are rope tables). Raises CheckpointError.
+    """
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
         found = shapes.get(key)
         if found is None or len(found) != dimensions:
             problem = "is missing" if found is None else f"has the shape {found}"
-            raise CheckpointError(
-                f"looks like Vim, but the weight {key} {problem}", hint="Vim classifiers are supported."
-            )
+            raise CheckpointError(f"not a Vim classifier: the weight {key} {problem}")
         return found
 
+    num_classes = shape("head.weight", 2)[0]
+    if hints.variant:
+        given = VARIANTS[hints.variant]
+        size = (hints.image_size, hints.image_size) if hints.image_size else given.image_size
+        crop = hints.eval_crop_ratio or given.eval_crop_ratio
+        return replace(given, image_size=size, num_classes=num_classes, eval_crop_ratio=crop)
     embed_dim, _, patch_size, _ = shape("patch_embed.proj.weight", 4)
     d_inner, d_state = shape("layers.0.mixer.A_log", 2)
     dt_rank = shape("layers.0.mixer.dt_proj.weight", 2)[1]
     blocks = {int(key.split(".")[1]) for key in shapes if key.startswith("layers.") and key.split(".")[1].isdigit()}
-    token, divide_out = _hidden_choices(shapes, hints)
-    given = VARIANTS[hints.variant] if hints.variant else None
+    token, divide_out = _hidden_choices(shapes, hints.model_name)
     patches = shape("pos_embed", 3)[1] - len(CLASS_TOKENS[token])
-    size, stride = _image_size(patches, patch_size, given.stride if given else None, hints.image_size)
+    side, stride = _image_size(patches, patch_size, hints.image_size)
     return VimConfig(
-        image_size=(size, size),
+        image_size=(side, side),
         patch_size=patch_size,
         stride=stride,
         embed_dim=embed_dim,
         depth=max(blocks) + 1,
-        num_classes=shape("head.weight", 2)[0],
+        num_classes=num_classes,
         d_state=d_state,
         d_conv=shape("layers.0.mixer.conv1d.weight", 3)[2],
         d_inner=None if d_inner == 2 * embed_dim else d_inner,
@@ -85,14 +90,11 @@ def _mixer_has(shapes: Shapes, name: str) -> bool:
     return f"layers.0.mixer.{name}" in shapes
 
 
-def _hidden_choices(shapes: Shapes, hints: Hints) -> tuple[ClassToken, bool]:
+def _hidden_choices(shapes: Shapes, model_name: str) -> tuple[ClassToken, bool]:
     """Place of the class token and whether outputs are halved: no shape depends on them where there is one token."""
-    name = hints.model_name
-    if hints.variant:
-        given = VARIANTS[hints.variant]
-        place, divide_out = given.class_token, given.divide_out
-    elif any(word in name for word in ("clstok", "cls_token", "div2")):
-        place, divide_out = "middle" if "mid" in name else "head", "div2" in name
+    place: ClassToken
+    if any(word in model_name for word in ("clstok", "cls_token", "div2")):
+        place, divide_out = "middle" if "mid" in model_name else "head", "div2" in model_name
     elif "rope.freqs_cos" in shapes:
         place, divide_out = "head", False
     else:
@@ -104,26 +106,24 @@ def _hidden_choices(shapes: Shapes, hints: Hints) -> tuple[ClassToken, bool]:
     return place, divide_out
 
 
-def _image_size(patches: int, patch_size: int, stride: int | None, known_size: int | None) -> tuple[int, int]:
-    """Image side and stride that give `patches`. Only the number is in the file, so the likeliest pair is taken: the size
-    that the container names, then 224 as published, with patches that meet or overlap; then any square of patches."""
-    strides = [patch_size // part for part in (1, 2, 4) if patch_size % part == 0] if stride is None else [stride]
-    for size in (known_size, 224):
-        for step in strides:
-            if size and size >= patch_size and math.prod(patch_grid((size, size), patch_size, step)) == patches:
-                return size, step
-    side = math.isqrt(max(patches, 0))
-    if side == 0 or side * side != patches:
-        raise CheckpointError(
-            f"looks like Vim, but its {patches} patch positions are not those of a square image",
-            where="pos_embed",
-            hint="Give the published configuration it was made from (`--variant`).",
-        )
-    return (side - 1) * strides[0] + patch_size, strides[0]
+def _image_size(patches: int, patch_size: int, known_side: int | None) -> tuple[int, int]:
+    """Image side and stride that give `patches`.
+
+    Only the number is in the file, so the likeliest pair is taken: the side that the container names, then 224 as
+    published, with patches that meet or overlap; then any square of patches that meet.
+    """
+    for side in (known_side, 224):
+        for stride in (patch_size // part for part in (1, 2, 4) if patch_size % part == 0):
+            if side and side >= patch_size and math.prod(patch_grid((side, side), patch_size, stride)) == patches:
+                return side, stride
+    rows = math.isqrt(max(patches, 0))
+    if rows == 0 or rows * rows != patches:
+        raise CheckpointError(f"the {patches} patch positions of pos_embed are not those of a square image")
+    return rows * patch_size, patch_size
 
 
 def resize(state: dict[str, Tensor], config: VimConfig, image_size: int) -> tuple[dict[str, Tensor], VimConfig]:
-    """`state` and `config` for images of another size: bicubic for patches, class tokens taken from their true index."""
+    """For images of another size: bicubic for the patches' positions, class tokens taken from their true index."""
     resized = replace(config, image_size=(image_size, image_size))
     old, new = (patch_grid(each.image_size, each.patch_size, each.stride) for each in (config, resized))
     old_class, new_class = (class_positions(config.class_token, math.prod(grid)) for grid in (old, new))

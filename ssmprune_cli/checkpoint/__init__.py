@@ -1,0 +1,20 @@
+"""Read published checkpoints safely, and read and write our own artefact folders."""
+
+from __future__ import annotations
+
+from ssmprune_cli.checkpoint.artefact import check_writable, save, sha256
+from ssmprune_cli.checkpoint.loading import build_empty, load, non_finite, resolve, variant_name
+from ssmprune_cli.checkpoint.reading import Checkpoint, read
+
+__all__ = [
+    "Checkpoint",
+    "build_empty",
+    "check_writable",
+    "load",
+    "non_finite",
+    "read",
+    "resolve",
+    "save",
+    "sha256",
+    "variant_name",
+]

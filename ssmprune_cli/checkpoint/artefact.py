@@ -1,0 +1,149 @@
+"""Our own output folders: `model.safetensors`, a `config.json` that says how to build it, and what a workflow adds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as serialize
+
+from ssmprune_cli.errors import CheckpointError
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import TokenPruner
+
+FORMAT, FORMAT_VERSION = "ssmprune", 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a config.json says: the family and its config as plain values, and the pruner's settings if there is one."""
+
+    family: str
+    config: dict[str, Any]
+    pruning: dict[str, Any] | None
+
+
+def read_config(folder: Path) -> Artefact:
+    """The config.json of an artefact folder. Raises CheckpointError if it is none of ours."""
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"a folder without {CONFIG} is no output of ssmprune",
+            where=str(folder),
+            hint="Give the checkpoint file itself.",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"is not a {CONFIG} of ssmprune", where=str(path), hint="Give the checkpoint file in the folder itself."
+        )
+    if values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"has format version {values.get('format_version')}, and this ssmprune reads version {FORMAT_VERSION}",
+            where=str(path),
+            hint="Use the ssmprune that wrote it, or a newer one.",
+        )
+    family, config, pruning = (values.get(key) for key in ("family", "config", "pruning"))
+    if not (isinstance(family, str) and isinstance(config, dict) and isinstance(pruning, dict | None)):
+        raise CheckpointError("`family`, `config` or `pruning` is missing or damaged", where=str(path))
+    return Artefact(family, config, pruning)
+
+
+def check_writable(folder: Path, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError unless `save` may write `folder`: only an earlier output of ours is ever replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError("is a file, not a folder", where=str(folder))
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            "the folder is not empty", where=str(folder), hint="Choose another folder, or give `--overwrite`."
+        )
+    try:
+        read_config(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            "the folder holds something else than an output of ssmprune, so it is not overwritten",
+            where=str(folder),
+            hint="Choose another folder.",
+        ) from error
+
+
+def save(
+    folder: Path, model: Backbone, extra_files: Mapping[str, bytes | str] | None = None, *, overwrite: bool = False
+) -> None:
+    """Write `model`, with its pruner, and `extra_files` (name to content) to `folder`: all of it or nothing.
+
+    The same model gives the same bytes. Raises CheckpointError if `check_writable` does, or if the disk is full.
+    """
+    check_writable(folder, overwrite=overwrite)
+    settings = model.pruner.settings.to_dict() if isinstance(model.pruner, TokenPruner) else None
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "family": model.family,
+        "config": asdict(model.config),
+        "pruning": settings,
+    }
+    state = {name: value.detach().cpu().contiguous() for name, value in sorted(model.state_dict().items())}
+    files: dict[str, bytes | str] = {
+        **(extra_files or {}),
+        CONFIG: json.dumps(config, indent=1) + "\n",
+        WEIGHTS: serialize(state, metadata={"format": "pt"}),
+    }
+    contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
+        _replace(folder, temporary)
+    except OSError as error:
+        what = f"cannot be written: {error.strerror or error}"
+        if error.errno == errno.ENOSPC:
+            what = f"the disk is full; writing needs {sum(map(len, contents.values())) / 1e6:.1f} MB"
+        raise CheckpointError(what, where=str(folder)) from error
+    finally:  # on Ctrl-C too
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Rename `new` to `folder`; an old `folder` is set aside and removed last, and comes back if that fails."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = new.with_suffix(".old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a checkpoint file, in hex; of an artefact folder, that of its config.json followed by its weights."""
+    digest = hashlib.sha256()
+    for part in (path / CONFIG, path / WEIGHTS) if path.is_dir() else (path,):
+        try:
+            with part.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(part)) from error
+    return digest.hexdigest()

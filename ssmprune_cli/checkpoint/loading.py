@@ -1,0 +1,212 @@
+"""From named tensors to a model: which family and configuration, whether every weight fits, and the loaded backbone."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli import pruning
+from ssmprune_cli.checkpoint.reading import Checkpoint, listing, read
+from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.models import FAMILIES, Backbone, Family
+from ssmprune_cli.models.base import Hints, Shapes
+
+# Keys that give away a published layout that is not supported (yet): the end of a key, and whose it is.
+_FOREIGN = (
+    ("mamba.direction_Bs", "PlainMamba"),
+    ("mixer.A_log_0", "LocalMamba (LocalVim)"),
+    ("pos_embed_cls", "Mamba-Reg"),
+    ("conv_branch.0.weight", "EfficientVMamba"),
+    ("conv33conv33conv11.0.weight", "MedMamba"),
+    ("op.A_logs", "VMamba"),
+    ("self_attention.A_logs", "VMamba"),
+    ("mixer.conv1d_x.weight", "MambaVision"),
+    ("temporal_pos_embedding", "VideoMamba for videos"),
+    ("backbone.embedding.weight", "a Mamba language model"),
+    ("backbone.embeddings.weight", "a Mamba language model"),
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A family, its configuration and the weights in the names of that family."""
+
+    family: Family
+    config: Any
+    state: dict[str, Tensor]
+
+
+def load(
+    path: Path | str,
+    *,
+    family: str | None = None,
+    variant: str | None = None,
+    image_size: int | None = None,
+    weights: str = "model",
+) -> Backbone:
+    """The model in a checkpoint file or an artefact folder: evaluation mode, float32, on the CPU.
+
+    family, variant  override what is found from names and shapes of the weights
+    image_size       side of square images; position embeddings are resized if the file is for another size
+    weights          which copy to take from a training checkpoint: "model" or "model_ema"
+
+    Raises CheckpointError if anything is wrong with the file (weights are never loaded in part, nor if one is not
+    finite), and UsageError for a family or variant that does not exist.
+    """
+    path = Path(path)
+    checkpoint = read(path, weights=weights)
+    resolved = resolve(checkpoint, family=family, variant=variant)
+    settings = checkpoint.artefact.pruning if checkpoint.artefact else None
+    state = resolved.state
+    model = build_empty(resolved.family, resolved.config, settings, state, path)
+    broken = non_finite(state)
+    if broken:
+        raise CheckpointError(
+            f"{len(broken)} weights have values that are not finite: {listing(broken)}",
+            where=str(path),
+            hint="The file comes from a training that diverged; use another epoch or copy.",
+        )
+    if image_size is not None and model.image_size != (image_size, image_size):
+        if settings is not None:
+            raise CheckpointError(
+                "the image size of a compressed model is fixed, because its token counts are",
+                where=str(path),
+                hint="Compress the dense checkpoint again with `--image-size`.",
+            )
+        state, config = resolved.family.resize(state, resolved.config, image_size)
+        model = build_empty(resolved.family, config, None, state, path)
+    # `copy`: the tensors may be mapped from the file. Assigned, so that no weight is initialised only to be replaced.
+    values = {
+        name: value.to(torch.float32, copy=True).contiguous() if value.is_floating_point() else value.clone()
+        for name, value in state.items()
+    }
+    model.load_state_dict(values, strict=True, assign=True)
+    return model.eval()
+
+
+def resolve(checkpoint: Checkpoint, *, family: str | None = None, variant: str | None = None) -> Resolved:
+    """The family and configuration of `checkpoint`. Raises CheckpointError or UsageError; see `load`."""
+    chosen = _requested(family, variant)
+    if checkpoint.artefact is not None:
+        return _from_artefact(checkpoint, chosen, variant)
+    hints = replace(checkpoint.hints, variant=variant)
+    if chosen is None:
+        chosen = _detect(checkpoint)
+    state = chosen.remap(checkpoint.state)
+    try:
+        return Resolved(chosen, chosen.configure(_shapes(state), hints), state)
+    except CheckpointError as error:
+        looks = _recognise(_shapes(checkpoint.state), checkpoint.hints)
+        hint = f"It looks like {looks}." if looks else f"Its first weights: {listing(list(checkpoint.state))}."
+        raise CheckpointError(error.what, where=str(checkpoint.path), hint=hint) from error
+
+
+def variant_name(family: Family, config: Any) -> str | None:
+    """The published configuration that `config` is, whatever its image size, classes and crop; None if it is none."""
+    for name, published in family.variants.items():
+        same = {key: getattr(config, key) for key in ("image_size", "num_classes", "eval_crop_ratio")}
+        if replace(published, **same) == config:
+            return name
+    return None
+
+
+def non_finite(state: dict[str, Tensor]) -> list[str]:
+    """Names of the weights that have an infinite value or a NaN, in float32."""
+    return [name for name, value in state.items() if not torch.isfinite(value.float()).all()]
+
+
+def build_empty(
+    family: Family, config: Any, settings: dict[str, Any] | None, state: dict[str, Tensor], path: Path
+) -> Backbone:
+    """The backbone on the meta device, with a pruner if there are settings. CheckpointError if `state` does not fit."""
+    with torch.device("meta"):
+        model = family.build(config)
+        if settings is not None:
+            pruning.attach(model, settings)
+    expected = model.state_dict()
+    faults = [f"{name} is missing" for name in expected if name not in state]
+    for name, value in state.items():
+        if name not in expected:
+            faults.append(f"{name} is unknown")
+        elif value.shape != expected[name].shape:
+            faults.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
+        elif value.is_floating_point() != expected[name].is_floating_point():
+            faults.append(f"{name} is of type {value.dtype}")
+    if faults:
+        title = variant_name(family, config) or family.title
+        hint = "Check `--family` and `--variant`; without them, both are found from the weights."
+        if any(name.startswith("pruner.") for name in state) and settings is None:
+            hint = "The weights are those of a compressed model: give the folder, with its config.json."
+        raise CheckpointError(f"the weights do not fit {title}: {listing(faults)}", where=str(path), hint=hint)
+    return model
+
+
+def _requested(family: str | None, variant: str | None) -> Family | None:
+    chosen = None if family is None else FAMILIES.get(family)
+    if variant is None:
+        return chosen
+    candidates = [each for _, each in FAMILIES.items() if chosen in (None, each)]
+    for candidate in candidates:
+        if variant in candidate.variants:
+            return candidate
+    known = [name for candidate in candidates for name in candidate.variants]
+    close = difflib.get_close_matches(variant, known, n=1)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    raise UsageError(f"unknown variant {variant!r}.{guess}", hint=f"Known: {', '.join(known)}.")
+
+
+def _from_artefact(checkpoint: Checkpoint, requested: Family | None, variant: str | None) -> Resolved:
+    assert checkpoint.artefact is not None
+    where = str(checkpoint.path / "config.json")
+    family = FAMILIES.get(checkpoint.artefact.family)
+    try:
+        config = family.config_class(**checkpoint.artefact.config)
+    except (TypeError, ValueError, UsageError) as error:
+        raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
+    found = variant_name(family, config)
+    if requested not in (None, family) or (variant is not None and variant != found):
+        raise UsageError(
+            f"says {found or family.name}, not {variant or (requested.name if requested else '')}",
+            where=where,
+            hint="Leave out `--family` and `--variant`: an output folder knows what it is.",
+        )
+    return Resolved(family, config, checkpoint.state)
+
+
+def _detect(checkpoint: Checkpoint) -> Family:
+    shapes = _shapes(checkpoint.state)
+    matching = [family for _, family in FAMILIES.items() if family.matches(shapes, checkpoint.hints)]
+    if len(matching) == 1:
+        return matching[0]
+    known = f"Known families: {', '.join(FAMILIES.names())}."
+    if matching:
+        titles = " or ".join(family.title for family in matching)
+        raise CheckpointError(f"may be {titles}", where=str(checkpoint.path), hint="Say which with `--family`.")
+    looks = _recognise(shapes, checkpoint.hints)
+    similar = [family for _, family in FAMILIES.items() if family.matches(shapes, Hints())]
+    if similar:
+        what = (
+            f"has the weights of {similar[0].title}, but is called {looks or 'something else'}, which is not supported"
+        )
+        hint = f"{known} If the name is wrong, give `--family {similar[0].name}`."
+    elif looks:
+        what, hint = f"is {looks}, which is not supported", known
+    else:
+        what, hint = "is of no known model family", f"{known} Its first weights: {listing(list(shapes))}."
+    raise CheckpointError(what, where=str(checkpoint.path), hint=hint)
+
+
+def _recognise(shapes: Shapes, hints: Hints) -> str | None:
+    """Whose layout this is, if it is a published one that no family supports."""
+    if "videomamba" in f"{hints.filename} {hints.model_name}".lower().replace("_", ""):
+        return "VideoMamba"
+    return next((title for ending, title in _FOREIGN if any(key.endswith(ending) for key in shapes)), None)
+
+
+def _shapes(state: dict[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in state.items()}

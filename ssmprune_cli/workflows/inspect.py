@@ -1,0 +1,81 @@
+"""`ssmprune inspect`: what a checkpoint holds, without running it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ssmprune_cli.checkpoint import build_empty, non_finite, read, resolve, sha256, variant_name
+from ssmprune_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Plain values about one checkpoint.
+
+    variant         published configuration, whatever its image size and classes; None if it is none
+    parameters      numbers in the model's parameters (no buffers, no pruner)
+    tokens          length of the dense sequence, class and register tokens included; `protected` are their positions
+    container       kind of file, its top-level entries (none for a bare state dict), and the entry that was used
+    dtype           stored types of the weights, with how many tensors have each
+    non_finite      names of weights that hold an infinite value or a NaN; such a file is not loaded
+    preprocessing   what the model expects of an image; None where nothing is published
+    config          the family's configuration
+    pruning         settings of the pruner; None for a dense model
+    """
+
+    family: str
+    variant: str | None
+    parameters: int
+    image_size: tuple[int, int]
+    num_classes: int
+    tokens: int
+    protected: tuple[int, ...]
+    blocks: int
+    scan_directions: int
+    container: dict[str, Any]
+    dtype: dict[str, int]
+    non_finite: tuple[str, ...]
+    sha256: str
+    preprocessing: dict[str, Any] | None
+    config: dict[str, Any]
+    pruning: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(path: Path, *, family: str | None = None, variant: str | None = None, weights: str = "model") -> Inspection:
+    """Describe the checkpoint at `path`; the options are those of `checkpoint.load`, and so are the errors.
+
+    Weights that are not finite are reported, not refused.
+    """
+    checkpoint = read(path, weights=weights)
+    resolved = resolve(checkpoint, family=family, variant=variant)
+    settings = checkpoint.artefact.pruning if checkpoint.artefact else None
+    model = build_empty(resolved.family, resolved.config, settings, resolved.state, path)
+    try:
+        preprocessing = asdict(model.preprocessing)
+    except UsageError:
+        preprocessing = None
+    parameters = model.parameters()
+    return Inspection(
+        family=model.family,
+        variant=variant_name(resolved.family, resolved.config),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        image_size=model.image_size,
+        num_classes=model.num_classes,
+        tokens=model.num_tokens,
+        protected=model.protected,
+        blocks=len(model.mixers),
+        scan_directions=model.mixers[0].directions,
+        container={"kind": checkpoint.kind, "entries": list(checkpoint.entries), "used": checkpoint.used},
+        dtype=dict(Counter(str(value.dtype).removeprefix("torch.") for value in checkpoint.state.values())),
+        non_finite=tuple(non_finite(resolved.state)),
+        sha256=sha256(path),
+        preprocessing=preprocessing,
+        config=asdict(resolved.config),
+        pruning=settings,
+    )
