@@ -68,7 +68,8 @@ def paste(canvas: Canvas, glyph: Canvas, centre: tuple[float, float], side: floa
 
 def stroke(canvas: Canvas, start: Canvas, end: Canvas, width: float, level: float) -> None:
     """Draw a straight line from `start` to `end` (row, column) with soft edges."""
-    points = np.stack(np.mgrid[0:SIZE, 0:SIZE], axis=-1) + 0.5
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE]
+    points = np.stack((rows, columns), axis=-1) + 0.5
     along = end - start
     place = np.clip(((points - start) @ along) / max(float(along @ along), 1e-9), 0, 1)
     distance = np.sqrt((((points - start) - place[..., None] * along) ** 2).sum(-1))
@@ -101,8 +102,8 @@ def draw(rng: Generator, pool: Digits, which: int) -> NDArray[np.uint8]:
     centre = (between(side / 2, SIZE - side / 2), between(side / 2, SIZE - side / 2))
     paste(canvas, pool.images[which], centre, side, between(-0.15, 0.15), between(0.8, 1.0))
     canvas = canvas + 0.02 * (rng.random((SIZE, SIZE)) - 0.5)
-    levels = np.rint(np.clip(canvas, 0, 1) * (LEVELS - 1))
-    return (levels * (255 // (LEVELS - 1))).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint(np.clip(canvas, 0, 1) * (LEVELS - 1)).astype(np.uint8)
+    return levels * np.uint8(255 // (LEVELS - 1))
 
 
 def make(name: str, pools: dict[str, Digits], count: int) -> dict[str, NDArray[Any]]:
@@ -126,7 +127,7 @@ def main() -> None:
     pools = load_pools()
     for name, count in COUNTS.items():
         arrays = make(name, pools, count)
-        np.savez_compressed(out / f"{name}.npz", **arrays)
+        np.savez_compressed(out / f"{name}.npz", **arrays)  # type: ignore[arg-type]
         print(f"{out / name}.npz: {count} images, {(out / f'{name}.npz').stat().st_size / 1e6:.2f} MB")
 
 

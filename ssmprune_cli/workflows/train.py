@@ -203,7 +203,8 @@ def accuracy(model: Backbone, images: LabelledImages, batch_size: int) -> float:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Optimiser groups: `weight_decay` for matrices and filters; none for biases, norms, A, D, tokens and positions."""
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         free = parameter.ndim < 2 or name.rpartition(".")[2] in _UNDECAYED
         (rest if free else decayed).append(parameter)
