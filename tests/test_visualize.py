@@ -17,7 +17,15 @@ from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
 from ssmprune_cli.workflows.train import build
 from ssmprune_cli.workflows.visualize import CAPTION, MARGIN, stages, visualize
 
-SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=3", "num_classes=2"]
+SMALL = [
+    "image_size=[16, 16]",
+    "patch_size=4",
+    "stride=4",
+    "embed_dim=16",
+    "depth=3",
+    "num_classes=2",
+    "eval_crop_ratio=1.0",
+]
 # 16 patches and the class token at dense position 8: patch p is at dense position p below 8 and p + 1 from there.
 KEPT = {0: [[0, 2, 3, 4, 8, 9, 16], [1, 5, 6, 7, 8, 10, 12]], 1: [[2, 8, 16], [6, 8, 12]]}  # block: dense positions
 CELLS = {1: [{0, 2, 3, 4, 8, 15}, {1, 5, 6, 7, 9, 11}], 2: [{2, 15}, {6, 11}]}  # after blocks: patches
