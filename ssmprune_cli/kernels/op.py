@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import ScanInputs, pick
@@ -220,11 +221,11 @@ _conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
 
 
 # torch's counter counts a multiply-add as two floating-point operations.
-@torch.utils.flop_counter.register_flop_formula(torch.ops.ssmprune.selective_scan)
+@register_flop_formula(torch.ops.ssmprune.selective_scan)
 def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *others: Any, **kwargs: Any) -> int:
     return 2 * scan_flops(*u, A[1], has_D=D is not None, has_z=z is not None)
 
 
-@torch.utils.flop_counter.register_flop_formula(torch.ops.ssmprune.causal_conv1d)
+@register_flop_formula(torch.ops.ssmprune.causal_conv1d)
 def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
     return 2 * conv_flops(*x, weight[1])

@@ -1,12 +1,11 @@
 """Backends in plain PyTorch: `reference`, one step at a time, the truth; `chunked`, the same in fewer, larger operations.
 
-Both compute in the inputs' own precision and take gradients by autograd through a recomputed forward pass.
+Both compute in the inputs' own precision and share the backward pass, which recomputes the states chunk by chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from torch.nn import functional
 
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
 
-DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "shift", "gap_delta")
 CHUNK = 16  # steps whose decays and inputs are computed at once; more only costs memory
 
 
@@ -54,22 +52,96 @@ def chunked_scan(inputs: ScanInputs) -> Tensor:
     """As `reference_scan`, with decays, drives and read-outs of CHUNK tokens in one operation each."""
     delta, decay = steps(inputs)
     drive = delta * inputs.u
-    batch, length, channels = inputs.u.shape
+    batch, _, channels = inputs.u.shape
     state = inputs.u.new_zeros(batch, channels, inputs.A.shape[1])
-    starts = range(0, length, CHUNK)
     outputs: dict[int, Tensor] = {}
-    for start in reversed(starts) if inputs.reverse else starts:
-        part = slice(start, min(start + CHUNK, length))
-        decays = torch.exp(decay[:, part, :, None] * inputs.A).unbind(dim=1)
-        drives = (drive[:, part, :, None] * inputs.B[:, part, None]).unbind(dim=1)
-        order = range(len(decays))
-        states: list[Tensor] = [state] * len(decays)
-        for t in reversed(order) if inputs.reverse else order:
-            state = torch.addcmul(drives[t], decays[t], state)
-            states[t] = state
-        # (B, T, E, N) x (B, T, N, 1) -> (B, T, E)
-        outputs[start] = (torch.stack(states, dim=1) @ inputs.C[:, part, :, None])[..., 0]
-    return finish(torch.cat([outputs[start] for start in starts], dim=1), inputs)
+    for part in _chunks(inputs):
+        states, _ = _states(inputs, decay, drive, part, state)
+        state = states[:, 0 if inputs.reverse else -1]
+        outputs[part.start] = (states @ inputs.C[:, part, :, None])[..., 0]  # (B, T, E, N) x (B, T, N, 1)
+    return finish(torch.cat([outputs[start] for start in sorted(outputs)], dim=1), inputs)
+
+
+def _chunks(inputs: ScanInputs) -> list[slice]:
+    """Token ranges in scan order."""
+    length = inputs.u.shape[1]
+    chunks = [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+    return chunks[::-1] if inputs.reverse else chunks
+
+
+def _states(inputs: ScanInputs, decay: Tensor, drive: Tensor, part: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States after each token of `part` and their decays, (B, T, E, N) each, from the `state` before it."""
+    decays = torch.exp(decay[:, part, :, None] * inputs.A)
+    drives = (drive[:, part, :, None] * inputs.B[:, part, None]).unbind(dim=1)
+    factors, order = decays.unbind(dim=1), range(len(drives))
+    states: list[Tensor] = [state] * len(drives)
+    for t in reversed(order) if inputs.reverse else order:
+        state = torch.addcmul(drives[t], factors[t], state)
+        states[t] = state
+    return torch.stack(states, dim=1), decays
+
+
+def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
+    """Gradients in the order of `Backend.scan_backward`; states are kept at chunk borders only and recomputed between."""
+    u, A, B, C, D, z = inputs.u, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z
+    delta, decay = steps(inputs)
+    drive = delta * u
+    chunks = _chunks(inputs)
+    last = 0 if inputs.reverse else -1  # of a chunk, in scan order
+    borders = [u.new_zeros(u.shape[0], u.shape[2], A.shape[1])]
+    for part in chunks[:-1]:
+        borders.append(_states(inputs, decay, drive, part, borders[-1])[0][:, last])
+    gate = None if z is None else torch.sigmoid(z)
+    through = grad if z is None or gate is None else grad * z * gate  # dL/dy before the gate
+    y = torch.empty_like(u)
+    d_drive, d_decay, d_A = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(A)
+    d_B, d_C = torch.empty_like(B), torch.empty_like(C)
+    carry = torch.zeros_like(borders[0])  # dL/dh that later chunks send back
+    for part, border in zip(reversed(chunks), reversed(borders), strict=True):
+        states, decays = _states(inputs, decay, drive, part, border)
+        before = (
+            torch.cat((states[:, 1:], border[:, None]), 1)
+            if inputs.reverse
+            else torch.cat((border[:, None], states[:, :-1]), 1)
+        )
+        direct = (through[:, part, :, None] * C[:, part, None]).unbind(dim=1)  # what y_t sends to h_t
+        d_states: list[Tensor] = list(direct)
+        order = range(len(direct))
+        for t in order if inputs.reverse else reversed(order):
+            d_states[t] = direct[t] + carry
+            carry = decays[:, t] * d_states[t]
+        d_h = torch.stack(d_states, dim=1)  # (B, T, E, N)
+        y[:, part] = (states @ C[:, part, :, None])[..., 0]
+        d_C[:, part] = (through[:, part, :, None] * states).sum(dim=2)
+        d_B[:, part] = (d_h * drive[:, part, :, None]).sum(dim=2)
+        d_drive[:, part] = (d_h @ B[:, part, :, None])[..., 0]
+        d_exponent = d_h * before * decays
+        d_decay[:, part] = (d_exponent * A).sum(dim=-1)
+        d_A += (d_exponent * decay[:, part, :, None]).sum(dim=(0, 1))
+    d_u, d_delta = d_drive * delta, d_drive * u + d_decay
+    if D is not None:
+        y, d_u = y + D * u, d_u + D * through
+    d_gap_delta = None
+    if inputs.gap is not None:
+        if inputs.gap_delta is None:
+            d_delta = d_delta + d_decay * inputs.gap[..., None]
+        else:
+            d_gap_delta = (d_decay * inputs.gap[..., None]).sum(dim=(0, 1))
+    if inputs.delta_softplus:
+        raw = inputs.delta if inputs.delta_bias is None else inputs.delta + inputs.delta_bias
+        d_delta = d_delta * torch.sigmoid(raw)
+    return (
+        d_u,
+        d_delta,
+        d_A,
+        d_B,
+        d_C,
+        None if D is None else (through * u).sum(dim=(0, 1)),
+        None if z is None or gate is None else grad * y * gate * (1 + z * (1 - gate)),
+        None if inputs.delta_bias is None else d_delta.sum(dim=(0, 1)),
+        None if inputs.shift is None else d_decay,
+        d_gap_delta,
+    )
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
@@ -80,6 +152,26 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     channels_first = functional.pad(x.transpose(1, 2), pad)  # (B, E, L + K - 1)
     y = functional.conv1d(channels_first, kernel[:, None], bias, groups=weight.shape[0])
     return functional.silu(y).transpose(1, 2).contiguous()
+
+
+def conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    width, length = weight.shape[1], x.shape[1]
+    pad = (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)
+    padded = functional.pad(x, pad)  # (B, L + K - 1, E)
+    # Tap k of `weight` meets the token k - K + 1 places away, or K - 1 - k in reverse.
+    offsets = [width - 1 - k if reverse else k for k in range(width)]
+    y = bias + sum(padded[:, offset : offset + length] * weight[:, k] for k, offset in enumerate(offsets))
+    gate = torch.sigmoid(y)
+    d_y = grad * gate * (1 + y * (1 - gate))
+    d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(weight)
+    for k, offset in enumerate(offsets):
+        d_padded[:, offset : offset + length] += d_y * weight[:, k]
+        d_weight[:, k] = (d_y * padded[:, offset : offset + length]).sum(dim=(0, 1))
+    start = 0 if reverse else width - 1
+    return d_padded[:, start : start + length], d_weight, d_y.sum(dim=(0, 1))
 
 
 class PyTorchBackend(Backend):
@@ -99,12 +191,7 @@ class PyTorchBackend(Backend):
         return self._scan(inputs)
 
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
-        given = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
-        leaves = {name: given[name].detach().requires_grad_() for name in DIFFERENTIABLE if given[name] is not None}
-        with torch.enable_grad():
-            y = self._scan(replace(inputs, **leaves))
-        found = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
-        return tuple(found.get(name) for name in DIFFERENTIABLE)
+        return scan_gradients(grad, inputs)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         return conv_silu(x, weight, bias, reverse)
@@ -112,11 +199,7 @@ class PyTorchBackend(Backend):
     def conv_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-        with torch.enable_grad():
-            y = conv_silu(leaves[0], leaves[1], leaves[2], reverse)
-        found = torch.autograd.grad(y, leaves, grad)
-        return found[0], found[1], found[2]
+        return conv_gradients(grad, x, weight, bias, reverse)
 
 
 REFERENCE = PyTorchBackend("reference", reference_scan)
