@@ -38,7 +38,7 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
     for k in range(min(gained, lost) + 1):
         tail += term
         term = term * (discordant - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**discordant)  # whole numbers to the end: exact for any count
+    return min(1.0, 2 * tail / (1 << discordant))  # whole numbers to the end: exact for any count
 
 
 def _score(gained: int, lost: int, count: int, delta: float) -> float:

@@ -105,7 +105,7 @@ class Subset(ImageDataset):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image file in `folder` and below, sorted by path; known by the suffix, hidden files and folders left out."""
+    """Every image file (by its suffix) in `folder` and below, sorted by path, hidden files and folders left out."""
     return sorted(_walk(folder), key=lambda path: path.relative_to(folder).parts)
 
 

@@ -59,7 +59,7 @@ def _listed(root: Path, folder: Path, files: list[Path], index: dict[str, int]) 
             raise DataError(
                 "has images but no labels for them",
                 where=str(folder),
-                hint=f'Put a list beside them: val.txt (lines "name index" or "name wnid"), or {_TRUTH} and synsets.txt.',
+                hint=f'Put val.txt (lines "name index" or "name wnid") beside them, or {_TRUTH} and synsets.txt.',
             )
         synsets = _find("synsets.txt", root, folder)
         if synsets is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,11 @@ class NpzImages(ImageDataset):
 def _read(path: Path) -> dict[str, NDArray[Any]]:
     """`images` and `labels` of the archive, as far as it has them. Runs no code from the file."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: NumPy leaves a file open that it cannot read.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError("is a single array, not an .npz", where=str(path), hint=_HINT)
             return {key: archive[key] for key in ("images", "labels") if key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), hint=_HINT) from error

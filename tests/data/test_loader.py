@@ -1,0 +1,127 @@
+"""Batches, calibration images, fingerprints."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssmprune_cli.data import batches, calibration_images, fingerprint, open_dataset
+from ssmprune_cli.data.preprocess import preprocess
+from ssmprune_cli.errors import DataError
+from ssmprune_cli.preprocessing import Preprocessing
+
+PREPROCESSING = Preprocessing(resize=10, crop=8)
+
+
+def write_images(folder: Path, count: int, start: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(start, start + count):
+        Image.new("RGB", (12, 12), (index, 0, 0)).save(folder / f"{index:03d}.png")
+
+
+def write_npz(path: Path, count: int, labels: bool = True) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+    np.savez(path, images=images, **({"labels": np.arange(count)} if labels else {}))  # type: ignore[arg-type]
+    return path
+
+
+def names(path: Path, count: int, seed: int = 0) -> list[str]:
+    dataset = calibration_images(path, count, seed)
+    return [dataset.name(index) for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 50])
+def test_batches_are_the_images_in_order(batch_size: int, tmp_path: Path) -> None:
+    dataset = open_dataset("npz", write_npz(tmp_path / "a.npz", 10))
+    found = list(batches(dataset, PREPROCESSING, batch_size))
+    sizes = [batch_size] * (10 // batch_size) + ([10 % batch_size] if 10 % batch_size else [])
+    assert [len(batch.images) for batch in found] == sizes
+    expected = torch.stack([preprocess(dataset.image(index), PREPROCESSING) for index in range(10)])
+    assert torch.equal(torch.cat([batch.images for batch in found]), expected)
+    assert [name for batch in found for name in batch.names] == [f"images[{index}]" for index in range(10)]
+    labels = [label for batch in found if batch.labels is not None for label in batch.labels.tolist()]
+    assert labels == list(range(10))
+
+
+def test_batches_without_labels(tmp_path: Path) -> None:
+    dataset = open_dataset("npz", write_npz(tmp_path / "a.npz", 3, labels=False))
+    assert [batch.labels for batch in batches(dataset, PREPROCESSING, 2)] == [None, None]
+
+
+def test_unreadable_image_is_named_when_its_batch_is_due(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 5)
+    (tmp_path / "a" / "003.png").write_bytes(b"no image")
+    found = batches(open_dataset("imagefolder", tmp_path), PREPROCESSING, 2)
+    assert len(next(found).images) == 2
+    with pytest.raises(DataError, match=r"003\.png"):
+        next(found)
+
+
+def test_no_thread_outlives_the_loader(tmp_path: Path) -> None:
+    dataset = open_dataset("npz", write_npz(tmp_path / "a.npz", 10))
+    found = batches(dataset, PREPROCESSING, 1)
+    next(found)
+    found.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ssmprune-images")]
+
+
+def test_calibration_choice_is_by_seed(tmp_path: Path) -> None:
+    write_images(tmp_path, 50)
+    chosen = names(tmp_path, 8)
+    assert len(set(chosen)) == 8
+    assert chosen == sorted(chosen) == names(tmp_path, 8)
+    assert chosen != names(tmp_path, 8, seed=1)
+    assert chosen != [f"{index:03d}.png" for index in range(8)]
+
+
+def test_calibration_from_a_tree_has_no_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "b", 2)
+    write_images(tmp_path / "a" / "deep", 1, start=5)
+    write_images(tmp_path, 1, start=9)
+    assert sorted(names(tmp_path, 99)) == ["009.png", "a/deep/005.png", "b/000.png", "b/001.png"]
+    assert calibration_images(tmp_path, 99, 0).label(0) is None
+
+
+def test_calibration_from_npz(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", 6, labels=False)
+    assert len(calibration_images(path, 4, 0)) == 4
+    assert len(calibration_images(path, 64, 0)) == 6
+
+
+def test_calibration_faults(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no images"):
+        calibration_images(tmp_path, 4, 0)
+    with pytest.raises(DataError, match="does not exist"):
+        calibration_images(tmp_path / "nowhere", 4, 0)
+    write_images(tmp_path, 3)
+    (tmp_path / "001.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"001\.png"):
+        calibration_images(tmp_path, 3, 0)
+
+
+def test_calibration_images_that_are_all_alike(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.full((3, 8, 8), 5, np.uint8))
+    with pytest.raises(DataError, match="all alike"):
+        calibration_images(tmp_path / "a.npz", 3, 0)
+    assert len(calibration_images(tmp_path / "a.npz", 1, 0)) == 1  # a single image is not an accident
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    write_images(tmp_path / "one", 3)
+    write_images(tmp_path / "two", 3)
+
+    def digest(folder: str) -> str:
+        return fingerprint(calibration_images(tmp_path / folder, 3, 0))
+
+    before = digest("one")
+    assert len(before) == 64
+    assert before == digest("two")  # does not depend on where the images lie
+    Image.new("RGB", (12, 12), (1, 0, 1)).save(tmp_path / "two" / "001.png")
+    assert before != digest("two")
+    (tmp_path / "one" / "002.png").rename(tmp_path / "one" / "003.png")
+    assert before != digest("one")
