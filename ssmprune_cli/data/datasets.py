@@ -60,6 +60,7 @@ class ImageFiles(ImageDataset):
         path = self._files[index]
         try:
             with Image.open(path) as image:
+                check_pixels(*image.size)
                 image.load()
                 return image
         except Exception as error:  # PIL's decoders raise almost anything on damaged files
@@ -104,9 +105,19 @@ class Subset(ImageDataset):
         return self._dataset.class_names
 
 
+def check_pixels(width: int, height: int) -> None:
+    """Raises ValueError for more pixels than PIL holds to be safe: it only warns up to twice as many."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(f"{width} x {height} pixels are more than the limit of {limit:,}")
+
+
 def image_files(folder: Path) -> list[Path]:
-    """Every image file (by its suffix) in `folder` and below, sorted by path, hidden files and folders left out."""
-    return sorted(_walk(folder), key=lambda path: path.relative_to(folder).parts)
+    """Every image file (by its suffix) in `folder` and below, sorted by path, hidden files and folders left out.
+
+    Links are followed, each folder is read once. Raises DataError for a folder that cannot be read.
+    """
+    return sorted(_walk(folder, set()), key=lambda path: path.relative_to(folder).parts)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -122,12 +133,20 @@ def check_folder(folder: Path) -> None:
         raise DataError("is not a folder" if folder.exists() else "does not exist", where=str(folder))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """`seen` has the folders that were read, links resolved: a link to a folder above would give its images again."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    try:
+        paths = sorted(folder.iterdir())  # sorted: with two ways to a folder, always the same one is taken
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(folder)) from error
+    for path in paths:
         if _hidden(path):
             continue
         if path.is_dir():
-            yield from _walk(path)
+            yield from _walk(path, seen)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield path
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.data.preprocess import preprocess
+from ssmprune_cli.errors import DataError
 from ssmprune_cli.preprocessing import Preprocessing
 
 _AHEAD = 2  # batches read while the model works on one
@@ -34,7 +35,11 @@ def batches(dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int
     """
 
     def load(index: int) -> Tensor:
-        return preprocess(dataset.image(index), preprocessing)
+        image = dataset.image(index)
+        try:
+            return preprocess(image, preprocessing)
+        except ValueError as error:
+            raise DataError(f"cannot be prepared for the model: {error}", where=dataset.name(index)) from error
 
     waiting: deque[tuple[range, list[Future[Tensor]]]] = deque()
     starts = iter(range(0, len(dataset), batch_size))

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssmprune_cli.data.datasets import check_pixels
 from ssmprune_cli.preprocessing import Preprocessing
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -24,11 +25,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
-    """Bring the short side to `size` pixels and the long one to int(size * long / short)."""
+    """Bring the short side to `size` pixels and the long one to int(size * long / short).
+
+    Raises ValueError for an image so narrow that the result would have too many pixels.
+    """
     width, height = image.size
     if min(width, height) == size:
         return image
     long = int(size * max(width, height) / min(width, height))
+    check_pixels(size, long)
     return image.resize((size, long) if width <= height else (long, size), _RESAMPLING[interpolation])
 
 
@@ -46,7 +51,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """Normalised float32 image (3, crop, crop) of an image of any mode and size."""
+    """Normalised float32 image (3, crop, crop) of an image of any mode and size.
+
+    Raises ValueError for an image that cannot be converted.
+    """
     image = resize_short_side(to_rgb(image), preprocessing.resize, preprocessing.interpolation)
     # NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
     scaled = np.asarray(center_crop(image, preprocessing.crop)).transpose(2, 0, 1).astype(np.float32) / np.float32(255)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -136,6 +138,30 @@ def test_damaged_image_is_named(tmp_path: Path) -> None:
     for index, name in enumerate(("cut.jpg", "no.png")):
         with pytest.raises(DataError, match=f"{name}: cannot be read as an image"):
             dataset.image(index)
+
+
+@pytest.mark.parametrize("pil_warning", ["error", "ignore"])
+def test_image_of_too_many_pixels_is_named(
+    pil_warning: Literal["error", "ignore"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where PIL itself would only warn: above its limit, but not above twice its limit."""
+    write_image(tmp_path / "a" / "large.png")  # 24 pixels
+    dataset = open_dataset("imagefolder", tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24)
+    assert dataset.image(0).size == (6, 4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 23)
+    with warnings.catch_warnings():
+        warnings.simplefilter(pil_warning)
+        with pytest.raises(DataError, match=r"large\.png: cannot be read.* limit of 23"):
+            dataset.image(0)
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    write_image(tmp_path / "data" / "a" / "1.png")
+    write_image(tmp_path / "elsewhere" / "2.png")
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data" / "a")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
+    assert listed(open_dataset("imagefolder", tmp_path / "data")) == [("a/1.png", 0), ("b/2.png", 1)]
 
 
 # imagenet

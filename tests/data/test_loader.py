@@ -62,6 +62,15 @@ def test_unreadable_image_is_named_when_its_batch_is_due(tmp_path: Path) -> None
         next(found)
 
 
+def test_narrow_image_is_named_before_it_fills_the_memory(tmp_path: Path) -> None:
+    """With a short side of 256 pixels it would be 256 x 25,600,000: 20 GB from a file of a few hundred bytes."""
+    (tmp_path / "a").mkdir()
+    Image.new("1", (100_000, 1)).save(tmp_path / "a" / "narrow.png")
+    found = batches(open_dataset("imagefolder", tmp_path), Preprocessing(resize=256, crop=224), 1)
+    with pytest.raises(DataError, match=r"a/narrow\.png: cannot be prepared.* 256 x 25600000 pixels"):
+        next(found)
+
+
 def test_no_thread_outlives_the_loader(tmp_path: Path) -> None:
     dataset = open_dataset("npz", write_npz(tmp_path / "a.npz", 10))
     found = batches(dataset, PREPROCESSING, 1)
