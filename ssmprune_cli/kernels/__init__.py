@@ -9,9 +9,11 @@ from ssmprune_cli.kernels.backend import (
     backend_from_environment,
     use_backend,
 )
+from ssmprune_cli.kernels.cpu import CPU
 from ssmprune_cli.kernels.op import causal_conv1d, conv_flops, scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
 
+BACKENDS.register("cpu", CPU)
 BACKENDS.register("chunked", CHUNKED)
 BACKENDS.register("reference", REFERENCE)
 backend_from_environment()
