@@ -94,7 +94,7 @@ def test_picture_fades_exactly_the_dropped_cells(model: Backbone, tmp_path: Path
                 if patch in cells:
                     np.testing.assert_array_equal(here, there)
                 else:
-                    np.testing.assert_array_equal(here, np.rint(0.2 * there + 0.8 * 235))
+                    np.testing.assert_array_equal(here, np.rint(0.3 * there + 0.7 * np.array([60, 100, 180])))
 
 
 def test_a_model_that_drops_nothing_is_refused(model: Backbone, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """Draw which patches a pruned model keeps: one row for each image, one column for each prune point.
 
-    Dropped patches are faded to grey. Where patches overlap, a cell of the picture is the centre of its patch.
+    Dropped patches are faded to blue. Where patches overlap, a cell of the picture is the centre of its patch.
     """
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import calibration_images

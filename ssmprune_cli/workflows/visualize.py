@@ -22,8 +22,8 @@ from ssmprune_cli.tokens import Pruner, ScanAlignment, ScanStatistics, TokenSequ
 TILE = 192  # about the side of one image in the picture, pixels; rounded to whole cells
 MARGIN = 6
 CAPTION = 16
-DROPPED = 235  # a dropped patch is faded to this light grey ...
-FADE = 0.8  # ... by this much
+DROPPED = (60, 100, 180)  # a dropped patch is faded to this blue, which stands out in grey images and photographs ...
+FADE = 0.7  # ... by this much
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def tile_top(row: int, height: int) -> int:
 
 
 def fade(image: NDArray[np.uint8], cells: NDArray[np.bool_], cell: int) -> NDArray[np.uint8]:
-    """`image` (H, W, 3) with those of its `cells` (rows, columns), each `cell` pixels wide and high, faded to grey."""
+    """`image` (H, W, 3) with those of its `cells` (rows, columns), each `cell` pixels wide and high, faded to blue."""
     mask = cells.repeat(cell, axis=0).repeat(cell, axis=1)[..., None]
-    faded = np.rint((1 - FADE) * image + FADE * DROPPED).astype(np.uint8)
+    faded = np.rint((1 - FADE) * image + FADE * np.array(DROPPED)).astype(np.uint8)
     return np.where(mask, faded, image)
