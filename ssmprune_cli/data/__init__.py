@@ -7,26 +7,28 @@ from pathlib import Path
 
 from ssmprune_cli.data.calibration import calibration_images, fingerprint
 from ssmprune_cli.data.cifar10 import open_cifar10
-from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.data.datasets import ImageDataset, Split
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.loader import Batch, batches
-from ssmprune_cli.data.npz import NpzImages
+from ssmprune_cli.data.npz import open_npz
 from ssmprune_cli.registry import Registry
 
-DATASETS: Registry[Callable[[Path], ImageDataset]] = Registry("dataset")
+DATASETS: Registry[Callable[[Path, Split], ImageDataset]] = Registry("dataset")
 DATASETS.register("imagenet", open_imagenet)
 DATASETS.register("imagefolder", open_imagefolder)
 DATASETS.register("cifar10", open_cifar10)
-DATASETS.register("npz", NpzImages)
+DATASETS.register("npz", open_npz)
 
 
-def open_dataset(name: str, root: Path) -> ImageDataset:
+def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset:
     """The labelled images in `root` (a folder, or a file for npz), laid out as the dataset kind `name` says.
+
+    split  which part of a divided dataset; "val" are the images to evaluate on, whatever the dataset calls them
 
     Raises UsageError for an unknown kind, DataError for data that is not laid out so.
     """
-    return DATASETS.get(name)(root)
+    return DATASETS.get(name)(root, split)
 
 
-__all__ = ["DATASETS", "Batch", "ImageDataset", "batches", "calibration_images", "fingerprint", "open_dataset"]
+__all__ = ["DATASETS", "Batch", "ImageDataset", "Split", "batches", "calibration_images", "fingerprint", "open_dataset"]

@@ -1,4 +1,4 @@
-"""The ImageNet-1k validation set (ILSVRC2012) in its usual layouts. Classes are numbered by sorted WordNet id."""
+"""ImageNet-1k (ILSVRC2012) in its usual layouts. Classes are numbered by sorted WordNet id."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from ssmprune_cli.data.datasets import ImageFiles, check_folder, image_files, subfolders
+from ssmprune_cli.data.datasets import ImageFiles, Split, check_folder, image_files, subfolders
 from ssmprune_cli.data.imagefolder import labelled_folders
 from ssmprune_cli.errors import DataError
 
@@ -19,8 +19,8 @@ def wnids() -> tuple[str, ...]:
     return tuple(resources.files("ssmprune_cli.data").joinpath("imagenet_wnids.txt").read_text("ascii").split())
 
 
-def open_imagenet(root: Path) -> ImageFiles:
-    """The validation images in `root`/val or `root`, labelled by folder or by a list. Part of them is enough.
+def open_imagenet(root: Path, split: Split) -> ImageFiles:
+    """The images in `root`/`split` or `root`, labelled by folder or, if of "val", by a list. Part of them is enough.
 
     Folders are named by WordNet id. A flat folder of ILSVRC2012_val_*.JPEG needs, in it or in `root`, either `val.txt`
     (lines "name index" or "name wnid") or the official ground truth with `synsets.txt` (a WordNet id per line, in the
@@ -29,7 +29,7 @@ def open_imagenet(root: Path) -> ImageFiles:
     Raises DataError for an unknown WordNet id, a missing list, or an image that the list lacks.
     """
     check_folder(root)
-    folder = root / "val" if (root / "val").is_dir() else root
+    folder = root / split if (root / split).is_dir() else root
     names = wnids()
     index = {wnid: number for number, wnid in enumerate(names)}
     classes = [path.name for path in subfolders(folder)]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.data.datasets import ImageDataset, Split
 from ssmprune_cli.errors import DataError
 
 _HINT = "An .npz of images has `images`, uint8 (N, H, W) or (N, H, W, 3), and may have `labels`, integers (N,)."
@@ -55,6 +55,11 @@ class NpzImages(ImageDataset):
     @property
     def class_names(self) -> tuple[str, ...]:
         return self._class_names
+
+
+def open_npz(path: Path, split: Split) -> NpzImages:
+    """The images in `path`: an archive is not divided, so it is both splits."""
+    return NpzImages(path)
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:

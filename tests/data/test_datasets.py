@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssmprune_cli.data import DATASETS, ImageDataset, open_dataset
+from ssmprune_cli.data import DATASETS, ImageDataset, Split, open_dataset
 from ssmprune_cli.data.cifar10 import CLASSES
 from ssmprune_cli.data.datasets import Subset
 from ssmprune_cli.data.imagenet import wnids
 from ssmprune_cli.errors import DataError, UsageError
 
+SPLITS: tuple[Split, ...] = ("train", "val")
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -116,10 +117,34 @@ def test_imagefolder(tmp_path: Path) -> None:
     assert dataset.image(2).getpixel((0, 0)) == (7, 7, 7)
 
 
-def test_imagefolder_takes_val(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_imagefolder_takes_the_split(name: str, tmp_path: Path) -> None:
     write_image(tmp_path / "train" / "dog" / "1.png")
-    write_image(tmp_path / "val" / "cat" / "2.png")
+    write_image(tmp_path / name / "cat" / "2.png")
+    write_image(tmp_path / "notes" / "3.png")
     assert listed(open_dataset("imagefolder", tmp_path)) == [("cat/2.png", 0)]
+    assert listed(open_dataset("imagefolder", tmp_path, split="train")) == [("dog/1.png", 0)]
+
+
+def test_imagefolder_prefers_val_to_test(tmp_path: Path) -> None:
+    for name in ("test", "val"):
+        write_image(tmp_path / name / "cat" / f"{name}.png")
+    assert listed(open_dataset("imagefolder", tmp_path)) == [("cat/val.png", 0)]
+
+
+def test_imagefolder_with_the_other_split_only(tmp_path: Path) -> None:
+    """Else the splits would be taken for classes."""
+    for name in ("test", "val"):
+        write_image(tmp_path / name / "cat" / "1.png")
+    with pytest.raises(DataError, match="has test, val and no train"):
+        open_dataset("imagefolder", tmp_path, split="train")
+
+
+def test_imagefolder_class_may_be_called_train(tmp_path: Path) -> None:
+    for name in ("bus", "train"):
+        write_image(tmp_path / name / "1.png")
+    for split in SPLITS:
+        assert listed(open_dataset("imagefolder", tmp_path, split=split)) == [("bus/1.png", 0), ("train/1.png", 1)]
 
 
 def test_imagefolder_without_images(tmp_path: Path) -> None:
@@ -184,6 +209,13 @@ def test_imagenet_folders(inside: str, tmp_path: Path) -> None:
     assert dataset.name(1) == "n02099601/ILSVRC2012_val_00000001.JPEG"
     assert dataset.num_classes == 1000
     assert dataset.class_names[207] == "n02099601"
+
+
+def test_imagenet_splits(tmp_path: Path) -> None:
+    write_image(tmp_path / "train" / "n01443537" / "n01443537_2.JPEG")
+    write_image(tmp_path / "val" / "n02099601" / "ILSVRC2012_val_00000001.JPEG")
+    assert listed(open_dataset("imagenet", tmp_path, split="train")) == [("n01443537/n01443537_2.JPEG", 1)]
+    assert listed(open_dataset("imagenet", tmp_path))[0][1] == 207
 
 
 def test_imagenet_unknown_wnid(tmp_path: Path) -> None:
@@ -283,6 +315,23 @@ def test_cifar10_binary(inside: str, tmp_path: Path) -> None:
     assert dataset.image(0).size == (32, 32)
     assert dataset.image(1).getpixel((2, 1)) == (99, 20, 30)
     assert dataset.image(1).getpixel((1, 2)) == (10, 20, 30)
+
+
+def test_cifar10_binary_training_set(tmp_path: Path) -> None:
+    (tmp_path / "test_batch.bin").write_bytes(record(0, 0, 0, 0))
+    for number in range(1, 6):
+        with pytest.raises(DataError, match=rf"data_batch_{number}\.bin: cannot be read"):
+            open_dataset("cifar10", tmp_path, split="train")
+        (tmp_path / f"data_batch_{number}.bin").write_bytes(record(number, 1, 2, 3) + record(0, number, 5, 6))
+    dataset = open_dataset("cifar10", tmp_path, split="train")
+    assert listed(dataset)[:4] == [
+        ("data_batch_1[0]", 1),
+        ("data_batch_1[1]", 0),
+        ("data_batch_2[0]", 2),
+        ("data_batch_2[1]", 0),
+    ]
+    assert len(dataset) == 10
+    assert dataset.image(9).getpixel((0, 0)) == (5, 5, 6)
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"abc", "3 bytes"), (b"", "0 bytes"), (record(10, 0, 0, 0), "10")])
