@@ -18,7 +18,7 @@ from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
 from ssmprune_cli.tokens import Mixers
-from ssmprune_cli.workflows.evaluate import evaluate, evenly_spaced
+from ssmprune_cli.workflows.evaluate import evaluate, spread
 
 PLAIN = Preprocessing(resize=4, crop=4, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
 
@@ -188,18 +188,23 @@ def test_limit_is_spread_over_all_classes() -> None:
     assert result.count == 10
     # One image of each class, so that no class is left out; the answers run the other way round, so none is right.
     assert result.accuracy.top1 == 0.0
-    indices = evenly_spaced(50, 10)
-    assert [labels[index] for index in indices] == list(range(10))
+    assert [labels[index] for index in spread(50, 10)] == list(range(10))
     assert evaluate(model, Images(labels, labels), limit=99).count == 50
 
 
 @pytest.mark.parametrize(("total", "count"), [(10, 1), (10, 3), (10, 9), (10, 10), (50_000, 777)])
-def test_evenly_spaced_indices_differ(total: int, count: int) -> None:
-    indices = evenly_spaced(total, count)
+def test_spread_takes_one_of_each_stretch(total: int, count: int) -> None:
+    indices = spread(total, count)
+    assert indices == spread(total, count)
     assert len(indices) == count
-    steps = np.diff([*indices, indices[0] + total])
-    assert set(steps) <= {total // count, -(-total // count)}
-    assert 0 <= indices[0] <= indices[-1] < total
+    for i, index in enumerate(indices):
+        assert i * total // count <= index < (i + 1) * total // count
+
+
+def test_spread_of_alternating_classes_has_them_all() -> None:
+    """Equal steps of 10 would give 100 images of one class."""
+    labels = [index % 10 for index in spread(1000, 100)]
+    assert set(labels) == set(range(10))
 
 
 @pytest.mark.parametrize("second", [False, True])

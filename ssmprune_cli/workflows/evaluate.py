@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ def evaluate(
 ) -> Evaluation:
     """Top-1 and top-5 of `model` on `dataset`; with `compare`, the dense model, the paired difference between the two.
 
-    limit  use so many images, evenly spaced: datasets are sorted by class, so the first ones would be of few classes
+    limit  use so many images, always the same ones, drawn from the whole dataset (see `spread`)
 
     Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Raises
     DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the image, for
@@ -150,7 +150,7 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("the batch size and the limit must be at least 1")
     if limit is not None and limit < len(dataset):
-        dataset = Subset(dataset, evenly_spaced(len(dataset), limit))
+        dataset = Subset(dataset, spread(len(dataset), limit))
     models = [model] if compare is None else [model, compare]
     for each in models:
         _check(each, dataset)
@@ -173,9 +173,13 @@ def evaluate(
     return Evaluation(len(dataset), scores[0].accuracy(), comparison)
 
 
-def evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` different indices below `total`, in the middle of equal stretches."""
-    return [math.floor((2 * i + 1) * total / (2 * count)) for i in range(count)]
+def spread(total: int, count: int) -> list[int]:
+    """`count` different indices below `total`, ascending: a random one, always the same, from each of equal stretches.
+
+    From equal stretches because datasets are sorted by class; at random because classes may also alternate.
+    """
+    choice = random.Random(0)
+    return [choice.randrange(i * total // count, (i + 1) * total // count) for i in range(count)]
 
 
 def _compare(pruned: _Score, dense: _Score) -> Comparison:
