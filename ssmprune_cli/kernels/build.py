@@ -16,7 +16,7 @@ FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
 
 
 def instruction_set() -> list[str]:
-    """Compiler flags for the best x86-64 level that this processor has; none elsewhere (the baseline is right there)."""
+    """Compiler flags for the best x86-64 level of this processor; none elsewhere, where the baseline is right."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return []
     try:
@@ -32,9 +32,8 @@ def instruction_set() -> list[str]:
 
 def compiler() -> str | None:
     """The C compiler: $CC, cc, gcc or clang, whichever is there first."""
-    return next(
-        (path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), None
-    )
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:

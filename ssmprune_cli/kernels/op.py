@@ -1,6 +1,6 @@
-"""The two public ops, registered with torch.library: torch.compile, torch.export and FLOP counters see them as they are.
+"""The two public ops, registered with torch.library: torch.compile, torch.export and FLOP counters see them.
 
-Glossary: B batch, L tokens, E channels, N state size, K convolution width. Layout is channels-last, as GEMMs produce it.
+Glossary: B batch, L tokens, E channels, N state size, K convolution width. Layout: channels-last, as GEMMs produce it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backends in plain PyTorch: `reference`, one step at a time, the truth; `chunked`, the same in fewer, larger operations.
+"""Backends in plain PyTorch: `reference`, step by step, the truth; `chunked`, the same in fewer, larger operations.
 
 Both compute in the inputs' own precision and share the backward pass, which recomputes the states chunk by chunk.
 """
@@ -82,7 +82,7 @@ def _states(inputs: ScanInputs, decay: Tensor, drive: Tensor, part: slice, state
 
 
 def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
-    """Gradients in the order of `Backend.scan_backward`; states are kept at chunk borders only and recomputed between."""
+    """Gradients in the order of `Backend.scan_backward`; states are kept at chunk borders and recomputed between."""
     u, A, B, C, D, z = inputs.u, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z
     delta, decay = steps(inputs)
     drive = delta * u
