@@ -12,19 +12,25 @@ from ssmprune_cli.errors import DataError
 
 _NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_IMAGES = 50_000  # in the whole validation set
+
+
+def devkit_wnids() -> tuple[str, ...]:
+    """The 1,000 WordNet ids in the order of ILSVRC2012_ID, 1 to 1000, in the development kit's meta.mat."""
+    return tuple(resources.files("ssmprune_cli.data").joinpath("imagenet_wnids.txt").read_text("ascii").split())
 
 
 def wnids() -> tuple[str, ...]:
     """The 1,000 WordNet ids, sorted: the class of index i is the i-th of them."""
-    return tuple(resources.files("ssmprune_cli.data").joinpath("imagenet_wnids.txt").read_text("ascii").split())
+    return tuple(sorted(devkit_wnids()))
 
 
 def open_imagenet(root: Path, split: Split) -> ImageFiles:
     """The images in `root`/`split` or `root`, labelled by folder or, if of "val", by a list. Part of them is enough.
 
     Folders are named by WordNet id. A flat folder of ILSVRC2012_val_*.JPEG needs, in it or in `root`, either `val.txt`
-    (lines "name index" or "name wnid") or the official ground truth with `synsets.txt` (a WordNet id per line, in the
-    order of the devkit's meta.mat: the official ids are in that order, not in that of the sorted ids).
+    (lines "name index" or "name wnid") or the official ILSVRC2012_validation_ground_truth.txt, whose ids are in the
+    development kit's order and not in that of the sorted WordNet ids.
 
     Raises DataError for an unknown WordNet id, a missing list, or an image that the list lacks.
     """
@@ -59,17 +65,9 @@ def _listed(root: Path, folder: Path, files: list[Path], index: dict[str, int]) 
             raise DataError(
                 "has images but no labels for them",
                 where=str(folder),
-                hint=f'Put val.txt (lines "name index" or "name wnid") beside them, or {_TRUTH} and synsets.txt.',
+                hint=f'Put {_TRUTH} of the development kit or val.txt (lines "name index" or "name wnid") beside them.',
             )
-        synsets = _find("synsets.txt", root, folder)
-        if synsets is None:
-            raise DataError(
-                "its ids are in the order of the devkit, and synsets.txt, which says that order, is missing",
-                where=str(chosen),
-                hint="Write the WNIDs of the devkit's data/meta.mat, ILSVRC2012_ID 1 to 1000, one a line, to "
-                f"{chosen.with_name('synsets.txt')}; or give val.txt with a WordNet id for each image.",
-            )
-        labels = _ground_truth(chosen, _synsets(synsets, index))
+        labels = _ground_truth(chosen, index)
     missing = [path.name for path in files if path.stem not in labels]
     if missing:
         raise DataError(f"does not list {missing[0]} ({len(missing)} images are not listed)", where=str(chosen))
@@ -110,19 +108,19 @@ def _class_index(word: str, index: dict[str, int]) -> int | None:
     return index.get(word)
 
 
-def _synsets(path: Path, index: dict[str, int]) -> list[int]:
-    """Class index by the devkit's id, minus one."""
-    found = [line.strip() for line in _lines(path) if line.strip()]
-    if sorted(found) != sorted(index):
-        raise DataError("must have each of the 1,000 WordNet ids of ImageNet-1k once, one a line", where=str(path))
-    return [index[wnid] for wnid in found]
-
-
-def _ground_truth(path: Path, synsets: list[int]) -> dict[str, int]:
-    """Label by file stem: line n is about image n."""
+def _ground_truth(path: Path, index: dict[str, int]) -> dict[str, int]:
+    """Label by file stem: line n is about image n, and has an ILSVRC2012_ID."""
+    lines = _lines(path)
+    if len(lines) != _IMAGES:
+        raise DataError(
+            f"has {len(lines):,} lines, not the {_IMAGES:,} of ILSVRC2012",
+            where=str(path),
+            hint='For a part of the images give val.txt (lines "name index" or "name wnid").',
+        )
+    order = devkit_wnids()
     labels = {}
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip().isdecimal() or not 1 <= int(line) <= len(synsets):
-            raise DataError(f'"{line}" is no id from 1 to {len(synsets)}', where=f"{path}, line {number}")
-        labels[f"ILSVRC2012_val_{number:08d}"] = synsets[int(line) - 1]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip().isdecimal() or not 1 <= int(line) <= len(order):
+            raise DataError(f'"{line}" is no id from 1 to {len(order)}', where=f"{path}, line {number}")
+        labels[f"ILSVRC2012_val_{number:08d}"] = index[order[int(line) - 1]]
     return labels

@@ -14,7 +14,7 @@ from PIL import Image
 from ssmprune_cli.data import DATASETS, ImageDataset, Split, open_dataset
 from ssmprune_cli.data.cifar10 import CLASSES
 from ssmprune_cli.data.datasets import Subset
-from ssmprune_cli.data.imagenet import wnids
+from ssmprune_cli.data.imagenet import devkit_wnids, wnids
 from ssmprune_cli.errors import DataError, UsageError
 
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -263,34 +263,48 @@ def test_imagenet_without_list(flat: Path) -> None:
         open_dataset("imagenet", flat)
 
 
-def test_imagenet_ground_truth_is_in_the_order_of_the_devkit(flat: Path) -> None:
-    names = list(wnids())
-    devkit = names[500:] + names[:500]
-    (flat / TRUTH).write_text("1\n9\n502\n")
-    (flat / "synsets.txt").write_text("\n".join(devkit))
-    dataset = open_dataset("imagenet", flat)
-    assert listed(dataset) == [("ILSVRC2012_val_00000001.JPEG", 500), ("ILSVRC2012_val_00000003.JPEG", 1)]
+# The first lines of the official ground truth, and what those images show by the sorted WordNet ids (Caffe's val.txt).
+FIRST_IDS = (490, 361, 171, 822, 297, 482, 13, 704, 599, 164)
+FIRST_CLASSES = (65, 970, 230, 809, 516, 57, 334, 415, 674, 332)
 
 
-def test_imagenet_ground_truth_alone_does_not_do(flat: Path) -> None:
-    (flat / TRUTH).write_text("1\n9\n502\n")
-    with pytest.raises(DataError, match=r"synsets\.txt"):
-        open_dataset("imagenet", flat)
+def test_imagenet_devkit_order() -> None:
+    """Ids of meta.mat, as the documentation of MLDatasets.jl shows them: n02119789 is kit fox, number 1."""
+    order = devkit_wnids()
+    for wnid, number in (
+        ("n02119789", 1),
+        ("n02100735", 2),
+        ("n02110185", 3),
+        ("n02097474", 158),
+        ("n02100877", 192),
+        ("n01689811", 469),
+        ("n04371774", 569),
+        ("n07717410", 741),
+        ("n03347037", 919),
+        ("n02815834", 991),
+        ("n03355925", 995),
+    ):
+        assert order[number - 1] == wnid
+
+
+def test_imagenet_ground_truth(tmp_path: Path) -> None:
+    for number in range(1, 11):
+        write_image(tmp_path / f"ILSVRC2012_val_{number:08d}.JPEG")
+    (tmp_path / TRUTH).write_text("".join(f"{number}\n" for number in FIRST_IDS) + "1\n" * 49_990)
+    dataset = open_dataset("imagenet", tmp_path)
+    assert tuple(dataset.label(index) for index in range(10)) == FIRST_CLASSES
 
 
 @pytest.mark.parametrize(
-    ("truth", "synsets", "message"),
+    ("lines", "message"),
     [
-        ("1\n1001\n1\n", None, "line 2"),
-        ("1\n0\n1\n", None, "line 2"),
-        ("1\n1\n", None, "does not list ILSVRC2012_val_00000003.JPEG"),
-        ("1\n1\n1\n", "n01440764\n" * 1000, "each of the 1,000"),
-        ("1\n1\n1\n", "", "each of the 1,000"),
+        (["1", "1001"] + ["1"] * 49_998, "line 2"),
+        (["1", "0"] + ["1"] * 49_998, "line 2"),
+        (["1"] * 49_999, "has 49,999 lines"),
     ],
 )
-def test_imagenet_ground_truth_faults(truth: str, synsets: str | None, message: str, flat: Path) -> None:
-    (flat / TRUTH).write_text(truth)
-    (flat / "synsets.txt").write_text("\n".join(wnids()) if synsets is None else synsets)
+def test_imagenet_ground_truth_faults(lines: list[str], message: str, flat: Path) -> None:
+    (flat / TRUTH).write_text("\n".join(lines))
     with pytest.raises(DataError, match=message):
         open_dataset("imagenet", flat)
 
