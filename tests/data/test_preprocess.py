@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,41 @@ def test_transparent_palette() -> None:
     image.putpalette([255, 0, 0] + [0] * 765)
     image.info["transparency"] = b"\x00"  # PIL warns, and the suite fails, if this is not handled
     assert to_rgb(image).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "box"),
+    [
+        ((50, 20), (40, 16), (14, 2, 26, 14)),
+        ((20, 50), (16, 40), (2, 14, 14, 26)),
+        ((5, 4), (20, 16), (4, 2, 16, 14)),  # small: enlarged
+        ((17, 16), (17, 16), (2, 2, 14, 14)),  # (17 - 12) / 2 is 2.5, rounded to the even number
+    ],
+)
+def test_whole_way_against_plain_pil(
+    size: tuple[int, int], resized: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = np.asarray(image.resize(resized, Image.Resampling.BICUBIC).crop(box)).transpose(2, 0, 1)
+    tensor = preprocess(image, Preprocessing(resize=16, crop=12, mean=IDENTITY.mean, std=IDENTITY.std))
+    assert torch.equal(tensor, torch.from_numpy(expected.astype(np.float32) / 255))
+
+
+def test_files_as_cameras_and_printers_write_them(tmp_path: Path) -> None:
+    """The EXIF orientation is left alone, as in training; alpha is cut off, not blended; CMYK becomes RGB."""
+    bright = Image.new("RGB", (8, 8))
+    bright.paste((255, 255, 255), (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: turned by 180 degrees
+    bright.save(tmp_path / "turned.png", exif=exif)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save(tmp_path / "alpha.png")
+
+    def load(name: str) -> torch.Tensor:
+        with Image.open(tmp_path / name) as image:
+            return preprocess(image, IDENTITY)
+
+    assert load("turned.png").mean(dim=(0, 2)).tolist() == [1.0] * 4 + [0.0] * 4
+    assert load("alpha.png")[:, 0, 0].tolist() == pytest.approx([10 / 255, 20 / 255, 30 / 255])
+    assert load("cmyk.jpg")[:, 4, 4].tolist() == pytest.approx([1.0, 0.0, 0.0], abs=2 / 255)  # JPEG rounds
