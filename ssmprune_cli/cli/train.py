@@ -68,7 +68,7 @@ def command(
         seed=seed,
     )
     model = build(family, config or [], name=name, seed=seed)
-    images = labelled_images(open_dataset(dataset, data_dir), model.preprocessing)
+    images = labelled_images(open_dataset(dataset, data_dir, split="train"), model.preprocessing)
     validation = None if val_dir is None else labelled_images(open_dataset(dataset, val_dir), model.preprocessing)
     lines = [json_line(provenance(settings, shlex.join(["ssmprune", *sys.argv[1:]])))]
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -269,7 +270,7 @@ def provenance(settings: TrainSettings, command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "kernel": active_backend(),
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
