@@ -22,4 +22,6 @@ def command(
     from ssmprune_cli.workflows.inspect import inspect
 
     facts = inspect(path, family=family, variant=variant, weights=weights).to_dict()
+    if facts["non_finite"]:
+        output.warn(f"{len(facts['non_finite'])} weights hold infinite values or NaN; the file would not be loaded")
     output.emit(facts_table(facts), facts, as_json=as_json)

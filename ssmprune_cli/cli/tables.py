@@ -30,4 +30,4 @@ def _text(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "none"
-    return "unknown" if value is None else str(value)
+    return "-" if value is None else str(value)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,25 +15,15 @@ from ssmprune_cli import __version__
 ROOT = Path(__file__).parents[2]
 
 
-def ssmprune(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the program from the root of the repository."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SSMPRUNE_")}
-    return subprocess.run(
-        [sys.executable, "-m", "ssmprune_cli", *map(str, arguments)],
-        cwd=ROOT,
-        env={**clean, "NO_COLOR": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_version() -> None:
+def test_version(ssmprune: Run) -> None:
     done = ssmprune("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ssmprune {__version__}\n", "")
 
 
-def test_help_names_every_command() -> None:
+def test_help_names_every_command(ssmprune: Run) -> None:
     done = ssmprune("--help")
     assert done.returncode == 0
     assert done.stderr == ""
@@ -41,7 +31,7 @@ def test_help_names_every_command() -> None:
         assert f"\n  {command} " in done.stdout
 
 
-def test_no_arguments_show_the_help() -> None:
+def test_no_arguments_show_the_help(ssmprune: Run) -> None:
     done = ssmprune()
     assert "Usage: ssmprune" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -58,7 +48,7 @@ def test_no_arguments_show_the_help() -> None:
         (["compress", "x"], "Give `--keep 0.6`"),
     ],
 )
-def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
+def test_wrong_usage_exits_with_2(ssmprune: Run, arguments: list[str], message: str) -> None:
     done = ssmprune(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
@@ -68,7 +58,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
 # --- recipes
 
 
-def test_recipes_list() -> None:
+def test_recipes_list(ssmprune: Run) -> None:
     done = ssmprune("recipes", "list")
     assert (done.returncode, done.stderr) == (0, "")
     assert "vim_small_topvim" in done.stdout
@@ -77,14 +67,14 @@ def test_recipes_list() -> None:
     assert [recipe["name"] for recipe in listed] == ["vim_small_topvim", "vim_tiny_topvim"]
 
 
-def test_recipes_show_prints_the_file_as_it_is() -> None:
+def test_recipes_show_prints_the_file_as_it_is(ssmprune: Run) -> None:
     done = ssmprune("recipes", "show", "vim_small_topvim")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (ROOT / "recipes" / "vim_small_topvim.yaml").read_text(encoding="utf-8")
     assert json.loads(ssmprune("recipes", "show", "vim_small_topvim", "--json").stdout)["pruning"]["keep"] == 0.8
 
 
-def test_recipes_show_of_an_unknown_name() -> None:
+def test_recipes_show_of_an_unknown_name(ssmprune: Run) -> None:
     done = ssmprune("recipes", "show", "vim_smal_topvim")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
@@ -93,7 +83,7 @@ def test_recipes_show_of_an_unknown_name() -> None:
     )
 
 
-def test_recipes_validate_lists_every_fault_of_every_file(tmp_path: Path) -> None:
+def test_recipes_validate_lists_every_fault_of_every_file(ssmprune: Run, tmp_path: Path) -> None:
     bad, worse = tmp_path / "bad.yaml", tmp_path / "worse.yaml"
     bad.write_text("nam: x\npruning:\n  keep: 2\n  importance: klip\n", encoding="utf-8")
     worse.write_text("pruning: {keep: 0.5\n", encoding="utf-8")
@@ -113,7 +103,7 @@ def test_recipes_validate_lists_every_fault_of_every_file(tmp_path: Path) -> Non
 # --- env
 
 
-def test_env() -> None:
+def test_env(ssmprune: Run) -> None:
     facts = json.loads(ssmprune("env", "--json").stdout)
     assert facts["ssmprune"] == __version__
     assert set(facts["packages"]) >= {"torch", "numpy", "fvcore", "mamba-ssm", "causal-conv1d", "triton"}
@@ -129,7 +119,7 @@ def test_env() -> None:
 # --- errors
 
 
-def test_a_missing_file_is_an_error_without_a_traceback(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_without_a_traceback(ssmprune: Run, tmp_path: Path) -> None:
     done = ssmprune("inspect", tmp_path / "none.pth")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
@@ -137,7 +127,7 @@ def test_a_missing_file_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_text_file_is_not_a_checkpoint(tmp_path: Path) -> None:
+def test_a_text_file_is_not_a_checkpoint(ssmprune: Run, tmp_path: Path) -> None:
     file = tmp_path / "notes.pth"
     file.write_text("not a checkpoint\n", encoding="utf-8")
     done = ssmprune("inspect", file)
@@ -148,7 +138,7 @@ def test_a_text_file_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_option", [True, False], ids=["--debug", "SSMPRUNE_DEBUG"])
-def test_debug_shows_the_traceback_and_keeps_the_exit_code(by_option: bool) -> None:
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(ssmprune: Run, by_option: bool) -> None:
     command = ("recipes", "show", "none")
     done = ssmprune("--debug", *command) if by_option else ssmprune(*command, SSMPRUNE_DEBUG="1")
     assert done.returncode == 1
