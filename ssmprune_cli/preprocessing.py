@@ -11,7 +11,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the short side to `resize` pixels, crop the centre `crop` x `crop`, scale to 0..1, normalise RGB channels."""
+    """Resize the short side to `resize` pixels, crop the centre `crop` x `crop`, scale to 0..1, normalise channels."""
 
     resize: int
     crop: int

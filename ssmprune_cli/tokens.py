@@ -1,7 +1,7 @@
 """The sequence of tokens that flows through a backbone, and what a mixer and a pruner tell each other about it.
 
-This is the only thing that `models` and `pruning` share. Letters: B batch, L tokens now, E inner channels, d model width.
-A token's *position* is its index in the dense sequence. It never changes; gaps and class-token ranks are derived from it.
+This is all that `models` and `pruning` share. Letters: B batch, L tokens now, E inner channels, d model width.
+A token's *position* is its index in the dense sequence. It never changes; gaps and ranks are derived from it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class ScanStatistics:
-    """What one mixer hands out about its scans; one entry for each direction, brought back to the tokens' own positions.
+    """What one mixer hands out about its scans: one entry a direction, brought back to the tokens' own positions.
 
     y      (B, L, E) scan outputs with the D skip, before the gate
     delta  (B, L, E) step sizes after softplus; empty unless the pruner asked for them
@@ -105,7 +105,7 @@ class ScanStatistics:
 
 @dataclass(frozen=True)
 class ScanAlignment:
-    """How the scans of one layer step over dropped tokens: h decays by exp(A * gap * gap_delta) before the next kept token.
+    """How the scans of one layer step over dropped tokens: h decays by exp(A * gap * gap_delta) before the next one.
 
     gap_delta has one entry for each direction: (E,) the step of a dropped token per channel, or None to use the next
     kept token's own step ("neighbour").
@@ -125,7 +125,7 @@ class Pruner(Protocol):
         ...
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        """How the scans of `block` step over dropped tokens; None for no alignment. Asked only when tokens are missing."""
+        """How the scans of `block` step over dropped tokens; None for not at all. Asked when tokens are missing."""
         ...
 
     def __call__(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:

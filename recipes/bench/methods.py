@@ -1,4 +1,4 @@
-"""The accuracy table of BENCHMARKS.md: every way to drop tokens at equal keep ratios, on one checkpoint, no fine-tuning.
+"""The accuracy table of BENCHMARKS.md: every way to drop tokens at equal keep ratios, one checkpoint, no fine-tuning.
 
     python recipes/bench/methods.py [--checkpoint FILE] [--images FILE.npz] [--calib FILE.npz] [--seeds 3] [--json FILE]
 
@@ -57,7 +57,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     dataset = open_dataset("npz", arguments.images)
     loaded = list(batches(dataset, model.preprocessing, 64))
     images = [batch.images for batch in loaded]
-    labels = torch.cat([batch.labels for batch in loaded])
+    labels = torch.cat([batch.labels for batch in loaded if batch.labels is not None])
     calibration = [b.images for b in batches(calibration_images(arguments.calib, 64, 0), model.preprocessing, 64)]
     dense = logits_of(model, images)
     dense_flops = count_flops(model).all_directions

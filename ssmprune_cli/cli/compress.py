@@ -20,8 +20,8 @@ def command(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Ratio of patch tokens kept *at each prune point*: one number for all points (0.6 at three points leaves "
-            "0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7."
+            help="Ratio of patch tokens kept *at each prune point*: one number for all points (0.6 at three points "
+            "leaves 0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7."
         ),
     ] = None,
     tokens: Annotated[
@@ -29,7 +29,9 @@ def command(
     ] = None,
     points: Annotated[
         str | None,
-        typer.Option(help="Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth."),
+        typer.Option(
+            help="Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth."
+        ),
     ] = None,
     importance: Annotated[str | None, typer.Option(help="Score: clip, l1, l2, mean or random.")] = None,
     reduction: Annotated[str | None, typer.Option(help="drop; drop-unsorted and mask are for comparison.")] = None,
@@ -132,7 +134,7 @@ def command(
 
 
 def _list(text: str, *, always: bool = False) -> str:
-    """"5,10,15" as a YAML list; one number stays a number unless a list is wanted."""
+    """ "5,10,15" as a YAML list; one number stays a number unless a list is wanted."""
     return f"[{text}]" if always or "," in text else text
 
 

@@ -223,9 +223,11 @@ _conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
 # torch's counter counts a multiply-add as two floating-point operations.
 @register_flop_formula(torch.ops.ssmprune.selective_scan)
 def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *others: Any, **kwargs: Any) -> int:
-    return 2 * scan_flops(*u, A[1], has_D=D is not None, has_z=z is not None)
+    batch, length, channels = u
+    return 2 * scan_flops(batch, length, channels, A[1], has_D=D is not None, has_z=z is not None)
 
 
 @register_flop_formula(torch.ops.ssmprune.causal_conv1d)
 def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    return 2 * conv_flops(*x, weight[1])
+    batch, length, channels = x
+    return 2 * conv_flops(batch, length, channels, weight[1])

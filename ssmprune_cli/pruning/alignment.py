@@ -1,7 +1,7 @@
 """Where the step size of a dropped token comes from: the scan still decays over it (arXiv 2409.18962, section 4.1).
 
-A dropped token m adds no input but its transition acts: h = exp(A * delta_m) h. Its own delta is not known any more once
-it has been dropped, so a source stands in for it. `None` from a source means "do not align".
+A dropped token m adds no input but its transition acts: h = exp(A * delta_m) h. Its own delta is not known any more
+once it has been dropped, so a source stands in for it. `None` from a source means "do not align".
 """
 
 from __future__ import annotations

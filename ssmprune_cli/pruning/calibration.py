@@ -1,4 +1,4 @@
-"""One dense pass over unlabelled images: step sizes of the tokens that will be dropped, and statistics of their scores."""
+"""One dense pass over unlabelled images: step sizes of the tokens that will be dropped, statistics of their scores."""
 
 from __future__ import annotations
 
@@ -152,5 +152,3 @@ def _summary(point: int, kept: Tensor, score: Tensor) -> PointStatistics:
     if bool((filled >= 0).all()) and bool((filled.sum(dim=1) > 0).all()):
         mass = float((filled.gather(1, kept).sum(dim=1) / filled.sum(dim=1)).mean())
     return PointStatistics(point, kept, float(patches.mean()), float(patches.std(unbiased=False)), mass)
-
-

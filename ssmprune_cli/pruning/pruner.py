@@ -19,7 +19,7 @@ from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, TokenSequ
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """Everything that defines a pruner beside its calibrated deltas; plain values, stored in an artefact's config.json."""
+    """All that defines a pruner beside its calibrated deltas; plain values, stored in an artefact's config.json."""
 
     schedule: PruneSchedule
     importance: str = "clip"

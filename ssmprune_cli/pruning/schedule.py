@@ -1,4 +1,4 @@
-"""Where tokens are dropped, and how many stay. Counts depend on the schedule alone, never on an image: shapes are static."""
+"""Where tokens are dropped, and how many stay: the same for every image, so shapes are static."""
 
 from __future__ import annotations
 

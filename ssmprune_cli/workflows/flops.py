@@ -2,8 +2,8 @@
 
 Convention: one multiply-add counts as one, as in fvcore and the papers. `directions: all` counts every scan direction.
 `directions: one` counts what the directions of a mixer do (convolution, x_proj, dt_proj, scan) once, as the Vim
-literature does (Vim-T 1.45 G, Vim-S 5.08 G). A scan counts 9 B L E N, and B L E each for D, for a gate inside it and for
-alignment. Vim's gate is applied once to the sum of both directions, as an element-wise product, and so is not counted.
+literature does (Vim-T 1.45 G, Vim-S 5.08 G). A scan counts 9 B L E N, and B L E each for D, a gate inside it and
+alignment. Vim's gate is one element-wise product after both scans, so it is not counted.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from ssmprune_cli.kernels import conv_flops, scan_flops
 from ssmprune_cli.models.base import Backbone
 
 # What fvcore and the papers do not count: element-wise arithmetic, norms built from it, reshaping, sorting, gathering.
-_FREE = """
-abs add add_ all any arange argmax argsort bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_tensors cat clamp
-clamp_ clone constant_pad_nd contiguous cos cumsum detach div div_ eq exp expand expand_as fill_ flatten flip full gather
-ge gelu gt index index_select le lt masked_fill max maximum mean min mul mul_ nan_to_num ne neg new_ones new_zeros norm
-ones ones_like permute pow reciprocal relu repeat reshape rsqrt rsub scatter select sigmoid silu sin slice softplus sort
-split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile to transpose type_as unbind unflatten unsqueeze
-view view_as where zeros zeros_like
-""".split()
-_FREE_OPS = frozenset(f"aten::{name}" for name in (*_FREE, "__and__", "__or__", "__xor__", "__rshift__", "__lshift__"))
+_FREE = (
+    "abs add add_ all any arange argmax argsort bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_tensors cat "
+    "clamp clamp_ clone constant_pad_nd contiguous cos cumsum detach div div_ eq exp expand expand_as fill_ flatten "
+    "flip full gather ge gelu gt index index_select le lt masked_fill max maximum mean min mul mul_ nan_to_num ne neg "
+    "new_ones new_zeros norm ones ones_like permute pow reciprocal relu repeat reshape rsqrt rsub scatter select "
+    "sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile to "
+    "transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like "
+    "__and__ __or__ __xor__ __rshift__ __lshift__"
+)
+_FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split())
 _BRANCH_OPS = ("selective_scan", "causal_conv1d")
 _BRANCH_MODULES = ("x_proj", "dt_proj")  # and their twins in `_b`
 
@@ -43,25 +44,24 @@ class FlopCount:
     per_block: tuple[int, ...]
 
 
-def _shape(value: Any) -> list[int] | None:
-    sizes = value.type().sizes() if value.isCompleteTensor() else None
-    return list(sizes) if sizes is not None else None
+def _shape(value: Any) -> list[int]:
+    """Sizes of a traced tensor; empty for an absent one."""
+    return list(value.type().sizes()) if value.isCompleteTensor() else []
 
 
 def _scan_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "shift", "gap")
     shapes = {name: _shape(value) for name, value in zip(names, inputs, strict=False)}
-    batch, length, channels = shapes["u"] or ()
-    state = (shapes["A"] or ())[1]
-    flops = scan_flops(batch, length, channels, state, has_D=shapes["D"] is not None, has_z=shapes["z"] is not None)
-    if shapes["shift"] is not None or shapes["gap"] is not None:
+    batch, length, channels = shapes["u"]
+    flops = scan_flops(batch, length, channels, shapes["A"][1], has_D=bool(shapes["D"]), has_z=bool(shapes["z"]))
+    if shapes["shift"] or shapes["gap"]:
         flops += batch * length * channels  # delta + gap * gap_delta
     return Counter({"selective_scan": flops})
 
 
 def _conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    batch, length, channels = _shape(inputs[0]) or ()
-    return Counter({"causal_conv1d": conv_flops(batch, length, channels, (_shape(inputs[1]) or ())[-1])})
+    batch, length, channels = _shape(inputs[0])
+    return Counter({"causal_conv1d": conv_flops(batch, length, channels, _shape(inputs[1])[1])})
 
 
 def count_flops(model: Backbone) -> FlopCount:

@@ -16,7 +16,7 @@ class _LiveTensors(TorchDispatchMode):
     """Adds up the storages that are alive, op by op; what an op allocates and frees inside itself is not seen."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = 0
         self._seen: set[int] = set()
 

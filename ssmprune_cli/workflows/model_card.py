@@ -13,8 +13,8 @@ def model_card(report: Report, input_name: str) -> str:
     lines = [
         f"# {input_name}, {saved:.1%} fewer multiply-adds",
         "",
-        f"`{input_name}` (family `{report.family}`, {height}x{width} pixels, {report.parameters:,} parameters) that drops "
-        f"tokens between blocks. Made by `ssmprune compress`; load it with `ssmprune_cli.load(folder)`.",
+        f"`{input_name}` (family `{report.family}`, {height}x{width} pixels, {report.parameters:,} parameters) that "
+        f"drops tokens between blocks. Made by `ssmprune compress`; load it with `ssmprune_cli.load(folder)`.",
         "",
         f"- After {_join(pruning['points'])} blocks, {_join(pruning['tokens'])} patch tokens stay.",
         f"- Importance `{pruning['importance']}`, reduction `{pruning['reduction']}`, "

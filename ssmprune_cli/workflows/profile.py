@@ -81,9 +81,7 @@ def profile(
         sizes = ", ".join("x".join(map(str, model.image_size)) for model in models)
         raise UsageError(f"the models take images of different sizes: {sizes}", hint="Give `--image-size`.")
     target = resolve_device(device)
-    images = torch.randn(
-        batch_size, 3, *models[0].image_size, generator=torch.Generator().manual_seed(seed)
-    ).to(target)
+    images = torch.randn(batch_size, 3, *models[0].image_size, generator=torch.Generator().manual_seed(seed)).to(target)
     flops = [count_flops(model) for model in models]
     for model in models:
         model.to(target).eval()

@@ -1,17 +1,16 @@
-"""A pruned Vim as a whole: keep 1.0 is dense, alignment is exact where it can be, batches do not matter, gradients flow."""
+"""A pruned Vim as a whole: keep 1.0 is dense, alignment is exact where it can be, gradients flow."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.vim import VimConfig
+from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
 from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
 
@@ -25,9 +24,9 @@ KINDS = {
 }
 
 
-def build(config: VimConfig, dtype: torch.dtype = torch.float32) -> Backbone:
+def build(config: VimConfig, dtype: torch.dtype = torch.float32) -> Vim:
     torch.manual_seed(0)
-    model = FAMILIES.get("vim").build(config)
+    model = Vim(config)
     for parameter in model.parameters():  # zero-initialised biases and tokens would hide mistakes
         nn.init.normal_(parameter, std=0.3) if parameter.ndim == 1 else None
     return model.to(dtype).eval()
@@ -57,7 +56,7 @@ class Spy(nn.Module):
         return sequence
 
 
-def spied(model: Backbone, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+def spied(model: Vim, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
     assert isinstance(model.pruner, TokenPruner)
     spy = Spy(model.pruner)
     model.pruner = spy
@@ -109,7 +108,7 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token() -> None:
     """Constant deltas make `null` the truth; a one-tap convolution takes context out. Then the pruned mixer must equal
     the dense one with the dropped inputs zeroed, in both directions at once."""
     model = build(TINY, torch.float64)
-    mixer = model.layers[1].mixer
+    mixer: Any = model.mixers[1]
     for name in ("", "_b"):
         getattr(mixer, f"dt_proj{name}").weight.data.zero_()
         convolution = getattr(mixer, f"conv1d{name}")
@@ -168,10 +167,11 @@ def test_gradcheck_through_a_pruned_model(alignment: str) -> None:
     model = build(config, torch.float64)
     compress(model, 0.6, points=[1], alignment=alignment)
     batch = torch.randn(1, 3, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weight = model.layers[1].mixer.A_log.detach().clone().requires_grad_()
+    weight = model.get_parameter("layers.1.mixer.A_log").detach().clone().requires_grad_()
 
     def run(value: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {"layers.1.mixer.A_log": value}, (batch,))
+        logits: Tensor = torch.func.functional_call(model, {"layers.1.mixer.A_log": value}, (batch,))
+        return logits
 
     assert torch.autograd.gradcheck(run, (weight,), atol=1e-6)
 
@@ -211,7 +211,9 @@ def test_calibrated_deltas_are_the_means_over_the_dropped_tokens() -> None:
         for direction in range(2):
             expected = recorder.statistics[block].delta[direction][dropped].mean(dim=0)
             # Sums in another order: a few float32 roundings.
-            torch.testing.assert_close(getattr(model.pruner, f"gap_delta_{block}")[direction], expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                getattr(model.pruner, f"gap_delta_{block}")[direction], expected, rtol=1e-5, atol=0
+            )
     assert torch.equal(seen.points[0].kept, (~dropped).nonzero()[:, 1].view(6, 11))
 
 

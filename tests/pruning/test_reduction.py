@@ -81,7 +81,9 @@ def test_drop_invariants(data: st.DataObject) -> None:
     for row in range(2):
         kept = set(result.positions[row].tolist())
         assert kept >= set(protected)
-        single = reduce("drop", TokenSequence.dense(sequence.hidden[row : row + 1], protected), score[row : row + 1], count)
+        single = reduce(
+            "drop", TokenSequence.dense(sequence.hidden[row : row + 1], protected), score[row : row + 1], count
+        )
         assert single.positions.tolist()[0] == sorted(kept)  # independent of the batch
 
 

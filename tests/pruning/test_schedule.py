@@ -29,7 +29,9 @@ def test_a_list_gives_one_ratio_a_point() -> None:
     assert PruneSchedule.resolve(12, 100, keep=[0.9, 0.5, 1.0]) == PruneSchedule((3, 6, 9), (90, 45, 45))
 
 
-@pytest.mark.parametrize(("depth", "points"), [(24, (6, 12, 18)), (12, (3, 6, 9)), (4, (1, 2, 3)), (3, (1, 2)), (2, (1,))])
+@pytest.mark.parametrize(
+    ("depth", "points"), [(24, (6, 12, 18)), (12, (3, 6, 9)), (4, (1, 2, 3)), (3, (1, 2)), (2, (1,))]
+)
 def test_default_points_are_quarter_depths(depth: int, points: tuple[int, ...]) -> None:
     assert default_points(depth) == points
 
