@@ -13,16 +13,15 @@ from torch import Tensor
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.workflows.new_model import build, write_checkpoint
 from ssmprune_cli.workflows.train import (
     Epoch,
     LabelledImages,
     TrainSettings,
-    build,
     learning_rate,
     parameter_groups,
     shifted,
     train,
-    write_checkpoint,
 )
 
 SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=2", "num_classes=2"]
@@ -149,6 +148,7 @@ def test_checkpoint_loads_as_the_same_model_in_half_precision(tmp_path: Path) ->
     [
         ("vim", "dept=2", NAME, "`--set dept=2` is no setting of vim"),
         ("vim", "depth", NAME, "`--set depth` is no setting of vim"),
+        ("vim", "image_size=[48", NAME, "is not a value"),
         ("vim", "depth=deep", NAME, "depth: Input should be a valid integer"),
         ("vim", "norm=batch", NAME, "norm: Input should be 'rms' or 'layer'"),
         ("vim", "stride=4", "vim_small_clstok_div2", "another class_token$"),

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,15 +46,8 @@ def command(
     same weights on the same machine.
     """
     from ssmprune_cli.data import open_dataset
-    from ssmprune_cli.workflows.train import (
-        TrainSettings,
-        build,
-        json_line,
-        labelled_images,
-        provenance,
-        train,
-        write_checkpoint,
-    )
+    from ssmprune_cli.workflows.new_model import build, write_checkpoint
+    from ssmprune_cli.workflows.train import TrainSettings, json_line, labelled_images, provenance, train
 
     settings = TrainSettings(
         epochs=epochs,
@@ -70,15 +63,19 @@ def command(
     model = build(family, config or [], name=name, seed=seed)
     images = labelled_images(open_dataset(dataset, data_dir, split="train"), model.preprocessing)
     validation = None if val_dir is None else labelled_images(open_dataset(dataset, val_dir), model.preprocessing)
-    lines = [json_line(provenance(settings, shlex.join(["ssmprune", *sys.argv[1:]])))]
+    lines: list[str] = []
 
-    def report(epoch: Epoch) -> None:
-        lines.append(json_line(asdict(epoch)))
+    def record(values: dict[str, Any]) -> None:
+        lines.append(json_line(values))
         if log is not None:
             log.write_text("".join(lines), encoding="utf-8")
+
+    def report(epoch: Epoch) -> None:
+        record(asdict(epoch))
         top1 = "" if epoch.top1 is None else f", top-1 {100 * epoch.top1:.2f} %"
         output.note(f"epoch {epoch.epoch} of {epochs}: loss {epoch.loss:.4f}{top1}, {epoch.seconds:.1f} s")
 
+    record(provenance(settings, shlex.join(["ssmprune", *sys.argv[1:]])))
     result = train(model, images, validation, settings, log=report)
     write_checkpoint(out, model, name=name, epoch=len(result.epochs))
     data = {"checkpoint": str(out), "interrupted": result.interrupted, "epochs": [asdict(e) for e in result.epochs]}

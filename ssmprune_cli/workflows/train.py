@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import yaml
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.data import batches
 from ssmprune_cli.data.datasets import ImageDataset
-from ssmprune_cli.errors import CheckpointError, DataError, SsmpruneError, UsageError
+from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Backbone, Hints
+from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
 
 # Weight decay pulls a matrix towards "no effect". These are no such matrices: A_log 0 is a decay rate of 1, and tokens
@@ -93,48 +87,13 @@ class TrainResult:
     interrupted: bool
 
 
-def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Backbone:
-    """A new backbone of `family` with random weights: its default configuration, changed by "key=value" `overrides`.
-
-    Values are YAML. Raises UsageError for a key or value that the configuration does not take, and when a checkpoint
-    of the model's `name` would be read as another configuration (see `write_checkpoint`).
-    """
-    known = FAMILIES.get(family)
-    names = [field.name for field in fields(known.config_class)]
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or key not in names:
-            raise UsageError(
-                f"`--set {override}` is no setting of {family}", hint=f"Give key=value with one of: {', '.join(names)}."
-            )
-        values[key] = yaml.safe_load(text)
-    try:
-        config = TypeAdapter(known.config_class).validate_python(values)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise UsageError(f"the settings of {family} are not valid: {'; '.join(faults)}") from error
-    torch.manual_seed(seed)
-    model = known.build(config)
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    hints = Hints(model_name=name, image_size=model.image_size[0], eval_crop_ratio=config.eval_crop_ratio)
-    read = known.configure(shapes, hints)
-    different = [field for field in names if getattr(read, field) != getattr(config, field)]
-    if different:
-        raise UsageError(
-            f"a checkpoint of the name {name!r} would be read with another {', '.join(different)}",
-            hint='The name tells the place of the class token ("midclstok") and halved outputs ("div2"): see `--name`.',
-        )
-    return model
-
-
 def labelled_images(dataset: ImageDataset, preprocessing: Preprocessing) -> LabelledImages:
     """All of `dataset` in memory, resized and cropped as the model wants it. Raises DataError if it has no labels."""
     plain = replace(preprocessing, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     pixels, labels = [], []
     for batch in batches(dataset, plain, 256):
         if batch.labels is None:
-            raise DataError("these images have no labels")
+            raise DataError("has no label", where=batch.names[0])
         pixels.append((batch.images * 255).round().to(torch.uint8))
         labels.append(batch.labels)
     return LabelledImages(torch.cat(pixels), torch.cat(labels))
@@ -158,38 +117,49 @@ def train(
             _check(model, part)
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate)
-    steps_per_epoch = math.ceil(len(images.labels) / settings.batch_size)
     done: list[Epoch] = []
     interrupted = False
     try:
         for number in range(1, settings.epochs + 1):
             start = time.perf_counter()
-            model.train()
-            total = 0.0
-            for step, (pixels, labels) in enumerate(_shuffled(images, settings, generator)):
-                rate = learning_rate(settings, (number - 1 + (step + 1) / steps_per_epoch))
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                logits = model(normalise(pixels, model.preprocessing))
-                loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-                if not math.isfinite(loss.item()):
-                    raise SsmpruneError(
-                        f"the loss is {loss.item()}", where=f"epoch {number}, step {step + 1}", hint="Lower `--lr`."
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-                optimizer.step()
-                total += loss.item() * len(labels)
+            loss, rate = _train_epoch(model, images, settings, optimizer, generator, number)
             top1 = None if validation is None else accuracy(model, validation, settings.batch_size)
-            seconds = time.perf_counter() - start
-            done.append(Epoch(number, rate, total / len(images.labels), top1, seconds))
+            done.append(Epoch(number, rate, loss, top1, time.perf_counter() - start))
             if log is not None:
                 log(done[-1])
     except KeyboardInterrupt:
         interrupted = True
     model.eval()
     return TrainResult(tuple(done), interrupted)
+
+
+def _train_epoch(
+    model: Backbone,
+    images: LabelledImages,
+    settings: TrainSettings,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    number: int,
+) -> tuple[float, float]:
+    """The mean loss of epoch `number` (from 1), and the learning rate at its end."""
+    model.train()
+    steps = math.ceil(len(images.labels) / settings.batch_size)
+    total, rate = 0.0, 0.0
+    for step, (pixels, labels) in enumerate(_shuffled(images, settings, generator), start=1):
+        rate = learning_rate(settings, number - 1 + step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits = model(normalise(pixels, model.preprocessing))
+        loss = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise SsmpruneError(f"the loss is {value}", where=f"epoch {number}, step {step}", hint="Lower `--lr`.")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        total += value * len(labels)
+    return total / len(images.labels), rate
 
 
 def accuracy(model: Backbone, images: LabelledImages, batch_size: int) -> float:
@@ -276,32 +246,3 @@ def provenance(settings: TrainSettings, command: str) -> dict[str, Any]:
 
 def json_line(values: dict[str, Any]) -> str:
     return json.dumps(values) + "\n"
-
-
-def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> None:
-    """Write `model` in the container of the Vim authors, weights in float16, through a temporary file.
-
-    `name` becomes `args.model`, from which a loader tells layouts with equal keys apart. Raises CheckpointError.
-    """
-    container = {
-        "model": {
-            key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()
-        },
-        "epoch": epoch,
-        "args": argparse.Namespace(
-            model=name,
-            input_size=model.image_size[0],
-            eval_crop_ratio=model.config.eval_crop_ratio,
-            nb_classes=model.num_classes,
-        ),
-    }
-    content = io.BytesIO()  # saved in memory first: torch.save to a path would put that path's name into the bytes
-    torch.save(container, content)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot be written: {error.strerror}", where=str(path)) from error
