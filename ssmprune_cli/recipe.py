@@ -70,7 +70,8 @@ class Pruning(_Section):
     points     prune after this many blocks, rising; None is a quarter, half and three quarters of the depth
     keep       ratio of patch tokens kept *at each point*, 0 < keep <= 1: one number or one a point
     tokens     instead of `keep`: patch tokens that stay after each point
-    alignment  None is the best that is possible: `calibrated` with calibration images, else `null`
+    alignment  "auto" is the best that is possible: `calibrated` with calibration images, else `null`. YAML's bare
+               null means the source of that name
     """
 
     points: Counts | None = None
@@ -78,7 +79,7 @@ class Pruning(_Section):
     tokens: Counts | None = None
     importance: Name = "clip"
     reduction: Name = "drop"
-    alignment: Name | None = None
+    alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)
 

@@ -37,7 +37,7 @@ def test_minimal_recipe_takes_the_defaults() -> None:
     recipe = parse_recipe(MINIMAL)
     assert recipe == Recipe(pruning=Pruning(keep=0.8))
     assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="drop")
-    assert recipe.pruning.alignment is None
+    assert recipe.pruning.alignment == "auto"
     assert recipe.calibration == CalibrationPlan(images=64, seed=0, batch_size=16)
 
 
@@ -269,7 +269,7 @@ def prunings(draw: st.DrawFn) -> Pruning:
         points=draw(st.none() | points),
         importance=draw(word),
         reduction=draw(word),
-        alignment=draw(st.none() | word),
+        alignment=draw(word),
         **amount,
     )
 
@@ -303,3 +303,9 @@ def test_any_text_gives_a_recipe_or_a_recipe_error(text: str) -> None:
         parse_recipe(text)
     except RecipeError as error:
         assert error.what.count("\n") >= 1
+
+
+def test_a_bare_null_is_the_alignment_source_of_that_name() -> None:
+    text = "format: 1\npruning: {keep: 0.5, alignment: null}\n"
+    assert parse_recipe(text).pruning.alignment == "null"
+    assert Recipe(pruning=Pruning(keep=0.5)).override(["pruning.alignment=null"]).pruning.alignment == "null"

@@ -38,8 +38,8 @@ def command(
     alignment: Annotated[
         str | None,
         typer.Option(
-            help="Step size of a dropped token in the scans: calibrated, null, neighbour or none. "
-            "Default: calibrated with --calib, null without."
+            help="Step size of a dropped token in the scans: auto, calibrated, null, neighbour or none. "
+            "auto, the default, is calibrated with --calib and null without."
         ),
     ] = None,
     calib: Annotated[

@@ -54,7 +54,7 @@ def validate(
         "family": FAMILIES.names(),
         "importance": IMPORTANCES.names(),
         "reduction": REDUCTIONS.names(),
-        "alignment": ALIGNMENTS.names(),
+        "alignment": ("auto", *ALIGNMENTS.names()),
     }
     faults = []
     for recipe in recipes:

@@ -62,7 +62,7 @@ class PointStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """deltas: one entry a block, the mean step sizes (directions, E) of the tokens dropped before it, or None."""
+    """deltas: one entry a block, the mean steps (directions, E) of the tokens dropped before it, in float64, or None."""
 
     images: int
     deltas: tuple[Tensor | None, ...]
@@ -135,7 +135,7 @@ def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor
     if not images:
         raise DataError("there are no calibration images")
     deltas = tuple(
-        (observer.delta_sum[block] / observer.delta_count[block]).float() if block in observer.delta_sum else None
+        observer.delta_sum[block] / observer.delta_count[block] if block in observer.delta_sum else None
         for block in range(len(model.mixers))
     )
     points = tuple(

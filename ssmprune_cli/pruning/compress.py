@@ -14,10 +14,10 @@ from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule
 
 
-def choose_alignment(alignment: str | None, reduction: str, *, calibrated: bool) -> str:
-    """`alignment`, or if it is None the best that is possible: `calibrated` with calibration images, `null` without,
+def choose_alignment(alignment: str, reduction: str, *, calibrated: bool) -> str:
+    """`alignment`, or for "auto" the best that is possible: `calibrated` with calibration images, `null` without,
     `none` for a reduction that leaves no gaps. Raises UsageError for `calibrated` without images."""
-    if alignment is None:
+    if alignment == "auto":
         if not REDUCTIONS.get(reduction).aligned:
             return "none"
         return "calibrated" if calibrated else "null"
@@ -37,7 +37,7 @@ def compress(
     points: Sequence[int] | None = None,
     importance: str = "clip",
     reduction: str = "drop",
-    alignment: str | None = None,
+    alignment: str = "auto",
     calibration: Tensor | Iterable[Tensor] | None = None,
     seed: int = 0,
 ) -> Calibration | None:
@@ -58,8 +58,8 @@ def compress(
     seen = None
     if calibration is not None:
         seen = calibrate(model, settings, [calibration] if isinstance(calibration, Tensor) else calibration)
-    device = next(model.parameters()).device
-    model.pruner = TokenPruner(settings, mixers, seen.deltas if seen else None).to(device)
+    like = next(model.parameters())
+    model.pruner = TokenPruner(settings, mixers, seen.deltas if seen else None).to(like.device, like.dtype)
     return seen
 
 

@@ -68,7 +68,7 @@ class TokenPruner(nn.Module):
         if self._alignment.stored is not None:
             for block in range(settings.schedule.points[0], len(mixers)):
                 given = calibrated[block] if calibrated else None
-                stored = self._alignment.stored(mixers[block], given).detach().clone().float()
+                stored = self._alignment.stored(mixers[block], given).detach().clone()
                 self.register_buffer(f"gap_delta_{block}", stored)
 
     @property

@@ -54,7 +54,7 @@ def plan(source: Source, recipe: Recipe) -> Report:
     dense = _figures(model)
     pruning = recipe.pruning
     # Every alignment source costs the same, so an uncalibrated one stands in for the calibrated one.
-    alignment = None if pruning.alignment == "calibrated" else pruning.alignment
+    alignment = "auto" if pruning.alignment == "calibrated" else pruning.alignment
     compress(model, **_arguments(recipe), alignment=alignment)
     return _report(source, model, recipe, dense, warnings=[])
 

@@ -41,9 +41,9 @@ def model_card(report: Report, input_name: str) -> str:
     lines += [f"\n> {warning}" for warning in report.warnings]
     lines += [
         "",
-        "To make it again: `ssmprune compress CHECKPOINT --recipe recipe.yaml`"
-        + (" `--calib IMAGES`" if report.calibration else "")
-        + " `--out FOLDER`.",
+        f"To make it again: `ssmprune compress {input_name} --recipe recipe.yaml"
+        + (" --calib IMAGES" if report.calibration else "")
+        + " --out FOLDER`.",
         f"Input SHA-256: `{report.provenance['input_sha256']}`.",
     ]
     return "\n".join(lines) + "\n"
@@ -55,4 +55,4 @@ def _join(values: list[int]) -> str:
 
 def _row(title: str, before: int, pruned: Figures, directions: str) -> str:
     after = pruned.multiply_adds_all_directions if directions == "all" else pruned.multiply_adds_one_direction
-    return f"| {title} | {before / 1e9:.3f} G | {after / 1e9:.3f} G |"
+    return f"| {title} | {before / 1e9:.4f} G | {after / 1e9:.4f} G |"
