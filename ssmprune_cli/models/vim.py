@@ -96,11 +96,11 @@ class Vim(Backbone):
         """Images (B, 3, H, W) to the dense sequence with class tokens and position embeddings."""
         patches = self.patch_embed(images)
         if self.config.class_token == "double":
-            first, last = (getattr(self, name).expand(len(patches), -1, -1) for name in CLASS_TOKENS["double"])
+            first, last = (getattr(self, name).expand(patches.shape[0], -1, -1) for name in CLASS_TOKENS["double"])
             patches = torch.cat((first, patches, last), dim=1)
         elif self.config.class_token != "none":
             (place,) = self.protected
-            token = self.cls_token.expand(len(patches), -1, -1)
+            token = self.cls_token.expand(patches.shape[0], -1, -1)
             patches = torch.cat((patches[:, :place], token, patches[:, place:]), dim=1)
         return TokenSequence.dense(patches + self.pos_embed, self.protected)
 

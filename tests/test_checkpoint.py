@@ -1,0 +1,483 @@
+"""Reading and writing checkpoints: containers, overrides, refusals, artefact folders, resizing."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.checkpoint import load, save
+from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.pruning import compress
+
+GOLDEN = Path(__file__).parent / "golden"
+VIM_LIKE = GOLDEN / "containers" / "vim_like.pth"
+MIDDLE = GOLDEN / "vim_mini_midcls"
+CONFIG = VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=16, depth=4, num_classes=3)
+
+
+class Opaque:
+    """Something that a pickle may refer to and that must not be loaded."""
+
+
+def make(config: VimConfig = CONFIG) -> Vim:
+    torch.manual_seed(0)
+    return Vim(config).eval()
+
+
+@pytest.fixture
+def model() -> Vim:
+    return make()
+
+
+def write(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def same_weights(first: Backbone, second: Backbone) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- what is read
+
+
+def test_published_container_gives_the_golden_logits() -> None:
+    """The container holds the weights of vim_mini_midcls, and args, an optimiser and a moving average beside them."""
+    expected = load_file(MIDDLE / "io.safetensors")
+    found = checkpoint.read(VIM_LIKE)
+    assert (found.kind, found.used) == ("torch", "model")
+    assert found.entries == ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args")
+    model = load(VIM_LIKE)
+    assert not model.training and model.config == VimConfig((64, 64), 8, 8, embed_dim=48, depth=4, num_classes=10)
+    with torch.no_grad():  # measured 2e-6
+        torch.testing.assert_close(model(expected["input"]), expected["logits"], rtol=0, atol=1e-4)
+
+
+def test_either_copy_of_the_weights_is_taken(tmp_path: Path, model: Vim) -> None:
+    average = {key: value + 1 for key, value in model.state_dict().items()}
+    path = write(tmp_path / "both.pth", {"model": model.state_dict(), "model_ema": average, "epoch": 1})
+    assert same_weights(load(path), model)
+    assert torch.equal(load(path, weights="model_ema").state_dict()["cls_token"], average["cls_token"])
+    alone = write(tmp_path / "one.pth", {"model": model.state_dict()})
+    with pytest.raises(CheckpointError, match="has no model_ema weights, only model"):
+        load(alone, weights="model_ema")
+    with pytest.raises(CheckpointError, match="holds one set of weights"):
+        load(write(tmp_path / "bare.pth", model.state_dict()), weights="model_ema")
+    with pytest.raises(UsageError, match="unknown weights 'ema'"):
+        load(alone, weights="ema")
+
+
+def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: OrderedDict(state),
+        lambda state: {"model": state},
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": prefixed(state), "args": argparse.Namespace(lr=0.1)},
+        lambda state: prefixed({f"_orig_mod.{key}": value for key, value in state.items()}),
+        lambda state: {"model": state, "args": {"input_size": 32}},
+    ],
+    ids=["bare", "ordered", "model", "state_dict", "module. and args", "compiled", "args as a dict"],
+)
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
+def test_containers(tmp_path: Path, model: Vim, wrap: Callable[[Any], Any], new_format: bool) -> None:
+    path = tmp_path / "vim.pth"
+    torch.save(wrap(model.state_dict()), path, _use_new_zipfile_serialization=new_format)
+    assert checkpoint.read(path).kind == ("torch" if new_format else "torch (legacy)")
+    assert same_weights(load(path), model)
+
+
+def test_safetensors_whatever_the_name(tmp_path: Path, model: Vim) -> None:
+    save_file(model.state_dict(), tmp_path / "weights.bin")
+    assert same_weights(load(str(tmp_path / "weights.bin")), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(tmp_path: Path, model: Vim, dtype: torch.dtype) -> None:
+    path = write(tmp_path / "vim.pth", {key: value.to(dtype) for key, value in model.state_dict().items()})
+    loaded = load(path)
+    for key, value in loaded.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, model.state_dict()[key].to(dtype).float())
+
+
+def test_loaded_weights_do_not_hang_on_the_file(tmp_path: Path, model: Vim) -> None:
+    """Files are mapped while they are read; the model must outlive a change of the file, and be trainable."""
+    path = write(tmp_path / "vim.pth", model.state_dict())
+    loaded = load(path)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert same_weights(loaded, model)
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in loaded.parameters())
+
+
+def test_names_in_the_container_decide_what_shapes_cannot(tmp_path: Path, model: Vim) -> None:
+    args = argparse.Namespace(model="vim_x_with_cls_token", input_size=32, eval_crop_ratio=1.0)
+    config = load(write(tmp_path / "vim.pth", {"model": model.state_dict(), "args": args})).config
+    assert config == replace(CONFIG, class_token="head", divide_out=False, eval_crop_ratio=1.0)
+
+
+# --- overrides
+
+
+def test_family_and_variant_override(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = Vim(VimConfig()).state_dict()
+    state = {key: torch.zeros(value.shape) for key, value in shapes.items()}
+    path = write(tmp_path / "videomamba_t16_in1k_res224.pth", state)
+    with pytest.raises(CheckpointError, match=r"weights of Vision Mamba \(Vim\), but is called VideoMamba") as caught:
+        load(path)
+    assert caught.value.hint is not None and "--family vim" in caught.value.hint
+    assert load(path, family="vim").config == VimConfig()
+    assert load(path, variant="vim_tiny").config == VimConfig()
+    with pytest.raises(CheckpointError, match=r"do not fit vim_small: .*cls_token has shape.*, and \d+ more"):
+        load(path, variant="vim_small")
+    with pytest.raises(CheckpointError, match=r"rope\.freqs_cos is missing, rope\.freqs_sin is missing$"):
+        load_message(path, variant="vim_tiny_73p1")
+
+
+def load_message(path: Path, **options: Any) -> None:
+    """Load, and raise with the message only, so that a pattern can be anchored at its end."""
+    try:
+        load(path, **options)
+    except CheckpointError as error:
+        raise CheckpointError(error.what) from error
+
+
+def test_unknown_overrides_name_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'vim'") as family:
+        load(VIM_LIKE, family="vimm")
+    with pytest.raises(UsageError, match="Did you mean 'vim_tiny'") as variant:
+        load(VIM_LIKE, variant="vim_tin")
+    assert family.value.hint == "Known: vim." and variant.value.hint is not None
+    assert "vim_tiny_73p1" in variant.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("backbone.layers.0.mamba.direction_Bs", "PlainMamba"),
+        ("layers.0.blocks.0.op.A_logs", "VMamba"),
+        ("layers.0.mixer.A_log_0", "LocalMamba"),
+        ("levels.2.blocks.0.mixer.conv1d_x.weight", "MambaVision"),
+    ],
+)
+def test_other_families_are_recognised_and_refused(tmp_path: Path, key: str, name: str) -> None:
+    path = write(tmp_path / "x.pth", {key: torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=rf"is {name}.*not supported\n.*Known families: vim"):
+        load(path)
+    with pytest.raises(CheckpointError, match=rf"head\.weight is missing\nIt looks like {name}"):
+        load(path, family="vim")
+
+
+def test_an_unknown_model_is_refused_with_its_first_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "resnet.pth", {f"layer{i}.weight": torch.zeros(2) for i in range(9)})
+    with pytest.raises(CheckpointError, match=r"no known model family\n.*layer0\.weight, .*layer4\.weight, and 4 more"):
+        load(path)
+
+
+# --- refusals
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.pth: there is no such file"):
+        load(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"hello\n", "is a text file"),
+        (b"<!DOCTYPE html><html>\n", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer.*\n.*git lfs pull"),
+        (b"\x1f\x8b\x08\x00" + bytes(100), "is a packed archive"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "not a checkpoint of a known format"),
+        (b"\x80\x02}q\x00X\x05\x00", "cut off or damaged"),
+        (b"\xff\x00\x00\x00\x00\x00\x00\x00{", "cut off or damaged"),
+        (b"PK\x03\x04" + bytes(100), "cut off or damaged"),
+    ],
+    ids=["empty", "text", "html", "lfs", "gzip", "hdf5", "pickle", "safetensors", "zip"],
+)
+def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated_files(tmp_path: Path, model: Vim, kind: str, part: float) -> None:
+    path = tmp_path / "vim.pth"
+    if kind == "safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(CheckpointError, match="is cut off or damaged"):
+        load(path)
+
+
+def test_a_pickle_that_could_run_code_is_refused_by_name(tmp_path: Path, model: Vim) -> None:
+    marker = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(marker),)
+
+    path = write(tmp_path / "bomb.pth", {"model": model.state_dict(), "x": Bomb()})
+    with pytest.raises(CheckpointError, match=r"`\w+\.mkdir`.*could run code\n.*weights_only=False"):
+        load(path)
+    assert not marker.exists()
+    with pytest.raises(CheckpointError, match=r"refers to `\S*Opaque`"):
+        load(write(tmp_path / "object.pth", {"model": model.state_dict(), "x": Opaque()}))
+    with pytest.raises(CheckpointError, match=r"refers to `ssmprune_cli\.models\.vim\.Vim`"):
+        load(write(tmp_path / "whole.pth", model))
+
+
+def test_zips_that_are_no_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vim.pth", b"x")
+    with pytest.raises(CheckpointError, match="a zip archive, but no PyTorch checkpoint"):
+        load(path)
+    with zipfile.ZipFile(path, "w") as archive:  # the layout of torch.jit.save
+        archive.writestr("model/data.pkl", b"x")
+        archive.writestr("model/constants.pkl", b"x")
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list"),
+        ({}, "holds no weights"),
+        ({"epoch": 3}, "holds no weights"),
+        ({"a": torch.zeros(2), "epoch": 3}, "mixes weights with other things: epoch"),
+        ({"a": torch.zeros(2), "module.a": torch.zeros(2)}, "has the weight a twice"),
+    ],
+)
+def test_contents_that_are_no_weights(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(write(tmp_path / "x.pth", content))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, model: Vim) -> None:
+    state = model.state_dict()
+    state["head.bias"][1] = torch.nan
+    state["layers.2.mixer.D"][0] = torch.inf
+    path = write(tmp_path / "vim.pth", state)
+    with pytest.raises(CheckpointError, match=r"2 weights have values that are not finite: .*D, head\.bias"):
+        load(path)
+
+
+def test_a_partial_or_foreign_weight_is_never_loaded(tmp_path: Path, model: Vim) -> None:
+    state = model.state_dict()
+    short = {key: value for key, value in state.items() if key != "layers.3.norm.weight"}
+    with pytest.raises(CheckpointError, match=r"layers\.3\.norm\.weight is missing"):
+        load(write(tmp_path / "a.pth", short))
+    with pytest.raises(CheckpointError, match=r"extra\.bias is unknown"):
+        load(write(tmp_path / "b.pth", {**state, "extra.bias": torch.zeros(1)}))
+    whole = {**state, "head.bias": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(CheckpointError, match=r"head\.bias is of type torch\.int64"):
+        load(write(tmp_path / "c.pth", whole))
+
+
+# --- our own folders
+
+
+def pruned(alignment: str = "calibrated") -> Vim:
+    model = make()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    compress(model, 0.6, alignment=alignment, calibration=images if alignment == "calibrated" else None)
+    return model
+
+
+@pytest.mark.parametrize("alignment", ["calibrated", "null", "neighbour", "none"])
+def test_a_pruned_model_comes_back_as_it_was(tmp_path: Path, alignment: str) -> None:
+    model, folder = pruned(alignment), tmp_path / "out"
+    save(folder, model, {"recipe.yaml": "format: 1\n", "picture.png": b"\x89PNG"})
+    assert set(tree(folder)) == {"config.json", "model.safetensors", "recipe.yaml", "picture.png"}
+    assert (folder / "recipe.yaml").read_text() == "format: 1\n"
+    loaded = load(folder)
+    assert same_weights(loaded, model) and loaded.config == model.config and not loaded.training
+    assert loaded.pruner.settings == model.pruner.settings  # type: ignore[union-attr]
+    batch = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), model(batch))
+
+
+def test_a_dense_model_with_options_comes_back(tmp_path: Path) -> None:
+    model = make(replace(CONFIG, class_token="head", rope=True, divide_out=False, norm="layer", image_size=(32, 48)))
+    save(tmp_path / "out", model)
+    loaded = load(tmp_path / "out")
+    assert loaded.config == model.config and same_weights(loaded, model) and loaded.pruner is None
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / name, pruned(), {"x": "y"})
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert checkpoint.sha256(tmp_path / "a") == checkpoint.sha256(tmp_path / "b")
+    save(tmp_path / "c", pruned("null"))
+    assert checkpoint.sha256(tmp_path / "c") != checkpoint.sha256(tmp_path / "a")
+
+
+def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")  # the test vector of FIPS 180
+    assert checkpoint.sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_is_overwritten(tmp_path: Path, model: Vim) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    save(folder, model)  # an empty folder is as good as none
+    before = tree(folder)
+    with pytest.raises(CheckpointError, match=r"not empty\n.*--overwrite"):
+        save(folder, pruned())
+    assert tree(folder) == before
+    save(folder, pruned(), {"new.txt": "x"}, overwrite=True)
+    assert tree(folder).keys() == {"config.json", "model.safetensors", "new.txt"} and load(folder).pruner is not None
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(CheckpointError, match="something else than an output of ssmprune"):
+        save(foreign, model, overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        save(tmp_path / "file", model, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out", "photos"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_a_failed_save_leaves_everything_as_it_was(
+    tmp_path: Path, model: Vim, monkeypatch: pytest.MonkeyPatch, overwrite: bool, stop: BaseException, step: str
+) -> None:
+    folder = tmp_path / "out"
+    if overwrite:
+        save(folder, model)
+    before = tree(tmp_path)
+    write_bytes, rename = Path.write_bytes, Path.rename
+
+    def failing_write(path: Path, data: bytes) -> int:
+        if step == "write" and path.name == "model.safetensors":
+            write_bytes(path, data[:100])
+            raise stop
+        return write_bytes(path, data)
+
+    def failing_rename(path: Path, target: Path) -> Path:
+        if step == "rename" and path.suffix == ".tmp":
+            raise stop
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "write_bytes", failing_write)
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    if isinstance(stop, OSError):
+        with pytest.raises(CheckpointError, match=r"out: the disk is full; writing needs 0\.\d MB"):
+            save(folder, pruned(), overwrite=overwrite)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, pruned(), overwrite=overwrite)
+    monkeypatch.undo()
+    assert tree(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+
+
+def test_folders_that_are_not_ours(tmp_path: Path, model: Vim) -> None:
+    with pytest.raises(CheckpointError, match=r"a folder without config\.json.*\nGive the checkpoint file itself"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(CheckpointError, match=r"is not a config\.json of ssmprune"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2, and this ssmprune reads version 1"),
+        ({"config": None}, "missing or damaged"),
+        ({"config": {"depht": 4}}, "configuration is not valid: .*depht"),
+        ({"config": {"depth": 0}}, "configuration is not valid: depth"),
+        ({"family": "vimm"}, "unknown model family 'vimm'"),
+        ({"pruning": {"points": [1]}}, "pruning settings are not valid"),
+        ({"pruning": None}, r"pruner\.gap_delta_1 is unknown"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    save(tmp_path / "out", pruned())
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises((CheckpointError, UsageError), match=message):
+        load(tmp_path / "out")
+
+
+def test_weights_without_their_config_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "out", pruned())
+    with pytest.raises(CheckpointError, match="those of a compressed model: give the folder"):
+        load(tmp_path / "out" / "model.safetensors")
+    shutil.copytree(tmp_path / "out", tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        load(tmp_path / "half")
+
+
+def test_a_folder_knows_what_it_is(tmp_path: Path) -> None:
+    save(tmp_path / "out", pruned())
+    assert load(tmp_path / "out", family="vim").config == CONFIG
+    with pytest.raises(UsageError, match="says vim, not vim_tiny"):
+        load(tmp_path / "out", variant="vim_tiny")
+
+
+# --- resizing
+
+
+def test_resizing_on_request(tmp_path: Path, model: Vim) -> None:
+    path = write(tmp_path / "vim.pth", model.state_dict())
+    resized = load(path, image_size=48)
+    assert resized.config == replace(CONFIG, image_size=(48, 48))
+    old, new = model.state_dict(), resized.state_dict()
+    assert torch.equal(new["pos_embed"][:, 18], old["pos_embed"][:, 8])  # the class token: 16 // 2 to 36 // 2
+    assert all(torch.equal(value, old[key]) for key, value in new.items() if key != "pos_embed")
+    assert resized(torch.zeros(1, 3, 48, 48)).shape == (1, 3)
+    assert same_weights(load(path, image_size=32), model)
+
+
+def test_a_compressed_model_is_not_resized(tmp_path: Path) -> None:
+    save(tmp_path / "out", pruned())
+    assert load(tmp_path / "out", image_size=32).image_size == (32, 32)
+    with pytest.raises(CheckpointError, match="image size of a compressed model is fixed"):
+        load(tmp_path / "out", image_size=48)
