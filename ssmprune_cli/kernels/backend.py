@@ -43,8 +43,8 @@ class Backend(ABC):
         """Why it cannot be used on this machine; None if it can."""
 
     @abstractmethod
-    def accepts(self, example: Tensor) -> bool:
-        """Whether it computes in this dtype and on this device."""
+    def accepts(self, example: Tensor, inner: int) -> bool:
+        """Whether it computes in this dtype and on this device, with `inner` states (scan) or taps (convolution)."""
 
     @abstractmethod
     def scan(self, inputs: ScanInputs) -> Tensor:
@@ -95,13 +95,17 @@ def active_backend() -> str:
     return next(name for name, backend in BACKENDS.items() if backend.missing() is None)
 
 
-def pick(example: Tensor) -> Backend:
-    """The backend for tensors like `example`. Raises KernelError if the one asked for by name does not take them."""
+def pick(example: Tensor, inner: int) -> Backend:
+    """The backend for tensors like `example` with `inner` states or taps.
+
+    Raises KernelError if the one asked for by name does not take them.
+    """
     if _chosen == "auto":
-        return next(b for _, b in BACKENDS.items() if b.missing() is None and b.accepts(example))
+        return next(b for _, b in BACKENDS.items() if b.accepts(example, inner) and b.missing() is None)
     backend = BACKENDS.get(_chosen)
-    if not backend.accepts(example):
-        raise KernelError(f"kernel backend {_chosen!r} does not compute {example.dtype} on {example.device.type}")
+    if not backend.accepts(example, inner):
+        given = f"{example.dtype} on {example.device.type} with {inner} states or taps"
+        raise KernelError(f"kernel backend {_chosen!r} does not compute {given}")
     return backend
 
 

@@ -32,7 +32,7 @@ def _struct(name: str, pointers: str, numbers: str) -> type[ctypes.Structure]:
 
 _Scan = _struct("Scan", f"{_SCAN_POINTERS} {_SCAN_RESULTS}", _SCAN_NUMBERS)
 _Conv = _struct("Conv", _CONV_POINTERS, _CONV_NUMBERS)
-MAX_STATE, MAX_WIDTH = 64, 8  # as in csrc/scan.c
+MAX_INNER = 64  # states or taps, as in csrc/scan.c
 
 
 class CpuBackend(Backend):
@@ -52,8 +52,8 @@ class CpuBackend(Backend):
                 self._reason = str(error)
         return self._reason
 
-    def accepts(self, example: Tensor) -> bool:
-        return example.dtype == torch.float32 and example.device.type == "cpu"
+    def accepts(self, example: Tensor, inner: int) -> bool:
+        return example.dtype == torch.float32 and example.device.type == "cpu" and inner <= MAX_INNER
 
     def scan(self, inputs: ScanInputs) -> Tensor:
         y = torch.empty(inputs.u.shape)
@@ -135,8 +135,6 @@ class _Call:
         if inputs is None:
             return
         batch, length, channels = inputs.u.shape
-        if inputs.A.shape[1] > MAX_STATE:
-            raise KernelError(f"kernel backend 'cpu' has at most {MAX_STATE} states, not {inputs.A.shape[1]}")
         self.struct = _Scan(
             batch=batch,
             length=length,
@@ -161,8 +159,6 @@ class _Call:
 
     @classmethod
     def convolution(cls, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> _Call:
-        if weight.shape[1] > MAX_WIDTH:
-            raise KernelError(f"kernel backend 'cpu' convolves over at most {MAX_WIDTH} tokens, not {weight.shape[1]}")
         call = cls()
         x = x if x.stride(2) == 1 else x.contiguous()
         batch, length, channels = x.shape

@@ -45,10 +45,11 @@ def selective_scan(
                   no gradient flows to it
     reverse       scan from the last token to the first; outputs stay at their tokens
 
-    Returns y (B, L, E). Raises KernelError for shapes or dtypes that do not fit.
+    Returns y (B, L, E). Raises KernelError for shapes, dtypes or devices that do not fit.
     """
     batch, length, channels = _three(u, "u")
     state = A.shape[-1]
+    gap = None if gap is None else gap.to(u)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "delta": (delta, (batch, length, channels)),
         "A": (A, (channels, state)),
@@ -58,16 +59,14 @@ def selective_scan(
         "z": (z, (batch, length, channels)),
         "delta_bias": (delta_bias, (channels,)),
         "shift": (shift, (batch, length, channels)),
+        "gap": (gap, (batch, length)),
         "gap_delta": (gap_delta, (channels,)),
     }
     _check(u, expected)
-    if gap is not None and gap.shape != (batch, length):
-        raise KernelError(f"gap has shape {tuple(gap.shape)}, not {(batch, length)}")
     if shift is not None and gap is not None:
         raise KernelError("shift and gap exclude each other")
     if gap_delta is not None and gap is None:
         raise KernelError("gap_delta needs gap")
-    gap = None if gap is None else gap.to(u.dtype)
     result: Tensor = torch.ops.ssmprune.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse
     )
@@ -102,6 +101,9 @@ def _three(tensor: Tensor, name: str) -> tuple[int, int, int]:
 
 
 def _check(example: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    # While tracing, sizes are tensors, and comparing them would only warn.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
@@ -109,6 +111,8 @@ def _check(example: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, 
             raise KernelError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
         if tensor.dtype != example.dtype:
             raise KernelError(f"{name} is {tensor.dtype}, but the tokens are {example.dtype}")
+        if tensor.device != example.device:
+            raise KernelError(f"{name} is on {tensor.device}, but the tokens are on {example.device}")
 
 
 @torch.library.custom_op("ssmprune::selective_scan", mutates_args=())
@@ -128,7 +132,7 @@ def _scan_op(
     reverse: bool,
 ) -> Tensor:
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse)
-    return pick(u).scan(inputs)
+    return pick(u, A.shape[1]).scan(inputs)
 
 
 @_scan_op.register_fake
@@ -154,7 +158,7 @@ def _scan_backward_op(
     reverse: bool,
 ) -> list[Tensor]:
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse)
-    found = pick(u).scan_backward(grad, inputs)
+    found = pick(u, A.shape[1]).scan_backward(grad, inputs)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
@@ -189,7 +193,7 @@ _scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 @torch.library.custom_op("ssmprune::causal_conv1d", mutates_args=())
 def _conv_op(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    return pick(x).conv(x, weight, bias, reverse)
+    return pick(x, weight.shape[1]).conv(x, weight, bias, reverse)
 
 
 @_conv_op.register_fake
@@ -199,7 +203,9 @@ def _(x: Tensor, *others: Any) -> Tensor:
 
 @torch.library.custom_op("ssmprune::causal_conv1d_backward", mutates_args=())
 def _conv_backward_op(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> list[Tensor]:
-    return [gradient.contiguous() for gradient in pick(x).conv_backward(grad, x, weight, bias, reverse)]
+    return [
+        gradient.contiguous() for gradient in pick(x, weight.shape[1]).conv_backward(grad, x, weight, bias, reverse)
+    ]
 
 
 @_conv_backward_op.register_fake

@@ -184,7 +184,7 @@ class PyTorchBackend(Backend):
     def missing(self) -> str | None:
         return None
 
-    def accepts(self, example: Tensor) -> bool:
+    def accepts(self, example: Tensor, inner: int) -> bool:
         return example.is_floating_point()
 
     def scan(self, inputs: ScanInputs) -> Tensor:

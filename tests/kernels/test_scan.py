@@ -129,12 +129,12 @@ def test_the_short_aligned_scan_is_the_full_scan_without_the_pruned_inputs(
 def test_long_and_extreme_scans_stay_accurate(backend: str) -> None:
     """Slow decays over 4,096 tokens compound every error of exp; huge shifts must clear the state, not overflow it."""
     inputs, _ = make((1, 4096, 8, 4), "plain", extras=False)
-    inputs["A"] = -torch.rand(8, 4, dtype=torch.float64) * 0.01
+    inputs["A"] = -0.01 * torch.linspace(0, 1, 32, dtype=torch.float64).view(8, 4)
     truth = run("reference", inputs, None, False, torch.float64)["y"]
     found = run(backend, inputs, None, False, torch.float32)["y"].double()
-    use_backend("reference")
     own = run("reference", inputs, None, False, torch.float32)["y"].double()
-    assert (found - truth).abs().max() <= 2 * (own - truth).abs().max()
+    # Root mean squares: the largest error alone is a matter of luck. Measured over seeds: 0.7 to 1.1 times.
+    assert (found - truth).square().mean().sqrt() <= 1.5 * (own - truth).square().mean().sqrt()
     use_backend(backend)
     values: dict[str, Any] = {name: value.float() for name, value in inputs.items()}
     for shift in (1e4, 1e20):
@@ -204,6 +204,30 @@ def test_torch_counts_twice_the_multiply_adds() -> None:
     assert counter.get_total_flops() == 2 * scan_flops(2, 5, 4, 3, has_D=True, has_z=True) == 2 * 40 * (27 + 2)
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_inference_mode_and_tracing_give_the_same(backend: str) -> None:
+    use_backend(backend)
+    inputs: dict[str, Any] = {name: value.float() for name, value in make((2, 5, 3, 2), "plain", True)[0].items()}
+    expected = selective_scan(**inputs)
+    with torch.inference_mode():
+        assert torch.equal(selective_scan(**inputs), expected)
+    traced = torch.jit.trace(lambda u: selective_scan(**{**inputs, "u": u}), inputs["u"])
+    assert "ssmprune::selective_scan" in str(traced.graph)
+    assert torch.equal(traced(inputs["u"]), expected)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_a_broken_token_is_not_hidden(backend: str) -> None:
+    """NaN must come out as NaN, from the token on and in its channel only."""
+    use_backend(backend)
+    inputs: dict[str, Any] = {name: value.float() for name, value in make((1, 6, 5, 4), "plain", True)[0].items()}
+    for name in ("u", "delta"):
+        broken = inputs[name].clone()
+        broken[0, 2, 3] = torch.nan
+        lost = selective_scan(**{**inputs, name: broken}).isnan()
+        assert lost[0, 2:, 3].all() and lost.sum() == 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -212,6 +236,7 @@ def test_torch_counts_twice_the_multiply_adds() -> None:
         ({"delta": torch.zeros(2, 5, 3, dtype=torch.float64)}, "delta is torch.float64"),
         ({"shift": torch.zeros(2, 5, 3), "gap": torch.zeros(2, 5)}, "exclude"),
         ({"gap": torch.zeros(2, 4)}, "gap has shape"),
+        ({"C": torch.zeros(2, 5, 2, device="meta")}, "C is on meta"),
         ({"gap_delta": torch.zeros(3)}, "needs gap"),
         ({"u": torch.zeros(5, 3)}, "batch, tokens, channels"),
     ],
@@ -229,6 +254,22 @@ def test_unknown_backend_and_wrong_dtype() -> None:
         use_backend("cpu")
         with pytest.raises(KernelError, match="float64"):
             selective_scan(**make((1, 2, 3, 2), "plain", False)[0])  # type: ignore[arg-type]
+
+
+def test_auto_leaves_what_the_c_kernel_cannot_hold_to_pytorch() -> None:
+    """More states or taps than fit its arrays."""
+    inputs, _ = make((1, 3, 2, 65), "plain", False)
+    values: dict[str, Any] = {name: value.float() for name, value in inputs.items()}
+    x, weight, bias = torch.randn(1, 70, 2), torch.randn(2, 65), torch.randn(2)
+    found = selective_scan(**values), causal_conv1d(x, weight, bias)
+    use_backend("chunked")
+    assert torch.equal(found[0], selective_scan(**values)) and torch.equal(found[1], causal_conv1d(x, weight, bias))
+    if "cpu" in AVAILABLE:
+        use_backend("cpu")
+        with pytest.raises(KernelError, match="65 states"):
+            selective_scan(**values)
+        with pytest.raises(KernelError, match="65 states or taps"):
+            causal_conv1d(x, weight, bias)
 
 
 def test_without_a_compiler_the_scan_still_runs(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#ifdef W /* lanes of a vector: given by the tests, which run every width on any processor */
+#elif defined(__AVX512F__)
 #define W 16
 #elif defined(__AVX2__)
 #define W 8
@@ -19,8 +20,7 @@
 #define W 4
 #endif
 #define CHUNK 16
-#define MAX_STATE 64
-#define MAX_WIDTH 8
+#define MAX_INNER 64 /* states or taps; the caller checks */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -102,7 +102,7 @@ INLINE void load_A(const Scan *a, int64_t c, int lanes, int N, vf *A) {
 }
 
 INLINE void forward_block(const Scan *a, int64_t b, int64_t c, int lanes, int N) {
-    vf A[MAX_STATE], h[MAX_STATE];
+    vf A[MAX_INNER], h[MAX_INNER];
     load_A(a, c, lanes, N, A);
     for (int n = 0; n < N; n++) A[n] *= 1.44269504f, h[n] = (vf){0};
     vf bias = a->bias ? load(a->bias + c, lanes) : (vf){0}, D = a->D ? load(a->D + c, lanes) : (vf){0};
@@ -139,8 +139,8 @@ void scan_forward(const Scan *a) {
 
 /* dB and dC of one token add up over the blocks of channels: `sums` holds them lane by lane, 2 * N vectors a token. */
 INLINE void backward_block(const Scan *a, int64_t b, int64_t c, int lanes, int N, vf *borders, vf *sums) {
-    vf A[MAX_STATE], dA[MAX_STATE], carry[MAX_STATE], h[MAX_STATE];
-    vf states[CHUNK + 1][MAX_STATE], decays[CHUNK][MAX_STATE];
+    vf A[MAX_INNER], dA[MAX_INNER], carry[MAX_INNER], h[MAX_INNER];
+    vf states[CHUNK + 1][MAX_INNER], decays[CHUNK][MAX_INNER];
     Token tokens[CHUNK];
     const float log2e = 1.44269504f;
     load_A(a, c, lanes, N, A);
@@ -278,7 +278,7 @@ void conv_forward(const Conv *a) {
     for (int64_t item = 0; item < a->batch * blocks; item++) {
         int64_t b = item / blocks, c = item % blocks * W;
         int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
-        vf taps[MAX_WIDTH], bias = load(a->bias + c, lanes);
+        vf taps[MAX_INNER], bias = load(a->bias + c, lanes);
         load_taps(a, c, lanes, taps);
         for (int64_t t = 0; t < a->length; t++) {
             vf y = convolve(a, b, t, c, lanes, taps, bias);
@@ -294,7 +294,7 @@ void conv_backward(const Conv *a) {
     for (int64_t item = 0; item < a->batch * blocks; item++) {
         int64_t b = item / blocks, c = item % blocks * W;
         int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
-        vf taps[MAX_WIDTH], dtaps[MAX_WIDTH], bias = load(a->bias + c, lanes), dbias = {0};
+        vf taps[MAX_INNER], dtaps[MAX_INNER], bias = load(a->bias + c, lanes), dbias = {0};
         load_taps(a, c, lanes, taps);
         for (int64_t k = 0; k < a->width; k++) dtaps[k] = (vf){0};
         for (int64_t t = 0; t < a->length; t++) {
