@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,16 @@ def test_against_a_formula_dense_and_pruned() -> None:
     assert count_flops(model).all_directions == by_hand(config, [25, 12, 12, 4]) + 2 * 64 * (12 + 12 + 4)
     count = count_flops(model)
     assert len(count.per_block) == 4 and count.per_block[1] == count.per_block[2] > count.per_block[3]
+
+
+def test_directions_that_share_their_projections_count_them_once() -> None:
+    config = VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=32, depth=2, num_classes=7)
+    single = count_flops(Vim(replace(config, mixer="none")))
+    assert single.one_direction == single.all_directions
+    assert count_flops(Vim(config)).one_direction == single.one_direction
+    shared = count_flops(Vim(replace(config, mixer="v1")))
+    assert shared.one_direction == single.one_direction
+    assert shared.all_directions - single.all_directions == 2 * 17 * 64 * (9 * 16 + 1)  # the second scan of both blocks
 
 
 def test_masking_saves_nothing() -> None:

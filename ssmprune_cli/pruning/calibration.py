@@ -62,7 +62,7 @@ class PointStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """deltas: one entry a block, the mean steps (directions, E) of the tokens dropped before it, in float64, or None."""
+    """deltas: one entry a block, mean steps (directions, E) of the tokens dropped before it, float64, or None."""
 
     images: int
     deltas: tuple[Tensor | None, ...]

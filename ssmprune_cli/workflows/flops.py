@@ -31,7 +31,6 @@ _FREE = (
     "__and__ __or__ __xor__ __rshift__ __lshift__"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split())
-_BRANCH_OPS = ("selective_scan", "causal_conv1d")
 _BRANCH_MODULES = ("x_proj", "dt_proj")  # and their twins in `_b`
 
 
@@ -88,12 +87,14 @@ def count_flops(model: Backbone) -> FlopCount:
     saved = 0.0
     for mixer, name in zip(model.mixers, mixer_names, strict=True):
         by_operator = analysis.by_module_and_operator()[name]
-        branch = sum(by_operator[operator] for operator in _BRANCH_OPS)
-        branch += sum(
+        own = [
+            child for child in analysis.by_module() if child.startswith(f"{name}.x_proj")
+        ]  # one a direction or shared
+        shared = by_operator["causal_conv1d"] + sum(
             flops
             for module, flops in analysis.by_module().items()
             if module.startswith(tuple(f"{name}.{part}" for part in _BRANCH_MODULES))
         )
-        saved += branch * (1 - 1 / mixer.directions)
+        saved += by_operator["selective_scan"] * (1 - 1 / mixer.directions) + shared * (1 - 1 / len(own))
     blocks = [name.rsplit(".", 1)[0] for name in mixer_names]
     return FlopCount(total, total - round(saved), tuple(int(analysis.by_module()[block]) for block in blocks))
