@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
-    compare: Annotated[
-        Path | None, typer.Option(help="A second model, timed side by side.")
-    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="A second model, timed side by side.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Image side in pixels (default: the checkpoint's).")] = None,
     batch_size: Annotated[int, typer.Option(help="Images in a timed batch.")] = 8,
     rounds: Annotated[int, typer.Option(help="Timed rounds; the median is reported.")] = 10,
