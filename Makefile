@@ -17,6 +17,7 @@ lint: $(STAMP)
 	$(BIN)/mypy --strict
 
 bench: $(STAMP)
+	$(BIN)/python recipes/bench/speed.py
 	$(BIN)/python recipes/bench/methods.py
 
 # torch goes first and alone: it is the one large wheel, and its version decides which build (CPU or CUDA) is taken.
