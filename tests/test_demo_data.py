@@ -10,6 +10,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from ssmprune_cli import checkpoint
+from ssmprune_cli.data import open_dataset
+from ssmprune_cli.workflows.train import accuracy, labelled_images
+
 DEMO = Path(__file__).parent.parent / "recipes" / "demo"
 
 
@@ -31,6 +35,13 @@ def test_files_are_small_and_complete() -> None:
         assert test["images"].shape == (1000, 48, 48) and test["images"].dtype == np.uint8
         assert set(test["labels"].tolist()) == set(range(10))
         assert calib["images"].shape == (96, 48, 48) and calib.files == ["images"]  # no labels
+
+
+@pytest.mark.slow
+def test_checkpoint_is_right_on_95_percent_of_the_test_images() -> None:
+    model = checkpoint.load(DEMO / "vim_digits.pth")
+    images = labelled_images(open_dataset("npz", DEMO / "test.npz"), model.preprocessing)
+    assert accuracy(model, images, 50) >= 0.95
 
 
 @pytest.mark.parametrize("name", ["test", "calib"])

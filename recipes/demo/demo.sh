@@ -3,6 +3,8 @@
 # `ssmprune` must be on the PATH. Everything is written to demo-out/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# Threads that wait by spinning take the processor from those they wait for: on a busy machine that is many times slower.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 run() {
   printf '\n$ %s\n' "$*"
