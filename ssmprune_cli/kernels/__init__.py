@@ -10,6 +10,7 @@ from ssmprune_cli.kernels.backend import (
     use_backend,
 )
 from ssmprune_cli.kernels.cpu import CPU
+from ssmprune_cli.kernels.grid_conv import grid_conv2d
 from ssmprune_cli.kernels.op import causal_conv1d, conv_flops, scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
 
@@ -23,6 +24,7 @@ __all__ = [
     "available_backends",
     "causal_conv1d",
     "conv_flops",
+    "grid_conv2d",
     "scan_flops",
     "selective_scan",
     "use_backend",
