@@ -7,8 +7,8 @@ A token's *position* is its index in the dense sequence. It never changes; gaps 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class TokenSequence:
     length    number of tokens in the dense sequence
     protected dense positions that may never be dropped (class and register tokens), the same in every sample
     live      (B, L) bool, or None when every token is live; only the comparison reduction `mask` sets it
+    memo      what has been derived from the positions, by name: all blocks between two prune points share it
     """
 
     hidden: Tensor
@@ -32,6 +33,7 @@ class TokenSequence:
     length: int
     protected: tuple[int, ...] = ()
     live: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def dense(cls, hidden: Tensor, protected: tuple[int, ...] = ()) -> TokenSequence:
@@ -57,6 +59,7 @@ class TokenSequence:
             residual=None if self.residual is None else gather(self.residual),
             positions=self.positions.gather(1, index),
             live=None if self.live is None else self.live.gather(1, index),
+            memo={},
         )
 
     def is_protected(self) -> Tensor:
@@ -86,6 +89,13 @@ class TokenSequence:
         In a reverse scan "before" is the side of higher positions. The first token of a scan gets 0: the state is still
         zero there, so what was skipped cannot matter.
         """
+        key = "gaps in reverse" if reverse else "gaps"
+        if key not in self.memo:
+            self.memo[key] = self._gaps(reverse)
+        gaps: Tensor = self.memo[key]
+        return gaps
+
+    def _gaps(self, reverse: bool) -> Tensor:
         skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
         zero = torch.zeros_like(skipped[:, :1]) if skipped.shape[1] else skipped.new_zeros(len(skipped), 1)
         return torch.cat((skipped, zero), dim=1) if reverse else torch.cat((zero, skipped), dim=1)

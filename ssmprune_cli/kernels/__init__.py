@@ -1,4 +1,4 @@
-"""Kernels: one aligned scan and one convolution, and the backends that compute them, best first."""
+"""Kernels: the aligned scan, convolutions and passes over rows, and the backends that compute them, best first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from ssmprune_cli.kernels.backend import (
     backend_from_environment,
     use_backend,
 )
+from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d
 from ssmprune_cli.kernels.cpu import CPU
-from ssmprune_cli.kernels.grid_conv import grid_conv2d
-from ssmprune_cli.kernels.op import causal_conv1d, conv_flops, scan_flops, selective_scan
+from ssmprune_cli.kernels.op import scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
+from ssmprune_cli.kernels.row_ops import add_rms_norm, gated_sum
 
 BACKENDS.register("cpu", CPU)
 BACKENDS.register("chunked", CHUNKED)
@@ -21,9 +22,11 @@ backend_from_environment()
 
 __all__ = [
     "active_backend",
+    "add_rms_norm",
     "available_backends",
     "causal_conv1d",
     "conv_flops",
+    "gated_sum",
     "grid_conv2d",
     "scan_flops",
     "selective_scan",

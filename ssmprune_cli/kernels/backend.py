@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels import eager
 from ssmprune_cli.registry import Registry
 
 Gradients = tuple[Tensor | None, ...]
@@ -54,15 +56,33 @@ class Backend(ABC):
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
         """Gradients of u, delta, A, B, C, D, z, delta_bias, shift, gap_delta; None where the input is None."""
 
-    @abstractmethod
+    # What follows is plain PyTorch unless a backend has something faster.
+
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         """silu(depthwise causal convolution), (B, L, E)."""
+        return eager.conv_silu(x, weight, bias, reverse)
 
-    @abstractmethod
     def conv_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, weight and bias."""
+        return eager.conv_gradients(grad, x, weight, bias, reverse)
+
+    def grid_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+    ) -> Tensor:
+        """silu(depthwise convolution over the grid) at the tokens' own places, (B, L, E)."""
+        return eager.grid_conv_silu(x, weight, bias, rows, columns, positions)
+
+    def add_rms_norm(
+        self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(normed, stream), (B, L, d) each."""
+        return eager.add_rms_norm(hidden, residual, weight, eps)
+
+    def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+        """(sum of ys) * silu(z) * scale, (B, L, E)."""
+        return eager.gated_sum(ys, z, scale)
 
 
 # In order of preference; `kernels/__init__.py` fills it.

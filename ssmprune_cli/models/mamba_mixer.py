@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.kernels import causal_conv1d, selective_scan
+from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, selective_scan
 from ssmprune_cli.models.layers import RMSNorm
 from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
 
@@ -122,11 +122,7 @@ class MambaMixer(nn.Module):
             outputs.append(y)
             if want_delta:
                 deltas.append(functional.softplus(raw_delta + bias))
-        mixed = outputs[0] if self.directions == 1 else outputs[0] + outputs[1]
-        mixed = mixed * functional.silu(gate)
-        if self.halve:
-            mixed = mixed / 2
-        projected: Tensor = self.out_proj(mixed)
+        projected: Tensor = self.out_proj(gated_sum(outputs, gate, 0.5 if self.halve else 1.0))
         if self.gamma is not None:
             projected = projected * self.gamma
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
@@ -159,8 +155,11 @@ class MambaBlock(nn.Module):
     def forward(
         self, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
-        stream = residual_stream(sequence)
-        normalised = self.norm(stream.to(self.norm.weight.dtype))
+        if isinstance(self.norm, RMSNorm):
+            normalised, stream = add_rms_norm(sequence.hidden, sequence.residual, self.norm.weight, self.norm.eps)
+        else:
+            stream = residual_stream(sequence)
+            normalised = self.norm(stream.to(self.norm.weight.dtype))
         hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta)
         return replace(sequence, hidden=hidden, residual=stream), statistics
 

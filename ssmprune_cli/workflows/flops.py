@@ -30,7 +30,7 @@ _FREE = (
     "transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like "
     "__and__ __or__ __xor__ __rshift__ __lshift__"
 )
-_FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split())
+_FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
 _BRANCH_MODULES = ("x_proj", "dt_proj")  # and their twins in `_b`
 
 
@@ -63,6 +63,11 @@ def _conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({"causal_conv1d": conv_flops(batch, length, channels, _shape(inputs[1])[1])})
 
 
+def _grid_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    batch, length, channels = _shape(inputs[0])
+    return Counter({"grid_conv2d": conv_flops(batch, length, channels, _shape(inputs[1])[1] ** 2)})
+
+
 def count_flops(model: Backbone) -> FlopCount:
     """Count the multiply-adds of one image through `model`, its pruner included.
 
@@ -72,6 +77,7 @@ def count_flops(model: Backbone) -> FlopCount:
     analysis = FlopCountAnalysis(model, images)
     analysis.set_op_handle("ssmprune::selective_scan", _scan_handler)
     analysis.set_op_handle("ssmprune::causal_conv1d", _conv_handler)
+    analysis.set_op_handle("ssmprune::grid_conv2d", _grid_conv_handler)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with torch.no_grad():

@@ -158,6 +158,7 @@ def test_slices_of_a_projection_are_read_in_place(backend: str) -> None:
 @pytest.mark.parametrize("width", [1, 4])
 def test_convolution(backend: str, shape: tuple[int, int, int], width: int) -> None:
     channels = shape[-1]
+    torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
     weight, bias = torch.randn(channels, width, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
     leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
@@ -173,7 +174,8 @@ def test_convolution(backend: str, shape: tuple[int, int, int], width: int) -> N
         both = [(found, expected), *zip(own, gradients, strict=True)]
         for place, (a, b) in enumerate(both):
             mirrored = a.flip(1) if reverse and place < 2 else a
-            torch.testing.assert_close(mirrored.double(), b, rtol=2e-5, atol=2e-6)
+            # Relative to the largest entry: sums over tokens cancel in part.
+            assert (mirrored.double() - b).abs().max() <= 5e-6 * b.abs().max()
 
 
 def test_ops_pass_opcheck_and_export() -> None:
