@@ -66,7 +66,7 @@ def grid_conv_silu(
 
 
 def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(normed, stream): stream = hidden + residual, in float32 at least; normed = weight * stream / root mean square."""
+    """(normed, stream): stream = hidden + residual, at least float32; normed = weight * stream / root mean square."""
     stream = wide(hidden) if residual is None else residual + hidden
     normed = stream * torch.rsqrt(stream.square().mean(dim=-1, keepdim=True) + eps)
     return (normed * weight).to(weight.dtype), stream
