@@ -1,4 +1,4 @@
-"""What an installation contains: compiled kernels where there is a compiler, and a working package where there is none."""
+"""What an installation contains: compiled kernels if there is a compiler; a package that works if there is none."""
 
 from __future__ import annotations
 
