@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName
 
 if TYPE_CHECKING:
     from ssmprune_cli.workflows.train import Epoch
@@ -38,6 +39,7 @@ def command(
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the images: not for digits or text.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the order of the images and augmentation.")] = 0,
     log: Annotated[Path | None, typer.Option(help="Log to write: JSON, a line for each epoch.")] = None,
+    backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train a small model from scratch on images that fit in memory: AdamW, linear warm-up, cosine decay.
@@ -46,9 +48,11 @@ def command(
     same weights on the same machine.
     """
     from ssmprune_cli.data import open_dataset
+    from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.new_model import build, write_checkpoint
     from ssmprune_cli.workflows.train import TrainSettings, json_line, labelled_images, provenance, train
 
+    use_backend(backend)
     settings = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,

@@ -7,6 +7,7 @@ from ssmprune_cli.kernels.backend import (
     active_backend,
     available_backends,
     backend_from_environment,
+    refused_backends,
     use_backend,
 )
 from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d
@@ -28,6 +29,7 @@ __all__ = [
     "conv_flops",
     "gated_sum",
     "grid_conv2d",
+    "refused_backends",
     "scan_flops",
     "selective_scan",
     "use_backend",

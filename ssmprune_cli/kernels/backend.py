@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
@@ -108,11 +109,21 @@ def available_backends() -> dict[str, str]:
     return {name: backend.missing() or "available" for name, backend in BACKENDS.items()}
 
 
-def active_backend() -> str:
-    """The backend that float32 tensors on the CPU are computed with."""
-    if _chosen != "auto":
-        return _chosen
-    return next(name for name, backend in BACKENDS.items() if backend.missing() is None)
+def active_backend(device: torch.device | str = "cpu") -> str:
+    """The backend that float32 tensors on `device` are computed with."""
+    return pick(torch.empty(0, device=device), 1).name
+
+
+def refused_backends(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Better backends than the active one, each with the reason why it is not used; empty when one was asked for."""
+    refused: dict[str, str] = {}
+    if _chosen == "auto":
+        example = torch.empty(0, device=device)
+        for name, backend in BACKENDS.items():
+            if name == active_backend(device):
+                break
+            refused[name] = backend.missing() or f"does not compute on {example.device.type}"
+    return refused
 
 
 def pick(example: Tensor, inner: int) -> Backend:
