@@ -15,6 +15,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Context:
+    """Dropped tokens that convolutions still see, as they were when they left.
+
+    stream    (B, M, d) residual stream with the last block's output added
+    positions (B, M) int64 index of each token in the dense sequence
+    """
+
+    stream: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """Tokens between two blocks.
 
@@ -24,6 +36,7 @@ class TokenSequence:
     length    number of tokens in the dense sequence
     protected dense positions that may never be dropped (class and register tokens), the same in every sample
     live      (B, L) bool, or None when every token is live; only the comparison reduction `mask` sets it
+    context   dropped tokens that convolutions still see; only the reduction `context` leaves some
     memo      what has been derived from the positions, by name: all blocks between two prune points share it
     """
 
@@ -33,6 +46,7 @@ class TokenSequence:
     length: int
     protected: tuple[int, ...] = ()
     live: Tensor | None = None
+    context: Context | None = None
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -47,16 +61,31 @@ class TokenSequence:
         """Whether no token has been dropped. Known from shapes alone, so it is static under export."""
         return self.hidden.shape[1] == self.length
 
-    def keep(self, index: Tensor) -> TokenSequence:
-        """Keep the tokens at `index` (B, K), in that order. The one place where tokens are dropped."""
+    @property
+    def stream(self) -> Tensor:
+        """(B, L, d), float32 at least: the residual stream with the last block's output added to it."""
+        stream = self.hidden if self.residual is None else self.residual + self.hidden
+        return stream.to(torch.promote_types(stream.dtype, torch.float32))
 
-        def gather(values: Tensor) -> Tensor:
-            return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))  # (B, K, d)
+    def keep(self, index: Tensor, *, remember: bool = False) -> TokenSequence:
+        """Keep the tokens at `index` (B, K), in that order. The one place where tokens are dropped.
 
+        With `remember`, convolutions go on seeing the others.
+        """
+        context = self.context
+        if remember:
+            others = torch.ones_like(self.positions).scatter(1, index, 0)
+            others = others.argsort(dim=1, descending=True, stable=True)[:, : self.positions.shape[1] - index.shape[1]]
+            stream, positions = gather_tokens(self.stream, others), self.positions.gather(1, others)
+            if context is not None:
+                stream = torch.cat((context.stream, stream), dim=1)
+                positions = torch.cat((context.positions, positions), dim=1)
+            context = Context(stream, positions)
         return replace(
             self,
-            hidden=gather(self.hidden),
-            residual=None if self.residual is None else gather(self.residual),
+            hidden=gather_tokens(self.hidden, index),
+            residual=None if self.residual is None else gather_tokens(self.residual, index),
+            context=context,
             positions=self.positions.gather(1, index),
             live=None if self.live is None else self.live.gather(1, index),
             memo={},
@@ -99,6 +128,11 @@ class TokenSequence:
         skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
         zero = torch.zeros_like(skipped[:, :1]) if skipped.shape[1] else skipped.new_zeros(len(skipped), 1)
         return torch.cat((skipped, zero), dim=1) if reverse else torch.cat((zero, skipped), dim=1)
+
+
+def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, K) of `values` (B, L, c): (B, K, c)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ def command(
     config: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the family's configuration: --set depth=12")
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from the weights of this checkpoint, of the same configuration.")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="Layout of the images: npz, imagefolder or cifar10.")] = "imagefolder",
     val_dir: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
@@ -49,7 +52,7 @@ def command(
     """
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.workflows.new_model import build, write_checkpoint
+    from ssmprune_cli.workflows.new_model import build, start_from, write_checkpoint
     from ssmprune_cli.workflows.train import TrainSettings, json_line, labelled_images, provenance, train
 
     use_backend(backend)
@@ -65,6 +68,8 @@ def command(
         seed=seed,
     )
     model = build(family, config or [], name=name, seed=seed)
+    if init is not None:
+        start_from(model, init)
     images = labelled_images(open_dataset(dataset, data_dir, split="train"), model.preprocessing)
     validation = None if val_dir is None else labelled_images(open_dataset(dataset, val_dir), model.preprocessing)
     lines: list[str] = []

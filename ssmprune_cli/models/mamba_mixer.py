@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, selective_scan
 from ssmprune_cli.models.layers import RMSNorm
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence, gather_tokens
 
 MixerKind = Literal["v2", "v1", "none"]
 
@@ -91,20 +91,31 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(
-        self, x: Tensor, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
+        self,
+        x: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        want_delta: bool,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
         """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans did.
 
-        With `alignment`, each scan decays over the tokens that `sequence` has lost.
+        With `alignment`, each scan decays over the tokens that `sequence` has lost. `context` (B, M, d) are the
+        normalised tokens of `sequence.context`: they get no more than what the convolutions need of them.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
+        kept = None
+        if context is not None:
+            order, kept = _with_context(sequence)
+            extra = functional.linear(context, self.in_proj.weight[: self.d_inner])
+            values = gather_tokens(torch.cat((values, extra), dim=1), order)  # (B, L + M, E)
         outputs, deltas = [], []
-        branch = self._project(values, "", reverse=False)
+        branch = self._project(values, kept, "", reverse=False)
         for direction in range(self.directions):
             reverse, suffix = direction == 1, ""
             if reverse and self.kind == "v2":
                 suffix = "_b"
-                branch = self._project(values, suffix, reverse=True)
+                branch = self._project(values, kept, suffix, reverse=True)
             u, raw_delta, b, c = branch
             bias = getattr(self, f"dt_proj{suffix}").bias
             y = selective_scan(
@@ -127,9 +138,15 @@ class MambaMixer(nn.Module):
             projected = projected * self.gamma
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
 
-    def _project(self, values: Tensor, suffix: str, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Input u (B, L, E), raw step sizes (B, L, E) without bias, B and C (B, L, N) of one branch."""
+    def _project(
+        self, values: Tensor, kept: Tensor | None, suffix: str, *, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Input u (B, L, E), raw step sizes (B, L, E) without bias, B and C (B, L, N) of one branch.
+
+        The rows `kept` (B, L) of the convolution's output are those of live tokens; None is all.
+        """
         u = getattr(self, f"conv1d{suffix}")(values, reverse=reverse)
+        u = u if kept is None else gather_tokens(u, kept)
         rank_values, b, c = getattr(self, f"x_proj{suffix}")(u).split(self.splits, dim=-1)
         return u, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
 
@@ -158,16 +175,24 @@ class MambaBlock(nn.Module):
         if isinstance(self.norm, RMSNorm):
             normalised, stream = add_rms_norm(sequence.hidden, sequence.residual, self.norm.weight, self.norm.eps)
         else:
-            stream = residual_stream(sequence)
+            stream = sequence.stream
             normalised = self.norm(stream.to(self.norm.weight.dtype))
-        hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta)
+        context = None
+        if sequence.context is not None:
+            context = self.norm(sequence.context.stream.to(self.norm.weight.dtype))
+        hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta, context)
         return replace(sequence, hidden=hidden, residual=stream), statistics
 
 
-def residual_stream(sequence: TokenSequence) -> Tensor:
-    """(B, L, d): the residual stream with the last block's output added to it."""
-    stream = sequence.hidden if sequence.residual is None else sequence.residual + sequence.hidden
-    return stream.to(torch.promote_types(stream.dtype, torch.float32))
+def _with_context(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+    """The order of live tokens followed by context tokens that sorts both by position, (B, L + M), and the place of
+    each live token in it, (B, L)."""
+    assert sequence.context is not None
+    if "with context" not in sequence.memo:
+        order = torch.cat((sequence.positions, sequence.context.positions), dim=1).argsort(dim=1)
+        sequence.memo["with context"] = order, order.argsort(dim=1)[:, : sequence.positions.shape[1]]
+    found: tuple[Tensor, Tensor] = sequence.memo["with context"]
+    return found
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:

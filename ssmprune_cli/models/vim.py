@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.layers import PatchEmbed, RMSNorm, RotaryEmbedding
-from ssmprune_cli.models.mamba_mixer import MambaBlock, MambaMixer, MixerKind, init_output_projection, residual_stream
+from ssmprune_cli.models.mamba_mixer import MambaBlock, MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import Mixers, TokenSequence
 
@@ -124,7 +124,7 @@ class Vim(Backbone):
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): what the head sees: the normalised class token, the mean of two, or the mean over tokens."""
-        stream = residual_stream(sequence)
+        stream = sequence.stream
         dtype = self.norm_f.weight.dtype
         if not self.protected:
             return sequence.mean(self.norm_f(stream.to(dtype)))

@@ -13,6 +13,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Backbone, Hints
@@ -54,6 +55,14 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
             hint='The name tells the place of the class token ("midclstok") and halved outputs ("div2"): see `--name`.',
         )
     return model
+
+
+def start_from(model: Backbone, path: Path) -> None:
+    """Copy the weights of the checkpoint at `path` into `model`. Raises UsageError if it is another configuration."""
+    start = checkpoint.load(path, family=model.family)
+    if start.config != model.config:
+        raise UsageError(f"{path} holds another configuration: {start.config}", hint=f"Wanted: {model.config}.")
+    model.load_state_dict(start.state_dict())
 
 
 def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> None:
