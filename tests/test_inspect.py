@@ -39,7 +39,9 @@ def test_a_published_container() -> None:
 def test_a_published_variant_is_named_whatever_its_classes(tmp_path: Path, classes: int) -> None:
     with torch.device("meta"):
         state = Vim(VimConfig(num_classes=classes)).state_dict()
-    torch.save({key: torch.zeros(value.shape, dtype=torch.float16) for key, value in state.items()}, tmp_path / "vim.pth")
+    torch.save(
+        {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in state.items()}, tmp_path / "vim.pth"
+    )
     found = inspect(tmp_path / "vim.pth")
     assert (found.variant, found.tokens, found.protected) == ("vim_tiny", 197, (98,))
     assert found.parameters == 7_148_008 - 193 * (1000 - classes)
