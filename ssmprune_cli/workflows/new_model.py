@@ -47,6 +47,11 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     model = known.build(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     hints = Hints(model_name=name, image_size=model.image_size[0], eval_crop_ratio=config.eval_crop_ratio)
+    if any(each.matches(shapes, hints) != (each is known) for _, each in FAMILIES.items()):
+        raise UsageError(
+            f"a checkpoint of the name {name!r} would not be recognised as {known.title}",
+            hint="Another family has the same keys: put the name of the family into `--name`.",
+        )
     read = known.configure(shapes, hints)
     different = [field for field in names if getattr(read, field) != getattr(config, field)]
     if different:

@@ -277,14 +277,15 @@ def test_with_context_convolutions_see_what_was_dropped() -> None:
     """Tokens that are dropped just before a block and remembered: its convolutions are those of the dense model, so
     with nothing else lost (no scan) the kept tokens' inputs to the scans are, too; without memory they are not."""
     model, batch = build(replace(TINY, depth=2)), images()
-    mixer = model.layers[1].mixer
     seen: dict[str, list[Tensor]] = {}
 
     def inputs_to_scans(name: str) -> None:
         seen[name] = []
         hooks = [
-            projection.register_forward_pre_hook(lambda module, args: seen[name].append(args[0]))
-            for projection in (mixer.x_proj, mixer.x_proj_b)
+            model.get_submodule(f"layers.1.mixer.{branch}").register_forward_pre_hook(
+                lambda module, args: seen[name].append(args[0])
+            )
+            for branch in ("x_proj", "x_proj_b")
         ]
         with torch.no_grad():
             model(batch)
