@@ -10,7 +10,7 @@ from ssmprune_cli.kernels.backend import (
     refused_backends,
     use_backend,
 )
-from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d
+from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
 from ssmprune_cli.kernels.cpu import CPU
 from ssmprune_cli.kernels.op import scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
@@ -32,5 +32,6 @@ __all__ = [
     "refused_backends",
     "scan_flops",
     "selective_scan",
+    "sparse_conv1d",
     "use_backend",
 ]

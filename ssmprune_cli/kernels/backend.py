@@ -69,6 +69,10 @@ class Backend(ABC):
         """Gradients of x, weight and bias."""
         return eager.conv_gradients(grad, x, weight, bias, reverse)
 
+    def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """silu(convolution that meets the rows `sources` of x followed by context), (B, L, E)."""
+        return eager.sparse_conv_silu(x, context, sources, weight, bias)
+
     def grid_conv(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
     ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The public ops `causal_conv1d` and `grid_conv2d`: depthwise convolutions with SiLU. Glossary as in op.py."""
+"""The public ops `causal_conv1d`, `sparse_conv1d`, `grid_conv2d`: depthwise convolutions with SiLU. Glossary: op.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
-from ssmprune_cli.kernels.eager import grid_conv_silu
+from ssmprune_cli.kernels.eager import grid_conv_silu, sparse_conv_silu
 from ssmprune_cli.kernels.library import Expected, check, define, three
 
 
@@ -22,6 +22,27 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = Fa
     channels = three(x, "x")[2]
     check(x, {}, {"weight": (weight, (channels, weight.shape[-1])), "bias": (bias, (channels,))})
     result: Tensor = torch.ops.ssmprune.causal_conv1d(x, weight, bias, reverse)
+    return result
+
+
+def sparse_conv1d(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """silu(depthwise convolution) of kept tokens x (B, L, E) that also meets dropped ones, context (B, M, E).
+
+    sources  (B, L, K) int64: the row of x followed by context that tap k of each token meets; -1 for none
+    weight   (E, K); bias (E,)
+
+    Returns (B, L, E). Raises KernelError for what does not fit.
+    """
+    batch, length, channels = three(x, "x")
+    width = weight.shape[-1]
+    check(
+        x,
+        {"context": (context, (batch, context.shape[1], channels))},
+        {"weight": (weight, (channels, width)), "bias": (bias, (channels,))},
+    )
+    if sources.shape != (batch, length, width) or sources.dtype != torch.int64:
+        raise KernelError(f"sources must be int64 of shape {(batch, length, width)}")
+    result: Tensor = torch.ops.ssmprune.sparse_conv1d(x, context, sources, weight, bias)
     return result
 
 
@@ -81,6 +102,34 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*found, None)
 
 
+def _sparse_conv(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return pick(x, weight.shape[1]).sparse_conv(x, context, sources, weight, bias)
+
+
+def _sparse_conv_backward_op(
+    grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
+) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, context, weight, bias)]
+    with torch.enable_grad():
+        y = sparse_conv_silu(leaves[0], leaves[1], sources, leaves[2], leaves[3])
+        return [gradient.contiguous() for gradient in torch.autograd.grad(y, leaves, grad)]
+
+
+def _sparse_conv_backward_fake(
+    grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in (x, context, weight, bias)]
+
+
+def _sparse_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sparse_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.ssmprune.sparse_conv1d_backward(grad.contiguous(), *ctx.saved_tensors)
+    return found[0], found[1], None, found[2], found[3]
+
+
 def _grid_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
 ) -> Tensor:
@@ -120,6 +169,8 @@ def _like(x: Tensor, *others: Any) -> Tensor:
 
 define("causal_conv1d", _conv, _like, backward=_conv_backward, setup=_conv_setup)
 define("causal_conv1d_backward", _conv_backward_op, _conv_backward_fake)
+define("sparse_conv1d", _sparse_conv, _like, backward=_sparse_conv_backward, setup=_sparse_conv_setup)
+define("sparse_conv1d_backward", _sparse_conv_backward_op, _sparse_conv_backward_fake)
 define("grid_conv2d", _grid_conv, _like, backward=_grid_conv_backward, setup=_grid_conv_setup)
 define("grid_conv2d_backward", _grid_conv_backward_op, _grid_conv_backward_fake)
 
@@ -127,6 +178,12 @@ define("grid_conv2d_backward", _grid_conv_backward_op, _grid_conv_backward_fake)
 # torch's counter counts a multiply-add as two floating-point operations.
 @register_flop_formula(torch.ops.ssmprune.causal_conv1d)
 def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
+    batch, length, channels = x
+    return 2 * conv_flops(batch, length, channels, weight[1])
+
+
+@register_flop_formula(torch.ops.ssmprune.sparse_conv1d)
+def _(x: Any, context: Any, sources: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
     batch, length, channels = x
     return 2 * conv_flops(batch, length, channels, weight[1])
 

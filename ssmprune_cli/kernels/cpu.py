@@ -30,8 +30,8 @@ _Scan = _struct(
 )
 _Conv = _struct(
     "Conv",
-    "x grad y dx taps bias dtaps dbias positions",
-    "batch length channels width x_b x_l rows columns reverse half threads",
+    "x context grad y dx taps bias dtaps dbias positions",
+    "batch length channels width x_b x_l context_b context_l others rows columns reverse half threads",
 )
 _Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels half_in half_out threads", "eps")
 _Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
@@ -120,6 +120,16 @@ class CpuBackend(Backend):
         call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
         self._run("conv_backward", call.struct(_Conv))
         return d_x, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
+
+    def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype)
+        call = _Call(threads=torch.get_num_threads(), others=context.shape[1])
+        call.convolution(x, weight, bias)
+        call.rows(context=context)
+        call.set(y=y, positions=sources.contiguous())
+        if self._run("sparse_conv_forward", call.struct(_Conv)) & 2:
+            raise KernelError("a source lies outside the tokens and their context")
+        return y
 
     def grid_conv(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None

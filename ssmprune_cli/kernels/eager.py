@@ -49,6 +49,17 @@ def conv_gradients(
     return d_x.to(x.dtype), d_weight.to(weight.dtype), d_y.sum(dim=(0, 1)).to(bias.dtype)
 
 
+def sparse_conv_silu(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """silu(convolution whose tap k of token t meets row sources[t, k] of x followed by context, or nothing for -1)."""
+    rows = torch.cat((wide(x), wide(context)), dim=1)
+    y = wide(bias).expand(x.shape)
+    for k in range(weight.shape[1]):
+        index = sources[..., k, None]  # (B, L, 1)
+        met = rows.gather(1, index.clamp(min=0).expand(-1, -1, x.shape[2])) * (index >= 0)
+        y = y + met * weight[:, k]
+    return functional.silu(y).to(x.dtype)
+
+
 def grid_conv_silu(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
 ) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, selective_scan
+from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, selective_scan, sparse_conv1d
 from ssmprune_cli.models.layers import RMSNorm
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence, gather_tokens
+from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
 
 MixerKind = Literal["v2", "v1", "none"]
 
@@ -30,8 +30,13 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, *, reverse: bool = False) -> Tensor:
-        return causal_conv1d(x, self.weight[:, 0], self.bias, reverse=reverse)
+    def forward(
+        self, x: Tensor, *, reverse: bool = False, context: Tensor | None = None, sources: Tensor | None = None
+    ) -> Tensor:
+        """With `context` (B, M, E) too, taps meet the rows `sources` of both: see kernels.sparse_conv1d."""
+        if context is None or sources is None:
+            return causal_conv1d(x, self.weight[:, 0], self.bias, reverse=reverse)
+        return sparse_conv1d(x, context, sources, self.weight[:, 0], self.bias)
 
 
 class StepProjection(nn.Linear):
@@ -104,18 +109,15 @@ class MambaMixer(nn.Module):
         normalised tokens of `sequence.context`: they get no more than what the convolutions need of them.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        kept = None
         if context is not None:
-            order, kept = _with_context(sequence)
-            extra = functional.linear(context, self.in_proj.weight[: self.d_inner])
-            values = gather_tokens(torch.cat((values, extra), dim=1), order)  # (B, L + M, E)
+            context = functional.linear(context, self.in_proj.weight[: self.d_inner])  # (B, M, E)
         outputs, deltas = [], []
-        branch = self._project(values, kept, "", reverse=False)
+        branch = self._project(values, context, sequence, "", reverse=False)
         for direction in range(self.directions):
             reverse, suffix = direction == 1, ""
             if reverse and self.kind == "v2":
                 suffix = "_b"
-                branch = self._project(values, kept, suffix, reverse=True)
+                branch = self._project(values, context, sequence, suffix, reverse=True)
             u, raw_delta, b, c = branch
             bias = getattr(self, f"dt_proj{suffix}").bias
             y = selective_scan(
@@ -139,14 +141,12 @@ class MambaMixer(nn.Module):
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
 
     def _project(
-        self, values: Tensor, kept: Tensor | None, suffix: str, *, reverse: bool
+        self, values: Tensor, context: Tensor | None, sequence: TokenSequence, suffix: str, *, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Input u (B, L, E), raw step sizes (B, L, E) without bias, B and C (B, L, N) of one branch.
-
-        The rows `kept` (B, L) of the convolution's output are those of live tokens; None is all.
-        """
-        u = getattr(self, f"conv1d{suffix}")(values, reverse=reverse)
-        u = u if kept is None else gather_tokens(u, kept)
+        """Input u (B, L, E), raw step sizes (B, L, E) without bias, B and C (B, L, N) of one branch."""
+        convolution = getattr(self, f"conv1d{suffix}")
+        sources = None if context is None else conv_sources(sequence, convolution.weight.shape[2], reverse=reverse)
+        u = convolution(values, reverse=reverse, context=context, sources=sources)
         rank_values, b, c = getattr(self, f"x_proj{suffix}")(u).split(self.splits, dim=-1)
         return u, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
 
@@ -184,15 +184,22 @@ class MambaBlock(nn.Module):
         return replace(sequence, hidden=hidden, residual=stream), statistics
 
 
-def _with_context(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-    """The order of live tokens followed by context tokens that sorts both by position, (B, L + M), and the place of
-    each live token in it, (B, L)."""
-    assert sequence.context is not None
-    if "with context" not in sequence.memo:
-        order = torch.cat((sequence.positions, sequence.context.positions), dim=1).argsort(dim=1)
-        sequence.memo["with context"] = order, order.argsort(dim=1)[:, : sequence.positions.shape[1]]
-    found: tuple[Tensor, Tensor] = sequence.memo["with context"]
-    return found
+def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tensor:
+    """(B, L, K): which row of the live tokens followed by `sequence.context` each tap of a causal convolution meets:
+    that of the token so many places away among both, or -1 beyond the ends."""
+    key = f"sources {width} {reverse}"
+    if key not in sequence.memo:
+        context = sequence.context
+        assert context is not None
+        order = torch.cat((sequence.positions, context.positions), dim=1).argsort(dim=1)  # (B, L + M)
+        rank = order.argsort(dim=1)[:, : sequence.positions.shape[1], None]  # (B, L, 1)
+        taps = torch.arange(width, device=order.device)
+        wanted = rank + (width - 1 - taps if reverse else taps - width + 1)  # (B, L, K)
+        inside = (wanted >= 0) & (wanted < order.shape[1])
+        found = order.gather(1, wanted.clamp(0, order.shape[1] - 1).flatten(1)).view_as(wanted)
+        sequence.memo[key] = torch.where(inside, found, -1)
+    sources: Tensor = sequence.memo[key]
+    return sources
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:

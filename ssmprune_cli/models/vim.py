@@ -73,10 +73,13 @@ class Vim(MambaBackbone):
     def before_block(self, sequence: TokenSequence) -> TokenSequence:
         if self.rope is None:
             return sequence
-        residual = sequence.residual
-        if residual is not None and self.config.rope_residual:
-            residual = self.rope(residual, sequence)
-        return replace(sequence, hidden=self.rope(sequence.hidden, sequence), residual=residual)
+        residual, context = sequence.residual, sequence.context
+        positions = None if sequence.is_dense else sequence.positions
+        if self.config.rope_residual:
+            residual = None if residual is None else self.rope(residual, positions)
+            if context is not None:
+                context = replace(context, stream=self.rope(context.stream, context.positions))
+        return replace(sequence, hidden=self.rope(sequence.hidden, positions), residual=residual, context=context)
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): the normalised class token, the mean of two, or the mean over tokens."""

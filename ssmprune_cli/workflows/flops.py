@@ -63,6 +63,11 @@ def _conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({"causal_conv1d": conv_flops(batch, length, channels, _shape(inputs[1])[1])})
 
 
+def _sparse_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    batch, length, channels = _shape(inputs[0])
+    return Counter({"causal_conv1d": conv_flops(batch, length, channels, _shape(inputs[3])[1])})
+
+
 def _grid_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     batch, length, channels = _shape(inputs[0])
     return Counter({"grid_conv2d": conv_flops(batch, length, channels, _shape(inputs[1])[1] ** 2)})
@@ -77,6 +82,7 @@ def count_flops(model: Backbone) -> FlopCount:
     analysis = FlopCountAnalysis(model, images)
     analysis.set_op_handle("ssmprune::selective_scan", _scan_handler)
     analysis.set_op_handle("ssmprune::causal_conv1d", _conv_handler)
+    analysis.set_op_handle("ssmprune::sparse_conv1d", _sparse_conv_handler)
     analysis.set_op_handle("ssmprune::grid_conv2d", _grid_conv_handler)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)

@@ -6,12 +6,12 @@
 #define SLAB (UNROLL * W) /* channels worked on at once */
 
 typedef struct {
-    const void *x, *grad;
+    const void *x, *context, *grad;
     void *y, *dx;
     const float *taps, *bias;
     float *dtaps, *dbias;
     const int64_t *positions;
-    int64_t batch, length, channels, width, x_b, x_l, rows, columns, reverse, half, threads;
+    int64_t batch, length, channels, width, x_b, x_l, context_b, context_l, others, rows, columns, reverse, half, threads;
 } Conv;
 
 /* The token that tap k of the output at t meets. */
@@ -63,6 +63,40 @@ int conv_forward(const Conv *a) {
         else conv_row(a, row, 0);
     }
     return 0;
+}
+
+/* Tap k of token t meets row positions[b, t, k] of x (L rows) followed by context (`others` rows); -1 is none. Returns 1
+ * for a row that is not there. */
+INLINE int sparse_row(const Conv *a, int64_t row, int half) {
+    int64_t b = row / a->length;
+    const int64_t *sources = a->positions + row * a->width;
+    for (int64_t k = 0; k < a->width; k++)
+        if (sources[k] < -1 || sources[k] >= a->length + a->others) return 1;
+    for (int64_t c = 0; c < a->channels; c += SLAB) {
+        vf y[UNROLL] = {{0}};
+        FOR_SLAB(a, c, y[i] = load(a->bias, c + i * W, lanes, 0))
+        for (int64_t k = 0; k < a->width; k++) {
+            int64_t s = sources[k];
+            if (s < 0) continue;
+            const void *rows = s < a->length ? a->x : a->context;
+            int64_t at = s < a->length ? b * a->x_b + s * a->x_l : b * a->context_b + (s - a->length) * a->context_l;
+            const float *taps = a->taps + k * a->channels + c;
+            FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(rows, at + c + i * W, lanes, half))
+        }
+        write_silu(a, row, c, half, y);
+    }
+    return 0;
+}
+
+/* Returns 0, or 2 for a source that is not there. */
+int sparse_conv_forward(const Conv *a) {
+    int outside = 0;
+#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: outside)
+    for (int64_t row = 0; row < a->batch * a->length; row++) {
+        if (a->half) outside |= sparse_row(a, row, 1);
+        else outside |= sparse_row(a, row, 0);
+    }
+    return outside ? 2 : 0;
 }
 
 /* dtaps (B, K, E) and dbias (B, E) are per sample; the caller adds them up. dx is written whole. `dy` (L, SLAB) is the
