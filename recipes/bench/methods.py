@@ -40,6 +40,9 @@ METHODS = {
     "aligned, neighbour": ("clip", "drop", "neighbour"),
     "aligned, null": ("clip", "drop", "null"),
     "aligned, calibrated": ("clip", "drop", "calibrated"),
+    "random drop with context": ("random", "context", "none"),
+    "drop with context": ("clip", "context", "none"),
+    "drop with context, aligned, calibrated": ("clip", "context", "calibrated"),
     "mask (saves nothing)": ("clip", "mask", "none"),
 }
 
