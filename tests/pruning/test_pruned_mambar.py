@@ -125,7 +125,7 @@ def test_counts_order_and_registers(kind: str, importance: str, tokens: tuple[in
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_head_reads_registers_at_their_true_rank(kind: str) -> None:
     model = build(kind)
-    compress(model, 0.5, alignment="none")
+    compress(model, 0.5, reduction="drop", alignment="none")
     logits, sequences = spied(model, images(model, 4))
     last = sequences[-1]
     assert last.residual is not None
