@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ssmprune_cli.models.base import Backbone, Family
+from ssmprune_cli.models.plainmamba_checkpoint import PLAINMAMBA
 from ssmprune_cli.models.vim_checkpoint import VIM
 from ssmprune_cli.registry import Registry
 
 FAMILIES: Registry[Family] = Registry("model family")
 FAMILIES.register(VIM.name, VIM)
+FAMILIES.register(PLAINMAMBA.name, PLAINMAMBA)
 
 __all__ = ["FAMILIES", "Backbone", "Family"]

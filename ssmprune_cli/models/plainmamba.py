@@ -7,6 +7,7 @@ R rank of the step projection. There is no class token; a token's position is it
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -258,13 +259,10 @@ class PlainMamba(Backbone):
 
     def features(self, images: Tensor) -> TokenSequence:
         """The tokens that are left after all blocks."""
-        sequence = TokenSequence.dense(images)
-        for sequence in self._blocks(images):
-            pass
-        return sequence
+        return deque(self._blocks(images), maxlen=1).pop()
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalised outputs of the blocks `out_indices`, (B, d, rows, columns) each. UsageError if tokens are dropped."""
+        """Normed outputs of the blocks `out_indices`, (B, d, rows, columns) each. UsageError if tokens are missing."""
         maps = []
         for block, sequence in enumerate(self._blocks(images)):
             if block in self.config.out_indices:
