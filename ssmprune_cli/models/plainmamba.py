@@ -36,8 +36,8 @@ class PlainMambaConfig:
     patch_size       even: a stem halves the image, then patches of half this size meet; sides are padded to fill them
     stem_convs       3 x 3 convolutions between the stem and the patches
     dw_layers        blocks that end in a depthwise 3 x 3 convolution
-    out_indices      blocks whose outputs `feature_maps` returns, the last one first counted as -1; all but the last
-                     have a norm of their own
+    out_indices      blocks whose outputs `feature_maps` returns, in rising order; all but the last (-1) have a norm of
+                     their own
     d_inner          channels of the scans; None is twice `embed_dim`
     dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
     eval_crop_ratio  part of the resized image that the centre crop keeps
@@ -69,10 +69,13 @@ class PlainMambaConfig:
         if self.patch_size % 2 or not self.d_conv % 2:
             raise UsageError("patch_size must be even and d_conv odd")
         for name in ("dw_layers", "out_indices"):
-            blocks = tuple(index + self.depth if index < 0 else index for index in getattr(self, name))
+            blocks = {index + self.depth if index < 0 else index for index in getattr(self, name)}
             if any(not 0 <= block < self.depth for block in blocks):
                 raise UsageError(f"{name} {list(getattr(self, name))} must be blocks of {self.depth}")
-            object.__setattr__(self, name, tuple(sorted(set(blocks))))
+            object.__setattr__(self, name, tuple(sorted(blocks)))
+        # In one form, which another depth does not change: the last block is -1.
+        outputs = tuple(-1 if block == self.depth - 1 else block for block in self.out_indices)
+        object.__setattr__(self, "out_indices", outputs)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -232,7 +235,7 @@ class _Trunk(nn.Module):
         self.layers = nn.ModuleList(PlainMambaLayer(config, dw=i in config.dw_layers) for i in range(config.depth))
         self.ln1 = nn.LayerNorm(dim, eps=FINAL_NORM_EPS)
         for index in config.out_indices:
-            if index != config.depth - 1:
+            if index != -1:
                 self.add_module(f"norm_layer{index}", nn.LayerNorm(dim, eps=FINAL_NORM_EPS))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -265,11 +268,11 @@ class PlainMamba(Backbone):
         """Normed outputs of the blocks `out_indices`, (B, d, rows, columns) each. UsageError if tokens are missing."""
         maps = []
         for block, sequence in enumerate(self._blocks(images)):
-            if block in self.config.out_indices:
+            index = -1 if block == self.config.depth - 1 else block
+            if index in self.config.out_indices:
                 if not sequence.is_dense:
                     raise UsageError("feature maps need all tokens", hint="Call `restore(model)` first.")
-                last = block == self.config.depth - 1
-                norm = self.backbone.ln1 if last else self.backbone.get_submodule(f"norm_layer{block}")
+                norm = self.backbone.get_submodule("ln1" if index == -1 else f"norm_layer{index}")
                 maps.append(norm(sequence.hidden).transpose(1, 2).unflatten(2, self.grid))
         return tuple(maps)
 

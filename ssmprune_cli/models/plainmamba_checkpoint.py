@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ssmprune_cli.errors import CheckpointError
+from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.base import Family, Hints, Shapes
 from ssmprune_cli.models.layers import resize_grid
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
@@ -50,25 +50,28 @@ def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
     dt_rank = shape("backbone.layers.0.mamba.dt_proj.weight", 2)[1]
     depth = max(_numbers(shapes, r"backbone\.layers\.(\d+)\.mamba\.A_log")) + 1
     side = _image_side(shape("backbone.pos_embed", 3)[1], 2 * half_patch, hints.image_size)
-    return PlainMambaConfig(
-        image_size=(side, side),
-        patch_size=2 * half_patch,
-        embed_dim=embed_dim,
-        depth=depth,
-        # Each has three layers, of which only the first one's weight is four-dimensional.
-        stem_convs=sum(
-            bool(re.match(r"backbone\.patch_embed\.convs", key)) and len(shapes[key]) == 4 for key in shapes
-        ),
-        dw_layers=_numbers(shapes, r"backbone\.layers\.(\d+)\.dw\.0\.weight"),
-        # The norm of the last block's output is the final one, so whether it was among them is in no key.
-        out_indices=(*_numbers(shapes, r"backbone\.norm_layer(\d+)\.weight"), -1),
-        num_classes=num_classes,
-        d_state=d_state,
-        d_conv=shape("backbone.layers.0.mamba.conv2d.weight", 4)[2],
-        d_inner=None if d_inner == 2 * embed_dim else d_inner,
-        dt_rank=None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
-        eval_crop_ratio=hints.eval_crop_ratio or L1.eval_crop_ratio,
-    )
+    try:
+        return PlainMambaConfig(
+            image_size=(side, side),
+            patch_size=2 * half_patch,
+            embed_dim=embed_dim,
+            depth=depth,
+            # Each has three layers, of which only the first one's weight is four-dimensional.
+            stem_convs=sum(
+                bool(re.match(r"backbone\.patch_embed\.convs", key)) and len(shapes[key]) == 4 for key in shapes
+            ),
+            dw_layers=_numbers(shapes, r"backbone\.layers\.(\d+)\.dw\.0\.weight"),
+            # The norm of the last block's output is the final one, so whether it was among them is in no key.
+            out_indices=(*_numbers(shapes, r"backbone\.norm_layer(\d+)\.weight"), -1),
+            num_classes=num_classes,
+            d_state=d_state,
+            d_conv=shape("backbone.layers.0.mamba.conv2d.weight", 4)[2],
+            d_inner=None if d_inner == 2 * embed_dim else d_inner,
+            dt_rank=None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
+            eval_crop_ratio=hints.eval_crop_ratio or L1.eval_crop_ratio,
+        )
+    except UsageError as error:
+        raise CheckpointError(f"not a PlainMamba classifier: {error.what}") from error
 
 
 def _numbers(shapes: Shapes, pattern: str) -> tuple[int, ...]:
