@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.kernels import grid_conv2d, selective_scan
+from ssmprune_cli.kernels import gated_sum, grid_conv2d, selective_scan
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.plainmamba_routes import ROUTES, Walk, walks
 from ssmprune_cli.models.routes import reorder
@@ -143,14 +143,22 @@ class PlainMambaMixer(nn.Module):
         routes: tuple[Walk, ...],
         alignment: ScanAlignment | None,
         want_delta: bool,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
         """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans along `routes` did.
 
-        With `alignment`, each scan decays over the tokens that `sequence` has lost.
+        With `alignment`, each scan decays over the tokens that `sequence` has lost. `context` (B, M, d) are the
+        normalised tokens of `sequence.context`: they get no more than what the convolution needs of them.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         places = None if sequence.is_dense else sequence.positions
-        u = grid_conv2d(values, self.conv2d.weight[:, 0], self.conv2d.bias, self.grid, places)
+        if sequence.context is not None and context is not None:
+            inner = slice(self.d_inner)
+            others = functional.linear(context, self.in_proj.weight[inner], self.in_proj.bias[inner])  # (B, M, E)
+            values = torch.cat((values, others), dim=1)
+            places = torch.cat((sequence.positions, sequence.context.positions), dim=1)
+        length = x.shape[1]
+        u = grid_conv2d(values, self.conv2d.weight[:, 0], self.conv2d.bias, self.grid, places, outputs=length)
         rank_values, b, c = self.x_proj(u).split(self.splits, dim=-1)
         # The authors add the bias of dt_proj twice: in the projection, and once more in the scan.
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
@@ -175,8 +183,7 @@ class PlainMambaMixer(nn.Module):
             outputs.append(reorder(y, walk.visits.back))
             if want_delta:
                 deltas.append(reorder(functional.softplus(rows[0] + bias), walk.visits.back))
-        mixed = outputs[0] + outputs[1] + outputs[2] + outputs[3]
-        projected: Tensor = self.out_proj(mixed * functional.silu(gate))
+        projected: Tensor = self.out_proj(gated_sum(outputs, gate))
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
 
     def null_delta(self) -> Tensor:
@@ -204,7 +211,8 @@ class PlainMambaLayer(nn.Module):
         self, sequence: TokenSequence, routes: tuple[Walk, ...], alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
         x = sequence.hidden
-        mixed, statistics = self.mamba(self.norm(x), sequence, routes, alignment, want_delta)
+        context = None if sequence.context is None else self.norm(sequence.context.stream.to(x.dtype))
+        mixed, statistics = self.mamba(self.norm(x), sequence, routes, alignment, want_delta, context)
         x = x + mixed
         if self.dw is not None:
             x = self._convolve(x, sequence, self.dw)

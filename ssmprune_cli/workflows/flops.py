@@ -69,7 +69,7 @@ def _sparse_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def _grid_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    batch, length, channels = _shape(inputs[0])
+    batch, length, channels = _shape(outputs[0])
     return Counter({"grid_conv2d": conv_flops(batch, length, channels, _shape(inputs[1])[1] ** 2)})
 
 
