@@ -13,7 +13,9 @@ from ssmprune_cli.kernels.cpu import CPU
 from ssmprune_cli.kernels.grid_conv import grid_conv2d
 from ssmprune_cli.kernels.op import causal_conv1d, conv_flops, scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
+from ssmprune_cli.kernels.triton_backend import TRITON
 
+BACKENDS.register("triton", TRITON)
 BACKENDS.register("cpu", CPU)
 BACKENDS.register("chunked", CHUNKED)
 BACKENDS.register("reference", REFERENCE)
