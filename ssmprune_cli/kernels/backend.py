@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
@@ -37,6 +38,11 @@ class Backend(ABC):
     """One implementation of the two ops, forward and backward."""
 
     name: str
+
+    @property
+    def automatic(self) -> bool:
+        """Whether "auto" may choose it; if not, it has to be asked for by name."""
+        return True
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -92,7 +98,7 @@ def active_backend() -> str:
     """The backend that float32 tensors on the CPU are computed with."""
     if _chosen != "auto":
         return _chosen
-    return next(name for name, backend in BACKENDS.items() if backend.missing() is None)
+    return pick(torch.empty(0), 1).name
 
 
 def pick(example: Tensor, inner: int) -> Backend:
@@ -101,7 +107,8 @@ def pick(example: Tensor, inner: int) -> Backend:
     Raises KernelError if the one asked for by name does not take them.
     """
     if _chosen == "auto":
-        return next(b for _, b in BACKENDS.items() if b.accepts(example, inner) and b.missing() is None)
+        fitting = (b for _, b in BACKENDS.items() if b.automatic and b.accepts(example, inner))
+        return next(backend for backend in fitting if backend.missing() is None)
     backend = BACKENDS.get(_chosen)
     if not backend.accepts(example, inner):
         given = f"{example.dtype} on {example.device.type} with {inner} states or taps"
