@@ -11,11 +11,13 @@ from ssmprune_cli.kernels.backend import (
 )
 from ssmprune_cli.kernels.cpu import CPU
 from ssmprune_cli.kernels.grid_conv import grid_conv2d
+from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.op import causal_conv1d, conv_flops, scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
 from ssmprune_cli.kernels.triton_backend import TRITON
 
 BACKENDS.register("triton", TRITON)
+BACKENDS.register("mamba_cuda", MAMBA_CUDA)
 BACKENDS.register("cpu", CPU)
 BACKENDS.register("chunked", CHUNKED)
 BACKENDS.register("reference", REFERENCE)

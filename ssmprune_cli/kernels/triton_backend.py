@@ -13,10 +13,12 @@ from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INNER = 64  # states or taps: what a program keeps in registers
-TILE = 512  # states a program holds: 16 registers for each of the 32 threads of its only warp
+TILE = 512  # states that a program holds: 16 registers for each of the 32 threads of its only warp
+MAX_BLOCK = 128  # channels of a program
 SEGMENT = 32  # tokens between the states that a backward pass keeps
 SHORTEST_GROUP = 128  # tokens; a multiple of SEGMENT
 PROGRAMS_PER_PROCESSOR = 8  # one-warp programs that keep a multiprocessor busy
+TENSORS = "u delta A B C D z delta_bias shift gap gap_delta"  # in the order of the kernels' arguments
 
 
 def interpreted() -> bool:
@@ -37,9 +39,7 @@ class TritonBackend(Backend):
         return None
 
     def accepts(self, example: Tensor, inner: int) -> bool:
-        return (
-            example.dtype in DTYPES and (example.device.type == "cuda" or interpreted()) and inner <= MAX_INNER
-        )
+        return example.dtype in DTYPES and (example.device.type == "cuda" or interpreted()) and inner <= MAX_INNER
 
     @property
     def automatic(self) -> bool:
@@ -48,14 +48,15 @@ class TritonBackend(Backend):
     def scan(self, inputs: ScanInputs) -> Tensor:
         from ssmprune_cli.kernels.triton_scan import scan_forward
 
-        call = _Scan(inputs)
+        # Pairs of 16-bit values can be copied ahead of their use, single ones cannot: two channels for each thread.
+        call = _Scan(inputs, TILE if inputs.u.dtype == torch.float32 else 2 * TILE)
         y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
         if y.numel() == 0:
             return y
         with torch.cuda.device_of(y):
             starts = call.starts(inputs.B, None)
             scan_forward[call.grid](
-                *call.tensors("u delta A B C D z delta_bias shift gap gap_delta"),
+                *call.tensors(TENSORS),
                 starts,
                 y,
                 *call.strides("u delta B C z shift gap"),
@@ -73,7 +74,7 @@ class TritonBackend(Backend):
             given = (u, inputs.delta, A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias)
             zeros = (*given, inputs.shift, inputs.gap_delta)
             return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in zeros)
-        call = _Scan(inputs)
+        call = _Scan(inputs, TILE)
         grad = grad.contiguous()
 
         def single(*shape: int) -> Tensor:
@@ -93,7 +94,7 @@ class TritonBackend(Backend):
             saved = single(batch, -(-length // SEGMENT), channels, state)
             recomputed = single(batch, groups, SEGMENT, channels, state)
             scan_backward[call.grid](
-                *call.tensors("u delta A B C D z delta_bias shift gap gap_delta"),
+                *call.tensors(TENSORS),
                 grad,
                 starts,
                 carries,
@@ -164,13 +165,11 @@ class TritonBackend(Backend):
 class _Scan:
     """The arguments that the scan's kernels share."""
 
-    def __init__(self, inputs: ScanInputs) -> None:
-        self.inputs = inputs
-        names = "u delta A B C D z delta_bias shift gap gap_delta".split()
-        self._tensors = {name: _rows(getattr(inputs, name), name) for name in names}
+    def __init__(self, inputs: ScanInputs, tile: int) -> None:
+        self._tensors = {name: _rows(getattr(inputs, name), name) for name in TENSORS.split()}
         (batch, length, channels), state = inputs.u.shape, inputs.A.shape[1]
         block_n = _power_of_two(state)
-        block_e = min(max(TILE // block_n, 1), max(_power_of_two(channels), 1))
+        block_e = min(tile // block_n, MAX_BLOCK, _power_of_two(channels))
         blocks = -(-channels // block_e)
         groups = _groups(batch * blocks, length, inputs.u.device)
         group = -(-length // (groups * SEGMENT)) * SEGMENT
@@ -178,14 +177,20 @@ class _Scan:
         self.sizes = (length, group, channels, state)
         self._flags: dict[str, Any] = {
             "SOFTPLUS": inputs.delta_softplus,
-            "MODE": 1 if inputs.shift is not None else 0 if inputs.gap is None else 2 if inputs.gap_delta is None else 3,
+            "MODE": 1
+            if inputs.shift is not None
+            else 0
+            if inputs.gap is None
+            else 2
+            if inputs.gap_delta is None
+            else 3,
             "HAS_D": inputs.D is not None,
             "HAS_Z": inputs.z is not None,
             "HAS_BIAS": inputs.delta_bias is not None,
             "HAS_STARTS": self.grid[2] > 1,
             "REVERSE": inputs.reverse,
         }
-        self._launch = {"BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1}
+        self._launch = {"BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1, "enable_fp_fusion": True}
 
     def tensors(self, names: str) -> list[Tensor]:
         # Kernels do not touch what is absent; `u` stands in, since pointers may be moved before that is known.
@@ -205,7 +210,7 @@ class _Scan:
         blocks, batch, groups = self.grid
         if groups == 1:
             return None
-        length, _, channels, state = self.sizes
+        _, _, channels, state = self.sizes
         ends = torch.empty(batch, groups, channels, state, dtype=torch.float32, device=vector.device)
         totals = torch.empty(batch, groups, channels, dtype=torch.float32, device=vector.device)
         name = "B" if grad is None else "C"
@@ -242,6 +247,7 @@ class _Conv:
             "BLOCK_L": block_l,
             "BLOCK_E": block_e,
             "num_warps": 4,
+            "enable_fp_fusion": True,
         }
 
 
@@ -250,6 +256,15 @@ def _rows(tensor: Any, name: str) -> Any:
     if tensor is None or (tensor.ndim == 3 and tensor.stride(2) == 1) or name == "gap":
         return tensor
     return tensor.contiguous()
+
+
+def _mode(inputs: ScanInputs) -> int:
+    """MODE of the kernels."""
+    if inputs.shift is not None:
+        return 1
+    if inputs.gap is None:
+        return 0
+    return 2 if inputs.gap_delta is None else 3
 
 
 def _power_of_two(number: int) -> int:

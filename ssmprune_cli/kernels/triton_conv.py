@@ -3,6 +3,9 @@
 One program computes a tile of tokens and channels. Token t sees t - WIDTH + 1 ... t, or t ... t + WIDTH - 1 in reverse.
 """
 
+# Kernels are compiled by Triton, whose types are not those of Python.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -52,9 +55,7 @@ def conv_forward(
     BLOCK_E: tl.constexpr,
 ):
     batch, e, inside, t = tile(length, channels, BLOCK_L, BLOCK_E)
-    total = before_silu(
-        x + batch * x_b, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E
-    )
+    total = before_silu(x + batch * x_b, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E)
     at = y + (batch * length + t)[:, None] * channels + e[None, :]
     mask = (t < length)[:, None] & inside[None, :]
     tl.store(at, (total * sigmoid(total)).to(y.dtype.element_ty), mask=mask)

@@ -9,6 +9,9 @@ Names and layouts as in `op.selective_scan`. Every sum is in float32 and in a fi
 MODE says what alignment adds to a step: 0 nothing, 1 `shift`, 2 `gap` steps of the token's own size, 3 of `gap_delta`.
 """
 
+# Kernels are compiled by Triton, whose types are not those of Python.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -41,10 +44,7 @@ def read(pointer, mask):
 def steps(delta, bias, shift, gap, gap_delta, row, delta_l, shift_l, gap_l, e, inside, SOFTPLUS, MODE):
     """Raw step sizes, step sizes and decay times of one token, (BLOCK_E,) each."""
     raw = read(delta + row * delta_l + e, inside) + bias
-    if SOFTPLUS:
-        step = softplus(raw)
-    else:
-        step = raw
+    step = softplus(raw) if SOFTPLUS else raw
     decay = step
     if MODE == 1:
         decay = step + read(shift + row * shift_l + e, inside)
@@ -110,7 +110,7 @@ def group_ends(
     total = tl.zeros((BLOCK_E,), tl.float32)
     first = part * group
     count = tl.minimum(group, length - first).to(tl.int32)
-    for i in range(0, count):
+    for i in tl.range(0, count, num_stages=4):
         place = first + (count - 1 - i if ADJOINT else i)
         row = length - 1 - place if REVERSE else place
         _, step, decay = steps(
@@ -224,7 +224,7 @@ def scan_forward(
         h = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
     first = part * group
     count = tl.minimum(group, length - first).to(tl.int32)
-    for i in range(0, count):
+    for i in tl.range(0, count, num_stages=4):
         row = length - 1 - (first + i) if REVERSE else first + i
         _, step, decay = steps(
             delta, shared_bias, shift, gap, shared_gap, row, delta_l, shift_l, gap_l, e, inside, SOFTPLUS, MODE

@@ -1,5 +1,8 @@
 """The backward pass of the aligned selective scan in Triton; see `triton_scan`."""
 
+# Kernels are compiled by Triton, whose types are not those of Python.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -85,23 +88,22 @@ def scan_backward(
     gap += batch * gap_b
     dB += (batch * blocks + block) * length * state
     dC += (batch * blocks + block) * length * state
-    size = channels.to(tl.int64) * state
-    saved += batch * tl.cdiv(length, SEGMENT) * size
-    recomputed += (batch * groups + part) * SEGMENT * size
+    saved += batch * tl.cdiv(length, SEGMENT) * channels * state
+    recomputed += (batch * groups + part) * SEGMENT * channels * state
     first = part * group
     count = tl.minimum(group, length - first).to(tl.int32)
 
     # The state at the start of every segment.
     if HAS_STARTS:
-        h = tl.load(starts + (batch * groups + part) * size + tile, mask=both, other=0.0)
-        carry = tl.load(carries + (batch * groups + part) * size + tile, mask=both, other=0.0)
+        h = tl.load(starts + (batch * groups + part) * channels * state + tile, mask=both, other=0.0)
+        carry = tl.load(carries + (batch * groups + part) * channels * state + tile, mask=both, other=0.0)
     else:
         h = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
         carry = h
     segments = tl.cdiv(count, SEGMENT)
     for segment in range(0, segments):
-        tl.store(saved + (first // SEGMENT + segment) * size + tile, h, mask=both)
-        for i in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, count)):
+        tl.store(saved + (first // SEGMENT + segment) * channels * state + tile, h, mask=both)
+        for i in tl.range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, count), num_stages=4):
             row = length - 1 - (first + i) if REVERSE else first + i
             _, step, decay = steps(
                 delta, shared_bias, shift, gap, shared_gap, row, delta_l, shift_l, gap_l, e, inside, SOFTPLUS, MODE
@@ -118,9 +120,9 @@ def scan_backward(
     for back in range(0, segments):
         segment = segments - 1 - back
         low, high = segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, count)
-        h = tl.load(saved + (first // SEGMENT + segment) * size + tile, mask=both, other=0.0)
-        for i in range(low, high):
-            tl.store(recomputed + (i - low) * size + tile, h, mask=both)
+        h = tl.load(saved + (first // SEGMENT + segment) * channels * state + tile, mask=both, other=0.0)
+        for i in tl.range(low, high, num_stages=4):
+            tl.store(recomputed + (i - low) * channels * state + tile, h, mask=both)
             row = length - 1 - (first + i) if REVERSE else first + i
             _, step, decay = steps(
                 delta, shared_bias, shift, gap, shared_gap, row, delta_l, shift_l, gap_l, e, inside, SOFTPLUS, MODE
@@ -129,7 +131,7 @@ def scan_backward(
             b = read(B + row * B_l + n, states)
             h = tl.exp2(decay[:, None] * a) * h + drive[:, None] * b[None, :]
         tl.debug_barrier()
-        for j in range(0, high - low):
+        for j in tl.range(0, high - low, num_stages=3):
             i = high - 1 - j
             row = length - 1 - (first + i) if REVERSE else first + i
             raw, step, decay = steps(
@@ -137,7 +139,7 @@ def scan_backward(
             )
             token = read(u + row * u_l + e, inside)
             b, c = read(B + row * B_l + n, states), read(C + row * C_l + n, states)
-            before = tl.load(recomputed + (i - low) * size + tile, mask=both, other=0.0)
+            before = tl.load(recomputed + (i - low) * channels * state + tile, mask=both, other=0.0)
             factor = tl.exp2(decay[:, None] * a)
             drive = step * token
             after = factor * before + drive[:, None] * b[None, :]
@@ -180,7 +182,7 @@ def scan_backward(
         tl.debug_barrier()  # the next segment writes over what this one read
 
     place = (batch * groups + part) * channels + e
-    tl.store(dA + (batch * groups + part) * size + tile, sum_A, mask=both)
+    tl.store(dA + (batch * groups + part) * channels * state + tile, sum_A, mask=both)
     if HAS_D:
         tl.store(dD + place, sum_D, mask=inside)
     if HAS_BIAS:
