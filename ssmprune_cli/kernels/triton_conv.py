@@ -33,7 +33,7 @@ def shifted(x, x_l, t, offset, length, e, inside):
 @triton.jit
 def before_silu(x, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E):
     total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32) + read(bias + e, inside)[None, :]
-    for k in tl.static_range(WIDTH):
+    for k in range(WIDTH):
         offset = WIDTH - 1 - k if REVERSE else k - WIDTH + 1
         total += shifted(x, x_l, t, offset, length, e, inside) * read(weight + e * WIDTH + k, inside)[None, :]
     return total
@@ -89,7 +89,7 @@ def conv_backward(
     tl.store(inner + at, d_total, mask=mask)
     place = (batch * tl.num_programs(1) + tl.program_id(1)) * channels + e
     tl.store(dbias + place, tl.sum(d_total, axis=0), mask=inside)
-    for k in tl.static_range(WIDTH):
+    for k in range(WIDTH):
         offset = WIDTH - 1 - k if REVERSE else k - WIDTH + 1
         d_tap = tl.sum(d_total * shifted(x, x_l, t, offset, length, e, inside), axis=0)
         tl.store(dweight + place * WIDTH + k, d_tap, mask=inside)
@@ -110,7 +110,7 @@ def conv_backward_input(
     batch, e, inside, t = tile(length, channels, BLOCK_L, BLOCK_E)
     inner += batch * length * channels
     total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32)
-    for k in tl.static_range(WIDTH):
+    for k in range(WIDTH):
         offset = k - WIDTH + 1 if REVERSE else WIDTH - 1 - k
         total += shifted(inner, channels, t, offset, length, e, inside) * read(weight + e * WIDTH + k, inside)[None, :]
     mask = (t < length)[:, None] & inside[None, :]
