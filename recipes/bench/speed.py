@@ -26,7 +26,7 @@ from ssmprune_cli.cli.allocator import keep_freed_memory
 from ssmprune_cli.kernels import (
     active_backend,
     add_rms_norm,
-    available_backends,
+    backends_for,
     causal_conv1d,
     gated_sum,
     grid_conv2d,
@@ -84,7 +84,7 @@ def scan(backend: str, inputs: list[torch.Tensor], gap: torch.Tensor, gap_delta:
 
 def scan_table(seconds: float) -> None:
     """Time, rate and error of every backend; the reference's own float32 error is the measure of the others'."""
-    backends = [name for name, reason in available_backends().items() if reason == "available"]
+    backends = backends_for(torch.zeros(1))
     titles = " | ".join(f"{name}, ms" for name in backends)
     print(f"| aligned scan | {titles} | {backends[0]} against reference, chunked | G updates/s | error | memory, MiB |")
     print("|---" * (len(backends) + 5) + "|")
@@ -144,7 +144,7 @@ def extra_memory(run: Callable[[], object]) -> float:
 def small_ops_table(seconds: float) -> None:
     """What surrounds the scan, at Vim-T shapes, batch 8."""
     batch, length, channels = SHAPES["Vim-T b8"]
-    backends = [name for name, reason in available_backends().items() if reason == "available" and name != "reference"]
+    backends = [name for name in backends_for(torch.zeros(1)) if name != "reference"]
     projected, y = torch.randn(batch, length, 2 * channels), torch.randn(batch, length, channels)
     x, z = projected.chunk(2, dim=-1)
     hidden, weight = torch.randn(batch, length, channels // 2), torch.randn(channels // 2)

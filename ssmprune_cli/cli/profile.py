@@ -49,7 +49,11 @@ def command(
 
 def _summary(names: list[str], profiles: list[Profile]) -> Table:
     first = profiles[0]
-    refused = "".join(f"; not {name}: {reason}" for name, reason in first.backends_refused.items())
+    refused = "".join(
+        f"; not {name}: {reason}"
+        for name, reason in first.backends_refused.items()
+        if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
+    )
     table = Table(
         title=f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.device}, "
         f"{first.threads} threads, kernels: {first.backend}{refused}",

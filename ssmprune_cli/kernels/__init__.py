@@ -7,15 +7,20 @@ from ssmprune_cli.kernels.backend import (
     active_backend,
     available_backends,
     backend_from_environment,
+    backends_for,
     refused_backends,
     use_backend,
 )
 from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
 from ssmprune_cli.kernels.cpu import CPU
+from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.op import scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
 from ssmprune_cli.kernels.row_ops import add_rms_norm, gated_sum
+from ssmprune_cli.kernels.triton_backend import TRITON
 
+BACKENDS.register("triton", TRITON)
+BACKENDS.register("mamba_cuda", MAMBA_CUDA)
 BACKENDS.register("cpu", CPU)
 BACKENDS.register("chunked", CHUNKED)
 BACKENDS.register("reference", REFERENCE)
@@ -25,6 +30,7 @@ __all__ = [
     "active_backend",
     "add_rms_norm",
     "available_backends",
+    "backends_for",
     "causal_conv1d",
     "conv_flops",
     "gated_sum",

@@ -41,6 +41,11 @@ class Backend(ABC):
 
     name: str
 
+    @property
+    def automatic(self) -> bool:
+        """Whether "auto" may choose it; if not, it has to be asked for by name."""
+        return True
+
     @abstractmethod
     def missing(self) -> str | None:
         """Why it cannot be used on this machine; None if it can."""
@@ -120,6 +125,12 @@ def available_backends() -> dict[str, str]:
     return {name: backend.missing() or "available" for name, backend in BACKENDS.items()}
 
 
+def backends_for(example: Tensor) -> list[str]:
+    """Names of the available backends that compute in the dtype and on the device of `example`, best first."""
+    fitting = ((name, backend) for name, backend in BACKENDS.items() if backend.accepts(example, 1))
+    return [name for name, backend in fitting if backend.missing() is None]
+
+
 def active_backend(device: torch.device | str = "cpu") -> str:
     """The backend that float32 tensors on `device` are computed with."""
     return pick(torch.empty(0, device=device), 1).name
@@ -133,7 +144,8 @@ def refused_backends(device: torch.device | str = "cpu") -> dict[str, str]:
         for name, backend in BACKENDS.items():
             if name == active_backend(device):
                 break
-            refused[name] = backend.missing() or f"does not compute on {example.device.type}"
+            fits = backend.accepts(example, 1)
+            refused[name] = (backend.missing() if fits else None) or f"does not compute on {example.device.type}"
     return refused
 
 
@@ -143,7 +155,8 @@ def pick(example: Tensor, inner: int) -> Backend:
     Raises KernelError if the one asked for by name does not take them.
     """
     if _chosen == "auto":
-        return next(b for _, b in BACKENDS.items() if b.accepts(example, inner) and b.missing() is None)
+        fitting = (b for _, b in BACKENDS.items() if b.automatic and b.accepts(example, inner))
+        return next(backend for backend in fitting if backend.missing() is None)
     backend = BACKENDS.get(_chosen)
     if not backend.accepts(example, inner):
         given = f"{example.dtype} on {example.device.type} with {inner} states or taps"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
-from ssmprune_cli.kernels import available_backends, grid_conv2d, use_backend
+from ssmprune_cli.kernels import backends_for, grid_conv2d, use_backend
 
-AVAILABLE = [name for name, reason in available_backends().items() if reason == "available"]
+AVAILABLE = backends_for(torch.zeros(1))
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError, UsageError
-from ssmprune_cli.kernels import available_backends, causal_conv1d, scan_flops, selective_scan, use_backend
+from ssmprune_cli.kernels import (
+    backends_for,
+    causal_conv1d,
+    scan_flops,
+    selective_scan,
+    use_backend,
+)
 
-AVAILABLE = [name for name, reason in available_backends().items() if reason == "available"]
+AVAILABLE = backends_for(torch.zeros(1))
 SHAPES = [(2, 37, 48, 16), (1, 1, 5, 4), (3, 16, 96, 1), (1, 33, 13, 16), (2, 18, 8, 5)]  # B, L, E, N
 
 

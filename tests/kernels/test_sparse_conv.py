@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
-from ssmprune_cli.kernels import available_backends, causal_conv1d, sparse_conv1d, use_backend
+from ssmprune_cli.kernels import backends_for, causal_conv1d, sparse_conv1d, use_backend
 from ssmprune_cli.models.mamba_mixer import conv_sources
 from ssmprune_cli.tokens import TokenSequence
 
-AVAILABLE = [name for name, reason in available_backends().items() if reason == "available"]
+AVAILABLE = backends_for(torch.zeros(1))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,118 @@
+"""The causal depthwise convolution with SiLU in Triton, forward and backward; `triton_backend` launches these kernels.
+
+One program computes a tile of tokens and channels. Token t sees t - WIDTH + 1 ... t, or t ... t + WIDTH - 1 in reverse.
+"""
+
+# Kernels are compiled by Triton, whose types are not those of Python.
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssmprune_cli.kernels.triton_scan import read, sigmoid
+
+
+@triton.jit
+def tile(length, channels, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Batch entry, channels (BLOCK_E,), whether they exist, tokens (BLOCK_L,)."""
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    t = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    return tl.program_id(2).to(tl.int64), e, e < channels, t
+
+
+@triton.jit
+def shifted(x, x_l, t, offset, length, e, inside):
+    """(BLOCK_L, BLOCK_E): the tokens `offset` places after those at `t`, zeros outside of the sequence."""
+    row = t + offset
+    mask = ((row >= 0) & (row < length))[:, None] & inside[None, :]
+    return read(x + row[:, None] * x_l + e[None, :], mask)
+
+
+@triton.jit
+def before_silu(x, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E):
+    total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32) + read(bias + e, inside)[None, :]
+    for k in range(WIDTH):
+        offset = WIDTH - 1 - k if REVERSE else k - WIDTH + 1
+        total += shifted(x, x_l, t, offset, length, e, inside) * read(weight + e * WIDTH + k, inside)[None, :]
+    return total
+
+
+@triton.jit
+def conv_forward(
+    x,
+    weight,
+    bias,
+    y,  # out, (B, L, E)
+    x_b,
+    x_l,
+    length,
+    channels,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    batch, e, inside, t = tile(length, channels, BLOCK_L, BLOCK_E)
+    total = before_silu(x + batch * x_b, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E)
+    at = y + (batch * length + t)[:, None] * channels + e[None, :]
+    mask = (t < length)[:, None] & inside[None, :]
+    tl.store(at, (total * sigmoid(total)).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv_backward(
+    x,
+    weight,
+    bias,
+    grad,  # (B, L, E), contiguous
+    inner,  # out, (B, L, E): dL/d(before SiLU)
+    dweight,  # out, (B, blocks of tokens, E, WIDTH): sums over a block of tokens
+    dbias,  # out, (B, blocks of tokens, E)
+    x_b,
+    x_l,
+    length,
+    channels,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    batch, e, inside, t = tile(length, channels, BLOCK_L, BLOCK_E)
+    x += batch * x_b
+    total = before_silu(x, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E)
+    sigma = sigmoid(total)
+    at = (batch * length + t)[:, None] * channels + e[None, :]
+    mask = (t < length)[:, None] & inside[None, :]
+    d_total = read(grad + at, mask) * sigma * (1.0 + total * (1.0 - sigma))
+    tl.store(inner + at, d_total, mask=mask)
+    place = (batch * tl.num_programs(1) + tl.program_id(1)) * channels + e
+    tl.store(dbias + place, tl.sum(d_total, axis=0), mask=inside)
+    for k in range(WIDTH):
+        offset = WIDTH - 1 - k if REVERSE else k - WIDTH + 1
+        d_tap = tl.sum(d_total * shifted(x, x_l, t, offset, length, e, inside), axis=0)
+        tl.store(dweight + place * WIDTH + k, d_tap, mask=inside)
+
+
+@triton.jit
+def conv_backward_input(
+    inner,
+    weight,
+    dx,  # out, (B, L, E)
+    length,
+    channels,
+    REVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    batch, e, inside, t = tile(length, channels, BLOCK_L, BLOCK_E)
+    inner += batch * length * channels
+    total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32)
+    for k in range(WIDTH):
+        offset = k - WIDTH + 1 if REVERSE else WIDTH - 1 - k
+        total += shifted(inner, channels, t, offset, length, e, inside) * read(weight + e * WIDTH + k, inside)[None, :]
+    mask = (t < length)[:, None] & inside[None, :]
+    at = dx + (batch * length + t)[:, None] * channels + e[None, :]
+    tl.store(at, total.to(dx.dtype.element_ty), mask=mask)

@@ -1,0 +1,299 @@
+"""The Triton kernels: under Triton's interpreter on the CPU, compiled on a GPU, against the float64 reference.
+
+Triton decides when it is imported whether kernels are interpreted, so on a machine without a GPU these tests are
+skipped at first; `test_under_the_interpreter` runs them in a process of its own that asks for the interpreter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssmprune_cli.kernels import active_backend, causal_conv1d, selective_scan, triton_backend, use_backend
+from ssmprune_cli.kernels.backend import BACKENDS, ScanInputs, pick
+from ssmprune_cli.kernels.triton_backend import TRITON, interpreted
+
+ROOT = Path(__file__).parents[2]
+DEVICE = "cpu" if interpreted() else "cuda"
+MODES = ["plain", "shift", "gap", "gap+delta"]
+GRADIENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "shift", "gap_delta")
+PARAMETERS = ("A", "D", "delta_bias", "gap_delta")
+
+kernels = pytest.mark.skipif(
+    TRITON.missing() is not None, reason="test_under_the_interpreter runs it, as there is no GPU for Triton"
+)
+gpu = pytest.mark.skipif(not torch.cuda.is_available() or interpreted(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def restore_backend() -> Iterator[None]:
+    yield
+    use_backend("auto")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences with few channels cross every border: of channel blocks, segments and groups."""
+    monkeypatch.setattr(triton_backend, "TILE", 16)
+    monkeypatch.setattr(triton_backend, "SEGMENT", 4)
+
+
+def make(
+    shape: tuple[int, int, int, int], mode: str, dtype: torch.dtype, extras: bool = True
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Inputs in float64 whose values `dtype` holds exactly, and the gap."""
+    batch, length, channels, state = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype).double()
+
+    wide, narrow = (batch, length, channels), (batch, length, state)
+    inputs = {"u": normal(*wide), "delta": normal(*wide), "A": -normal(channels, state).exp().float().double()}
+    inputs |= {"B": normal(*narrow), "C": normal(*narrow)}
+    if extras:
+        inputs |= {"D": normal(channels), "z": normal(*wide), "delta_bias": normal(channels)}
+    if mode == "shift":
+        inputs["shift"] = normal(*wide).abs()
+    if mode == "gap+delta":
+        inputs["gap_delta"] = normal(channels).abs()
+    gap = torch.randint(0, 4, (batch, length), generator=generator).double() if mode.startswith("gap") else None
+    return inputs, gap
+
+
+def run(
+    backend: str,
+    inputs: dict[str, Tensor],
+    gap: Tensor | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    reverse: bool,
+    device: str = DEVICE,
+) -> dict[str, Tensor]:
+    """y and all gradients; `dtypes` of the activations and of the parameters."""
+    given: dict[str, Any] = {name: value.to(device, dtypes[name in PARAMETERS]) for name, value in inputs.items()} | {
+        "gap": None if gap is None else gap.to(device, dtypes[0])
+    }
+    absent = dict.fromkeys(("D", "z", "delta_bias", "shift", "gap_delta"))
+    scan = ScanInputs(**{**absent, **given}, delta_softplus=True, reverse=reverse)
+    y = BACKENDS.get(backend).scan(scan)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).to(torch.bfloat16).view_as(y).to(y)
+    gradients = dict(zip(GRADIENTS, BACKENDS.get(backend).scan_backward(grad, scan), strict=True))
+    found = {"y": y}
+    for name in GRADIENTS:
+        value = gradients[name]
+        assert (value is None) == (name not in inputs)
+        if value is not None:
+            assert value.dtype == dtypes[name in PARAMETERS]
+            found[name] = value
+    return found
+
+
+def compare(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
+    """The largest error, in units of the largest entry."""
+    for name, expected in truth.items():
+        error = (found[name].double() - expected.to(found[name].device)).abs().max()
+        assert error <= tolerance * expected.abs().max(), (name, float(error / expected.abs().max()))
+
+
+SINGLE = (torch.float32, torch.float32)
+DOUBLE = (torch.float64, torch.float64)
+# Of the largest entry. float32: measured 1e-6 under the interpreter, whose exp is exact to rounding; that of a GPU has
+# an error of 2^-22 a step. bfloat16: one rounding of the result to 8 bits, which the interpreter cuts off instead.
+TOLERANCE = (
+    {torch.float32: 2e-6, torch.bfloat16: 2**-7} if interpreted() else {torch.float32: 2e-5, torch.bfloat16: 2**-8}
+)
+
+
+@kernels
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_values_and_gradients_in_float32(mode: str, reverse: bool) -> None:
+    """Odd length, a number of states that is no power of two, channels that do not fill a block."""
+    inputs, gap = make((2, 5, 6, 3), mode, torch.float32, extras=not reverse or mode == "shift")
+    truth = run("reference", inputs, gap, DOUBLE, reverse)
+    compare(run("triton", inputs, gap, SINGLE, reverse), truth, TOLERANCE[torch.float32])
+
+
+@kernels
+@pytest.mark.parametrize("shape", [(1, 1, 3, 16), (3, 2, 1, 1), (1, 9, 2, 5)], ids=str)
+def test_shapes_at_the_edge(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "SEGMENT", 4)
+    inputs, gap = make(shape, "gap+delta", torch.float32)
+    truth = run("reference", inputs, gap, DOUBLE, True)
+    compare(run("triton", inputs, gap, SINGLE, True), truth, TOLERANCE[torch.float32])
+
+
+@kernels
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_groups_of_tokens_side_by_side(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long scan of few channels is split; here into 4 groups, the last one shorter."""
+    monkeypatch.setattr(triton_backend, "SHORTEST_GROUP", 4)
+    inputs, gap = make((1, 14, 3, 2), "gap", torch.float32)
+    truth = run("reference", inputs, gap, DOUBLE, reverse)
+    compare(run("triton", inputs, gap, SINGLE, reverse), truth, TOLERANCE[torch.float32])
+
+
+@kernels
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["shift", "gap+delta"])
+def test_values_and_gradients_in_bfloat16(mode: str, parameters: torch.dtype) -> None:
+    """All arithmetic is in float32: what is left is the last rounding."""
+    inputs, gap = make((2, 5, 6, 3), mode, torch.bfloat16)
+    inputs["A"] = inputs["A"].to(parameters).double()
+    truth = run("reference", inputs, gap, DOUBLE, False)
+    found = run("triton", inputs, gap, (torch.bfloat16, parameters), False)
+    compare(found, truth, TOLERANCE[torch.bfloat16])
+    if parameters == torch.float32:  # sums over tokens are not rounded in between
+        names = [name for name in truth if name in PARAMETERS]
+        compare({n: found[n] for n in names}, {n: truth[n] for n in names}, TOLERANCE[torch.float32])
+
+
+@kernels
+def test_slices_of_a_projection_are_read_in_place() -> None:
+    use_backend("triton")
+    wide = torch.randn(2, 3, 40, device=DEVICE)
+    u, delta, b, c, z, shift = wide.split([4, 4, 12, 12, 4, 4], dim=-1)
+    A = -torch.rand(4, 12, device=DEVICE)
+    expected = selective_scan(
+        u.contiguous(), delta.contiguous(), A, b.contiguous(), c.contiguous(), z=z.contiguous(), shift=shift.abs()
+    )
+    assert torch.equal(selective_scan(u, delta, A, b, c, z=z, shift=shift.abs()), expected)
+    flipped = u.transpose(1, 2).contiguous().transpose(1, 2)  # no dense innermost dimension: copied
+    assert torch.equal(selective_scan(flipped, delta, A, b, c, z=z, shift=shift.abs()), expected)
+    weight, bias = torch.randn(4, 3, device=DEVICE), torch.randn(4, device=DEVICE)
+    assert torch.equal(causal_conv1d(u, weight, bias), causal_conv1d(u.contiguous(), weight, bias))
+
+
+@kernels
+def test_huge_shifts_clear_the_state_and_broken_tokens_show() -> None:
+    use_backend("triton")
+    u, b = torch.ones(1, 3, 2, device=DEVICE), torch.ones(1, 3, 4, device=DEVICE)
+    A, shift = -torch.ones(2, 4, device=DEVICE), torch.full_like(u, 1e20)
+    # Nothing of the past is left: every token reads its own drive, softplus(1) a state.
+    expected = torch.full_like(u, 4 * 1.3132617)
+    torch.testing.assert_close(selective_scan(u, u, A, b, b, shift=shift), expected, rtol=1e-6, atol=0)
+    broken = u.clone()
+    broken[0, 1, 0] = torch.nan
+    for given in ((broken, u), (u, broken)):
+        lost = selective_scan(*given, A, b, b).isnan()
+        assert lost[0, 1:, 0].all() and lost.sum() == 2
+
+
+@kernels
+@pytest.mark.parametrize(("shape", "width"), [((2, 19, 5), 4), ((1, 1, 70), 3), ((3, 2, 3), 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolution(shape: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (shape, (shape[-1], width), shape[-1:])
+    values = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    for reverse, single in itertools.product((False, True), repeat=2):
+        kinds = (dtype, *(torch.float32 if single else dtype,) * 2)  # parameters may stay in float32
+        results = []
+        for backend, precision in (("reference", (torch.float64,) * 3), ("triton", kinds)):
+            x, weight, bias = (v.to(DEVICE, kind) for v, kind in zip(values, precision, strict=True))
+            y = BACKENDS.get(backend).conv(x, weight, bias, reverse)
+            results.append((y, *BACKENDS.get(backend).conv_backward(grad.to(y), x, weight, bias, reverse)))
+        for expected, found, kind in zip(*results, (dtype, *kinds), strict=True):
+            assert found.dtype == kind
+            # A few roundings: of the sum over taps, the SiLU and its slope; bfloat16: of the result alone.
+            assert (found.double() - expected).abs().max() <= TOLERANCE[kind] * expected.abs().max()
+
+
+@kernels
+def test_empty_batches_and_the_interpreter_is_never_chosen() -> None:
+    inputs, gap = make((0, 3, 2, 2), "gap", torch.float32)
+    found = run("triton", inputs, gap, SINGLE, False)
+    assert found["y"].shape == (0, 3, 2) and not found["A"].any()
+    use_backend("auto")
+    assert active_backend() != "triton"
+    assert (pick(torch.zeros(1, device=DEVICE), 16).name == "triton") == (DEVICE == "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreted(), reason="it is this run")
+def test_under_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment.pop("SSMPRUNE_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_without_triton_or_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert TRITON.missing() == "the package triton is not installed"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert TRITON.missing() == "there is no CUDA device"
+    assert not TRITON.accepts(torch.zeros(1), 16)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert TRITON.missing() is None and TRITON.accepts(torch.zeros(1), 16) and not TRITON.automatic
+
+
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [(1, 197, 384, 16), (256, 99, 384, 16), (1, 16384, 64, 16), (5, 4099, 40, 24)], ids=str
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_large_shapes_on_a_gpu(shape: tuple[int, int, int, int], mode: str) -> None:
+    for reverse, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+        inputs, gap = make(shape, mode, dtype)
+        truth = run("chunked", inputs, gap, DOUBLE, reverse)
+        found = run("triton", inputs, gap, (dtype, torch.float32), reverse)
+        compare(found, truth, 1e-4 if dtype == torch.float32 else 2**-7)
+
+
+@gpu
+@pytest.mark.slow
+def test_tensors_with_more_entries_than_int32_counts() -> None:
+    """256 x 16,384 x 768: offsets need 64 bits."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    use_backend("triton")
+    u = torch.randn(1, 16384, 768, device=DEVICE, dtype=torch.bfloat16).repeat(256, 1, 1)
+    b = torch.randn(1, 16384, 16, device=DEVICE, dtype=torch.bfloat16).repeat(256, 1, 1)
+    A = -torch.rand(768, 16, device=DEVICE)
+    y = selective_scan(u, u, A, b, b)
+    assert torch.equal(y[-1], y[0]) and y[0].isfinite().all() and y[0].any()
+
+
+@gpu
+@pytest.mark.slow
+def test_a_pruned_model_is_captured_in_a_cuda_graph() -> None:
+    from ssmprune_cli.models.vim import Vim, VimConfig
+    from ssmprune_cli.pruning import compress
+
+    use_backend("triton")
+    model = Vim(VimConfig(image_size=(64, 64), depth=4)).eval().cuda()
+    compress(model, 0.5, points=[1, 2], alignment="null")
+    images = torch.randn(2, 3, 64, 64, device=DEVICE)
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(images)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(images)
+        images.copy_(torch.randn_like(images))
+        graph.replay()
+        # Same kernels on the same values; only cuBLAS may choose another algorithm inside a graph.
+        torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,88 @@
+"""The Triton kernels compile to machine code for GPUs, whose types the interpreter does not check. Needs no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssmprune_cli.kernels.triton_backend import SEGMENT, interpreted
+
+triton = pytest.importorskip("triton")
+
+# What the kernels always get as float32, and what has the dtype of the activations; all else is a number or a flag.
+SINGLE = (
+    "A D bias gap_delta starts ends totals carries saved recomputed dA dB dC dD dbias dgap_delta inner dweight weight"
+)
+TOKENS = "u delta B C z shift gap y grad du ddelta dz dshift x dx"
+ONES = [
+    "length",
+    "channels",
+    "state",
+    "groups",
+    "u_l",
+    "B_l",
+    "gap_l",
+    "x_l",
+]  # Triton makes constants of arguments of 1
+
+
+def compile_for_gpu(kernel: Any, dtype: str, constants: dict[str, Any], capability: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = dict.fromkeys(TOKENS.split(), f"*{dtype}") | dict.fromkeys(SINGLE.split(), "*fp32")
+    types |= dict.fromkeys(used, "constexpr")
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "i32") for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in used.items()},
+    )
+    options = {"num_warps": 4 if "WIDTH" in used else 1, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreted(), reason="Triton compiles nothing while it interprets")
+@pytest.mark.parametrize(
+    ("mode", "extras", "block_e", "block_n", "dtype", "ones"),
+    [
+        (1, True, 32, 16, "bf16", []),
+        (2, True, 1, 1, "fp16", ONES),
+        (3, False, 8, 64, "fp32", []),
+        (0, False, 64, 8, "bf16", []),
+    ],
+)
+def test_kernels_compile(
+    mode: int,
+    extras: bool,
+    block_e: int,
+    block_n: int,
+    dtype: str,
+    ones: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from ssmprune_cli.kernels.triton_conv import conv_backward, conv_backward_input, conv_forward
+    from ssmprune_cli.kernels.triton_scan import chain, group_ends, scan_forward
+    from ssmprune_cli.kernels.triton_scan_backward import scan_backward
+
+    flags = ("SOFTPLUS", "HAS_D", "HAS_Z", "HAS_BIAS", "HAS_STARTS", "REVERSE")
+    absent = {
+        "dshift": mode != 1,
+        "dgap_delta": mode != 3,
+        **dict.fromkeys(("dz", "dD", "dbias", "starts", "carries"), not extras),
+    }
+    scan: dict[str, Any] = {"MODE": mode, "SEGMENT": SEGMENT, "BLOCK_E": block_e, "BLOCK_N": block_n} | dict.fromkeys(
+        flags, extras
+    )
+    scan |= dict.fromkeys(ones, 1) | {name: None for name, missing in absent.items() if missing}
+    for kernel in (scan_forward, scan_backward, group_ends, chain):
+        compile_for_gpu(kernel, dtype, scan | {"ADJOINT": mode != 2}, 80 if mode == 1 else 90)
+    conv = {"WIDTH": 64 if mode == 0 else 4, "REVERSE": extras, "BLOCK_L": 16, "BLOCK_E": 64} | dict.fromkeys(ones, 1)
+    for kernel in (conv_forward, conv_backward, conv_backward_input):
+        compile_for_gpu(kernel, dtype, conv, 90)
