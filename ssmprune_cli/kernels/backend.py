@@ -105,6 +105,7 @@ class Backend(ABC):
 # In order of preference; `kernels/__init__.py` fills it.
 BACKENDS: Registry[Backend] = Registry("kernel backend")
 _chosen = "auto"
+_picked: dict[tuple[torch.dtype, str, int], Backend] = {}  # what `pick` has found since the last choice
 
 
 def use_backend(name: str) -> None:
@@ -118,6 +119,7 @@ def use_backend(name: str) -> None:
         if reason is not None:
             raise KernelError(f"kernel backend {name!r} cannot be used: {reason}", hint="See `ssmprune env`.")
     _chosen = name
+    _picked.clear()
 
 
 def available_backends() -> dict[str, str]:
@@ -154,6 +156,13 @@ def pick(example: Tensor, inner: int) -> Backend:
 
     Raises KernelError if the one asked for by name does not take them.
     """
+    key = (example.dtype, example.device.type, inner)
+    if key not in _picked:
+        _picked[key] = _find(example, inner)
+    return _picked[key]
+
+
+def _find(example: Tensor, inner: int) -> Backend:
     if _chosen == "auto":
         fitting = (b for _, b in BACKENDS.items() if b.automatic and b.accepts(example, inner))
         return next(backend for backend in fitting if backend.missing() is None)

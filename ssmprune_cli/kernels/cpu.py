@@ -37,6 +37,11 @@ _Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels h
 _Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 _DTYPES = (torch.float32, torch.bfloat16)
+_WORTH_THREADS = 1 << 16  # values; passes over fewer are done before a second thread has started
+
+
+def _threads(values: int) -> int:
+    return torch.get_num_threads() if values > _WORTH_THREADS else 1
 
 
 class CpuBackend(Backend):
@@ -103,7 +108,7 @@ class CpuBackend(Backend):
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
-        call = _Call(threads=torch.get_num_threads(), reverse=reverse)
+        call = _Call(threads=_threads(x.numel()), reverse=reverse)
         call.convolution(x, weight, bias)
         call.set(y=y)
         self._run("conv_forward", call.struct(_Conv))
@@ -123,7 +128,7 @@ class CpuBackend(Backend):
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
-        call = _Call(threads=torch.get_num_threads(), others=context.shape[1])
+        call = _Call(threads=_threads(x.numel()), others=context.shape[1])
         call.convolution(x, weight, bias)
         call.rows(context=context)
         call.set(y=y, positions=sources.contiguous())
@@ -163,7 +168,7 @@ class CpuBackend(Backend):
             channels=hidden.shape[2],
             half_in=hidden.dtype == torch.bfloat16,
             half_out=weight.dtype == torch.bfloat16,
-            threads=torch.get_num_threads(),
+            threads=_threads(hidden.numel()),
             eps=eps,
         )
         call.set(hidden=hidden, weight=weight.float().contiguous(), stream=stream, normed=normed)
@@ -180,7 +185,7 @@ class CpuBackend(Backend):
         call = _Call(batch=batch, length=length, channels=channels, count=len(ys), scale=scale)
         call.set(out=out, **{f"y{number}": y.contiguous() for number, y in enumerate(ys)})
         call.rows(z=z)
-        call.numbers.update(half=z.dtype == torch.bfloat16, threads=torch.get_num_threads())
+        call.numbers.update(half=z.dtype == torch.bfloat16, threads=_threads(z.numel()))
         self._run("gated_sum", call.struct(_Gate))
         return out
 

@@ -3,8 +3,6 @@
  */
 #include "vectors.h"
 
-#define SLAB (UNROLL * W) /* channels worked on at once */
-
 typedef struct {
     const void *x, *context, *grad;
     void *y, *dx;
@@ -20,25 +18,14 @@ INLINE int64_t source(const Conv *a, int64_t t, int64_t k) {
     return a->reverse ? t + a->width - 1 - k : t - a->width + 1 + k;
 }
 
-/* Lanes of vector i of the slab at c: W, fewer at the end, 0 or less beyond it. */
-INLINE int lanes_at(const Conv *a, int64_t c, int i) {
-    int64_t left = a->channels - c - i * W;
-    return left < W ? (int)left : W;
-}
-
-/* Run `body` for the vectors of the slab at c, with lanes as a constant where the slab is full. */
-#define FOR_SLAB(a, c, body)                                                              \
-    if ((a)->channels - (c) >= SLAB) { STAGE { const int lanes = W; body; } }             \
-    else { for (int i = 0; i < UNROLL; i++) { const int lanes = lanes_at(a, c, i); if (lanes > 0) { body; } } }
-
 /* The convolution before its SiLU, for token t of sample b. */
 INLINE void convolve(const Conv *a, int64_t b, int64_t t, int64_t c, int half, vf *y) {
-    FOR_SLAB(a, c, y[i] = load(a->bias, c + i * W, lanes, 0))
+    FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0))
     for (int64_t k = 0; k < a->width; k++) {
         int64_t s = source(a, t, k), at = b * a->x_b + s * a->x_l + c;
         if (s < 0 || s >= a->length) continue;
         const float *taps = a->taps + k * a->channels + c;
-        FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
+        FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
     }
 }
 
@@ -46,7 +33,7 @@ INLINE void write_silu(const Conv *a, int64_t row, int64_t c, int half, vf *y) {
     vf gate[UNROLL];
     STAGE gate[i] = y[i];
     sigmoid(gate);
-    FOR_SLAB(a, c, store(a->y, row * a->channels + c + i * W, y[i] * gate[i], lanes, half))
+    FOR_SLAB(a->channels, c, store(a->y, row * a->channels + c + i * W, y[i] * gate[i], lanes, half))
 }
 
 INLINE void conv_row(const Conv *a, int64_t row, int half) {
@@ -75,14 +62,14 @@ INLINE int sparse_row(const Conv *a, int64_t row, int half) {
         if (sources[k] < -1 || sources[k] >= a->length + a->others) return 1;
     for (int64_t c = 0; c < a->channels; c += SLAB) {
         vf y[UNROLL] = {{0}};
-        FOR_SLAB(a, c, y[i] = load(a->bias, c + i * W, lanes, 0))
+        FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0))
         for (int64_t k = 0; k < a->width; k++) {
             int64_t s = sources[k];
             if (s < 0) continue;
             const void *rows = s < a->length ? a->x : a->context;
             int64_t at = s < a->length ? b * a->x_b + s * a->x_l : b * a->context_b + (s - a->length) * a->context_l;
             const float *taps = a->taps + k * a->channels + c;
-            FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(rows, at + c + i * W, lanes, half))
+            FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(rows, at + c + i * W, lanes, half))
         }
         write_silu(a, row, c, half, y);
     }
@@ -112,12 +99,12 @@ INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy)
         STAGE gate[i] = y[i];
         sigmoid(gate);
         STAGE d[i] = gate[i] * (1.0f + y[i] * (1.0f - gate[i]));
-        FOR_SLAB(a, c, d[i] *= load(a->grad, at + i * W, lanes, half))
+        FOR_SLAB(a->channels, c, d[i] *= load(a->grad, at + i * W, lanes, half))
         STAGE dbias[i] += d[i];
         for (int64_t k = 0; k < a->width; k++) {
             int64_t s = source(a, t, k), x_at = b * a->x_b + s * a->x_l + c;
             if (s < 0 || s >= a->length) continue;
-            FOR_SLAB(a, c, dtaps[k][i] += d[i] * load(a->x, x_at + i * W, lanes, half))
+            FOR_SLAB(a->channels, c, dtaps[k][i] += d[i] * load(a->x, x_at + i * W, lanes, half))
         }
     }
     for (int64_t s = 0; s < a->length; s++) {
@@ -126,15 +113,15 @@ INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy)
             int64_t t = 2 * s - source(a, s, k); /* the output that meets s through tap k */
             if (t < 0 || t >= a->length) continue;
             const float *taps = a->taps + k * a->channels + c;
-            FOR_SLAB(a, c, dx[i] += load(taps, i * W, lanes, 0) * dy[t * UNROLL + i])
+            FOR_SLAB(a->channels, c, dx[i] += load(taps, i * W, lanes, 0) * dy[t * UNROLL + i])
         }
-        FOR_SLAB(a, c, store(a->dx, (b * a->length + s) * a->channels + c + i * W, dx[i], lanes, half))
+        FOR_SLAB(a->channels, c, store(a->dx, (b * a->length + s) * a->channels + c + i * W, dx[i], lanes, half))
     }
     for (int64_t k = 0; k < a->width; k++) {
         float *out = a->dtaps + (b * a->width + k) * a->channels + c;
-        FOR_SLAB(a, c, store(out, i * W, dtaps[k][i], lanes, 0))
+        FOR_SLAB(a->channels, c, store(out, i * W, dtaps[k][i], lanes, 0))
     }
-    FOR_SLAB(a, c, store(a->dbias, b * a->channels + c + i * W, dbias[i], lanes, 0))
+    FOR_SLAB(a->channels, c, store(a->dbias, b * a->channels + c + i * W, dbias[i], lanes, 0))
 }
 
 /* Returns 0, or 1 when memory ran out. */
@@ -174,14 +161,14 @@ INLINE void grid_slab(const Conv *a, int64_t b, int64_t c, int half, const int64
         int64_t position = a->positions ? a->positions[b * a->length + t] : t;
         int64_t row = position / a->columns, column = position % a->columns;
         vf y[UNROLL] = {{0}};
-        if (a->bias) { FOR_SLAB(a, c, y[i] = load(a->bias, c + i * W, lanes, 0)) }
+        if (a->bias) { FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0)) }
         for (int64_t r = row < reach ? -row : -reach; r <= reach && row + r < a->rows; r++)
             for (int64_t s = column < reach ? -column : -reach; s <= reach && column + s < a->columns; s++) {
                 int64_t from = places[(row + r) * a->columns + column + s];
                 if (from < 0) continue;
                 int64_t at = b * a->x_b + from * a->x_l + c;
                 const float *taps = a->taps + ((r + reach) * a->width + s + reach) * a->channels + c;
-                FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
+                FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
             }
         write_silu(a, b * a->outputs + t, c, half, y);
     }

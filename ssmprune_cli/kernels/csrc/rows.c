@@ -13,20 +13,19 @@ typedef struct {
 INLINE void norm_row(const Norm *a, int64_t row, int half_in, int half_out) {
     int64_t E = a->channels, at = row * E;
     vf square[UNROLL] = {{0}};
-    for (int64_t c = 0; c < E; c += W) {
-        int lanes = E - c < W ? (int)(E - c) : W;
-        vf x = load(a->hidden, at + c, lanes, half_in);
-        if (a->residual) x += load(a->residual, at + c, lanes, 0);
-        square[c / W % UNROLL] += x * x;
-        store(a->stream, at + c, x, lanes, 0);
+    for (int64_t c = 0; c < E; c += SLAB) {
+        vf x[UNROLL];
+        FOR_SLAB(E, c, x[i] = load(a->hidden, at + c + i * W, lanes, half_in))
+        if (a->residual) { FOR_SLAB(E, c, x[i] += load(a->residual, at + c + i * W, lanes, 0)) }
+        FOR_SLAB(E, c, square[i] += x[i] * x[i]; store(a->stream, at + c + i * W, x[i], lanes, 0))
     }
     vf total = {0};
     STAGE total += square[i];
     vf scale = splat(1.0f / __builtin_sqrtf(sum_lanes(total) / (float)E + (float)a->eps));
-    for (int64_t c = 0; c < E; c += W) {
-        int lanes = E - c < W ? (int)(E - c) : W;
-        vf y = load(a->stream, at + c, lanes, 0) * scale * load(a->weight, c, lanes, 0);
-        store(a->normed, at + c, y, lanes, half_out);
+    for (int64_t c = 0; c < E; c += SLAB) {
+        vf y[UNROLL];
+        FOR_SLAB(E, c, y[i] = load(a->stream, at + c + i * W, lanes, 0) * scale * load(a->weight, c + i * W, lanes, 0))
+        FOR_SLAB(E, c, store(a->normed, at + c + i * W, y[i], lanes, half_out))
     }
 }
 
@@ -46,19 +45,13 @@ typedef struct {
 
 INLINE void gate_row(const Gate *a, int64_t row, int half) {
     int64_t E = a->channels, at = row * E, z_at = row / a->length * a->z_b + row % a->length * a->z_l;
-    for (int64_t c = 0; c < E; c += UNROLL * W) {
+    for (int64_t c = 0; c < E; c += SLAB) {
         vf z[UNROLL] = {{0}}, gate[UNROLL], y[UNROLL];
-        int lanes[UNROLL];
-        STAGE lanes[i] = E - c - i * W < W ? (int)(E - c - i * W) : W;
-        STAGE if (lanes[i] > 0) z[i] = load(a->z, z_at + c + i * W, lanes[i], half);
+        FOR_SLAB(E, c, z[i] = load(a->z, z_at + c + i * W, lanes, half); y[i] = load(a->y[0], at + c + i * W, lanes, half))
         STAGE gate[i] = z[i];
         sigmoid(gate);
-        STAGE {
-            if (lanes[i] <= 0) break;
-            y[i] = load(a->y[0], at + c + i * W, lanes[i], half);
-            for (int64_t k = 1; k < a->count; k++) y[i] += load(a->y[k], at + c + i * W, lanes[i], half);
-            store(a->out, at + c + i * W, y[i] * z[i] * gate[i] * (float)a->scale, lanes[i], half);
-        }
+        for (int64_t k = 1; k < a->count; k++) { FOR_SLAB(E, c, y[i] += load(a->y[k], at + c + i * W, lanes, half)) }
+        FOR_SLAB(E, c, store(a->out, at + c + i * W, y[i] * z[i] * gate[i] * (float)a->scale, lanes, half))
     }
 }
 
