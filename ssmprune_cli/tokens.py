@@ -15,6 +15,30 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A run of blocks that see the same grid of tokens. Between two stages is a downsampling of the whole grid.
+
+    start, stop  the first block, and one past the last
+    grid         rows and columns of patch tokens
+    protected    positions in the dense sequence that may never be dropped (class and register tokens)
+    """
+
+    start: int
+    stop: int
+    grid: tuple[int, int]
+    protected: tuple[int, ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the dense sequence, protected tokens included."""
+        return self.num_patches + len(self.protected)
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """Tokens between two blocks.
 
@@ -24,6 +48,8 @@ class TokenSequence:
     length    number of tokens in the dense sequence
     protected dense positions that may never be dropped (class and register tokens), the same in every sample
     live      (B, L) bool, or None when every token is live; only the comparison reduction `mask` sets it
+    restorable  whether `restored` will be asked for, in models that make the grid whole again
+    canvas    (B, length, d) in such models: the dense sequence, every dropped token as it was when it left; else None
     """
 
     hidden: Tensor
@@ -32,13 +58,17 @@ class TokenSequence:
     length: int
     protected: tuple[int, ...] = ()
     live: Tensor | None = None
+    restorable: bool = False
+    canvas: Tensor | None = None
 
     @classmethod
-    def dense(cls, hidden: Tensor, protected: tuple[int, ...] = ()) -> TokenSequence:
+    def dense(
+        cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False
+    ) -> TokenSequence:
         """All tokens of `hidden` (B, L, d), none dropped yet."""
         batch, length = hidden.shape[0], hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(batch, length)
-        return cls(hidden, None, positions, length, protected)
+        return cls(hidden, None, positions, length, protected, restorable=restorable)
 
     @property
     def is_dense(self) -> bool:
@@ -52,12 +82,29 @@ class TokenSequence:
             return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))  # (B, K, d)
 
         return replace(
-            self,
+            self.remembered(),
             hidden=gather(self.hidden),
             residual=None if self.residual is None else gather(self.residual),
             positions=self.positions.gather(1, index),
             live=None if self.live is None else self.live.gather(1, index),
         )
+
+    def remembered(self) -> TokenSequence:
+        """The same tokens, their values now written down for `restored` where a model asks for that."""
+        return replace(self, canvas=self.restored()) if self.restorable else self
+
+    def restored(self) -> Tensor:
+        """(B, length, d): the dense sequence, tokens that have left (or are not live) as they were when they did.
+
+        For models without a residual stream of its own.
+        """
+        if self.canvas is None:
+            return self.hidden
+        index = self.positions[..., None].expand_as(self.hidden)  # (B, L, d)
+        values = self.hidden
+        if self.live is not None:
+            values = values.where(self.live[..., None], self.canvas.gather(1, index))
+        return self.canvas.scatter(1, index, values)
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""

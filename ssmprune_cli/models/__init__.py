@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ssmprune_cli.models.base import Backbone, Family
 from ssmprune_cli.models.vim_checkpoint import VIM
+from ssmprune_cli.models.vmamba_checkpoint import VMAMBA
 from ssmprune_cli.registry import Registry
 
 FAMILIES: Registry[Family] = Registry("model family")
 FAMILIES.register(VIM.name, VIM)
+FAMILIES.register(VMAMBA.name, VMAMBA)
 
 __all__ = ["FAMILIES", "Backbone", "Family"]
