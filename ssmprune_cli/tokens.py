@@ -62,9 +62,7 @@ class TokenSequence:
     canvas: Tensor | None = None
 
     @classmethod
-    def dense(
-        cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False
-    ) -> TokenSequence:
+    def dense(cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False) -> TokenSequence:
         """All tokens of `hidden` (B, L, d), none dropped yet."""
         batch, length = hidden.shape[0], hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(batch, length)
@@ -181,10 +179,15 @@ class Pruner(Protocol):
 
 
 class Mixer(Protocol):
-    """What pruning needs to know of a mixer."""
+    """What pruning and counting need to know of a mixer.
+
+    per_direction  names of its child modules whose work is repeated for every scan direction, the scan itself left out;
+                   together they do the same work for each. What directions share is not among them
+    """
 
     d_inner: int
     directions: int
+    per_direction: tuple[str, ...]
 
     def null_delta(self) -> Tensor:
         """(directions, E): the step size of a zero token among zero tokens, from the weights alone."""

@@ -110,7 +110,7 @@ def model_table(seconds: float) -> None:
         dense = statistics.median(times["1.0"])
         for keep, model in models.items():
             median = statistics.median(times[str(keep)])
-            lengths = model.pruner.settings.schedule.tokens_per_block(24, 197, 1)  # type: ignore[union-attr]
+            lengths = model.pruner.settings.schedule.tokens_per_block(model.stages)  # type: ignore[union-attr]
             ideal = 24 * 197 / sum(lengths)
             row = (f"batch {batch}", f"{keep:g}", cell(times[str(keep)]), f"{1e3 * batch / median:.1f}")
             print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x |")

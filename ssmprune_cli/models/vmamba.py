@@ -59,15 +59,16 @@ class VMambaConfig:
         object.__setattr__(self, "image_size", (given, given) if isinstance(given, int) else tuple(given))
         for name in ("depths", "out_stages"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.image_size) != 2 or min(self.image_size) < 4:
-            raise UsageError(f"an image of size {self.image_size} has no room for a patch of 4 pixels")
+        size: tuple[int, ...] = self.image_size
+        if len(size) != 2 or min(size) < 4:
+            raise UsageError(f"an image of size {size} has no room for a patch of 4 pixels")
         if self.embed_dim < 2 or self.embed_dim % 2:
             raise UsageError(f"embed_dim must be even, not {self.embed_dim}")
         if not self.depths or min(self.depths) < 1:
             raise UsageError(f"every stage needs a block: depths {self.depths}")
         if self.d_state < 1 or self.num_classes < 0 or self.ssm_ratio * self.embed_dim < 1 or self.mlp_ratio < 0:
             raise UsageError("d_state and ssm_ratio must be positive, num_classes and mlp_ratio not negative")
-        if not set(self.out_stages) <= set(range(len(self.depths))) or list(self.out_stages) != sorted(set(self.out_stages)):
+        if self.out_stages != tuple(stage for stage in range(len(self.depths)) if stage in self.out_stages):
             raise UsageError(f"out_stages must be stages from 0 to {len(self.depths) - 1}, not {self.out_stages}")
         if not (self.num_classes or self.out_stages):
             raise UsageError("a model without classes needs out_stages")
@@ -136,10 +137,11 @@ class VMamba(Backbone):
     def stage_outputs(self, images: Tensor) -> Iterator[Tensor]:
         """The whole grid after each stage, before its downsampling: (B, rows, columns, d)."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 4:
-            raise DataError(f"the model takes images of shape (B, 3, H, W), at least 4 pixels, not {tuple(images.shape)}")
+            raise DataError(f"the model takes images (B, 3, H, W) of 4 pixels or more, not {tuple(images.shape)}")
         block, pruner = 0, self.pruner
         x = self.patch_embed(images)
         for layer in self.layers:
+            assert isinstance(layer, VMambaStage)
             grid = (x.shape[1], x.shape[2])
             sequence = TokenSequence.dense(x.flatten(1, 2), restorable=True)  # (B, rows * columns, d)
             for each in layer.blocks:
@@ -155,7 +157,7 @@ class VMamba(Backbone):
                 x = layer.downsample(x)
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The normalised outputs of `out_stages`, (B, d, rows, columns) each, as detection and segmentation take them."""
+        """The normalised outputs of `out_stages`, (B, d, rows, columns) each, as detectors take them."""
         maps = []
         for number, x in enumerate(self.stage_outputs(images)):
             if number in self.config.out_stages:
@@ -163,7 +165,7 @@ class VMamba(Backbone):
         return tuple(maps)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of normalised images (B, 3, H, W); without classifier (B, d), the mean of the last map."""
+        """Logits (B, classes) of normalised images (B, 3, H, W); without classes the last map's mean (B, d)."""
         if not self.config.num_classes:
             return self.feature_maps(images)[-1].mean(dim=(2, 3))
         *_, x = self.stage_outputs(images)
@@ -172,7 +174,7 @@ class VMamba(Backbone):
 
     @property
     def mixers(self) -> Mixers:
-        return [block.op for layer in self.layers for block in layer.blocks]  # type: ignore[misc, union-attr]
+        return [block.op for layer in self.layers for block in layer.blocks]  # type: ignore[union-attr]
 
     @property
     def stages(self) -> tuple[Stage, ...]:

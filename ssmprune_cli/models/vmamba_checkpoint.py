@@ -69,26 +69,26 @@ def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
     outs = tuple(stage for stage in range(len(_depths(shapes))) if f"outnorm{stage}.weight" in shapes)
     is_classifier = "classifier.head.weight" in shapes or not outs
     side = hints.image_size or VMambaConfig.image_size[0]
-    general = {
-        "image_size": (side, side),
-        "num_classes": shape("classifier.head.weight", 2)[0] if is_classifier else 0,
-        "out_stages": outs,
-        "eval_crop_ratio": hints.eval_crop_ratio or VMambaConfig.eval_crop_ratio,
-    }
+    num_classes = shape("classifier.head.weight", 2)[0] if is_classifier else 0
+    crop = hints.eval_crop_ratio or VMambaConfig.eval_crop_ratio
     if hints.variant:
-        return replace(VARIANTS[hints.variant], **general)
+        given = VARIANTS[hints.variant]
+        return replace(given, image_size=(side, side), num_classes=num_classes, out_stages=outs, eval_crop_ratio=crop)
     has_mlp = "layers.0.blocks.0.mlp.fc1.weight" in shapes
     return VMambaConfig(
-        **general,
+        image_size=(side, side),
         patch_embed="v1" if patch == 4 else "v2",
         downsample="v1" if "layers.0.downsample.reduction.weight" in shapes else "v3",
         embed_dim=embed_dim,
         depths=_depths(shapes),
+        num_classes=num_classes,
         d_state=d_state,
         ssm_ratio=d_inner / embed_dim,
         gated=shape(f"{op}.in_proj.weight", 2)[0] == 2 * d_inner,
         conv_bias=f"{op}.conv2d.bias" in shapes,
         mlp_ratio=shape("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / embed_dim if has_mlp else 0.0,
+        out_stages=outs,
+        eval_crop_ratio=crop,
     )
 
 

@@ -150,11 +150,12 @@ class VMambaMixer(nn.Module):
 
 def column_route(grid: tuple[int, int], device: torch.device) -> Tensor:
     """(G,) raster positions of a grid in the order of its columns, left to right and each downwards."""
-    return torch.arange(math.prod(grid), device=device).unflatten(0, grid).t().flatten()
+    raster = torch.arange(math.prod(grid), device=device).view(grid)
+    return raster.t().flatten()
 
 
 def _gaps(route: Visits, *, reverse: bool) -> Tensor | None:
-    """`route.gap`, or the same for a scan that starts at the end of the route: how many tokens it skips at each step."""
+    """How many tokens a scan skips at each step of `route`, or at each step of a scan from its end."""
     if route.gap is None or not reverse:
         return route.gap
     return functional.pad(route.gap[:, 1:], (0, 1))
