@@ -78,7 +78,7 @@ class Pruning(_Section):
     keep: float | tuple[float, ...] | None = None
     tokens: Counts | None = None
     importance: Name = "clip"
-    reduction: Name = "drop"
+    reduction: Name = "context"
     alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)

@@ -7,8 +7,8 @@ A token's *position* is its index in the dense sequence. It never changes; gaps 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Context:
+    """Dropped tokens, as they were when they left.
+
+    stream    (B, M, d) residual stream with the last block's output added
+    positions (B, M) int64 index of each token in the dense sequence
+    seen      whether convolutions go on seeing them; if not, they wait for `TokenSequence.restored`
+    """
+
+    stream: Tensor
+    positions: Tensor
+    seen: bool
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """Tokens between two blocks.
 
@@ -48,8 +62,9 @@ class TokenSequence:
     length    number of tokens in the dense sequence
     protected dense positions that may never be dropped (class and register tokens), the same in every sample
     live      (B, L) bool, or None when every token is live; only the comparison reduction `mask` sets it
+    context   dropped tokens as they were when they left, for whoever still needs them
     restorable  whether `restored` will be asked for, in models that make the grid whole again
-    canvas    (B, length, d) in such models: the dense sequence, every dropped token as it was when it left; else None
+    memo      what has been derived from the positions, by name: all blocks between two prune points share it
     """
 
     hidden: Tensor
@@ -58,8 +73,9 @@ class TokenSequence:
     length: int
     protected: tuple[int, ...] = ()
     live: Tensor | None = None
+    context: Context | None = None
     restorable: bool = False
-    canvas: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def dense(cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False) -> TokenSequence:
@@ -73,36 +89,46 @@ class TokenSequence:
         """Whether no token has been dropped. Known from shapes alone, so it is static under export."""
         return self.hidden.shape[1] == self.length
 
-    def keep(self, index: Tensor) -> TokenSequence:
-        """Keep the tokens at `index` (B, K), in that order. The one place where tokens are dropped."""
+    @property
+    def stream(self) -> Tensor:
+        """(B, L, d), float32 at least: the residual stream with the last block's output added to it."""
+        stream = self.hidden if self.residual is None else self.residual + self.hidden
+        return stream.to(torch.promote_types(stream.dtype, torch.float32))
 
-        def gather(values: Tensor) -> Tensor:
-            return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))  # (B, K, d)
+    def keep(self, index: Tensor, *, remember: bool = False) -> TokenSequence:
+        """Keep the tokens at `index` (B, K), in that order. The one place where tokens are dropped.
 
+        With `remember`, convolutions go on seeing the others.
+        """
+        context = self.context
+        if remember or self.restorable:
+            others = torch.ones_like(self.positions).scatter(1, index, 0)
+            others = others.argsort(dim=1, descending=True, stable=True)[:, : self.positions.shape[1] - index.shape[1]]
+            stream, positions = gather_tokens(self.stream, others), self.positions.gather(1, others)
+            if context is not None:
+                stream = torch.cat((context.stream, stream), dim=1)
+                positions = torch.cat((context.positions, positions), dim=1)
+            context = Context(stream, positions, seen=remember)
         return replace(
-            self.remembered(),
-            hidden=gather(self.hidden),
-            residual=None if self.residual is None else gather(self.residual),
+            self,
+            hidden=gather_tokens(self.hidden, index),
+            residual=None if self.residual is None else gather_tokens(self.residual, index),
+            context=context,
             positions=self.positions.gather(1, index),
             live=None if self.live is None else self.live.gather(1, index),
+            memo={},
         )
 
-    def remembered(self) -> TokenSequence:
-        """The same tokens, their values now written down for `restored` where a model asks for that."""
-        return replace(self, canvas=self.restored()) if self.restorable else self
-
     def restored(self) -> Tensor:
-        """(B, length, d): the dense sequence, tokens that have left (or are not live) as they were when they did.
+        """(B, length, d): the dense sequence, dropped tokens as they were when they left. For `restorable` sequences.
 
-        For models without a residual stream of its own.
+        The reduction `mask` drops nothing, so its zeroed tokens stay what they are.
         """
-        if self.canvas is None:
+        if self.context is None:
             return self.hidden
-        index = self.positions[..., None].expand_as(self.hidden)  # (B, L, d)
-        values = self.hidden
-        if self.live is not None:
-            values = values.where(self.live[..., None], self.canvas.gather(1, index))
-        return self.canvas.scatter(1, index, values)
+        values = torch.cat((self.hidden, self.context.stream.to(self.hidden.dtype)), dim=1)  # (B, length, d)
+        order = torch.cat((self.positions, self.context.positions), dim=1).argsort(dim=1)
+        return gather_tokens(values, order)
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""
@@ -131,9 +157,21 @@ class TokenSequence:
         In a reverse scan "before" is the side of higher positions. The first token of a scan gets 0: the state is still
         zero there, so what was skipped cannot matter.
         """
+        key = "gaps in reverse" if reverse else "gaps"
+        if key not in self.memo:
+            self.memo[key] = self._gaps(reverse)
+        gaps: Tensor = self.memo[key]
+        return gaps
+
+    def _gaps(self, reverse: bool) -> Tensor:
         skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
         zero = torch.zeros_like(skipped[:, :1]) if skipped.shape[1] else skipped.new_zeros(len(skipped), 1)
         return torch.cat((skipped, zero), dim=1) if reverse else torch.cat((zero, skipped), dim=1)
+
+
+def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, K) of `values` (B, L, c): (B, K, c)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 @dataclass(frozen=True)

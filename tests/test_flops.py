@@ -39,13 +39,13 @@ def test_dense_vim(variant: str, one: float, everything: float) -> None:
 def test_the_papers_schedules() -> None:
     # Plain drop, as published for these schedules (3.57 and 1.28 G); alignment adds B L E a scan.
     model = vim("vim_small")
-    compress(model, 0.8, points=[5, 10, 15], alignment="none")
+    compress(model, 0.8, points=[5, 10, 15], reduction="drop", alignment="none")
     plain = count_flops(model).one_direction
     assert plain / 1e9 == pytest.approx(3.57, abs=0.04)
-    compress(model, 0.8, points=[5, 10, 15], alignment="neighbour")
+    compress(model, 0.8, points=[5, 10, 15], reduction="drop", alignment="neighbour")
     assert 0 < count_flops(model).one_direction - plain < 0.005 * plain
     model = vim("vim_tiny")
-    compress(model, 0.8, points=[10], alignment="none")
+    compress(model, 0.8, points=[10], reduction="drop", alignment="none")
     assert count_flops(model).one_direction / 1e9 == pytest.approx(1.28, abs=0.02)
 
 
@@ -63,11 +63,14 @@ def test_against_a_formula_dense_and_pruned() -> None:
     config = VimConfig(image_size=(32, 48), patch_size=8, stride=8, embed_dim=32, depth=4, num_classes=7)
     model = FAMILIES.get("vim").build(config)
     assert count_flops(model).all_directions == by_hand(config, [25] * 4)
-    compress(model, tokens=[11, 3], points=[1, 3], alignment="none")
+    compress(model, tokens=[11, 3], points=[1, 3], reduction="drop", alignment="none")
     assert count_flops(model).all_directions == by_hand(config, [25, 12, 12, 4])
-    compress(model, tokens=[11, 3], points=[1, 3], alignment="neighbour")
+    compress(model, tokens=[11, 3], points=[1, 3], reduction="drop", alignment="neighbour")
     # One multiply-add a channel in both scans of the blocks that lack tokens.
     assert count_flops(model).all_directions == by_hand(config, [25, 12, 12, 4]) + 2 * 64 * (12 + 12 + 4)
+    # A dropped token in sight costs half of the input projection, 32 x 64, and no more: convolutions count live tokens.
+    compress(model, tokens=[11, 3], points=[1, 3], reduction="context", alignment="none")
+    assert count_flops(model).all_directions == by_hand(config, [25, 12, 12, 4]) + 32 * 64 * (13 + 13 + 21)
     count = count_flops(model)
     assert len(count.per_block) == 4 and count.per_block[1] == count.per_block[2] > count.per_block[3]
 

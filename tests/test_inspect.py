@@ -39,8 +39,10 @@ def test_a_published_container() -> None:
 def test_a_published_variant_is_named_whatever_its_classes(tmp_path: Path, classes: int) -> None:
     with torch.device("meta"):
         state = Vim(VimConfig(num_classes=classes)).state_dict()
-    torch.save({key: torch.zeros(value.shape, dtype=torch.float16) for key, value in state.items()}, tmp_path / "x.pth")
-    found = inspect(tmp_path / "x.pth")
+    torch.save(
+        {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in state.items()}, tmp_path / "vim.pth"
+    )
+    found = inspect(tmp_path / "vim.pth")
     assert (found.variant, found.tokens, found.protected) == ("vim_tiny", 197, (98,))
     assert found.parameters == 7_148_008 - 193 * (1000 - classes)
     assert found.container == {"kind": "torch", "entries": [], "used": None} and found.dtype == {"float16": 415}
@@ -49,8 +51,8 @@ def test_a_published_variant_is_named_whatever_its_classes(tmp_path: Path, class
 def test_weights_that_are_not_finite_are_reported(tmp_path: Path) -> None:
     state = Vim(VimConfig((32, 32), 8, 8, embed_dim=16, depth=1, num_classes=2)).state_dict()
     state["head.bias"][0] = torch.nan
-    torch.save(state, tmp_path / "x.pth")
-    assert inspect(tmp_path / "x.pth").non_finite == ("head.bias",)
+    torch.save(state, tmp_path / "vim.pth")
+    assert inspect(tmp_path / "vim.pth").non_finite == ("head.bias",)
 
 
 def test_an_artefact_folder(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ MINIMAL = "pruning: {keep: 0.8}\n"
 def test_minimal_recipe_takes_the_defaults() -> None:
     recipe = parse_recipe(MINIMAL)
     assert recipe == Recipe(pruning=Pruning(keep=0.8))
-    assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="drop")
+    assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="context")
     assert recipe.pruning.alignment == "auto"
     assert recipe.calibration == CalibrationPlan(images=64, seed=0, batch_size=16)
 
@@ -238,7 +238,7 @@ def test_override_checks_values() -> None:
 def test_resolved_keeps_the_ratio_and_makes_the_rest_explicit() -> None:
     settings = {"points": [1, 2], "keep": 0.5, "tokens": [8, 4], "alignment": "null", "importance": "clip"}
     resolved = parse_recipe(MINIMAL).resolved({**settings, "reduction": "drop"}, {"input_sha256": "ab"})
-    assert resolved.pruning == Pruning(points=(1, 2), keep=0.5, alignment="null")
+    assert resolved.pruning == Pruning(points=(1, 2), keep=0.5, reduction="drop", alignment="null")
     assert resolved.provenance == {"input_sha256": "ab"}
     counts = parse_recipe(MINIMAL).resolved({"points": [1], "keep": None, "tokens": [8]}, {})
     assert counts.pruning == Pruning(points=(1,), tokens=(8,))

@@ -1,9 +1,9 @@
 """The accuracy table of BENCHMARKS.md: every way to drop tokens at equal keep ratios, one checkpoint, no fine-tuning.
 
-    python recipes/bench/methods.py [--checkpoint FILE] [--images FILE.npz] [--calib FILE.npz] [--seeds 3] [--json FILE]
+    python recipes/bench/methods.py [--checkpoint FILE] [--dataset npz] [--images FILE] [--calib FILE] [--json FILE]
 
-prints a Markdown table. "nats" is the mean divergence KL(dense || pruned) of the class probabilities; top-1 is on all
-images of the file; standard errors are over images (for `random` over seeds and images).
+prints a Markdown table. "nats" is the mean divergence KL(dense || pruned) of the class probabilities; standard errors
+are over images (for `random`, seeds and images). Speed is the median of rounds in which dense and pruned take turns.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch.nn import functional
 import ssmprune_cli
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import batches, calibration_images, open_dataset
+from ssmprune_cli.data.datasets import Subset
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import compress, restore
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.profile import profile
 
 DEMO = Path(__file__).parent.parent / "demo"
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -39,6 +40,9 @@ METHODS = {
     "aligned, neighbour": ("clip", "drop", "neighbour"),
     "aligned, null": ("clip", "drop", "null"),
     "aligned, calibrated": ("clip", "drop", "calibrated"),
+    "random drop with context": ("random", "context", "none"),
+    "drop with context": ("clip", "context", "none"),
+    "drop with context, aligned, calibrated": ("clip", "context", "calibrated"),
     "mask (saves nothing)": ("clip", "mask", "none"),
 }
 
@@ -54,13 +58,16 @@ def standard_error(values: Tensor) -> float:
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     model = checkpoint.load(arguments.checkpoint)
-    dataset = open_dataset("npz", arguments.images)
+    dense_model = checkpoint.load(arguments.checkpoint)
+    dataset = open_dataset(arguments.dataset, arguments.images)
+    if arguments.limit and arguments.limit < len(dataset):
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        dataset = Subset(dataset, order[: arguments.limit].tolist())
     loaded = list(batches(dataset, model.preprocessing, 64))
     images = [batch.images for batch in loaded]
     labels = torch.cat([batch.labels for batch in loaded if batch.labels is not None])
     calibration = [b.images for b in batches(calibration_images(arguments.calib, 64, 0), model.preprocessing, 64)]
     dense = logits_of(model, images)
-    dense_flops = count_flops(model).all_directions
     dense_right = (dense.argmax(dim=1) == labels).double()
     yield {
         "keep": 1.0,
@@ -71,8 +78,9 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     }
     for keep in KEEPS:
         for title, (importance, reduction, alignment) in METHODS.items():
+            faster = 1.0
             seeds = range(arguments.seeds if importance == "random" else 1)
-            rights, divergences, flops = [], [], 0
+            rights, divergences, cost, speed = [], [], 0.0, 0.0
             for seed in seeds:
                 compress(
                     model,
@@ -83,7 +91,12 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
                     calibration=calibration if alignment == "calibrated" else None,
                     seed=seed,
                 )
-                logits, flops = logits_of(model, images), count_flops(model).all_directions
+                logits = logits_of(model, images)
+                if seed == 0:
+                    before, after = profile([dense_model, model], batch_size=64, rounds=5)
+                    cost = after.multiply_adds_all_directions / before.multiply_adds_all_directions
+                    speed = after.speed.images_per_second
+                    faster = before.speed.median_ms / after.speed.median_ms
                 restore(model)
                 rights.append((logits.argmax(dim=1) == labels).double())
                 dense_log, pruned_log = functional.log_softmax(dense, dim=1), functional.log_softmax(logits, dim=1)
@@ -94,7 +107,9 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield {
                 "keep": keep,
                 "method": title,
-                "flops": flops / dense_flops,
+                "flops": cost,
+                "speed": speed,
+                "faster": faster,
                 "top1": float(right.mean()),
                 "top1_se": math.hypot(standard_error(right.mean(dim=0)), between),
                 "loss": float((dense_right - right.mean(dim=0)).mean()),
@@ -108,6 +123,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=DEMO / "vim_digits.pth")
+    parser.add_argument("--dataset", default="npz", help="layout of --images, as in `ssmprune eval`")
+    parser.add_argument("--limit", type=int, help="use so many images, at random")
     parser.add_argument("--images", type=Path, default=DEMO / "test.npz")
     parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz")
     parser.add_argument("--seeds", type=int, default=3)
@@ -115,13 +132,14 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     table = list(rows(arguments))
-    print("| keep | method | multiply-adds | top-1 % | change against dense, points | divergence, nats |")
-    print("|---|---|---|---|---|---|")
+    print("| keep | method | multiply-adds | images/s | top-1 % | change against dense, points | divergence, nats |")
+    print("|---|---|---|---|---|---|---|")
     for row in table:
         change = f"{-100 * row['loss']:+.2f} ± {100 * row['loss_se']:.2f}" if "loss" in row else ""  # type: ignore[operator]
         nats = f"{row['nats']:.4f} ± {row['nats_se']:.4f}" if "nats" in row else ""
+        speed = f"{row['speed']:.0f} ({row['faster']:.2f}x)" if "speed" in row else ""
         print(
-            f"| {row['keep']} | {row['method']} | {row['flops']:.3f} | "
+            f"| {row['keep']} | {row['method']} | {row['flops']:.3f} | {speed} | "
             f"{100 * row['top1']:.2f} ± {100 * row['top1_se']:.2f} | {change} | {nats} |"  # type: ignore[operator]
         )
     print(

@@ -1,8 +1,8 @@
-"""Speed on this CPU: the scan backends at published shapes, and Vim-T dense against pruned, end to end.
+"""Speed on this CPU: the scan backends at published shapes, and Vim-T against its floor and against itself pruned.
 
     python recipes/bench/speed.py [--seconds 5]
 
-prints two Markdown tables. Contestants take turns in one process; figures are medians over rounds, with the quartiles.
+prints Markdown tables. Contestants take turns in one process; figures are medians over rounds, with the quartiles.
 A round in which other processes used the processors is run again, at most three times. glibc is told to keep freed
 memory, for all contestants alike, as a warm server would. Weights and inputs are random: they do not change the time.
 """
@@ -22,21 +22,23 @@ from pathlib import Path
 import torch
 
 import ssmprune_cli
-from ssmprune_cli.kernels import available_backends, selective_scan, use_backend
+from ssmprune_cli.cli.allocator import keep_freed_memory
+from ssmprune_cli.kernels import (
+    active_backend,
+    add_rms_norm,
+    available_backends,
+    causal_conv1d,
+    gated_sum,
+    grid_conv2d,
+    selective_scan,
+    use_backend,
+)
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 
 SHAPES = {"Vim-T b1": (1, 197, 384), "Vim-T b8": (8, 197, 384), "Vim-S b1": (1, 197, 768), "L 4096 b1": (1, 4096, 384)}
 STATE = 16
 Contestants = dict[str, Callable[[], object]]
-
-
-def keep_freed_memory() -> None:
-    """Large tensors are mapped and page-faulted anew at every op otherwise."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def foreign_seconds() -> float:
@@ -81,9 +83,11 @@ def scan(backend: str, inputs: list[torch.Tensor], gap: torch.Tensor, gap_delta:
 
 
 def scan_table(seconds: float) -> None:
+    """Time, rate and error of every backend; the reference's own float32 error is the measure of the others'."""
     backends = [name for name, reason in available_backends().items() if reason == "available"]
     titles = " | ".join(f"{name}, ms" for name in backends)
-    print(f"| aligned scan | {titles} | G state updates/s, {backends[0]} |\n" + "|---" * (len(backends) + 2) + "|")
+    print(f"| aligned scan | {titles} | {backends[0]} against reference, chunked | G updates/s | error | memory, MiB |")
+    print("|---" * (len(backends) + 5) + "|")
     for backward in (False, True):
         for title, (batch, length, channels) in SHAPES.items():
             wide, narrow = (batch, length, channels), (batch, length, STATE)
@@ -92,15 +96,128 @@ def scan_table(seconds: float) -> None:
             inputs = [tensor.requires_grad_(backward) for tensor in inputs]
             gap, gap_delta = torch.ones(batch, length), torch.rand(channels)
             times = race({name: partial(scan, name, inputs, gap, gap_delta) for name in backends}, seconds)
-            rate = f"{batch * length * channels * STATE / statistics.median(times[backends[0]]) / 1e6:.2f}"
-            name = f"{title}, forward + backward" if backward else f"{title}, forward"
-            print(f"| {name} | " + " | ".join(cell(times[b]) for b in backends) + f" | {'' if backward else rate} |")
+            best, *others = (statistics.median(times[name]) for name in backends)
+            ratios = ", ".join(f"{other / best:.1f}x" for other in reversed(others))
+            row = [
+                f"{title}, forward{' + backward' if backward else ''}",
+                *(cell(times[name]) for name in backends),
+                ratios,
+            ]
+            if not backward:
+                row.append(f"{batch * length * channels * STATE / best / 1e6:.2f}")
+                row.append(f"{error_ratio(backends[0], inputs, gap, gap_delta):.2f}")
+                row.append(f"{extra_memory(partial(scan, backends[0], inputs, gap, gap_delta)):.1f}")
+            print(f"| {' | '.join(row)} |" + (" | | |" if backward else ""))
+    use_backend("auto")
+
+
+def error_ratio(backend: str, inputs: list[torch.Tensor], gap: torch.Tensor, gap_delta: torch.Tensor) -> float:
+    """Largest error of `backend` against float64, in units of the float32 reference's."""
+
+    def run(name: str, dtype: torch.dtype) -> torch.Tensor:
+        use_backend(name)
+        u, delta, A, B, C = (tensor.to(dtype) for tensor in inputs)
+        return selective_scan(u, delta, A, B, C, gap=gap, gap_delta=gap_delta.to(dtype)).double()
+
+    truth = run("reference", torch.float64)
+    own, reference = (run(name, torch.float32) for name in (backend, "reference"))
+    return float((own - truth).abs().max() / (reference - truth).abs().max())
+
+
+def extra_memory(run: Callable[[], object]) -> float:
+    """MiB by which resident memory peaks above what was resident before, output included; Linux only."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return float("nan")
+
+    def resident(key: str) -> float:
+        return int(status.read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+    run()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    clear.write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def small_ops_table(seconds: float) -> None:
+    """What surrounds the scan, at Vim-T shapes, batch 8."""
+    batch, length, channels = SHAPES["Vim-T b8"]
+    backends = [name for name, reason in available_backends().items() if reason == "available" and name != "reference"]
+    projected, y = torch.randn(batch, length, 2 * channels), torch.randn(batch, length, channels)
+    x, z = projected.chunk(2, dim=-1)
+    hidden, weight = torch.randn(batch, length, channels // 2), torch.randn(channels // 2)
+    taps, bias, square = torch.randn(channels, 4), torch.randn(channels), torch.randn(channels, 7, 7)
+    kept = torch.stack([torch.randperm(196)[:98].sort().values for _ in range(batch)])
+    ops: dict[str, Callable[[], object]] = {
+        "causal convolution + SiLU": lambda: causal_conv1d(x, taps, bias),
+        "add + RMSNorm": lambda: add_rms_norm(hidden, hidden, weight, 1e-5),
+        "sum of directions + gate": lambda: gated_sum((y, y), z, 0.5),
+        "7 x 7 grid convolution + SiLU, dense": lambda: grid_conv2d(x[:, :196], square, bias, (14, 14)),
+        "the same, half of the tokens": lambda: grid_conv2d(x[:, :98], square, bias, (14, 14), kept),
+    }
+    print("| op, batch 8 | " + " | ".join(f"{name}, ms" for name in backends) + " | ratio |\n" + "|---" * 4 + "|")
+
+    def on(name: str, op: Callable[[], object]) -> None:
+        use_backend(name)
+        op()
+
+    for title, op in ops.items():
+        times = race({name: partial(on, name, op) for name in backends}, seconds / 2)
+        medians = [statistics.median(times[name]) for name in backends]
+        ratio = f"{medians[-1] / medians[0]:.1f}x"
+        print(f"| {title} | {' | '.join(cell(times[name]) for name in backends)} | {ratio} |")
+    use_backend("auto")
+
+
+def floor_table(seconds: float) -> None:
+    """Whole dense Vim-T: with the fast kernels, with the reference scan, and the sum of the floors.
+
+    The floors are what GEMMs of the model's own shapes and scans of its own shape take when nothing else is done.
+    """
+    print("| Vim-T, 224 x 224, dense | ms a batch | images/s | reference / this | floor, ms | floor / this |")
+    print("|---" * 6 + "|")
+    model = Vim(VimConfig()).eval()
+
+    def on(name: str, images: torch.Tensor) -> None:
+        use_backend(name)
+        model(images)
+
+    best = active_backend()
+    for batch in (1, 8):
+        images = torch.randn(batch, 3, 224, 224)
+        rows, d, E, R = batch * 197, 192, 384, 12
+        shapes = [(d, 2 * E), *[(E, R + 2 * STATE), (R, E)] * 2, (E, d)]
+        pairs = [(torch.randn(rows, i), torch.randn(o, i)) for i, o in shapes]
+        wide, narrow = torch.randn(batch, 197, E), torch.randn(batch, 197, STATE)
+
+        def gemms(pairs: list[tuple[torch.Tensor, torch.Tensor]] = pairs) -> None:
+            for a, b in pairs:
+                torch.nn.functional.linear(a, b)
+
+        def scans(wide: torch.Tensor = wide, narrow: torch.Tensor = narrow) -> None:
+            use_backend(best)
+            for reverse in (False, True):
+                selective_scan(wide, wide, -torch.ones(384, STATE), narrow, narrow, reverse=reverse)
+
+        contestants: Contestants = {"fast": partial(on, best, images), "gemms": gemms, "scans": scans}
+        times = race(contestants, seconds)
+        times |= race({"reference": partial(on, "reference", images)}, seconds)
+        fast, slow = statistics.median(times["fast"]), statistics.median(times["reference"])
+        floor = 24 * (statistics.median(times["gemms"]) + statistics.median(times["scans"]))
+        row = (f"batch {batch}", cell(times["fast"]), f"{1e3 * batch / fast:.1f}", f"{slow / fast:.1f}x")
+        print(f"| {' | '.join(row)} | {floor:.1f} | {100 * floor / fast:.0f} % |")
     use_backend("auto")
 
 
 def model_table(seconds: float) -> None:
     """Pruned right after the first block, so that nearly every block has the same share of the tokens."""
-    print("| Vim-T, 224 x 224 | keep | ms a batch | images/s | faster than dense | ideal |\n" + "|---" * 6 + "|")
+    print(
+        "| Vim-T, 224 x 224 | keep | ms a batch | images/s | faster than dense | ideal | of ideal |\n"
+        + "|---" * 7
+        + "|"
+    )
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224)
         models = {keep: Vim(VimConfig()).eval() for keep in (1.0, 0.8, 0.65, 0.5)}
@@ -113,7 +230,8 @@ def model_table(seconds: float) -> None:
             lengths = model.pruner.settings.schedule.tokens_per_block(model.stages)  # type: ignore[union-attr]
             ideal = 24 * 197 / sum(lengths)
             row = (f"batch {batch}", f"{keep:g}", cell(times[str(keep)]), f"{1e3 * batch / median:.1f}")
-            print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x |")
+            share = f"{100 * dense / median / ideal:.0f} %"
+            print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x | {share} |")
 
 
 def processor() -> str:
@@ -128,9 +246,10 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     scan_table(arguments.seconds)
-    print()
     with torch.inference_mode():
-        model_table(arguments.seconds)
+        for table in (small_ops_table, floor_table, model_table):
+            print()
+            table(arguments.seconds)
     print(
         f"\n{processor()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}; median (quartiles)."

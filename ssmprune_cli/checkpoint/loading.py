@@ -20,7 +20,6 @@ from ssmprune_cli.models.base import Hints, Shapes
 _FOREIGN = (
     ("mamba.direction_Bs", "PlainMamba"),
     ("mixer.A_log_0", "LocalMamba (LocalVim)"),
-    ("pos_embed_cls", "Mamba-Reg"),
     ("conv_branch.0.weight", "EfficientVMamba"),
     ("conv33conv33conv11.0.weight", "MedMamba"),
     ("op.A_logs", "VMamba"),
@@ -30,6 +29,7 @@ _FOREIGN = (
     ("backbone.embedding.weight", "a Mamba language model"),
     ("backbone.embeddings.weight", "a Mamba language model"),
 )
+_GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def resolve(checkpoint: Checkpoint, *, family: str | None = None, variant: str |
     try:
         return Resolved(chosen, chosen.configure(_shapes(state), hints), state)
     except CheckpointError as error:
-        looks = _recognise(_shapes(checkpoint.state), checkpoint.hints)
+        shapes = _shapes(checkpoint.state)
+        looks = None if chosen.matches(shapes, Hints()) else _recognise(shapes)
         hint = f"It looks like {looks}." if looks else f"Its first weights: {listing(list(checkpoint.state))}."
         raise CheckpointError(error.what, where=str(checkpoint.path), hint=hint) from error
 
@@ -140,10 +141,14 @@ def build_empty(
     if faults:
         title = variant_name(family, config) or family.title
         hint = "Check `--family` and `--variant`; without them, both are found from the weights."
-        if any(name.startswith("pruner.") for name in state) and settings is None:
-            hint = "The weights are those of a compressed model: give the folder, with its config.json."
+        if settings is None and _is_compressed(state):
+            hint = _GIVE_THE_FOLDER
         raise CheckpointError(f"the weights do not fit {title}: {listing(faults)}", where=str(path), hint=hint)
     return model
+
+
+def _is_compressed(state: dict[str, Tensor]) -> bool:
+    return any(name.startswith("pruner.") for name in state)
 
 
 def _requested(family: str | None, variant: str | None) -> Family | None:
@@ -183,29 +188,43 @@ def _detect(checkpoint: Checkpoint) -> Family:
     matching = [family for _, family in FAMILIES.items() if family.matches(shapes, checkpoint.hints)]
     if len(matching) == 1:
         return matching[0]
-    known = f"Known families: {', '.join(FAMILIES.names())}."
+    where = str(checkpoint.path)
     if matching:
-        titles = " or ".join(family.title for family in matching)
-        raise CheckpointError(f"may be {titles}", where=str(checkpoint.path), hint="Say which with `--family`.")
-    looks = _recognise(shapes, checkpoint.hints)
+        unsettled = "Neither the file's name nor a stored name of the model settles it."
+        choices = " or ".join(f"`--family {family.name}`{_published(family, checkpoint)}" for family in matching)
+        raise CheckpointError(
+            f"fits {' and '.join(family.title for family in matching)} alike: their weights have the same names and "
+            "shapes but are computed with differently, so a wrong guess would give wrong answers without an error",
+            where=where,
+            hint=_GIVE_THE_FOLDER if _is_compressed(checkpoint.state) else f"{unsettled} Type {choices}.",
+        )
+    known = f"Known families: {', '.join(FAMILIES.names())}."
+    looks = _recognise(shapes)
     similar = [family for _, family in FAMILIES.items() if family.matches(shapes, Hints())]
     if similar:
-        what = (
-            f"has the weights of {similar[0].title}, but is called {looks or 'something else'}, which is not supported"
-        )
-        hint = f"{known} If the name is wrong, give `--family {similar[0].name}`."
+        what = f"has the weights of {similar[0].title}, but its name says that it is something else"
+        hint = f"If the name is wrong, give `--family {similar[0].name}`. {known}"
     elif looks:
         what, hint = f"is {looks}, which is not supported", known
     else:
         what, hint = "is of no known model family", f"{known} Its first weights: {listing(list(shapes))}."
-    raise CheckpointError(what, where=str(checkpoint.path), hint=hint)
+    raise CheckpointError(what, where=where, hint=hint)
 
 
-def _recognise(shapes: Shapes, hints: Hints) -> str | None:
-    """Whose layout this is, if it is a published one that no family supports."""
-    if "videomamba" in f"{hints.filename} {hints.model_name}".lower().replace("_", ""):
-        return "VideoMamba"
-    return next((title for ending, title in _FOREIGN if any(key.endswith(ending) for key in shapes)), None)
+def _published(family: Family, checkpoint: Checkpoint) -> str:
+    """For a message: the published model of `family` that has the sizes of `checkpoint`, if there is one."""
+    try:
+        name = variant_name(family, family.configure(_shapes(checkpoint.state), checkpoint.hints))
+    except CheckpointError:
+        return ""
+    return f" (it has the sizes of {name})" if name else ""
+
+
+def _recognise(shapes: Shapes) -> str | None:
+    """Whose layout this is: a family's, or a published one that no family supports."""
+    titles = [family.title for _, family in FAMILIES.items() if family.matches(shapes, Hints())]
+    titles += [title for ending, title in _FOREIGN if any(key.endswith(ending) for key in shapes)]
+    return titles[0] if titles else None
 
 
 def _shapes(state: dict[str, Tensor]) -> Shapes:

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName
 from ssmprune_cli.errors import LimitError, UsageError
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.report import Report
@@ -70,6 +71,7 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print tokens per block and multiply-adds; read no images, write nothing.")
     ] = False,
+    backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
@@ -105,8 +107,10 @@ def command(
     if out is None and not dry_run:
         raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
 
+    from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.compress import Source, compress_checkpoint, plan
 
+    use_backend(backend)
     source = Source(ckpt, family, variant, weights, image_size)
     if dry_run or out is None:
         report = plan(source, chosen)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName
 from ssmprune_cli.errors import LimitError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def command(
     compare: Annotated[
         Path | None, typer.Option(help="A second model, such as the dense one, judged on the same images.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images, evenly spaced.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many images, drawn at random from equal stretches of the dataset.")
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(min=0, help="With --compare: exit with 3 if top-1 is lower by more percentage points than this."),
@@ -33,6 +36,7 @@ def command(
     family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
     variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
     weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
+    backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on labelled images: top-1 and top-5 with 95 % intervals.
@@ -45,8 +49,10 @@ def command(
 
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import open_dataset
+    from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.evaluate import evaluate
 
+    use_backend(backend)
     images = open_dataset(dataset, data_dir)
     paths = [path] if compare is None else [path, compare]
     models = [checkpoint.load(each, family=family, variant=variant, weights=weights) for each in paths]

@@ -10,6 +10,7 @@ import traceback
 from typing import NoReturn
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.allocator import keep_freed_memory
 from ssmprune_cli.cli.app import app, settings
 from ssmprune_cli.errors import SsmpruneError
 
@@ -18,6 +19,7 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 def main() -> NoReturn:
     """Run `ssmprune` with the arguments of this process, and exit."""
+    keep_freed_memory()
     try:
         app(prog_name="ssmprune")
     except SystemExit as end:

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName
 
 if TYPE_CHECKING:
     from ssmprune_cli.workflows.profile import Profile
@@ -24,6 +25,7 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
     variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count parameters and multiply-adds, and measure latency, throughput and peak memory.
@@ -32,8 +34,10 @@ def command(
     counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate.
     """
     from ssmprune_cli import checkpoint
+    from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.profile import profile
 
+    use_backend(backend)
     paths = [path] if compare is None else [path, compare]
     models = [checkpoint.load(each, family=family, variant=variant, image_size=image_size) for each in paths]
     with output.progress("Timing") as advance:
@@ -45,9 +49,10 @@ def command(
 
 def _summary(names: list[str], profiles: list[Profile]) -> Table:
     first = profiles[0]
+    refused = "".join(f"; not {name}: {reason}" for name, reason in first.backends_refused.items())
     table = Table(
         title=f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.device}, "
-        f"{first.threads} threads, scan backend {first.backend}",
+        f"{first.threads} threads, kernels: {first.backend}{refused}",
         title_justify="left",
     )
     table.add_column("")

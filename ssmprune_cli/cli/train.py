@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName
 
 if TYPE_CHECKING:
     from ssmprune_cli.workflows.train import Epoch
@@ -26,6 +27,9 @@ def command(
     config: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the family's configuration: --set depth=12")
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from the weights of this checkpoint, of the same configuration.")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="Layout of the images: npz, imagefolder or cifar10.")] = "imagefolder",
     val_dir: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
@@ -38,6 +42,7 @@ def command(
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the images: not for digits or text.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the order of the images and augmentation.")] = 0,
     log: Annotated[Path | None, typer.Option(help="Log to write: JSON, a line for each epoch.")] = None,
+    backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train a small model from scratch on images that fit in memory: AdamW, linear warm-up, cosine decay.
@@ -46,9 +51,11 @@ def command(
     same weights on the same machine.
     """
     from ssmprune_cli.data import open_dataset
-    from ssmprune_cli.workflows.new_model import build, write_checkpoint
+    from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.workflows.new_model import build, start_from, write_checkpoint
     from ssmprune_cli.workflows.train import TrainSettings, json_line, labelled_images, provenance, train
 
+    use_backend(backend)
     settings = TrainSettings(
         epochs=epochs,
         batch_size=batch_size,
@@ -61,6 +68,8 @@ def command(
         seed=seed,
     )
     model = build(family, config or [], name=name, seed=seed)
+    if init is not None:
+        start_from(model, init)
     images = labelled_images(open_dataset(dataset, data_dir, split="train"), model.preprocessing)
     validation = None if val_dir is None else labelled_images(open_dataset(dataset, val_dir), model.preprocessing)
     lines: list[str] = []

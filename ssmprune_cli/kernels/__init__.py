@@ -1,4 +1,4 @@
-"""Kernels: one aligned scan and one convolution, and the backends that compute them, best first."""
+"""Kernels: the aligned scan, convolutions and passes over rows, and the backends that compute them, best first."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from ssmprune_cli.kernels.backend import (
     active_backend,
     available_backends,
     backend_from_environment,
+    refused_backends,
     use_backend,
 )
+from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
 from ssmprune_cli.kernels.cpu import CPU
-from ssmprune_cli.kernels.grid_conv import grid_conv2d
-from ssmprune_cli.kernels.op import causal_conv1d, conv_flops, scan_flops, selective_scan
+from ssmprune_cli.kernels.op import scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
+from ssmprune_cli.kernels.row_ops import add_rms_norm, gated_sum
 
 BACKENDS.register("cpu", CPU)
 BACKENDS.register("chunked", CHUNKED)
@@ -21,11 +23,15 @@ backend_from_environment()
 
 __all__ = [
     "active_backend",
+    "add_rms_norm",
     "available_backends",
     "causal_conv1d",
     "conv_flops",
+    "gated_sum",
     "grid_conv2d",
+    "refused_backends",
     "scan_flops",
     "selective_scan",
+    "sparse_conv1d",
     "use_backend",
 ]

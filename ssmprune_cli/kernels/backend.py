@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels import eager
 from ssmprune_cli.registry import Registry
 
 Gradients = tuple[Tensor | None, ...]
@@ -54,15 +57,37 @@ class Backend(ABC):
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
         """Gradients of u, delta, A, B, C, D, z, delta_bias, shift, gap_delta; None where the input is None."""
 
-    @abstractmethod
+    # What follows is plain PyTorch unless a backend has something faster.
+
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         """silu(depthwise causal convolution), (B, L, E)."""
+        return eager.conv_silu(x, weight, bias, reverse)
 
-    @abstractmethod
     def conv_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, weight and bias."""
+        return eager.conv_gradients(grad, x, weight, bias, reverse)
+
+    def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """silu(convolution that meets the rows `sources` of x followed by context), (B, L, E)."""
+        return eager.sparse_conv_silu(x, context, sources, weight, bias)
+
+    def grid_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+    ) -> Tensor:
+        """silu(depthwise convolution over the grid) at the tokens' own places, (B, L, E)."""
+        return eager.grid_conv_silu(x, weight, bias, rows, columns, positions)
+
+    def add_rms_norm(
+        self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(normed, stream), (B, L, d) each."""
+        return eager.add_rms_norm(hidden, residual, weight, eps)
+
+    def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+        """(sum of ys) * silu(z) * scale, (B, L, E)."""
+        return eager.gated_sum(ys, z, scale)
 
 
 # In order of preference; `kernels/__init__.py` fills it.
@@ -88,11 +113,21 @@ def available_backends() -> dict[str, str]:
     return {name: backend.missing() or "available" for name, backend in BACKENDS.items()}
 
 
-def active_backend() -> str:
-    """The backend that float32 tensors on the CPU are computed with."""
-    if _chosen != "auto":
-        return _chosen
-    return next(name for name, backend in BACKENDS.items() if backend.missing() is None)
+def active_backend(device: torch.device | str = "cpu") -> str:
+    """The backend that float32 tensors on `device` are computed with."""
+    return pick(torch.empty(0, device=device), 1).name
+
+
+def refused_backends(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Better backends than the active one, each with the reason why it is not used; empty when one was asked for."""
+    refused: dict[str, str] = {}
+    if _chosen == "auto":
+        example = torch.empty(0, device=device)
+        for name, backend in BACKENDS.items():
+            if name == active_backend(device):
+                break
+            refused[name] = backend.missing() or f"does not compute on {example.device.type}"
+    return refused
 
 
 def pick(example: Tensor, inner: int) -> Backend:

@@ -1,42 +1,46 @@
-"""Backend `cpu`: the C kernels of csrc/scan.c, called through ctypes. float32 on CPUs."""
+"""Backend `cpu`: the C kernels of csrc/, called through ctypes. float32 and bfloat16 on CPUs."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels import eager
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
 from ssmprune_cli.kernels.build import load_library
 
-# Names and order of the structs in csrc/scan.c.
-_SCAN_POINTERS = "u delta A B C D z bias shift gap gap_delta grad"
-_SCAN_RESULTS = "y du ddelta dA dB dC dD dz dbias dshift dgap_delta"
-_SCAN_NUMBERS = (
+
+def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
+    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (real, ctypes.c_double))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# Names and order of the structs in csrc/.
+_Scan = _struct(
+    "Scan",
+    "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta",
     "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l "
-    "softplus reverse threads groups"
+    "softplus reverse half threads groups",
 )
-_CONV_POINTERS = "x weight bias grad y dx dweight dbias"
-_CONV_NUMBERS = "batch length channels width x_b x_l reverse threads"
-
-
-def _struct(name: str, pointers: str, numbers: str) -> type[ctypes.Structure]:
-    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
-    return type(
-        name, (ctypes.Structure,), {"_fields_": fields + [(field, ctypes.c_int64) for field in numbers.split()]}
-    )
-
-
-_Scan = _struct("Scan", f"{_SCAN_POINTERS} {_SCAN_RESULTS}", _SCAN_NUMBERS)
-_Conv = _struct("Conv", _CONV_POINTERS, _CONV_NUMBERS)
-MAX_INNER = 64  # states or taps, as in csrc/scan.c
+_Conv = _struct(
+    "Conv",
+    "x context grad y dx taps bias dtaps dbias positions",
+    "batch length channels width x_b x_l context_b context_l others rows columns reverse half threads",
+)
+_Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels half_in half_out threads", "eps")
+_Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
+MAX_INNER = 64  # states or taps, as in csrc/vectors.h
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class CpuBackend(Backend):
-    """Compiles its library when it is first asked for."""
+    """Compiles its library when it is first asked for, unless one came with the installation."""
 
     name = "cpu"
 
@@ -53,133 +57,182 @@ class CpuBackend(Backend):
         return self._reason
 
     def accepts(self, example: Tensor, inner: int) -> bool:
-        return example.dtype == torch.float32 and example.device.type == "cpu" and inner <= MAX_INNER
+        return example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
 
     def scan(self, inputs: ScanInputs) -> Tensor:
-        y = torch.empty(inputs.u.shape)
-        call = _Call(inputs)
+        y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype)
+        call = _Call(threads=torch.get_num_threads(), groups=1)
+        call.scan(inputs)
         call.set(y=y)
-        self._run("scan_forward", call.struct)
+        self._run("scan_forward", call.struct(_Scan))
         return y
 
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
         batch, length, channels = inputs.u.shape
-        state, threads = inputs.A.shape[1], torch.get_num_threads()
+        dtype, state, threads = inputs.u.dtype, inputs.A.shape[1], torch.get_num_threads()
         groups = -(-threads // batch) if batch else 1  # so that every thread has work when the batch is small
         wide, per_sample = (batch, length, channels), (batch, channels)
-        d_u, d_delta = torch.empty(wide), torch.empty(wide)
-        d_z = None if inputs.z is None else torch.empty(wide)
-        d_shift = None if inputs.shift is None else torch.empty(wide)
-        d_A, d_D = torch.empty(batch, channels, state), torch.empty(per_sample)
-        d_bias, d_gap_delta = torch.empty(per_sample), torch.empty(per_sample)
-        d_B, d_C = (torch.empty(batch, groups, length, state) for _ in range(2))
-        call = _Call(inputs, groups=groups)
-        call.set(
-            grad=grad.contiguous(),
-            du=d_u,
-            ddelta=d_delta,
-            dA=d_A,
-            dB=d_B,
-            dC=d_C,
-            dD=d_D,
-            dz=d_z,
-            dbias=d_bias,
-            dshift=d_shift,
-            dgap_delta=d_gap_delta,
-        )
-        if self._run("scan_backward", call.struct):
-            raise KernelError("memory ran out in the backward pass of a scan", hint="Use a smaller batch.")
+        found = {name: torch.empty(wide, dtype=dtype) for name in ("du", "ddelta")}
+        if inputs.z is not None:
+            found["dz"] = torch.empty(wide, dtype=dtype)
+        if inputs.shift is not None:
+            found["dshift"] = torch.empty(wide, dtype=dtype)
+        found["dA"] = torch.empty(batch, channels, state)
+        found.update({name: torch.empty(per_sample) for name in ("dD", "dbias", "dgap_delta")})
+        found.update({name: torch.empty(batch, groups, length, state) for name in ("dB", "dC")})
+        call = _Call(threads=threads, groups=groups)
+        call.scan(inputs)
+        call.set(grad=grad.contiguous(), **found)
+        self._run("scan_backward", call.struct(_Scan))
+
+        def total(name: str, like: Tensor | None, dim: int = 0) -> Tensor | None:
+            return None if like is None else found[name].sum(dim=dim).to(like.dtype)
+
         return (
-            d_u,
-            d_delta,
-            d_A.sum(dim=0),
-            d_B.sum(dim=1),
-            d_C.sum(dim=1),
-            None if inputs.D is None else d_D.sum(dim=0),
-            d_z,
-            None if inputs.delta_bias is None else d_bias.sum(dim=0),
-            d_shift,
-            None if inputs.gap_delta is None else d_gap_delta.sum(dim=0),
+            found["du"],
+            found["ddelta"],
+            total("dA", inputs.A),
+            total("dB", inputs.B, dim=1),
+            total("dC", inputs.C, dim=1),
+            total("dD", inputs.D),
+            found.get("dz"),
+            total("dbias", inputs.delta_bias),
+            found.get("dshift"),
+            total("dgap_delta", inputs.gap_delta),
         )
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-        y = torch.empty(x.shape)
-        call = _Call.convolution(x, weight, bias, reverse)
+        y = torch.empty(x.shape, dtype=x.dtype)
+        call = _Call(threads=torch.get_num_threads(), reverse=reverse)
+        call.convolution(x, weight, bias)
         call.set(y=y)
-        self._run("conv_forward", call.struct)
+        self._run("conv_forward", call.struct(_Conv))
         return y
 
     def conv_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, _, channels = x.shape
-        d_x, d_weight = torch.zeros(x.shape), torch.empty(batch, channels, weight.shape[1])
-        d_bias = torch.empty(batch, channels)
-        call = _Call.convolution(x, weight, bias, reverse)
-        call.set(grad=grad.contiguous(), dx=d_x, dweight=d_weight, dbias=d_bias)
-        self._run("conv_backward", call.struct)
-        return d_x, d_weight.sum(dim=0), d_bias.sum(dim=0)
+        d_x = torch.empty(x.shape, dtype=x.dtype)
+        d_taps, d_bias = torch.empty(batch, weight.shape[1], channels), torch.empty(batch, channels)
+        call = _Call(threads=torch.get_num_threads(), reverse=reverse)
+        call.convolution(x, weight, bias)
+        call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
+        self._run("conv_backward", call.struct(_Conv))
+        return d_x, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
+
+    def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype)
+        call = _Call(threads=torch.get_num_threads(), others=context.shape[1])
+        call.convolution(x, weight, bias)
+        call.rows(context=context)
+        call.set(y=y, positions=sources.contiguous())
+        if self._run("sparse_conv_forward", call.struct(_Conv)) & 2:
+            raise KernelError("a source lies outside the tokens and their context")
+        return y
+
+    def grid_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+    ) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype)
+        call = _Call(threads=torch.get_num_threads(), rows=rows, columns=columns)
+        call.convolution(x, weight, bias)
+        call.set(y=y)
+        if positions is not None:
+            call.set(positions=positions.contiguous())
+        if self._run("grid_conv_forward", call.struct(_Conv)) & 2:
+            raise KernelError(f"a position lies outside the grid of {rows} x {columns}")
+        return y
+
+    def add_rms_norm(
+        self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if weight.dtype not in _DTYPES:
+            return eager.add_rms_norm(hidden, residual, weight, eps)
+        hidden = hidden.contiguous()
+        stream, normed = torch.empty(hidden.shape), torch.empty(hidden.shape, dtype=weight.dtype)
+        call = _Call(
+            rows=hidden.shape[0] * hidden.shape[1],
+            channels=hidden.shape[2],
+            half_in=hidden.dtype == torch.bfloat16,
+            half_out=weight.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+            eps=eps,
+        )
+        call.set(hidden=hidden, weight=weight.float().contiguous(), stream=stream, normed=normed)
+        if residual is not None:
+            call.set(residual=residual.contiguous())
+        self._run("add_rms_norm", call.struct(_Norm))
+        return normed, stream
+
+    def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+        if len(ys) > 4:
+            return eager.gated_sum(ys, z, scale)
+        out = torch.empty(z.shape, dtype=z.dtype)
+        batch, length, channels = z.shape
+        call = _Call(batch=batch, length=length, channels=channels, count=len(ys), scale=scale)
+        call.set(out=out, **{f"y{number}": y.contiguous() for number, y in enumerate(ys)})
+        call.rows(z=z)
+        call.numbers.update(half=z.dtype == torch.bfloat16, threads=torch.get_num_threads())
+        self._run("gated_sum", call.struct(_Gate))
+        return out
 
     def _run(self, name: str, struct: ctypes.Structure) -> int:
+        """Returns the kernel's status. Raises KernelError when memory ran out."""
         if self._library is None:
             raise KernelError(f"kernel backend 'cpu' cannot be used: {self._reason}", hint="See `ssmprune env`.")
-        return int(getattr(self._library, name)(ctypes.byref(struct)))
+        status = int(getattr(self._library, name)(ctypes.byref(struct)))
+        if status & 1:
+            raise KernelError(f"memory ran out in {name}", hint="Use a smaller batch.")
+        return status
 
 
 class _Call:
-    """The arguments of one call: the struct, and the tensors that must live until it returns."""
+    """The arguments of one call, and the tensors that must live until it returns."""
 
-    def __init__(self, inputs: ScanInputs | None = None, groups: int = 1) -> None:
+    def __init__(self, **numbers: float) -> None:
         self._alive: list[Tensor] = []
-        self.struct: Any
-        if inputs is None:
-            return
-        batch, length, channels = inputs.u.shape
-        self.struct = _Scan(
-            batch=batch,
-            length=length,
-            channels=channels,
-            state=inputs.A.shape[1],
-            softplus=inputs.delta_softplus,
-            reverse=inputs.reverse,
-            threads=torch.get_num_threads(),
-            groups=groups,
-        )
-        rows = {name: getattr(inputs, name) for name in ("u", "delta", "B", "C", "z", "shift", "gap")}
-        for name, tensor in rows.items():
-            if tensor is not None:
-                # Slices of a projection are read in place; only the innermost dimension has to be dense.
-                dense = tensor if name == "gap" or tensor.stride(2) == 1 else tensor.contiguous()
-                dense = dense.contiguous() if name == "gap" else dense
-                self.set(**{name: dense})
-                setattr(self.struct, f"{name}_b", dense.stride(0))
-                setattr(self.struct, f"{name}_l", dense.stride(1))
-        whole = {"A": inputs.A, "D": inputs.D, "bias": inputs.delta_bias, "gap_delta": inputs.gap_delta}
-        self.set(**{name: tensor.contiguous() for name, tensor in whole.items() if tensor is not None})
+        self.numbers: dict[str, Any] = numbers
 
-    @classmethod
-    def convolution(cls, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> _Call:
-        call = cls()
-        x = x if x.stride(2) == 1 else x.contiguous()
-        batch, length, channels = x.shape
-        call.struct = _Conv(
-            batch=batch,
-            length=length,
-            channels=channels,
-            width=weight.shape[1],
-            x_b=x.stride(0),
-            x_l=x.stride(1),
-            reverse=reverse,
-            threads=torch.get_num_threads(),
-        )
-        call.set(x=x, weight=weight.contiguous(), bias=bias.contiguous())
-        return call
+    def set(self, **tensors: Tensor) -> None:
+        """Pass dense tensors."""
+        for name, tensor in tensors.items():
+            self._alive.append(tensor)
+            self.numbers[name] = tensor.data_ptr()
 
-    def set(self, **tensors: Tensor | None) -> None:
+    def rows(self, **tensors: Tensor | None) -> None:
+        """Pass (B, L, c) tensors with their strides: slices of a projection are read in place."""
         for name, tensor in tensors.items():
             if tensor is not None:
-                self._alive.append(tensor)
-                setattr(self.struct, name, tensor.data_ptr())
+                dense = tensor if tensor.stride(2) == 1 else tensor.contiguous()
+                self._alive.append(dense)
+                self.numbers[name] = dense.data_ptr()
+                self.numbers[f"{name}_b"], self.numbers[f"{name}_l"], _ = dense.stride()
+
+    def scan(self, inputs: ScanInputs) -> None:
+        self.rows(u=inputs.u, delta=inputs.delta, B=inputs.B, C=inputs.C, z=inputs.z, shift=inputs.shift)
+        if inputs.gap is not None:
+            gap = inputs.gap.float().contiguous()
+            self.set(gap=gap)
+            self.numbers["gap_b"], self.numbers["gap_l"] = gap.stride()
+        parameters = {"A": inputs.A, "D": inputs.D, "bias": inputs.delta_bias, "gap_delta": inputs.gap_delta}
+        self.set(**{name: value.float().contiguous() for name, value in parameters.items() if value is not None})
+        batch, length, channels = inputs.u.shape
+        self.numbers.update(batch=batch, length=length, channels=channels, state=inputs.A.shape[1])
+        self.numbers.update(softplus=inputs.delta_softplus, reverse=inputs.reverse)
+        self.numbers["half"] = inputs.u.dtype == torch.bfloat16
+
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.rows(x=x)
+        self.set(taps=weight.flatten(1).t().float().contiguous())  # (K, E), or (K * K, E) on a grid
+        if bias is not None:
+            self.set(bias=bias.float().contiguous())
+        batch, length, channels = x.shape
+        self.numbers.update(batch=batch, length=length, channels=channels, width=weight.shape[-1])
+        self.numbers["half"] = x.dtype == torch.bfloat16
+
+    def struct(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
+        return kind(**self.numbers)
 
 
 CPU = CpuBackend()

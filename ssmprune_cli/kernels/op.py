@@ -1,4 +1,4 @@
-"""The two public ops, registered with torch.library: torch.compile, torch.export and FLOP counters see them.
+"""The public op `selective_scan`.
 
 Glossary: B batch, L tokens, E channels, N state size, K convolution width. Layout: channels-last, as GEMMs produce it.
 """
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import ScanInputs, pick
+from ssmprune_cli.kernels.library import Expected, check, define, three
 
 
 def selective_scan(
@@ -45,24 +46,28 @@ def selective_scan(
                   no gradient flows to it
     reverse       scan from the last token to the first; outputs stay at their tokens
 
-    Returns y (B, L, E). Raises KernelError for shapes, dtypes or devices that do not fit.
+    Activations (u, delta, B, C, z, shift) share one dtype; parameters have it too, or float32 beside half precision.
+    The state and all arithmetic are in float32 at least.
+
+    Returns y (B, L, E) in the dtype of u. Raises KernelError for shapes, dtypes or devices that do not fit.
     """
-    batch, length, channels = _three(u, "u")
+    batch, length, channels = three(u, "u")
     state = A.shape[-1]
-    gap = None if gap is None else gap.to(u)
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "delta": (delta, (batch, length, channels)),
-        "A": (A, (channels, state)),
-        "B": (B, (batch, length, state)),
-        "C": (C, (batch, length, state)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, length, channels)),
-        "delta_bias": (delta_bias, (channels,)),
-        "shift": (shift, (batch, length, channels)),
-        "gap": (gap, (batch, length)),
-        "gap_delta": (gap_delta, (channels,)),
-    }
-    _check(u, expected)
+    tokens, states, channel = (batch, length, channels), (batch, length, state), (channels,)
+    # Counts of tokens: half precision could not hold them.
+    gap = None if gap is None else gap.to(torch.promote_types(u.dtype, torch.float32))
+    activations: Expected = {"delta": (delta, tokens), "B": (B, states), "C": (C, states)}
+    parameters: Expected = {"A": (A, (channels, state))}
+    if z is not None:
+        activations["z"] = (z, tokens)
+    if shift is not None:
+        activations["shift"] = (shift, tokens)
+    if gap is not None:
+        parameters["gap"] = (gap, (batch, length))
+    for name, values in (("D", D), ("delta_bias", delta_bias), ("gap_delta", gap_delta)):
+        if values is not None:
+            parameters[name] = (values, channel)
+    check(u, activations, parameters)
     if shift is not None and gap is not None:
         raise KernelError("shift and gap exclude each other")
     if gap_delta is not None and gap is None:
@@ -73,49 +78,11 @@ def selective_scan(
     return result
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
-    """silu(depthwise causal convolution) of tokens x (B, L, E) with weight (E, K) and bias (E,), channels-last.
-
-    `reverse` is the mirror image: flip(conv(flip(x))) along L. Raises KernelError for what does not fit.
-    """
-    channels = _three(x, "x")[2]
-    _check(x, {"weight": (weight, (channels, weight.shape[-1])), "bias": (bias, (channels,))})
-    result: Tensor = torch.ops.ssmprune.causal_conv1d(x, weight, bias, reverse)
-    return result
-
-
 def scan_flops(batch: int, length: int, channels: int, state: int, *, has_D: bool, has_z: bool) -> int:
     """Multiply-adds of a scan, 9 B L E N and B L E each for D and the gate (state-spaces/mamba issue 110; VMamba)."""
     return batch * length * channels * (9 * state + has_D + has_z)
 
 
-def conv_flops(batch: int, length: int, channels: int, width: int) -> int:
-    """Multiply-adds of a depthwise convolution."""
-    return batch * length * channels * width
-
-
-def _three(tensor: Tensor, name: str) -> tuple[int, int, int]:
-    if tensor.ndim != 3:
-        raise KernelError(f"{name} must have shape (batch, tokens, channels), not {tuple(tensor.shape)}")
-    return tensor.shape[0], tensor.shape[1], tensor.shape[2]
-
-
-def _check(example: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    # While tracing, sizes are tensors, and comparing them would only warn.
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise KernelError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
-        if tensor.dtype != example.dtype:
-            raise KernelError(f"{name} is {tensor.dtype}, but the tokens are {example.dtype}")
-        if tensor.device != example.device:
-            raise KernelError(f"{name} is on {tensor.device}, but the tokens are on {example.device}")
-
-
-@torch.library.custom_op("ssmprune::selective_scan", mutates_args=())
 def _scan_op(
     u: Tensor,
     delta: Tensor,
@@ -135,12 +102,10 @@ def _scan_op(
     return pick(u, A.shape[1]).scan(inputs)
 
 
-@_scan_op.register_fake
-def _(u: Tensor, *others: Any) -> Tensor:
+def _scan_fake(u: Tensor, *others: Any) -> Tensor:
     return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("ssmprune::selective_scan_backward", mutates_args=())
 def _scan_backward_op(
     grad: Tensor,
     u: Tensor,
@@ -162,8 +127,7 @@ def _scan_backward_op(
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
-@_scan_backward_op.register_fake
-def _(grad: Tensor, u: Tensor, *others: Any) -> list[Tensor]:
+def _scan_backward_fake(grad: Tensor, u: Tensor, *others: Any) -> list[Tensor]:
     delta, A, B, C, D, z, bias, _, shift, _, gap_delta, _ = others
     tensors = (u, delta, A, B, C, D, z, bias, shift, gap_delta)
     return [tensor.new_empty(tensor.shape) for tensor in tensors if tensor is not None]
@@ -188,42 +152,8 @@ def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients[:8], None, gradients[8], None, gradients[9], None)
 
 
-_scan_op.register_autograd(_scan_backward, setup_context=_scan_setup)
-
-
-@torch.library.custom_op("ssmprune::causal_conv1d", mutates_args=())
-def _conv_op(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    return pick(x, weight.shape[1]).conv(x, weight, bias, reverse)
-
-
-@_conv_op.register_fake
-def _(x: Tensor, *others: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("ssmprune::causal_conv1d_backward", mutates_args=())
-def _conv_backward_op(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> list[Tensor]:
-    return [
-        gradient.contiguous() for gradient in pick(x, weight.shape[1]).conv_backward(grad, x, weight, bias, reverse)
-    ]
-
-
-@_conv_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in (x, weight, bias)]
-
-
-def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.ssmprune.causal_conv1d_backward(grad.contiguous(), *ctx.saved_tensors, ctx.reverse)
-    return (*found, None)
-
-
-_conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
+define("selective_scan", _scan_op, _scan_fake, backward=_scan_backward, setup=_scan_setup)
+define("selective_scan_backward", _scan_backward_op, _scan_backward_fake)
 
 
 # torch's counter counts a multiply-add as two floating-point operations.
@@ -231,9 +161,3 @@ _conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
 def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *others: Any, **kwargs: Any) -> int:
     batch, length, channels = u
     return 2 * scan_flops(batch, length, channels, A[1], has_D=D is not None, has_z=z is not None)
-
-
-@register_flop_formula(torch.ops.ssmprune.causal_conv1d)
-def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    batch, length, channels = x
-    return 2 * conv_flops(batch, length, channels, weight[1])

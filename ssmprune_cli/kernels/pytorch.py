@@ -1,17 +1,21 @@
 """Backends in plain PyTorch: `reference`, step by step, the truth; `chunked`, the same in fewer, larger operations.
 
-Both compute in the inputs' own precision and share the backward pass, which recomputes the states chunk by chunk.
+Both compute in the activations' precision, float32 at least, and share the backward pass, which recomputes the states
+chunk by chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.eager import wide
 
 CHUNK = 16  # steps whose decays and inputs are computed at once; more only costs memory
 
@@ -144,36 +148,6 @@ def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
     )
 
 
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-    """silu(depthwise causal convolution): token t sees t - K + 1 ... t, or t ... t + K - 1 in reverse."""
-    width = weight.shape[1]
-    kernel = weight.flip(1) if reverse else weight
-    pad = (0, width - 1) if reverse else (width - 1, 0)
-    channels_first = functional.pad(x.transpose(1, 2), pad)  # (B, E, L + K - 1)
-    y = functional.conv1d(channels_first, kernel[:, None], bias, groups=weight.shape[0])
-    return functional.silu(y).transpose(1, 2).contiguous()
-
-
-def conv_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
-    width, length = weight.shape[1], x.shape[1]
-    pad = (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)
-    padded = functional.pad(x, pad)  # (B, L + K - 1, E)
-    # Tap k of `weight` meets the token k - K + 1 places away, or K - 1 - k in reverse.
-    offsets = [width - 1 - k if reverse else k for k in range(width)]
-    y = bias + sum(padded[:, offset : offset + length] * weight[:, k] for k, offset in enumerate(offsets))
-    gate = torch.sigmoid(y)
-    d_y = grad * gate * (1 + y * (1 - gate))
-    d_padded, d_weight = torch.zeros_like(padded), torch.empty_like(weight)
-    for k, offset in enumerate(offsets):
-        d_padded[:, offset : offset + length] += d_y * weight[:, k]
-        d_weight[:, k] = (d_y * padded[:, offset : offset + length]).sum(dim=(0, 1))
-    start = 0 if reverse else width - 1
-    return d_padded[:, start : start + length], d_weight, d_y.sum(dim=(0, 1))
-
-
 class PyTorchBackend(Backend):
     """Runs anywhere that PyTorch does, in any floating-point precision."""
 
@@ -188,18 +162,22 @@ class PyTorchBackend(Backend):
         return example.is_floating_point()
 
     def scan(self, inputs: ScanInputs) -> Tensor:
-        return self._scan(inputs)
+        return self._scan(_widened(inputs)).to(inputs.u.dtype)
 
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
-        return scan_gradients(grad, inputs)
+        found = scan_gradients(wide(grad), _widened(inputs))
+        given = (inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias)
+        return tuple(
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(found, (*given, inputs.shift, inputs.gap_delta), strict=True)
+        )
 
-    def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-        return conv_silu(x, weight, bias, reverse)
 
-    def conv_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return conv_gradients(grad, x, weight, bias, reverse)
+def _widened(inputs: ScanInputs) -> ScanInputs:
+    """Every tensor in float32 at least."""
+    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    widened: dict[str, Any] = {name: wide(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(inputs, **widened)
 
 
 REFERENCE = PyTorchBackend("reference", reference_scan)

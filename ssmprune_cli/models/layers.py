@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.tokens import TokenSequence
 
 
 class RMSNorm(nn.Module):
@@ -70,14 +69,14 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("freqs_cos", cos)  # (rows * columns, d)
         self.register_buffer("freqs_sin", sin)
 
-    def forward(self, values: Tensor, sequence: TokenSequence) -> Tensor:
-        """Rotate `values` (B, L, d), the hidden states or residuals of `sequence`, each by its own position."""
+    def forward(self, values: Tensor, positions: Tensor | None) -> Tensor:
+        """Rotate `values` (B, L, d), each by its own of `positions` (B, L); None is all of them in order."""
         cos, sin = self.freqs_cos, self.freqs_sin
         if self.class_token:
             cos = torch.cat((torch.ones_like(cos[:1]), cos))
             sin = torch.cat((torch.zeros_like(sin[:1]), sin))
-        if not sequence.is_dense:
-            cos, sin = cos[sequence.positions], sin[sequence.positions]  # (B, L, d)
+        if positions is not None:
+            cos, sin = cos[positions], sin[positions]  # (B, L, d)
         pairs = values.unflatten(-1, (-1, 2))
         turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
         return values * cos + turned * sin

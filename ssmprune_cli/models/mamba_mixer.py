@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.kernels import causal_conv1d, selective_scan
+from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, selective_scan, sparse_conv1d
 from ssmprune_cli.models.layers import RMSNorm
 from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
 
@@ -30,8 +30,13 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, *, reverse: bool = False) -> Tensor:
-        return causal_conv1d(x, self.weight[:, 0], self.bias, reverse=reverse)
+    def forward(
+        self, x: Tensor, *, reverse: bool = False, context: Tensor | None = None, sources: Tensor | None = None
+    ) -> Tensor:
+        """With `context` (B, M, E) too, taps meet the rows `sources` of both: see kernels.sparse_conv1d."""
+        if context is None or sources is None:
+            return causal_conv1d(x, self.weight[:, 0], self.bias, reverse=reverse)
+        return sparse_conv1d(x, context, sources, self.weight[:, 0], self.bias)
 
 
 class StepProjection(nn.Linear):
@@ -95,20 +100,28 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(
-        self, x: Tensor, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
+        self,
+        x: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        want_delta: bool,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
         """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans did.
 
-        With `alignment`, each scan decays over the tokens that `sequence` has lost.
+        With `alignment`, each scan decays over the tokens that `sequence` has lost. `context` (B, M, d) are the
+        normalised tokens of `sequence.context`: they get no more than what the convolutions need of them.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
+        if context is not None:
+            context = functional.linear(context, self.in_proj.weight[: self.d_inner])  # (B, M, E)
         outputs, deltas = [], []
-        branch = self._project(values, "", reverse=False)
+        branch = self._project(values, context, sequence, "", reverse=False)
         for direction in range(self.directions):
             reverse, suffix = direction == 1, ""
             if reverse and self.kind == "v2":
                 suffix = "_b"
-                branch = self._project(values, suffix, reverse=True)
+                branch = self._project(values, context, sequence, suffix, reverse=True)
             u, raw_delta, b, c = branch
             bias = getattr(self, f"dt_proj{suffix}").bias
             y = selective_scan(
@@ -126,18 +139,18 @@ class MambaMixer(nn.Module):
             outputs.append(y)
             if want_delta:
                 deltas.append(functional.softplus(raw_delta + bias))
-        mixed = outputs[0] if self.directions == 1 else outputs[0] + outputs[1]
-        mixed = mixed * functional.silu(gate)
-        if self.halve:
-            mixed = mixed / 2
-        projected: Tensor = self.out_proj(mixed)
+        projected: Tensor = self.out_proj(gated_sum(outputs, gate, 0.5 if self.halve else 1.0))
         if self.gamma is not None:
             projected = projected * self.gamma
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
 
-    def _project(self, values: Tensor, suffix: str, *, reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(
+        self, values: Tensor, context: Tensor | None, sequence: TokenSequence, suffix: str, *, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Input u (B, L, E), raw step sizes (B, L, E) without bias, B and C (B, L, N) of one branch."""
-        u = getattr(self, f"conv1d{suffix}")(values, reverse=reverse)
+        convolution = getattr(self, f"conv1d{suffix}")
+        sources = None if context is None else conv_sources(sequence, convolution.weight.shape[2], reverse=reverse)
+        u = convolution(values, reverse=reverse, context=context, sources=sources)
         rank_values, b, c = getattr(self, f"x_proj{suffix}")(u).split(self.splits, dim=-1)
         return u, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
 
@@ -163,16 +176,34 @@ class MambaBlock(nn.Module):
     def forward(
         self, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
-        stream = residual_stream(sequence)
-        normalised = self.norm(stream.to(self.norm.weight.dtype))
-        hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta)
+        if isinstance(self.norm, RMSNorm):
+            normalised, stream = add_rms_norm(sequence.hidden, sequence.residual, self.norm.weight, self.norm.eps)
+        else:
+            stream = sequence.stream
+            normalised = self.norm(stream.to(self.norm.weight.dtype))
+        context = None
+        if sequence.context is not None:
+            context = self.norm(sequence.context.stream.to(self.norm.weight.dtype))
+        hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta, context)
         return replace(sequence, hidden=hidden, residual=stream), statistics
 
 
-def residual_stream(sequence: TokenSequence) -> Tensor:
-    """(B, L, d): the residual stream with the last block's output added to it."""
-    stream = sequence.hidden if sequence.residual is None else sequence.residual + sequence.hidden
-    return stream.to(torch.promote_types(stream.dtype, torch.float32))
+def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tensor:
+    """(B, L, K): which row of the live tokens followed by `sequence.context` each tap of a causal convolution meets:
+    that of the token so many places away among both, or -1 beyond the ends."""
+    key = f"sources {width} {reverse}"
+    if key not in sequence.memo:
+        context = sequence.context
+        assert context is not None
+        order = torch.cat((sequence.positions, context.positions), dim=1).argsort(dim=1)  # (B, L + M)
+        rank = order.argsort(dim=1)[:, : sequence.positions.shape[1], None]  # (B, L, 1)
+        taps = torch.arange(width, device=order.device)
+        wanted = rank + (width - 1 - taps if reverse else taps - width + 1)  # (B, L, K)
+        inside = (wanted >= 0) & (wanted < order.shape[1])
+        found = order.gather(1, wanted.clamp(0, order.shape[1] - 1).flatten(1)).view_as(wanted)
+        sequence.memo[key] = torch.where(inside, found, -1)
+    sources: Tensor = sequence.memo[key]
+    return sources
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:

@@ -97,7 +97,10 @@ class VMambaBlock(nn.Module):
     def forward(
         self, sequence: TokenSequence, grid: tuple[int, int], alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
-        mixed, statistics = self.op(self.norm(sequence.hidden), sequence, grid, alignment, want_delta)
+        context = None
+        if sequence.context is not None and sequence.context.seen:
+            context = self.norm(sequence.context.stream.to(self.norm.weight.dtype))
+        mixed, statistics = self.op(self.norm(sequence.hidden), sequence, grid, alignment, want_delta, context)
         hidden = sequence.hidden + mixed
         if self.mlp is not None and self.norm2 is not None:
             hidden = hidden + self.mlp(self.norm2(hidden))

@@ -85,18 +85,21 @@ class VMambaMixer(nn.Module):
         grid: tuple[int, int],
         alignment: ScanAlignment | None,
         want_delta: bool,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
         """`x` (B, L, d), the normalised tokens of `sequence` on `grid`, to (B, L, d) and what the scans did.
 
-        With `alignment`, each scan decays over the tokens that `sequence` has lost on its own way.
+        With `alignment`, each scan decays over the tokens that `sequence` has lost on its own way. `context` (B, M, d)
+        are the normalised tokens of `sequence.context`: they get no more than what the convolution needs of them.
         """
         u: Tensor = self.in_proj(x)  # (B, L, E), or (B, L, 2E) with a gate
         gate = None
         if self.gated:
             u, gate = u.chunk(2, dim=-1)  # (B, L, E) each
-        positions = None if sequence.is_dense else sequence.positions
-        u = grid_conv2d(u, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions)
-        columns = visits(column_route(grid, u.device), sequence)
+        if context is not None:
+            context = functional.linear(context, self.in_proj.weight[: self.d_inner])  # (B, M, E)
+        u = self._convolve(u, context, sequence, grid)
+        columns = column_visits(sequence, grid)
         outputs, deltas = self._scan(u, sequence, columns, alignment, want_delta)
         # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
         mixed: Tensor = self.out_norm((outputs[0] + outputs[2]) + (outputs[1] + outputs[3]))
@@ -104,6 +107,17 @@ class VMambaMixer(nn.Module):
             mixed = mixed * functional.silu(gate)
         projected: Tensor = self.out_proj(mixed)
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+
+    def _convolve(self, x: Tensor, context: Tensor | None, sequence: TokenSequence, grid: tuple[int, int]) -> Tensor:
+        """(B, L, E): the input of the scans, from projected tokens x (B, L, E) and those of the context (B, M, E)."""
+        positions = None if sequence.is_dense else sequence.positions
+        if context is not None and sequence.context is not None:
+            x, positions = (
+                torch.cat((x, context), dim=1),
+                torch.cat((sequence.positions, sequence.context.positions), 1),
+            )
+        y = grid_conv2d(x, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions)
+        return y[:, : sequence.positions.shape[1]]
 
     def _scan(
         self, u: Tensor, sequence: TokenSequence, columns: Visits, alignment: ScanAlignment | None, want_delta: bool
@@ -148,10 +162,13 @@ class VMambaMixer(nn.Module):
         return functional.softplus(raw + self.dt_projs_bias)
 
 
-def column_route(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """(G,) raster positions of a grid in the order of its columns, left to right and each downwards."""
-    raster = torch.arange(math.prod(grid), device=device).view(grid)
-    return raster.t().flatten()
+def column_visits(sequence: TokenSequence, grid: tuple[int, int]) -> Visits:
+    """How a scan visits the tokens of `sequence` by the columns of `grid`, left to right and each downwards."""
+    if "columns" not in sequence.memo:
+        raster = torch.arange(math.prod(grid), device=sequence.positions.device).view(grid)
+        sequence.memo["columns"] = visits(raster.t().flatten(), sequence)
+    found: Visits = sequence.memo["columns"]
+    return found
 
 
 def _gaps(route: Visits, *, reverse: bool) -> Tensor | None:

@@ -36,7 +36,7 @@ def compress(
     tokens: Sequence[int] | None = None,
     points: Sequence[int] | None = None,
     importance: str = "clip",
-    reduction: str = "drop",
+    reduction: str = "context",
     alignment: str = "auto",
     calibration: Tensor | Iterable[Tensor] | None = None,
     seed: int = 0,

@@ -23,7 +23,7 @@ class PruneSettings:
 
     schedule: PruneSchedule
     importance: str = "clip"
-    reduction: str = "drop"
+    reduction: str = "context"
     alignment: str = "none"
     seed: int = 0
 

@@ -16,6 +16,7 @@ import ssmprune_cli
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import batches, calibration_images, fingerprint
 from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import Calibration, TokenPruner, choose_alignment, compress, restore
 from ssmprune_cli.recipe import Recipe
@@ -190,6 +191,8 @@ def _report(
             "ssmprune": ssmprune_cli.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
+            "backend": active_backend(),
+            "backends_refused": refused_backends(),
             "calibration_images": calibration.images if calibration else 0,
             "calibration_sha256": calibration_digest,
         },

@@ -23,14 +23,14 @@ from ssmprune_cli.models.base import Backbone
 # What fvcore and the papers do not count: element-wise arithmetic, norms built from it, reshaping, sorting, gathering.
 _FREE = (
     "abs add add_ all any arange argmax argsort bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_tensors cat "
-    "clamp clamp_ clone constant_pad_nd contiguous cos cumsum detach diff div div_ empty_like eq exp expand expand_as fill_ flatten "
-    "flip full gather ge gelu gt index index_select le lt masked_fill max maximum mean min mul mul_ nan_to_num ne neg "
-    "new_ones new_zeros norm ones ones_like pad permute pow reciprocal relu repeat reshape rsqrt rsub scatter select "
-    "sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile to "
-    "transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like "
+    "clamp clamp_ clone constant_pad_nd contiguous cos cumsum detach diff div div_ empty_like eq exp expand expand_as "
+    "fill_ flatten flip full gather ge gelu gt index index_select le lt masked_fill max maximum mean min mul mul_ "
+    "nan_to_num ne neg new_ones new_zeros norm ones ones_like pad permute pow reciprocal relu repeat reshape rsqrt "
+    "rsub scatter select sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze stack std "
+    "sub sum t tanh tile to transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like "
     "__and__ __or__ __xor__ __rshift__ __lshift__"
 )
-_FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split())
+_FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ def _conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({"causal_conv1d": conv_flops(batch, length, channels, _shape(inputs[1])[1])})
 
 
+def _sparse_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    batch, length, channels = _shape(inputs[0])
+    return Counter({"causal_conv1d": conv_flops(batch, length, channels, _shape(inputs[3])[1])})
+
+
+def _grid_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    batch, length, channels = _shape(inputs[0])
+    return Counter({"grid_conv2d": conv_flops(batch, length, channels, _shape(inputs[1])[1] ** 2)})
+
+
 def count_flops(model: Backbone) -> FlopCount:
     """Count the multiply-adds of one image through `model`, its pruner included.
 
@@ -71,6 +81,8 @@ def count_flops(model: Backbone) -> FlopCount:
     analysis = FlopCountAnalysis(model, images)
     analysis.set_op_handle("ssmprune::selective_scan", _scan_handler)
     analysis.set_op_handle("ssmprune::causal_conv1d", _conv_handler)
+    analysis.set_op_handle("ssmprune::sparse_conv1d", _sparse_conv_handler)
+    analysis.set_op_handle("ssmprune::grid_conv2d", _grid_conv_handler)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with torch.no_grad():

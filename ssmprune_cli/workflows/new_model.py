@@ -13,6 +13,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Backbone, Hints
@@ -46,6 +47,11 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     model = known.build(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     hints = Hints(model_name=name, image_size=model.image_size[0], eval_crop_ratio=config.eval_crop_ratio)
+    if any(each.matches(shapes, hints) != (each is known) for _, each in FAMILIES.items()):
+        raise UsageError(
+            f"a checkpoint of the name {name!r} would not be recognised as {known.title}",
+            hint="Another family has the same keys: put the name of the family into `--name`.",
+        )
     read = known.configure(shapes, hints)
     different = [field for field in names if getattr(read, field) != getattr(config, field)]
     if different:
@@ -54,6 +60,14 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
             hint='The name tells the place of the class token ("midclstok") and halved outputs ("div2"): see `--name`.',
         )
     return model
+
+
+def start_from(model: Backbone, path: Path) -> None:
+    """Copy the weights of the checkpoint at `path` into `model`. Raises UsageError if it is another configuration."""
+    start = checkpoint.load(path, family=model.family)
+    if start.config != model.config:
+        raise UsageError(f"{path} holds another configuration: {start.config}", hint=f"Wanted: {model.config}.")
+    model.load_state_dict(start.state_dict())
 
 
 def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.kernels import active_backend
+from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import TokenPruner
 from ssmprune_cli.workflows.flops import count_flops
@@ -33,7 +33,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Profile:
-    """One model's figures. Multiply-adds are for one image; `flops` names the conventions."""
+    """One model's figures. Multiply-adds are for one image; `flops` names the conventions.
+
+    backend           what the kernels ran on; `backends_refused` says why not on a better one
+    """
 
     family: str
     image_size: tuple[int, int]
@@ -45,6 +48,7 @@ class Profile:
     batch_size: int
     device: str
     backend: str
+    backends_refused: dict[str, str]
     threads: int
     speed: Speed
     peak_memory_bytes: int
@@ -96,7 +100,8 @@ def profile(
             multiply_adds_per_block=count.per_block,
             batch_size=batch_size,
             device=str(target),
-            backend=active_backend(),
+            backend=active_backend(target),
+            backends_refused=refused_backends(target),
             threads=torch.get_num_threads(),
             speed=speed,
             peak_memory_bytes=peak_memory(model, images),

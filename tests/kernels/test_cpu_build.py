@@ -44,7 +44,7 @@ def inputs(channels: int, dtype: torch.dtype) -> ScanInputs:
 def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wider code runs on any processor, only slower: the one of AVX-512 is tested where there is none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "instruction_set", lambda: [f"-DW={width}"])
+    monkeypatch.setitem(build.LEVELS, build.level(), (f"-DW={width}",))
     monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:]))  # quicker to compile
     backend = CpuBackend()
     assert backend.missing() is None
@@ -85,7 +85,7 @@ def test_the_library_is_compiled_once_and_whole(tmp_path: Path, monkeypatch: pyt
 @needs_compiler
 def test_a_failing_compiler_is_named_with_its_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "instruction_set", lambda: ["-march=no-such-processor"])
+    monkeypatch.setitem(build.LEVELS, build.level(), ("-march=no-such-processor",))
     reason = CpuBackend().missing()
     assert reason is not None and "failed: " in reason and "no-such-processor" in reason
     assert not list((tmp_path / "ssmprune").iterdir())
@@ -105,6 +105,6 @@ def test_the_instruction_set_is_one_that_the_processor_has(
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(Path, "read_text", lambda self: f"model name\t: X\nflags\t\t: {flags}\nbugs\t:\n")
-    assert build.instruction_set()[0] == f"-march={level}"
+    assert build.level() == level
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert build.instruction_set() == []
+    assert build.level() == "baseline"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
-from ssmprune_cli.kernels import grid_conv2d
+from ssmprune_cli.kernels import available_backends, grid_conv2d, use_backend
+
+AVAILABLE = [name for name, reason in available_backends().items() if reason == "available"]
+
+
+@pytest.fixture(autouse=True)
+def restore_backend() -> Iterator[None]:
+    yield
+    use_backend("auto")
 
 
 def by_loops(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], positions: Tensor) -> Tensor:
@@ -46,3 +56,56 @@ def test_equals_the_loops_dense_and_with_tokens_missing(grid: tuple[int, int], w
 def test_tokens_that_do_not_fill_the_grid_need_positions() -> None:
     with pytest.raises(KernelError, match=r"5 tokens .* grid of 2 x 3"):
         grid_conv2d(torch.zeros(1, 5, 2), torch.zeros(2, 3, 3), None, (2, 3))
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_backend_and_its_gradients(backend: str, dtype: torch.dtype) -> None:
+    """37 channels fill no number of vectors; rows of x are slices of something wider, as a projection gives them."""
+    torch.manual_seed(0)
+    grid, kept = (5, 6), torch.stack([torch.randperm(30)[:17].sort().values for _ in range(3)])
+    x = torch.randn(3, 17, 50).to(dtype)[..., 3:40]
+    weight, bias = torch.randn(37, 7, 7), torch.randn(37)
+    truth = [value.double().requires_grad_() for value in (x, weight, bias)]
+    expected = grid_conv2d(truth[0], truth[1], truth[2], grid, kept)
+    wanted = torch.autograd.grad(expected.sin().sum(), truth)
+    use_backend(backend)
+    leaves = [
+        value.clone().requires_grad_() if value is not x else x.detach().requires_grad_() for value in (x, weight, bias)
+    ]
+    found = grid_conv2d(leaves[0], leaves[1], leaves[2], grid, kept)
+    gradients = torch.autograd.grad(found.float().sin().sum(), leaves)
+    tolerance = 5e-6 if dtype == torch.float32 else 0.02  # a rounded output moves its sine, too
+    for a, b in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+    dense = torch.randn(2, 30, 37).to(dtype)
+    whole = grid_conv2d(dense, weight, None, grid).double()
+    use_backend("reference")
+    expected = grid_conv2d(dense.double(), weight.double(), None, grid)
+    assert (whole - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="no C compiler")
+def test_a_position_outside_the_grid_is_refused_and_not_written_to() -> None:
+    use_backend("cpu")
+    x, weight = torch.zeros(1, 2, 4), torch.zeros(4, 3, 3)
+    for outside in (-1, 6):
+        with pytest.raises(KernelError, match="outside the grid of 2 x 3"):
+            grid_conv2d(x, weight, None, (2, 3), torch.tensor([[0, outside]]))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    x, weight = torch.zeros(1, 6, 2), torch.zeros(2, 3, 3)
+    with pytest.raises(KernelError, match="odd, not 2"):
+        grid_conv2d(x, torch.zeros(2, 2, 2), None, (2, 3))
+    with pytest.raises(KernelError, match=r"positions must be int64 of shape \(1, 6\)"):
+        grid_conv2d(x, weight, None, (2, 3), torch.zeros(1, 6))
+    with pytest.raises(KernelError, match="weight has shape"):
+        grid_conv2d(x, torch.zeros(3, 3, 3), None, (2, 3))
+
+
+def test_passes_opcheck() -> None:
+    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((1, 4, 3), (3, 3, 3), (3,))]
+    positions = torch.tensor([[0, 2, 3, 5]])
+    torch.library.opcheck(torch.ops.ssmprune.grid_conv2d, (*leaves, 2, 3, positions))
+    torch.library.opcheck(torch.ops.ssmprune.grid_conv2d, (leaves[0], leaves[1], None, 2, 2, None))

@@ -158,6 +158,7 @@ def test_slices_of_a_projection_are_read_in_place(backend: str) -> None:
 @pytest.mark.parametrize("width", [1, 4])
 def test_convolution(backend: str, shape: tuple[int, int, int], width: int) -> None:
     channels = shape[-1]
+    torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
     weight, bias = torch.randn(channels, width, dtype=torch.float64), torch.randn(channels, dtype=torch.float64)
     leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
@@ -173,7 +174,42 @@ def test_convolution(backend: str, shape: tuple[int, int, int], width: int) -> N
         both = [(found, expected), *zip(own, gradients, strict=True)]
         for place, (a, b) in enumerate(both):
             mirrored = a.flip(1) if reverse and place < 2 else a
-            torch.testing.assert_close(mirrored.double(), b, rtol=2e-5, atol=2e-6)
+            # Relative to the largest entry: sums over tokens cancel in part.
+            assert (mirrored.double() - b).abs().max() <= 5e-6 * b.abs().max()
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("mode", ["plain", "shift", "gap+delta"])
+def test_half_precision_activations_with_a_float32_state(backend: str, mode: str) -> None:
+    """bfloat16 in and out, parameters in float32 or bfloat16: as exact as rounding what goes in and out allows."""
+    for shape, parameters in (((2, 21, 16, 16), torch.float32), ((1, 18, 13, 5), torch.bfloat16)):
+        inputs, gap = make(shape, mode, extras=True)
+        plain = ("A", "D", "delta_bias", "gap_delta")
+        given = {n: v.to(parameters if n in plain else torch.bfloat16) for n, v in inputs.items()}
+        truth = run("reference", {n: v.double() for n, v in given.items()}, gap, True, torch.float64)
+        use_backend(backend)
+        leaves: dict[str, Any] = {name: value.requires_grad_() for name, value in given.items()}
+        y = selective_scan(**leaves, gap=gap, reverse=True)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+        found = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), weight.to(y)), strict=True))}
+        assert y.dtype == torch.bfloat16
+        for name, value in found.items():
+            assert value.dtype == (y.dtype if name == "y" else given[name].dtype)
+            # bfloat16 keeps 8 bits: 0.4 % of an entry, and of the gradient that comes in.
+            assert (value.double() - truth[name]).abs().max() <= 0.008 * truth[name].abs().max(), name
+
+
+def test_torch_compile_takes_the_ops_as_they_are() -> None:
+    """One graph, forward and backward; `aot_eager` compiles no code of its own, so that this stays quick."""
+    inputs, gap = make((2, 5, 4, 3), "gap+delta", extras=True)
+    leaves: dict[str, Any] = {name: value.requires_grad_() for name, value in inputs.items()}
+    expected = selective_scan(**leaves, gap=gap)
+    wanted = torch.autograd.grad(expected.sin().sum(), list(leaves.values()))
+    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    found = compiled(**leaves, gap=gap)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    gradients = torch.autograd.grad(found.sin().sum(), list(leaves.values()))
+    torch.testing.assert_close(gradients, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_ops_pass_opcheck_and_export() -> None:

@@ -409,8 +409,8 @@ def test_rope_turns_a_kept_token_by_its_own_position(class_token: bool) -> None:
     dense = TokenSequence.dense(torch.randn(2, 12 + class_token, 16))
     kept = torch.tensor([[0, 2, 3, 11], [1, 4, 7, 10]])
     short = dense.keep(kept)
-    whole = rope(dense.hidden, dense)
-    assert torch.equal(rope(short.hidden, short), whole.gather(1, kept[..., None].expand(-1, -1, 16)))
+    whole = rope(dense.hidden, None)
+    assert torch.equal(rope(short.hidden, short.positions), whole.gather(1, kept[..., None].expand(-1, -1, 16)))
     assert torch.equal(whole[:, 0], dense.hidden[:, 0])  # angle 0 for a class token and for the first patch alike
     assert (whole[:, -1] - dense.hidden[:, -1]).abs().max() > 0.1
 

@@ -250,3 +250,55 @@ def test_calibration_needs_images_and_finite_scores() -> None:
     with pytest.raises(DataError, match="not finite"):
         compress(model, 0.5, calibration=torch.full((1, 3, 32, 32), torch.nan))
     assert model.pruner is None  # a failed calibration leaves the model as it was
+
+
+def test_autocast_runs_the_kernels_in_half_precision() -> None:
+    """As in training and serving with mixed precision: matrices and activations in bfloat16, state and stream wider."""
+    model, batch = build(TINY), images()
+    with torch.no_grad():
+        exact = model(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(batch)
+            compress(model, 0.5, points=[1], alignment="null")
+            pruned = model(batch)
+    restore(model)
+    assert half.dtype == pruned.dtype == torch.bfloat16
+    # Four blocks, each with a few roundings to 8 bits, 0.4 %.
+    assert (half.float() - exact).abs().max() <= 0.05 * exact.abs().max()
+    assert torch.isfinite(pruned).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(batch).float().square().sum()
+    loss.backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+def test_with_context_convolutions_see_what_was_dropped() -> None:
+    """Tokens that are dropped just before a block and remembered: its convolutions are those of the dense model, so
+    with nothing else lost (no scan) the kept tokens' inputs to the scans are, too; without memory they are not."""
+    model, batch = build(replace(TINY, depth=2)), images()
+    seen: dict[str, list[Tensor]] = {}
+
+    def inputs_to_scans(name: str) -> None:
+        seen[name] = []
+        hooks = [
+            model.get_submodule(f"layers.1.mixer.{branch}").register_forward_pre_hook(
+                lambda module, args: seen[name].append(args[0])
+            )
+            for branch in ("x_proj", "x_proj_b")
+        ]
+        with torch.no_grad():
+            model(batch)
+        for hook in hooks:
+            hook.remove()
+
+    inputs_to_scans("dense")
+    for reduction in ("drop", "context"):
+        compress(model, 0.5, points=[1], reduction=reduction, alignment="null")
+        assert isinstance(model.pruner, TokenPruner)
+        _, (kept, _) = spied(model, batch)
+        inputs_to_scans(reduction)
+        expected = [values.gather(1, kept[..., None].expand(-1, -1, values.shape[-1])) for values in seen["dense"]]
+        same = [torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(seen[reduction], expected, strict=True)]
+        assert all(same) if reduction == "context" else not any(same)
+        restore(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssmprune_cli.pruning.reduction.base import Reduction
+from ssmprune_cli.pruning.reduction.context import CONTEXT
 from ssmprune_cli.pruning.reduction.drop import DROP
 from ssmprune_cli.pruning.reduction.drop_unsorted import DROP_UNSORTED
 from ssmprune_cli.pruning.reduction.mask import MASK
@@ -10,6 +11,7 @@ from ssmprune_cli.registry import Registry
 
 REDUCTIONS: Registry[Reduction] = Registry("reduction")
 REDUCTIONS.register("drop", DROP)
+REDUCTIONS.register("context", CONTEXT)
 REDUCTIONS.register("drop-unsorted", DROP_UNSORTED)
 REDUCTIONS.register("mask", MASK)
 

@@ -20,7 +20,7 @@ def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
     live = dead.scatter(1, kept, torch.ones_like(kept, dtype=torch.bool))
     weight = live.to(sequence.hidden.dtype)[..., None]  # (B, L, 1)
     residual = None if sequence.residual is None else sequence.residual * weight.to(sequence.residual.dtype)
-    return replace(sequence.remembered(), hidden=sequence.hidden * weight, residual=residual, live=live)
+    return replace(sequence, hidden=sequence.hidden * weight, residual=residual, live=live)
 
 
 MASK = Reduction(_apply, aligned=False, shortens=False)

@@ -1,0 +1,211 @@
+/* Depthwise convolutions with SiLU: causal along the sequence, forward and backward, and over a grid of kept tokens.
+ * Taps come as (K, E), so that neighbouring channels lie side by side in every array.
+ */
+#include "vectors.h"
+
+#define SLAB (UNROLL * W) /* channels worked on at once */
+
+typedef struct {
+    const void *x, *context, *grad;
+    void *y, *dx;
+    const float *taps, *bias;
+    float *dtaps, *dbias;
+    const int64_t *positions;
+    int64_t batch, length, channels, width, x_b, x_l, context_b, context_l, others, rows, columns, reverse, half, threads;
+} Conv;
+
+/* The token that tap k of the output at t meets. */
+INLINE int64_t source(const Conv *a, int64_t t, int64_t k) {
+    return a->reverse ? t + a->width - 1 - k : t - a->width + 1 + k;
+}
+
+/* Lanes of vector i of the slab at c: W, fewer at the end, 0 or less beyond it. */
+INLINE int lanes_at(const Conv *a, int64_t c, int i) {
+    int64_t left = a->channels - c - i * W;
+    return left < W ? (int)left : W;
+}
+
+/* Run `body` for the vectors of the slab at c, with lanes as a constant where the slab is full. */
+#define FOR_SLAB(a, c, body)                                                              \
+    if ((a)->channels - (c) >= SLAB) { STAGE { const int lanes = W; body; } }             \
+    else { for (int i = 0; i < UNROLL; i++) { const int lanes = lanes_at(a, c, i); if (lanes > 0) { body; } } }
+
+/* The convolution before its SiLU, for token t of sample b. */
+INLINE void convolve(const Conv *a, int64_t b, int64_t t, int64_t c, int half, vf *y) {
+    FOR_SLAB(a, c, y[i] = load(a->bias, c + i * W, lanes, 0))
+    for (int64_t k = 0; k < a->width; k++) {
+        int64_t s = source(a, t, k), at = b * a->x_b + s * a->x_l + c;
+        if (s < 0 || s >= a->length) continue;
+        const float *taps = a->taps + k * a->channels + c;
+        FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
+    }
+}
+
+INLINE void write_silu(const Conv *a, int64_t row, int64_t c, int half, vf *y) {
+    vf gate[UNROLL];
+    STAGE gate[i] = y[i];
+    sigmoid(gate);
+    FOR_SLAB(a, c, store(a->y, row * a->channels + c + i * W, y[i] * gate[i], lanes, half))
+}
+
+INLINE void conv_row(const Conv *a, int64_t row, int half) {
+    for (int64_t c = 0; c < a->channels; c += SLAB) {
+        vf y[UNROLL] = {{0}};
+        convolve(a, row / a->length, row % a->length, c, half, y);
+        write_silu(a, row, c, half, y);
+    }
+}
+
+int conv_forward(const Conv *a) {
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (int64_t row = 0; row < a->batch * a->length; row++) {
+        if (a->half) conv_row(a, row, 1);
+        else conv_row(a, row, 0);
+    }
+    return 0;
+}
+
+/* Tap k of token t meets row positions[b, t, k] of x (L rows) followed by context (`others` rows); -1 is none. Returns 1
+ * for a row that is not there. */
+INLINE int sparse_row(const Conv *a, int64_t row, int half) {
+    int64_t b = row / a->length;
+    const int64_t *sources = a->positions + row * a->width;
+    for (int64_t k = 0; k < a->width; k++)
+        if (sources[k] < -1 || sources[k] >= a->length + a->others) return 1;
+    for (int64_t c = 0; c < a->channels; c += SLAB) {
+        vf y[UNROLL] = {{0}};
+        FOR_SLAB(a, c, y[i] = load(a->bias, c + i * W, lanes, 0))
+        for (int64_t k = 0; k < a->width; k++) {
+            int64_t s = sources[k];
+            if (s < 0) continue;
+            const void *rows = s < a->length ? a->x : a->context;
+            int64_t at = s < a->length ? b * a->x_b + s * a->x_l : b * a->context_b + (s - a->length) * a->context_l;
+            const float *taps = a->taps + k * a->channels + c;
+            FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(rows, at + c + i * W, lanes, half))
+        }
+        write_silu(a, row, c, half, y);
+    }
+    return 0;
+}
+
+/* Returns 0, or 2 for a source that is not there. */
+int sparse_conv_forward(const Conv *a) {
+    int outside = 0;
+#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: outside)
+    for (int64_t row = 0; row < a->batch * a->length; row++) {
+        if (a->half) outside |= sparse_row(a, row, 1);
+        else outside |= sparse_row(a, row, 0);
+    }
+    return outside ? 2 : 0;
+}
+
+/* dtaps (B, K, E) and dbias (B, E) are per sample; the caller adds them up. dx is written whole. `dy` (L, SLAB) is the
+ * gradient before the SiLU. */
+INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy) {
+    vf dbias[UNROLL] = {{0}}, dtaps[MAX_INNER][UNROLL];
+    memset(dtaps, 0, sizeof dtaps);
+    for (int64_t t = 0; t < a->length; t++) {
+        vf y[UNROLL] = {{0}}, gate[UNROLL], *d = dy + t * UNROLL;
+        int64_t at = (b * a->length + t) * a->channels + c;
+        convolve(a, b, t, c, half, y);
+        STAGE gate[i] = y[i];
+        sigmoid(gate);
+        STAGE d[i] = gate[i] * (1.0f + y[i] * (1.0f - gate[i]));
+        FOR_SLAB(a, c, d[i] *= load(a->grad, at + i * W, lanes, half))
+        STAGE dbias[i] += d[i];
+        for (int64_t k = 0; k < a->width; k++) {
+            int64_t s = source(a, t, k), x_at = b * a->x_b + s * a->x_l + c;
+            if (s < 0 || s >= a->length) continue;
+            FOR_SLAB(a, c, dtaps[k][i] += d[i] * load(a->x, x_at + i * W, lanes, half))
+        }
+    }
+    for (int64_t s = 0; s < a->length; s++) {
+        vf dx[UNROLL] = {{0}};
+        for (int64_t k = 0; k < a->width; k++) {
+            int64_t t = 2 * s - source(a, s, k); /* the output that meets s through tap k */
+            if (t < 0 || t >= a->length) continue;
+            const float *taps = a->taps + k * a->channels + c;
+            FOR_SLAB(a, c, dx[i] += load(taps, i * W, lanes, 0) * dy[t * UNROLL + i])
+        }
+        FOR_SLAB(a, c, store(a->dx, (b * a->length + s) * a->channels + c + i * W, dx[i], lanes, half))
+    }
+    for (int64_t k = 0; k < a->width; k++) {
+        float *out = a->dtaps + (b * a->width + k) * a->channels + c;
+        FOR_SLAB(a, c, store(out, i * W, dtaps[k][i], lanes, 0))
+    }
+    FOR_SLAB(a, c, store(a->dbias, b * a->channels + c + i * W, dbias[i], lanes, 0))
+}
+
+/* Returns 0, or 1 when memory ran out. */
+int conv_backward(const Conv *a) {
+    int64_t slabs = (a->channels + SLAB - 1) / SLAB;
+    int failed = 0;
+#pragma omp parallel num_threads(a->threads) reduction(|: failed)
+    {
+        vf *dy = aligned_alloc(sizeof(vf), (size_t)(a->length > 0 ? a->length : 1) * UNROLL * sizeof(vf));
+        failed = !dy;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < a->batch * slabs; item++) {
+            if (!dy) continue;
+            if (a->half) backward_slab(a, item / slabs, item % slabs * SLAB, 1, dy);
+            else backward_slab(a, item / slabs, item % slabs * SLAB, 0, dy);
+        }
+        free(dy);
+    }
+    return failed;
+}
+
+/* The kept token at each place of the grid, -1 for none. Returns 1 for a position outside it. */
+static int fill_places(const Conv *a, int64_t b, int64_t *places) {
+    int64_t size = a->rows * a->columns, outside = 0;
+    for (int64_t i = 0; i < size; i++) places[i] = a->positions ? -1 : i;
+    for (int64_t i = 0; a->positions && i < a->length; i++) {
+        int64_t position = a->positions[b * a->length + i];
+        if (position < 0 || position >= size) outside = 1;
+        else places[position] = i;
+    }
+    return (int)outside;
+}
+
+INLINE void grid_slab(const Conv *a, int64_t b, int64_t c, int half, const int64_t *places) {
+    int64_t reach = a->width / 2;
+    for (int64_t t = 0; t < a->length; t++) {
+        int64_t position = a->positions ? a->positions[b * a->length + t] : t;
+        int64_t row = position / a->columns, column = position % a->columns;
+        vf y[UNROLL] = {{0}};
+        if (a->bias) { FOR_SLAB(a, c, y[i] = load(a->bias, c + i * W, lanes, 0)) }
+        for (int64_t r = row < reach ? -row : -reach; r <= reach && row + r < a->rows; r++)
+            for (int64_t s = column < reach ? -column : -reach; s <= reach && column + s < a->columns; s++) {
+                int64_t from = places[(row + r) * a->columns + column + s];
+                if (from < 0) continue;
+                int64_t at = b * a->x_b + from * a->x_l + c;
+                const float *taps = a->taps + ((r + reach) * a->width + s + reach) * a->channels + c;
+                FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
+            }
+        write_silu(a, b * a->length + t, c, half, y);
+    }
+}
+
+/* Over a grid of rows x columns of which the tokens `positions` (B, L) are there; taps (K * K, E), K odd, zero padding.
+ * Returns 0, 1 when memory ran out, or 2 for a position outside the grid. */
+int grid_conv_forward(const Conv *a) {
+    int64_t slabs = (a->channels + SLAB - 1) / SLAB;
+    int failed = 0;
+#pragma omp parallel num_threads(a->threads) reduction(|: failed)
+    {
+        int64_t *places = malloc((size_t)(a->rows * a->columns) * sizeof *places), filled = -1;
+        failed = !places;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < a->batch * slabs; item++) {
+            int64_t b = item / slabs;
+            if (!places) continue;
+            if (b != filled && fill_places(a, b, places)) failed |= 2;
+            filled = b;
+            if (failed & 2) continue;
+            if (a->half) grid_slab(a, b, item % slabs * SLAB, 1, places);
+            else grid_slab(a, b, item % slabs * SLAB, 0, places);
+        }
+        free(places);
+    }
+    return failed;
+}

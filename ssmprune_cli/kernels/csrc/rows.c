@@ -1,0 +1,73 @@
+/* What is left of a block once scan and convolution are fast: passes over rows of channels, each in one go. */
+#include "vectors.h"
+
+typedef struct {
+    const void *hidden;
+    const float *residual, *weight;
+    float *stream;
+    void *normed;
+    int64_t rows, channels, half_in, half_out, threads;
+    double eps;
+} Norm;
+
+INLINE void norm_row(const Norm *a, int64_t row, int half_in, int half_out) {
+    int64_t E = a->channels, at = row * E;
+    vf square[UNROLL] = {{0}};
+    for (int64_t c = 0; c < E; c += W) {
+        int lanes = E - c < W ? (int)(E - c) : W;
+        vf x = load(a->hidden, at + c, lanes, half_in);
+        if (a->residual) x += load(a->residual, at + c, lanes, 0);
+        square[c / W % UNROLL] += x * x;
+        store(a->stream, at + c, x, lanes, 0);
+    }
+    vf total = {0};
+    STAGE total += square[i];
+    vf scale = splat(1.0f / __builtin_sqrtf(sum_lanes(total) / (float)E + (float)a->eps));
+    for (int64_t c = 0; c < E; c += W) {
+        int lanes = E - c < W ? (int)(E - c) : W;
+        vf y = load(a->stream, at + c, lanes, 0) * scale * load(a->weight, c, lanes, 0);
+        store(a->normed, at + c, y, lanes, half_out);
+    }
+}
+
+/* stream = hidden + residual, normed = weight * stream / root mean square of a row. */
+int add_rms_norm(const Norm *a) {
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (int64_t row = 0; row < a->rows; row++) norm_row(a, row, (int)a->half_in, (int)a->half_out);
+    return 0;
+}
+
+typedef struct {
+    const void *y[4], *z;
+    void *out;
+    int64_t batch, length, channels, count, z_b, z_l, half, threads;
+    double scale;
+} Gate;
+
+INLINE void gate_row(const Gate *a, int64_t row, int half) {
+    int64_t E = a->channels, at = row * E, z_at = row / a->length * a->z_b + row % a->length * a->z_l;
+    for (int64_t c = 0; c < E; c += UNROLL * W) {
+        vf z[UNROLL] = {{0}}, gate[UNROLL], y[UNROLL];
+        int lanes[UNROLL];
+        STAGE lanes[i] = E - c - i * W < W ? (int)(E - c - i * W) : W;
+        STAGE if (lanes[i] > 0) z[i] = load(a->z, z_at + c + i * W, lanes[i], half);
+        STAGE gate[i] = z[i];
+        sigmoid(gate);
+        STAGE {
+            if (lanes[i] <= 0) break;
+            y[i] = load(a->y[0], at + c + i * W, lanes[i], half);
+            for (int64_t k = 1; k < a->count; k++) y[i] += load(a->y[k], at + c + i * W, lanes[i], half);
+            store(a->out, at + c + i * W, y[i] * z[i] * gate[i] * (float)a->scale, lanes[i], half);
+        }
+    }
+}
+
+/* (y_0 + y_1 + ...) silu(z) scale */
+int gated_sum(const Gate *a) {
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (int64_t row = 0; row < a->batch * a->length; row++) {
+        if (a->half) gate_row(a, row, 1);
+        else gate_row(a, row, 0);
+    }
+    return 0;
+}

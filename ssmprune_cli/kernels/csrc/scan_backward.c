@@ -1,0 +1,215 @@
+/* The gradients of the aligned selective scan. States are kept at the start of every chunk and recomputed inside it.
+ *
+ * A sample's channel blocks go through one chunk together before any goes on to the next: the sums over channels that dB
+ * and dC need are then the size of a chunk, and stay in L1.
+ */
+#include "scan.h"
+
+#define PAIR 2 /* states at a time on the way back; more do not fit into registers */
+
+/* `count` states after each token of a chunk, without output. */
+INLINE void walk(const Scan *a, vf (*factors)[CHUNK], const vf *drive, vf *h, int64_t at, int way, int size, int count,
+                 int half) {
+    vf g[GROUP];
+    for (int n = 0; n < count; n++) g[n] = h[n];
+    for (int j = 0; j < size; j++, at += way * a->B_l)
+        for (int n = 0; n < count; n++) g[n] = factors[n][j] * g[n] + drive[j] * load_one(a->B, at + n, half);
+    for (int n = 0; n < count; n++) h[n] = g[n];
+}
+
+/* Only the states at the start of each chunk, `borders` [chunk][block][N]. */
+INLINE void keep_borders(const Scan *a, int64_t b, int64_t c, int lanes, int N, int half, const Block *k, int64_t stride,
+                         vf *borders) {
+    Tokens x;
+    vf h[MAX_INNER], factors[GROUP][CHUNK];
+    memset(&x, 0, sizeof x);
+    for (int n = 0; n < N; n++) h[n] = (vf){0};
+    int way = a->reverse ? -1 : 1;
+    for (int64_t start = 0; start < a->length; start += CHUNK, borders += stride) {
+        for (int n = 0; n < N; n++) borders[n] = h[n];
+        int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
+        int64_t first = a->reverse ? a->length - 1 - start : start;
+        int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
+        for (int j = 0; j < size; j++) x.step[j] *= x.u[j];
+        for (int m = 0; m < N; m += GROUP) {
+            int64_t at = b * a->B_b + first * a->B_l + m;
+            int count = N - m < GROUP ? N - m : GROUP;
+            for (int n = 0; n < count; n++) decay_factors(x.decay, k->A[m + n], size, safe, factors[n]);
+            if (count == GROUP) walk(a, factors, x.step, h + m, at, way, size, GROUP, half);
+            else walk(a, factors, x.step, h + m, at, way, size, count, half);
+        }
+    }
+}
+
+/* What a block of channels carries from chunk to chunk on the way back. */
+typedef struct { vf carry[MAX_INNER], dA[MAX_INNER], dD, dbias, dgap_delta; } Carried;
+
+typedef struct { vf drive[CHUNK], y[CHUNK], through[CHUNK], ddrive[CHUNK], ddecay[CHUNK]; } Work;
+
+/* `count` states through a chunk and back. `through` is what the output's gradient sends to y. Adds C . h to y. */
+INLINE void back_and_forth(const Scan *a, const Tokens *x, const Block *k, Work *w, const vf *border, Carried *carried,
+                           vf *sums, int m, int64_t b_at, int64_t c_at, int way, int size, int safe, int count, int half) {
+    vf factors[PAIR][CHUNK], states[PAIR][CHUNK + 1], carry[PAIR], dA[PAIR];
+    for (int n = 0; n < count; n++) {
+        decay_factors(x->decay, k->A[m + n], size, safe, factors[n]);
+        states[n][0] = carry[n] = border[m + n];
+    }
+    for (int j = 0; j < size; j++) {
+        vf y = w->y[j];
+        for (int n = 0; n < count; n++) {
+            carry[n] = factors[n][j] * carry[n] + w->drive[j] * load_one(a->B, b_at + j * way * a->B_l + n, half);
+            states[n][j + 1] = carry[n];
+            y += carry[n] * load_one(a->C, c_at + j * way * a->C_l + n, half);
+        }
+        w->y[j] = y;
+    }
+    for (int n = 0; n < count; n++) carry[n] = carried->carry[m + n], dA[n] = carried->dA[m + n];
+    for (int j = size - 1; j >= 0; j--) {
+        vf through = w->through[j], drive = w->drive[j], decay = x->decay[j], ddrive = w->ddrive[j], ddecay = w->ddecay[j];
+        for (int n = 0; n < count; n++) {
+            vf *dB = sums + 2 * (m + n) * CHUNK + j, *dC = dB + CHUNK;
+            vf dh = carry[n] + through * load_one(a->C, c_at + j * way * a->C_l + n, half);
+            *dB += dh * drive;
+            *dC += through * states[n][j + 1];
+            ddrive += dh * load_one(a->B, b_at + j * way * a->B_l + n, half);
+            carry[n] = dh * factors[n][j];
+            vf dexponent = carry[n] * states[n][j];
+            ddecay += dexponent * k->A[m + n];
+            dA[n] += dexponent * decay;
+        }
+        w->ddrive[j] = ddrive, w->ddecay[j] = ddecay;
+    }
+    for (int n = 0; n < count; n++) carried->carry[m + n] = carry[n], carried->dA[m + n] = dA[n];
+}
+
+/* One chunk of one block. `sums` holds dB and dC of the chunk lane by lane: [N][2][CHUNK]. */
+INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, int lanes, int N, int half,
+                           const Block *k, const vf *border, Carried *carried, vf *sums) {
+    Tokens x;
+    Work w;
+    vf grad[CHUNK], z[CHUNK], gate[CHUNK];
+    memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
+    int way = a->reverse ? -1 : 1;
+    int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
+    int64_t first = a->reverse ? a->length - 1 - start : start;
+    int64_t at = (b * a->length + first) * a->channels + c, step = way * a->channels;
+    int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
+    for (int j = 0; j < size; j++) {
+        w.drive[j] = x.step[j] * x.u[j], w.y[j] = k->D * x.u[j];
+        w.through[j] = grad[j] = load(a->grad, at + j * step, lanes, half);
+        w.ddrive[j] = w.ddecay[j] = (vf){0};
+    }
+    if (a->z) {
+        for (int j = 0; j < size; j++)
+            gate[j] = z[j] = load(a->z, b * a->z_b + (first + j * way) * a->z_l + c, lanes, half);
+        for (int j = 0; j < size; j += UNROLL) sigmoid(gate + j);
+        for (int j = 0; j < size; j++) w.through[j] *= z[j] * gate[j];
+    }
+    for (int m = 0; m < N; m += PAIR) {
+        int64_t b_at = b * a->B_b + first * a->B_l + m, c_at = b * a->C_b + first * a->C_l + m;
+        int count = N - m < PAIR ? N - m : PAIR;
+        if (count == PAIR) back_and_forth(a, &x, k, &w, border, carried, sums, m, b_at, c_at, way, size, safe, PAIR, half);
+        else back_and_forth(a, &x, k, &w, border, carried, sums, m, b_at, c_at, way, size, safe, 1, half);
+    }
+    if (a->z)
+        for (int j = 0; j < size; j++) {
+            vf slope = gate[j] * (1.0f + z[j] * (1.0f - gate[j]));
+            store(a->dz, at + j * step, grad[j] * w.y[j] * slope, lanes, half);
+        }
+    for (int j = 0; j < size; j++) {
+        carried->dD += w.through[j] * x.u[j];
+        store(a->du, at + j * step, w.ddrive[j] * x.step[j] + k->D * w.through[j], lanes, half);
+        w.ddecay[j] *= 1.0f / LOG2E; /* A is in units of log 2 */
+    }
+    if (a->shift)
+        for (int j = 0; j < size; j++) store(a->dshift, at + j * step, w.ddecay[j], lanes, half);
+    for (int j = 0; j < size; j++) {
+        vf dstep = w.ddrive[j] * x.u[j] + w.ddecay[j];
+        if (a->gap) {
+            vf gap = splat(a->gap[b * a->gap_b + (first + j * way) * a->gap_l]);
+            if (a->gap_delta) carried->dgap_delta += w.ddecay[j] * gap;
+            else dstep += w.ddecay[j] * gap;
+        }
+        w.ddrive[j] = dstep;
+    }
+    if (a->softplus) {
+        for (int j = 0; j < size; j += UNROLL) sigmoid(x.raw + j);
+        for (int j = 0; j < size; j++) w.ddrive[j] *= x.raw[j];
+    }
+    for (int j = 0; j < size; j++) {
+        carried->dbias += w.ddrive[j];
+        store(a->ddelta, at + j * step, w.ddrive[j], lanes, half);
+    }
+}
+
+/* The blocks `from` ... `to` of sample b; item counts (sample, group of blocks). Returns 1 when memory runs out. */
+static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, int64_t to) {
+    int64_t L = a->length, N = a->state, count = to - from, chunks = (L + CHUNK - 1) / CHUNK;
+    if (count == 0) {
+        memset(a->dB + item * L * N, 0, (size_t)(L * N) * sizeof(float));
+        memset(a->dC + item * L * N, 0, (size_t)(L * N) * sizeof(float));
+        return 0;
+    }
+    vf *borders = aligned_alloc(sizeof(vf), (size_t)(chunks * count * N) * sizeof(vf));
+    Carried *carried = aligned_alloc(sizeof(vf), (size_t)count * sizeof(Carried));
+    Block *blocks = aligned_alloc(sizeof(vf), (size_t)count * sizeof(Block));
+    int failed = !borders || !carried || !blocks;
+    if (!failed) {
+        vf sums[2 * MAX_INNER * CHUNK];
+        memset(carried, 0, (size_t)count * sizeof(Carried));
+        for (int64_t k = 0; k < count; k++) {
+            int64_t c = (from + k) * W;
+            int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
+            vf *border = borders + k * N;
+            read_block(a, c, lanes, (int)N, blocks + k);
+            if (lanes == W && N == 16 && !a->half) keep_borders(a, b, c, W, 16, 0, blocks + k, count * N, border);
+            else keep_borders(a, b, c, lanes, (int)N, (int)a->half, blocks + k, count * N, border);
+        }
+        for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
+            int64_t start = chunk * CHUNK;
+            memset(sums, 0, (size_t)(2 * N * CHUNK) * sizeof(vf));
+            for (int64_t k = 0; k < count; k++) {
+                int64_t c = (from + k) * W;
+                int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
+                const vf *border = borders + (chunk * count + k) * N;
+                if (lanes == W && N == 16 && !a->half)
+                    backward_chunk(a, b, start, c, W, 16, 0, blocks + k, border, carried + k, sums);
+                else
+                    backward_chunk(a, b, start, c, lanes, (int)N, (int)a->half, blocks + k, border, carried + k, sums);
+            }
+            for (int64_t j = 0; j < CHUNK && start + j < L; j++) {
+                int64_t t = a->reverse ? L - 1 - start - j : start + j;
+                for (int64_t n = 0; n < N; n++) {
+                    a->dB[(item * L + t) * N + n] = sum_lanes(sums[2 * n * CHUNK + j]);
+                    a->dC[(item * L + t) * N + n] = sum_lanes(sums[(2 * n + 1) * CHUNK + j]);
+                }
+            }
+        }
+        for (int64_t k = 0; k < count; k++) {
+            int64_t c = (from + k) * W;
+            int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
+            for (int64_t n = 0; n < N; n++)
+                for (int i = 0; i < lanes; i++) a->dA[(b * a->channels + c + i) * N + n] = carried[k].dA[n][i];
+            store(a->dD, b * a->channels + c, carried[k].dD, lanes, 0);
+            store(a->dbias, b * a->channels + c, carried[k].dbias, lanes, 0);
+            store(a->dgap_delta, b * a->channels + c, carried[k].dgap_delta, lanes, 0);
+        }
+    }
+    free(borders);
+    free(carried);
+    free(blocks);
+    return failed;
+}
+
+/* Every (sample, group of channel blocks) writes sums of its own; the caller adds them up, in an order that is fixed.
+ * Returns 0, or 1 when memory ran out. */
+int scan_backward(const Scan *a) {
+    int64_t blocks = (a->channels + W - 1) / W;
+    int failed = 0;
+#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
+    for (int64_t item = 0; item < a->batch * a->groups; item++) {
+        int64_t group = item % a->groups;
+        failed |= backward_group(a, item, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups);
+    }
+    return failed;
+}

@@ -1,0 +1,70 @@
+/* The aligned selective scan, forward. Layout is channels-last. A vector holds W neighbouring channels of one token. For a
+ * chunk of tokens at a time, the decay factors of GROUP states are computed into L1, then the states of these channels
+ * go through the chunk in registers: nothing of size B*L*E*N is ever stored. Glossary: as in op.py.
+ */
+#include "scan.h"
+
+/* States m ... m + count - 1 of one block through a chunk; adds C . h to y. */
+INLINE void advance(const Scan *a, const vf (*factors)[CHUNK], const vf *drive, vf *y, vf *h, int64_t b_row,
+                    int64_t c_row, int way, int size, int count, int half) {
+    vf g[GROUP];
+    int64_t b_step = way * a->B_l, c_step = way * a->C_l;
+    const void *B = a->B, *C = a->C;
+    for (int n = 0; n < count; n++) g[n] = h[n];
+    for (int j = 0; j < size; j++, b_row += b_step, c_row += c_step) {
+        vf x = drive[j], even = y[j], odd = {0};
+#pragma GCC unroll 8
+        for (int n = 0; n < count; n++) {
+            g[n] = factors[n][j] * g[n] + x * load_one(B, b_row + n, half);
+            if (n & 1) odd += g[n] * load_one(C, c_row + n, half);
+            else even += g[n] * load_one(C, c_row + n, half);
+        }
+        y[j] = even + odd;
+    }
+    for (int n = 0; n < count; n++) h[n] = g[n];
+}
+
+INLINE void forward_block(const Scan *a, int64_t b, int64_t c, int lanes, int N, int half) {
+    Block k;
+    Tokens x;
+    vf h[MAX_INNER], drive[CHUNK], y[CHUNK], gate[CHUNK], factors[GROUP][CHUNK];
+    read_block(a, c, lanes, N, &k);
+    for (int n = 0; n < N; n++) h[n] = (vf){0};
+    memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
+    int way = a->reverse ? -1 : 1;
+    for (int64_t start = 0; start < a->length; start += CHUNK) {
+        int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
+        int64_t first = a->reverse ? a->length - 1 - start : start;
+        int safe = read_tokens(a, b, first, way, size, c, lanes, half, &k, &x);
+        for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k.D * x.u[j];
+        for (int m = 0; m < N; m += GROUP) {
+            int64_t b_row = b * a->B_b + first * a->B_l + m, c_row = b * a->C_b + first * a->C_l + m;
+            int count = N - m < GROUP ? N - m : GROUP;
+            for (int n = 0; n < count; n++) decay_factors(x.decay, k.A[m + n], size, safe, factors[n]);
+            if (count == GROUP) advance(a, factors, drive, y, h + m, b_row, c_row, way, size, GROUP, half);
+            else advance(a, factors, drive, y, h + m, b_row, c_row, way, size, count, half);
+        }
+        if (a->z) {
+            for (int j = 0; j < size; j++)
+                gate[j] = load(a->z, b * a->z_b + (first + j * way) * a->z_l + c, lanes, half);
+            for (int j = 0; j < size; j++) y[j] *= gate[j];
+            for (int j = 0; j < size; j += UNROLL) sigmoid(gate + j);
+            for (int j = 0; j < size; j++) y[j] *= gate[j];
+        }
+        for (int j = 0; j < size; j++)
+            store(a->y, (b * a->length + first + j * way) * a->channels + c, y[j], lanes, half);
+    }
+}
+
+int scan_forward(const Scan *a) {
+    int64_t blocks = (a->channels + W - 1) / W;
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (int64_t item = 0; item < a->batch * blocks; item++) {
+        int64_t b = item / blocks, c = item % blocks * W;
+        int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
+        if (lanes == W && a->state == 16 && !a->half) forward_block(a, b, c, W, 16, 0);
+        else if (lanes == W && a->state == 16) forward_block(a, b, c, W, 16, 1);
+        else forward_block(a, b, c, lanes, (int)a->state, (int)a->half);
+    }
+    return 0;
+}

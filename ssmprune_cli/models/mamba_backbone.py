@@ -1,0 +1,172 @@
+"""What Vim, VideoMamba and Mamba-Reg have in common: patches and a few more tokens in one sequence of Mamba blocks.
+
+The families differ in which tokens join the patches, where, and what the head sees of them. Letters: B batch, L tokens,
+d model width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.layers import PatchEmbed, RMSNorm
+from ssmprune_cli.models.mamba_mixer import MambaBlock, MambaMixer, MixerKind, init_output_projection
+from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.tokens import Mixers, TokenSequence
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of a sequence of Mamba blocks. An int for `image_size` is a square. UsageError for what does not fit.
+
+    stride           patches overlap when it is smaller than `patch_size`
+    d_inner          channels of the scans; None is twice `embed_dim`
+    dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
+    eval_crop_ratio  part of the resized image that the centre crop keeps
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    stride: int = 16
+    embed_dim: int = 192
+    depth: int = 24
+    num_classes: int = 1000
+    d_state: int = 16
+    d_conv: int = 4
+    d_inner: int | None = None
+    dt_rank: int | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    eval_crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        given: Any = self.image_size  # an int, or a list from JSON
+        size = (given, given) if isinstance(given, int) else tuple(given)
+        object.__setattr__(self, "image_size", size)
+        if len(size) != 2 or min(size) < self.patch_size:
+            raise UsageError(f"an image of size {size} has no room for a patch of {self.patch_size} pixels")
+        for name in ("patch_size", "stride", "embed_dim", "depth", "num_classes", "d_state", "d_conv"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class MambaBackbone(Backbone):
+    """A family makes its own tokens and `head`, calls `add_blocks` between them, and says `embed`, `pool`, `protected`.
+
+    `features` are the tokens after the last block, before the final norm.
+    """
+
+    config: MambaConfig
+    layers: nn.ModuleList
+    norm_f: nn.LayerNorm | RMSNorm
+    head: nn.Linear
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, config.stride, config.embed_dim)
+
+    def add_blocks(self, *, kind: MixerKind, halve: bool, gamma: float | None = None) -> None:
+        """Make `layers` and `norm_f`; the options are those of MambaMixer."""
+        config = self.config
+
+        def block() -> MambaBlock:
+            mixer = MambaMixer(
+                config.embed_dim,
+                d_inner=config.d_inner or 2 * config.embed_dim,
+                d_state=config.d_state,
+                d_conv=config.d_conv,
+                dt_rank=config.dt_rank or math.ceil(config.embed_dim / 16),
+                kind=kind,
+                halve=halve,
+                gamma=gamma,
+            )
+            init_output_projection(mixer.out_proj, config.depth)
+            return MambaBlock(make_norm(config, config.embed_dim), mixer)
+
+        self.layers = nn.ModuleList(block() for _ in range(config.depth))
+        self.norm_f = make_norm(config, config.embed_dim)
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> TokenSequence:
+        """Images (B, 3, H, W) to the dense sequence with class tokens and position embeddings."""
+
+    @abstractmethod
+    def pool(self, sequence: TokenSequence) -> Tensor:
+        """(B, features): what the head sees of the tokens that are left."""
+
+    def before_block(self, sequence: TokenSequence) -> TokenSequence:
+        """What a block is given; the sequence itself unless a family turns it."""
+        return sequence
+
+    def features(self, images: Tensor) -> TokenSequence:
+        """The tokens that are left after all blocks; their output is `hidden + residual`."""
+        sequence, pruner = self.embed(images), self.pruner
+        for block, layer in enumerate(self.layers):
+            sequence = self.before_block(sequence)
+            alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
+            sequence, statistics = layer(sequence, alignment, pruner is not None and pruner.wants_delta(block))
+            if pruner is not None:
+                sequence = pruner(block, sequence, statistics)
+        return sequence
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.pool(self.features(images)))
+        return logits
+
+    @property
+    def mixers(self) -> Mixers:
+        return [layer.mixer for layer in self.layers]  # type: ignore[misc]
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid) + len(self.protected)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.patch_embed.grid
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.image_size
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """As the authors evaluate. Raises UsageError for images that are not square, which they do not define."""
+        height, width = self.image_size
+        if height != width:
+            raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
+        return Preprocessing(resize=int(height / self.config.eval_crop_ratio), crop=height)
+
+
+def make_norm(config: MambaConfig, dim: int) -> nn.LayerNorm | RMSNorm:
+    """The kind of norm that all of a model's norms are, over `dim` channels."""
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(dim, eps=NORM_EPS)
+
+
+def embedding(count: int, dim: int) -> nn.Parameter:
+    """`count` learned tokens or positions, (1, count, dim), as the authors start them."""
+    values = nn.Parameter(torch.empty(1, count, dim))
+    nn.init.trunc_normal_(values, std=0.02)
+    return values
+
+
+def classifier(dim: int, num_classes: int) -> nn.Linear:
+    """The head, as the authors start it."""
+    head = nn.Linear(dim, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head

@@ -1,0 +1,75 @@
+"""The norm with its residual stream, and the gate over the directions: values, gradients, precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels import add_rms_norm, available_backends, gated_sum, use_backend
+
+AVAILABLE = [name for name, reason in available_backends().items() if reason == "available"]
+
+
+@pytest.fixture(autouse=True)
+def restore_backend() -> Iterator[None]:
+    yield
+    use_backend("auto")
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [True, False])
+def test_add_rms_norm(backend: str, dtype: torch.dtype, first: bool) -> None:
+    use_backend(backend)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 45).to(dtype), torch.randn(45).to(dtype)
+    residual = None if first else torch.randn(2, 3, 45)
+    normed, stream = add_rms_norm(hidden, residual, weight, 1e-5)
+    total = hidden.double() if residual is None else hidden.double() + residual.double()
+    expected = total / (total.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert stream.dtype == torch.float32 and normed.dtype == dtype
+    torch.testing.assert_close(stream.double(), total, rtol=1e-7, atol=1e-7)  # one addition
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(normed.double(), expected, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_gated_sum(backend: str, dtype: torch.dtype, count: int) -> None:
+    """z is half of a projection; 45 channels fill no number of vectors."""
+    use_backend(backend)
+    torch.manual_seed(0)
+    ys = [torch.randn(2, 3, 45).to(dtype) for _ in range(count)]
+    z = torch.randn(2, 3, 90).to(dtype)[..., 45:]
+    wide = z.double()
+    expected = sum(y.double() for y in ys) * wide * wide.sigmoid() / 2
+    rounding = 2e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(gated_sum(ys, z, 0.5).double(), expected, rtol=rounding, atol=2e-6)
+
+
+def test_gradients() -> None:
+    leaves = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h, r, w: add_rms_norm(h, r, w, 1e-3), (leaves[0], leaves[1], weight))
+    assert torch.autograd.gradcheck(lambda h, w: add_rms_norm(h, None, w, 1e-3), (leaves[0], weight))
+    assert torch.autograd.gradcheck(lambda a, b, z: gated_sum((a, b), z, 0.5), tuple(leaves[:3]))
+
+
+def test_pass_opcheck() -> None:
+    leaves = [torch.randn(1, 2, 4, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(torch.ops.ssmprune.add_rms_norm, (leaves[0], leaves[1], torch.ones(4), 1e-5))
+    torch.library.opcheck(torch.ops.ssmprune.gated_sum, (leaves[:2], leaves[2], 0.5))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    hidden = torch.zeros(1, 2, 4)
+    with pytest.raises(KernelError, match="weight has shape"):
+        add_rms_norm(hidden, None, torch.ones(3), 1e-5)
+    with pytest.raises(KernelError, match=r"residual must be torch.float32 of shape"):
+        add_rms_norm(hidden, torch.zeros(1, 2, 3), torch.ones(4), 1e-5)
+    with pytest.raises(KernelError, match=r"ys\[1\] has shape"):
+        gated_sum([hidden, torch.zeros(1, 3, 4)], hidden)
