@@ -74,10 +74,17 @@ class Backend(ABC):
         return eager.sparse_conv_silu(x, context, sources, weight, bias)
 
     def grid_conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        positions: Tensor | None,
+        outputs: int,
     ) -> Tensor:
-        """silu(depthwise convolution over the grid) at the tokens' own places, (B, L, E)."""
-        return eager.grid_conv_silu(x, weight, bias, rows, columns, positions)
+        """silu(depthwise convolution over the grid) at the places of the first tokens, (B, outputs, E)."""
+        return eager.grid_conv_silu(x, weight, bias, rows, columns, positions, outputs)
 
     def add_rms_norm(
         self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float

@@ -47,15 +47,21 @@ def sparse_conv1d(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, b
 
 
 def grid_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], positions: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+    positions: Tensor | None = None,
+    outputs: int | None = None,
 ) -> Tensor:
     """silu(depthwise convolution) of tokens x (B, L, E), each at its place on `grid` (rows, columns); others are 0.
 
     weight     (E, K, K) with K odd; zero padding, so that the grid keeps its size
     bias       (E,) or None
     positions  (B, L) int64 raster index of each token; None when x is the whole grid
+    outputs    compute so many of the tokens, from the first on: the others are only neighbours; None is all of them
 
-    Returns (B, L, E), the values at the tokens' own places. Raises KernelError for what does not fit.
+    Returns (B, outputs, E), the values at the tokens' own places. Raises KernelError for what does not fit.
     """
     batch, length, channels = three(x, "x")
     rows, columns = grid
@@ -66,11 +72,14 @@ def grid_conv2d(
         raise KernelError(f"the width of a grid convolution must be odd, not {width}")
     if positions is not None and (positions.shape != (batch, length) or positions.dtype != torch.int64):
         raise KernelError(f"positions must be int64 of shape {(batch, length)}")
+    if outputs is not None and not 0 <= outputs <= length:
+        raise KernelError(f"there are no {outputs} outputs among {length} tokens")
     parameters: Expected = {"weight": (weight, (channels, width, width))}
     if bias is not None:
         parameters["bias"] = (bias, (channels,))
     check(x, {}, parameters)
-    result: Tensor = torch.ops.ssmprune.grid_conv2d(x, weight, bias, rows, columns, positions)
+    count = length if outputs is None else outputs
+    result: Tensor = torch.ops.ssmprune.grid_conv2d(x, weight, bias, rows, columns, positions, count)
     return result
 
 
@@ -131,36 +140,51 @@ def _sparse_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _grid_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
 ) -> Tensor:
-    return pick(x, weight.shape[1] ** 2).grid_conv(x, weight, bias, rows, columns, positions)
+    return pick(x, weight.shape[1] ** 2).grid_conv(x, weight, bias, rows, columns, positions, outputs)
+
+
+def _grid_conv_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], outputs, x.shape[2])
 
 
 def _grid_conv_backward_op(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    positions: Tensor | None,
+    outputs: int,
 ) -> list[Tensor]:
     given = [tensor for tensor in (x, weight, bias) if tensor is not None]
     leaves = [tensor.detach().requires_grad_() for tensor in given]
     with torch.enable_grad():
-        y = grid_conv_silu(leaves[0], leaves[1], leaves[2] if bias is not None else None, rows, columns, positions)
+        bias = leaves[2] if bias is not None else None
+        y = grid_conv_silu(leaves[0], leaves[1], bias, rows, columns, positions, outputs)
         return [gradient.contiguous() for gradient in torch.autograd.grad(y, leaves, grad)]
 
 
 def _grid_conv_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
 ) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape) for tensor in (x, weight, bias) if tensor is not None]
 
 
 def _grid_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.grid, positions = inputs
+    x, weight, bias, *ctx.grid, positions, ctx.outputs = inputs
     ctx.save_for_backward(x, weight, bias, positions)
 
 
 def _grid_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, positions = ctx.saved_tensors
-    found = torch.ops.ssmprune.grid_conv2d_backward(grad.contiguous(), x, weight, bias, *ctx.grid, positions)
-    return found[0], found[1], None if bias is None else found[2], None, None, None
+    given = (x, weight, bias, *ctx.grid, positions, ctx.outputs)
+    found = torch.ops.ssmprune.grid_conv2d_backward(grad.contiguous(), *given)
+    return found[0], found[1], None if bias is None else found[2], None, None, None, None
 
 
 def _like(x: Tensor, *others: Any) -> Tensor:
@@ -171,7 +195,7 @@ define("causal_conv1d", _conv, _like, backward=_conv_backward, setup=_conv_setup
 define("causal_conv1d_backward", _conv_backward_op, _conv_backward_fake)
 define("sparse_conv1d", _sparse_conv, _like, backward=_sparse_conv_backward, setup=_sparse_conv_setup)
 define("sparse_conv1d_backward", _sparse_conv_backward_op, _sparse_conv_backward_fake)
-define("grid_conv2d", _grid_conv, _like, backward=_grid_conv_backward, setup=_grid_conv_setup)
+define("grid_conv2d", _grid_conv, _grid_conv_fake, backward=_grid_conv_backward, setup=_grid_conv_setup)
 define("grid_conv2d_backward", _grid_conv_backward_op, _grid_conv_backward_fake)
 
 
@@ -190,5 +214,4 @@ def _(x: Any, context: Any, sources: Any, weight: Any, *others: Any, **kwargs: A
 
 @register_flop_formula(torch.ops.ssmprune.grid_conv2d)
 def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    batch, length, channels = x
-    return 2 * conv_flops(batch, length, channels, weight[1] ** 2)
+    return 2 * conv_flops(x[0], others[-1], x[2], weight[1] ** 2)

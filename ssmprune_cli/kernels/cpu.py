@@ -31,7 +31,7 @@ _Scan = _struct(
 _Conv = _struct(
     "Conv",
     "x context grad y dx taps bias dtaps dbias positions",
-    "batch length channels width x_b x_l context_b context_l others rows columns reverse half threads",
+    "batch length channels width x_b x_l context_b context_l others rows columns outputs reverse half threads",
 )
 _Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels half_in half_out threads", "eps")
 _Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
@@ -132,10 +132,17 @@ class CpuBackend(Backend):
         return y
 
     def grid_conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        positions: Tensor | None,
+        outputs: int,
     ) -> Tensor:
-        y = torch.empty(x.shape, dtype=x.dtype)
-        call = _Call(threads=torch.get_num_threads(), rows=rows, columns=columns)
+        y = torch.empty(x.shape[0], outputs, x.shape[2], dtype=x.dtype)
+        call = _Call(threads=torch.get_num_threads(), rows=rows, columns=columns, outputs=outputs)
         call.convolution(x, weight, bias)
         call.set(y=y)
         if positions is not None:

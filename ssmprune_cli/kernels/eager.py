@@ -61,9 +61,9 @@ def sparse_conv_silu(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor
 
 
 def grid_conv_silu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
 ) -> Tensor:
-    """silu(depthwise convolution over the grid), the tokens that are missing being 0."""
+    """silu(depthwise convolution over the grid) of the first tokens, the tokens that are missing being 0."""
     batch, _, channels = x.shape
     dense, index = wide(x), None
     if positions is not None:
@@ -73,7 +73,7 @@ def grid_conv_silu(
     bias = None if bias is None else wide(bias)
     image = functional.conv2d(image, wide(weight)[:, None], bias, padding=weight.shape[-1] // 2, groups=channels)
     y = functional.silu(image).flatten(2).transpose(1, 2)  # (B, rows * columns, E)
-    return (y if index is None else y.gather(1, index)).to(x.dtype).contiguous()
+    return (y[:, :outputs] if index is None else y.gather(1, index[:, :outputs])).to(x.dtype).contiguous()
 
 
 def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

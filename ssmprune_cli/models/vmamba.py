@@ -70,8 +70,6 @@ class VMambaConfig:
             raise UsageError("d_state and ssm_ratio must be positive, num_classes and mlp_ratio not negative")
         if self.out_stages != tuple(stage for stage in range(len(self.depths)) if stage in self.out_stages):
             raise UsageError(f"out_stages must be stages from 0 to {len(self.depths) - 1}, not {self.out_stages}")
-        if not (self.num_classes or self.out_stages):
-            raise UsageError("a model without classes needs out_stages")
 
     def width(self, stage: int) -> int:
         return self.embed_dim << stage
@@ -125,6 +123,8 @@ class VMamba(Backbone):
 
     def __init__(self, config: VMambaConfig) -> None:
         super().__init__()
+        if not (config.num_classes or config.out_stages):
+            raise UsageError("a model without classes needs out_stages")
         self.config: VMambaConfig = config
         self.patch_embed = (PatchEmbedV1 if config.patch_embed == "v1" else PatchEmbedV2)(config.embed_dim)
         self.layers = nn.ModuleList(VMambaStage(config, number) for number in range(len(config.depths)))

@@ -116,8 +116,8 @@ class VMambaMixer(nn.Module):
                 torch.cat((x, context), dim=1),
                 torch.cat((sequence.positions, sequence.context.positions), 1),
             )
-        y = grid_conv2d(x, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions)
-        return y[:, : sequence.positions.shape[1]]
+        kept = sequence.positions.shape[1]
+        return grid_conv2d(x, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions, outputs=kept)
 
     def _scan(
         self, u: Tensor, sequence: TokenSequence, columns: Visits, alignment: ScanAlignment | None, want_delta: bool

@@ -26,8 +26,8 @@ _FREE = (
     "clamp clamp_ clone constant_pad_nd contiguous cos cumsum detach diff div div_ empty_like eq exp expand expand_as "
     "fill_ flatten flip full gather ge gelu gt index index_select le lt masked_fill max maximum mean min mul mul_ "
     "nan_to_num ne neg new_ones new_zeros norm ones ones_like pad permute pow reciprocal relu repeat reshape rsqrt "
-    "rsub scatter select sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze stack std "
-    "sub sum t tanh tile to transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like "
+    "rsub scatter searchsorted select sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze "
+    "stack std sub sum t tanh tile to transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like "
     "__and__ __or__ __xor__ __rshift__ __lshift__"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
@@ -68,7 +68,7 @@ def _sparse_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def _grid_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    batch, length, channels = _shape(inputs[0])
+    batch, length, channels = _shape(outputs[0])
     return Counter({"grid_conv2d": conv_flops(batch, length, channels, _shape(inputs[1])[1] ** 2)})
 
 
@@ -85,8 +85,12 @@ def count_flops(model: Backbone) -> FlopCount:
     analysis.set_op_handle("ssmprune::grid_conv2d", _grid_conv_handler)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # a batch norm in training would take up the zeros
     with torch.no_grad():
         total = int(analysis.total())
+    for module, mode in modes.items():
+        module.training = mode
     unknown = sorted(set(analysis.unsupported_ops()) - _FREE_OPS)
     if unknown:
         raise SsmpruneError(

@@ -78,6 +78,8 @@ def test_every_backend_and_its_gradients(backend: str, dtype: torch.dtype) -> No
     tolerance = 5e-6 if dtype == torch.float32 else 0.02  # a rounded output moves its sine, too
     for a, b in zip((found, *gradients), (expected, *wanted), strict=True):
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+    few = grid_conv2d(leaves[0], leaves[1], leaves[2], grid, kept, outputs=5)
+    assert torch.equal(few, found[:, :5])
     dense = torch.randn(2, 30, 37).to(dtype)
     whole = grid_conv2d(dense, weight, None, grid).double()
     use_backend("reference")
@@ -100,6 +102,8 @@ def test_what_does_not_fit_is_named() -> None:
         grid_conv2d(x, torch.zeros(2, 2, 2), None, (2, 3))
     with pytest.raises(KernelError, match=r"positions must be int64 of shape \(1, 6\)"):
         grid_conv2d(x, weight, None, (2, 3), torch.zeros(1, 6))
+    with pytest.raises(KernelError, match="no 7 outputs among 6"):
+        grid_conv2d(x, weight, None, (2, 3), outputs=7)
     with pytest.raises(KernelError, match="weight has shape"):
         grid_conv2d(x, torch.zeros(3, 3, 3), None, (2, 3))
 
@@ -107,5 +111,5 @@ def test_what_does_not_fit_is_named() -> None:
 def test_passes_opcheck() -> None:
     leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((1, 4, 3), (3, 3, 3), (3,))]
     positions = torch.tensor([[0, 2, 3, 5]])
-    torch.library.opcheck(torch.ops.ssmprune.grid_conv2d, (*leaves, 2, 3, positions))
-    torch.library.opcheck(torch.ops.ssmprune.grid_conv2d, (leaves[0], leaves[1], None, 2, 2, None))
+    torch.library.opcheck(torch.ops.ssmprune.grid_conv2d, (*leaves, 2, 3, positions, 3))
+    torch.library.opcheck(torch.ops.ssmprune.grid_conv2d, (leaves[0], leaves[1], None, 2, 2, None, 4))

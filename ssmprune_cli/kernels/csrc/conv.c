@@ -11,7 +11,8 @@ typedef struct {
     const float *taps, *bias;
     float *dtaps, *dbias;
     const int64_t *positions;
-    int64_t batch, length, channels, width, x_b, x_l, context_b, context_l, others, rows, columns, reverse, half, threads;
+    int64_t batch, length, channels, width, x_b, x_l, context_b, context_l, others, rows, columns, outputs;
+    int64_t reverse, half, threads;
 } Conv;
 
 /* The token that tap k of the output at t meets. */
@@ -169,7 +170,7 @@ static int fill_places(const Conv *a, int64_t b, int64_t *places) {
 
 INLINE void grid_slab(const Conv *a, int64_t b, int64_t c, int half, const int64_t *places) {
     int64_t reach = a->width / 2;
-    for (int64_t t = 0; t < a->length; t++) {
+    for (int64_t t = 0; t < a->outputs; t++) {
         int64_t position = a->positions ? a->positions[b * a->length + t] : t;
         int64_t row = position / a->columns, column = position % a->columns;
         vf y[UNROLL] = {{0}};
@@ -182,11 +183,12 @@ INLINE void grid_slab(const Conv *a, int64_t b, int64_t c, int half, const int64
                 const float *taps = a->taps + ((r + reach) * a->width + s + reach) * a->channels + c;
                 FOR_SLAB(a, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
             }
-        write_silu(a, b * a->length + t, c, half, y);
+        write_silu(a, b * a->outputs + t, c, half, y);
     }
 }
 
-/* Over a grid of rows x columns of which the tokens `positions` (B, L) are there; taps (K * K, E), K odd, zero padding.
+/* Over a grid of rows x columns of which the tokens `positions` (B, L) are there, for the first
+ * `outputs` of them; taps (K * K, E), K odd, zero padding.
  * Returns 0, 1 when memory ran out, or 2 for a position outside the grid. */
 int grid_conv_forward(const Conv *a) {
     int64_t slabs = (a->channels + SLAB - 1) / SLAB;
