@@ -15,15 +15,41 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A run of blocks that see the same grid of tokens. Between two stages is a downsampling of the whole grid.
+
+    start, stop  the first block, and one past the last
+    grid         rows and columns of patch tokens
+    protected    positions in the dense sequence that may never be dropped (class and register tokens)
+    """
+
+    start: int
+    stop: int
+    grid: tuple[int, int]
+    protected: tuple[int, ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the dense sequence, protected tokens included."""
+        return self.num_patches + len(self.protected)
+
+
+@dataclass(frozen=True)
 class Context:
-    """Dropped tokens that convolutions still see, as they were when they left.
+    """Dropped tokens, as they were when they left.
 
     stream    (B, M, d) residual stream with the last block's output added
     positions (B, M) int64 index of each token in the dense sequence
+    seen      whether convolutions go on seeing them; if not, they wait for `TokenSequence.restored`
     """
 
     stream: Tensor
     positions: Tensor
+    seen: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +62,8 @@ class TokenSequence:
     length    number of tokens in the dense sequence
     protected dense positions that may never be dropped (class and register tokens), the same in every sample
     live      (B, L) bool, or None when every token is live; only the comparison reduction `mask` sets it
-    context   dropped tokens that convolutions still see; only the reduction `context` leaves some
+    context   dropped tokens as they were when they left, for whoever still needs them
+    restorable  whether `restored` will be asked for, in models that make the grid whole again
     memo      what has been derived from the positions, by name: all blocks between two prune points share it
     """
 
@@ -47,14 +74,15 @@ class TokenSequence:
     protected: tuple[int, ...] = ()
     live: Tensor | None = None
     context: Context | None = None
+    restorable: bool = False
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def dense(cls, hidden: Tensor, protected: tuple[int, ...] = ()) -> TokenSequence:
+    def dense(cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False) -> TokenSequence:
         """All tokens of `hidden` (B, L, d), none dropped yet."""
         batch, length = hidden.shape[0], hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(batch, length)
-        return cls(hidden, None, positions, length, protected)
+        return cls(hidden, None, positions, length, protected, restorable=restorable)
 
     @property
     def is_dense(self) -> bool:
@@ -73,14 +101,14 @@ class TokenSequence:
         With `remember`, convolutions go on seeing the others.
         """
         context = self.context
-        if remember:
+        if remember or self.restorable:
             others = torch.ones_like(self.positions).scatter(1, index, 0)
             others = others.argsort(dim=1, descending=True, stable=True)[:, : self.positions.shape[1] - index.shape[1]]
             stream, positions = gather_tokens(self.stream, others), self.positions.gather(1, others)
             if context is not None:
                 stream = torch.cat((context.stream, stream), dim=1)
                 positions = torch.cat((context.positions, positions), dim=1)
-            context = Context(stream, positions)
+            context = Context(stream, positions, seen=remember)
         return replace(
             self,
             hidden=gather_tokens(self.hidden, index),
@@ -90,6 +118,17 @@ class TokenSequence:
             live=None if self.live is None else self.live.gather(1, index),
             memo={},
         )
+
+    def restored(self) -> Tensor:
+        """(B, length, d): the dense sequence, dropped tokens as they were when they left. For `restorable` sequences.
+
+        The reduction `mask` drops nothing, so its zeroed tokens stay what they are.
+        """
+        if self.context is None:
+            return self.hidden
+        values = torch.cat((self.hidden, self.context.stream.to(self.hidden.dtype)), dim=1)  # (B, length, d)
+        order = torch.cat((self.positions, self.context.positions), dim=1).argsort(dim=1)
+        return gather_tokens(values, order)
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""
@@ -178,10 +217,15 @@ class Pruner(Protocol):
 
 
 class Mixer(Protocol):
-    """What pruning needs to know of a mixer."""
+    """What pruning and counting need to know of a mixer.
+
+    per_direction  names of its child modules whose work is repeated for every scan direction, the scan itself left out;
+                   together they do the same work for each. What directions share is not among them
+    """
 
     d_inner: int
     directions: int
+    per_direction: tuple[str, ...]
 
     def null_delta(self) -> Tensor:
         """(directions, E): the step size of a zero token among zero tokens, from the weights alone."""

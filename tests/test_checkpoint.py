@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.checkpoint import load, save
+from ssmprune_cli.checkpoint import load, read, save
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
 from ssmprune_cli.pruning import compress
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -190,15 +193,15 @@ def test_unknown_overrides_name_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("backbone.layers.0.mamba.direction_Bs", "PlainMamba"),
-        ("layers.0.blocks.0.op.A_logs", "VMamba"),
         ("layers.0.mixer.A_log_0", "LocalMamba"),
         ("levels.2.blocks.0.mixer.conv1d_x.weight", "MambaVision"),
+        ("layers.0.blocks.0.conv_branch.0.weight", "EfficientVMamba"),
+        ("layers.0.blocks.0.conv33conv33conv11.0.weight", "MedMamba"),
     ],
 )
 def test_other_families_are_recognised_and_refused(tmp_path: Path, key: str, name: str) -> None:
     path = write(tmp_path / "x.pth", {key: torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=rf"is {name}.*not supported\n.*Known families: vim"):
+    with pytest.raises(CheckpointError, match=rf"is {name}.*not supported\n.*Known families: vim.*weights: {key}"):
         load(path)
     with pytest.raises(CheckpointError, match=rf"head\.weight is missing\nIt looks like {name}"):
         load(path, family="vim")
@@ -208,6 +211,49 @@ def test_an_unknown_model_is_refused_with_its_first_weights(tmp_path: Path) -> N
     path = write(tmp_path / "resnet.pth", {f"layer{i}.weight": torch.zeros(2) for i in range(9)})
     with pytest.raises(CheckpointError, match=r"no known model family\n.*layer0\.weight, .*layer4\.weight, and 4 more"):
         load(path)
+
+
+def test_a_mixture_of_families_is_refused_with_what_does_not_fit(tmp_path: Path, model: Vim) -> None:
+    torch.manual_seed(0)
+    vmamba = VMamba(VMambaConfig(image_size=(32, 32), embed_dim=16, depths=(1, 1), num_classes=3)).state_dict()
+    state = {**model.state_dict(), **{key: value for key, value in vmamba.items() if "blocks" in key}}
+    blocks = sum("blocks" in key for key in vmamba)
+    message = (
+        r"mixes .* Vision Mamba.* VMamba; what does not fit .*layers\.0\.blocks\.0\.\S+ is unknown, "
+        rf".* and {blocks - 5} more\n.*Known families: vim, .*vmamba"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load(write(tmp_path / "vim.pth", state))
+    one = {**vmamba, "layers.0.mixer.A_log": torch.zeros(1)}  # too little for Vim: what is left over is named
+    message = r"do not fit VMamba: layers\.0\.mixer\.A_log is unknown\n.*Known families: vim, .*vmamba"
+    with pytest.raises(CheckpointError, match=message):
+        load(write(tmp_path / "one.pth", one))
+
+
+def test_a_yacs_configuration_is_read_as_plain_settings(
+    tmp_path: Path, model: Vim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VMamba's training code stores one. yacs is not installed: its class is stood in for while writing."""
+
+    class CfgNode(dict[str, Any]):
+        def __init__(self, **values: Any) -> None:
+            super().__init__(values)
+            self.__dict__["__immutable__"] = True
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    stand_in = types.ModuleType("yacs.config")
+    stand_in.CfgNode = CfgNode  # type: ignore[attr-defined]
+    for name, module in (("yacs", types.ModuleType("yacs")), ("yacs.config", stand_in)):
+        monkeypatch.setitem(sys.modules, name, module)
+    config = CfgNode(DATA=CfgNode(IMG_SIZE=32), MODEL=CfgNode(NAME="vim"))
+    path = write(tmp_path / "x.pth", {"model": model.state_dict(), "config": config, "epoch": 3})
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    monkeypatch.delitem(sys.modules, "yacs")
+    found = read(path)
+    assert (found.used, found.hints.model_name, found.hints.image_size) == ("model", "vim", 32)
+    # A configuration of another shape is no reason to refuse the weights.
+    odd = write(tmp_path / "y.pth", {"model": model.state_dict(), "config": {"MODEL": 1}})
+    assert read(odd).hints.image_size is None
 
 
 # --- refusals

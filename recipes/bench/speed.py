@@ -229,7 +229,7 @@ def model_table(seconds: float) -> None:
         dense = statistics.median(times["1"])
         for title, model in models.items():
             median = statistics.median(times[title])
-            lengths = model.pruner.settings.schedule.tokens_per_block(24, 197, 1)  # type: ignore[union-attr]
+            lengths = model.pruner.settings.schedule.tokens_per_block(model.stages)  # type: ignore[union-attr]
             ideal = 24 * 197 / sum(lengths)
             row = (f"batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
             share = f"{100 * dense / median / ideal:.0f} %"

@@ -16,19 +16,17 @@ from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import FAMILIES, Backbone, Family
 from ssmprune_cli.models.base import Hints, Shapes
 
-# Keys that give away a published layout that is not supported (yet): the end of a key, and whose it is.
+# Keys that give away a published layout that is not supported: the end of a key, and whose it is.
 _FOREIGN = (
-    ("mamba.direction_Bs", "PlainMamba"),
     ("mixer.A_log_0", "LocalMamba (LocalVim)"),
     ("conv_branch.0.weight", "EfficientVMamba"),
     ("conv33conv33conv11.0.weight", "MedMamba"),
-    ("op.A_logs", "VMamba"),
-    ("self_attention.A_logs", "VMamba"),
     ("mixer.conv1d_x.weight", "MambaVision"),
     ("temporal_pos_embedding", "VideoMamba for videos"),
     ("backbone.embedding.weight", "a Mamba language model"),
     ("backbone.embeddings.weight", "a Mamba language model"),
 )
+_NOT_OF_A_VARIANT = ("image_size", "num_classes", "eval_crop_ratio", "out_indices", "out_stages")
 _GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
 
@@ -97,20 +95,20 @@ def resolve(checkpoint: Checkpoint, *, family: str | None = None, variant: str |
     hints = replace(checkpoint.hints, variant=variant)
     if chosen is None:
         chosen = _detect(checkpoint)
-    state = chosen.remap(checkpoint.state)
     try:
+        state = chosen.remap(checkpoint.state)
         return Resolved(chosen, chosen.configure(_shapes(state), hints), state)
     except CheckpointError as error:
         shapes = _shapes(checkpoint.state)
         looks = None if chosen.matches(shapes, Hints()) else _recognise(shapes)
-        hint = f"It looks like {looks}." if looks else f"Its first weights: {listing(list(checkpoint.state))}."
-        raise CheckpointError(error.what, where=str(checkpoint.path), hint=hint) from error
+        hint = f"It looks like {looks}." if looks else _first_weights(shapes)
+        raise CheckpointError(error.what, where=str(checkpoint.path), hint=f"{hint} {_known()}") from error
 
 
 def variant_name(family: Family, config: Any) -> str | None:
-    """The published configuration that `config` is, whatever its image size, classes and crop; None if it is none."""
+    """The published configuration that `config` is, whatever its image size, crop and outputs; None if it is none."""
     for name, published in family.variants.items():
-        same = {key: getattr(config, key) for key in ("image_size", "num_classes", "eval_crop_ratio")}
+        same = {key: getattr(config, key) for key in _NOT_OF_A_VARIANT if hasattr(config, key)}
         if replace(published, **same) == config:
             return name
     return None
@@ -129,6 +127,18 @@ def build_empty(
         model = family.build(config)
         if settings is not None:
             pruning.attach(model, settings)
+    faults = _faults(model, state)
+    if faults:
+        title = variant_name(family, config) or family.title
+        hint = f"Check `--family` and `--variant`; without them, both are found from the weights. {_known()}"
+        if settings is None and _is_compressed(state):
+            hint = _GIVE_THE_FOLDER
+        raise CheckpointError(f"the weights do not fit {title}: {listing(faults)}", where=str(path), hint=hint)
+    return model
+
+
+def _faults(model: Backbone, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being all of the weights of `model` and nothing else."""
     expected = model.state_dict()
     faults = [f"{name} is missing" for name in expected if name not in state]
     for name, value in state.items():
@@ -138,13 +148,7 @@ def build_empty(
             faults.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
         elif value.is_floating_point() != expected[name].is_floating_point():
             faults.append(f"{name} is of type {value.dtype}")
-    if faults:
-        title = variant_name(family, config) or family.title
-        hint = "Check `--family` and `--variant`; without them, both are found from the weights."
-        if settings is None and _is_compressed(state):
-            hint = _GIVE_THE_FOLDER
-        raise CheckpointError(f"the weights do not fit {title}: {listing(faults)}", where=str(path), hint=hint)
-    return model
+    return faults
 
 
 def _is_compressed(state: dict[str, Tensor]) -> bool:
@@ -189,6 +193,15 @@ def _detect(checkpoint: Checkpoint) -> Family:
     if len(matching) == 1:
         return matching[0]
     where = str(checkpoint.path)
+    misfits = [_misfits(family, checkpoint) for family in matching]
+    if any(each != misfits[0] for each in misfits):
+        titles = " and ".join(family.title for family in matching)
+        family, faults = next((family, each) for family, each in zip(matching, misfits, strict=True) if each)
+        raise CheckpointError(
+            f"mixes the weights of {titles}; what does not fit {family.title}: {listing(faults)}",
+            where=where,
+            hint=f"A checkpoint holds one model. {_known()}",
+        )
     if matching:
         unsettled = "Neither the file's name nor a stored name of the model settles it."
         choices = " or ".join(f"`--family {family.name}`{_published(family, checkpoint)}" for family in matching)
@@ -198,17 +211,35 @@ def _detect(checkpoint: Checkpoint) -> Family:
             where=where,
             hint=_GIVE_THE_FOLDER if _is_compressed(checkpoint.state) else f"{unsettled} Type {choices}.",
         )
-    known = f"Known families: {', '.join(FAMILIES.names())}."
     looks = _recognise(shapes)
     similar = [family for _, family in FAMILIES.items() if family.matches(shapes, Hints())]
     if similar:
         what = f"has the weights of {similar[0].title}, but its name says that it is something else"
-        hint = f"If the name is wrong, give `--family {similar[0].name}`. {known}"
+        hint = f"If the name is wrong, give `--family {similar[0].name}`. {_known()}"
     elif looks:
-        what, hint = f"is {looks}, which is not supported", known
+        what, hint = f"is {looks}, which is not supported", f"{_known()} {_first_weights(shapes)}"
     else:
-        what, hint = "is of no known model family", f"{known} Its first weights: {listing(list(shapes))}."
+        what, hint = "is of no known model family", f"{_known()} {_first_weights(shapes)}"
     raise CheckpointError(what, where=where, hint=hint)
+
+
+def _misfits(family: Family, checkpoint: Checkpoint) -> list[str]:
+    """What of `checkpoint` does not fit `family`, or is missing for it; nothing if not even the sizes can be told."""
+    try:
+        state = family.remap(checkpoint.state)
+        config = family.configure(_shapes(state), checkpoint.hints)
+        with torch.device("meta"):
+            return _faults(family.build(config), state)
+    except CheckpointError:
+        return []
+
+
+def _known() -> str:
+    return f"Known families: {', '.join(FAMILIES.names())}."
+
+
+def _first_weights(shapes: Shapes) -> str:
+    return f"Its first weights: {listing(list(shapes))}."
 
 
 def _published(family: Family, checkpoint: Checkpoint) -> str:

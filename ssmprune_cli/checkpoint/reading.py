@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def read(path: Path, *, weights: str = "model") -> Checkpoint:
         entries=() if used is None else tuple(map(str, content)),
         used=used,
         state=_named_tensors(path, found),
-        hints=_hints(path, content.get("args")),
+        hints=_hints(path, content.get("args"), content.get("config")),
     )
 
 
@@ -133,7 +134,8 @@ def _damaged(path: Path) -> CheckpointError:
 def _read_torch(path: Path, *, mmap: bool) -> Any:
     try:
         # Training codes store their arguments beside the weights. A Namespace is a plain record: reading runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # So is yacs's CfgNode, a dict of settings; it is read as a dict, and yacs is not needed.
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             # Mapped, so that the optimiser's state in a training checkpoint is never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -197,12 +199,20 @@ def listing(items: list[str]) -> str:
     return ", ".join(items[:5]) + more
 
 
-def _hints(path: Path, args: Any) -> Hints:
+def _hints(path: Path, args: Any, config: Any) -> Hints:
+    """From the arguments of a training script, or the yacs configuration that Swin's and VMamba's scripts store."""
     values = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     name, size, ratio = (values.get(key) for key in ("model", "input_size", "eval_crop_ratio"))
+    if isinstance(config, Mapping):
+        name, size = name or _setting(config, "MODEL", "NAME"), size or _setting(config, "DATA", "IMG_SIZE")
     return Hints(
         filename=path.name,
         model_name=name if isinstance(name, str) else "",
         image_size=size if isinstance(size, int) and size > 0 else None,
         eval_crop_ratio=ratio if isinstance(ratio, float) and 0 < ratio <= 1 else None,
     )
+
+
+def _setting(config: Mapping[Any, Any], section: str, key: str) -> Any:
+    values = config.get(section)
+    return values.get(key) if isinstance(values, Mapping) else None

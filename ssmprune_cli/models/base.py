@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.tokens import Mixers, Pruner
+from ssmprune_cli.tokens import Mixers, Pruner, Stage
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,17 +41,22 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def num_tokens(self) -> int:
-        """Length of the dense sequence, protected tokens included."""
+        """Length of the dense sequence that enters the first block, protected tokens included."""
 
     @property
     @abstractmethod
     def protected(self) -> tuple[int, ...]:
-        """Dense positions of class and register tokens."""
+        """Dense positions of class and register tokens in the first block."""
 
     @property
     @abstractmethod
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patch grid."""
+        """Rows and columns of the patch grid in the first block."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Runs of blocks that see the same grid; one of all blocks, unless a family downsamples."""
+        return (Stage(0, len(self.mixers), self.grid, self.protected),)
 
     @property
     @abstractmethod

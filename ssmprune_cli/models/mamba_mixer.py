@@ -81,9 +81,13 @@ class MambaMixer(nn.Module):
         self.halve = halve and kind == "v2"
         self.d_inner = d_inner
         self.directions = 1 if kind == "none" else 2
+        self.per_direction: tuple[str, ...] = ()
         self.splits = [dt_rank, d_state, d_state]
         self.gamma = None if gamma is None else nn.Parameter(torch.full((dim,), gamma))
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
+        if kind == "v2":
+            parts = ("conv1d", "x_proj", "dt_proj")
+            self.per_direction = (*parts, *(f"{part}_b" for part in parts))
         for suffix in ("", "_b") if kind == "v2" else ("",):
             self.add_module(f"conv1d{suffix}", CausalConv1d(d_inner, d_conv))
             self.add_module(f"x_proj{suffix}", nn.Linear(d_inner, sum(self.splits), bias=False))

@@ -20,6 +20,7 @@ class PlainMambaMixer(nn.Module):
     """Implements `tokens.Mixer`: one convolution and one set of projections for four scans along snakes."""
 
     directions = ROUTES
+    per_direction = ()
 
     def __init__(
         self, dim: int, *, grid: tuple[int, int], d_inner: int, d_state: int, d_conv: int, dt_rank: int

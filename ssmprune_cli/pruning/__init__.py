@@ -16,7 +16,7 @@ from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
 
 def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
     """Put an uncalibrated TokenPruner into `model`, from the settings of a config.json: its buffers are loaded next."""
-    model.pruner = TokenPruner(PruneSettings.from_dict(settings), model.mixers)
+    model.pruner = TokenPruner(PruneSettings.from_dict(settings), model.stages, model.mixers)
 
 
 __all__ = [

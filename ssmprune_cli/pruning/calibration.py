@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from ssmprune_cli.errors import DataError
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
 from ssmprune_cli.pruning.reduction.base import rank
-from ssmprune_cli.tokens import Mixers, Pruner, ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, TokenSequence
 
 
 class Prunable(Protocol):
@@ -25,10 +25,7 @@ class Prunable(Protocol):
     def mixers(self) -> Mixers: ...
 
     @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def protected(self) -> tuple[int, ...]: ...
+    def stages(self) -> tuple[Stage, ...]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -72,9 +69,11 @@ class Calibration:
 class _Observer(nn.Module):
     """A pruner that drops nothing: it notes what `settings` would drop, and the true step sizes of those tokens."""
 
-    def __init__(self, settings: PruneSettings) -> None:
+    def __init__(self, settings: PruneSettings, stages: Sequence[Stage]) -> None:
         super().__init__()
         self.settings = settings
+        self.starts = {stage.start for stage in stages}
+        self.observed = set(settings.schedule.blocks_after_points(stages))
         self.importance = IMPORTANCES.get(settings.importance)
         self.dropped: Tensor | None = None  # (B, L) bool
         self.delta_sum: dict[int, Tensor] = {}
@@ -83,13 +82,13 @@ class _Observer(nn.Module):
         self.kept: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
 
     def wants_delta(self, block: int) -> bool:
-        return block >= self.settings.schedule.points[0]
+        return block in self.observed
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        if block == 0:
+        if block in self.starts:
             self.dropped = torch.zeros_like(sequence.positions, dtype=torch.bool)
         assert self.dropped is not None
         count = int(self.dropped.sum())
@@ -123,7 +122,7 @@ def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor
     Which tokens go is judged on the dense model's scores: one pass is enough, and the step sizes are the true ones.
     Raises DataError when there are no images or a score is not finite. The model's own pruner is left in place.
     """
-    observer, images, pruner = _Observer(settings), 0, model.pruner
+    observer, images, pruner = _Observer(settings, model.stages), 0, model.pruner
     model.pruner = observer
     try:
         with torch.inference_mode():

@@ -45,21 +45,21 @@ def compress(
 
     keep         ratio of patch tokens kept *at each point*: one number or one a point (see PruneSchedule.resolve)
     tokens       instead of `keep`: patch tokens that stay after each point
-    points       after how many blocks; by default a quarter, half and three quarters of the depth
+    points       after how many blocks, within a stage; by default a quarter, half and three quarters of the longest
     alignment    see `choose_alignment`
     calibration  normalised images (B, 3, H, W) on the model's device, or batches of them; unlabelled
 
     Returns what calibration saw, or None without it. Raises UsageError for settings that do not fit the model.
     """
-    mixers, num_patches = model.mixers, model.num_tokens - len(model.protected)
-    schedule = PruneSchedule.resolve(len(mixers), num_patches, points=points, keep=keep, tokens=tokens)
+    schedule = PruneSchedule.resolve(model.stages, points=points, keep=keep, tokens=tokens)
     chosen = choose_alignment(alignment, reduction, calibrated=calibration is not None)
     settings = PruneSettings(schedule, importance, reduction, chosen, seed)
     seen = None
     if calibration is not None:
         seen = calibrate(model, settings, [calibration] if isinstance(calibration, Tensor) else calibration)
     like = next(model.parameters())
-    model.pruner = TokenPruner(settings, mixers, seen.deltas if seen else None).to(like.device, like.dtype)
+    pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen else None)
+    model.pruner = pruner.to(like.device, like.dtype)
     return seen
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.errors import CheckpointError, DataError, UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule
-from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, Stage, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,28 @@ class PruneSettings:
 class TokenPruner(nn.Module):
     """Implements `tokens.Pruner` for one backbone.
 
+    stages      of the backbone
     mixers      of the backbone, one a block
     calibrated  for each block the mean step sizes of its dropped tokens, (directions, E), or None; see `calibration`
     """
 
     def __init__(
-        self, settings: PruneSettings, mixers: Mixers, calibrated: Sequence[Tensor | None] | None = None
+        self,
+        settings: PruneSettings,
+        stages: Sequence[Stage],
+        mixers: Mixers,
+        calibrated: Sequence[Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
+        self._patches = settings.schedule.patches_per_block(stages)
+        self._lengths = [stage.num_tokens for stage in stages for _ in range(stage.start, stage.stop)]
         self._directions = [mixer.directions for mixer in mixers]
         self._importance = IMPORTANCES.get(settings.importance)
         self._reduction = REDUCTIONS.get(settings.reduction)
         self._alignment = ALIGNMENTS.get(settings.alignment)
         if self._alignment.stored is not None:
-            for block in range(settings.schedule.points[0], len(mixers)):
+            for block in settings.schedule.blocks_after_points(stages):
                 given = calibrated[block] if calibrated else None
                 stored = self._alignment.stored(mixers[block], given).detach().clone()
                 self.register_buffer(f"gap_delta_{block}", stored)
@@ -86,10 +93,15 @@ class TokenPruner(nn.Module):
         schedule = self.settings.schedule
         if block + 1 not in schedule.points:
             return sequence
-        step = schedule.points.index(block + 1)
-        before = schedule.tokens[step - 1] if step else sequence.length - len(sequence.protected)
-        if schedule.tokens[step] == before:
+        if sequence.length != self._lengths[block]:
+            raise DataError(
+                f"these images give {sequence.length} tokens in block {block}, and the pruned model counts on "
+                f"{self._lengths[block]}",
+                hint="Give images of the model's size, or compress the dense checkpoint with `--image-size`.",
+            )
+        count = schedule.tokens[schedule.points.index(block + 1)]
+        if count == self._patches[block]:
             return sequence  # nothing to drop: not even a gather, so a keep ratio of 1 is the dense model bit for bit
         with torch.no_grad():
             score = self._importance(sequence, statistics, block, self.settings.seed)
-        return self._reduction.apply(sequence, score, schedule.tokens[step] + len(sequence.protected))
+        return self._reduction.apply(sequence, score, count + len(sequence.protected))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.tokens import Stage
 
 
 @dataclass(frozen=True)
 class PruneSchedule:
-    """After `points[i]` blocks, `tokens[i]` patch tokens stay (protected tokens are not counted; they always stay)."""
+    """After `points[i]` blocks, `tokens[i]` patch tokens stay (protected tokens are not counted; they always stay).
+
+    Every stage begins with all of its tokens, so a point counts for the blocks that follow it in its own stage.
+    """
 
     points: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -19,66 +23,96 @@ class PruneSchedule:
     @classmethod
     def resolve(
         cls,
-        num_blocks: int,
-        num_patches: int,
+        stages: Sequence[Stage],
         *,
         points: Sequence[int] | None = None,
         keep: float | Sequence[float] | None = None,
         tokens: Sequence[int] | None = None,
     ) -> PruneSchedule:
-        """The schedule for a model of `num_blocks` blocks and `num_patches` patch tokens.
+        """The schedule for a model of these `stages`.
 
-        keep    ratio of patch tokens kept *at each point* (the literature's keep rate), one number or one a point
+        keep    ratio of patch tokens kept *at each point* (the literature's keep rate), one number or one a point: of
+                all tokens at the first point of a stage, of those that are left at the next ones
         tokens  instead of `keep`: patch tokens that stay after each point
-        points  numbers of blocks; by default a quarter, half and three quarters of the depth
+        points  numbers of blocks; see `default_points`
 
         Raises UsageError when they do not fit the model or one another.
         """
         if points is None:
-            points = default_points(num_blocks)
+            points = default_points(stages)
         where = f"prune points {list(points)}"
         if not points or list(points) != sorted(set(points)):
             raise UsageError("must be one or more block numbers in rising order", where=where)
-        if points[0] < 1 or points[-1] >= num_blocks:
-            raise UsageError(
-                f"the model has {num_blocks} blocks, so a point lies between 1 and {num_blocks - 1}", where=where
-            )
+        _check_places(points, stages, where)
         if (keep is None) == (tokens is None):
             raise UsageError("give either a keep ratio or token counts, and not both")
-        if tokens is None:
-            ratios = [float(keep)] * len(points) if isinstance(keep, int | float) else list(keep or ())
-            tokens = _counts(ratios, num_patches)
-        if len(tokens) != len(points):
-            raise UsageError(f"{len(tokens)} values for {len(points)} points", where=where)
-        before = num_patches
-        for count in tokens:
+        values = [float(keep)] * len(points) if isinstance(keep, int | float) else list(keep or tokens or ())
+        if len(values) != len(points):
+            raise UsageError(f"{len(values)} values for {len(points)} points", where=where)
+        counts: list[int] = []
+        for index, (point, value) in enumerate(zip(points, values, strict=True)):
+            stage = _stage_of(point, stages)
+            before = counts[-1] if index and points[index - 1] > stage.start else stage.num_patches
+            count = int(value) if keep is None else _count(value, before)
             if not 1 <= count <= before:
-                raise UsageError(f"cannot keep {count} of {before} patch tokens", where=f"token counts {list(tokens)}")
-            before = count
-        return cls(tuple(points), tuple(tokens))
+                raise UsageError(f"cannot keep {count} of {before} patch tokens", where=f"token counts {list(values)}")
+            counts.append(count)
+        return cls(tuple(points), tuple(counts))
 
-    def tokens_per_block(self, num_blocks: int, num_tokens: int, num_protected: int) -> list[int]:
+    def patches_per_block(self, stages: Sequence[Stage]) -> tuple[int, ...]:
+        """Patch tokens that enter each block."""
+        kept = dict(zip(self.points, self.tokens, strict=True))
+        lengths = []
+        for stage in stages:
+            current = stage.num_patches
+            for block in range(stage.start, stage.stop):
+                current = kept.get(block, current)
+                lengths.append(current)
+        return tuple(lengths)
+
+    def tokens_per_block(self, stages: Sequence[Stage]) -> tuple[int, ...]:
         """Length of the sequence that enters each block, protected tokens included."""
-        lengths, current = [], num_tokens
-        for block in range(num_blocks):
-            if block in self.points:
-                current = self.tokens[self.points.index(block)] + num_protected
-            lengths.append(current)
-        return lengths
+        protected = [len(stage.protected) for stage in stages for _ in range(stage.start, stage.stop)]
+        return tuple(map(sum, zip(self.patches_per_block(stages), protected, strict=True)))
+
+    def blocks_after_points(self, stages: Sequence[Stage]) -> Iterator[int]:
+        """The blocks that may lack tokens: those after a point of their own stage."""
+        for stage in stages:
+            inside = [point for point in self.points if stage.start < point < stage.stop]
+            yield from range(min(inside, default=stage.stop), stage.stop)
 
 
-def default_points(num_blocks: int) -> tuple[int, ...]:
-    """A quarter, half and three quarters of the depth."""
-    points = sorted({max(1, num_blocks * quarter // 4) for quarter in (1, 2, 3)})
-    return tuple(point for point in points if point < num_blocks)
+def default_points(stages: Sequence[Stage]) -> tuple[int, ...]:
+    """A quarter, half and three quarters of the depth of the stage with the most blocks."""
+    longest = max(stages, key=lambda stage: stage.stop - stage.start)
+    depth = longest.stop - longest.start
+    points = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
+    return tuple(longest.start + point for point in points if point < depth)
 
 
-def _counts(ratios: Sequence[float], num_patches: int) -> list[int]:
-    counts, current = [], num_patches
-    for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise UsageError(f"a keep ratio lies above 0 and at most at 1, not {ratio:g}")
-        # Rounded up as the authors do; the epsilon keeps 0.8 * 195 (156.00000000000003 in floating point) at 156.
-        current = max(1, math.ceil(current * ratio - 1e-9))
-        counts.append(current)
-    return counts
+def _check_places(points: Sequence[int], stages: Sequence[Stage], where: str) -> None:
+    num_blocks = stages[-1].stop
+    if points[0] < 1 or points[-1] >= num_blocks:
+        raise UsageError(
+            f"the model has {num_blocks} blocks, so a point lies between 1 and {num_blocks - 1}", where=where
+        )
+    ends = [str(point) for point in points if point in {stage.start for stage in stages}]
+    if ends:
+        inside = [range(stage.start + 1, stage.stop) for stage in stages if stage.stop - stage.start > 1]
+        possible = ", ".join(f"{each[0]} to {each[-1]}" if len(each) > 1 else str(each[0]) for each in inside)
+        raise UsageError(
+            f"after {' and '.join(ends)} blocks a stage ends, and the next one starts with all tokens",
+            where=where,
+            hint=f"Possible points: {possible or 'none'}.",
+        )
+
+
+def _stage_of(point: int, stages: Sequence[Stage]) -> Stage:
+    return next(stage for stage in stages if stage.start < point < stage.stop)
+
+
+def _count(ratio: float, before: int) -> int:
+    if not 0 < ratio <= 1:
+        raise UsageError(f"a keep ratio lies above 0 and at most at 1, not {ratio:g}")
+    # Rounded up as the authors do; the epsilon keeps 0.8 * 195 (156.00000000000003 in floating point) at 156.
+    return max(1, math.ceil(before * ratio - 1e-9))

@@ -1,7 +1,7 @@
 """Multiply-adds of a model, traced by fvcore with handlers for our own ops.
 
 Convention: one multiply-add counts as one, as in fvcore and the papers. `directions: all` counts every scan direction.
-`directions: one` counts what the directions of a mixer do (convolution, x_proj, dt_proj, scan) once, as the Vim
+`directions: one` counts what the directions of a mixer repeat (the scan and `Mixer.per_direction`) once, as the Vim
 literature does (Vim-T 1.45 G, Vim-S 5.08 G). A scan counts 9 B L E N, and B L E each for D, a gate inside it and
 alignment. Vim's gate is one element-wise product after both scans, so it is not counted.
 """
@@ -31,7 +31,6 @@ _FREE = (
     "__and__ __or__ __xor__ __rshift__ __lshift__"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
-_BRANCH_MODULES = ("x_proj", "dt_proj")  # and their twins in `_b`
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,10 @@ def count_flops(model: Backbone) -> FlopCount:
         )
     names = {id(module): name for name, module in model.named_modules()}
     mixer_names = [names[id(mixer)] for mixer in model.mixers]
-    saved = 0.0
+    by_module, by_operator = analysis.by_module(), analysis.by_module_and_operator()
+    repeated = 0.0
     for mixer, name in zip(model.mixers, mixer_names, strict=True):
-        by_operator = analysis.by_module_and_operator()[name]
-        own = [
-            child for child in analysis.by_module() if child.startswith(f"{name}.x_proj")
-        ]  # one a direction or shared
-        shared = by_operator["causal_conv1d"] + sum(
-            flops
-            for module, flops in analysis.by_module().items()
-            if module.startswith(tuple(f"{name}.{part}" for part in _BRANCH_MODULES))
-        )
-        saved += by_operator["selective_scan"] * (1 - 1 / mixer.directions) + shared * (1 - 1 / len(own))
+        own = by_operator[name]["selective_scan"] + sum(by_module[f"{name}.{child}"] for child in mixer.per_direction)
+        repeated += own * (1 - 1 / mixer.directions)
     blocks = [name.rsplit(".", 1)[0] for name in mixer_names]
-    return FlopCount(total, total - round(saved), tuple(int(analysis.by_module()[block]) for block in blocks))
+    return FlopCount(total, total - round(repeated), tuple(int(by_module[block]) for block in blocks))

@@ -10,6 +10,7 @@ def model_card(report: Report, input_name: str) -> str:
     pruning, dense, pruned = report.pruning, report.dense, report.pruned
     saved = 1 - pruned.multiply_adds_all_directions / dense.multiply_adds_all_directions
     height, width = report.image_size
+    last = pruning["points"][-1]  # the block after the last point
     lines = [
         f"# {input_name}, {saved:.1%} fewer multiply-adds",
         "",
@@ -24,8 +25,8 @@ def model_card(report: Report, input_name: str) -> str:
         "| | dense | pruned |",
         "|---|---|---|",
         _row("multiply-adds, all scan directions", dense.multiply_adds_all_directions, pruned, "all"),
-        _row("multiply-adds, two directions counted once", dense.multiply_adds_one_direction, pruned, "one"),
-        f"| tokens entering the last block | {dense.tokens_per_block[-1]} | {pruned.tokens_per_block[-1]} |",
+        _row("multiply-adds, scan directions counted once", dense.multiply_adds_one_direction, pruned, "one"),
+        f"| tokens after the last prune point | {dense.tokens_per_block[last]} | {pruned.tokens_per_block[last]} |",
     ]
     if report.accuracy is not None:
         accuracy = report.accuracy

@@ -60,9 +60,8 @@ class Profile:
 def tokens_per_block(model: Backbone) -> tuple[int, ...]:
     """Length of the sequence that enters each block of `model`, protected tokens included."""
     if isinstance(model.pruner, TokenPruner) and model.pruner.shortens:
-        schedule = model.pruner.settings.schedule
-        return tuple(schedule.tokens_per_block(len(model.mixers), model.num_tokens, len(model.protected)))
-    return (model.num_tokens,) * len(model.mixers)
+        return model.pruner.settings.schedule.tokens_per_block(model.stages)
+    return tuple(stage.num_tokens for stage in model.stages for _ in range(stage.start, stage.stop))
 
 
 def profile(

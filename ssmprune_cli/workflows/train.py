@@ -24,7 +24,10 @@ from ssmprune_cli.preprocessing import Preprocessing
 
 # Weight decay pulls a matrix towards "no effect". These are no such matrices: A_log 0 is a decay rate of 1, and tokens
 # and positions are inputs. The Mamba authors exclude A_log and D too.
-_UNDECAYED = ("A_log", "A_b_log", "D", "D_b", "cls_token", "cls_token_head", "cls_token_tail", "pos_embed")
+_UNDECAYED = (
+    *("A_log", "A_b_log", "D", "D_b", "cls_token", "cls_token_head", "cls_token_tail", "pos_embed"),
+    *("A_logs", "Ds", "dt_projs_bias"),  # VMamba
+)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,14 +106,15 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
     finally:
         del model.pruner
         model.pruner = inner
-    patches = [position for position in range(model.num_tokens) if position not in model.protected]
     found: list[Stage] = []
-    before = model.num_tokens
-    for block, left in enumerate(recorder.left, start=1):
-        count = int(left[0].sum())
-        if count != before:
-            found.append(Stage(block, left[:, patches].reshape(len(images), *model.grid).cpu().numpy()))
-        before = count
+    for grid in model.stages:  # each begins with all of its tokens
+        patches = [position for position in range(grid.num_tokens) if position not in grid.protected]
+        before = grid.num_tokens
+        for block, left in enumerate(recorder.left[grid.start : grid.stop], start=grid.start + 1):
+            count = int(left[0].sum())
+            if count != before:
+                found.append(Stage(block, left[:, patches].reshape(len(images), *grid.grid).cpu().numpy()))
+            before = count
     if not found:
         raise UsageError("this model drops no tokens", hint="Compress it with a `--keep` below 1.")
     return found, logits
@@ -123,7 +125,7 @@ def picture(pixels: NDArray[np.uint8], found: Sequence[Stage], labels: Sequence[
 
     `labels` (B) is written under the images, such as what the model sees.
     """
-    rows, columns = found[0].kept.shape[1:]
+    rows, columns = max((stage.kept.shape[1:] for stage in found), key=math.prod)  # of the finest grid
     cell = max(1, round(TILE / max(rows, columns)))
     width, height = columns * cell, rows * cell
     canvas = Image.new(
@@ -139,7 +141,7 @@ def picture(pixels: NDArray[np.uint8], found: Sequence[Stage], labels: Sequence[
         whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST))
         top = tile_top(row, height)
         for column in range(len(titles)):
-            shown = whole if column == 0 else fade(whole, ~found[column - 1].kept[row], cell)
+            shown = whole if column == 0 else fade(whole, ~found[column - 1].kept[row])
             canvas.paste(Image.fromarray(shown), (MARGIN + column * (width + MARGIN), top))
         text.text((MARGIN, top + height + 1), labels[row], fill="black", font=font)
     return canvas
@@ -150,8 +152,9 @@ def tile_top(row: int, height: int) -> int:
     return CAPTION + MARGIN + row * (height + CAPTION + MARGIN)
 
 
-def fade(image: NDArray[np.uint8], cells: NDArray[np.bool_], cell: int) -> NDArray[np.uint8]:
-    """`image` (H, W, 3) with those of its `cells` (rows, columns), each `cell` pixels wide and high, faded to blue."""
-    mask = cells.repeat(cell, axis=0).repeat(cell, axis=1)[..., None]
+def fade(image: NDArray[np.uint8], cells: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """`image` (H, W, 3) with those of its `cells` (rows, columns), which share it out evenly, faded to blue."""
+    y, x = (np.arange(size) * count // size for size, count in zip(image.shape[:2], cells.shape, strict=True))
+    mask = cells[y][:, x][..., None]
     faded = np.rint((1 - FADE) * image + FADE * np.array(DROPPED)).astype(np.uint8)
     return np.where(mask, faded, image)

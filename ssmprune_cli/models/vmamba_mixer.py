@@ -1,0 +1,178 @@
+"""The 2-D selective scan ("SS2D") of VMamba: four scans over a grid of tokens.
+
+Written from MzeroMiko/VMamba 2ed52ea (classification/models/vmamba.py, forward types `v05_noz` and `v0`), with the
+authors' parameter names. Letters: B batch, L tokens now, d model width, E inner channels, N state, R rank of the step
+projection. Parameters of the four directions are stacked: (4, ...), or (4 E, ...) for A and D.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssmprune_cli.kernels import grid_conv2d, selective_scan
+from ssmprune_cli.models.mamba_mixer import StepProjection
+from ssmprune_cli.models.routes import Visits, reorder, visits
+from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+
+DIRECTIONS = 4  # rows, columns, rows from the end, columns from the end
+
+
+class DirectionProjections(nn.Module):
+    """Step sizes, B and C of all directions. Has no weights: the authors keep them in the mixer."""
+
+    def forward(
+        self, u: Tensor, columns: Visits, x_proj_weight: Tensor, dt_projs_weight: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each direction raw steps (B, L, E) without bias, B and C (B, L, N), as the scan visits the tokens.
+
+        u                (B, L, E), in the order of the sequence
+        columns          how the column scans visit the tokens
+        x_proj_weight    (4, R + 2N, E)
+        dt_projs_weight  (4, E, R)
+        """
+        rank = dt_projs_weight.shape[2]
+        state = (x_proj_weight.shape[1] - rank) // 2
+        # A projection sees one token at a time, so all directions can share one product before they part ways.
+        projected = functional.linear(u, x_proj_weight.flatten(0, 1)).chunk(DIRECTIONS, dim=-1)  # (B, L, R + 2N) each
+        found = []
+        for direction, values in enumerate(projected):
+            visited = reorder(values, columns.order) if direction % 2 else values
+            rank_values, b, c = visited.split([rank, state, state], dim=-1)
+            found.append((functional.linear(rank_values, dt_projs_weight[direction]), b, c))
+        return found
+
+
+class VMambaMixer(nn.Module):
+    """Implements `tokens.Mixer`.
+
+    gated      half of the input projection becomes a gate: silu(z) (v0 only)
+    conv_bias  the convolution has a bias (v0 only)
+    """
+
+    directions = DIRECTIONS
+    per_direction = ("projections",)
+
+    def __init__(self, dim: int, *, d_inner: int, d_state: int, dt_rank: int, gated: bool, conv_bias: bool) -> None:
+        super().__init__()
+        self.d_inner = d_inner
+        self.gated = gated
+        self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False)
+        self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner, bias=conv_bias)
+        self.projections = DirectionProjections()
+        bound = d_inner**-0.5  # nn.Linear's own initialisation, which the authors leave as it is
+        self.x_proj_weight = nn.Parameter(
+            torch.empty(DIRECTIONS, dt_rank + 2 * d_state, d_inner).uniform_(-bound, bound)
+        )
+        steps = [StepProjection(dt_rank, d_inner) for _ in range(DIRECTIONS)]
+        self.dt_projs_weight = nn.Parameter(torch.stack([step.weight for step in steps]).detach())  # (4, E, R)
+        self.dt_projs_bias = nn.Parameter(torch.stack([step.bias for step in steps]).detach())  # (4, E)
+        real = torch.arange(1, d_state + 1).float().log()  # S4D-Real: A = -1, -2, ... -N
+        self.A_logs = nn.Parameter(real.repeat(DIRECTIONS * d_inner, 1))
+        self.Ds = nn.Parameter(torch.ones(DIRECTIONS * d_inner))
+        self.out_norm = nn.LayerNorm(d_inner)
+        self.out_proj = nn.Linear(d_inner, dim, bias=False)
+        for projection in (self.in_proj, self.out_proj):
+            nn.init.trunc_normal_(projection.weight, std=0.02)
+
+    def forward(
+        self,
+        x: Tensor,
+        sequence: TokenSequence,
+        grid: tuple[int, int],
+        alignment: ScanAlignment | None,
+        want_delta: bool,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ScanStatistics]:
+        """`x` (B, L, d), the normalised tokens of `sequence` on `grid`, to (B, L, d) and what the scans did.
+
+        With `alignment`, each scan decays over the tokens that `sequence` has lost on its own way. `context` (B, M, d)
+        are the normalised tokens of `sequence.context`: they get no more than what the convolution needs of them.
+        """
+        u: Tensor = self.in_proj(x)  # (B, L, E), or (B, L, 2E) with a gate
+        gate = None
+        if self.gated:
+            u, gate = u.chunk(2, dim=-1)  # (B, L, E) each
+        if context is not None:
+            context = functional.linear(context, self.in_proj.weight[: self.d_inner])  # (B, M, E)
+        u = self._convolve(u, context, sequence, grid)
+        columns = column_visits(sequence, grid)
+        outputs, deltas = self._scan(u, sequence, columns, alignment, want_delta)
+        # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
+        mixed: Tensor = self.out_norm((outputs[0] + outputs[2]) + (outputs[1] + outputs[3]))
+        if gate is not None:
+            mixed = mixed * functional.silu(gate)
+        projected: Tensor = self.out_proj(mixed)
+        return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+
+    def _convolve(self, x: Tensor, context: Tensor | None, sequence: TokenSequence, grid: tuple[int, int]) -> Tensor:
+        """(B, L, E): the input of the scans, from projected tokens x (B, L, E) and those of the context (B, M, E)."""
+        positions = None if sequence.is_dense else sequence.positions
+        if context is not None and sequence.context is not None:
+            x, positions = (
+                torch.cat((x, context), dim=1),
+                torch.cat((sequence.positions, sequence.context.positions), 1),
+            )
+        kept = sequence.positions.shape[1]
+        return grid_conv2d(x, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions, outputs=kept)
+
+    def _scan(
+        self, u: Tensor, sequence: TokenSequence, columns: Visits, alignment: ScanAlignment | None, want_delta: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places."""
+        a = -torch.exp(self.A_logs).unflatten(0, (DIRECTIONS, -1))  # (4, E, N)
+        d = self.Ds.unflatten(0, (DIRECTIONS, -1))  # (4, E)
+        inputs = (u, reorder(u, columns.order))
+        projected = self.projections(u, columns, self.x_proj_weight, self.dt_projs_weight)
+        outputs, deltas = [], []
+        for direction, (raw_delta, b, c) in enumerate(projected):
+            by_column, reverse = direction % 2 == 1, direction >= 2
+            gap = None
+            if alignment is not None:
+                gap = _gaps(columns, reverse=reverse) if by_column else sequence.gaps(reverse=reverse)
+            y = selective_scan(
+                inputs[by_column],
+                raw_delta,
+                a[direction],
+                b,
+                c,
+                d[direction],
+                delta_bias=self.dt_projs_bias[direction],
+                gap=gap,
+                gap_delta=None if alignment is None else alignment.gap_delta[direction],
+                reverse=reverse,
+            )
+            outputs.append(reorder(y, columns.back) if by_column else y)
+            if want_delta:
+                delta = functional.softplus(raw_delta + self.dt_projs_bias[direction])
+                deltas.append(reorder(delta, columns.back) if by_column else delta)
+        return outputs, deltas
+
+    def null_delta(self) -> Tensor:
+        """(4, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
+        bias = self.conv2d.bias
+        if bias is None:
+            return functional.softplus(self.dt_projs_bias)
+        rank = self.dt_projs_weight.shape[2]
+        rank_values = self.x_proj_weight[:, :rank] @ functional.silu(bias)  # (4, R)
+        raw = (self.dt_projs_weight @ rank_values[..., None]).squeeze(-1)  # (4, E)
+        return functional.softplus(raw + self.dt_projs_bias)
+
+
+def column_visits(sequence: TokenSequence, grid: tuple[int, int]) -> Visits:
+    """How a scan visits the tokens of `sequence` by the columns of `grid`, left to right and each downwards."""
+    if "columns" not in sequence.memo:
+        raster = torch.arange(math.prod(grid), device=sequence.positions.device).view(grid)
+        sequence.memo["columns"] = visits(raster.t().flatten(), sequence)
+    found: Visits = sequence.memo["columns"]
+    return found
+
+
+def _gaps(route: Visits, *, reverse: bool) -> Tensor | None:
+    """How many tokens a scan skips at each step of `route`, or at each step of a scan from its end."""
+    if route.gap is None or not reverse:
+        return route.gap
+    return functional.pad(route.gap[:, 1:], (0, 1))
