@@ -78,6 +78,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     }
     for keep in KEEPS:
         for title, (importance, reduction, alignment) in METHODS.items():
+            if arguments.methods and title not in arguments.methods:
+                continue
             faster = 1.0
             seeds = range(arguments.seeds if importance == "random" else 1)
             rights, divergences, cost, speed = [], [], 0.0, 0.0
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use so many images, at random")
     parser.add_argument("--images", type=Path, default=DEMO / "test.npz")
     parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, help="only these rows, beside the dense model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args()

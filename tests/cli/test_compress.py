@@ -36,7 +36,7 @@ def artefact(ssmprune: Run, photos: Path, tmp_path_factory: pytest.TempPathFacto
     done = ssmprune("compress", CHECKPOINT, "--keep", "0.6", "--calib", photos, "--calib-images", "6", "--out", out)
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"Written to {out}\n"
-    assert "-41.8%" in done.stdout and "Keep ratio 0.6 at each point, after 1, 2, 3 blocks" in done.stdout
+    assert "-37.9%" in done.stdout and "Keep ratio 0.6 at each point, after 1, 2, 3 blocks" in done.stdout
     return out
 
 
