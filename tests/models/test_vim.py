@@ -188,7 +188,7 @@ def test_published_shapes_build_and_are_recognised(file: str, variant: str) -> N
 
 def test_every_variant_has_published_shapes() -> None:
     assert set(PUBLISHED.values()) == set(VIM.variants)
-    assert {path.stem for path in SHAPES.glob("*.json")} == set(PUBLISHED)
+    assert {path.stem for path in SHAPES.glob("vim_*.json")} == set(PUBLISHED)
 
 
 # The sides of an image that is not square are in no shape.
