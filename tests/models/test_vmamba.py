@@ -58,7 +58,7 @@ def direct_scan(mixer: VMambaMixer, image: Tensor, direction: int) -> Tensor:
     state = mixer.A_logs.shape[1]
     own = slice(direction * channels, (direction + 1) * channels)
     h, outputs = torch.zeros(channels, state, dtype=image.dtype), []
-    for u in sequence:
+    for u in sequence.unbind():
         rank_values, b, c = (mixer.x_proj_weight[direction] @ u).split([rank, state, state])
         raw = mixer.dt_projs_weight[direction] @ rank_values + mixer.dt_projs_bias[direction]
         step = functional.softplus(raw)[:, None]
@@ -66,7 +66,8 @@ def direct_scan(mixer: VMambaMixer, image: Tensor, direction: int) -> Tensor:
         outputs.append(h @ c + mixer.Ds[own] * u)
     y = torch.stack(outputs)
     y = y.flip(0) if backwards else y
-    return y.t().unflatten(1, (columns, rows)).transpose(1, 2) if by_column else y.t().unflatten(1, (rows, columns))
+    image = y.t().reshape(channels, *((columns, rows) if by_column else (rows, columns)))
+    return image.transpose(1, 2) if by_column else image
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (4, 1), (1, 4), (2, 2)])
@@ -85,7 +86,7 @@ def test_mixer_is_four_plain_scans(kind: str, grid: tuple[int, int]) -> None:
             functional.conv2d(image, mixer.conv2d.weight, mixer.conv2d.bias, 1, 1, 1, mixer.d_inner)
         )
         outputs = [direct_scan(mixer, image, direction) for direction in range(4)]
-        mixed = mixer.out_norm(sum(outputs).flatten(1).t())  # type: ignore[union-attr]
+        mixed = mixer.out_norm(sum(outputs).flatten(1).t())
         mixed = mixed * functional.silu(gate[0]) if gate else mixed
         torch.testing.assert_close(found[0], mixer.out_proj(mixed), rtol=0, atol=1e-12)
         for direction, output in enumerate(outputs):
@@ -294,7 +295,7 @@ GIGA = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "tiny" not in name else name for name in GIGA]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "vmamba_tiny_s1l8" else name for name in GIGA]
 )
 def test_published_multiply_adds(name: str) -> None:
     with torch.device("meta"):
