@@ -58,7 +58,7 @@ def direct_scan(mixer: VMambaMixer, image: Tensor, direction: int) -> Tensor:
     state = mixer.A_logs.shape[1]
     own = slice(direction * channels, (direction + 1) * channels)
     h, outputs = torch.zeros(channels, state, dtype=image.dtype), []
-    for u in sequence:
+    for u in sequence.unbind():
         rank_values, b, c = (mixer.x_proj_weight[direction] @ u).split([rank, state, state])
         raw = mixer.dt_projs_weight[direction] @ rank_values + mixer.dt_projs_bias[direction]
         step = functional.softplus(raw)[:, None]
@@ -66,7 +66,7 @@ def direct_scan(mixer: VMambaMixer, image: Tensor, direction: int) -> Tensor:
         outputs.append(h @ c + mixer.Ds[own] * u)
     y = torch.stack(outputs)
     y = y.flip(0) if backwards else y
-    image = y.t().unflatten(1, (columns, rows) if by_column else (rows, columns))
+    image = y.t().reshape(channels, *((columns, rows) if by_column else (rows, columns)))
     return image.transpose(1, 2) if by_column else image
 
 
