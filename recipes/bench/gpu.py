@@ -31,6 +31,7 @@ from ssmprune_cli.pruning import compress
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.tokens import ScanStatistics, TokenSequence
+from ssmprune_cli.workflows.profile import tokens_per_block
 
 SHAPES = {"Vim-T": (197, 384), "Vim-S": (197, 768), "L 4096": (4096, 384), "L 16384": (16384, 384)}
 BATCHES = (64, 256, 1)
@@ -224,7 +225,12 @@ def scan_row(
 
 def model_table(report: Report, seconds: float) -> None:
     """bfloat16 weights. Half of the tokens are dropped after the first block, or in three steps as published."""
-    plans = {"dense": (1.0, [1]), "half, after block 1": (0.5, [1]), "0.7 at blocks 6, 12, 18": (0.7, [6, 12, 18])}
+    plans = {
+        "dense": (1.0, [1], "drop"),
+        "half, after block 1": (0.5, [1], "drop"),
+        "0.7 at blocks 6, 12, 18": (0.7, [6, 12, 18], "drop"),
+        "half, in sight": (0.5, [1], "context"),
+    }
     titles = ("eager, ms a batch", "graph, ms a batch", "images/s, graph", "faster, graph", "ideal", "of ideal, graph")
     report.table("model", "tokens", *titles)
     for name, dim in WIDTHS.items():
@@ -232,11 +238,10 @@ def model_table(report: Report, seconds: float) -> None:
             images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
             contestants: dict[str, Run] = {}
             ideals = {}
-            for plan, (keep, points) in plans.items():
+            for plan, (keep, points, reduction) in plans.items():
                 model = Vim(VimConfig(embed_dim=dim)).eval()
-                compress(model, keep, points=points, alignment="null")
-                lengths = model.pruner.settings.schedule.tokens_per_block(24, 197, 1)  # type: ignore[union-attr]
-                ideals[plan] = 24 * 197 / sum(lengths)
+                compress(model, keep, points=points, reduction=reduction, alignment="null")
+                ideals[plan] = 24 * 197 / sum(tokens_per_block(model))
                 run = partial(model.to("cuda", torch.bfloat16), images)
                 contestants |= {f"{plan}, eager": run, f"{plan}, graph": graphed(run)}
             times = race(contestants, report, seconds)

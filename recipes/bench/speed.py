@@ -35,6 +35,7 @@ from ssmprune_cli.kernels import (
 )
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
+from ssmprune_cli.workflows.profile import tokens_per_block
 
 SHAPES = {"Vim-T b1": (1, 197, 384), "Vim-T b8": (8, 197, 384), "Vim-S b1": (1, 197, 768), "L 4096 b1": (1, 4096, 384)}
 STATE = 16
@@ -229,8 +230,7 @@ def model_table(seconds: float) -> None:
         dense = statistics.median(times["1"])
         for title, model in models.items():
             median = statistics.median(times[title])
-            lengths = model.pruner.settings.schedule.tokens_per_block(model.stages)  # type: ignore[union-attr]
-            ideal = 24 * 197 / sum(lengths)
+            ideal = 24 * 197 / sum(tokens_per_block(model))
             row = (f"batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
             share = f"{100 * dense / median / ideal:.0f} %"
             print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x | {share} |")
