@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import Mixers, Pruner, Stage
 
@@ -18,7 +20,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Backbone(nn.Module, ABC):
     """A vision SSM. `pruner` is called between blocks; None is the dense model.
 
-    `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again.
+    `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again. Every
+    family's has `image_size`, `num_classes` and `eval_crop_ratio`, the part of the resized image that the crop keeps.
     """
 
     family: str
@@ -39,14 +42,14 @@ class Backbone(nn.Module, ABC):
         """The mixer of every block, in order."""
 
     @property
-    @abstractmethod
     def num_tokens(self) -> int:
         """Length of the dense sequence that enters the first block, protected tokens included."""
+        return math.prod(self.grid) + len(self.protected)
 
     @property
-    @abstractmethod
     def protected(self) -> tuple[int, ...]:
         """Dense positions of class and register tokens in the first block."""
+        return ()
 
     @property
     @abstractmethod
@@ -59,17 +62,23 @@ class Backbone(nn.Module, ABC):
         return (Stage(0, len(self.mixers), self.grid, self.protected),)
 
     @property
-    @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model takes."""
+        size: tuple[int, int] = self.config.image_size
+        return size
 
     @property
-    @abstractmethod
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        count: int = self.config.num_classes
+        return count
 
     @property
-    @abstractmethod
-    def preprocessing(self) -> Preprocessing: ...
+    def preprocessing(self) -> Preprocessing:
+        """As the authors evaluate. Raises UsageError for images that are not square, which they do not define."""
+        height, width = self.image_size
+        if height != width:
+            raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
+        return Preprocessing(resize=int(height / self.config.eval_crop_ratio), crop=height)
 
 
 @dataclass(frozen=True)

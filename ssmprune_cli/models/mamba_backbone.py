@@ -18,7 +18,6 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.layers import PatchEmbed, RMSNorm
 from ssmprune_cli.models.mamba_mixer import MambaBlock, MambaMixer, MixerKind, init_output_projection
-from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import Mixers, TokenSequence
 
 NORM_EPS = 1e-5
@@ -127,28 +126,8 @@ class MambaBackbone(Backbone):
         return [layer.mixer for layer in self.layers]  # type: ignore[misc]
 
     @property
-    def num_tokens(self) -> int:
-        return math.prod(self.grid) + len(self.protected)
-
-    @property
     def grid(self) -> tuple[int, int]:
         return self.patch_embed.grid
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.config.image_size
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """As the authors evaluate. Raises UsageError for images that are not square, which they do not define."""
-        height, width = self.image_size
-        if height != width:
-            raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
-        return Preprocessing(resize=int(height / self.config.eval_crop_ratio), crop=height)
 
 
 def make_norm(config: MambaConfig, dim: int) -> nn.LayerNorm | RMSNorm:

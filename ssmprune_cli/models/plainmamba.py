@@ -20,7 +20,6 @@ from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.plainmamba_mixer import PlainMambaMixer
 from ssmprune_cli.models.plainmamba_routes import Walk, walks
-from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, TokenSequence
 
 BLOCK_NORM_EPS = 1e-5
@@ -236,29 +235,5 @@ class PlainMamba(Backbone):
         return [layer.mamba for layer in self.backbone.layers]  # type: ignore[misc]
 
     @property
-    def num_tokens(self) -> int:
-        return math.prod(self.grid)
-
-    @property
-    def protected(self) -> tuple[int, ...]:
-        return ()
-
-    @property
     def grid(self) -> tuple[int, int]:
         return self.config.grid
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.config.image_size
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """As the authors evaluate. Raises UsageError for images that are not square, which they do not define."""
-        height, width = self.image_size
-        if height != width:
-            raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
-        return Preprocessing(resize=int(height / self.config.eval_crop_ratio), crop=height)

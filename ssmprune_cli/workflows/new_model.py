@@ -65,8 +65,11 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
 def start_from(model: Backbone, path: Path) -> None:
     """Copy the weights of the checkpoint at `path` into `model`. Raises UsageError if it is another configuration."""
     start = checkpoint.load(path, family=model.family)
-    if start.config != model.config:
-        raise UsageError(f"{path} holds another configuration: {start.config}", hint=f"Wanted: {model.config}.")
+    names = [field.name for field in fields(model.config)]
+    pairs = [(name, getattr(start.config, name), getattr(model.config, name)) for name in names]
+    different = "; ".join(f"{name} is {own}, not {wanted}" for name, own, wanted in pairs if own != wanted)
+    if different:
+        raise UsageError(f"holds another configuration: {different}", where=str(path), hint="See `--set`.")
     model.load_state_dict(start.state_dict())
 
 

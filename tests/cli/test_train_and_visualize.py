@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from ssmprune_cli import checkpoint
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -43,6 +46,23 @@ def test_train_writes_a_checkpoint_and_a_log(
     facts = json.loads(ssmprune("inspect", folder / "model.pth", "--json").stdout)
     found = {key: facts[key] for key in ("family", "image_size", "tokens", "dtype")}
     assert found == {"family": "vim", "image_size": [16, 16], "tokens": 17, "dtype": {"float16": 75}}
+
+
+def test_init_starts_from_a_checkpoint_of_the_same_configuration(
+    ssmprune: Run, trained: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    """With a learning rate of next to nothing, the weights are those it started from."""
+    settings = ["image_size=[16,16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    start, out = folder / "model.pth", folder / "more.pth"
+    common = ("--init", start, "--dataset", "npz", "--data-dir", folder / "images.npz", "--epochs", "1", "--seed", "7")
+    done = ssmprune("train", *sets, *common, "--out", out, "--lr", "1e-12")
+    assert done.returncode == 0, done.stderr
+    before, after = checkpoint.load(start).state_dict(), checkpoint.load(out).state_dict()
+    assert all(torch.allclose(before[key], after[key], rtol=0, atol=1e-6) for key in before)
+    other = ssmprune("train", *sets, "--set", "depth=3", *common, "--out", folder / "none.pth")
+    assert other.returncode == 2 and "holds another configuration: depth is 4, not 3" in other.stderr
+    assert not (folder / "none.pth").exists()
 
 
 def test_train_refuses_settings_before_it_starts(ssmprune: Run, folder: Path) -> None:
