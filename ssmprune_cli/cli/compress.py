@@ -12,7 +12,8 @@ from rich.table import Table
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.options import BackendName
 from ssmprune_cli.errors import LimitError, UsageError
-from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
+from ssmprune_cli.recipe import Recipe, load_recipe
+from ssmprune_cli.recipe_sections import Pruning
 from ssmprune_cli.report import Report
 
 
