@@ -27,7 +27,17 @@ LAYERS = [
 ]
 FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TORCH_FREE = ("recipe", "recipe_sections", "report", "registry", "errors", "preprocessing", "validation", "yaml_text", "cli")
+TORCH_FREE = (
+    "recipe",
+    "recipe_sections",
+    "report",
+    "registry",
+    "errors",
+    "preprocessing",
+    "validation",
+    "yaml_text",
+    "cli",
+)
 
 
 def name(path: Path) -> str:
