@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -39,30 +39,46 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Context:
-    """Dropped tokens, as they were when they left.
+class Dropped:
+    """Tokens that no block updates any more, as they were when they left.
 
     stream    (B, M, d) residual stream with the last block's output added
     positions (B, M) int64 index of each token in the dense sequence
-    seen      whether convolutions go on seeing them; if not, they wait for `TokenSequence.restored`
+    size      (B, M) float32 dense tokens that each stands for; None is one each
     """
 
     stream: Tensor
     positions: Tensor
-    seen: bool
+    size: Tensor | None = None
+
+    def join(self, other: Dropped | None) -> Dropped:
+        """These tokens and the others."""
+        if other is None:
+            return self
+        return Dropped(
+            torch.cat((self.stream, other.stream), dim=1),
+            torch.cat((self.positions, other.positions), dim=1),
+            joined_sizes((self.size, other.size), (self.positions, other.positions)),
+        )
+
+
+Fate = Literal["gone", "context", "frozen"]
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Tokens between two blocks.
+    """Tokens between two blocks: live ones, which the blocks update, and dropped ones that something still needs.
 
     hidden    (B, L, d) output of the last block
     residual  (B, L, d) residual stream, or None before the first block
     positions (B, L) int64 index of each token in the dense sequence; ascending except after `drop-unsorted`
     length    number of tokens in the dense sequence
     protected dense positions that may never be dropped (class and register tokens), the same in every sample
+    size      (B, L) float32 dense tokens that each token stands for, itself included; None is one each. See `merge`
     live      (B, L) bool, or None when every token is live; only the comparison reduction `mask` sets it
-    context   dropped tokens as they were when they left, for whoever still needs them
+    frozen    dropped tokens that go on feeding the scans and convolutions: they are read, never updated
+    context   dropped tokens that only the convolutions go on seeing
+    gone      dropped tokens that wait for `restored`
     restorable  whether `restored` will be asked for, in models that make the grid whole again
     memo      what has been derived from the positions, by name: all blocks between two prune points share it
     """
@@ -72,8 +88,11 @@ class TokenSequence:
     positions: Tensor
     length: int
     protected: tuple[int, ...] = ()
+    size: Tensor | None = None
     live: Tensor | None = None
-    context: Context | None = None
+    frozen: Dropped | None = None
+    context: Dropped | None = None
+    gone: Dropped | None = None
     restorable: bool = False
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -87,7 +106,7 @@ class TokenSequence:
     @property
     def is_dense(self) -> bool:
         """Whether no token has been dropped. Known from shapes alone, so it is static under export."""
-        return self.hidden.shape[1] == self.length
+        return self.positions.shape[1] == self.length
 
     @property
     def stream(self) -> Tensor:
@@ -95,40 +114,86 @@ class TokenSequence:
         stream = self.hidden if self.residual is None else self.residual + self.hidden
         return stream.to(torch.promote_types(stream.dtype, torch.float32))
 
-    def keep(self, index: Tensor, *, remember: bool = False) -> TokenSequence:
-        """Keep the tokens at `index` (B, K), in that order. The one place where tokens are dropped.
+    def keep(self, index: Tensor, *, others: Fate = "gone") -> TokenSequence:
+        """Keep the tokens at `index` (B, K), in that order; `others` says what the rest is still good for.
 
-        With `remember`, convolutions go on seeing the others.
+        This and `merge` are the only places where tokens are dropped.
         """
-        context = self.context
-        if remember or self.restorable:
-            others = torch.ones_like(self.positions).scatter(1, index, 0)
-            others = others.argsort(dim=1, descending=True, stable=True)[:, : self.positions.shape[1] - index.shape[1]]
-            stream, positions = gather_tokens(self.stream, others), self.positions.gather(1, others)
-            if context is not None:
-                stream = torch.cat((context.stream, stream), dim=1)
-                positions = torch.cat((context.positions, positions), dim=1)
-            context = Context(stream, positions, seen=remember)
+        fates: dict[str, Dropped | None] = {}
+        if others != "gone" or self.restorable:
+            fates[others] = self._without(index).join(getattr(self, others))
         return replace(
             self,
             hidden=gather_tokens(self.hidden, index),
             residual=None if self.residual is None else gather_tokens(self.residual, index),
-            context=context,
             positions=self.positions.gather(1, index),
+            size=None if self.size is None else self.size.gather(1, index),
             live=None if self.live is None else self.live.gather(1, index),
             memo={},
+            **fates,  # type: ignore[arg-type]
         )
+
+    def _without(self, index: Tensor) -> Dropped:
+        """The tokens that are not at `index` (B, K), in ascending order of theirs."""
+        left = torch.ones_like(self.positions).scatter(1, index, 0)
+        left = left.argsort(dim=1, descending=True, stable=True)[:, : self.positions.shape[1] - index.shape[1]]
+        size = None if self.size is None else self.size.gather(1, left)
+        return Dropped(gather_tokens(self.stream, left), self.positions.gather(1, left), size)
+
+    def merge(self, index: Tensor, target: Tensor) -> TokenSequence:
+        """Keep the tokens at `index` (B, K), each at its own position, and average others into them.
+
+        target  (B, L): for each token the place in `index` of the token that takes it in (for those at `index`, their
+                own), or -1 for one that is left out
+
+        Hidden state and residual become means weighted by size; sizes add up.
+        """
+        weight = self.sizes() * (target >= 0)  # (B, L)
+        place = target.clamp(min=0)
+        size = torch.zeros_like(weight[:, : index.shape[1]]).scatter_add(1, place, weight)  # (B, K)
+
+        def mean(values: Tensor) -> Tensor:
+            weighted = values * weight[..., None].to(values.dtype)  # (B, L, d)
+            total = values.new_zeros(len(values), index.shape[1], values.shape[2])
+            total = total.scatter_add(1, place[..., None].expand_as(weighted), weighted)
+            return total / size[..., None].to(values.dtype)
+
+        kept = self.keep(index)
+        residual = None if self.residual is None else mean(self.residual)
+        return replace(kept, hidden=mean(self.hidden), residual=residual, size=size)
+
+    def sizes(self) -> Tensor:
+        """(B, L) float32: dense tokens that each token stands for."""
+        return torch.ones_like(self.positions, dtype=torch.float32) if self.size is None else self.size
+
+    def joined(self, values: Tensor, frozen: Tensor) -> tuple[TokenSequence, Tensor]:
+        """Live and frozen tokens as one sequence in ascending position, and the row (B, L) of each live token in it.
+
+        `values` (B, L, c) of the live and `frozen` (B, F, c) of the frozen tokens become its hidden state.
+        """
+        assert self.frozen is not None
+        if "joined" not in self.memo:
+            positions = torch.cat((self.positions, self.frozen.positions), dim=1)
+            positions, order = positions.sort(dim=1)  # (B, L + F)
+            size = joined_sizes((self.size, self.frozen.size), (self.positions, self.frozen.positions))
+            size = None if size is None else size.gather(1, order)
+            self.memo["joined"] = (order, order.argsort(dim=1)[:, : values.shape[1]], positions, size, {})
+        order, rows, positions, size, memo = self.memo["joined"]
+        hidden = gather_tokens(torch.cat((values, frozen), dim=1), order)
+        whole = replace(self, hidden=hidden, residual=None, positions=positions, size=size, frozen=None, memo=memo)
+        return whole, rows
 
     def restored(self) -> Tensor:
         """(B, length, d): the dense sequence, dropped tokens as they were when they left. For `restorable` sequences.
 
         The reduction `mask` drops nothing, so its zeroed tokens stay what they are.
         """
-        if self.context is None:
+        dropped = [each for each in (self.frozen, self.context, self.gone) if each is not None]
+        if not dropped:
             return self.hidden
-        values = torch.cat((self.hidden, self.context.stream.to(self.hidden.dtype)), dim=1)  # (B, length, d)
-        order = torch.cat((self.positions, self.context.positions), dim=1).argsort(dim=1)
-        return gather_tokens(values, order)
+        values = torch.cat((self.hidden, *(each.stream.to(self.hidden.dtype) for each in dropped)), dim=1)
+        order = torch.cat((self.positions, *(each.positions for each in dropped)), dim=1).argsort(dim=1)
+        return gather_tokens(values, order)  # (B, length, d)
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""
@@ -145,10 +210,10 @@ class TokenSequence:
         return values.gather(1, rank[:, None, None].expand(-1, 1, values.shape[-1]))[:, 0]
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of `values` (B, L, c) over the live tokens: (B, c)."""
-        if self.live is None:
+        """Mean of `values` (B, L, c) over the live tokens, weighted by size: (B, c)."""
+        if self.live is None and self.size is None:
             return values.mean(dim=1)
-        weight = self.live.to(values.dtype)[..., None]  # (B, L, 1)
+        weight = (self.sizes() if self.live is None else self.live).to(values.dtype)[..., None]  # (B, L, 1)
         return (values * weight).sum(dim=1) / weight.sum(dim=1)
 
     def gaps(self, *, reverse: bool) -> Tensor:
@@ -167,6 +232,14 @@ class TokenSequence:
         skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
         zero = torch.zeros_like(skipped[:, :1]) if skipped.shape[1] else skipped.new_zeros(len(skipped), 1)
         return torch.cat((skipped, zero), dim=1) if reverse else torch.cat((zero, skipped), dim=1)
+
+
+def joined_sizes(sizes: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:
+    """Sizes of several groups of tokens, side by side; None if no group has any. `like` are (B, n) each."""
+    if all(size is None for size in sizes):
+        return None
+    ones = (torch.ones_like(each, dtype=torch.float32) for each in like)
+    return torch.cat([one if size is None else size for size, one in zip(sizes, ones, strict=True)], dim=1)
 
 
 def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
@@ -188,13 +261,35 @@ class ScanStatistics:
 
 @dataclass(frozen=True)
 class ScanAlignment:
-    """How the scans of one layer step over dropped tokens: h decays by exp(A * gap * gap_delta) before the next one.
+    """How the scans of one layer make up for dropped tokens.
 
-    gap_delta has one entry for each direction: (E,) the step of a dropped token per channel, or None to use the next
-    kept token's own step ("neighbour").
+    gap_delta  one entry for each direction: h decays by exp(A * gap * gap_delta) before the next kept token. (E,) is
+               the step of a dropped token per channel, None the next kept token's own step ("neighbour")
+    mass       (directions,) or None: instead, the step of a token that stands for `size` tokens grows by the factor
+               1 + mass (size - 1), in its decay and in what it puts into the state
     """
 
     gap_delta: tuple[Tensor | None, ...]
+    mass: Tensor | None = None
+
+    def steps(
+        self, direction: int, gap: Tensor | None, size: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the scan of `direction` is given as gap (B, L) and gap_delta (E,), and the growth (B, L) of its steps.
+
+        `gap` and `size` (B, L) are of the tokens in the order in which the scan is given them.
+        """
+        if self.mass is None:
+            return gap, None if gap is None else self.gap_delta[direction], None
+        if size is None:
+            return None, None, None
+        growth = self.mass[direction].float() * (size - 1)
+        return growth, None, growth
+
+
+def grown(b: Tensor, growth: Tensor | None) -> Tensor:
+    """B (B, L, N) of tokens whose steps grow by the factor 1 + growth (B, L): the input into the state is dt B u."""
+    return b if growth is None else b * (1 + growth).to(b.dtype)[..., None]
 
 
 class Pruner(Protocol):
@@ -208,7 +303,7 @@ class Pruner(Protocol):
         ...
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        """How the scans of `block` step over dropped tokens; None for not at all. Asked when tokens are missing."""
+        """How the scans of `block` make up for dropped tokens; None for not at all. Asked when tokens are missing."""
         ...
 
     def __call__(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:

@@ -27,7 +27,7 @@ LAYERS = [
 ]
 FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TORCH_FREE = (
+TORCH_FREE = ("recipe", "recipe_sections", "report", "registry", "errors", "preprocessing", "validation", "yaml_text", "cli")
     "recipe",
     "recipe_sections",
     "report",
