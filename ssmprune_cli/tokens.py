@@ -1,6 +1,6 @@
-"""The sequence of tokens that flows through a backbone, and what a mixer and a pruner tell each other about it.
+"""The sequence of tokens that flows through a backbone.
 
-This is all that `models` and `pruning` share. Letters: B batch, L tokens now, E inner channels, d model width.
+With `interface.py` this is all that `models` and `pruning` share. Letters: B batch, L tokens now, d model width.
 A token's *position* is its index in the dense sequence. It never changes; gaps and ranks are derived from it.
 """
 
@@ -8,34 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of blocks that see the same grid of tokens. Between two stages is a downsampling of the whole grid.
-
-    start, stop  the first block, and one past the last
-    grid         rows and columns of patch tokens
-    protected    positions in the dense sequence that may never be dropped (class and register tokens)
-    """
-
-    start: int
-    stop: int
-    grid: tuple[int, int]
-    protected: tuple[int, ...] = ()
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of the dense sequence, protected tokens included."""
-        return self.num_patches + len(self.protected)
 
 
 @dataclass(frozen=True)
@@ -133,6 +109,11 @@ class TokenSequence:
             **fates,  # type: ignore[arg-type]
         )
 
+    def retire(self) -> TokenSequence:
+        """Frozen tokens stop feeding anything."""
+        gone = self.frozen.join(self.gone) if self.frozen is not None and self.restorable else self.gone
+        return replace(self, frozen=None, gone=gone, memo={})
+
     def _without(self, index: Tensor) -> Dropped:
         """The tokens that are not at `index` (B, K), in ascending order of theirs."""
         left = torch.ones_like(self.positions).scatter(1, index, 0)
@@ -188,12 +169,13 @@ class TokenSequence:
 
         The reduction `mask` drops nothing, so its zeroed tokens stay what they are.
         """
-        dropped = [each for each in (self.frozen, self.context, self.gone) if each is not None]
-        if not dropped:
+        groups = [each for each in (self.gone, self.context, self.frozen) if each is not None]
+        if not groups:
             return self.hidden
-        values = torch.cat((self.hidden, *(each.stream.to(self.hidden.dtype) for each in dropped)), dim=1)
-        order = torch.cat((self.positions, *(each.positions for each in dropped)), dim=1).argsort(dim=1)
-        return gather_tokens(values, order)  # (B, length, d)
+        values = self.hidden.new_empty(len(self.hidden), self.length, self.hidden.shape[2])
+        for group in groups:
+            values = _put(values, group.positions, group.stream)
+        return _put(values, self.positions, self.hidden)
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""
@@ -242,89 +224,11 @@ def joined_sizes(sizes: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tens
     return torch.cat([one if size is None else size for size, one in zip(sizes, ones, strict=True)], dim=1)
 
 
+def _put(values: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """`values` (B, G, d) with `tokens` (B, M, d) at `positions` (B, M)."""
+    return values.scatter(1, positions[..., None].expand_as(tokens), tokens.to(values.dtype))
+
+
 def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, K) of `values` (B, L, c): (B, K, c)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
-@dataclass(frozen=True)
-class ScanStatistics:
-    """What one mixer hands out about its scans: one entry a direction, brought back to the tokens' own positions.
-
-    y      (B, L, E) scan outputs with the D skip, before the gate
-    delta  (B, L, E) step sizes after softplus; empty unless the pruner asked for them
-    """
-
-    y: tuple[Tensor, ...]
-    delta: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class ScanAlignment:
-    """How the scans of one layer make up for dropped tokens.
-
-    gap_delta  one entry for each direction: h decays by exp(A * gap * gap_delta) before the next kept token. (E,) is
-               the step of a dropped token per channel, None the next kept token's own step ("neighbour")
-    mass       (directions,) or None: instead, the step of a token that stands for `size` tokens grows by the factor
-               1 + mass (size - 1), in its decay and in what it puts into the state
-    """
-
-    gap_delta: tuple[Tensor | None, ...]
-    mass: Tensor | None = None
-
-    def steps(
-        self, direction: int, gap: Tensor | None, size: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the scan of `direction` is given as gap (B, L) and gap_delta (E,), and the growth (B, L) of its steps.
-
-        `gap` and `size` (B, L) are of the tokens in the order in which the scan is given them.
-        """
-        if self.mass is None:
-            return gap, None if gap is None else self.gap_delta[direction], None
-        if size is None:
-            return None, None, None
-        growth = self.mass[direction].float() * (size - 1)
-        return growth, None, growth
-
-
-def grown(b: Tensor, growth: Tensor | None) -> Tensor:
-    """B (B, L, N) of tokens whose steps grow by the factor 1 + growth (B, L): the input into the state is dt B u."""
-    return b if growth is None else b * (1 + growth).to(b.dtype)[..., None]
-
-
-class Pruner(Protocol):
-    """The slot `model.pruner`: asked once before and once after every block (blocks count from 0).
-
-    An implementation is an nn.Module, so that its buffers are saved and moved with the model.
-    """
-
-    def wants_delta(self, block: int) -> bool:
-        """Whether the mixer of `block` should hand out its step sizes too."""
-        ...
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        """How the scans of `block` make up for dropped tokens; None for not at all. Asked when tokens are missing."""
-        ...
-
-    def __call__(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        """The tokens that go on after `block`."""
-        ...
-
-
-class Mixer(Protocol):
-    """What pruning and counting need to know of a mixer.
-
-    per_direction  names of its child modules whose work is repeated for every scan direction, the scan itself left out;
-                   together they do the same work for each. What directions share is not among them
-    """
-
-    d_inner: int
-    directions: int
-    per_direction: tuple[str, ...]
-
-    def null_delta(self) -> Tensor:
-        """(directions, E): the step size of a zero token among zero tokens, from the weights alone."""
-        ...
-
-
-Mixers = Sequence[Mixer]

@@ -21,13 +21,13 @@ LAYERS = [
     {"checkpoint", "data"},
     {"models", "pruning"},
     {"kernels"},
-    {"recipe", "recipe_sections", "report", "tokens"},
+    {"interface", "recipe", "recipe_sections", "report", "tokens"},
     {"preprocessing", "registry", "statistics", "validation", "yaml_text"},
     {"errors"},
 ]
 FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TORCH_FREE = ("recipe", "recipe_sections", "report", "registry", "errors", "preprocessing", "validation", "yaml_text", "cli")
+TORCH_FREE = (
     "recipe",
     "recipe_sections",
     "report",

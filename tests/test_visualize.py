@@ -12,8 +12,9 @@ from PIL import Image
 
 from ssmprune_cli.data import open_dataset
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.new_model import build
 from ssmprune_cli.workflows.visualize import CAPTION, MARGIN, stages, visualize
 

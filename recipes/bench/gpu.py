@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 import ssmprune_cli
+from ssmprune_cli.interface import ScanStatistics
 from ssmprune_cli.kernels import available_backends, selective_scan, use_backend
 from ssmprune_cli.kernels.backend import pick
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
-from ssmprune_cli.tokens import ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.profile import tokens_per_block
 
 SHAPES = {"Vim-T": (197, 384), "Vim-S": (197, 768), "L 4096": (4096, 384), "L 16384": (16384, 384)}

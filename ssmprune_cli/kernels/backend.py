@@ -34,12 +34,14 @@ class ScanInputs:
     gap: Tensor | None
     gap_delta: Tensor | None
     reverse: bool
+    read: Tensor | None = None
 
 
 class Backend(ABC):
     """One implementation of the two ops, forward and backward."""
 
     name: str
+    skips_reading = False  # whether `scan` itself leaves out tokens that nobody reads; if not, it is given no `read`
 
     @property
     def automatic(self) -> bool:
@@ -56,11 +58,14 @@ class Backend(ABC):
 
     @abstractmethod
     def scan(self, inputs: ScanInputs) -> Tensor:
-        """y (B, L, E)."""
+        """y (B, L, E), or (B, K, E) with `read`."""
 
     @abstractmethod
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
-        """Gradients of u, delta, A, B, C, D, z, delta_bias, shift, gap_delta; None where the input is None."""
+        """Gradients of u, delta, A, B, C, D, z, delta_bias, shift, gap_delta; None where the input is None.
+
+        `grad` (B, L, E) has zeros at tokens that were not read.
+        """
 
     # What follows is plain PyTorch unless a backend has something faster.
 

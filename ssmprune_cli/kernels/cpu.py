@@ -24,9 +24,9 @@ def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctyp
 # Names and order of the structs in csrc/.
 _Scan = _struct(
     "Scan",
-    "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta",
+    "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots",
     "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l "
-    "softplus reverse half threads groups",
+    "softplus reverse half threads groups outputs",
 )
 _Conv = _struct(
     "Conv",
@@ -48,6 +48,7 @@ class CpuBackend(Backend):
     """Compiles its library when it is first asked for, unless one came with the installation."""
 
     name = "cpu"
+    skips_reading = True
 
     def __init__(self) -> None:
         self._library: ctypes.CDLL | None = None
@@ -65,10 +66,15 @@ class CpuBackend(Backend):
         return example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
 
     def scan(self, inputs: ScanInputs) -> Tensor:
-        y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype)
-        call = _Call(threads=torch.get_num_threads(), groups=1)
+        batch, length, channels = inputs.u.shape
+        outputs = length if inputs.read is None else inputs.read.shape[1]
+        y = torch.empty(batch, outputs, channels, dtype=inputs.u.dtype)
+        call = _Call(threads=torch.get_num_threads(), groups=1, outputs=outputs)
         call.scan(inputs)
         call.set(y=y)
+        if inputs.read is not None:
+            places = torch.arange(outputs).expand(batch, -1)
+            call.set(slots=torch.full((batch, length), -1).scatter_(1, inputs.read, places))
         self._run("scan_forward", call.struct(_Scan))
         return y
 

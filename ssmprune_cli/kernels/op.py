@@ -5,6 +5,7 @@ Glossary: B batch, L tokens, E channels, N state size, K convolution width. Layo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def selective_scan(
     gap: Tensor | None = None,
     gap_delta: Tensor | None = None,
     reverse: bool = False,
+    read: Tensor | None = None,
 ) -> Tensor:
     """Mamba-1's selective scan (state-spaces/mamba e9594ce, selective_scan_ref), aligned over pruned tokens.
 
@@ -45,11 +47,14 @@ def selective_scan(
     gap           (B, L): s_t = gap_t * gap_delta with `gap_delta` (E,), or gap_t * dt_t without. Excludes `shift`;
                   no gradient flows to it
     reverse       scan from the last token to the first; outputs stay at their tokens
+    read          (B, K) int64: only these tokens' outputs are wanted, in this order, each token once; the others feed
+                  the state and are never read out. Excludes `z`
 
     Activations (u, delta, B, C, z, shift) share one dtype; parameters have it too, or float32 beside half precision.
     The state and all arithmetic are in float32 at least.
 
-    Returns y (B, L, E) in the dtype of u. Raises KernelError for shapes, dtypes or devices that do not fit.
+    Returns y (B, L, E), with `read` (B, K, E), in the dtype of u.
+    Raises KernelError for shapes, dtypes or devices that do not fit.
     """
     batch, length, channels = three(u, "u")
     state = A.shape[-1]
@@ -72,15 +77,26 @@ def selective_scan(
         raise KernelError("shift and gap exclude each other")
     if gap_delta is not None and gap is None:
         raise KernelError("gap_delta needs gap")
+    if read is not None:
+        if z is not None:
+            raise KernelError("read and z exclude each other")
+        if read.dtype != torch.int64 or read.ndim != 2 or read.shape[0] != batch or read.device != u.device:
+            raise KernelError(f"read must be int64 (B, K) beside u, not {read.dtype} {tuple(read.shape)}")
     result: Tensor = torch.ops.ssmprune.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, read
     )
     return result
 
 
-def scan_flops(batch: int, length: int, channels: int, state: int, *, has_D: bool, has_z: bool) -> int:
-    """Multiply-adds of a scan, 9 B L E N and B L E each for D and the gate (state-spaces/mamba issue 110; VMamba)."""
-    return batch * length * channels * (9 * state + has_D + has_z)
+def scan_flops(
+    batch: int, length: int, channels: int, state: int, *, has_D: bool, has_z: bool, read: int | None = None
+) -> int:
+    """Multiply-adds of a scan, 9 B L E N and B L E each for D and the gate (state-spaces/mamba issue 110; VMamba).
+
+    Two of the nine, and D, are the reading of the state: only `read` of the tokens cost them if it is given.
+    """
+    skipped = 0 if read is None else length - read
+    return batch * channels * (length * (9 * state + has_D + has_z) - skipped * (2 * state + has_D))
 
 
 def _scan_op(
@@ -97,13 +113,18 @@ def _scan_op(
     gap: Tensor | None,
     gap_delta: Tensor | None,
     reverse: bool,
+    read: Tensor | None,
 ) -> Tensor:
+    backend = pick(u, A.shape[1])
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse)
-    return pick(u, A.shape[1]).scan(inputs)
+    if read is None or backend.skips_reading:
+        return backend.scan(replace(inputs, read=read))
+    return backend.scan(inputs).gather(1, read[..., None].expand(-1, -1, u.shape[2]))
 
 
 def _scan_fake(u: Tensor, *others: Any) -> Tensor:
-    return u.new_empty(u.shape)
+    read: Tensor | None = others[-1]
+    return u.new_empty(u.shape if read is None else (*read.shape, u.shape[2]))
 
 
 def _scan_backward_op(
@@ -134,22 +155,25 @@ def _scan_backward_fake(grad: Tensor, u: Tensor, *others: Any) -> list[Tensor]:
 
 
 def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, softplus, shift, gap, gap_delta, reverse = inputs
-    ctx.save_for_backward(*tensors, shift, gap, gap_delta)
+    *tensors, softplus, shift, gap, gap_delta, reverse, read = inputs
+    ctx.save_for_backward(*tensors, shift, gap, gap_delta, read)
     ctx.flags = (softplus, reverse)
 
 
 def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, shift, gap, gap_delta = ctx.saved_tensors
+    *tensors, shift, gap, gap_delta, read = ctx.saved_tensors
     softplus, reverse = ctx.flags
+    if read is not None:
+        index = read[..., None].expand(-1, -1, grad.shape[2])
+        grad = grad.new_zeros(tensors[0].shape).scatter(1, index, grad)
     found = iter(
         torch.ops.ssmprune.selective_scan_backward(
             grad.contiguous(), *tensors, softplus, shift, gap, gap_delta, reverse
         )
     )
     gradients = [None if tensor is None else next(found) for tensor in (*tensors, shift, gap_delta)]
-    # In the op's order: eight tensors, the softplus flag, shift, gap, gap_delta, the direction.
-    return (*gradients[:8], None, gradients[8], None, gradients[9], None)
+    # In the op's order: eight tensors, the softplus flag, shift, gap, gap_delta, the direction, the tokens read.
+    return (*gradients[:8], None, gradients[8], None, gradients[9], None, None)
 
 
 define("selective_scan", _scan_op, _scan_fake, backward=_scan_backward, setup=_scan_setup)
@@ -160,4 +184,5 @@ define("selective_scan_backward", _scan_backward_op, _scan_backward_fake)
 @register_flop_formula(torch.ops.ssmprune.selective_scan)
 def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *others: Any, **kwargs: Any) -> int:
     batch, length, channels = u
-    return 2 * scan_flops(batch, length, channels, A[1], has_D=D is not None, has_z=z is not None)
+    read = others[-1][1] if len(others) == 7 and others[-1] is not None else None
+    return 2 * scan_flops(batch, length, channels, A[1], has_D=D is not None, has_z=z is not None, read=read)

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import Mixers, Pruner, Stage
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.tokens import Mixers, Pruner, Stage
 
 Shapes = Mapping[str, tuple[int, ...]]
 

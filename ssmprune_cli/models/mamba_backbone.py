@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import Mixers
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.layers import PatchEmbed, RMSNorm
 from ssmprune_cli.models.mamba_mixer import MambaBlock, MambaMixer, MixerKind, init_output_projection
-from ssmprune_cli.tokens import Mixers, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 NORM_EPS = 1e-5
 

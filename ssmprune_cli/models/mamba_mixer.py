@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, grown
 from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, selective_scan, sparse_conv1d
 from ssmprune_cli.models.layers import RMSNorm
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 MixerKind = Literal["v2", "v1", "none"]
 
@@ -105,44 +106,59 @@ class MambaMixer(nn.Module):
         sequence: TokenSequence,
         alignment: ScanAlignment | None,
         want_delta: bool,
+        frozen: Tensor | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
         """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans did.
 
-        With `alignment`, each scan decays over the tokens that `sequence` has lost. `context` (B, M, d) are the
-        normalised tokens of `sequence.context`: they get no more than what the convolutions need of them.
+        With `alignment`, each scan makes up for the tokens that `sequence` has lost. `frozen` (B, F, d) and `context`
+        (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
+        the scans need of them, the second than what the convolutions need.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         if context is not None:
-            context = functional.linear(context, self.in_proj.weight[: self.d_inner])  # (B, M, E)
+            context = self._inner(context)
+        scanned, read = sequence, None
+        if frozen is not None:
+            scanned, read = sequence.joined(values, self._inner(frozen))
+            values = scanned.hidden  # (B, L + F, E)
         outputs, deltas = [], []
-        branch = self._project(values, context, sequence, "", reverse=False)
+        branch = self._project(values, context, scanned, "", reverse=False)
         for direction in range(self.directions):
             reverse, suffix = direction == 1, ""
             if reverse and self.kind == "v2":
                 suffix = "_b"
-                branch = self._project(values, context, sequence, suffix, reverse=True)
+                branch = self._project(values, context, scanned, suffix, reverse=True)
             u, raw_delta, b, c = branch
             bias = getattr(self, f"dt_proj{suffix}").bias
+            gap, gap_delta, growth = None, None, None
+            if alignment is not None:
+                gap, gap_delta, growth = alignment.steps(direction, scanned.gaps(reverse=reverse), scanned.size)
             y = selective_scan(
                 u,
                 raw_delta,
                 -torch.exp(self.A_b_log if reverse else self.A_log),
-                b,
+                grown(b, growth),
                 c,
                 getattr(self, f"D{suffix}"),
                 delta_bias=bias,
-                gap=None if alignment is None else sequence.gaps(reverse=reverse),
-                gap_delta=None if alignment is None else alignment.gap_delta[direction],
+                gap=gap,
+                gap_delta=gap_delta,
                 reverse=reverse,
+                read=read,
             )
             outputs.append(y)
             if want_delta:
-                deltas.append(functional.softplus(raw_delta + bias))
+                delta = functional.softplus(raw_delta + bias)
+                deltas.append(delta if read is None else gather_tokens(delta, read))
         projected: Tensor = self.out_proj(gated_sum(outputs, gate, 0.5 if self.halve else 1.0))
         if self.gamma is not None:
             projected = projected * self.gamma
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
+        return functional.linear(x, self.in_proj.weight[: self.d_inner])
 
     def _project(
         self, values: Tensor, context: Tensor | None, sequence: TokenSequence, suffix: str, *, reverse: bool
@@ -181,10 +197,11 @@ class MambaBlock(nn.Module):
         else:
             stream = sequence.stream
             normalised = self.norm(stream.to(self.norm.weight.dtype))
-        context = None
-        if sequence.context is not None:
-            context = self.norm(sequence.context.stream.to(self.norm.weight.dtype))
-        hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta, context)
+        frozen, context = (
+            None if dropped is None else self.norm(dropped.stream.to(self.norm.weight.dtype))
+            for dropped in (sequence.frozen, sequence.context)
+        )
+        hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta, frozen, context)
         return replace(sequence, hidden=hidden, residual=stream), statistics
 
 

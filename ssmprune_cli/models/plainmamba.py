@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.plainmamba_mixer import PlainMambaMixer
-from ssmprune_cli.models.plainmamba_routes import Walk, walks
-from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 BLOCK_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
@@ -133,11 +133,14 @@ class PlainMambaLayer(nn.Module):
         )
 
     def forward(
-        self, sequence: TokenSequence, routes: tuple[Walk, ...], alignment: ScanAlignment | None, want_delta: bool
+        self, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
         x = sequence.hidden
-        context = None if sequence.context is None else self.norm(sequence.context.stream.to(x.dtype))
-        mixed, statistics = self.mamba(self.norm(x), sequence, routes, alignment, want_delta, context)
+        frozen, context = (
+            None if dropped is None else self.norm(dropped.stream.to(x.dtype))
+            for dropped in (sequence.frozen, sequence.context)
+        )
+        mixed, statistics = self.mamba(self.norm(x), sequence, alignment, want_delta, frozen, context)
         x = x + mixed
         if self.dw is not None:
             x = self._convolve(x, sequence, self.dw)
@@ -212,12 +215,10 @@ class PlainMamba(Backbone):
     def _blocks(self, images: Tensor) -> Iterator[TokenSequence]:
         """The tokens after each block."""
         sequence, pruner = TokenSequence.dense(self.backbone(images)), self.pruner
-        routes, walked = walks(sequence, self.grid), sequence.positions
         for block, layer in enumerate(self.backbone.layers):
             alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-            if sequence.positions is not walked:  # tokens were dropped
-                routes, walked = walks(sequence, self.grid), sequence.positions
-            sequence, statistics = layer(sequence, routes, alignment, pruner is not None and pruner.wants_delta(block))
+            want_delta = pruner is not None and pruner.wants_delta(block)
+            sequence, statistics = layer(sequence, alignment, want_delta)
             if pruner is not None:
                 sequence = pruner(block, sequence, statistics)
             yield sequence

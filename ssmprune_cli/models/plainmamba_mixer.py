@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, grown
 from ssmprune_cli.kernels import gated_sum, grid_conv2d, selective_scan
-from ssmprune_cli.models.plainmamba_routes import ROUTES, Walk
-from ssmprune_cli.models.routes import reorder
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.models.plainmamba_routes import ROUTES, walks
+from ssmprune_cli.models.routes import reorder, steps_of
+from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 
 class PlainMambaMixer(nn.Module):
@@ -42,51 +43,64 @@ class PlainMambaMixer(nn.Module):
         self,
         x: Tensor,
         sequence: TokenSequence,
-        routes: tuple[Walk, ...],
         alignment: ScanAlignment | None,
         want_delta: bool,
+        frozen: Tensor | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
-        """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans along `routes` did.
+        """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans along its walks did.
 
-        With `alignment`, each scan decays over the tokens that `sequence` has lost. `context` (B, M, d) are the
-        normalised tokens of `sequence.context`: they get no more than what the convolution needs of them.
+        With `alignment`, each scan makes up for the tokens that `sequence` has lost. `frozen` (B, F, d) and `context`
+        (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
+        the scans need of them, the second than what the convolution needs.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        places = None if sequence.is_dense else sequence.positions
+        scanned, read = sequence, None
+        if frozen is not None:
+            scanned, read = sequence.joined(values, self._inner(frozen))
+            values = scanned.hidden  # (B, L + F, E)
+        length = values.shape[1]
+        places = None if scanned.is_dense else scanned.positions
         if sequence.context is not None and context is not None:
-            inner = slice(self.d_inner)
-            others = functional.linear(context, self.in_proj.weight[inner], self.in_proj.bias[inner])  # (B, M, E)
-            values = torch.cat((values, others), dim=1)
-            places = torch.cat((sequence.positions, sequence.context.positions), dim=1)
-        length = x.shape[1]
+            values = torch.cat((values, self._inner(context)), dim=1)
+            places = torch.cat((scanned.positions, sequence.context.positions), dim=1)
         u = grid_conv2d(values, self.conv2d.weight[:, 0], self.conv2d.bias, self.grid, places, outputs=length)
         rank_values, b, c = self.x_proj(u).split(self.splits, dim=-1)
         # The authors add the bias of dt_proj twice: in the projection, and once more in the scan.
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
         decay = -torch.exp(self.A_log)
         outputs, deltas = [], []
-        for direction, walk in enumerate(routes):
+        for direction, walk in enumerate(walks(scanned, self.grid)):
             # Only u is brought into the order of the route, not dt, B and C: so the authors trained it. See Walk.rows.
             rows = (raw_delta, b, c)
             if walk.rows is not None:
                 rows = (reorder(raw_delta, walk.rows), reorder(b, walk.rows), reorder(c, walk.rows))
+            gap, gap_delta, growth = None, None, None
+            if alignment is not None:
+                size = None if scanned.size is None else reorder(scanned.size[..., None], walk.visits.order)[..., 0]
+                gap, gap_delta, growth = alignment.steps(direction, walk.visits.gap, size)
             y = selective_scan(
                 reorder(u, walk.visits.order),
                 rows[0],
                 decay,
-                rows[1] + self.direction_Bs[walk.moves],  # (L, N) or (B, L, N)
+                grown(rows[1] + self.direction_Bs[walk.moves], growth),  # moves are (L,) or (B, L)
                 rows[2],
                 self.D,
                 delta_bias=bias,
-                gap=None if alignment is None else walk.visits.gap,
-                gap_delta=None if alignment is None else alignment.gap_delta[direction],
+                gap=gap,
+                gap_delta=gap_delta,
+                read=None if read is None else steps_of(walk.visits.back, read),
             )
-            outputs.append(reorder(y, walk.visits.back))
+            outputs.append(y if read is not None else reorder(y, walk.visits.back))
             if want_delta:
-                deltas.append(reorder(functional.softplus(rows[0] + bias), walk.visits.back))
+                delta = reorder(functional.softplus(rows[0] + bias), walk.visits.back)
+                deltas.append(delta if read is None else gather_tokens(delta, read))
         projected: Tensor = self.out_proj(gated_sum(outputs, gate))
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
+        return functional.linear(x, self.in_proj.weight[: self.d_inner], self.in_proj.bias[: self.d_inner])
 
     def null_delta(self) -> Tensor:
         """(4, E): step size of an empty place among empty places of the grid; the convolution leaves its bias there."""

@@ -42,7 +42,11 @@ class Walk:
 
 def walks(sequence: TokenSequence, grid: tuple[int, int]) -> tuple[Walk, ...]:
     """The four walks through `sequence`, whose positions are raster indices into `grid` (rows, columns)."""
-    return tuple(_walk(sequence, route, grid) for route in snakes(grid, sequence.positions.device))
+    if "walks" not in sequence.memo:
+        routes = snakes(grid, sequence.positions.device)
+        sequence.memo["walks"] = tuple(_walk(sequence, route, grid) for route in routes)
+    found: tuple[Walk, ...] = sequence.memo["walks"]
+    return found
 
 
 def snakes(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:

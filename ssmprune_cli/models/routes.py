@@ -54,3 +54,8 @@ def reorder(values: Tensor, index: Tensor) -> Tensor:
     if index.ndim == 1:
         return values[:, index]
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))  # (B, L, c)
+
+
+def steps_of(back: Tensor, tokens: Tensor) -> Tensor:
+    """(B, K) step at which each of `tokens` (B, K) is visited; `back` (L,) or (B, L) as in Visits."""
+    return back[tokens] if back.ndim == 1 else back.gather(1, tokens)

@@ -73,13 +73,17 @@ class Vim(MambaBackbone):
     def before_block(self, sequence: TokenSequence) -> TokenSequence:
         if self.rope is None:
             return sequence
-        residual, context = sequence.residual, sequence.context
+        rope = self.rope
+        residual, frozen, context = sequence.residual, sequence.frozen, sequence.context
         positions = None if sequence.is_dense else sequence.positions
         if self.config.rope_residual:
-            residual = None if residual is None else self.rope(residual, positions)
-            if context is not None:
-                context = replace(context, stream=self.rope(context.stream, context.positions))
-        return replace(sequence, hidden=self.rope(sequence.hidden, positions), residual=residual, context=context)
+            residual = None if residual is None else rope(residual, positions)
+            frozen, context = (
+                None if dropped is None else replace(dropped, stream=rope(dropped.stream, dropped.positions))
+                for dropped in (frozen, context)
+            )
+        hidden = rope(sequence.hidden, positions)
+        return replace(sequence, hidden=hidden, residual=residual, frozen=frozen, context=context)
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): the normalised class token, the mean of two, or the mean over tokens."""

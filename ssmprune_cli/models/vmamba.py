@@ -16,10 +16,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.vmamba_layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
 from ssmprune_cli.models.vmamba_mixer import VMambaMixer
-from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, Stage, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ class VMambaBlock(nn.Module):
     def forward(
         self, sequence: TokenSequence, grid: tuple[int, int], alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
-        context = None
-        if sequence.context is not None and sequence.context.seen:
-            context = self.norm(sequence.context.stream.to(self.norm.weight.dtype))
-        mixed, statistics = self.op(self.norm(sequence.hidden), sequence, grid, alignment, want_delta, context)
+        frozen, context = (
+            None if dropped is None else self.norm(dropped.stream.to(self.norm.weight.dtype))
+            for dropped in (sequence.frozen, sequence.context)
+        )
+        normalised = self.norm(sequence.hidden)
+        mixed, statistics = self.op(normalised, sequence, grid, alignment, want_delta, frozen, context)
         hidden = sequence.hidden + mixed
         if self.mlp is not None and self.norm2 is not None:
             hidden = hidden + self.mlp(self.norm2(hidden))

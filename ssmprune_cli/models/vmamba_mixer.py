@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, grown
 from ssmprune_cli.kernels import grid_conv2d, selective_scan
 from ssmprune_cli.models.mamba_mixer import StepProjection
-from ssmprune_cli.models.routes import Visits, reorder, visits
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.models.routes import Visits, reorder, steps_of, visits
+from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 DIRECTIONS = 4  # rows, columns, rows from the end, columns from the end
 
@@ -85,28 +86,38 @@ class VMambaMixer(nn.Module):
         grid: tuple[int, int],
         alignment: ScanAlignment | None,
         want_delta: bool,
+        frozen: Tensor | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
         """`x` (B, L, d), the normalised tokens of `sequence` on `grid`, to (B, L, d) and what the scans did.
 
-        With `alignment`, each scan decays over the tokens that `sequence` has lost on its own way. `context` (B, M, d)
-        are the normalised tokens of `sequence.context`: they get no more than what the convolution needs of them.
+        With `alignment`, each scan makes up for the tokens that `sequence` has lost on its own way. `frozen` (B, F, d)
+        and `context` (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no
+        more than what the scans need of them, the second than what the convolution needs.
         """
         u: Tensor = self.in_proj(x)  # (B, L, E), or (B, L, 2E) with a gate
         gate = None
         if self.gated:
             u, gate = u.chunk(2, dim=-1)  # (B, L, E) each
         if context is not None:
-            context = functional.linear(context, self.in_proj.weight[: self.d_inner])  # (B, M, E)
-        u = self._convolve(u, context, sequence, grid)
-        columns = column_visits(sequence, grid)
-        outputs, deltas = self._scan(u, sequence, columns, alignment, want_delta)
+            context = self._inner(context)
+        scanned, read = sequence, None
+        if frozen is not None:
+            scanned, read = sequence.joined(u, self._inner(frozen))
+            u = scanned.hidden  # (B, L + F, E)
+        u = self._convolve(u, context, scanned, grid)
+        columns = column_visits(scanned, grid)
+        outputs, deltas = self._scan(u, scanned, columns, alignment, want_delta, read)
         # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
         mixed: Tensor = self.out_norm((outputs[0] + outputs[2]) + (outputs[1] + outputs[3]))
         if gate is not None:
             mixed = mixed * functional.silu(gate)
         projected: Tensor = self.out_proj(mixed)
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """The part of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
+        return functional.linear(x, self.in_proj.weight[: self.d_inner])
 
     def _convolve(self, x: Tensor, context: Tensor | None, sequence: TokenSequence, grid: tuple[int, int]) -> Tensor:
         """(B, L, E): the input of the scans, from projected tokens x (B, L, E) and those of the context (B, M, E)."""
@@ -120,35 +131,51 @@ class VMambaMixer(nn.Module):
         return grid_conv2d(x, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions, outputs=kept)
 
     def _scan(
-        self, u: Tensor, sequence: TokenSequence, columns: Visits, alignment: ScanAlignment | None, want_delta: bool
+        self,
+        u: Tensor,
+        sequence: TokenSequence,
+        columns: Visits,
+        alignment: ScanAlignment | None,
+        want_delta: bool,
+        read: Tensor | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places."""
+        """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places.
+
+        `read` (B, K) are the tokens whose outputs are wanted; None is all of them.
+        """
         a = -torch.exp(self.A_logs).unflatten(0, (DIRECTIONS, -1))  # (4, E, N)
         d = self.Ds.unflatten(0, (DIRECTIONS, -1))  # (4, E)
         inputs = (u, reorder(u, columns.order))
+        sizes: tuple[Tensor | None, ...] = (None, None)
+        if sequence.size is not None:
+            sizes = (sequence.size, reorder(sequence.size[..., None], columns.order)[..., 0])
+        reads = (read, None if read is None else steps_of(columns.back, read))
         projected = self.projections(u, columns, self.x_proj_weight, self.dt_projs_weight)
         outputs, deltas = [], []
         for direction, (raw_delta, b, c) in enumerate(projected):
             by_column, reverse = direction % 2 == 1, direction >= 2
-            gap = None
+            gap, gap_delta, growth = None, None, None
             if alignment is not None:
                 gap = _gaps(columns, reverse=reverse) if by_column else sequence.gaps(reverse=reverse)
+                gap, gap_delta, growth = alignment.steps(direction, gap, sizes[by_column])
             y = selective_scan(
                 inputs[by_column],
                 raw_delta,
                 a[direction],
-                b,
+                grown(b, growth),
                 c,
                 d[direction],
                 delta_bias=self.dt_projs_bias[direction],
                 gap=gap,
-                gap_delta=None if alignment is None else alignment.gap_delta[direction],
+                gap_delta=gap_delta,
                 reverse=reverse,
+                read=reads[by_column],
             )
-            outputs.append(reorder(y, columns.back) if by_column else y)
+            outputs.append(reorder(y, columns.back) if by_column and read is None else y)
             if want_delta:
                 delta = functional.softplus(raw_delta + self.dt_projs_bias[direction])
-                deltas.append(reorder(delta, columns.back) if by_column else delta)
+                delta = reorder(delta, columns.back) if by_column else delta
+                deltas.append(delta if read is None else gather_tokens(delta, read))
         return outputs, deltas
 
     def null_delta(self) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ssmprune_cli.interface import Mixer, ScanAlignment
 from ssmprune_cli.registry import Registry
-from ssmprune_cli.tokens import Mixer, ScanAlignment
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class AlignmentSource:
     stored: Callable[[Mixer, Tensor | None], Tensor] | None
     align: Callable[[Tensor | None, int], ScanAlignment | None]
     needs_calibration: bool = False
+    needs_sizes: bool = False
 
 
 def _per_channel(stored: Tensor | None, directions: int) -> ScanAlignment:
@@ -43,8 +45,19 @@ def _calibrated(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
     return mixer.null_delta() if calibrated is None else calibrated
 
 
+TYPICAL_MASS = 0.5  # where calibrated masses scatter around; see BENCHMARKS.md
+
+
+def _mass(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
+    return torch.full((mixer.directions,), TYPICAL_MASS) if calibrated is None else calibrated
+
+
 ALIGNMENTS: Registry[AlignmentSource] = Registry("alignment source")
 ALIGNMENTS.register("calibrated", AlignmentSource(_calibrated, _per_channel, needs_calibration=True))
 ALIGNMENTS.register("null", AlignmentSource(_null, _per_channel))
 ALIGNMENTS.register("neighbour", AlignmentSource(None, lambda stored, directions: ScanAlignment((None,) * directions)))
 ALIGNMENTS.register("none", AlignmentSource(None, lambda stored, directions: None))
+ALIGNMENTS.register(
+    "mass",
+    AlignmentSource(_mass, lambda stored, directions: ScanAlignment((None,) * directions, stored), needs_sizes=True),
+)

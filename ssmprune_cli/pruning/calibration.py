@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
+from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
 from ssmprune_cli.pruning.reduction.base import rank
-from ssmprune_cli.tokens import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 
 class Prunable(Protocol):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule
-from ssmprune_cli.tokens import Mixers, ScanAlignment, ScanStatistics, Stage, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class PruneSettings:
     def __post_init__(self) -> None:
         IMPORTANCES.get(self.importance)
         ALIGNMENTS.get(self.alignment)
+        if ALIGNMENTS.get(self.alignment).needs_sizes and not REDUCTIONS.get(self.reduction).sized:
+            raise UsageError(
+                f"alignment {self.alignment!r} goes by the sizes of tokens, and {self.reduction!r} merges none",
+                hint="Use it with a reduction that merges tokens, such as local-merge.",
+            )
         if self.alignment != "none" and not REDUCTIONS.get(self.reduction).aligned:
             raise UsageError(
                 f"the reduction {self.reduction!r} leaves no gaps in scan order, so there is nothing to align",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.tokens import Stage
+from ssmprune_cli.interface import Stage
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Convention: one multiply-add counts as one, as in fvcore and the papers. `directions: all` counts every scan direction.
 `directions: one` counts what the directions of a mixer repeat (the scan and `Mixer.per_direction`) once, as the Vim
 literature does (Vim-T 1.45 G, Vim-S 5.08 G). A scan counts 9 B L E N, and B L E each for D, a gate inside it and
-alignment. Vim's gate is one element-wise product after both scans, so it is not counted.
+alignment; a token that is never read out (see `frozen`) counts 7 E N there, and no D. Vim's gate is one element-wise
+product after both scans, so it is not counted.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ssmprune_cli.models.base import Backbone
 
 # What fvcore and the papers do not count: element-wise arithmetic, norms built from it, reshaping, sorting, gathering.
 _FREE = (
-    "abs add add_ all any arange argmax argsort bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_tensors cat "
-    "clamp clamp_ clone constant_pad_nd contiguous cos cumsum detach diff div div_ empty_like eq exp expand expand_as "
-    "fill_ flatten flip full gather ge gelu gt index index_select le lt masked_fill max maximum mean min mul mul_ "
-    "nan_to_num ne neg new_ones new_zeros norm ones ones_like pad permute pow reciprocal relu repeat reshape rsqrt "
-    "rsub scatter searchsorted select sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze "
-    "stack std sub sum t tanh tile to transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like "
-    "__and__ __or__ __xor__ __rshift__ __lshift__"
+    "abs add add_ all any arange argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor "
+    "broadcast_tensors cat clamp clamp_ clone constant_pad_nd contiguous cos cumsum detach diff div div_ empty_like "
+    "eq exp expand expand_as fill_ flatten flip full gather ge gelu gt index index_select le lt masked_fill max "
+    "maximum mean min mul mul_ nan_to_num ne neg new_ones new_zeros norm ones ones_like pad permute pow reciprocal "
+    "relu repeat reshape rsqrt rsub scatter scatter_add searchsorted select sigmoid silu sin slice softplus sort "
+    "split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile to transpose type_as unbind unflatten "
+    "unsqueeze view view_as where zeros zeros_like __and__ __or__ __xor__ __rshift__ __lshift__"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
 
@@ -49,9 +50,18 @@ def _shape(value: Any) -> list[int]:
 
 def _scan_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "shift", "gap")
+    read = _shape(inputs[13])
     shapes = {name: _shape(value) for name, value in zip(names, inputs, strict=False)}
     batch, length, channels = shapes["u"]
-    flops = scan_flops(batch, length, channels, shapes["A"][1], has_D=bool(shapes["D"]), has_z=bool(shapes["z"]))
+    flops = scan_flops(
+        batch,
+        length,
+        channels,
+        shapes["A"][1],
+        has_D=bool(shapes["D"]),
+        has_z=bool(shapes["z"]),
+        read=read[1] if read else None,
+    )
     if shapes["shift"] or shapes["gap"]:
         flops += batch * length * channels  # delta + gap * gap_delta
     return Counter({"selective_scan": flops})

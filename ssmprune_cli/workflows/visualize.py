@@ -17,8 +17,9 @@ from torch import Tensor
 from ssmprune_cli.data import batches
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.tokens import Pruner, ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 TILE = 192  # about the side of one image in the picture, pixels; rounded to whole cells
 MARGIN = 6

@@ -24,7 +24,7 @@ def restore_backend() -> Iterator[None]:
 
 def split(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, TokenSequence]:
     """Kept rows of `dense`, the others, and the sequence that has forgotten none of them."""
-    sequence = TokenSequence.dense(dense).keep(kept, remember=True)
+    sequence = TokenSequence.dense(dense).keep(kept, others="context")
     assert sequence.context is not None
     return sequence.hidden, sequence.context.stream.to(dense.dtype), sequence
 
@@ -55,8 +55,8 @@ def test_equals_the_dense_convolution_and_its_gradients(backend: str, reverse: b
 
 def test_a_second_drop_remembers_the_first() -> None:
     dense = torch.arange(12.0).view(1, 12, 1)
-    first = TokenSequence.dense(dense).keep(torch.tensor([[0, 2, 3, 7, 8, 9]]), remember=True)
-    second = first.keep(torch.tensor([[1, 2, 5]]), remember=True)  # positions 2, 3 and 9
+    first = TokenSequence.dense(dense).keep(torch.tensor([[0, 2, 3, 7, 8, 9]]), others="context")
+    second = first.keep(torch.tensor([[1, 2, 5]]), others="context")  # positions 2, 3 and 9
     x, context = second.hidden, second.context
     assert context is not None and second.positions.tolist() == [[2, 3, 9]]
     assert sorted(context.positions[0].tolist()) == [0, 1, 4, 5, 6, 7, 8, 10, 11]
@@ -64,7 +64,7 @@ def test_a_second_drop_remembers_the_first() -> None:
     forward, backward = (conv_sources(second, 3, reverse=reverse)[0] for reverse in (False, True))
     assert rows[forward].tolist() == [[0, 1, 2], [1, 2, 3], [7, 8, 9]]
     assert rows[backward].tolist() == [[4, 3, 2], [5, 4, 3], [11, 10, 9]]
-    edge = TokenSequence.dense(dense).keep(torch.tensor([[0, 11]]), remember=True)
+    edge = TokenSequence.dense(dense).keep(torch.tensor([[0, 11]]), others="context")
     assert conv_sources(edge, 3, reverse=False)[0, 0, :2].tolist() == [-1, -1]
     assert conv_sources(edge, 3, reverse=True)[0, 1, :2].tolist() == [-1, -1]
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Hints, Shapes
 from ssmprune_cli.models.mambar import MAMBA_REG, MambaReg, MambaRegConfig, register_positions
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.inspect import inspect
 

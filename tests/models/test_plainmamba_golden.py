@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssmprune_cli import load
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models.base import Hints
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.plainmamba_checkpoint import PLAINMAMBA
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MINI = sorted(path.name for path in GOLDEN.glob("plainmamba_mini_*"))

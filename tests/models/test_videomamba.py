@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Hints, Shapes
 from ssmprune_cli.models.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.models.vim_checkpoint import VIM
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.new_model import build as build_new

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Hints, Shapes
 from ssmprune_cli.models.layers import RotaryEmbedding
@@ -23,7 +24,7 @@ from ssmprune_cli.models.mamba_mixer import MambaMixer
 from ssmprune_cli.models.vim import Vim, VimConfig, class_positions
 from ssmprune_cli.models.vim_checkpoint import VIM
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 SHAPES = Path(__file__).parent.parent / "golden" / "shapes"
 PUBLISHED = {

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MINI = sorted(path.name for path in GOLDEN.glob("vim_mini_*"))

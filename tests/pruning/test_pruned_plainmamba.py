@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.kernels import selective_scan
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.plainmamba_routes import walks
 from ssmprune_cli.models.routes import reorder
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 TINY = PlainMambaConfig(image_size=(32, 32), patch_size=8, embed_dim=16, depth=4, num_classes=5)
 KINDS = {
@@ -174,12 +175,11 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token() -> None:
     mask = torch.zeros(2, 16, 1, dtype=torch.float64).scatter(1, kept[..., None], 1.0)
     dense = TokenSequence.dense(x)
     short = dense.keep(kept)
-    routes, short_routes = walks(dense, model.grid), walks(short, model.grid)
     with torch.no_grad():
-        full, _ = mixer(x * mask, dense, routes, None, False)
+        full, _ = mixer(x * mask, dense, None, False)
         expected = full.gather(1, kept[..., None].expand(-1, -1, 16))
-        found, _ = mixer(short.hidden, short, short_routes, ScanAlignment(tuple(mixer.null_delta())), False)
-        unaligned, _ = mixer(short.hidden, short, short_routes, None, False)
+        found, _ = mixer(short.hidden, short, ScanAlignment(tuple(mixer.null_delta())), False)
+        unaligned, _ = mixer(short.hidden, short, None, False)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert (unaligned - expected).abs().max() > 1e-6  # the test would notice if alignment did nothing
 

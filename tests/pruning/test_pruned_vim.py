@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 TINY = VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=16, depth=4, num_classes=5)
 KINDS = {

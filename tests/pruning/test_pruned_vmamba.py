@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ssmprune_cli import load
 from ssmprune_cli.checkpoint import save
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
 from ssmprune_cli.models.vmamba_mixer import VMambaMixer
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
 from ssmprune_cli.recipe import load_recipe, shipped_recipes
-from ssmprune_cli.tokens import ScanAlignment, ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import Fate, TokenSequence
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.profile import tokens_per_block
 from ssmprune_cli.workflows.visualize import picture, stages
@@ -177,8 +178,9 @@ def test_the_convolution_sees_dropped_tokens_if_they_are_remembered(kind: str) -
     kept = torch.tensor([[0, 3, 4, 8, 9, 15], [2, 5, 8, 11, 13, 19]])
     dense = TokenSequence.dense(x, restorable=True)
     _, expected = block(dense, (4, 5), None, True)
-    for remember, same in ((True, True), (False, False)):
-        _, found = block(dense.keep(kept, remember=remember), (4, 5), None, True)
+    fates: tuple[tuple[Fate, bool], ...] = (("frozen", True), ("context", True), ("gone", False))
+    for others, same in fates:
+        _, found = block(dense.keep(kept, others=others), (4, 5), None, True)
         for direction in range(4):  # steps come from the convolution's output alone
             at_kept = expected.delta[direction].gather(1, kept[..., None].expand(-1, -1, found.delta[0].shape[-1]))
             assert torch.allclose(found.delta[direction], at_kept, rtol=0, atol=1e-12) == same

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import ScanStatistics
 from ssmprune_cli.pruning import IMPORTANCES, REDUCTIONS, PruneSchedule, PruneSettings
-from ssmprune_cli.tokens import ScanStatistics, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 SCHEDULE = PruneSchedule((1,), (2,))
 

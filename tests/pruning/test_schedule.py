@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import Stage
 from ssmprune_cli.pruning import PruneSchedule, default_points
-from ssmprune_cli.tokens import Stage
 
 # Three stages of 2, 5 and 2 blocks: 64, 16 and 4 patches, the last with a protected token.
 STAGES = (Stage(0, 2, (8, 8)), Stage(2, 7, (4, 4)), Stage(7, 9, (2, 2), (1,)))

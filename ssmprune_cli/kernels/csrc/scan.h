@@ -10,9 +10,10 @@ typedef struct {
     void *y, *du, *ddelta, *dz, *dshift;
     const float *A, *D, *bias, *gap, *gap_delta;
     float *dA, *dB, *dC, *dD, *dbias, *dgap_delta;
+    const int64_t *slots; /* (B, L): the row of y where a token's output goes, -1 for a token that nobody reads */
     int64_t batch, length, channels, state;
     int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l;
-    int64_t softplus, reverse, half, threads, groups;
+    int64_t softplus, reverse, half, threads, groups, outputs;
 } Scan;
 
 /* Channels `c` ... of sample `b`: the parameters of one block. A (N vectors) is in units of log 2. */

@@ -8,7 +8,8 @@ from operator import add
 
 from torch import Tensor
 
-from ssmprune_cli.tokens import ScanStatistics, TokenSequence
+from ssmprune_cli.interface import ScanStatistics
+from ssmprune_cli.tokens import TokenSequence
 
 # (sequence, statistics of the block before it, block number, seed) -> (B, L); the tokens with the largest scores stay.
 Importance = Callable[[TokenSequence, ScanStatistics, int, int], Tensor]

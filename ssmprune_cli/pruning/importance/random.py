@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmprune_cli.tokens import ScanStatistics, TokenSequence
+from ssmprune_cli.interface import ScanStatistics
+from ssmprune_cli.tokens import TokenSequence
 
 _MASK = (1 << 31) - 1
 

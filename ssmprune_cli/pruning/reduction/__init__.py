@@ -6,12 +6,18 @@ from ssmprune_cli.pruning.reduction.base import Reduction
 from ssmprune_cli.pruning.reduction.context import CONTEXT
 from ssmprune_cli.pruning.reduction.drop import DROP
 from ssmprune_cli.pruning.reduction.drop_unsorted import DROP_UNSORTED
+from ssmprune_cli.pruning.reduction.frozen import FROZEN, FROZEN_ONCE, FROZEN_PAIRS
+from ssmprune_cli.pruning.reduction.local_merge import LOCAL_MERGE
 from ssmprune_cli.pruning.reduction.mask import MASK
 from ssmprune_cli.registry import Registry
 
 REDUCTIONS: Registry[Reduction] = Registry("reduction")
 REDUCTIONS.register("drop", DROP)
 REDUCTIONS.register("context", CONTEXT)
+REDUCTIONS.register("frozen", FROZEN)
+REDUCTIONS.register("frozen-once", FROZEN_ONCE)
+REDUCTIONS.register("frozen-pairs", FROZEN_PAIRS)
+REDUCTIONS.register("local-merge", LOCAL_MERGE)
 REDUCTIONS.register("drop-unsorted", DROP_UNSORTED)
 REDUCTIONS.register("mask", MASK)
 

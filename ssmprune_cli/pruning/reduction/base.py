@@ -16,12 +16,13 @@ class Reduction:
     """`apply` (sequence, score (B, L), K) -> the sequence that goes on; K counts protected tokens.
 
     `aligned` says whether the result has gaps in ascending order, so that a scan can be aligned over them.
-    `shortens` says whether it costs less than the dense model.
+    `shortens` says whether it costs less than the dense model. `sized` says whether its tokens have sizes.
     """
 
     apply: Callable[[TokenSequence, Tensor, int], TokenSequence]
     aligned: bool
     shortens: bool
+    sized: bool = False
 
 
 def rank(sequence: TokenSequence, score: Tensor) -> Tensor:
@@ -36,3 +37,8 @@ def rank(sequence: TokenSequence, score: Tensor) -> Tensor:
     if sequence.live is not None:
         kind = torch.where(sequence.live, kind, 2)
     return order.gather(1, kind.gather(1, order).argsort(dim=1, stable=True))
+
+
+def ascending(sequence: TokenSequence, score: Tensor, count: int) -> Tensor:
+    """(B, count) indices of the tokens that stay, in ascending position."""
+    return rank(sequence, score)[:, :count].sort(dim=1).values

@@ -1,0 +1,121 @@
+"""What a backbone, its mixers and a pruner tell each other.
+
+Letters: B batch, L tokens now, N state, E inner channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ssmprune_cli.tokens import TokenSequence
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of blocks that see the same grid of tokens. Between two stages is a downsampling of the whole grid.
+
+    start, stop  the first block, and one past the last
+    grid         rows and columns of patch tokens
+    protected    positions in the dense sequence that may never be dropped (class and register tokens)
+    """
+
+    start: int
+    stop: int
+    grid: tuple[int, int]
+    protected: tuple[int, ...] = ()
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the dense sequence, protected tokens included."""
+        return self.num_patches + len(self.protected)
+
+
+@dataclass(frozen=True)
+class ScanStatistics:
+    """What one mixer hands out about its scans: one entry a direction, brought back to the tokens' own positions.
+
+    y      (B, L, E) scan outputs with the D skip, before the gate
+    delta  (B, L, E) step sizes after softplus; empty unless the pruner asked for them
+    """
+
+    y: tuple[Tensor, ...]
+    delta: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScanAlignment:
+    """How the scans of one layer make up for dropped tokens.
+
+    gap_delta  one entry for each direction: h decays by exp(A * gap * gap_delta) before the next kept token. (E,) is
+               the step of a dropped token per channel, None the next kept token's own step ("neighbour")
+    mass       (directions,) or None: instead, the step of a token that stands for `size` tokens grows by the factor
+               1 + mass (size - 1), in its decay and in what it puts into the state
+    """
+
+    gap_delta: tuple[Tensor | None, ...]
+    mass: Tensor | None = None
+
+    def steps(
+        self, direction: int, gap: Tensor | None, size: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the scan of `direction` is given as gap (B, L) and gap_delta (E,), and the growth (B, L) of its steps.
+
+        `gap` and `size` (B, L) are of the tokens in the order in which the scan is given them.
+        """
+        if self.mass is None:
+            return gap, None if gap is None else self.gap_delta[direction], None
+        if size is None:
+            return None, None, None
+        growth = self.mass[direction].float() * (size - 1)
+        return growth, None, growth
+
+
+def grown(b: Tensor, growth: Tensor | None) -> Tensor:
+    """B (B, L, N) of tokens whose steps grow by the factor 1 + growth (B, L): the input into the state is dt B u."""
+    return b if growth is None else b * (1 + growth).to(b.dtype)[..., None]
+
+
+class Pruner(Protocol):
+    """The slot `model.pruner`: asked once before and once after every block (blocks count from 0).
+
+    An implementation is an nn.Module, so that its buffers are saved and moved with the model.
+    """
+
+    def wants_delta(self, block: int) -> bool:
+        """Whether the mixer of `block` should hand out its step sizes too."""
+        ...
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        """How the scans of `block` make up for dropped tokens; None for not at all. Asked when tokens are missing."""
+        ...
+
+    def __call__(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        """The tokens that go on after `block`."""
+        ...
+
+
+class Mixer(Protocol):
+    """What pruning and counting need to know of a mixer.
+
+    per_direction  names of its child modules whose work is repeated for every scan direction, the scan itself left out;
+                   together they do the same work for each. What directions share is not among them
+    """
+
+    d_inner: int
+    directions: int
+    per_direction: tuple[str, ...]
+
+    def null_delta(self) -> Tensor:
+        """(directions, E): the step size of a zero token among zero tokens, from the weights alone."""
+        ...
+
+
+Mixers = Sequence[Mixer]

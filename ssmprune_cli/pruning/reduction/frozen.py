@@ -1,0 +1,54 @@
+"""Freeze tokens instead of dropping them: no block updates them, and they go on feeding the scans and convolutions.
+
+What a scan loses by dropping is its input. A frozen token gives it its last hidden state, normalised by each block
+anew: half of the input projection, the convolution, its step and B. It gets no gate, no output and no read-out of the
+state. It costs about half of a live token. `frozen-once` freezes until the next prune point, then drops for good;
+`frozen-pairs` averages neighbouring frozen tokens two by two, each pair with the size 2 (see the alignment `mass`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.pruning.reduction.base import Reduction, ascending
+from ssmprune_cli.tokens import Dropped, TokenSequence
+
+
+def _frozen(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
+    return sequence.keep(ascending(sequence, score, count), others="frozen")
+
+
+def _once(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
+    return sequence.retire().keep(ascending(sequence, score, count), others="frozen")
+
+
+def _pairs(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
+    before = sequence.frozen
+    kept = replace(sequence, frozen=None).keep(ascending(sequence, score, count), others="frozen")
+    assert kept.frozen is not None
+    return replace(kept, frozen=_paired(kept.frozen).join(before))
+
+
+def _paired(tokens: Dropped) -> Dropped:
+    """Each two neighbours averaged at the place of the first; the last of an odd number stays as it is."""
+    length = tokens.positions.shape[1]
+    pairs = length // 2
+    first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    size = torch.ones_like(tokens.positions, dtype=torch.float32) if tokens.size is None else tokens.size
+    joint = size[:, first] + size[:, second]  # (B, pairs)
+    weight = (size[:, first] / joint)[..., None]
+    mean = tokens.stream[:, first] * weight + tokens.stream[:, second] * (1 - weight)
+    rest = slice(2 * pairs, length)
+    return Dropped(
+        torch.cat((mean, tokens.stream[:, rest]), dim=1),
+        torch.cat((tokens.positions[:, first], tokens.positions[:, rest]), dim=1),
+        torch.cat((joint, size[:, rest]), dim=1),
+    )
+
+
+FROZEN = Reduction(_frozen, aligned=True, shortens=True)
+FROZEN_ONCE = Reduction(_once, aligned=True, shortens=True)
+FROZEN_PAIRS = Reduction(_pairs, aligned=True, shortens=True, sized=True)
