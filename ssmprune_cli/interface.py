@@ -56,7 +56,7 @@ class ScanAlignment:
 
     gap_delta  one entry for each direction: h decays by exp(A * gap * gap_delta) before the next kept token. (E,) is
                the step of a dropped token per channel, None the next kept token's own step ("neighbour")
-    mass       (directions,) or None: instead, the step of a token that stands for `size` tokens grows by the factor
+    mass       () or None: instead, the step of a token that stands for `size` tokens grows by the factor
                1 + mass (size - 1), in its decay and in what it puts into the state
     """
 
@@ -74,13 +74,8 @@ class ScanAlignment:
             return gap, None if gap is None else self.gap_delta[direction], None
         if size is None:
             return None, None, None
-        growth = self.mass[direction].float() * (size - 1)
+        growth = self.mass.float() * (size - 1)
         return growth, None, growth
-
-
-def grown(b: Tensor, growth: Tensor | None) -> Tensor:
-    """B (B, L, N) of tokens whose steps grow by the factor 1 + growth (B, L): the input into the state is dt B u."""
-    return b if growth is None else b * (1 + growth).to(b.dtype)[..., None]
 
 
 class Pruner(Protocol):

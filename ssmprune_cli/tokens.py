@@ -54,6 +54,7 @@ class TokenSequence:
     live      (B, L) bool, or None when every token is live; only the comparison reduction `mask` sets it
     frozen    dropped tokens that go on feeding the scans and convolutions: they are read, never updated
     context   dropped tokens that only the convolutions go on seeing
+    pooled    whether frozen tokens reach the scans through the live token nearest to each, in its step
     gone      dropped tokens that wait for `restored`
     restorable  whether `restored` will be asked for, in models that make the grid whole again
     memo      what has been derived from the positions, by name: all blocks between two prune points share it
@@ -68,6 +69,7 @@ class TokenSequence:
     live: Tensor | None = None
     frozen: Dropped | None = None
     context: Dropped | None = None
+    pooled: bool = False
     gone: Dropped | None = None
     restorable: bool = False
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, grown
-from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, selective_scan, sparse_conv1d
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, sparse_conv1d
+from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.layers import RMSNorm
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -118,39 +119,35 @@ class MambaMixer(nn.Module):
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         if context is not None:
             context = self._inner(context)
-        scanned, read = sequence, None
-        if frozen is not None:
-            scanned, read = sequence.joined(values, self._inner(frozen))
-            values = scanned.hidden  # (B, L + F, E)
+        flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment)
         outputs, deltas = [], []
-        branch = self._project(values, context, scanned, "", reverse=False)
+        branch = self._project(flow, context, "", reverse=False)
         for direction in range(self.directions):
             reverse, suffix = direction == 1, ""
             if reverse and self.kind == "v2":
                 suffix = "_b"
-                branch = self._project(values, context, scanned, suffix, reverse=True)
-            u, raw_delta, b, c = branch
+                branch = self._project(flow, context, suffix, reverse=True)
+            u, own, raw_delta, b, c = branch
             bias = getattr(self, f"dt_proj{suffix}").bias
-            gap, gap_delta, growth = None, None, None
-            if alignment is not None:
-                gap, gap_delta, growth = alignment.steps(direction, scanned.gaps(reverse=reverse), scanned.size)
-            y = selective_scan(
+            y = flow.scan(
+                direction,
                 u,
                 raw_delta,
                 -torch.exp(self.A_b_log if reverse else self.A_log),
-                grown(b, growth),
+                b,
                 c,
                 getattr(self, f"D{suffix}"),
+                own=own,
                 delta_bias=bias,
-                gap=gap,
-                gap_delta=gap_delta,
+                gap=flow.scanned.gaps(reverse=reverse),
+                size=flow.size,
+                read=flow.read,
                 reverse=reverse,
-                read=read,
             )
             outputs.append(y)
             if want_delta:
                 delta = functional.softplus(raw_delta + bias)
-                deltas.append(delta if read is None else gather_tokens(delta, read))
+                deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
         projected: Tensor = self.out_proj(gated_sum(outputs, gate, 0.5 if self.halve else 1.0))
         if self.gamma is not None:
             projected = projected * self.gamma
@@ -161,14 +158,18 @@ class MambaMixer(nn.Module):
         return functional.linear(x, self.in_proj.weight[: self.d_inner])
 
     def _project(
-        self, values: Tensor, context: Tensor | None, sequence: TokenSequence, suffix: str, *, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Input u (B, L, E), raw step sizes (B, L, E) without bias, B and C (B, L, N) of one branch."""
-        convolution = getattr(self, f"conv1d{suffix}")
-        sources = None if context is None else conv_sources(sequence, convolution.weight.shape[2], reverse=reverse)
-        u = convolution(values, reverse=reverse, context=context, sources=sources)
-        rank_values, b, c = getattr(self, f"x_proj{suffix}")(u).split(self.splits, dim=-1)
-        return u, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
+        self, flow: Inflow, context: Tensor | None, suffix: str, *, reverse: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
+        without bias, B and C (B, S, N)."""
+        convolution, projection = getattr(self, f"conv1d{suffix}"), getattr(self, f"x_proj{suffix}")
+        width, state = convolution.weight.shape[2], self.splits[2]
+        sources = None if context is None else conv_sources(flow.convolved, width, reverse=reverse)
+        u, own = flow.pool(convolution(flow.values, reverse=reverse, context=context, sources=sources))
+        rank_values, b, c = projection(u).split(self.splits, dim=-1)
+        if own is not None:  # what a token reads out is its own affair
+            c = functional.linear(own, projection.weight[-state:])
+        return u, own, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
 
     def null_delta(self) -> Tensor:
         """(directions, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, grown
-from ssmprune_cli.kernels import gated_sum, grid_conv2d, selective_scan
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.kernels import gated_sum, grid_conv2d
+from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.plainmamba_routes import ROUTES, walks
 from ssmprune_cli.models.routes import reorder, steps_of
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -55,48 +56,51 @@ class PlainMambaMixer(nn.Module):
         the scans need of them, the second than what the convolution needs.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        scanned, read = sequence, None
-        if frozen is not None:
-            scanned, read = sequence.joined(values, self._inner(frozen))
-            values = scanned.hidden  # (B, L + F, E)
-        length = values.shape[1]
-        places = None if scanned.is_dense else scanned.positions
-        if sequence.context is not None and context is not None:
-            values = torch.cat((values, self._inner(context)), dim=1)
-            places = torch.cat((scanned.positions, sequence.context.positions), dim=1)
-        u = grid_conv2d(values, self.conv2d.weight[:, 0], self.conv2d.bias, self.grid, places, outputs=length)
+        flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, self.grid[1])
+        u, own = flow.pool(self._convolve(flow, context))
         rank_values, b, c = self.x_proj(u).split(self.splits, dim=-1)
+        if own is not None:  # what a token reads out is its own affair
+            c = functional.linear(own, self.x_proj.weight[-self.splits[2] :])
         # The authors add the bias of dt_proj twice: in the projection, and once more in the scan.
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
         decay = -torch.exp(self.A_log)
         outputs, deltas = [], []
-        for direction, walk in enumerate(walks(scanned, self.grid)):
+        for direction, walk in enumerate(walks(flow.scanned, self.grid)):
             # Only u is brought into the order of the route, not dt, B and C: so the authors trained it. See Walk.rows.
             rows = (raw_delta, b, c)
             if walk.rows is not None:
                 rows = (reorder(raw_delta, walk.rows), reorder(b, walk.rows), reorder(c, walk.rows))
-            gap, gap_delta, growth = None, None, None
-            if alignment is not None:
-                size = None if scanned.size is None else reorder(scanned.size[..., None], walk.visits.order)[..., 0]
-                gap, gap_delta, growth = alignment.steps(direction, walk.visits.gap, size)
-            y = selective_scan(
-                reorder(u, walk.visits.order),
+            order, back = walk.visits.order, walk.visits.back
+            y = flow.scan(
+                direction,
+                reorder(u, order),
                 rows[0],
                 decay,
-                grown(rows[1] + self.direction_Bs[walk.moves], growth),  # moves are (L,) or (B, L)
+                rows[1] + self.direction_Bs[walk.moves],  # moves are (L,) or (B, L)
                 rows[2],
                 self.D,
+                own=None if own is None else reorder(own, order),
                 delta_bias=bias,
-                gap=gap,
-                gap_delta=gap_delta,
-                read=None if read is None else steps_of(walk.visits.back, read),
+                gap=walk.visits.gap,
+                size=None if flow.size is None else reorder(flow.size[..., None], order)[..., 0],
+                read=None if flow.read is None else steps_of(back, flow.read),
             )
-            outputs.append(y if read is not None else reorder(y, walk.visits.back))
+            outputs.append(reorder(y, back) if flow.read is None else y)
             if want_delta:
-                delta = reorder(functional.softplus(rows[0] + bias), walk.visits.back)
-                deltas.append(delta if read is None else gather_tokens(delta, read))
+                delta = reorder(functional.softplus(rows[0] + bias), back)
+                deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
         projected: Tensor = self.out_proj(gated_sum(outputs, gate))
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+
+    def _convolve(self, flow: Inflow, context: Tensor | None) -> Tensor:
+        """(B, L, E) or (B, L + F, E): the values of `flow`, convolved; `context` (B, M, d) as in `forward`."""
+        values, convolved = flow.values, flow.convolved
+        places = None if convolved.is_dense else convolved.positions
+        if convolved.context is not None and context is not None:
+            values = torch.cat((values, self._inner(context)), dim=1)
+            places = torch.cat((convolved.positions, convolved.context.positions), dim=1)
+        outputs = flow.values.shape[1]
+        return grid_conv2d(values, self.conv2d.weight[:, 0], self.conv2d.bias, self.grid, places, outputs=outputs)
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, grown
-from ssmprune_cli.kernels import grid_conv2d, selective_scan
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.kernels import grid_conv2d
+from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.mamba_mixer import StepProjection
 from ssmprune_cli.models.routes import Visits, reorder, steps_of, visits
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -26,11 +27,11 @@ class DirectionProjections(nn.Module):
     """Step sizes, B and C of all directions. Has no weights: the authors keep them in the mixer."""
 
     def forward(
-        self, u: Tensor, columns: Visits, x_proj_weight: Tensor, dt_projs_weight: Tensor
+        self, u: Tensor, own: Tensor | None, columns: Visits, x_proj_weight: Tensor, dt_projs_weight: Tensor
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each direction raw steps (B, L, E) without bias, B and C (B, L, N), as the scan visits the tokens.
 
-        u                (B, L, E), in the order of the sequence
+        u, own           (B, L, E) as `Inflow.pool` gives them, in the order of the sequence
         columns          how the column scans visit the tokens
         x_proj_weight    (4, R + 2N, E)
         dt_projs_weight  (4, E, R)
@@ -39,8 +40,12 @@ class DirectionProjections(nn.Module):
         state = (x_proj_weight.shape[1] - rank) // 2
         # A projection sees one token at a time, so all directions can share one product before they part ways.
         projected = functional.linear(u, x_proj_weight.flatten(0, 1)).chunk(DIRECTIONS, dim=-1)  # (B, L, R + 2N) each
+        reading: tuple[Tensor | None, ...] = (None,) * DIRECTIONS
+        if own is not None:  # what a token reads out is its own affair
+            reading = functional.linear(own, x_proj_weight[:, -state:].flatten(0, 1)).chunk(DIRECTIONS, dim=-1)
         found = []
-        for direction, values in enumerate(projected):
+        for direction, (values, own_c) in enumerate(zip(projected, reading, strict=True)):
+            values = values if own_c is None else torch.cat((values[..., :-state], own_c), dim=-1)
             visited = reorder(values, columns.order) if direction % 2 else values
             rank_values, b, c = visited.split([rank, state, state], dim=-1)
             found.append((functional.linear(rank_values, dt_projs_weight[direction]), b, c))
@@ -101,13 +106,9 @@ class VMambaMixer(nn.Module):
             u, gate = u.chunk(2, dim=-1)  # (B, L, E) each
         if context is not None:
             context = self._inner(context)
-        scanned, read = sequence, None
-        if frozen is not None:
-            scanned, read = sequence.joined(u, self._inner(frozen))
-            u = scanned.hidden  # (B, L + F, E)
-        u = self._convolve(u, context, scanned, grid)
-        columns = column_visits(scanned, grid)
-        outputs, deltas = self._scan(u, scanned, columns, alignment, want_delta, read)
+        flow = inflow(sequence, u, None if frozen is None else self._inner(frozen), alignment, grid[1])
+        u, own = flow.pool(self._convolve(flow.values, context, flow.convolved, grid))
+        outputs, deltas = self._scan(u, own, flow, column_visits(flow.scanned, grid), want_delta)
         # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
         mixed: Tensor = self.out_norm((outputs[0] + outputs[2]) + (outputs[1] + outputs[3]))
         if gate is not None:
@@ -131,51 +132,42 @@ class VMambaMixer(nn.Module):
         return grid_conv2d(x, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions, outputs=kept)
 
     def _scan(
-        self,
-        u: Tensor,
-        sequence: TokenSequence,
-        columns: Visits,
-        alignment: ScanAlignment | None,
-        want_delta: bool,
-        read: Tensor | None,
+        self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, want_delta: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places.
 
-        `read` (B, K) are the tokens whose outputs are wanted; None is all of them.
+        u, own  as `Inflow.pool` gives them
         """
         a = -torch.exp(self.A_logs).unflatten(0, (DIRECTIONS, -1))  # (4, E, N)
         d = self.Ds.unflatten(0, (DIRECTIONS, -1))  # (4, E)
         inputs = (u, reorder(u, columns.order))
-        sizes: tuple[Tensor | None, ...] = (None, None)
-        if sequence.size is not None:
-            sizes = (sequence.size, reorder(sequence.size[..., None], columns.order)[..., 0])
-        reads = (read, None if read is None else steps_of(columns.back, read))
-        projected = self.projections(u, columns, self.x_proj_weight, self.dt_projs_weight)
+        owns = (None, None) if own is None else (own, reorder(own, columns.order))
+        sizes = (None, None) if flow.size is None else (flow.size, reorder(flow.size[..., None], columns.order)[..., 0])
+        reads = (None, None) if flow.read is None else (flow.read, steps_of(columns.back, flow.read))
+        projected = self.projections(u, own, columns, self.x_proj_weight, self.dt_projs_weight)
         outputs, deltas = [], []
         for direction, (raw_delta, b, c) in enumerate(projected):
             by_column, reverse = direction % 2 == 1, direction >= 2
-            gap, gap_delta, growth = None, None, None
-            if alignment is not None:
-                gap = _gaps(columns, reverse=reverse) if by_column else sequence.gaps(reverse=reverse)
-                gap, gap_delta, growth = alignment.steps(direction, gap, sizes[by_column])
-            y = selective_scan(
+            y = flow.scan(
+                direction,
                 inputs[by_column],
                 raw_delta,
                 a[direction],
-                grown(b, growth),
+                b,
                 c,
                 d[direction],
+                own=owns[by_column],
                 delta_bias=self.dt_projs_bias[direction],
-                gap=gap,
-                gap_delta=gap_delta,
-                reverse=reverse,
+                gap=_gaps(columns, reverse=reverse) if by_column else flow.scanned.gaps(reverse=reverse),
+                size=sizes[by_column],
                 read=reads[by_column],
+                reverse=reverse,
             )
-            outputs.append(reorder(y, columns.back) if by_column and read is None else y)
+            outputs.append(reorder(y, columns.back) if by_column and flow.read is None else y)
             if want_delta:
                 delta = functional.softplus(raw_delta + self.dt_projs_bias[direction])
                 delta = reorder(delta, columns.back) if by_column else delta
-                deltas.append(delta if read is None else gather_tokens(delta, read))
+                deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
         return outputs, deltas
 
     def null_delta(self) -> Tensor:

@@ -49,7 +49,7 @@ TYPICAL_MASS = 0.5  # where calibrated masses scatter around; see BENCHMARKS.md
 
 
 def _mass(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
-    return torch.full((mixer.directions,), TYPICAL_MASS) if calibrated is None else calibrated
+    return torch.tensor(TYPICAL_MASS) if calibrated is None else calibrated
 
 
 ALIGNMENTS: Registry[AlignmentSource] = Registry("alignment source")

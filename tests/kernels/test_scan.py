@@ -87,6 +87,31 @@ def test_values_and_gradients_in_float32(backend: str, shape: tuple[int, int, in
             assert error <= 1e-5 * expected.abs().max(), (name, reverse, extras, float(error))
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_nobody_reads_still_feed_the_state(backend: str, reverse: bool, dtype: torch.dtype) -> None:
+    """Only the tokens asked for come out, with the bits of the whole scan; gradients are those of a scan whose other
+    outputs are not used."""
+    use_backend(backend)
+    inputs, gap = make((2, 37, 9, 16), "gap+delta", extras=True)
+    del inputs["z"]
+    if dtype == torch.bfloat16 and backend == "chunked":
+        pytest.skip("not in this dtype")
+    leaves: dict[str, Any] = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
+    read = torch.stack([torch.randperm(37)[:20], torch.arange(17, 37)])
+    given: dict[str, Any] = {**leaves, "gap": gap, "reverse": reverse}
+    whole = selective_scan(**given)
+    found = selective_scan(**given, read=read)
+    index = read[..., None].expand(-1, -1, 9)
+    assert torch.equal(found, whole.gather(1, index))
+    weight = torch.linspace(-1, 1, found.numel()).to(dtype).view_as(found)
+    wanted = torch.autograd.grad(whole, list(leaves.values()), torch.zeros_like(whole).scatter(1, index, weight))
+    gradients = torch.autograd.grad(found, list(leaves.values()), weight)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("mode", ["plain", "shift", "gap", "gap+delta"])
 @pytest.mark.parametrize("reverse", [False, True])
@@ -222,7 +247,9 @@ def test_ops_pass_opcheck_and_export() -> None:
     inputs, gap = make((2, 5, 4, 3), "gap+delta", extras=True)
     given = [inputs[name].requires_grad_() for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     gap_delta = inputs["gap_delta"].requires_grad_()
-    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*given, True, None, gap, gap_delta, True))
+    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*given, True, None, gap, gap_delta, True, None))
+    ungated, read = [*given[:6], None, given[7]], torch.tensor([[4, 1], [0, 2]])
+    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*ungated, True, None, None, None, False, read))
     weight = torch.randn(4, 3, dtype=torch.float64)
     torch.library.opcheck(torch.ops.ssmprune.causal_conv1d, (given[0], weight, given[5], False))
 
@@ -244,6 +271,11 @@ def test_torch_counts_twice_the_multiply_adds() -> None:
     with FlopCounterMode(display=False) as counter:
         selective_scan(**given)
     assert counter.get_total_flops() == 2 * scan_flops(2, 5, 4, 3, has_D=True, has_z=True) == 2 * 40 * (27 + 2)
+    del given["z"]
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(**given, read=torch.tensor([[0, 2, 3], [1, 3, 4]]))
+    # Two of five tokens are not read out: 7 N instead of 9 N, and no D.
+    assert counter.get_total_flops() == 2 * 2 * 4 * (3 * (27 + 1) + 2 * 21)
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
@@ -280,6 +312,8 @@ def test_a_broken_token_is_not_hidden(backend: str) -> None:
         ({"gap": torch.zeros(2, 4)}, "gap has shape"),
         ({"C": torch.zeros(2, 5, 2, device="meta")}, "C is on meta"),
         ({"gap_delta": torch.zeros(3)}, "needs gap"),
+        ({"read": torch.zeros(2, 1)}, "read must be int64"),
+        ({"read": torch.zeros(2, 1, dtype=torch.int64), "z": torch.zeros(2, 5, 3)}, "exclude"),
         ({"u": torch.zeros(5, 3)}, "batch, tokens, channels"),
     ],
 )

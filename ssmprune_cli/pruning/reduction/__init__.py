@@ -9,6 +9,7 @@ from ssmprune_cli.pruning.reduction.drop_unsorted import DROP_UNSORTED
 from ssmprune_cli.pruning.reduction.frozen import FROZEN, FROZEN_ONCE, FROZEN_PAIRS
 from ssmprune_cli.pruning.reduction.local_merge import LOCAL_MERGE
 from ssmprune_cli.pruning.reduction.mask import MASK
+from ssmprune_cli.pruning.reduction.pool import POOL
 from ssmprune_cli.registry import Registry
 
 REDUCTIONS: Registry[Reduction] = Registry("reduction")
@@ -18,6 +19,7 @@ REDUCTIONS.register("frozen", FROZEN)
 REDUCTIONS.register("frozen-once", FROZEN_ONCE)
 REDUCTIONS.register("frozen-pairs", FROZEN_PAIRS)
 REDUCTIONS.register("local-merge", LOCAL_MERGE)
+REDUCTIONS.register("pool", POOL)
 REDUCTIONS.register("drop-unsorted", DROP_UNSORTED)
 REDUCTIONS.register("mask", MASK)
 

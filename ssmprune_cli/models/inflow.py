@@ -1,0 +1,151 @@
+"""What flows into the scans of one block: live tokens, frozen ones beside them or pooled into them, and lost ones.
+
+Letters: B batch, L live tokens, F frozen tokens, S tokens that a scan steps over (L, or L + F when frozen tokens have
+steps of their own), E inner channels, N state. A *cell* is a live token with the frozen ones that are nearer to it than
+to any other; a scan over pooled tokens takes one step for each cell, and what that step puts into the state counts for
+all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.interface import ScanAlignment
+from ssmprune_cli.kernels import selective_scan
+from ssmprune_cli.tokens import TokenSequence, gather_tokens
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of one sequence.
+
+    live   (B, L) row of each live token in the joined sequence
+    owner  (B, L + F) the live token, counted among those, to whose cell each token of the joined sequence belongs
+    size   (B, L) float32 tokens in each cell
+    """
+
+    live: Tensor
+    owner: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True)
+class Inflow:
+    """How the tokens of one block reach its convolution and its scans.
+
+    values     (B, L, E), or (B, L + F, E): the projected tokens that the convolution goes over
+    convolved  the sequence of those
+    scanned    the sequence of the S tokens that the scans step over
+    read       (B, L) which of those are read out; None is all
+    cells      when frozen tokens are pooled
+    """
+
+    values: Tensor
+    convolved: TokenSequence
+    scanned: TokenSequence
+    read: Tensor | None
+    cells: Cells | None
+    alignment: ScanAlignment | None
+
+    @property
+    def size(self) -> Tensor | None:
+        """(B, S): how many tokens each step stands for; None is one each."""
+        return self.scanned.size if self.cells is None else self.cells.size
+
+    def pool(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the convolved u (B, L + F, E) what each step sees, (B, S, E): its cell's mean, in which a frozen token
+        counts as the alignment's mass says. Then the live tokens' own values, None if they are the same.
+        """
+        if self.cells is None:
+            return u, None
+        own = gather_tokens(u, self.cells.live)
+        total = torch.zeros_like(own).scatter_add(1, self.cells.owner[..., None].expand_as(u), u)
+        mass = self._mass()
+        return (own + mass * (total - own)) / (1 + mass * (self.cells.size - 1)).to(u.dtype)[..., None], own
+
+    def _mass(self) -> Tensor | float:
+        given = None if self.alignment is None else self.alignment.mass
+        return 1.0 if given is None else given
+
+    def scan(
+        self,
+        direction: int,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        *,
+        own: Tensor | None,
+        delta_bias: Tensor,
+        gap: Tensor | None,
+        size: Tensor | None,
+        read: Tensor | None,
+        reverse: bool = False,
+    ) -> Tensor:
+        """The scan of one direction, made up for lost tokens: y (B, L, E).
+
+        Everything is in the order in which the scan is given its steps: u, delta (B, S, E), B, C (B, S, N), `own`
+        (B, S, E) and `size` (B, S) as `pool` and `size` say, `gap` (B, S) dropped tokens before each step.
+        """
+        gap_delta, growth = None, None
+        if self.alignment is None:
+            gap = None
+        else:
+            gap, gap_delta, growth = self.alignment.steps(direction, gap, size)
+        if own is not None and growth is None and size is not None:
+            growth = size - 1
+        if growth is not None:
+            B = B * (1 + growth).to(B.dtype)[..., None]  # the input into the state is dt B u
+        y = selective_scan(
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D if own is None else None,
+            delta_bias=delta_bias,
+            gap=gap,
+            gap_delta=gap_delta,
+            reverse=reverse,
+            read=read,
+        )
+        return y if own is None else torch.addcmul(y, own, D.to(y.dtype))
+
+
+def inflow(
+    sequence: TokenSequence,
+    values: Tensor,
+    frozen: Tensor | None,
+    alignment: ScanAlignment | None,
+    columns: int | None = None,
+) -> Inflow:
+    """`values` (B, L, E) of the live and `frozen` (B, F, E) of the frozen tokens, projected but not yet convolved.
+
+    columns  of the grid, in models whose scans run over a grid: nearness is then counted in rows and columns
+    """
+    if frozen is None:
+        return Inflow(values, sequence, sequence, None, None, alignment)
+    joined, live = sequence.joined(values, frozen)
+    if not sequence.pooled:
+        return Inflow(joined.hidden, joined, joined, live, None, alignment)
+    if "cells" not in sequence.memo:
+        sequence.memo["cells"] = _cells(sequence.positions, joined.positions, live, columns)
+    return Inflow(joined.hidden, joined, sequence, None, sequence.memo["cells"], alignment)
+
+
+def _cells(centres: Tensor, places: Tensor, live: Tensor, columns: int | None) -> Cells:
+    """The cells around `centres` (B, L) among `places` (B, L + F). Of two that are as near, the one before owns."""
+    a, b = places[:, :, None], centres[:, None, :]
+    if columns is None:
+        distance = (a - b).abs()  # (B, L + F, L)
+    else:
+        distance = (a // columns - b // columns).abs() + (a % columns - b % columns).abs()
+    owner = distance.argmin(dim=2)
+    ones = torch.ones_like(owner, dtype=torch.float32)
+    size = torch.zeros_like(centres, dtype=torch.float32).scatter_add(1, owner, ones)
+    return Cells(live, owner, size)
