@@ -162,13 +162,12 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
         without bias, B and C (B, S, N)."""
-        convolution, projection = getattr(self, f"conv1d{suffix}"), getattr(self, f"x_proj{suffix}")
-        width, state = convolution.weight.shape[2], self.splits[2]
-        sources = None if context is None else conv_sources(flow.convolved, width, reverse=reverse)
+        convolution = getattr(self, f"conv1d{suffix}")
+        sources = None
+        if context is not None:
+            sources = conv_sources(flow.convolved, convolution.weight.shape[2], reverse=reverse)
         u, own = flow.pool(convolution(flow.values, reverse=reverse, context=context, sources=sources))
-        rank_values, b, c = projection(u).split(self.splits, dim=-1)
-        if own is not None:  # what a token reads out is its own affair
-            c = functional.linear(own, projection.weight[-state:])
+        rank_values, b, c = getattr(self, f"x_proj{suffix}")(u).split(self.splits, dim=-1)
         return u, own, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
 
     def null_delta(self) -> Tensor:

@@ -59,8 +59,6 @@ class PlainMambaMixer(nn.Module):
         flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, self.grid[1])
         u, own = flow.pool(self._convolve(flow, context))
         rank_values, b, c = self.x_proj(u).split(self.splits, dim=-1)
-        if own is not None:  # what a token reads out is its own affair
-            c = functional.linear(own, self.x_proj.weight[-self.splits[2] :])
         # The authors add the bias of dt_proj twice: in the projection, and once more in the scan.
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
         decay = -torch.exp(self.A_log)

@@ -27,11 +27,11 @@ class DirectionProjections(nn.Module):
     """Step sizes, B and C of all directions. Has no weights: the authors keep them in the mixer."""
 
     def forward(
-        self, u: Tensor, own: Tensor | None, columns: Visits, x_proj_weight: Tensor, dt_projs_weight: Tensor
+        self, u: Tensor, columns: Visits, x_proj_weight: Tensor, dt_projs_weight: Tensor
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each direction raw steps (B, L, E) without bias, B and C (B, L, N), as the scan visits the tokens.
 
-        u, own           (B, L, E) as `Inflow.pool` gives them, in the order of the sequence
+        u                (B, L, E), in the order of the sequence
         columns          how the column scans visit the tokens
         x_proj_weight    (4, R + 2N, E)
         dt_projs_weight  (4, E, R)
@@ -40,12 +40,8 @@ class DirectionProjections(nn.Module):
         state = (x_proj_weight.shape[1] - rank) // 2
         # A projection sees one token at a time, so all directions can share one product before they part ways.
         projected = functional.linear(u, x_proj_weight.flatten(0, 1)).chunk(DIRECTIONS, dim=-1)  # (B, L, R + 2N) each
-        reading: tuple[Tensor | None, ...] = (None,) * DIRECTIONS
-        if own is not None:  # what a token reads out is its own affair
-            reading = functional.linear(own, x_proj_weight[:, -state:].flatten(0, 1)).chunk(DIRECTIONS, dim=-1)
         found = []
-        for direction, (values, own_c) in enumerate(zip(projected, reading, strict=True)):
-            values = values if own_c is None else torch.cat((values[..., :-state], own_c), dim=-1)
+        for direction, values in enumerate(projected):
             visited = reorder(values, columns.order) if direction % 2 else values
             rank_values, b, c = visited.split([rank, state, state], dim=-1)
             found.append((functional.linear(rank_values, dt_projs_weight[direction]), b, c))
@@ -144,7 +140,7 @@ class VMambaMixer(nn.Module):
         owns = (None, None) if own is None else (own, reorder(own, columns.order))
         sizes = (None, None) if flow.size is None else (flow.size, reorder(flow.size[..., None], columns.order)[..., 0])
         reads = (None, None) if flow.read is None else (flow.read, steps_of(columns.back, flow.read))
-        projected = self.projections(u, own, columns, self.x_proj_weight, self.dt_projs_weight)
+        projected = self.projections(u, columns, self.x_proj_weight, self.dt_projs_weight)
         outputs, deltas = [], []
         for direction, (raw_delta, b, c) in enumerate(projected):
             by_column, reverse = direction % 2 == 1, direction >= 2

@@ -1,8 +1,8 @@
 """Freeze tokens, and let them reach the scans through the live token nearest to each: the sum of a cell in one step.
 
 The convolution still sees every token, so the frozen ones have the scan's input u. A live token scans for its cell: its
-step size, B and u are those of the cell's mean u, and what it puts into the state counts for the whole cell, to the
-extent that the alignment `mass` says. What it reads out (C, D, gate) is its own. A frozen token costs what it costs in
+step size, B, C and u are those of the cell's mean u, and what it puts into the state counts for the whole cell, to the
+extent that the alignment `mass` says. Its skip (D) and its gate are its own. A frozen token costs what it costs in
 `context`, half of the input projection and the convolution, and the scan keeps its input.
 """
 
