@@ -171,7 +171,7 @@ class TokenSequence:
 
         The reduction `mask` drops nothing, so its zeroed tokens stay what they are.
         """
-        groups = [each for each in (self.gone, self.context, self.frozen) if each is not None]
+        groups = [each for each in (self.frozen, self.context, self.gone) if each is not None]
         if not groups:
             return self.hidden
         values = self.hidden.new_empty(len(self.hidden), self.length, self.hidden.shape[2])

@@ -487,7 +487,7 @@ def test_folders_that_are_not_ours(tmp_path: Path, model: Vim) -> None:
         ({"config": {"depth": 0}}, "configuration is not valid: depth"),
         ({"family": "vimm"}, "unknown model family 'vimm'"),
         ({"pruning": {"points": [1]}}, "pruning settings are not valid"),
-        ({"pruning": None}, r"pruner\.gap_delta_1 is unknown"),
+        ({"pruning": None}, r"pruner\.alignment_1 is unknown"),
     ],
 )
 def test_a_damaged_config_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

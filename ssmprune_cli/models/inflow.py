@@ -131,8 +131,8 @@ def inflow(
     if frozen is None:
         return Inflow(values, sequence, sequence, None, None, alignment)
     joined, live = sequence.joined(values, frozen)
-    if not sequence.pooled:
-        return Inflow(joined.hidden, joined, joined, live, None, alignment)
+    if not sequence.pooled:  # with all tokens there, nothing is to be made up for
+        return Inflow(joined.hidden, joined, joined, live, None, None if joined.is_dense else alignment)
     if "cells" not in sequence.memo:
         sequence.memo["cells"] = _cells(sequence.positions, joined.positions, live, columns)
     return Inflow(joined.hidden, joined, sequence, None, sequence.memo["cells"], alignment)

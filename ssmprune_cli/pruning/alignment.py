@@ -20,9 +20,11 @@ from ssmprune_cli.registry import Registry
 class AlignmentSource:
     """One source of step sizes.
 
-    stored   (mixer, calibrated mean deltas of its dropped tokens (directions, E) or None) -> (directions, E) to store
-             with the model; None when nothing is stored
-    align    (stored deltas or None, number of directions) -> what the scans of one block do
+    stored   (mixer, calibrated values or None) -> what to store with the model: step sizes (directions, E), or a mass
+             (); None when nothing is stored
+    align    (stored values or None, number of directions) -> what the scans of one block do
+    needs_calibration  whether it is nothing without calibration images
+    needs_sizes        whether it goes by the sizes of merged or pooled tokens
     """
 
     stored: Callable[[Mixer, Tensor | None], Tensor] | None
@@ -45,7 +47,7 @@ def _calibrated(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
     return mixer.null_delta() if calibrated is None else calibrated
 
 
-TYPICAL_MASS = 0.5  # where calibrated masses scatter around; see BENCHMARKS.md
+TYPICAL_MASS = 0.5  # between nothing and all; without calibration images there is nothing to choose it by
 
 
 def _mass(mixer: Mixer, calibrated: Tensor | None) -> Tensor:

@@ -9,15 +9,19 @@ from torch import Tensor
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule
 
 
 def choose_alignment(alignment: str, reduction: str, *, calibrated: bool) -> str:
-    """`alignment`, or for "auto" the best that is possible: `calibrated` with calibration images, `null` without,
-    `none` for a reduction that leaves no gaps. Raises UsageError for `calibrated` without images."""
+    """`alignment`, or for "auto" the best that is possible: `mass` for a reduction whose tokens have sizes, `none` for
+    one that leaves no gaps, else `calibrated` with calibration images and `null` without. Raises UsageError for
+    `calibrated` without images."""
     if alignment == "auto":
+        if REDUCTIONS.get(reduction).sized:
+            return "mass"
         if not REDUCTIONS.get(reduction).aligned:
             return "none"
         return "calibrated" if calibrated else "null"
@@ -54,12 +58,14 @@ def compress(
     schedule = PruneSchedule.resolve(model.stages, points=points, keep=keep, tokens=tokens)
     chosen = choose_alignment(alignment, reduction, calibrated=calibration is not None)
     settings = PruneSettings(schedule, importance, reduction, chosen, seed)
-    seen = None
-    if calibration is not None:
-        seen = calibrate(model, settings, [calibration] if isinstance(calibration, Tensor) else calibration)
-    like = next(model.parameters())
-    pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen else None)
-    model.pruner = pruner.to(like.device, like.dtype)
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration or ())
+    seen = None if calibration is None else calibrate(model, settings, batches)
+    like, fits_mass = next(model.parameters()), ALIGNMENTS.get(chosen).needs_sizes
+    pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen and not fits_mass else None)
+    pruner.to(like.device, like.dtype)
+    if seen is not None and fits_mass:
+        fit_mass(model, pruner, batches)
+    model.pruner = pruner
     return seen
 
 

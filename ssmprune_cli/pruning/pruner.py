@@ -60,7 +60,8 @@ class TokenPruner(nn.Module):
 
     stages      of the backbone
     mixers      of the backbone, one a block
-    calibrated  for each block the mean step sizes of its dropped tokens, (directions, E), or None; see `calibration`
+    calibrated  for each block what its alignment source stores, or None: mean step sizes of its dropped tokens
+                (directions, E), see `calibration`, or a mass (), see `mass`
     """
 
     def __init__(
@@ -82,18 +83,23 @@ class TokenPruner(nn.Module):
             for block in settings.schedule.blocks_after_points(stages):
                 given = calibrated[block] if calibrated else None
                 stored = self._alignment.stored(mixers[block], given).detach().clone()
-                self.register_buffer(f"gap_delta_{block}", stored)
+                self.register_buffer(f"alignment_{block}", stored)
 
     @property
     def shortens(self) -> bool:
         """Whether sequences get shorter (`mask` only zeroes tokens)."""
         return self._reduction.shortens
 
+    def set_mass(self, mass: float) -> None:
+        """The mass of every block, for the alignment of this name."""
+        for stored in self.buffers():
+            stored.fill_(mass)
+
     def wants_delta(self, block: int) -> bool:
         return False
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        return self._alignment.align(getattr(self, f"gap_delta_{block}", None), self._directions[block])
+        return self._alignment.align(getattr(self, f"alignment_{block}", None), self._directions[block])
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         schedule = self.settings.schedule

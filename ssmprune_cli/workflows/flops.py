@@ -10,6 +10,7 @@ product after both scans, so it is not counted.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from ssmprune_cli.models.base import Backbone
 
 # What fvcore and the papers do not count: element-wise arithmetic, norms built from it, reshaping, sorting, gathering.
 _FREE = (
-    "abs add add_ addcmul all any arange argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor "
+    "abs add add_ all any arange argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor "
     "broadcast_tensors cat clamp clamp_ clone constant_pad_nd contiguous cos cumsum detach diff div div_ empty_like "
     "eq exp expand expand_as fill_ flatten flip floor_divide full gather ge gelu gt index index_select le lt "
     "masked_fill max maximum mean min mul mul_ nan_to_num ne neg new_ones new_zeros norm ones ones_like pad permute "
@@ -83,6 +84,10 @@ def _grid_conv_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({"grid_conv2d": conv_flops(batch, length, channels, _shape(inputs[1])[1] ** 2)})
 
 
+def _addcmul_handler(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    return Counter({"selective_scan": math.prod(_shape(outputs[0]))})  # the skip of pooled tokens
+
+
 def count_flops(model: Backbone) -> FlopCount:
     """Count the multiply-adds of one image through `model`, its pruner included.
 
@@ -94,6 +99,7 @@ def count_flops(model: Backbone) -> FlopCount:
     analysis.set_op_handle("ssmprune::causal_conv1d", _conv_handler)
     analysis.set_op_handle("ssmprune::sparse_conv1d", _sparse_conv_handler)
     analysis.set_op_handle("ssmprune::grid_conv2d", _grid_conv_handler)
+    analysis.set_op_handle("aten::addcmul", _addcmul_handler)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     modes = {module: module.training for module in model.modules()}

@@ -84,9 +84,11 @@ def test_keep_one_is_the_dense_model_bit_for_bit(kind: str, alignment: str) -> N
     batch = images(model)
     with torch.no_grad():
         dense = model(batch)
-        compress(model, 1.0, alignment=alignment, calibration=batch if alignment == "calibrated" else None)
+        reduction = "pool" if alignment == "mass" else "context"
+        calibration = batch if alignment == "calibrated" else None
+        compress(model, 1.0, reduction=reduction, alignment=alignment, calibration=calibration)
         assert torch.equal(model(batch), dense)
-        compress(model, 0.5, alignment=alignment, calibration=batch if alignment == "calibrated" else None)
+        compress(model, 0.5, reduction=reduction, alignment=alignment, calibration=calibration)
         assert not torch.equal(model(batch), dense)
         restore(model)
         assert torch.equal(model(batch), dense)

@@ -76,7 +76,9 @@ def test_keep_one_is_the_dense_model_bit_for_bit(kind: str, alignment: str) -> N
     model, batch = build(KINDS[kind]), images(KINDS[kind])
     with torch.no_grad():
         dense = model(batch)
-        compress(model, 1.0, alignment=alignment, calibration=batch if alignment == "calibrated" else None)
+        reduction = "pool" if alignment == "mass" else "context"
+        calibration = batch if alignment == "calibrated" else None
+        compress(model, 1.0, reduction=reduction, alignment=alignment, calibration=calibration)
         assert torch.equal(model(batch), dense)
 
 
@@ -218,7 +220,7 @@ def test_calibrated_deltas_are_the_means_over_the_steps_of_the_dropped_tokens() 
     dropped = torch.ones(6, 16, dtype=torch.bool).scatter(1, score.topk(10, dim=1).indices, False)
     assert seen.deltas[:2] == (None, None)
     for block in (2, 3):
-        stored = getattr(model.pruner, f"gap_delta_{block}")
+        stored = getattr(model.pruner, f"alignment_{block}")
         assert stored.shape == (4, 32)
         for direction in range(4):
             expected = dense.statistics[block].delta[direction][dropped].mean(dim=0)
@@ -231,7 +233,9 @@ def test_every_alignment_and_its_absence_differ() -> None:
     model, batch = build(TINY), images(TINY)
     outputs = []
     for alignment in ALIGNMENTS.names():
-        compress(model, 0.5, alignment=alignment, calibration=batch if alignment == "calibrated" else None)
+        reduction = "pool" if alignment == "mass" else "context"
+        calibration = batch if alignment == "calibrated" else None
+        compress(model, 0.5, reduction=reduction, alignment=alignment, calibration=calibration)
         with torch.no_grad():
             outputs.append(model(batch))
     for number, output in enumerate(outputs):

@@ -73,7 +73,9 @@ def test_keep_one_is_the_dense_model_bit_for_bit(kind: str, alignment: str) -> N
     model, batch = build(KINDS[kind]), images()
     with torch.no_grad():
         dense = model(batch)
-        compress(model, 1.0, alignment=alignment, calibration=batch if alignment == "calibrated" else None)
+        reduction = "pool" if alignment == "mass" else "context"
+        calibration = batch if alignment == "calibrated" else None
+        compress(model, 1.0, reduction=reduction, alignment=alignment, calibration=calibration)
         assert torch.equal(model(batch), dense)
 
 
@@ -213,7 +215,7 @@ def test_calibrated_deltas_are_the_means_over_the_dropped_tokens() -> None:
             expected = recorder.statistics[block].delta[direction][dropped].mean(dim=0)
             # Sums in another order: a few float32 roundings.
             torch.testing.assert_close(
-                getattr(model.pruner, f"gap_delta_{block}")[direction], expected, rtol=1e-5, atol=0
+                getattr(model.pruner, f"alignment_{block}")[direction], expected, rtol=1e-5, atol=0
             )
     assert torch.equal(seen.points[0].kept, (~dropped).nonzero()[:, 1].view(6, 11))
 

@@ -82,7 +82,8 @@ def test_keep_one_is_the_dense_model_bit_for_bit(kind: str, alignment: str) -> N
     with torch.no_grad():
         dense = model(batch)
         calibration = batch if alignment == "calibrated" else None
-        compress(model, 1.0, points=POINTS, alignment=alignment, calibration=calibration)
+        reduction = "pool" if alignment == "mass" else "context"
+        compress(model, 1.0, points=POINTS, reduction=reduction, alignment=alignment, calibration=calibration)
         assert torch.equal(model(batch), dense)
 
 
@@ -243,14 +244,14 @@ def test_calibrated_deltas_are_the_means_over_the_dropped_tokens_of_their_stage(
     assert seen is not None and seen.images == 6
     assert [delta is not None for delta in seen.deltas] == [False, False, True, False, True, True, False, False]
     assert isinstance(model.pruner, TokenPruner)
-    assert {name for name, _ in model.pruner.named_buffers()} == {"gap_delta_2", "gap_delta_4", "gap_delta_5"}
+    assert {name for name, _ in model.pruner.named_buffers()} == {"alignment_2", "alignment_4", "alignment_5"}
     for point, count, length, blocks in ((2, 20, 48, [2]), (4, 5, 12, [4, 5])):
         score = sum(dense.statistics[point - 1].y).clamp(min=0).mean(dim=-1)  # type: ignore[union-attr]
         dropped = torch.ones(6, length, dtype=torch.bool).scatter(1, score.topk(count, dim=1).indices, False)
         for block in blocks:
             for direction in range(4):
                 expected = dense.statistics[block].delta[direction][dropped].mean(dim=0)
-                found = getattr(model.pruner, f"gap_delta_{block}")[direction]
+                found = getattr(model.pruner, f"alignment_{block}")[direction]
                 # Sums in another order: a few float32 roundings.
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 

@@ -26,10 +26,10 @@ def _once(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
 
 
 def _pairs(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    before = sequence.frozen
     kept = replace(sequence, frozen=None).keep(ascending(sequence, score, count), others="frozen")
     assert kept.frozen is not None
-    return replace(kept, frozen=_paired(kept.frozen).join(before))
+    gone = kept.frozen.join(kept.gone) if kept.restorable else None  # a pair is not what left its two places
+    return replace(kept, frozen=_paired(kept.frozen).join(sequence.frozen), gone=gone)
 
 
 def _paired(tokens: Dropped) -> Dropped:
