@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssmprune_cli.interface import ScanAlignment
 from ssmprune_cli.kernels import selective_scan
-from ssmprune_cli.tokens import TokenSequence, gather_tokens
+from ssmprune_cli.tokens import TokenSequence, gather_tokens, sum_tokens
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Inflow:
         if self.cells is None:
             return u, None
         own = gather_tokens(u, self.cells.live)
-        total = torch.zeros_like(own).scatter_add(1, self.cells.owner[..., None].expand_as(u), u)
+        total = sum_tokens(u, self.cells.owner, own.shape[1])
         mass = self._mass()
         return (own + mass * (total - own)) / (1 + mass * (self.cells.size - 1)).to(u.dtype)[..., None], own
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def reorder(values: Tensor, index: Tensor) -> Tensor:
     """Rows of `values` (B, L, c) in the order `index`, (L,) for all samples alike or (B, L)."""
     if index.ndim == 1:
         return values[:, index]
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))  # (B, L, c)
+    return gather_tokens(values, index)
 
 
 def steps_of(back: Tensor, tokens: Tensor) -> Tensor:
