@@ -17,7 +17,7 @@ from torch.nn import functional
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
 from ssmprune_cli.kernels.eager import wide
 
-CHUNK = 16  # steps whose decays and inputs are computed at once; more only costs memory
+CHUNK_VALUES = 1 << 18  # entries of the states worked on at once: a few tensors of this size fit into a cache
 
 
 def steps(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
@@ -53,36 +53,45 @@ def reference_scan(inputs: ScanInputs) -> Tensor:
 
 
 def chunked_scan(inputs: ScanInputs) -> Tensor:
-    """As `reference_scan`, with decays, drives and read-outs of CHUNK tokens in one operation each."""
+    """As `reference_scan`, with decays, drives and read-outs of several tokens in one operation each."""
     delta, decay = steps(inputs)
     drive = delta * inputs.u
     batch, _, channels = inputs.u.shape
     state = inputs.u.new_zeros(batch, channels, inputs.A.shape[1])
-    outputs: dict[int, Tensor] = {}
+    y = torch.empty_like(inputs.u)
     for part in _chunks(inputs):
         states, _ = _states(inputs, decay, drive, part, state)
-        state = states[:, 0 if inputs.reverse else -1]
-        outputs[part.start] = (states @ inputs.C[:, part, :, None])[..., 0]  # (B, T, E, N) x (B, T, N, 1)
-    return finish(torch.cat([outputs[start] for start in sorted(outputs)], dim=1), inputs)
+        state = states[0 if inputs.reverse else -1]
+        y[:, part] = _dot(states, inputs.C, part)
+    return finish(y, inputs)
 
 
 def _chunks(inputs: ScanInputs) -> list[slice]:
-    """Token ranges in scan order."""
-    length = inputs.u.shape[1]
-    chunks = [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+    """Token ranges in scan order: few tokens of large batches, and more of small ones."""
+    batch, length, _ = inputs.u.shape
+    size = min(max(CHUNK_VALUES // max(batch * inputs.A.numel(), 1), 4), 32)
+    chunks = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     return chunks[::-1] if inputs.reverse else chunks
 
 
+def _rows(values: Tensor, part: slice) -> Tensor:
+    """(T, B, c): the tokens `part` of `values` (B, L, c), tokens first, so that one token's states lie together."""
+    return values[:, part].transpose(0, 1)
+
+
+def _dot(states: Tensor, vectors: Tensor, part: slice) -> Tensor:
+    """(B, T, E): the products over N of `states` (T, B, E, N) with `vectors` (B, L, N) of the tokens `part`."""
+    return (states @ _rows(vectors, part)[..., None])[..., 0].transpose(0, 1)
+
+
 def _states(inputs: ScanInputs, decay: Tensor, drive: Tensor, part: slice, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States after each token of `part` and their decays, (B, T, E, N) each, from the `state` before it."""
-    decays = torch.exp(decay[:, part, :, None] * inputs.A)
-    drives = (drive[:, part, :, None] * inputs.B[:, part, None]).unbind(dim=1)
-    factors, order = decays.unbind(dim=1), range(len(drives))
-    states: list[Tensor] = [state] * len(drives)
-    for t in reversed(order) if inputs.reverse else order:
-        state = torch.addcmul(drives[t], factors[t], state)
-        states[t] = state
-    return torch.stack(states, dim=1), decays
+    """States after each token of `part` and their decays, (T, B, E, N) each, from the `state` before it."""
+    decays = (_rows(decay, part)[..., None] * inputs.A).exp_()
+    states = _rows(drive, part)[..., None] * _rows(inputs.B, part)[:, :, None]
+    pairs = list(zip(states.unbind(0), decays.unbind(0), strict=True))
+    for new, factor in reversed(pairs) if inputs.reverse else pairs:
+        state = new.addcmul_(factor, state)
+    return states, decays
 
 
 def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
@@ -94,7 +103,7 @@ def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
     last = 0 if inputs.reverse else -1  # of a chunk, in scan order
     borders = [u.new_zeros(u.shape[0], u.shape[2], A.shape[1])]
     for part in chunks[:-1]:
-        borders.append(_states(inputs, decay, drive, part, borders[-1])[0][:, last])
+        borders.append(_states(inputs, decay, drive, part, borders[-1])[0][last].clone())
     gate = None if z is None else torch.sigmoid(z)
     through = grad if z is None or gate is None else grad * z * gate  # dL/dy before the gate
     y = torch.empty_like(u)
@@ -103,25 +112,18 @@ def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
     carry = torch.zeros_like(borders[0])  # dL/dh that later chunks send back
     for part, border in zip(reversed(chunks), reversed(borders), strict=True):
         states, decays = _states(inputs, decay, drive, part, border)
-        before = (
-            torch.cat((states[:, 1:], border[:, None]), 1)
-            if inputs.reverse
-            else torch.cat((border[:, None], states[:, :-1]), 1)
-        )
-        direct = (through[:, part, :, None] * C[:, part, None]).unbind(dim=1)  # what y_t sends to h_t
-        d_states: list[Tensor] = list(direct)
-        order = range(len(direct))
-        for t in order if inputs.reverse else reversed(order):
-            d_states[t] = direct[t] + carry
-            carry = decays[:, t] * d_states[t]
-        d_h = torch.stack(d_states, dim=1)  # (B, T, E, N)
-        y[:, part] = (states @ C[:, part, :, None])[..., 0]
-        d_C[:, part] = (through[:, part, :, None] * states).sum(dim=2)
-        d_B[:, part] = (d_h * drive[:, part, :, None]).sum(dim=2)
-        d_drive[:, part] = (d_h @ B[:, part, :, None])[..., 0]
-        d_exponent = d_h * before * decays
-        d_decay[:, part] = (d_exponent * A).sum(dim=-1)
-        d_A += (d_exponent * decay[:, part, :, None]).sum(dim=(0, 1))
+        before = torch.cat((states[1:], border[None]) if inputs.reverse else (border[None], states[:-1]))
+        d_h = _rows(through, part)[..., None] * _rows(C, part)[:, :, None]  # (T, B, E, N): what y_t sends to h_t
+        pairs = list(zip(d_h.unbind(0), decays.unbind(0), strict=True))
+        for d_state, factor in pairs if inputs.reverse else reversed(pairs):
+            carry = d_state.add_(carry) * factor
+        y[:, part] = _dot(states, C, part)
+        d_drive[:, part] = _dot(d_h, B, part)
+        d_C[:, part] = (_rows(through, part)[:, :, None] @ states)[:, :, 0].transpose(0, 1)
+        d_B[:, part] = (_rows(drive, part)[:, :, None] @ d_h)[:, :, 0].transpose(0, 1)
+        d_exponent = before.mul_(d_h).mul_(decays)
+        d_decay[:, part] = (d_exponent * A).sum(dim=-1).transpose(0, 1)
+        d_A += (d_exponent * _rows(decay, part)[..., None]).sum(dim=(0, 1))
     d_u, d_delta = d_drive * delta, d_drive * u + d_decay
     if D is not None:
         y, d_u = y + D * u, d_u + D * through
