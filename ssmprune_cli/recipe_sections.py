@@ -55,7 +55,7 @@ class Pruning(Section):
     points     prune after this many blocks, rising; None is a quarter, half and three quarters of the depth
     keep       ratio of patch tokens kept *at each point*, 0 < keep <= 1: one number or one a point
     tokens     instead of `keep`: patch tokens that stay after each point
-    alignment  "auto" is the best that is possible: `calibrated` with calibration images, else `null`. YAML's bare
+    alignment  "auto" is the best that is possible, see `pruning.compress.choose_alignment`. YAML's bare
                null means the source of that name
     """
 

@@ -36,14 +36,12 @@ def command(
         ),
     ] = None,
     importance: Annotated[str | None, typer.Option(help="Score: clip, l1, l2, mean or random.")] = None,
-    reduction: Annotated[
-        str | None, typer.Option(help="What becomes of the others: see the README [default: context].")
-    ] = None,
+    reduction: Annotated[str | None, typer.Option(help="What becomes of the others [default: context].")] = None,
     alignment: Annotated[
         str | None,
         typer.Option(
-            help="Step size of a dropped token in the scans: auto, calibrated, null, neighbour, mass or none. auto, the "
-            "default, is mass for merged and pooled tokens, else calibrated with --calib and null without."
+            help="How scans make up for dropped tokens: auto, calibrated, null, neighbour, mass or none. auto, the default, "
+            "is mass for merged and pooled tokens, else calibrated with --calib and null without."
         ),
     ] = None,
     calib: Annotated[
