@@ -40,8 +40,8 @@ def command(
     alignment: Annotated[
         str | None,
         typer.Option(
-            help="How scans make up for dropped tokens: auto, calibrated, null, neighbour, mass or none. auto, the default, "
-            "is mass for merged and pooled tokens, else calibrated with --calib and null without."
+            help="How scans make up for dropped tokens: auto, calibrated, null, neighbour, mass or none. auto, the "
+            "default, is mass for merged and pooled tokens, else calibrated with --calib and null without."
         ),
     ] = None,
     calib: Annotated[
