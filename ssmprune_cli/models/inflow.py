@@ -31,6 +31,12 @@ class Cells:
     owner: Tensor
     size: Tensor
 
+    def weights(self, mass: Tensor | float, dtype: torch.dtype) -> Tensor:
+        """(B, L + F): the part of each token in the mean of its cell; a frozen one counts `mass` times a live one."""
+        frozen = torch.ones_like(self.owner, dtype=torch.promote_types(dtype, torch.float32)).scatter(1, self.live, 0.0)
+        whole = (1 + mass * (self.size.to(frozen.dtype) - 1)).gather(1, self.owner)
+        return ((1 + (mass - 1) * frozen) / whole).to(dtype)
+
 
 @dataclass(frozen=True)
 class Inflow:
@@ -41,14 +47,16 @@ class Inflow:
     scanned    the sequence of the S tokens that the scans step over
     read       (B, L) which of those are read out; None is all
     cells      when frozen tokens are pooled
+    weights    (B, L + F) the part of each token in its cell's mean
     """
 
     values: Tensor
     convolved: TokenSequence
     scanned: TokenSequence
     read: Tensor | None
-    cells: Cells | None
     alignment: ScanAlignment | None
+    cells: Cells | None = None
+    weights: Tensor | None = None
 
     @property
     def size(self) -> Tensor | None:
@@ -59,16 +67,10 @@ class Inflow:
         """Of the convolved u (B, L + F, E) what each step sees, (B, S, E): its cell's mean, in which a frozen token
         counts as the alignment's mass says. Then the live tokens' own values, None if they are the same.
         """
-        if self.cells is None:
+        if self.cells is None or self.weights is None:
             return u, None
-        own = gather_tokens(u, self.cells.live)
-        total = sum_tokens(u, self.cells.owner, own.shape[1])
-        mass = self._mass()
-        return (own + mass * (total - own)) / (1 + mass * (self.cells.size - 1)).to(u.dtype)[..., None], own
-
-    def _mass(self) -> Tensor | float:
-        given = None if self.alignment is None else self.alignment.mass
-        return 1.0 if given is None else given
+        mean = sum_tokens(u * self.weights[..., None], self.cells.owner, self.cells.size.shape[1])
+        return mean, gather_tokens(u, self.cells.live)
 
     def scan(
         self,
@@ -129,13 +131,15 @@ def inflow(
     columns  of the grid, in models whose scans run over a grid: nearness is then counted in rows and columns
     """
     if frozen is None:
-        return Inflow(values, sequence, sequence, None, None, alignment)
+        return Inflow(values, sequence, sequence, None, alignment)
     joined, live = sequence.joined(values, frozen)
     if not sequence.pooled:  # with all tokens there, nothing is to be made up for
-        return Inflow(joined.hidden, joined, joined, live, None, None if joined.is_dense else alignment)
+        return Inflow(joined.hidden, joined, joined, live, None if joined.is_dense else alignment)
     if "cells" not in sequence.memo:
         sequence.memo["cells"] = _cells(sequence.positions, joined.positions, live, columns)
-    return Inflow(joined.hidden, joined, sequence, None, sequence.memo["cells"], alignment)
+    cells: Cells = sequence.memo["cells"]
+    mass = 1.0 if alignment is None or alignment.mass is None else alignment.mass
+    return Inflow(joined.hidden, joined, sequence, None, alignment, cells, cells.weights(mass, values.dtype))
 
 
 def _cells(centres: Tensor, places: Tensor, live: Tensor, columns: int | None) -> Cells:

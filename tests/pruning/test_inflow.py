@@ -274,4 +274,4 @@ def test_mass_needs_sizes() -> None:
 def test_without_frozen_tokens_everything_flows_as_it_is() -> None:
     sequence = TokenSequence.dense(torch.zeros(1, 4, 2))
     flow = inflow(sequence, sequence.hidden, None, None)
-    assert flow == Inflow(sequence.hidden, sequence, sequence, None, None, None)
+    assert flow == Inflow(sequence.hidden, sequence, sequence, None, None)
