@@ -37,6 +37,11 @@ class Dropped:
             joined_sizes((self.size, other.size), (self.positions, other.positions)),
         )
 
+    def take(self, index: Tensor) -> Dropped:
+        """The tokens at `index` (B, K)."""
+        size = None if self.size is None else self.size.gather(1, index)
+        return Dropped(gather_tokens(self.stream, index), self.positions.gather(1, index), size)
+
 
 Fate = Literal["gone", "context", "frozen"]
 

@@ -156,7 +156,7 @@ def test_cells_on_a_grid_are_counted_in_rows_and_columns() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("reduction", ["frozen", "frozen-once", "frozen-pairs", "local-merge", "pool"])
+@pytest.mark.parametrize("reduction", ["frozen", "frozen-once", "frozen-near", "frozen-pairs", "local-merge", "pool"])
 def test_samples_are_independent_and_gradients_flow(family: str, reduction: str) -> None:
     model = build(family)
     compress(model, 0.6, points=[1, 2], reduction=reduction)
@@ -205,6 +205,15 @@ def test_which_tokens_stay_frozen() -> None:
         assert result.frozen.positions.tolist() == [positions]
         assert result.frozen.stream[0, :, 0].tolist() == values
         assert (None if result.frozen.size is None else result.frozen.size[0].tolist()) == size
+
+
+def test_frozen_near_leaves_the_far_half_to_the_convolutions() -> None:
+    sequence = TokenSequence.dense(torch.arange(9.0).view(1, 9, 1))
+    result = REDUCTIONS.get("frozen-near").apply(sequence, torch.tensor([[0.0, 9, 8, 0, 0, 0, 0, 0, 0]]), 2)
+    # 1 and 2 are live. Distances of 0, 3, 4, 5, 6, 7, 8 are 1, 1, 2, 3, 4, 5, 6.
+    assert result.frozen is not None and result.frozen.positions.tolist() == [[0, 3, 4, 5]]
+    assert result.context is not None and result.context.positions.tolist() == [[6, 7, 8]]
+    assert result.context.stream[0, :, 0].tolist() == [6, 7, 8]
 
 
 def test_local_merge_averages_into_the_nearest_kept_patch() -> None:

@@ -6,7 +6,7 @@ from ssmprune_cli.pruning.reduction.base import Reduction
 from ssmprune_cli.pruning.reduction.context import CONTEXT
 from ssmprune_cli.pruning.reduction.drop import DROP
 from ssmprune_cli.pruning.reduction.drop_unsorted import DROP_UNSORTED
-from ssmprune_cli.pruning.reduction.frozen import FROZEN, FROZEN_ONCE, FROZEN_PAIRS
+from ssmprune_cli.pruning.reduction.frozen import FROZEN, FROZEN_NEAR, FROZEN_ONCE, FROZEN_PAIRS
 from ssmprune_cli.pruning.reduction.local_merge import LOCAL_MERGE
 from ssmprune_cli.pruning.reduction.mask import MASK
 from ssmprune_cli.pruning.reduction.pool import POOL
@@ -17,6 +17,7 @@ REDUCTIONS.register("drop", DROP)
 REDUCTIONS.register("context", CONTEXT)
 REDUCTIONS.register("frozen", FROZEN)
 REDUCTIONS.register("frozen-once", FROZEN_ONCE)
+REDUCTIONS.register("frozen-near", FROZEN_NEAR)
 REDUCTIONS.register("frozen-pairs", FROZEN_PAIRS)
 REDUCTIONS.register("local-merge", LOCAL_MERGE)
 REDUCTIONS.register("pool", POOL)
