@@ -2,10 +2,10 @@
 
 What a scan loses by dropping is its input. A frozen token gives it its last hidden state, normalised by each block
 anew: half of the input projection, the convolution, its step and B. It gets no gate, no output and no read-out of the
-state. It costs half to two thirds of a live token. Three ways to make that cheaper: `frozen-once` freezes until the next prune
-point, then drops for good; `frozen-near` freezes the half that is nearest to live tokens, and leaves the others to the
-convolutions; `frozen-pairs` averages neighbouring frozen tokens two by two, each pair with the size 2 (see the alignment
-`mass`). Projections cannot be reused from block to block: each block has its own.
+state. It costs half to two thirds of a live token. Three ways to make that cheaper: `frozen-once` freezes until the
+next prune point, then drops for good; `frozen-near` freezes the half that is nearest to live tokens, and leaves the
+others to the convolutions; `frozen-pairs` averages neighbouring frozen tokens two by two, each pair with the size 2
+(see the alignment `mass`). Projections cannot be reused from block to block: each block has its own.
 """
 
 from __future__ import annotations
