@@ -8,8 +8,9 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/demo.sh
 
+# A process for each core, with one thread each: that keeps all cores busy.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check
