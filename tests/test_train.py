@@ -8,12 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-from ssmprune_cli import checkpoint
-from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.workflows.new_model import build, write_checkpoint
 from ssmprune_cli.workflows.train import (
     Epoch,
     LabelledImages,
@@ -23,6 +17,12 @@ from ssmprune_cli.workflows.train import (
     shifted,
     train,
 )
+from torch import Tensor
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.workflows.new_model import build, write_checkpoint
 
 SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=2", "num_classes=2"]
 NAME = "vim_small_midclstok_div2"
