@@ -146,7 +146,7 @@ class Training(Section):
     clip_norm       largest norm of the whole gradient; 0 for no limit
     drop_path       share of images that skip the last block; rises linearly from 0 at the first one
     ema             decay of the running mean of the weights, which is then the result; None for the weights themselves
-    precision       of activations: float32 for "no"
+    precision       of activations
     recompute       keep the blocks' inputs only, and compute activations again for the gradient: less memory, slower
     progressive     epochs in which token counts fall linearly to those of the schedule
     distill         weight of the divergence from the dense model's classes; the rest goes to the labels
@@ -176,7 +176,7 @@ class Training(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     recompute: bool = False
     progressive: Annotated[int, Field(ge=0)] = 0
     distill: Share = 0.5
@@ -198,11 +198,8 @@ class Training(Section):
             raise ValueError(f"a warm-up of {self.warmup_epochs:g} epochs does not fit in {self.epochs} epochs")
         if self.progressive > self.epochs:
             raise ValueError(f"{self.progressive} progressive epochs do not fit in {self.epochs} epochs")
-        for name in ("accumulate", "repeats"):
-            if self.batch_size % getattr(self, name):
-                raise ValueError(
-                    f"a batch of {self.batch_size} images cannot be divided by `{name}` {getattr(self, name)}"
-                )
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"a batch of {self.batch_size} images cannot be divided by `accumulate` {self.accumulate}")
         return self
 
     @property

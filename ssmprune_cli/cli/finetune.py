@@ -40,7 +40,7 @@ def command(
     flip: Annotated[
         bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the images: not for digits or text.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Of activations: no (float32), bf16 or fp16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of activations: fp32, bf16 or fp16.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the images, augmentation and new weights.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on so many images, drawn at random.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -154,10 +154,10 @@ def evaluate(
 
     limit  use so many images, always the same ones, drawn from the whole dataset (see `spread`)
 
-    Started by `torchrun` or `accelerate launch`, every process takes a share of the images, no image is taken twice,
-    and all get the same result. Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Raises
-    DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the image, for
-    logits that are not finite.
+    Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Started by
+    `torchrun` or `accelerate launch`, every process takes a share of the images, none twice, and all get the same result.
+    Raises DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the image,
+    for logits that are not finite.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("the batch size and the limit must be at least 1")

@@ -26,7 +26,7 @@ _BICUBIC = Image.Resampling.BICUBIC
 
 
 def training_image(image: Image.Image, preprocessing: Preprocessing, settings: Training, seed: int) -> Tensor:
-    """Normalised float32 image (3, crop, crop); the same `seed` gives the same. ValueError if it cannot be converted."""
+    """Normalised float32 image (3, crop, crop); a function of `seed`. ValueError if it cannot be made."""
     draw = random.Random(seed)
     image = to_rgb(image)
     if settings.crop_scale is not None:

@@ -33,10 +33,10 @@ def steps_per_epoch(dataset: ImageDataset, settings: Training) -> int:
 
 def order(count: int, settings: Training, seed: int, epoch: int) -> Tensor:
     """Indices of the images of an epoch (steps, batch). Repetitions of an image are in one batch, never neighbours."""
-    steps, fresh = count // settings.batch_size, settings.batch_size // settings.repeats
+    steps, fresh = count // settings.batch_size, -(-settings.batch_size // settings.repeats)
     generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
     index = torch.randperm(count, generator=generator)[: steps * fresh].view(steps, fresh)
-    return index.repeat(1, settings.repeats)
+    return index.repeat(1, settings.repeats)[:, : settings.batch_size]
 
 
 def mixed_seed(*parts: int) -> int:

@@ -74,8 +74,11 @@ class Trainer:
 
     @property
     def weights(self) -> Backbone:
-        found: Backbone = self.model if self.ema is None else self.ema.module
-        return found
+        if self.ema is None:
+            return self.model
+        mean = self.ema.module
+        assert isinstance(mean, Backbone)
+        return mean
 
     def state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -173,13 +176,13 @@ class Trainer:
         return not self._optimizer.step_was_skipped or (scaler is not None and scaler.get_scale() >= 1)
 
     def _diagnosis(self, images: Tensor, rate: float, loss: float) -> SsmpruneError:
-        dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.settings.precision]
+        dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.settings.precision]
         where = first_non_finite(self.model, self._forward, images)
         what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
         return SsmpruneError(
             f"{what}, {PATIENCE} updates in a row; first not finite: {where}; learning rate {rate:.3g}, dtype {dtype}",
             where=f"epoch {self.progress.epoch + 1}, step {self.progress.step}",
-            hint="Lower `--lr`, give more `--warmup`, or train in float32 (`--precision no`). "
+            hint="Lower `--lr`, give more `--warmup`, or train in float32 (`--precision fp32`). "
             "The checkpoints of the last finished epoch are kept.",
         )
 
@@ -188,7 +191,7 @@ def accelerator(precision: str, device: str, *, find_unused: bool) -> Accelerato
     """Raises UsageError if the device cannot compute in that precision."""
     try:
         return Accelerator(
-            mixed_precision=precision,
+            mixed_precision="no" if precision == "fp32" else precision,
             cpu=device == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
         )

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ssmprune_cli.data.datasets import ImageDataset, Subset
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.recipe import Recipe, load_recipe
@@ -36,7 +38,7 @@ def plan(
     """
     own = None if path is None or not (path / "recipe.yaml").is_file() else load_recipe(path / "recipe.yaml")
     base = load_recipe(recipe) if recipe is not None else own or _KEEP_ALL
-    texts = [f"training.{key}={json.dumps(value)}" for key, value in options.items()]
+    texts = [f"training.{key}={yaml.safe_dump(value).split()[0]}" for key, value in options.items()]
     chosen = base.override([*texts, *assignments])
     training = chosen.training or Training()
     files: dict[str, str] = {}

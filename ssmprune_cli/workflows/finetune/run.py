@@ -239,8 +239,8 @@ def stop_signals() -> Iterator[list[int]]:
         for each, handler in old.items():
             signal.signal(each, handler)
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        old[each] = signal.signal(each, handle)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, handle)
     try:
         yield asked
     finally:

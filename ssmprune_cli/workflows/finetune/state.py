@@ -81,7 +81,7 @@ def read_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_folder(folder: Path, needed: int, *, resume: bool) -> None:
-    """Make `folder`. Raises CheckpointError if it cannot be written, has less than `needed` bytes of room, or is used."""
+    """Make `folder`. CheckpointError if it cannot be written, has less than `needed` bytes of room, or is in use."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not resume and any(folder.iterdir()):
