@@ -155,9 +155,9 @@ def evaluate(
     limit  use so many images, always the same ones, drawn from the whole dataset (see `spread`)
 
     Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Started by
-    `torchrun` or `accelerate launch`, every process takes a share of the images, none twice, and all get the same result.
-    Raises DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the image,
-    for logits that are not finite.
+    `torchrun` or `accelerate launch`, every process takes a share of the images, and all get the same result.
+    Raises DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the
+    image, for logits that are not finite.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("the batch size and the limit must be at least 1")
