@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from ssmprune_cli.errors import RecipeError, UsageError
-from ssmprune_cli.recipe_sections import CalibrationPlan, KnownNames, ModelChoice, Pruning, Section, Seed
+from ssmprune_cli.recipe_sections import CalibrationPlan, KnownNames, ModelChoice, Pruning, Section, Seed, Training
 from ssmprune_cli.validation import Location, explain, suggestion
 from ssmprune_cli.yaml_text import Document, YamlFault, dump_yaml, parse_yaml
 
@@ -30,6 +30,7 @@ class Recipe(Section):
     model: ModelChoice | None = None
     pruning: Pruning
     calibration: CalibrationPlan = CalibrationPlan()
+    training: Training | None = None
     seed: Seed = 0
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -75,6 +76,7 @@ SECTIONS: dict[Location, type[BaseModel]] = {
     ("model",): ModelChoice,
     ("pruning",): Pruning,
     ("calibration",): CalibrationPlan,
+    ("training",): Training,
 }
 
 

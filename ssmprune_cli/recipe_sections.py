@@ -6,7 +6,7 @@ A new section is a class here, a field of `recipe.Recipe` and a line in `recipe.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -127,3 +127,81 @@ class CalibrationPlan(Section):
     images: PositiveInt = 64
     seed: Seed = 0
     batch_size: PositiveInt = 16
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+
+
+class Training(Section):
+    """How `ssmprune finetune` trains.
+
+    batch_size      images in an update, over all processes and accumulated steps
+    accumulate      parts that an update's images go through the model in, one after another
+    lr, lr_batch    highest learning rate; with `lr_batch` it is multiplied by batch_size / lr_batch
+    warmup_epochs   it rises linearly from `warmup_lr` in so many epochs, then goes along half a cosine to `min_lr`
+    weight_decay    of matrices and filters
+    layer_decay     a block's learning rate, as a factor of the next block's
+    clip_norm       largest norm of the whole gradient; 0 for no limit
+    drop_path       share of images that skip the last block; rises linearly from 0 at the first one
+    ema             decay of the running mean of the weights, which is then the result; None for the weights themselves
+    precision       of activations
+    recompute       keep the blocks' inputs only, and compute activations again for the gradient: less memory, slower
+    progressive     epochs in which token counts fall linearly to those of the schedule
+    distill         weight of the divergence from the dense model's classes; the rest goes to the labels
+    temperature     of that divergence
+    distill_tokens  weight of the squared error of normalised kept tokens against the dense model's, added
+    crop_scale      smallest share of the image that a random resized crop takes; None for the centre crop
+    shift           move images at random by up to so many pixels, the border repeated
+    flip            mirror half of the images
+    randaugment     magnitude (of 10) of two random distortions an image; 0 for none
+    colour_jitter   largest change of brightness, contrast and saturation
+    erasing         probability of random erasing
+    mixup, cutmix   alpha of each; 0 for none. Of both, one is drawn for each pair of images
+    repeats         times that an image is in an update, each time augmented differently; an epoch keeps its length
+    """
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 64
+    accumulate: PositiveInt = 1
+    lr: Above0 = 1e-4
+    lr_batch: PositiveInt | None = None
+    warmup_lr: NotNegative = 0.0
+    min_lr: NotNegative = 1e-5
+    warmup_epochs: NotNegative = 1.0
+    weight_decay: NotNegative = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    clip_norm: NotNegative = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: bool = False
+    progressive: Annotated[int, Field(ge=0)] = 0
+    distill: Share = 0.5
+    temperature: Above0 = 1.0
+    distill_tokens: NotNegative = 0.0
+    crop_scale: Annotated[float, Field(gt=0, le=1)] | None = None
+    shift: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    randaugment: Annotated[float, Field(ge=0, le=10)] = 0.0
+    colour_jitter: Share = 0.0
+    erasing: Share = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    repeats: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> Training:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"a warm-up of {self.warmup_epochs:g} epochs does not fit in {self.epochs} epochs")
+        if self.progressive > self.epochs:
+            raise ValueError(f"{self.progressive} progressive epochs do not fit in {self.epochs} epochs")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"a batch of {self.batch_size} images cannot be divided by `accumulate` {self.accumulate}")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1.0)

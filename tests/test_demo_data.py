@@ -9,10 +9,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from ssmprune_cli.workflows.train import accuracy, labelled_images
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import open_dataset
-from ssmprune_cli.workflows.train import accuracy, labelled_images
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo"
 

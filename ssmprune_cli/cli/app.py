@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli import __version__
-from ssmprune_cli.cli import compress, env, inspect, output, profile, recipes, train, visualize
+from ssmprune_cli.cli import compress, env, finetune, inspect, output, profile, recipes, visualize
 from ssmprune_cli.cli import eval as evaluate
 
 
@@ -49,6 +49,6 @@ app.command("eval")(evaluate.command)
 app.command("profile")(profile.command)
 app.command("inspect")(inspect.command)
 app.command("visualize")(visualize.command)
-app.command("train")(train.command)
+app.command("finetune")(finetune.command)
 app.add_typer(recipes.app, name="recipes")
 app.command("env")(env.command)

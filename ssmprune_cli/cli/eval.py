@@ -51,8 +51,10 @@ def command(
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.evaluate import evaluate
+    from ssmprune_cli.workflows.processes import join_processes
 
     use_backend(backend)
+    device = join_processes(device)
     images = open_dataset(dataset, data_dir)
     paths = [path] if compare is None else [path, compare]
     models = [checkpoint.load(each, family=family, variant=variant, weights=weights) for each in paths]

@@ -24,7 +24,7 @@ def emit(result: RenderableType, data: Mapping[str, Any] | list[Any], *, as_json
     """Write a command's result to stdout: `result` for people, or `data` as JSON."""
     if as_json:
         json_text(data)
-    else:
+    elif _speaks():
         _console(stderr=False).print(result)
 
 
@@ -35,11 +35,13 @@ def json_text(data: Mapping[str, Any] | list[Any]) -> None:
 
 def text(content: str) -> None:
     """Write text to stdout as it is."""
-    sys.stdout.write(content)
+    if _speaks():
+        sys.stdout.write(content)
 
 
 def note(message: str) -> None:
-    _message("", "", message)
+    if _speaks():
+        _message("", "", message)
 
 
 def warn(message: str) -> None:
@@ -61,7 +63,7 @@ def task_progress() -> Iterator[Callable[[str], Advance]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not sys.stderr.isatty()
+    hidden = not (sys.stderr.isatty() and _speaks())
     with Progress(*columns, console=_console(stderr=True), transient=True, disable=hidden) as bars:
 
         def start(description: str) -> Advance:
@@ -80,6 +82,11 @@ def progress(description: str) -> Iterator[Advance]:
     """One progress bar: gives its (done, total) callback."""
     with task_progress() as start:
         yield start(description)
+
+
+def _speaks() -> bool:
+    """Of several processes on one task (torchrun), the first one speaks; errors come from whoever has one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _message(prefix: str, style: str, message: str) -> None:

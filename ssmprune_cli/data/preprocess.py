@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -56,7 +57,14 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     Raises ValueError for an image that cannot be converted.
     """
     image = resize_short_side(to_rgb(image), preprocessing.resize, preprocessing.interpolation)
-    # NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
-    scaled = np.asarray(center_crop(image, preprocessing.crop)).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    return torch.from_numpy(normalised(center_crop(image, preprocessing.crop), preprocessing))
+
+
+def normalised(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """(3, H, W): an RGB image less the mean, over the deviation.
+
+    NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
+    """
+    scaled = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return torch.from_numpy(np.ascontiguousarray((scaled - mean) / std))
+    return np.ascontiguousarray((scaled - mean) / std)

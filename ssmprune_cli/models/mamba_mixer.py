@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, sparse_conv1d
+from ssmprune_cli.models.block import Block
 from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.layers import RMSNorm
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -181,7 +182,7 @@ class MambaMixer(nn.Module):
         return torch.stack(steps)
 
 
-class MambaBlock(nn.Module):
+class MambaBlock(Block):
     """Add the last output to the residual stream, normalise, mix. The stream is in float32 at least, as upstream."""
 
     def __init__(self, norm: nn.LayerNorm | RMSNorm, mixer: MambaMixer) -> None:
@@ -189,7 +190,7 @@ class MambaBlock(nn.Module):
         self.norm = norm
         self.mixer = mixer
 
-    def forward(
+    def run(
         self, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
         if isinstance(self.norm, RMSNorm):
@@ -202,7 +203,7 @@ class MambaBlock(nn.Module):
             for dropped in (sequence.frozen, sequence.context)
         )
         hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta, frozen, context)
-        return replace(sequence, hidden=hidden, residual=stream), statistics
+        return replace(sequence, hidden=self.drop(hidden), residual=stream), statistics
 
 
 def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.block import Block
 from ssmprune_cli.models.plainmamba_mixer import PlainMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
@@ -111,7 +112,7 @@ class ConvPatchEmbed(nn.Module):
         return embedded.flatten(2).transpose(1, 2)
 
 
-class PlainMambaLayer(nn.Module):
+class PlainMambaLayer(Block):
     """x + mixer(norm(x)); with `dw`, a depthwise convolution then takes the place of the result: no skip around it."""
 
     def __init__(self, config: PlainMambaConfig, *, dw: bool) -> None:
@@ -132,7 +133,7 @@ class PlainMambaLayer(nn.Module):
             dt_rank=config.dt_rank or math.ceil(dim / 16),
         )
 
-    def forward(
+    def run(
         self, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
         x = sequence.hidden
@@ -141,7 +142,7 @@ class PlainMambaLayer(nn.Module):
             for dropped in (sequence.frozen, sequence.context)
         )
         mixed, statistics = self.mamba(self.norm(x), sequence, alignment, want_delta, frozen, context)
-        x = x + mixed
+        x = x + self.drop(mixed)
         if self.dw is not None:
             x = self._convolve(x, sequence, self.dw)
         return replace(sequence, hidden=x), statistics

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.block import Block
 from ssmprune_cli.models.vmamba_layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
 from ssmprune_cli.models.vmamba_mixer import VMambaMixer
 from ssmprune_cli.tokens import TokenSequence
@@ -75,7 +76,7 @@ class VMambaConfig:
         return self.embed_dim << stage
 
 
-class VMambaBlock(nn.Module):
+class VMambaBlock(Block):
     """Tokens plus the mixer of their norm, plus the MLP of their norm. Tokens that are gone cost nothing."""
 
     def __init__(self, config: VMambaConfig, dim: int) -> None:
@@ -92,7 +93,7 @@ class VMambaBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim) if config.mlp_ratio else None
         self.mlp = MLP(dim, int(config.mlp_ratio * dim)) if config.mlp_ratio else None
 
-    def forward(
+    def run(
         self, sequence: TokenSequence, grid: tuple[int, int], alignment: ScanAlignment | None, want_delta: bool
     ) -> tuple[TokenSequence, ScanStatistics]:
         frozen, context = (
@@ -101,9 +102,9 @@ class VMambaBlock(nn.Module):
         )
         normalised = self.norm(sequence.hidden)
         mixed, statistics = self.op(normalised, sequence, grid, alignment, want_delta, frozen, context)
-        hidden = sequence.hidden + mixed
+        hidden = sequence.hidden + self.drop(mixed)
         if self.mlp is not None and self.norm2 is not None:
-            hidden = hidden + self.mlp(self.norm2(hidden))
+            hidden = hidden + self.drop(self.mlp(self.norm2(hidden)))
         return replace(sequence, hidden=hidden), statistics
 
 

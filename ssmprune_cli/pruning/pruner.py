@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class TokenPruner(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
+        self._stages = tuple(stages)
         self._patches = settings.schedule.patches_per_block(stages)
         self._lengths = [stage.num_tokens for stage in stages for _ in range(stage.start, stage.stop)]
         self._directions = [mixer.directions for mixer in mixers]
@@ -89,6 +90,13 @@ class TokenPruner(nn.Module):
     def shortens(self) -> bool:
         """Whether sequences get shorter (`mask` only zeroes tokens)."""
         return self._reduction.shortens
+
+    def reschedule(self, schedule: PruneSchedule) -> None:
+        """Keep the token counts of `schedule` from now on; its points must be the same."""
+        if schedule.points != self.settings.schedule.points:
+            raise UsageError(f"the points are {self.settings.schedule.points}, not {schedule.points}")
+        self.settings = replace(self.settings, schedule=schedule)
+        self._patches = schedule.patches_per_block(self._stages)
 
     def set_mass(self, mass: float) -> None:
         """The mass of every block, for the alignment of this name."""

@@ -16,6 +16,7 @@ from ssmprune_cli.data.datasets import ImageDataset, Subset
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
+from ssmprune_cli.workflows.processes import gathered, this_process
 from ssmprune_cli.workflows.profile import resolve_device
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
@@ -110,18 +111,28 @@ class _Score:
         order = logits.argsort(dim=1, descending=True, stable=True)
         self._ranks.append((order == labels[:, None]).int().argmax(dim=1))
 
+    def collect(self) -> None:
+        """Bring the answers of all processes together: process r has images r, r + n, r + 2n, ..."""
+        mine = torch.cat(self._ranks).tolist() if self._ranks else []
+        timed = slice(1, None) if len(self._sizes) > 1 else slice(None)
+        found = gathered((mine, sum(self._sizes[timed]), sum(self._seconds[timed])))
+        ranks = torch.empty(sum(len(part) for part, _, _ in found), dtype=torch.int64)
+        for rank, (part, _, _) in enumerate(found):
+            ranks[rank :: len(found)] = torch.tensor(part, dtype=torch.int64)
+        self._all = ranks
+        self._speed = sum(size / seconds for _, size, seconds in found if seconds)
+
     def right(self) -> Tensor:
-        return torch.cat(self._ranks) == 0
+        return self._all == 0
 
     def accuracy(self) -> Accuracy:
-        ranks = torch.cat(self._ranks)
-        timed = slice(1, None) if len(self._sizes) > 1 else slice(None)
+        ranks = self._all
         right = int((ranks == 0).sum())
         return Accuracy(
             top1=right / len(ranks),
             top5=int((ranks < 5).sum()) / len(ranks) if self._model.num_classes >= 5 else None,
             interval=wilson_interval(right, len(ranks)),
-            images_per_second=sum(self._sizes[timed]) / sum(self._seconds[timed]),
+            images_per_second=self._speed,
         )
 
     def _synchronize(self) -> None:
@@ -143,9 +154,10 @@ def evaluate(
 
     limit  use so many images, always the same ones, drawn from the whole dataset (see `spread`)
 
-    Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Raises
-    DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the image, for
-    logits that are not finite.
+    Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Started by
+    `torchrun` or `accelerate launch`, every process takes a share of the images, and all get the same result.
+    Raises DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the
+    image, for logits that are not finite.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("the batch size and the limit must be at least 1")
@@ -158,7 +170,9 @@ def evaluate(
     roles = ["the model", "the model to compare with"]
     scores = [_Score(each, target, role) for each, role in zip(models, roles, strict=False)]
     ways = list(dict.fromkeys(each.preprocessing for each in models))
-    streams = [batches(dataset, way, batch_size) for way in ways]
+    share = this_process()
+    mine = dataset if share.processes == 1 else Subset(dataset, range(share.rank, len(dataset), share.processes))
+    streams = [batches(mine, way, batch_size) for way in ways]
     done = 0
     with torch.inference_mode():
         for prepared in zip(*streams, strict=True):
@@ -168,7 +182,9 @@ def evaluate(
                 score.add(batch.images, batch.labels, batch.names)
             done += len(prepared[0].names)
             if progress:
-                progress(done, len(dataset))
+                progress(done, len(mine))
+    for score in scores:
+        score.collect()
     comparison = _compare(*scores) if compare is not None else None
     return Evaluation(len(dataset), scores[0].accuracy(), comparison)
 

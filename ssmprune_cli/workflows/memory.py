@@ -1,9 +1,9 @@
-"""Peak memory of a forward pass."""
+"""Peak memory of a forward pass, or of a training step."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,19 +45,29 @@ class _LiveTensors(TorchDispatchMode):
 
 
 def peak_memory(model: nn.Module, images: Tensor) -> int:
-    """Bytes of the largest set of tensors alive at once in a forward pass, weights and input included.
+    """Bytes of the largest set of tensors alive at once in a forward pass, weights and input included."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images)
+
+    return peak_memory_of(forward, [*model.parameters(), *model.buffers(), images])
+
+
+def peak_memory_of(work: Callable[[], None], tensors: Sequence[Tensor]) -> int:
+    """Bytes of the largest set of tensors alive at once in `work`, those that it starts with (`tensors`) included.
 
     On a GPU it is the CUDA allocator's peak; on a CPU it is added up from the tensors that ops return.
     """
-    if images.is_cuda:
-        torch.cuda.reset_peak_memory_stats(images.device)
-        with torch.no_grad():
-            model(images)
-        torch.cuda.synchronize(images.device)
-        return torch.cuda.max_memory_allocated(images.device)
+    device = tensors[0].device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
     tracker = _LiveTensors()
-    for tensor in (*model.parameters(), *model.buffers(), images):
+    for tensor in tensors:
         tracker.add(tensor)
-    with torch.no_grad(), tracker:
-        model(images)
+    with tracker:
+        work()
     return tracker.peak

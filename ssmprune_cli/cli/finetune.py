@@ -1,0 +1,144 @@
+"""`ssmprune finetune`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName
+from ssmprune_cli.errors import UsageError
+
+
+def command(
+    data_dir: Annotated[Path, typer.Option(help="Training images: a folder, or an .npz.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: the models last and best, the log, the state to resume.")],
+    path: Annotated[Path | None, typer.Argument(help="Artefact folder or dense checkpoint.")] = None,
+    dataset: Annotated[str, typer.Option(help="Layout of the images: imagenet, imagefolder, cifar10 or npz.")] = (
+        "imagefolder"
+    ),
+    val_dir: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
+    distill: Annotated[Path | None, typer.Option(help="Dense checkpoint to distil from.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe with a training section (default: the artefact's own).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="training.key=value; from scratch also key=value of the model: --set depth=12"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in an update, over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate at its highest.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Epochs until the learning rate is at its highest.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of matrices and filters.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="Share of the target spread over all classes.")] = None,
+    shift: Annotated[int | None, typer.Option(help="Move images at random by up to so many pixels.")] = None,
+    flip: Annotated[
+        bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the images: not for digits or text.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Of activations: fp32, bf16 or fp16.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the images, augmentation and new weights.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Train on so many images, drawn at random.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --out.")] = False,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Save the state every so many updates, not only after epochs.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the log for TensorBoard.")] = False,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train a new dense model.")] = False,
+    family: Annotated[str | None, typer.Option(help="Model family; from scratch, vim unless given.")] = None,
+    init: Annotated[Path | None, typer.Option(help="From scratch: start from the weights of this checkpoint.")] = None,
+    name: Annotated[
+        str, typer.Option(help="From scratch: name in --checkpoint; layouts with equal keys are told apart by it.")
+    ] = "vim_midclstok_div2",
+    pth: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="From scratch: write the last weights to this file too, in float16."),
+    ] = None,
+    backend: BackendName = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Train a pruned model, tokens dropped as in use, to win back accuracy; or a dense one, or a new one.
+
+    For several processes: `accelerate launch -m ssmprune_cli finetune ...` or `torchrun ... -m ssmprune_cli finetune`.
+    Ctrl-C saves; --resume goes on. With the same settings and seed, a CPU gives the same weights.
+    """
+    if from_scratch == (path is not None):
+        raise UsageError("give either an artefact or checkpoint, or `--from-scratch`")
+    if not from_scratch and (init or pth):
+        raise UsageError("`--init` and `--checkpoint` are for `--from-scratch`")
+    texts = settings or []
+    of_model = [text for text in texts if not text.startswith("training.")]
+    if of_model and not from_scratch:
+        raise UsageError(f"`--set {of_model[0]}`: only training.key=value can be set", where="--set")
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "warmup_epochs": warmup,
+        "weight_decay": weight_decay,
+        "label_smoothing": label_smoothing,
+        "shift": shift,
+        "flip": flip,
+        "precision": precision,
+    }
+
+    from ssmprune_cli import checkpoint
+    from ssmprune_cli.data import open_dataset
+    from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.workflows.finetune import Data, finetune
+    from ssmprune_cli.workflows.finetune.plan import plan, some
+    from ssmprune_cli.workflows.new_model import build, start_from, write_checkpoint
+    from ssmprune_cli.workflows.processes import join_processes
+
+    use_backend(backend)
+    if path is None:
+        model = build(family or "vim", of_model, name=name, seed=seed)
+        if init is not None:
+            start_from(model, init)
+    else:
+        model = checkpoint.load(path, family=family)
+    job = plan(
+        path,
+        recipe=recipe,
+        options={key: value for key, value in given.items() if value is not None},
+        assignments=[text for text in texts if text.startswith("training.")],
+        seed=seed,
+        command=shlex.join(["ssmprune", *sys.argv[1:]]),
+        device=join_processes(device),
+        teacher=None if distill is None else checkpoint.load(distill, family=model.family),
+        save_every=save_every,
+        tensorboard=tensorboard,
+    )
+    data = Data(
+        some(open_dataset(dataset, data_dir, split="train"), limit, seed),
+        None if val_dir is None else open_dataset(dataset, val_dir),
+    )
+
+    def report(line: dict[str, Any]) -> None:
+        if "top1" in line:
+            top1 = "" if line["top1"] is None else f", top-1 {100 * line['top1']:.2f} %"
+            loss = "no update" if line["loss"] is None else f"loss {line['loss']:.4f}"
+            output.note(f"epoch {line['epoch']} of {job.settings.epochs}: {loss}{top1}, {line['seconds']:.1f} s")
+        elif "loss" in line and line["loss"] is None:
+            output.warn(f"epoch {line['epoch']}, step {line['step']}: not finite, so this update was skipped")
+
+    with output.progress("Training") as advance:
+        result = finetune(model, data, job, out, resume=resume, report=report, progress=advance)
+    if pth is not None and result.epochs:
+        write_checkpoint(pth, model, name=name, epoch=len(result.epochs))
+    last = result.epochs[-1:]
+    top1 = "".join(f", top-1 {100 * line['top1']:.2f} %" for line in last if line["top1"] is not None)
+    models = " and ".join(str(each) for each in (result.last, result.best) if each is not None)
+    output.emit(
+        f"{models or out}: {len(result.epochs)} of {job.settings.epochs} epochs{top1}",
+        result.to_dict(),
+        as_json=as_json,
+    )
+    if result.interrupted:
+        output.note(f"The state is saved. To go on: the same command with --resume (it is in {out}).")
+        raise typer.Exit(130)

@@ -1,0 +1,65 @@
+"""From a command's options to a Job: whose settings hold, and what is written beside the weights."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssmprune_cli.data.datasets import ImageDataset, Subset
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.recipe import Recipe, load_recipe
+from ssmprune_cli.recipe_sections import Pruning, Training
+from ssmprune_cli.workflows.finetune.run import Job
+
+_KEEP_ALL = Recipe(pruning=Pruning(keep=1.0))  # stands in where there is no recipe: only its training section is used
+
+
+def plan(
+    path: Path | None,
+    *,
+    recipe: str | None,
+    options: Mapping[str, Any],
+    assignments: Sequence[str],
+    seed: int,
+    command: str,
+    device: str,
+    teacher: Backbone | None,
+    save_every: int | None,
+    tensorboard: bool,
+) -> Job:
+    """The settings of the recipe (`recipe`, else the artefact's own), changed by options and "training.key=value".
+
+    Raises RecipeError or UsageError for settings that are not valid.
+    """
+    own = None if path is None or not (path / "recipe.yaml").is_file() else load_recipe(path / "recipe.yaml")
+    base = load_recipe(recipe) if recipe is not None else own or _KEEP_ALL
+    texts = [f"training.{key}={yaml.safe_dump(value).split()[0]}" for key, value in options.items()]
+    chosen = base.override([*texts, *assignments])
+    training = chosen.training or Training()
+    files: dict[str, str] = {}
+    report: dict[str, Any] = {}
+    if path is not None and path.is_dir():
+        files = {
+            name: (path / name).read_text(encoding="utf-8")
+            for name in ("README.md", "calibration.json")
+            if (path / name).is_file()
+        }
+        if (path / "report.json").is_file():
+            report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        if "README.md" in files:
+            files["README.md"] += f"\nThen fine-tuned: `{command}`; report.json has its epochs.\n"
+    if own is not None:
+        files["recipe.yaml"] = own.model_copy(update={"training": training}).to_yaml()
+    return Job(training, seed, command, device, teacher, files, report, save_every, tensorboard)
+
+
+def some(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
+    """`limit` of the images, drawn at random."""
+    if limit is None or limit >= len(images):
+        return images
+    return Subset(images, sorted(random.Random(seed).sample(range(len(images)), limit)))

@@ -1,0 +1,264 @@
+"""Fine-tune a model into a folder: the log, the state to resume from, and the models `last` and `best`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+
+import ssmprune_cli
+from ssmprune_cli import checkpoint
+from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.kernels import active_backend
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
+from ssmprune_cli.workflows.finetune.loss import teach
+from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
+from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to train on, and those to measure the accuracy on after every epoch, if any."""
+
+    training: ImageDataset
+    validation: ImageDataset | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained how, and what is written beside the weights.
+
+    command   for the log
+    teacher   the dense model to distil from
+    files     what goes into the artefact folders beside the weights (recipe.yaml), by name
+    report    what report.json says of the model already; what this training did is added under "finetuning"
+    save_every   updates between two states; None is once an epoch
+    tensorboard  whether to write the log for TensorBoard too
+    """
+
+    settings: Training
+    seed: int = 0
+    command: str = ""
+    device: str = "cpu"
+    teacher: Backbone | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    save_every: int | None = None
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What was done: a line for each epoch, updates skipped, whether a signal stopped it, and where the models are."""
+
+    epochs: list[dict[str, Any]]
+    skipped: int
+    interrupted: bool
+    last: Path | None
+    best: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "last": self.last and str(self.last), "best": self.best and str(self.best)}
+
+
+def finetune(
+    model: Backbone,
+    data: Data,
+    job: Job,
+    out: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Finetuned:
+    """Train `model` in place, and write `out`: log.jsonl, state.pt, and the artefact folders `last` and `best`.
+
+    resume    go on from the state in `out`, which the same settings must have made; on a CPU bit for bit
+    report    called with every line of the log
+    progress  called with (updates done, updates in all)
+
+    Ctrl-C or SIGTERM saves after the update at hand, and the result says `interrupted`. Raises SsmpruneError for a
+    folder without room, data that do not fit, and a training that diverges.
+    """
+    settings = job.settings
+    for images in (data.training, data.validation):
+        if images is not None:
+            _check(model, images)
+    if job.teacher is not None:
+        teach(model, job.teacher)
+    made_with = {**settings.model_dump(mode="json"), "seed": job.seed, "images": len(data.training)}
+    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    first = this_process().rank == 0
+    if first:
+        # The state holds weights, two moments and a mean of the weights; twice, for the old one goes last. Two models.
+        prepare_folder(out, weights * (2 * (3 + (settings.ema is not None)) + 4), resume=resume)
+    with stop_signals() as asked:
+        trainer = Trainer(
+            model,
+            data.training,
+            settings,
+            seed=job.seed,
+            teacher=job.teacher,
+            device=job.device,
+            stop=lambda: bool(asked),
+        )
+        if resume:
+            trainer.load(read_state(out, made_with))
+        done = trainer.progress
+        log = Log(out, done.log_size) if first else None
+
+        board = tensorboard_writer(out) if first and job.tensorboard else None
+
+        def record(values: dict[str, Any]) -> None:
+            if log is not None:
+                done.log_size = log.write(values)
+            if board is not None and values.get("loss") is not None:
+                at = done.epoch * trainer.steps + done.step
+                kind = "epoch" if "top1" in values else "update"
+                for name in ("loss", "learning_rate", "top1"):
+                    if values.get(name) is not None:
+                        board.add_scalar(f"{kind}/{name}", values[name], at)
+            if report is not None:
+                report(values)
+
+        def save() -> None:
+            if first:
+                write_state(out, {"settings": json.dumps(made_with), **trainer.state()})
+            gathered(None)  # nobody goes on before it is written
+
+        if not resume:
+            record(provenance(job))
+            save()
+        total = settings.epochs * trainer.steps
+        try:
+            while done.epoch < settings.epochs:
+                start = time.perf_counter()
+                for line in trainer.epoch():
+                    record(line)
+                    if progress is not None:
+                        progress(done.epoch * trainer.steps + done.step, total)
+                    if job.save_every and done.step % job.save_every == 0 and done.step < trainer.steps:
+                        save()
+                _end_epoch(trainer, data, job, out, record, start)
+                save()
+        except Stopped:
+            save()
+        found = [folder if folder.exists() else None for folder in (out / LAST, out / BEST)]
+        model.eval()
+        return Finetuned(done.epochs, done.skipped, bool(asked) or done.epoch < settings.epochs, *found)
+
+
+def _end_epoch(
+    trainer: Trainer,
+    data: Data,
+    job: Job,
+    out: Path,
+    record: Callable[[dict[str, Any]], None],
+    start: float,
+) -> None:
+    """Measure, and write the models."""
+    done, weights = trainer.progress, trainer.weights
+    as_first_process(weights)
+    top1 = None
+    if data.validation is not None:
+        training = weights.training
+        top1 = evaluate(weights, data.validation, device=str(trainer.accelerator.device)).accuracy.top1
+        weights.train(training)
+    line = {"epoch": done.epoch, "loss": trainer.last_loss, "top1": top1, "seconds": time.perf_counter() - start}
+    done.epochs.append(line)
+    better = top1 is not None and (done.best is None or top1 > done.best)
+    if better and done.epoch >= job.settings.progressive:  # with all tokens that will be dropped
+        done.best, done.best_epoch = top1, done.epoch
+    if this_process().rank == 0:
+        files = artefact_files(job, done.epochs, done.skipped)
+        for name in (LAST, *([BEST] if done.best_epoch == done.epoch else [])):
+            checkpoint.save(out / name, weights, files, overwrite=True)
+    record(line)
+
+
+def artefact_files(job: Job, epochs: list[dict[str, Any]], skipped: int) -> dict[str, bytes | str]:
+    """recipe.yaml and the like as they are, and report.json with what was trained."""
+    finetuning = {
+        **provenance(job),
+        "epochs": [{key: line[key] for key in ("epoch", "loss", "top1")} for line in epochs],
+        "skipped_updates": skipped,
+    }
+    text = json.dumps({**job.report, "finetuning": finetuning}, indent=2, ensure_ascii=False)
+    return {**job.files, "report.json": text + "\n"}
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """The first line of a log: what ran where."""
+    return {
+        "command": job.command,
+        "settings": job.settings.model_dump(mode="json"),
+        "seed": job.seed,
+        "distilled": job.teacher is not None,
+        "ssmprune": ssmprune_cli.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "accelerate": accelerate.__version__,
+        "kernel": active_backend(),
+        "processes": this_process().processes,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """Writes events to `folder`/tensorboard. Raises UsageError without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("TensorBoard is missing", hint="pip install 'ssmprune[tensorboard]'") from error
+    return SummaryWriter(folder / "tensorboard")
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Gives a list that SIGINT and SIGTERM join; the second one does what it would have done without this."""
+    asked: list[int] = []
+    old: dict[int, Any] = {}
+
+    def handle(number: int, frame: object) -> None:
+        asked.append(number)
+        for each, handler in old.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        old[number] = signal.signal(number, handle)
+    try:
+        yield asked
+    finally:
+        for each, handler in old.items():
+            signal.signal(each, handler)
+
+
+def _check(model: Backbone, images: ImageDataset) -> None:
+    if len(images) == 0:
+        raise DataError("there are no images")
+    if model.num_classes < 1:
+        raise UsageError("the model has no classifier to train")
+    for index in range(len(images)):
+        label = images.label(index)
+        if label is None:
+            raise DataError("has no label", where=images.name(index))
+        if not 0 <= label < model.num_classes:
+            raise DataError(
+                f"has the label {label}, and the model has {model.num_classes} classes (0 to {model.num_classes - 1})",
+                where=images.name(index),
+            )

@@ -1,0 +1,226 @@
+"""The training loop, on a small model that learns where a bright square is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.data import open_dataset
+from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.errors import CheckpointError, DataError, SsmpruneError, UsageError
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.block import blocks, set_recompute
+from ssmprune_cli.pruning import TokenPruner, compress
+from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.workflows.finetune import Data, Job, finetune, run
+from ssmprune_cli.workflows.finetune.loop import Trainer
+from ssmprune_cli.workflows.new_model import build
+
+VIM = ("vim", ["image_size=16", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"])
+PLAINMAMBA = ("plainmamba", ["image_size=16", "patch_size=4", "embed_dim=16", "depth=4", "num_classes=2"])
+VMAMBA = ("vmamba", ["image_size=16", "embed_dim=8", "depths=[2, 3]", "num_classes=2"])
+SETTINGS = Training(epochs=2, batch_size=8, lr=3e-3, warmup_epochs=0.5, shift=1)
+
+
+def make_model(kind: tuple[str, list[str]] = VIM, keep: float | None = None) -> Backbone:
+    name = "vim_small_midclstok_div2" if kind[0] == "vim" else f"{kind[0]}_small"
+    model = build(kind[0], kind[1], name=name, seed=0)
+    if keep is not None:
+        compress(model, keep)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    """Noise with a bright square in the upper (class 0) or lower (class 1) half."""
+    pixels = np.random.default_rng(0).integers(0, 60, (48, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(48) % 2
+    for image, label in zip(pixels, labels, strict=True):
+        image[2 + 8 * label : 6 + 8 * label, 6:10] = 250
+    path = tmp_path_factory.mktemp("images") / "squares.npz"
+    np.savez(path, images=pixels, labels=labels)
+    return open_dataset("npz", path)
+
+
+def losses(model: Backbone, images: ImageDataset, settings: Training, **options: Any) -> list[float | None]:
+    """Of every update of a whole training."""
+    trainer = Trainer(model, images, settings, **options)
+    return [line["loss"] for _ in range(settings.epochs) for line in trainer.epoch()]
+
+
+def weights(model: Backbone) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", [VIM, PLAINMAMBA, VMAMBA], ids=lambda kind: str(kind[0]))
+def test_a_pruned_model_of_every_family_learns(images: ImageDataset, kind: tuple[str, list[str]]) -> None:
+    model = make_model(kind, keep=0.5)
+    settings = SETTINGS.model_copy(update={"epochs": 4, "label_smoothing": 0.0, "drop_path": 0.1})
+    found = [loss for loss in losses(model, images, settings) if loss is not None]
+    assert sum(found[-6:]) < 0.7 * sum(found[:6])
+    assert isinstance(model.pruner, TokenPruner)  # the schedule was active: tokens are still dropped
+
+
+def test_pruning_points_and_alignment_pass_gradients(images: ImageDataset) -> None:
+    """Every weight of the pruned model learns, those before the prune points too."""
+    model = make_model(keep=0.5)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    losses(model, images, SETTINGS.model_copy(update={"epochs": 1, "warmup_epochs": 0.0}))
+    assert not [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+
+
+def test_same_seed_gives_the_same_weights(images: ImageDataset) -> None:
+    """Bit for bit; another seed changes the order of the images, so the weights."""
+    found = []
+    for seed in (1, 1, 2):
+        model = make_model(keep=0.5)
+        losses(model, images, SETTINGS.model_copy(update={"epochs": 1}), seed=seed)
+        found.append(weights(model))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_accumulation_takes_the_same_steps(images: ImageDataset) -> None:
+    """The same images in two parts: only the order of sums differs (float32), which Adam's first steps make larger."""
+    whole = losses(make_model(keep=0.5), images, SETTINGS)
+    parts = losses(make_model(keep=0.5), images, SETTINGS.model_copy(update={"accumulate": 2}))
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [VIM, PLAINMAMBA, VMAMBA], ids=lambda kind: str(kind[0]))
+def test_recomputation_changes_no_gradient(kind: tuple[str, list[str]]) -> None:
+    found = []
+    for recompute in (False, True):
+        model = make_model(kind, keep=0.5).train()
+        set_recompute(model, recompute)
+        for block in blocks(model):
+            block.drop_rate = 0.3
+        torch.manual_seed(3)  # of the images and of drop path
+        model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+        found.append([value.grad for value in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
+
+
+def test_drop_path_leaves_out_blocks_in_training_only() -> None:
+    """A dropped branch is zero and a kept one divided by the share that stays, in expectation the branch itself."""
+    block = blocks(make_model())[1]
+    block.drop_rate = 0.25
+    branch = torch.ones(4000, 2, 3)
+    assert block.eval().drop(branch) is branch
+    torch.manual_seed(0)
+    kept = block.train().drop(branch)[:, 0, 0]
+    assert set(kept.tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert kept.mean().item() == pytest.approx(1, abs=0.04)  # five standard errors
+
+
+def test_progressive_training_drops_more_tokens_in_every_epoch(images: ImageDataset) -> None:
+    """16 patches, at last 8, 4 and 2 of them after the three points."""
+    model = make_model(keep=0.5)
+    trainer = Trainer(model, images, SETTINGS.model_copy(update={"epochs": 3, "progressive": 2, "ema": 0.9}))
+    seen = []
+    for _ in range(3):
+        for _line in trainer.epoch():
+            pass
+        for each in (model, trainer.weights):
+            assert isinstance(each.pruner, TokenPruner)
+            seen.append(each.pruner.settings.schedule.tokens)
+    assert seen[::2] == seen[1::2] == [(12, 10, 9), (8, 4, 2), (8, 4, 2)]
+
+
+def test_ema_is_the_running_mean_of_the_weights(images: ImageDataset) -> None:
+    """The first update copies the weights, then mean = 0.75 mean + 0.25 weights."""
+    trainer = Trainer(make_model(), images, SETTINGS.model_copy(update={"epochs": 1, "ema": 0.75}))
+    expected = None
+    for _ in trainer.epoch():
+        now = weights(trainer.model)
+        expected = now if expected is None else 0.75 * expected + 0.25 * now
+    torch.testing.assert_close(weights(trainer.weights), expected, rtol=1e-5, atol=1e-6)
+
+
+class Poison:
+    """Makes the loss nan in the given calls of the head."""
+
+    def __init__(self, model: Backbone, calls: range) -> None:
+        self.calls, self.count = calls, 0
+        model.get_submodule("head").register_forward_hook(self)
+
+    def __call__(self, module: object, inputs: object, output: Tensor) -> Tensor | None:
+        self.count += 1
+        return output * math.nan if self.count in self.calls else None
+
+
+def test_single_losses_that_are_not_finite_are_skipped_and_counted(images: ImageDataset) -> None:
+    model = make_model(keep=0.5)
+    Poison(model, range(2, 4))
+    trainer = Trainer(model, images, SETTINGS.model_copy(update={"epochs": 1}))
+    found = [line["loss"] for line in trainer.epoch()]
+    assert [loss is None for loss in found] == [False, True, True, False, False, False]
+    assert trainer.progress.skipped == 2 and weights(model).isfinite().all()
+
+
+def test_three_in_a_row_stop_with_a_diagnosis_and_keep_the_last_good_checkpoint(
+    images: ImageDataset, tmp_path: Path
+) -> None:
+    model = make_model(keep=0.5)
+    Poison(model, range(9, 99))  # 6 updates are an epoch
+    expected = r"epoch 2, step 5: the loss is nan, 3 updates in a row.*output of .*head \(Linear\).*rate 0.*float32"
+    with pytest.raises(SsmpruneError, match=expected):
+        finetune(model, Data(images), Job(SETTINGS), tmp_path)
+    assert weights(checkpoint.load(tmp_path / "last")).isfinite().all()
+    assert (tmp_path / "state.pt").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(images: ImageDataset) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter("head.bias").fill_(math.nan)
+    before = model.get_parameter("pos_embed").clone()
+    with pytest.raises(SsmpruneError, match=r"epoch 1, step 3.*the weight .*head\.bias"):
+        losses(model, images, SETTINGS)
+    assert torch.equal(model.get_parameter("pos_embed"), before)  # nothing was learned from it
+
+
+def test_images_must_fit_the_model(images: ImageDataset, tmp_path: Path) -> None:
+    np.savez(tmp_path / "three.npz", images=np.zeros((9, 16, 16), np.uint8), labels=np.arange(9) % 3)
+    with pytest.raises(DataError, match=r"label 2.*2 classes"):
+        finetune(make_model(), Data(open_dataset("npz", tmp_path / "three.npz")), Job(SETTINGS), tmp_path / "out")
+    with pytest.raises(UsageError, match="cannot be shared by 1 processes in 3 parts|divided by `accumulate` 3"):
+        Trainer(make_model(), images, SETTINGS.model_copy(update={"accumulate": 3}))
+    with pytest.raises(UsageError, match="1 images at once are no pairs"):
+        Trainer(make_model(), images, SETTINGS.model_copy(update={"batch_size": 1, "mixup": 1.0}))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    yield
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_found_before_the_first_epoch(images: ImageDataset, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the disk has 0 MB left"):
+        finetune(make_model(), Data(images), Job(SETTINGS), tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_used_is_found_before_the_first_epoch(images: ImageDataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        finetune(make_model(), Data(images), Job(SETTINGS), tmp_path / "file")
+    with pytest.raises(CheckpointError, match="not empty"):
+        finetune(make_model(), Data(images), Job(SETTINGS), tmp_path)
+    with pytest.raises(UsageError, match="no training to resume"):
+        finetune(make_model(), Data(images), Job(SETTINGS), tmp_path, resume=True)
+
+
+def test_missing_tensorboard_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"ssmprune\[tensorboard\]"):
+        run.tensorboard_writer(tmp_path)

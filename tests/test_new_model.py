@@ -1,0 +1,54 @@
+"""A model from scratch: what its settings may be, and that its checkpoint is read back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.workflows.new_model import build, write_checkpoint
+
+SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=2", "num_classes=2"]
+NAME = "vim_small_midclstok_div2"
+
+
+def make_model(seed: int = 0) -> Backbone:
+    return build("vim", SMALL, name=NAME, seed=seed)
+
+
+def test_checkpoint_loads_as_the_same_model_in_half_precision(tmp_path: Path) -> None:
+    model = make_model().eval()
+    path = tmp_path / "new" / "vim_small.pth"
+    write_checkpoint(path, model, name=NAME, epoch=3)
+    loaded = checkpoint.load(path)
+    assert loaded.config == model.config
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value.half().float(), rtol=0, atol=0)
+    write_checkpoint(tmp_path / "again.pth", model, name=NAME, epoch=3)
+    assert (tmp_path / "again.pth").read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in path.parent.iterdir()) == ["vim_small.pth"]  # no temporary file stays
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "name", "message"),
+    [
+        ("vim", "dept=2", NAME, "`--set dept=2` is no setting of vim"),
+        ("vim", "depth", NAME, "`--set depth` is no setting of vim"),
+        ("vim", "image_size=[48", NAME, "is not a value"),
+        ("vim", "depth=deep", NAME, "depth: Input should be a valid integer"),
+        ("vim", "norm=batch", NAME, "norm: Input should be 'rms' or 'layer'"),
+        ("vim", "stride=4", "vim_small_clstok_div2", "another class_token$"),
+        ("vim", "class_token=head", NAME, "another class_token$"),
+        ("vim", "divide_out=false", NAME, "another divide_out$"),
+        ("vmi", "depth=2", NAME, "Did you mean 'vim'"),
+    ],
+)
+def test_settings_of_the_model_are_checked(family: str, setting: str, name: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build(family, [*SMALL, setting], name=name, seed=0)
+    assert re.search(message, caught.value.what)
