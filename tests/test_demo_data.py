@@ -9,10 +9,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from ssmprune_cli.workflows.train import accuracy, labelled_images
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import open_dataset
+from ssmprune_cli.workflows.evaluate import evaluate
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo"
 
@@ -40,8 +40,7 @@ def test_files_are_small_and_complete() -> None:
 @pytest.mark.slow
 def test_checkpoint_is_right_on_95_percent_of_the_test_images() -> None:
     model = checkpoint.load(DEMO / "vim_digits.pth")
-    images = labelled_images(open_dataset("npz", DEMO / "test.npz"), model.preprocessing)
-    assert accuracy(model, images, 50) >= 0.95
+    assert evaluate(model, open_dataset("npz", DEMO / "test.npz")).accuracy.top1 >= 0.95
 
 
 @pytest.mark.parametrize("name", ["test", "calib"])

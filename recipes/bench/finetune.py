@@ -146,9 +146,8 @@ def main() -> None:
         found.append(row)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(
-        "| checkpoint | multiply-adds (keep) | reduction | alignment | distilled | dense % | before % | after % | won back |"
-    )
+    titles = "checkpoint", "multiply-adds (keep)", "reduction", "alignment", "distilled", "dense %", "before %"
+    print(f"| {' | '.join(titles)} | after % | won back |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in found:
         print(table_line(row))

@@ -3,17 +3,20 @@
     python recipes/bench/training.py [--variant vim_tiny] [--image-size 224] [--batch-size 8] [--rounds 5]
 
 prints a Markdown table for random weights: forward, loss, gradient and AdamW, without reading images. Models take turns
-in every round; speed is the median with quartiles. Peak memory is of the tensors alive at once (on a GPU the
-allocator's peak), weights, gradients and the optimiser's moments included.
+in every round; speed is the median with quartiles. Peak memory is what two updates add to a new process that has the
+model already: gradients, the optimiser's moments, activations (on a GPU the allocator's peak, weights included).
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import resource
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
@@ -27,7 +30,6 @@ from ssmprune_cli.models.block import set_recompute
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.recipe_sections import Training
 from ssmprune_cli.workflows.finetune.optimiser import optimiser
-from ssmprune_cli.workflows.memory import peak_memory_of
 
 # title -> keep (None: dense), reduction, recompute
 WAYS: dict[str, tuple[float | None, str, bool]] = {
@@ -54,11 +56,6 @@ class Step:
         functional.cross_entropy(self.model(self.images), self.labels).backward()
         self.optimizer.step()
 
-    def state(self) -> list[Tensor]:
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), self.images, *moments]
-        return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-
 
 def seconds(step: Step) -> float:
     if step.images.is_cuda:
@@ -78,6 +75,30 @@ def variant(name: str, image_size: int) -> Backbone:
     raise SystemExit(f"unknown variant {name}; known: {', '.join(known)}")
 
 
+def make_step(arguments: argparse.Namespace, title: str) -> Step:
+    keep, reduction, recompute = WAYS[title]
+    torch.manual_seed(0)
+    images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size).to(arguments.device)
+    model = variant(arguments.variant, arguments.image_size).to(arguments.device)
+    if keep is not None:
+        compress(model, keep, reduction=reduction)
+    set_recompute(model, recompute)
+    return Step(model, images)
+
+
+def peak_bytes(arguments: argparse.Namespace, title: str) -> int:
+    """What two updates add to the memory of a new process at most (on a GPU: all that the allocator gave out)."""
+    step = make_step(arguments, title)
+    if step.images.is_cuda:
+        for _ in range(2):
+            step()
+        return torch.cuda.max_memory_allocated()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):  # the second one with the optimiser's moments
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # Linux counts kibibytes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="vim_tiny")
@@ -86,17 +107,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size).to(arguments.device)
-    steps = {}
-    for title, (keep, reduction, recompute) in WAYS.items():
-        model = variant(arguments.variant, arguments.image_size).to(arguments.device)
-        if keep is not None:
-            compress(model, keep, reduction=reduction)
-        set_recompute(model, recompute)
-        steps[title] = Step(model, images)
-        seconds(steps[title])  # makes the moments, and warms up
-    memory = {title: peak_memory_of(step, step.state()) for title, step in steps.items()}
+    memory = {}
+    for title in WAYS:  # each in a process of its own: a peak does not go down again
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            memory[title] = pool.submit(peak_bytes, arguments, title).result()
+    steps = {title: make_step(arguments, title) for title in WAYS}
+    for step in steps.values():
+        seconds(step)  # makes the moments, and warms up
     times: dict[str, list[float]] = {title: [] for title in steps}
     for _ in range(arguments.rounds):
         for title, step in steps.items():
@@ -113,9 +130,9 @@ def main() -> None:
         )
     print(
         f"\n{arguments.variant}, {arguments.image_size} pixels, batch {arguments.batch_size}, "
-        f"{arguments.rounds} rounds, {arguments.device}; ssmprune {ssmprune_cli.__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} threads, backend "
-        f"{active_backend()}."
+        f"{arguments.rounds} rounds, {arguments.device}; ssmprune {ssmprune_cli.__version__}, torch "
+        f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
+        f"{torch.get_num_threads()} threads, backend {active_backend()}."
     )
 
 

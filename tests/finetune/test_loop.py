@@ -24,9 +24,9 @@ from ssmprune_cli.workflows.finetune import Data, Job, finetune, run
 from ssmprune_cli.workflows.finetune.loop import Trainer
 from ssmprune_cli.workflows.new_model import build
 
-VIM = ("vim", ["image_size=16", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"])
-PLAINMAMBA = ("plainmamba", ["image_size=16", "patch_size=4", "embed_dim=16", "depth=4", "num_classes=2"])
-VMAMBA = ("vmamba", ["image_size=16", "embed_dim=8", "depths=[2, 3]", "num_classes=2"])
+VIM = ("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"])
+PLAINMAMBA = ("plainmamba", ["image_size=[16, 16]", "patch_size=4", "embed_dim=16", "depth=4", "num_classes=2"])
+VMAMBA = ("vmamba", ["image_size=[16, 16]", "embed_dim=8", "depths=[2, 3]", "num_classes=2"])
 SETTINGS = Training(epochs=2, batch_size=8, lr=3e-3, warmup_epochs=0.5, shift=1)
 
 
@@ -116,7 +116,7 @@ def test_drop_path_leaves_out_blocks_in_training_only() -> None:
     assert block.eval().drop(branch) is branch
     torch.manual_seed(0)
     kept = block.train().drop(branch)[:, 0, 0]
-    assert set(kept.tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert sorted(set(kept.tolist())) == pytest.approx([0, 4 / 3])
     assert kept.mean().item() == pytest.approx(1, abs=0.04)  # five standard errors
 
 
@@ -191,7 +191,7 @@ def test_images_must_fit_the_model(images: ImageDataset, tmp_path: Path) -> None
     np.savez(tmp_path / "three.npz", images=np.zeros((9, 16, 16), np.uint8), labels=np.arange(9) % 3)
     with pytest.raises(DataError, match=r"label 2.*2 classes"):
         finetune(make_model(), Data(open_dataset("npz", tmp_path / "three.npz")), Job(SETTINGS), tmp_path / "out")
-    with pytest.raises(UsageError, match="cannot be shared by 1 processes in 3 parts|divided by `accumulate` 3"):
+    with pytest.raises(UsageError, match="cannot be shared by 1 processes in 3 parts"):
         Trainer(make_model(), images, SETTINGS.model_copy(update={"accumulate": 3}))
     with pytest.raises(UsageError, match="1 images at once are no pairs"):
         Trainer(make_model(), images, SETTINGS.model_copy(update={"batch_size": 1, "mixup": 1.0}))
