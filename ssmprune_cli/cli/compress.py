@@ -96,9 +96,13 @@ def command(
     --calib images; search.json then says what was tried.
     """
     searched = target_flops is not None or target_latency is not None
-    if searched and (target_flops is not None) + (target_latency is not None) + sum(
-        each is not None for each in (keep, tokens, points, recipe)
-    ) > 1:
+    if (
+        searched
+        and (target_flops is not None)
+        + (target_latency is not None)
+        + sum(each is not None for each in (keep, tokens, points, recipe))
+        > 1
+    ):
         raise UsageError("a target settles what to keep: give one, without --keep, --tokens, --points or --recipe")
     if searched and calib is None:
         raise UsageError("a search needs calibration images", hint="Give `--calib DIR` with a few dozen of them.")

@@ -25,5 +25,7 @@ TimeLimit = Annotated[
 ]
 StateFile = Annotated[
     Path | None,
-    typer.Option("--state", help="File that keeps what was found, so that a killed run continues [default: beside --out]."),
+    typer.Option(
+        "--state", help="File that keeps what was found, so that a killed run continues [default: beside --out]."
+    ),
 ]

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
-    calib: Annotated[Path, typer.Option(help="Unlabelled images to search on: a folder, a tree of folders or an .npz.")],
+    calib: Annotated[
+        Path, typer.Option(help="Unlabelled images to search on: a folder, a tree of folders or an .npz.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.")],
     flops: Annotated[
         str, typer.Option(help="Budgets: shares of the dense multiply-adds, all directions counted.")

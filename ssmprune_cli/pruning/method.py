@@ -34,7 +34,9 @@ class Method:
         parts = text.split("/")
         if len(parts) != 3:
             raise UsageError(
-                "is not importance/reduction/alignment", where=text, hint="For instance clip/drop/none or clip/context/null."
+                "is not importance/reduction/alignment",
+                where=text,
+                hint="For instance clip/drop/none or clip/context/null.",
             )
         return cls(*parts)
 

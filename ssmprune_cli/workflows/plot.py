@@ -10,14 +10,25 @@ from xml.sax.saxutils import escape
 
 from ssmprune_cli.workflows.write import write_text
 
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#555555", "#ee7733", "#009988", "#cc3311")
+_COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#555555",
+    "#ee7733",
+    "#009988",
+    "#cc3311",
+)
 _WIDTH, _HEIGHT = 620, 420  # of one plot's frame
 _LEFT, _TOP, _LEGEND = 80, 50, 260
 
 
 @dataclass(frozen=True)
 class Series:
-    """`points` (x, y); `intervals` (low, high) of y, one a point, or None. With `line` they are joined in their order."""
+    """`points` (x, y); `intervals` (low, high) of y, one a point, or None. With `line` they are joined."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -72,7 +83,9 @@ def write_plot(
     )
 
 
-def _axis(values: Sequence[float], start: float, stop: float, *, log: bool) -> tuple[Callable[[float], float], list[float]]:
+def _axis(
+    values: Sequence[float], start: float, stop: float, *, log: bool
+) -> tuple[Callable[[float], float], list[float]]:
     """Where a value lies between `start` and `stop` (pixels), and the values to mark."""
     low, high = (min(values), max(values)) if values else (0.1, 1.0)
     if log:

@@ -32,7 +32,9 @@ class SavedState:
             theirs, self._results = values["identity"], values["results"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SsmpruneError(
-                f"cannot be read as the state of an earlier run: {error}", where=str(path), hint="Delete it to start anew."
+                f"cannot be read as the state of an earlier run: {error}",
+                where=str(path),
+                hint="Delete it to start anew.",
             ) from error
         different = sorted(key for key in self._identity | theirs if self._identity.get(key) != theirs.get(key))
         if different:

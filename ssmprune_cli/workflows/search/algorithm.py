@@ -63,7 +63,7 @@ class Search:
         parts: tuple[range, range],
         *,
         seed: int = 0,
-        limits: Limits = Limits(),  # noqa: B008  frozen
+        limits: Limits = Limits(),
         costs: dict[Method, CostModel] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -140,9 +140,7 @@ class Search:
         for trial in finalists:
             exact = self._measurements.multiply_adds(trial.settings)
             held_back = float(self._measurements.divergences(trial.settings, self._held_back).mean())
-            checked.append(
-                Trial(trial.settings, exact / self._measurements.dense_cost, trial.divergence, held_back)
-            )
+            checked.append(Trial(trial.settings, exact / self._measurements.dense_cost, trial.divergence, held_back))
         winner = min(checked, key=lambda trial: trial.held_back if trial.held_back is not None else math.inf)
         chosen = Trial(winner.settings, winner.multiply_adds, winner.divergence, winner.held_back, chosen=True)
         return [chosen, *(trial for trial in checked if trial is not winner), *trials[len(finalists) :]]

@@ -59,9 +59,7 @@ class CostModel:
 
     def predict(self, schedule: PruneSchedule) -> float:
         rows = _features(schedule, self._stages)
-        blocks = sum(
-            float(row @ self._coefficients[group]) for row, group in zip(rows, self._groups, strict=True)
-        )
+        blocks = sum(float(row @ self._coefficients[group]) for row, group in zip(rows, self._groups, strict=True))
         return blocks + self._rest
 
     def _fit(

@@ -36,19 +36,26 @@ class LatencyBudget:
         self.slack = 1.0
 
     def __call__(self, method: Method) -> float:
-        line = self._measurements.state.get(
-            f"latency {self._batch_size} {method.reduction} {method.alignment == 'none'}", lambda: self._line(method)
-        )
-        budget = (self._milliseconds * self.slack - line[0]) / line[1]
+        intercept, slope, _ = self._known_line(method)
+        budget = (self._milliseconds * self.slack - intercept) / slope
         return min(budget, float(self._measurements.dense_cost))
+
+    def share(self, method: Method, share: float) -> float:
+        """Multiply-adds that take `share` of the dense model's time."""
+        intercept, slope, dense = self._known_line(method)
+        return min((share * dense - intercept) / slope, float(self._measurements.dense_cost))
 
     def measure(self, settings: PruneSettings) -> tuple[float, float]:
         """Median milliseconds of a batch of the pruned and of the dense model, timed in turn."""
         dense, pruned = self._time([settings])
         return pruned, dense
 
+    def _known_line(self, method: Method) -> list[float]:
+        key = f"latency {self._batch_size} {method.reduction} {method.alignment == 'none'}"
+        return self._measurements.state.get(key, lambda: self._line(method))
+
     def _line(self, method: Method) -> list[float]:
-        """Intercept (ms) and slope (ms a multiply-add)."""
+        """Intercept (ms), slope (ms a multiply-add) and the dense model's time (ms)."""
         stages, dense = self._measurements.model.stages, self._measurements.dense_cost
         if method not in self._costs:
             others = [cost for known, cost in self._costs.items() if known.reduction == method.reduction]
@@ -66,7 +73,7 @@ class LatencyBudget:
         slope, intercept = np.polyfit(work, times, 1) if len(work) > 1 else (times[0] / work[0], 0.0)
         if slope <= 0:  # noise, or a model too small to get faster: then its time is all overhead
             slope, intercept = 1e-12, times[0]
-        return [float(intercept), float(slope)]
+        return [float(intercept), float(slope), times[0]]
 
     def _time(self, settings: list[PruneSettings]) -> list[float]:
         """Median milliseconds of a batch of the dense model and of its pruned variants."""
@@ -85,5 +92,5 @@ def check_latency(budget: LatencyBudget, milliseconds: float, fastest: PruneSett
     if pruned > milliseconds:
         raise UsageError(
             f"{milliseconds:g} ms cannot be reached on this device: the dense model takes {dense:.1f} ms a batch",
-            hint=f"With one patch token left after the first block of every stage it takes {pruned:.1f} ms; ask for more.",
+            hint=f"With one patch token left after each stage's first block it takes {pruned:.1f} ms; ask for more.",
         )

@@ -40,7 +40,13 @@ class Measurements:
     """
 
     def __init__(
-        self, model: Backbone, images: Tensor, *, calibration: int, batch_size: int = 32, state: SavedState | None = None
+        self,
+        model: Backbone,
+        images: Tensor,
+        *,
+        calibration: int,
+        batch_size: int = 32,
+        state: SavedState | None = None,
     ) -> None:
         self.model = model.eval()
         self.images = images

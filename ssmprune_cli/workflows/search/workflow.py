@@ -46,16 +46,16 @@ class SearchPlan:
     flops: tuple[float, ...] = ()
     latency_ms: float | None = None
     batch_size: int = 8
-    calibration: CalibrationPlan = CalibrationPlan()
+    calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     seed: int = 0
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     state: Path | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result for one budget. `trials` has the chosen one first; `budget` is a fraction of dense, or milliseconds."""
+    """The result for one budget. `trials` has the chosen one first; `budget` is a share of dense, or milliseconds."""
 
     budget: float
     trials: list[Trial]
@@ -151,9 +151,7 @@ class _Searches:
         budget = LatencyBudget(self.measurements, milliseconds, self.plan.batch_size, self.costs)
         stages = self.measurements.model.stages
         points = tuple(stage.start + 1 for stage in stages if stage.stop - stage.start > 1)
-        check_latency(
-            budget, milliseconds, self.plan.methods[0].settings(PruneSchedule(points, (1,) * len(points)), 0)
-        )
+        check_latency(budget, milliseconds, self.plan.methods[0].settings(PruneSchedule(points, (1,) * len(points)), 0))
         for _ in range(_LATENCY_TRIES):
             trials = self._run(budget, f"Searching for {milliseconds:g} ms")
             pruned, dense = budget.measure(trials[0].settings)
@@ -162,7 +160,7 @@ class _Searches:
                 return Found(milliseconds, trials, recipe, pruned, dense)
             budget.slack *= 0.99 * milliseconds / pruned
         raise SsmpruneError(
-            f"after {_LATENCY_TRIES} tries the best candidate takes {pruned:.1f} ms, and the target is {milliseconds:g}",
+            f"the best candidate of {_LATENCY_TRIES} tries takes {pruned:.1f} ms, not {milliseconds:g}",
             hint="The device may be busy: try again, or ask for a little more time.",
         )
 
