@@ -16,7 +16,15 @@ from ssmprune_cli.data import batches, calibration_images
 from ssmprune_cli.data.datasets import ImageDataset, Subset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.pruning import PruneSchedule, PruneSettings, choose_alignment, compress, restore
+from ssmprune_cli.pruning import (
+    IMPORTANCES,
+    REDUCTIONS,
+    PruneSchedule,
+    PruneSettings,
+    choose_alignment,
+    compress,
+    restore,
+)
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.recipe import Recipe
@@ -313,6 +321,9 @@ def published_table(
         if recipe.published is None or recipe.model is None or recipe.model.family != family:
             continue
         file = checkpoints / recipe.published.checkpoint
+        if recipe.pruning.reduction not in REDUCTIONS.names() or recipe.pruning.importance not in IMPORTANCES.names():
+            missing.add(f"{recipe.name} needs a score or reduction that this ssmprune does not have.")
+            continue
         if file.exists():
             found.setdefault(file, []).append(recipe)
         else:

@@ -15,10 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.pruning import PruneSettings
+from ssmprune_cli.pruning import PruneSettings, choose_alignment
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.workflows.search.candidates import Candidate, layouts, neighbours, uniform
 from ssmprune_cli.workflows.search.cost import CostModel, schedule_at, solve
@@ -91,7 +89,7 @@ class Search:
         """The best two uniform candidates, of different reductions where there are several."""
         places = layouts(self._measurements.model.stages)
         first: dict[str, Method] = {}
-        for method in self._methods:
+        for method in sorted(self._methods, key=_unusual):
             first.setdefault(method.reduction, method)
         uniforms = {name: [uniform(method, points) for points in places] for name, method in first.items()}
         # The default points, or where they do not save enough the first layout that does.
@@ -153,7 +151,7 @@ class Search:
         distinct: Callable[[Candidate], str] | None = None,
     ) -> list[Candidate]:
         """The best `count` by their divergence on `part`; of those alike by `distinct`, the best only."""
-        scored = []
+        scored: list[tuple[float, Candidate]] = []
         for candidate in dict.fromkeys(candidates):
             if self._spent() and scored:
                 break
@@ -206,6 +204,11 @@ class Search:
         )
 
 
+def _unusual(method: Method) -> bool:
+    """Whether the alignment is another one than the reduction has by default."""
+    return method.alignment != choose_alignment("auto", method.reduction, calibrated=True)
+
+
 def _differs_in(method: Method, other: Method, field: str) -> bool:
     """Whether the two differ in `field` and nothing else."""
     fields = ("importance", "reduction", "alignment")
@@ -216,8 +219,3 @@ def split(count: int) -> tuple[range, range]:
     """Numbers of the images to search on, and of the third that is held back."""
     searched = count - max(1, count // 3)
     return range(searched), range(searched, count)
-
-
-def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of `values` (N,), N at least 2."""
-    return float(values.std(unbiased=True)) / math.sqrt(len(values))

@@ -12,6 +12,8 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Stage
@@ -19,8 +21,11 @@ from ssmprune_cli.pruning import PruneSchedule
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.workflows.search.measure import Measurements
 
+Vector = NDArray[np.float64]
+
 _TRACES = 3
 _EXACT = 1e-6  # relative
+_CLOSE = 0.004  # how much of a budget may be left where every schedule has to be traced
 
 
 class CostModel:
@@ -34,11 +39,13 @@ class CostModel:
         self._method = method
         model = measurements.model
         self._stages = model.stages
-        self._groups = [
-            (stage.num_tokens, *(tuple(parameter.shape) for parameter in model.mixers[block].parameters()))
-            for stage in self._stages
-            for block in range(stage.start, stage.stop)
-        ]
+        self._groups: list[tuple[object, ...]] = []
+        for stage in self._stages:
+            for mixer in model.mixers[stage.start : stage.stop]:
+                assert isinstance(mixer, nn.Module)
+                self._groups.append((stage.num_tokens, *(tuple(weight.shape) for weight in mixer.parameters())))
+        self._coefficients: dict[tuple[object, ...], Vector]
+        self._rest: int
         schedules = [_example(self._stages, seed) for seed in range(_TRACES + 1)]
         unseen = schedules.pop()
         total = self.count(unseen)
@@ -59,22 +66,24 @@ class CostModel:
 
     def predict(self, schedule: PruneSchedule) -> float:
         rows = _features(schedule, self._stages)
-        blocks = sum(float(row @ self._coefficients[group]) for row, group in zip(rows, self._groups, strict=True))
-        return blocks + self._rest
+        return self._rest + math.fsum(
+            row @ self._coefficients[group] for row, group in zip(rows, self._groups, strict=True)
+        )
 
     def _fit(
         self, group: tuple[object, ...], schedules: Sequence[PruneSchedule], blocks: Sequence[Sequence[int]]
-    ) -> np.ndarray:
+    ) -> Vector:
         rows, values = [], []
         for schedule, costs in zip(schedules, blocks, strict=True):
             for row, cost, own in zip(_features(schedule, self._stages), costs, self._groups, strict=True):
                 if own == group:
                     rows.append(row)
                     values.append(cost)
-        return np.linalg.lstsq(np.array(rows), np.array(values, dtype=float), rcond=None)[0]
+        solution: Vector = np.linalg.lstsq(np.array(rows), np.array(values, dtype=float), rcond=None)[0]
+        return solution
 
 
-def _features(schedule: PruneSchedule, stages: Sequence[Stage]) -> list[np.ndarray]:
+def _features(schedule: PruneSchedule, stages: Sequence[Stage]) -> list[Vector]:
     """For each block: 1, live tokens, whether any were dropped, live tokens if so, tokens dropped at the last point."""
     kept = dict(zip(schedule.points, schedule.tokens, strict=True))
     rows = []
@@ -124,18 +133,18 @@ def solve(build: Callable[[float], PruneSchedule], cost: CostModel, budget: floa
 
     Found by bisection on the predicted cost; where that is not exact, corrected by what `count_flops` says.
     """
-    target = budget
-    for _ in range(5):
+    target, best = budget, None
+    for _ in range(1 if cost.exact else 5):
         schedule = _bisect(build, cost, target)
         if schedule is None:
-            return None
-        if cost.exact:
-            return schedule
-        excess = cost.count(schedule) - budget
-        if -0.004 * budget <= excess <= 0:
-            return schedule
+            break
+        excess = 0.0 if cost.exact else cost.count(schedule) - budget
+        if excess <= 0:
+            best = schedule
+        if -_CLOSE * budget <= excess <= 0:
+            break
         target -= excess if excess > 0 else excess / 2
-    return schedule if cost.count(schedule) <= budget else None
+    return best
 
 
 def _bisect(build: Callable[[float], PruneSchedule], cost: CostModel, budget: float) -> PruneSchedule | None:

@@ -28,6 +28,7 @@ Progress = Callable[[str], Callable[[int, int], None]]
 
 MIN_IMAGES = 8  # fewer tell nothing, once a part of them is held back
 _LATENCY_TRIES = 4
+_ALIGNED_ON = 16  # images that calibrate a candidate's alignment; the chosen one's is calibrated on all
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Found:
                 "multiply_adds": trial.multiply_adds,
                 "divergence": trial.divergence if trial.divergence < float("inf") else None,
                 "divergence_held_back": trial.held_back,
-                "recipe": _pruning(trial).model_dump(mode="json", exclude_none=True),
+                "recipe": _name(trial),
+                "pruning": _pruning(trial).model_dump(mode="json", exclude_none=True),
                 "chosen": trial.chosen,
             }
             for trial in self.trials
@@ -123,7 +125,7 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
     parts = split(len(dataset))
     images = load_images(model, Subset(dataset, order))
     measurements = Measurements(
-        model, images, calibration=len(parts[0]), batch_size=plan.calibration.batch_size, state=state
+        model, images, calibration=min(_ALIGNED_ON, len(parts[0])), batch_size=plan.calibration.batch_size, state=state
     )
     costs: dict[Method, CostModel] = {}
     searches = _Searches(measurements, plan, parts, costs, progress)
@@ -195,3 +197,9 @@ def _pruning(trial: Trial) -> Pruning:
         reduction=settings.reduction,
         alignment=settings.alignment,
     )
+
+
+def _name(trial: Trial) -> str:
+    settings = trial.settings
+    method = Method(settings.importance, settings.reduction, settings.alignment)
+    return f"{method} after {', '.join(map(str, settings.schedule.points))}"
