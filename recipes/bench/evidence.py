@@ -5,12 +5,11 @@
 prints Markdown tables for one checkpoint, no fine-tuning:
 
 1. every method, its tokens cut uniformly, at equal multiply-adds, and with --times at equal measured time;
-2. at each budget the schedule that `ssmprune search` finds on --calib against the uniform default (clip/context, default
-   points), on the images of --data-dir, which the search has not seen: the paired difference with its standard error;
+2. at each budget the schedule that `ssmprune search` finds on --calib against the uniform default (clip/context, the
+   default points), on the images of --data-dir, which the search has not seen: the paired difference;
 3. the same at the budget --images-budget with 16, 64 and 256 calibration images.
 
-"nats" is the mean divergence KL(dense || pruned). --evaluations bounds the search, --limit the images: the defaults take
-about five minutes on 2 cores for a small CIFAR-10 model.
+"nats" is the mean divergence KL(dense || pruned). --evaluations and --time-limit bound each search, --limit the images.
 """
 
 from __future__ import annotations
@@ -73,34 +72,35 @@ def print_search_header() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
 
 
-def search_row(arguments: argparse.Namespace, comparison: Comparison, fraction: float, count: int) -> None:
-    """Search at `fraction` with `count` calibration images, and compare with the default on the unseen images."""
+def search_rows(arguments: argparse.Namespace, comparison: Comparison, budgets: list[float], count: int) -> None:
+    """Search at `budgets` with `count` calibration images, and compare with the default on the unseen images."""
     plan = SearchPlan(
         calib=arguments.calib,
         methods=list(known_methods()),
-        flops=(fraction,),
+        flops=tuple(budgets),
         calibration=CalibrationPlan(images=count),
         limits=Limits(arguments.evaluations, arguments.time_limit),
     )
-    source = Source(arguments.checkpoint)
-    recipe = search(source, plan).found[0].recipe
+    results = search(Source(arguments.checkpoint), plan).found
     calibration = load_images(comparison.model, calibration_images(arguments.calib, count, 0))
-    settings = recipe_settings(comparison.model, recipe, arguments.calib)
-    found, found_nats = comparison.pruned("found", "", settings, calibration)
+    uniforms = Uniform(comparison, calibration, 0)
     default = Method("clip", "context", choose_alignment("auto", "context", calibrated=True))
-    uniform = Uniform(comparison, calibration, 0).settings(default, Budget("flops", fraction))
-    assert uniform is not None, "the default reduction cannot save so much"
-    base, base_nats = comparison.pruned("uniform", "", uniform, calibration)
-    difference: Tensor = found_nats - base_nats
-    error = float(difference.std()) / math.sqrt(len(difference))
-    top1 = "-" if found.top1 is None or base.top1 is None else f"{100 * found.top1:.2f}, {100 * base.top1:.2f}"
-    print(
-        f"| {fraction:g} | {count} | {settings.importance}/{settings.reduction}/{settings.alignment} | "
-        f"{', '.join(map(str, settings.schedule.points))} | {found.share:.4f}, {base.share:.4f} | {top1} | "
-        f"{plus_minus(found.divergence, found.divergence_se)} | {plus_minus(base.divergence, base.divergence_se)} | "
-        f"{float(difference.mean()):+.4f} ± {error:.4f} |",
-        flush=True,
-    )
+    for result in results:
+        settings = recipe_settings(comparison.model, result.recipe, arguments.calib)
+        found, found_nats = comparison.pruned("found", "", settings, calibration)
+        uniform = uniforms.settings(default, Budget("flops", result.budget))
+        assert uniform is not None, "the default reduction cannot save so much"
+        base, base_nats = comparison.pruned("uniform", "", uniform, calibration)
+        difference: Tensor = found_nats - base_nats
+        error = float(difference.std()) / math.sqrt(len(difference))
+        top1 = "-" if found.top1 is None or base.top1 is None else f"{100 * found.top1:.2f}, {100 * base.top1:.2f}"
+        print(
+            f"| {result.budget:g} | {count} | {settings.importance}/{settings.reduction}/{settings.alignment} | "
+            f"{', '.join(map(str, settings.schedule.points))} | {found.share:.4f}, {base.share:.4f} | {top1} | "
+            f"{plus_minus(found.divergence, found.divergence_se)} | {plus_minus(base.divergence, base.divergence_se)} | "
+            f"{float(difference.mean()):+.4f} ± {error:.4f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="*", default=[16, 64, 256], help="calibration images to try")
     parser.add_argument("--images-budget", type=float, default=0.6)
     parser.add_argument("--evaluations", type=int, default=120, help="candidates that each search may try")
-    parser.add_argument("--time-limit", type=float, help="seconds for each search")
+    parser.add_argument("--time-limit", type=float, help="seconds for each budget's search")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["methods", "search", "images"])
@@ -134,13 +134,12 @@ def main() -> None:
     if "search" not in arguments.skip:
         print()
         print_search_header()
-        for fraction in arguments.budgets:
-            search_row(arguments, comparison, fraction, 64)
+        search_rows(arguments, comparison, arguments.budgets, 64)
     if "images" not in arguments.skip:
         print()
         print_search_header()
         for count in arguments.counts:
-            search_row(arguments, comparison, arguments.images_budget, count)
+            search_rows(arguments, comparison, [arguments.images_budget], count)
     print(
         f"\n{arguments.checkpoint.name}, {len(comparison.images.pixels)} images; ssmprune {ssmprune_cli.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "

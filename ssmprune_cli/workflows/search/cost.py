@@ -84,17 +84,19 @@ class CostModel:
 
 
 def _features(schedule: PruneSchedule, stages: Sequence[Stage]) -> list[Vector]:
-    """For each block: 1, live tokens, whether any were dropped, live tokens if so, tokens dropped at the last point."""
+    """For each block: 1, live tokens, whether any were dropped, live tokens if so, tokens dropped at the last point, and
+    at how many points an odd number was dropped (a reduction may pair them)."""
     kept = dict(zip(schedule.points, schedule.tokens, strict=True))
     rows = []
     for stage in stages:
         whole = live = stage.num_patches
-        last = 0
+        last = odd = 0
         for block in range(stage.start, stage.stop):
             if block in kept:
                 last, live = live - kept[block], kept[block]
+                odd += last % 2
             dropped = float(live < whole)
-            rows.append(np.array([1.0, live, dropped, dropped * live, last]))
+            rows.append(np.array([1.0, live, dropped, dropped * live, last, odd]))
     return rows
 
 
