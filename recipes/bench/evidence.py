@@ -93,11 +93,12 @@ def search_rows(arguments: argparse.Namespace, comparison: Comparison, budgets: 
         base, base_nats = comparison.pruned("uniform", "", uniform, calibration)
         difference: Tensor = found_nats - base_nats
         error = float(difference.std()) / math.sqrt(len(difference))
+        nats = [plus_minus(row.divergence, row.divergence_se) for row in (found, base)]
         top1 = "-" if found.top1 is None or base.top1 is None else f"{100 * found.top1:.2f}, {100 * base.top1:.2f}"
         print(
             f"| {result.budget:g} | {count} | {settings.importance}/{settings.reduction}/{settings.alignment} | "
             f"{', '.join(map(str, settings.schedule.points))} | {found.share:.4f}, {base.share:.4f} | {top1} | "
-            f"{plus_minus(found.divergence, found.divergence_se)} | {plus_minus(base.divergence, base.divergence_se)} | "
+            f"{nats[0]} | {nats[1]} | "
             f"{float(difference.mean()):+.4f} ± {error:.4f} |",
             flush=True,
         )

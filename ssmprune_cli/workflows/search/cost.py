@@ -84,8 +84,10 @@ class CostModel:
 
 
 def _features(schedule: PruneSchedule, stages: Sequence[Stage]) -> list[Vector]:
-    """For each block: 1, live tokens, whether any were dropped, live tokens if so, tokens dropped at the last point, and
-    at how many points an odd number was dropped (a reduction may pair them)."""
+    """For each block: 1, live tokens, whether any were dropped, live tokens if so, tokens dropped at the last point.
+
+    The last is at how many points an odd number was dropped: a reduction may pair them.
+    """
     kept = dict(zip(schedule.points, schedule.tokens, strict=True))
     rows = []
     for stage in stages:
