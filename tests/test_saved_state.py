@@ -30,7 +30,7 @@ def test_a_result_is_on_disk_as_soon_as_it_is_known_and_read_back(tmp_path: Path
 def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     state = SavedState(None, {})
-    assert state.get("a", lambda: [1]) == [1] and state.get("a", never) == [1]
+    assert state.get("a", lambda: 1.0) == 1.0 and state.get("a", never) == 1.0
     state.remove()
     assert list(tmp_path.iterdir()) == []
 

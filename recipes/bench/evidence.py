@@ -29,11 +29,12 @@ from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.pruning import IMPORTANCES, REDUCTIONS, choose_alignment
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe_sections import CalibrationPlan
-from ssmprune_cli.workflows.compare import Budget, Comparison, Row, Uniform, compare, recipe_settings
+from ssmprune_cli.workflows.compare import Comparison, Row, compare, recipe_settings
 from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.measure import load_images
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+from ssmprune_cli.workflows.uniform import Budget, Uniform
 
 
 def methods() -> list[Method]:
@@ -83,7 +84,7 @@ def search_rows(arguments: argparse.Namespace, comparison: Comparison, budgets: 
     )
     results = search(Source(arguments.checkpoint), plan).found
     calibration = load_images(comparison.model, calibration_images(arguments.calib, count, 0))
-    uniforms = Uniform(comparison, calibration, 0)
+    uniforms = Uniform(comparison.model, calibration, batch_size=arguments.batch_size)
     default = Method("clip", "context", choose_alignment("auto", "context", calibrated=True))
     for result in results:
         settings = recipe_settings(comparison.model, result.recipe, arguments.calib)

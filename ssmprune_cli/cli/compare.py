@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,21 +77,23 @@ def command(
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning.method import Method
-    from ssmprune_cli.workflows.compare import Budget, compare, published_table
+    from ssmprune_cli.workflows.compare import compare, published_table
     from ssmprune_cli.workflows.compress import Source
+    from ssmprune_cli.workflows.uniform import Budget
 
     use_backend(backend)
     default = "npz" if data_dir.suffix == ".npz" else "imagenet" if table else "imagefolder"
     images = open_dataset(dataset or default, data_dir)
-    common = {
-        "calib": calib,
-        "calib_images": calib_images,
-        "limit": limit,
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "device": device,
-        "seed": seed,
-    }
+    run = partial(
+        compare,
+        calib=calib,
+        calib_images=calib_images,
+        limit=limit,
+        batch_size=batch_size,
+        rounds=rounds,
+        device=device,
+        seed=seed,
+    )
     recipes: dict[str, Recipe] = {}
     rows: list[Row] = []
     notes: list[str] = []
@@ -100,7 +103,7 @@ def command(
             found, notes = published_table(shipped, checkpoints, TABLES[table])
             for file, own in found.items():
                 source = Source(file, family or TABLES[table], variant)
-                result, more = compare(source, images, [], [], recipes=own, progress=progress, **common)  # type: ignore[arg-type]
+                result, more = run(source, images, [], [], recipes=own, progress=progress)
                 rows += result
                 notes += more
                 recipes.update({recipe.name: recipe for recipe in own})
@@ -112,7 +115,7 @@ def command(
                 raise UsageError(
                     "how much to prune?", hint="Give `--keep 0.8,0.6`, `--flops 0.8,0.6` or `--times 0.8,0.6`."
                 )
-            rows, notes = compare(
+            rows, notes = run(
                 Source(ckpt, family, variant),
                 images,
                 triples,
@@ -120,7 +123,6 @@ def command(
                 recipes=files,
                 others=[Source(path) for path in dense or []],
                 progress=progress,
-                **common,  # type: ignore[arg-type]
             )
     for note in notes:
         output.warn(note)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,10 @@ from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.profile import interleaved_speeds, resolve_device
-from ssmprune_cli.workflows.search.candidates import layouts
-from ssmprune_cli.workflows.search.cost import CostModel, schedule_at, solve
-from ssmprune_cli.workflows.search.latency import LatencyBudget
-from ssmprune_cli.workflows.search.measure import Measurements, load_images, run
+from ssmprune_cli.workflows.search.measure import load_images, run
+from ssmprune_cli.workflows.uniform import Budget, Uniform
 
 Progress = Callable[[str], Callable[[int, int], None]]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much every method may spend: `kind` is keep (a ratio at each point), flops or time (shares of dense)."""
-
-    kind: str
-    value: float
 
 
 @dataclass(frozen=True)
@@ -203,40 +192,6 @@ class Comparison:
         )
 
 
-class Uniform:
-    """The uniform schedule (one keep ratio, at the default points) of a method for a budget.
-
-    Where the default points cannot save enough, the first of `layouts` that can. Costs come from `count_flops`.
-    """
-
-    def __init__(self, comparison: Comparison, calibration: Tensor | None, seed: int) -> None:
-        images = comparison.images.pixels[:2] if calibration is None else calibration
-        self._measurements = Measurements(comparison.model, images, calibration=len(images))
-        self._costs: dict[Method, CostModel] = {}
-        self._batch_size = comparison.batch_size
-        self._seed = seed
-        self._dense_ms: float | None = None
-
-    def settings(self, method: Method, budget: Budget) -> PruneSettings | None:
-        """None if the method cannot save so much."""
-        stages = self._measurements.model.stages
-        if budget.kind == "keep":
-            return method.settings(PruneSchedule.resolve(stages, keep=budget.value), self._seed)
-        if method not in self._costs:
-            others = [cost for known, cost in self._costs.items() if known.reduction == method.reduction]
-            self._costs[method] = CostModel(self._measurements, method, others)
-        work = budget.value * self._measurements.dense_cost
-        if budget.kind == "time":
-            timing = LatencyBudget(self._measurements, 0.0, self._batch_size, self._costs)
-            work = timing.share(method, budget.value)
-        for points in layouts(stages):
-            build = partial(schedule_at, stages, points, [1.0] * len(points))
-            schedule = solve(build, self._costs[method], work)
-            if schedule is not None:
-                return method.settings(schedule, self._seed)
-        return None
-
-
 def compare(
     source: Source,
     dataset: ImageDataset,
@@ -283,7 +238,8 @@ def compare(
             comparison.pruned(recipe.name, "", recipe_settings(comparison.model, recipe, calib), calibration)[0]
         )
         advance()
-    uniform = Uniform(comparison, calibration, seed) if budgets else None
+    seen = comparison.images.pixels[:2] if calibration is None else calibration
+    uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
     for budget in budgets:
         for method in methods:
             assert uniform is not None
