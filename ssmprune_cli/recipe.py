@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from ssmprune_cli.errors import RecipeError, UsageError
-from ssmprune_cli.recipe_sections import CalibrationPlan, KnownNames, ModelChoice, Pruning, Section, Seed, Training
+from ssmprune_cli.recipe_sections import (
+    CalibrationPlan,
+    KnownNames,
+    ModelChoice,
+    Pruning,
+    Published,
+    Section,
+    Seed,
+    Training,
+)
 from ssmprune_cli.validation import Location, explain, suggestion
 from ssmprune_cli.yaml_text import Document, YamlFault, dump_yaml, parse_yaml
 
@@ -32,6 +41,7 @@ class Recipe(Section):
     calibration: CalibrationPlan = CalibrationPlan()
     training: Training | None = None
     seed: Seed = 0
+    published: Published | None = None
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,6 +87,7 @@ SECTIONS: dict[Location, type[BaseModel]] = {
     ("pruning",): Pruning,
     ("calibration",): CalibrationPlan,
     ("training",): Training,
+    ("published",): Published,
 }
 
 

@@ -205,3 +205,24 @@ class Training(Section):
     @property
     def peak_lr(self) -> float:
         return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1.0)
+
+
+class Published(Section):
+    """What a paper reports of this recipe, as data.
+
+    checkpoint     file name of the dense weights it starts from
+    top1           per cent after the paper's training, and `dense_top1` of the dense model
+    multiply_adds  in units of 1e9, in the paper's convention (Vim: scan directions counted once); `dense_...` likewise
+    training       what was trained after pruning; "none" for a method without training
+    """
+
+    method: Name
+    model: Name
+    dataset: Name
+    checkpoint: Name
+    dense_top1: float
+    dense_multiply_adds: float
+    top1: float
+    multiply_adds: float | None = None
+    training: Name
+    source: Name

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli import __version__
-from ssmprune_cli.cli import compress, env, finetune, inspect, output, profile, recipes, visualize
+from ssmprune_cli.cli import (
+    compare,
+    compress,
+    env,
+    finetune,
+    inspect,
+    output,
+    profile,
+    recipes,
+    search,
+    sensitivity,
+    visualize,
+)
 from ssmprune_cli.cli import eval as evaluate
 
 
@@ -45,6 +57,9 @@ def root(
 
 
 app.command("compress")(compress.command)
+app.command("search")(search.command)
+app.command("sensitivity")(sensitivity.command)
+app.command("compare")(compare.command)
 app.command("eval")(evaluate.command)
 app.command("profile")(profile.command)
 app.command("inspect")(inspect.command)

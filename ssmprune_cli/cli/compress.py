@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName
+from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
 from ssmprune_cli.errors import LimitError, UsageError
 from ssmprune_cli.recipe import Recipe, load_recipe
 from ssmprune_cli.recipe_sections import Pruning
@@ -29,6 +30,18 @@ def command(
     tokens: Annotated[
         str | None, typer.Option(help="Instead of --keep: patch tokens left after each point: 150,120,90.")
     ] = None,
+    target_flops: Annotated[
+        float | None,
+        typer.Option(help="Instead of --keep: search for the best way to spend this share of the dense multiply-adds."),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(help="Instead of --keep: search for the best that takes this many ms a batch on --device."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch timed for --target-latency.")] = 8,
+    evaluations: Evaluations = 200,
+    time_limit: TimeLimit = None,
+    state: StateFile = None,
     points: Annotated[
         str | None,
         typer.Option(
@@ -78,11 +91,28 @@ def command(
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
 
     Writes a folder with model.safetensors, config.json, recipe.yaml, report.json and a README.md. The input is never
-    changed. --keep is the ratio kept at each point, the keep rate of the literature.
+    changed. --keep is the ratio kept at each point, the keep rate of the literature. With a target, points, token
+    counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense model on the
+    --calib images; search.json then says what was tried.
     """
+    searched = target_flops is not None or target_latency is not None
+    if (
+        searched
+        and (target_flops is not None)
+        + (target_latency is not None)
+        + sum(each is not None for each in (keep, tokens, points, recipe))
+        > 1
+    ):
+        raise UsageError("a target settles what to keep: give one, without --keep, --tokens, --points or --recipe")
+    if searched and calib is None:
+        raise UsageError("a search needs calibration images", hint="Give `--calib DIR` with a few dozen of them.")
+    if searched and dry_run:
+        raise UsageError("a search reads images, so it cannot be a dry run")
     amounts = ("pruning.keep=", "pruning.tokens=")
     if recipe is not None:
         chosen = load_recipe(recipe)
+    elif searched:
+        chosen = Recipe(pruning=Pruning(keep=1.0))  # what the search finds takes the place of its pruning section
     elif keep is not None or tokens is not None or any(text.startswith(amounts) for text in overrides or []):
         chosen = Recipe(pruning=Pruning(keep=1.0))
     else:
@@ -113,6 +143,34 @@ def command(
 
     use_backend(backend)
     source = Source(ckpt, family, variant, weights, image_size)
+    trace = None
+    if searched and out is not None and calib is not None:
+        from ssmprune_cli.checkpoint import check_writable
+        from ssmprune_cli.cli.search import run_search
+        from ssmprune_cli.pruning.method import known_methods
+        from ssmprune_cli.workflows.search.algorithm import Limits
+        from ssmprune_cli.workflows.search.workflow import SearchPlan
+
+        check_writable(out, overwrite=overwrite)
+        pruning = chosen.pruning
+        plan_of_search = SearchPlan(
+            calib=calib,
+            methods=list(known_methods(importance, reduction, None if pruning.alignment == "auto" else alignment)),
+            flops=() if target_flops is None else (target_flops,),
+            latency_ms=target_latency,
+            batch_size=batch_size,
+            calibration=chosen.calibration,
+            seed=chosen.seed,
+            limits=Limits(evaluations, time_limit),
+            device=device,
+            state=state or out.with_name(f"{out.name}.search-state.json"),
+        )
+        result = run_search(source, plan_of_search)
+        (found,) = result.found
+        chosen = found.recipe
+        trace = {"search.json": json.dumps(found.trace(), indent=1) + "\n"}
+        if found.latency_ms is not None and found.dense_latency_ms is not None:
+            output.note(f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.")
     if dry_run or out is None:
         report = plan(source, chosen)
     else:
@@ -126,10 +184,13 @@ def command(
                 device=device,
                 overwrite=overwrite,
                 progress=progress,
+                extra_files=trace,
             )
     for warning in report.warnings:
         output.warn(warning)
     output.emit(_tables(report), report.to_dict(), as_json=as_json)
+    if trace is not None:
+        result.state.remove()
     if out is not None and not dry_run:
         output.note(f"Written to {out}")
     if max_drop is not None and report.accuracy is not None:

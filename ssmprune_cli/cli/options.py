@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,5 +13,19 @@ BackendName = Annotated[
         "--backend",
         envvar="SSMPRUNE_BACKEND",
         help="Kernel backend: auto takes the best one; `ssmprune env` lists them, and why some are missing.",
+    ),
+]
+
+Evaluations = Annotated[
+    int, typer.Option("--evaluations", min=1, help="A search tries at most so many candidates for each budget.")
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option("--time-limit", min=0, help="Seconds after which a search, for each budget, settles for its best."),
+]
+StateFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--state", help="File that keeps what was found, so that a killed run continues [default: beside --out]."
     ),
 ]

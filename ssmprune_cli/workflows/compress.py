@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,13 @@ def compress_checkpoint(
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
+    extra_files: Mapping[str, str] | None = None,
 ) -> Report:
     """Compress `source` by `recipe` and write the artefact folder `out` atomically.
 
     calib       unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     evaluation  labelled images on which the dense and the pruned model are compared
+    extra_files further files of the artefact, name to text
 
     The same input, recipe and seed give the same bytes. Raises SsmpruneError; `out` is then as it was before.
     """
@@ -123,6 +125,7 @@ def compress_checkpoint(
     report = _report(source, model, recipe, dense, warnings, seen, digest, result)
     final = recipe.resolved(report.pruning, report.provenance)
     files = {
+        **(extra_files or {}),
         "recipe.yaml": final.to_yaml(),
         "report.json": report.to_json(),
         "README.md": model_card(report, source.path.name),

@@ -88,7 +88,7 @@ def profile(
     flops = [count_flops(model) for model in models]
     for model in models:
         model.to(target).eval()
-    speeds = _interleaved(models, images, rounds, progress)
+    speeds = interleaved_speeds(models, images, rounds, progress)
     return [
         Profile(
             family=model.family,
@@ -121,7 +121,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _interleaved(models: list[Backbone], images: Tensor, rounds: int, progress: Progress | None) -> list[Speed]:
+def interleaved_speeds(
+    models: list[Backbone], images: Tensor, rounds: int, progress: Progress | None = None
+) -> list[Speed]:
+    """Of a forward pass of each model on `images` (B, 3, H, W): `rounds` turns each, after two that are left out."""
     seconds: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for round_number in range(-2, rounds):

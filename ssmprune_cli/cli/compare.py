@@ -1,0 +1,209 @@
+"""`ssmprune compare`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName
+from ssmprune_cli.cli.search import numbers
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.recipe import Recipe, load_recipe, shipped_recipes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ssmprune_cli.workflows.compare import Row
+
+TABLES = {"imagenet-vim": "vim"}  # name -> family
+
+
+def command(
+    data_dir: Annotated[Path, typer.Option(help="Images to compare on, labelled or not.")],
+    ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Layout of --data-dir: imagenet, imagefolder, cifar10 or npz.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="importance/reduction/alignment, separated by commas; recipes by file or name too.")
+    ] = "random/drop/none,clip/drop/none,clip/context/none",
+    keep: Annotated[str | None, typer.Option(help="Ratios kept at each default point: 0.8,0.6")] = None,
+    flops: Annotated[str | None, typer.Option(help="Equal cost: shares of the dense multiply-adds: 0.8,0.6")] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Equal time: shares of the dense model's, measured: 0.8,0.6")
+    ] = None,
+    calib: Annotated[Path | None, typer.Option(help="Unlabelled images for calibrated alignment.")] = None,
+    calib_images: Annotated[int, typer.Option(min=1, help="How many of them to use.")] = 64,
+    dense: Annotated[
+        list[Path] | None, typer.Option(help="A further dense checkpoint for the same table; may be repeated.")
+    ] = None,
+    table: Annotated[
+        str | None, typer.Option(help="Every recipe with published numbers: imagenet-vim. Needs --checkpoints.")
+    ] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="Folder with the checkpoints of --table.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Use so many images, always the same.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, timed ones included.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each model; the median is reported.")] = 5,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write plots to this .svg, and to one of the speed beside it.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random scores and of the choice of images.")] = 0,
+    backend: BackendName = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare ways to prune on the same images: multiply-adds, divergence, accuracy and speed, with intervals.
+
+    Divergence is the mean KL(dense || pruned) of the class probabilities. Give --keep, --flops (equal cost) or --times
+    (equal time on this device) for methods; recipes say themselves how much they prune.
+    """
+    if (table is None) == (ckpt is None):
+        raise UsageError("give either a checkpoint or `--table imagenet-vim`")
+    if table is not None and table not in TABLES:
+        raise UsageError(f"unknown table {table!r}; known: {', '.join(TABLES)}", where="--table")
+    if table is not None and checkpoints is None:
+        raise UsageError("--table needs --checkpoints, the folder with the published files")
+    given = [("keep", keep), ("flops", flops), ("time", times)]
+    budgets = [(kind, value) for kind, text in given if text is not None for value in numbers(text, f"--{kind}")]
+    if any(not 0 < value <= 1 for _, value in budgets):
+        raise UsageError("--keep, --flops and --times take shares above 0 and at most 1")
+
+    from ssmprune_cli.data import open_dataset
+    from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.pruning.method import Method
+    from ssmprune_cli.workflows.compare import compare, published_table
+    from ssmprune_cli.workflows.compress import Source
+    from ssmprune_cli.workflows.uniform import Budget
+
+    use_backend(backend)
+    default = "npz" if data_dir.suffix == ".npz" else "imagenet" if table else "imagefolder"
+    images = open_dataset(dataset or default, data_dir)
+    run = partial(
+        compare,
+        calib=calib,
+        calib_images=calib_images,
+        limit=limit,
+        batch_size=batch_size,
+        rounds=rounds,
+        device=device,
+        seed=seed,
+    )
+    recipes: dict[str, Recipe] = {}
+    rows: list[Row] = []
+    notes: list[str] = []
+    with output.task_progress() as progress:
+        if table is not None and checkpoints is not None:
+            shipped = [load_recipe(file) for file in shipped_recipes().values()]
+            found, notes = published_table(shipped, checkpoints, TABLES[table])
+            for file, own in found.items():
+                source = Source(file, family or TABLES[table], variant)
+                result, more = run(source, images, [], [], recipes=own, progress=progress)
+                rows += result
+                notes += more
+                recipes.update({recipe.name: recipe for recipe in own})
+        elif ckpt is not None:
+            names = methods.split(",")
+            triples = [Method.parse(name) for name in names if name.count("/") == 2 and not Path(name).exists()]
+            files = [load_recipe(name) for name in names if name.count("/") != 2 or Path(name).exists()]
+            if triples and not budgets:
+                raise UsageError(
+                    "how much to prune?", hint="Give `--keep 0.8,0.6`, `--flops 0.8,0.6` or `--times 0.8,0.6`."
+                )
+            rows, notes = run(
+                Source(ckpt, family, variant),
+                images,
+                triples,
+                [Budget(*budget) for budget in budgets],
+                recipes=files,
+                others=[Source(path) for path in dense or []],
+                progress=progress,
+            )
+    for note in notes:
+        output.warn(note)
+    if plot is not None:
+        _plots(plot, rows)
+        output.note(f"Plots written to {plot} and {_speed_plot(plot)}")
+    output.emit(_table(rows, recipes), [_data(row, recipes) for row in rows], as_json=as_json)
+
+
+def _data(row: Row, recipes: dict[str, Recipe]) -> dict[str, Any]:
+    recipe = recipes.get(row.name)
+    published = recipe.published.model_dump(mode="json") if recipe and recipe.published else None
+    return {**row.to_dict(), "published": published}
+
+
+def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="± is one standard error; brackets are 95 % intervals", title_justify="left")
+    for column in ("budget", "model or method"):
+        table.add_column(column, overflow="fold")
+    for column in ("multiply-adds", "images/s", "divergence, nats", "top-1 %", "against dense, points"):
+        table.add_column(column, justify="right")
+    if recipes:
+        table.add_column("published top-1 % @ G", justify="right")
+    for row in rows:
+        cells = [
+            row.budget,
+            row.name,
+            f"{row.share:.3f}",
+            f"{row.images_per_second:.0f} ({row.speedup:.2f}x)",
+            "-" if row.divergence is None else f"{row.divergence:.4f} ± {row.divergence_se:.4f}",
+            _per_cent(row.top1, row.top1_interval, ""),
+            _per_cent(row.difference, row.difference_interval, "+"),
+        ]
+        if recipes:
+            recipe = recipes.get(row.name)
+            cells.append(_published(recipe) if recipe else "")
+        table.add_row(*cells)
+    return table
+
+
+def _published(recipe: Recipe) -> str:
+    numbers_of = recipe.published
+    if numbers_of is None:
+        return ""
+    cost = "?" if numbers_of.multiply_adds is None else f"{numbers_of.multiply_adds:g}"
+    return f"{numbers_of.top1:g} @ {cost} ({numbers_of.training})"
+
+
+def _per_cent(value: float | None, interval: tuple[float, float] | None, sign: str) -> str:
+    if value is None or interval is None:
+        return "-"
+    low, high = interval
+    return f"{100 * value:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
+
+
+def _plots(path: Path, rows: list[Row]) -> None:
+    """Accuracy, or divergence without labels, against multiply-adds; and against images per second in a second file."""
+    from ssmprune_cli.workflows.plot import Series, write_plot
+
+    labelled = all(row.top1 is not None for row in rows)
+    names = list(dict.fromkeys(row.name for row in rows))
+
+    def series(name: str, x: str) -> Series:
+        own = sorted((row for row in rows if row.name == name), key=lambda row: float(getattr(row, x)))
+        if labelled:
+            points = [(float(getattr(row, x)), 100 * (row.top1 or 0.0)) for row in own]
+            ends = [row.top1_interval or (0.0, 0.0) for row in own]
+            return Series(name, points, [(100 * low, 100 * high) for low, high in ends])
+        known = [(row, row.divergence, row.divergence_se or 0.0) for row in own if row.divergence is not None]
+        points = [(float(getattr(row, x)), value) for row, value, _ in known]
+        return Series(name, points, [(value - 1.96 * error, value + 1.96 * error) for _, value, error in known])
+
+    y_label = "top-1, %" if labelled else "divergence, nats"
+    for file, x, x_label in (
+        (path, "share", "multiply-adds, share of dense"),
+        (_speed_plot(path), "images_per_second", "images per second"),
+    ):
+        write_plot(file, [series(name, x) for name in names], title=rows[0].name, x_label=x_label, y_label=y_label)
+
+
+def _speed_plot(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_speed{path.suffix}")

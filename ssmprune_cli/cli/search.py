@@ -1,0 +1,142 @@
+"""`ssmprune search`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
+from ssmprune_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ssmprune_cli.workflows.compress import Source
+    from ssmprune_cli.workflows.search.workflow import SearchPlan, SearchResult
+
+
+def command(
+    ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
+    calib: Annotated[
+        Path, typer.Option(help="Unlabelled images to search on: a folder, a tree of folders or an .npz.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.")],
+    flops: Annotated[
+        str, typer.Option(help="Budgets: shares of the dense multiply-adds, all directions counted.")
+    ] = "0.8,0.7,0.6,0.5",
+    calib_images: Annotated[int, typer.Option(min=1, help="How many of the images to use.")] = 64,
+    importance: Annotated[str | None, typer.Option(help="Only this score [default: the search chooses].")] = None,
+    reduction: Annotated[str | None, typer.Option(help="Only this reduction [default: the search chooses].")] = None,
+    alignment: Annotated[str | None, typer.Option(help="Only this alignment [default: the search chooses].")] = None,
+    evaluations: Evaluations = 200,
+    time_limit: TimeLimit = None,
+    state: StateFile = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search and of the choice of images.")] = 0,
+    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier search.")] = False,
+    backend: BackendName = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the best recipe for each of several budgets: the front of divergence against multiply-adds.
+
+    Points, token counts, score, reduction and alignment are chosen by the divergence of the logits from the dense
+    model's, KL(dense || pruned), on unlabelled images; a third of them is held back to choose among the best. `ssmprune
+    compress --recipe` then makes the model. A run that was killed continues with the same command.
+    """
+    budgets = numbers(flops, "--flops")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UsageError("the folder is not empty", where=str(out), hint="Choose another, or give `--overwrite`.")
+
+    from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.pruning.method import known_methods
+    from ssmprune_cli.recipe_sections import CalibrationPlan
+    from ssmprune_cli.workflows.compress import Source
+    from ssmprune_cli.workflows.plot import Series, write_plot
+    from ssmprune_cli.workflows.search.algorithm import Limits
+    from ssmprune_cli.workflows.search.workflow import SearchPlan
+    from ssmprune_cli.workflows.write import write_text
+
+    use_backend(backend)
+    result = run_search(
+        Source(ckpt, family, variant),
+        SearchPlan(
+            calib=calib,
+            methods=list(known_methods(importance, reduction, alignment)),
+            flops=tuple(budgets),
+            calibration=CalibrationPlan(images=calib_images, seed=seed),
+            seed=seed,
+            limits=Limits(evaluations, time_limit),
+            device=device,
+            state=state or out.with_name(f"{out.name}.search-state.json"),
+        ),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    trace = [entry for found in result.found for entry in found.trace()]
+    for found in result.found:
+        write_text(out / f"flops_{found.budget:g}.yaml", found.recipe.to_yaml())
+    write_text(out / "search.json", json.dumps(trace, indent=1) + "\n")
+    tried = [(e["multiply_adds"], e["divergence"]) for e in trace if e["divergence"] is not None]
+    chosen = [(f.chosen.multiply_adds, f.chosen.divergence) for f in sorted(result.found, key=lambda f: f.budget)]
+    write_plot(
+        out / "front.svg",
+        [Series("tried", tried, line=False), Series("chosen", chosen)],
+        title=f"{ckpt.name}: search on {result.images} images",
+        x_label="multiply-adds, share of dense",
+        y_label="divergence, nats",
+        log_y=True,
+    )
+    result.state.remove()
+    output.emit(_table(ckpt.name, result), [e for e in trace if e["chosen"]], as_json=as_json)
+    output.note(f"Written to {out}")
+
+
+def run_search(source: Source, plan: SearchPlan) -> SearchResult:
+    """The search with progress and warnings on stderr."""
+    from ssmprune_cli.workflows.search.workflow import search
+
+    with output.task_progress() as progress:
+        result = search(source, plan, progress)
+    for warning in result.warnings:
+        output.warn(warning)
+    return result
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """ "0.8,0.6" as numbers. Raises UsageError naming the option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a list of numbers such as 0.8,0.6", where=option) from error
+
+
+def _table(name: str, result: SearchResult) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{name}: the best of each budget; searched on {result.images - result.held_back} images, chosen on "
+        f"{result.held_back} more",
+        title_justify="left",
+    )
+    table.add_column("multiply-adds", justify="right")
+    table.add_column("divergence, nats", justify="right")
+    table.add_column("held back, nats", justify="right")
+    for column in ("method", "prune after blocks", "patch tokens left", "tried"):
+        table.add_column(column)
+    for found in result.found:
+        best, settings = found.chosen, found.chosen.settings
+        table.add_row(
+            f"{best.multiply_adds:.4f}",
+            f"{best.divergence:.4f}",
+            "-" if best.held_back is None else f"{best.held_back:.4f}",
+            f"{settings.importance}/{settings.reduction}/{settings.alignment}",
+            ", ".join(map(str, settings.schedule.points)),
+            ", ".join(map(str, settings.schedule.tokens)),
+            str(len(found.trials)),
+        )
+    return table

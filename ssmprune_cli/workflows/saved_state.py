@@ -1,0 +1,63 @@
+"""Results that outlive a kill: each is written to a file as soon as it is known, and read back by the next run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.workflows.write import write_text
+
+Value = TypeVar("Value")
+
+
+class SavedState:
+    """Results by key. `identity` says what they are results of: a file of something else is refused.
+
+    Without a path nothing is written. A deterministic computation that asks here for every costly result continues
+    where it was killed: it runs again from the start, and what is known costs nothing.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self._identity = dict(identity)
+        self._results: dict[str, Any] = {}
+        self.found = 0
+        if path is None or not path.exists():
+            return
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            theirs, self._results = values["identity"], values["results"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SsmpruneError(
+                f"cannot be read as the state of an earlier run: {error}",
+                where=str(path),
+                hint="Delete it to start anew.",
+            ) from error
+        different = sorted(key for key in self._identity | theirs if self._identity.get(key) != theirs.get(key))
+        if different:
+            raise UsageError(
+                f"is the state of another run: {', '.join(different)} differ",
+                where=str(path),
+                hint="Delete it to start anew, or name another file with `--state`.",
+            )
+        self.found = len(self._results)
+
+    def get(self, key: str, compute: Callable[[], Value]) -> Value:
+        """The result of `key` (plain values that JSON knows), computed and saved if it is not known yet."""
+        if key not in self._results:
+            self._results[key] = compute()
+            self._save()
+        value: Value = self._results[key]
+        return value
+
+    def remove(self) -> None:
+        """Delete the file: the run is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        if self.path is not None:
+            write_text(self.path, json.dumps({"identity": self._identity, "results": self._results}))

@@ -1,0 +1,128 @@
+"""What a search asks of a model: how far a pruned variant is from the dense one on a few images, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.data import batches
+from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.errors import DataError
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.pruning import ALIGNMENTS, PruneSettings, TokenPruner, compress, restore
+from ssmprune_cli.pruning.divergence import divergence
+from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.saved_state import SavedState
+
+
+def load_images(model: Backbone, dataset: ImageDataset) -> Tensor:
+    """All images of `dataset`, prepared for `model`: (images, 3, H, W) on its device."""
+    device = next(model.parameters()).device
+    return torch.cat([batch.images for batch in batches(dataset, model.preprocessing, 64)]).to(device)
+
+
+def run(model: Backbone, images: Tensor, batch_size: int) -> Tensor:
+    """(images, classes) float64 logits, on the CPU."""
+    with torch.inference_mode():
+        return torch.cat([model(part) for part in images.split(batch_size)]).double().cpu()
+
+
+class Measurements:
+    """Pruned variants of `model` on fixed unlabelled `images` (N, 3, H, W); every result goes through `state`.
+
+    calibration  how many of the images, from the first, alignment is calibrated on
+    Raises DataError, naming the image by its number, if the dense model's logits are not finite or all alike.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        images: Tensor,
+        *,
+        calibration: int,
+        batch_size: int = 32,
+        state: SavedState | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.images = images
+        self.state = state or SavedState(None, {})
+        self._calibration = calibration
+        self._batch_size = batch_size
+        restore(model)
+        self.dense = run(model, images, batch_size)
+        bad = (~self.dense.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            raise DataError(
+                f"the dense model's logits of calibration image {int(bad[0]) + 1} are not finite",
+                hint="`ssmprune inspect` shows whether the weights are finite.",
+            )
+        if len(images) > 1 and float((self.dense - self.dense[0]).abs().max()) == 0:
+            raise DataError(
+                "the dense model gives the same logits for all calibration images, so there is nothing to compare",
+                hint="Give images that differ, or look at the weights with `ssmprune inspect`.",
+            )
+        self.dense_cost = self._count(None)["total"]
+
+    def prune(self, settings: PruneSettings) -> None:
+        """Make the model the pruned one."""
+        schedule = settings.schedule
+        needs_images = ALIGNMENTS.get(settings.alignment).stored is not None
+        compress(
+            self.model,
+            tokens=schedule.tokens,
+            points=schedule.points,
+            importance=settings.importance,
+            reduction=settings.reduction,
+            alignment=settings.alignment,
+            calibration=self.images[: self._calibration].split(self._batch_size) if needs_images else None,
+            seed=settings.seed,
+        )
+
+    def pruner(self, settings: PruneSettings) -> TokenPruner:
+        """One that is not calibrated: it costs and takes as much as one that is."""
+        like = next(self.model.parameters())
+        return TokenPruner(settings, self.model.stages, self.model.mixers).to(like.device, like.dtype)
+
+    def divergences(self, settings: PruneSettings, part: range) -> Tensor:
+        """(len(part),) float64: KL(dense || pruned) of the images with these numbers; infinite where not finite."""
+
+        def compute() -> list[float | None]:
+            self.prune(settings)
+            rows = slice(part.start, part.stop)
+            logits = run(self.model, self.images[rows], self._batch_size)
+            restore(self.model)
+            values = divergence(self.dense[rows], logits).tolist()
+            return [value if math.isfinite(value) else None for value in values]
+
+        found = self.state.get(f"divergence {part.start}:{part.stop} {_key(settings)}", compute)
+        return torch.tensor([math.inf if value is None else value for value in found], dtype=torch.float64)
+
+    def multiply_adds(self, settings: PruneSettings) -> int:
+        """Of one image, all scan directions counted, by `count_flops`."""
+        return int(self._count(settings)["total"])
+
+    def per_block(self, settings: PruneSettings) -> Sequence[int]:
+        """The multiply-adds of every block."""
+        blocks: list[int] = self._count(settings)["blocks"]
+        return blocks
+
+    def _count(self, settings: PruneSettings | None) -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
+            if settings is None:
+                restore(self.model)
+            else:
+                self.model.pruner = self.pruner(settings)
+            count = count_flops(self.model)
+            restore(self.model)
+            return {"total": count.all_directions, "blocks": list(count.per_block)}
+
+        return self.state.get(f"multiply-adds {_key(settings)}", compute)
+
+
+def _key(settings: PruneSettings | None) -> str:
+    return "dense" if settings is None else json.dumps(settings.to_dict(), sort_keys=True)

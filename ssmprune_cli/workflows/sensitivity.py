@@ -1,0 +1,180 @@
+"""`ssmprune sensitivity`: what pruning at a single point costs, for every point and several ratios.
+
+One dense pass over the images is shared by all measurements.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.data import calibration_images, fingerprint
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.pruning import PruneSchedule, PruneSettings, TokenPruner, choose_alignment
+from ssmprune_cli.pruning.divergence import divergence
+from ssmprune_cli.pruning.method import Method
+from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.workflows.profile import resolve_device
+from ssmprune_cli.workflows.saved_state import SavedState
+from ssmprune_cli.workflows.search.measure import Measurements, load_images
+
+Progress = Callable[[int, int], None]
+BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Pruning after `point` blocks only, so that the share `keep` of the patch tokens stays.
+
+    divergence     mean KL(dense || pruned) in nats, with its standard error over images; None if not finite
+    token_error    mean over images of |pruned - dense| / |dense|, of the tokens left after the last block
+    multiply_adds  share of the dense model's that is left
+    """
+
+    point: int
+    keep: float
+    divergence: float | None
+    divergence_se: float | None
+    token_error: float | None
+    multiply_adds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Tap(nn.Module):
+    """A pruner that lets `inner`, or nothing, prune, and keeps what leaves the last block."""
+
+    def __init__(self, inner: TokenPruner | None, last: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.last = last
+        self.tokens: Tensor | None = None  # (B, L, d)
+        self.positions: Tensor | None = None  # (B, L)
+
+    def wants_delta(self, block: int) -> bool:
+        return False
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        return self.inner.alignment(block) if self.inner is not None else None
+
+    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        if block == self.last:
+            self.tokens, self.positions = sequence.stream.float(), sequence.positions
+        if self.inner is None:
+            return sequence
+        pruned: TokenSequence = self.inner(block, sequence, statistics)
+        return pruned
+
+
+def sensitivity(
+    source: Source,
+    calib: Path,
+    *,
+    ratios: Sequence[float] = (0.9, 0.7, 0.5),
+    importance: str = "clip",
+    reduction: str = "context",
+    alignment: str = "auto",
+    images: int = 64,
+    seed: int = 0,
+    device: str = "cpu",
+    state_path: Path | None = None,
+    announce: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Sensitivity], SavedState]:
+    """Every possible point with every ratio, and the state that remembers them.
+
+    announce  is told, after the dense pass, about how long it will take
+    Raises UsageError for a ratio that is none, DataError for images or logits that cannot be used.
+    """
+    if any(not 0 < ratio < 1 for ratio in ratios):
+        raise UsageError("ratios of tokens kept lie between 0 and 1")
+    model = source.load().to(resolve_device(device))
+    method = Method(importance, reduction, choose_alignment(alignment, reduction, calibrated=True))
+    dataset = calibration_images(calib, images, seed)
+    if len(dataset) < 2:
+        raise DataError("a sensitivity needs at least two images", where=str(calib))
+    state = SavedState(
+        state_path,
+        {
+            "checkpoint": checkpoint.sha256(source.path),
+            "images": fingerprint(dataset),
+            "method": str(method),
+            "seed": seed,
+            "device": device,
+        },
+    )
+    start = time.perf_counter()
+    pixels = load_images(model, dataset)
+    measurements = Measurements(model, pixels, calibration=len(dataset), batch_size=BATCH_SIZE, state=state)
+    dense = _tokens(model, None, pixels)
+    points = [point for stage in model.stages for point in range(stage.start + 1, stage.stop)]
+    if not points:
+        raise UsageError("no stage of this model has two blocks, so there is no place to prune after")
+    cases = [(point, ratio) for point in points for ratio in ratios]
+    if announce is not None:
+        # Two dense passes and a count have run; a case is a calibration, a pruned pass and a count.
+        seconds = (time.perf_counter() - start) * len(cases)
+        announce(f"{len(cases)} measurements, about {_duration(seconds)}; {state.found} results are known already.")
+    found = []
+    for number, (point, ratio) in enumerate(cases, start=1):
+        settings = method.settings(PruneSchedule.resolve(model.stages, points=[point], keep=ratio), seed)
+        values = state.get(f"sensitivity {point} {ratio!r}", partial(_measure, measurements, settings, dense))
+        found.append(Sensitivity(point, ratio, **values))
+        if progress is not None:
+            progress(number, len(cases))
+    return found, state
+
+
+def _measure(
+    measurements: Measurements, settings: PruneSettings, dense: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Any]:
+    measurements.prune(settings)
+    model = measurements.model
+    assert isinstance(model.pruner, TokenPruner)
+    logits, tokens, positions = _tokens(model, model.pruner, measurements.images)
+    model.pruner = None
+    nats = divergence(dense[0], logits)
+    place = positions[..., None].expand_as(tokens)
+    true = dense[1].gather(1, place)
+    error = (tokens - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
+    finite = bool(nats.isfinite().all() and error.isfinite().all())
+    return {
+        "divergence": float(nats.mean()) if finite else None,
+        "divergence_se": float(nats.std()) / math.sqrt(len(nats)) if finite else None,
+        "token_error": float(error.mean()) if finite else None,
+        "multiply_adds": measurements.multiply_adds(settings) / measurements.dense_cost,
+    }
+
+
+def _tokens(model: Backbone, pruner: TokenPruner | None, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, classes) float64, tokens after the last block (N, L, d) and their positions (N, L), on the CPU."""
+    tap = _Tap(pruner, len(model.mixers) - 1)
+    model.pruner = tap
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        with torch.inference_mode():
+            for batch in images.split(BATCH_SIZE):
+                logits = model(batch)
+                assert tap.tokens is not None and tap.positions is not None
+                parts.append((logits.double().cpu(), tap.tokens.cpu(), tap.positions.cpu()))
+    finally:
+        model.pruner = None
+    logits, tokens, positions = (torch.cat(group) for group in zip(*parts, strict=True))
+    return logits, tokens, positions
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,148 @@
+"""search, compress with a target, sensitivity and compare as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from ssmprune_cli.recipe import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+CHECKPOINT = ROOT / "tests" / "golden" / "containers" / "vim_like.pth"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 labelled images of noise."""
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    np.savez(path, images=pixels, labels=np.arange(12) % 10)
+    return path
+
+
+def test_compress_for_a_target_survives_a_kill(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "out", tmp_path / "out.search-state.json"
+    few = ("--importance", "clip", "--reduction", "drop", "--calib-images", "12", "--evaluations", "15")
+    command = ("compress", CHECKPOINT, "--target-flops", "0.8", "--calib", images, *few, "--out", out, "--json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssmprune_cli", *map(str, command)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and json.loads(state.read_text())["results"], "whole at any moment"
+    done = ssmprune(*command)
+    assert done.returncode == 0, done.stderr
+    assert "continues an earlier run" in done.stderr
+    assert not state.exists()
+    report = json.loads(done.stdout)
+    dense, pruned = (report[key]["multiply_adds_all_directions"] for key in ("dense", "pruned"))
+    assert 0.75 < pruned / dense <= 0.8
+    trace = json.loads((out / "search.json").read_text())
+    (chosen,) = [entry for entry in trace if entry["chosen"]]
+    assert chosen["multiply_adds"] == pytest.approx(pruned / dense, rel=1e-9)
+    assert chosen["pruning"]["tokens"] == report["pruning"]["tokens"]
+    assert load_recipe(out / "recipe.yaml").pruning.tokens == tuple(report["pruning"]["tokens"])
+    again = tmp_path / "again"
+    done = ssmprune("compress", CHECKPOINT, "--recipe", out / "recipe.yaml", "--calib", images, "--out", again)
+    assert done.returncode == 0, done.stderr
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--target-flops", "0.01"], 2, "cannot be reached"),
+        (["--target-flops", "0.8", "--keep", "0.5"], 2, "a target settles what to keep"),
+        (["--target-flops", "0.8", "--dry-run"], 2, "cannot be a dry run"),
+    ],
+)
+def test_refusals(ssmprune: Run, images: Path, tmp_path: Path, options: list[str], code: int, message: str) -> None:
+    done = ssmprune("compress", CHECKPOINT, *options, "--reduction", "drop", "--calib", images, "--out", tmp_path / "o")
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert not (tmp_path / "o").exists()
+
+
+def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "front"
+    few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "6")
+    done = ssmprune("search", CHECKPOINT, "--calib", images, "--flops", "0.9,0.8", *few, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "Only 12 of 64 calibration images" in done.stderr
+    assert {file.name for file in out.iterdir()} == {"flops_0.9.yaml", "flops_0.8.yaml", "search.json", "front.svg"}
+    assert load_recipe(out / "flops_0.8.yaml").pruning.reduction == "drop"
+    trace = json.loads((out / "search.json").read_text())
+    assert [entry["budget"] for entry in trace if entry["chosen"]] == [0.9, 0.8]
+    ElementTree.parse(out / "front.svg")
+    done = ssmprune("search", CHECKPOINT, "--calib", images, *few, "--out", out)
+    assert done.returncode == 2 and "not empty" in done.stderr
+
+
+def test_sensitivity(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = ssmprune("sensitivity", CHECKPOINT, "--calib", images, "--keep", "0.9,0.5", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "6 measurements, about" in done.stderr
+    found = json.loads(done.stdout)
+    assert json.loads((out / "sensitivity.json").read_text()) == found
+    assert [(one["point"], one["keep"]) for one in found] == [(p, k) for p in (1, 2, 3) for k in (0.9, 0.5)]
+    for soft, hard in zip(found[::2], found[1::2], strict=True):
+        assert 0 < hard["multiply_adds"] < soft["multiply_adds"] < 1
+        assert 0 < soft["token_error"] < hard["token_error"] and soft["divergence"] >= 0
+    assert list(tmp_path.iterdir()) == [out], "the state is removed at the end"
+
+
+def test_compare_at_equal_cost(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    options = (
+        "--methods",
+        "clip/drop/none,clip/context/none",
+        "--flops",
+        "0.8",
+        "--rounds",
+        "1",
+        "--dense",
+        CHECKPOINT,
+    )
+    done = ssmprune("compare", CHECKPOINT, "--data-dir", images, *options, "--plot", plot, "--json")
+    assert done.returncode == 0, done.stderr
+    dense, other, drop, context = json.loads(done.stdout)
+    assert dense["share"] == other["share"] == 1 and dense["divergence"] == 0 and other["divergence"] is None
+    assert (drop["name"], context["name"]) == ("clip/drop/none", "clip/context/none")
+    for row in (drop, context):
+        assert 0.75 < row["share"] <= 0.8 and row["divergence"] > 0 and row["budget"] == "flops 0.8"
+        low, high = row["difference_interval"]
+        assert low <= row["difference"] <= high and row["difference"] == pytest.approx(row["top1"] - dense["top1"])
+    for file in (plot, tmp_path / "plot_speed.svg"):
+        ElementTree.parse(file)
+
+
+def test_the_published_recipes_carry_their_numbers() -> None:
+    published = {name: load_recipe(file).published for name, file in shipped_recipes().items()}
+    known = {name: (each.top1, each.multiply_adds) for name, each in published.items() if each is not None}
+    assert known["vim_small_topvim"] == (78.8, 3.6) and known["vim_small_rmeeto"] == (79.9, 3.58)
+    assert known["vim_tiny_evit"] == (71.3, 1.28) and known["vim_base_mtr"] == (80.3, 11.3)
+
+
+def test_the_table_without_its_checkpoints_says_which(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    options = ("--dataset", "npz", "--data-dir", images, "--checkpoints", tmp_path)
+    done = ssmprune("compare", "--table", "imagenet-vim", *options)
+    assert done.returncode == 2
+    assert "vim_s_midclstok_80p5acc.pth is not in" in done.stderr

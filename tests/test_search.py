@@ -1,0 +1,211 @@
+"""The search: exact costs, budgets that are met, what it chooses, and that it is the same twice."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import Stage
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, choose_alignment
+from ssmprune_cli.pruning.method import Method, known_methods
+from ssmprune_cli.recipe_sections import CalibrationPlan
+from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.saved_state import SavedState
+from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
+from ssmprune_cli.workflows.search.candidates import layouts, neighbours, uniform
+from ssmprune_cli.workflows.search.cost import CostModel, check_budget, schedule_at, solve
+from ssmprune_cli.workflows.search.measure import Measurements
+from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+
+CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
+CALIBRATED = Method("clip", "drop", "calibrated")
+STAGES = (Stage(0, 2, (6, 6)), Stage(2, 8, (4, 4)), Stage(8, 9, (2, 2)))
+
+
+@pytest.fixture(scope="module")
+def model() -> Backbone:
+    """A Vim of 6 blocks of random weights on 32 x 32 pixels: 64 patch tokens."""
+    torch.manual_seed(0)
+    return Vim(VimConfig(image_size=(32, 32), patch_size=4, stride=4, embed_dim=16, depth=6, num_classes=10)).eval()
+
+
+@pytest.fixture(scope="module")
+def measurements(model: Backbone) -> Measurements:
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return Measurements(model, images, calibration=8)
+
+
+@pytest.mark.parametrize("reduction", [name for name in REDUCTIONS.names() if REDUCTIONS.get(name).shortens])
+def test_a_solved_schedule_meets_the_budget_by_the_one_truth(measurements: Measurements, reduction: str) -> None:
+    method = Method("clip", reduction, choose_alignment("auto", reduction, calibrated=True))
+    cost = CostModel(measurements, method)
+    build = partial(schedule_at, measurements.model.stages, (1, 2, 4), (1.0, 2.0, 0.5))
+    schedule = solve(build, cost, 0.85 * measurements.dense_cost)
+    assert schedule is not None
+    measurements.prune(method.settings(schedule, 0))
+    counted = count_flops(measurements.model).all_directions
+    measurements.model.pruner = None
+    # One token more at one point is at most 2 % of this model.
+    assert 0.83 * measurements.dense_cost < counted <= 0.85 * measurements.dense_cost
+    if cost.exact:
+        assert cost.predict(schedule) == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["drop", "context"])
+def test_costs_are_learnt_exactly_and_shared_between_scores(
+    measurements: Measurements, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = CostModel(measurements, Method("clip", reduction, "none"))
+    assert first.exact
+    monkeypatch.setattr(Measurements, "per_block", None)  # another score costs the same, which one count shows
+    assert CostModel(measurements, Method("l1", reduction, "none"), [first]).exact
+
+
+@given(weights=st.lists(st.floats(0.1, 4.0), min_size=3, max_size=3), low=st.floats(0, 3), more=st.floats(0, 3))
+def test_a_higher_level_keeps_fewer_tokens_and_stages_start_anew(weights: list[float], low: float, more: float) -> None:
+    points = (1, 3, 5)
+    softer, harder = (schedule_at(STAGES, points, weights, level) for level in (low, low + more))
+    assert all(a >= b >= 1 for a, b in zip(softer.tokens, harder.tokens, strict=True))
+    assert PruneSchedule.resolve(STAGES, points=points, tokens=harder.tokens) == harder  # a valid schedule
+    assert schedule_at(STAGES, points, weights, 0.0).tokens == (36, 16, 16)
+
+
+def test_equal_weights_are_one_keep_ratio() -> None:
+    level = -np.log(0.8)
+    assert schedule_at(STAGES, (3, 4, 5), (1.0, 1.0, 1.0), level).tokens == (13, 11, 9)  # 16 x 0.8^i, rounded up
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 20))
+def test_neighbours_are_valid_and_differ(seed: int) -> None:
+    start = uniform(CALIBRATED, layouts(STAGES)[seed % len(layouts(STAGES))])
+    around = list(neighbours(start, STAGES))
+    assert around and start not in around
+    for candidate in around:
+        PruneSchedule.resolve(STAGES, points=candidate.points, keep=[0.9] * len(candidate.points))
+        assert sum(candidate.weights) / len(candidate.weights) == pytest.approx(1, abs=1e-5)
+
+
+def test_search_is_deterministic_meets_the_budget_and_is_no_worse_than_uniform(measurements: Measurements) -> None:
+    methods = [Method("clip", "drop", "none"), Method("l1", "drop", "none"), Method("clip", "context", "none")]
+
+    def run() -> Search:
+        return Search(
+            measurements, methods, lambda method: 0.75 * measurements.dense_cost, split(12), limits=Limits(20)
+        )
+
+    trials = run().run()
+    assert run().run() == trials
+    best = trials[0]
+    assert [trial.chosen for trial in trials] == [True] + [False] * (len(trials) - 1)
+    assert measurements.multiply_adds(best.settings) <= 0.75 * measurements.dense_cost
+    assert best.multiply_adds == measurements.multiply_adds(best.settings) / measurements.dense_cost
+    finalists = [trial for trial in trials if trial.held_back is not None]
+    assert best.held_back == min(trial.held_back or 0 for trial in finalists)
+    assert min(trial.divergence for trial in trials) == min(trial.divergence for trial in finalists)
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(measurements: Measurements) -> None:
+    with pytest.raises(UsageError, match=r"0\.01 of the dense multiply-adds cannot be reached") as error:
+        check_budget(measurements, list(known_methods("clip")), 0.01)
+    assert "costs 0." in (error.value.hint or "")
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        check_budget(measurements, [CALIBRATED], 1.2)
+
+
+def test_logits_that_are_not_finite_are_refused_by_image(model: Backbone) -> None:
+    images = torch.randn(4, 3, 32, 32)
+    images[2] = torch.nan
+    with pytest.raises(DataError, match="calibration image 3 are not finite"):
+        Measurements(model, images, calibration=2)
+
+
+def test_a_candidate_that_gives_nan_is_never_chosen(model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    measurements = Measurements(model, torch.randn(9, 3, 32, 32), calibration=4)
+    real = Measurements.divergences
+
+    def broken(self: Measurements, each, part):  # type: ignore[no-untyped-def]
+        values = real(self, each, part)
+        return values * torch.nan if each.reduction == "drop" else values
+
+    monkeypatch.setattr(Measurements, "divergences", lambda *a: torch.nan_to_num(broken(*a), nan=torch.inf))
+    methods = [Method("clip", "drop", "none"), Method("clip", "context", "none")]
+    search_ = Search(measurements, methods, lambda method: 0.8 * measurements.dense_cost, split(9), limits=Limits(8))
+    assert search_.run()[0].settings.reduction == "context"
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calib") / "images.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8))
+    return path
+
+
+def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp_path: Path) -> None:
+    methods = [Method("clip", "drop", "none"), Method("clip", "context", "none")]
+
+    def plan(state: Path | None) -> SearchPlan:
+        calibration = CalibrationPlan(images=10)
+        return SearchPlan(calib, methods, flops=(0.8,), calibration=calibration, limits=Limits(12), state=state)
+
+    whole = search(Source(CHECKPOINT), plan(None))
+    file = tmp_path / "state.json"
+    real, calls = SavedState.get, []
+
+    class Killed(Exception): ...
+
+    def until_killed(self: SavedState, key, compute):  # type: ignore[no-untyped-def]
+        calls.append(key)
+        if len(calls) == 20:
+            raise Killed
+        return real(self, key, compute)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SavedState, "get", until_killed)
+        with pytest.raises(Killed):
+            search(Source(CHECKPOINT), plan(file))
+    again = search(Source(CHECKPOINT), plan(file))
+    assert again.state.found > 5 and "continues an earlier run" in again.warnings[0]
+    assert again.found[0].trace() == whole.found[0].trace()
+    assert again.found[0].recipe == whole.found[0].recipe
+    assert checkpoint.load(CHECKPOINT).pruner is None
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    path = tmp_path / "few.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match="at least 8 calibration images, and there are 3"):
+        search(Source(CHECKPOINT), SearchPlan(path, [CALIBRATED], flops=(0.8,)))
+
+
+def test_a_target_time_is_met_or_what_can_be_met_is_said(calib: Path) -> None:
+    methods = [Method("clip", "drop", "none")]
+    limits, calibration = Limits(4), CalibrationPlan(images=10)
+    plan = SearchPlan(calib, methods, latency_ms=1e6, limits=limits, calibration=calibration)
+    (found,) = search(Source(CHECKPOINT), plan).found
+    assert found.latency_ms is not None and found.latency_ms < 1e6 and found.budget == 1e6
+    with pytest.raises(UsageError, match=r"cannot be reached on this device: the dense model takes"):
+        search(Source(CHECKPOINT), SearchPlan(calib, methods, latency_ms=1e-3, limits=limits, calibration=calibration))
+
+
+def test_method_names() -> None:
+    assert str(Method.parse("l1/context/null")) == "l1/context/null"
+    with pytest.raises(UsageError, match="is not importance/reduction/alignment"):
+        Method.parse("clip/drop")
+    with pytest.raises(UsageError, match="clipp"):
+        Method.parse("clipp/drop/none")
+    with pytest.raises(UsageError, match="nothing to align"):
+        list(known_methods("clip", "drop-unsorted", "null"))
+    assert {method.reduction for method in known_methods("clip")} >= {"drop", "context"}
+    assert "mask" not in {method.reduction for method in known_methods()}
