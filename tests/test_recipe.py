@@ -197,6 +197,13 @@ def test_override_sets_nested_values() -> None:
     assert recipe.pruning.keep == 0.8, "the recipe itself is untouched"
 
 
+def test_a_number_with_an_exponent_needs_no_point() -> None:
+    """YAML 1.1 takes 5e-1 for text. A text of that form is written in quotes, and stays one."""
+    recipe = Recipe(pruning=Pruning(keep=1.0), description="1e3").override(["pruning.keep=5e-1"])
+    assert recipe.pruning.keep == 0.5
+    assert parse_recipe(recipe.to_yaml()) == recipe
+
+
 def test_override_from_keep_to_tokens() -> None:
     changed = load_recipe("vim_tiny_topvim").override(["pruning.keep=null", "pruning.tokens=[100]"])
     assert (changed.pruning.keep, changed.pruning.tokens) == (None, (100,))
