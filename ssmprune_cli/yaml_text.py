@@ -87,7 +87,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 # YAML 1.1 takes 5e-4 for text, because it has no point; everyone who writes it means the number.
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
 _Dumper.add_representer(str, _represent_text)
