@@ -93,7 +93,7 @@ def command(
     from ssmprune_cli.workflows.finetune import Data, finetune
     from ssmprune_cli.workflows.finetune.plan import plan, some
     from ssmprune_cli.workflows.new_model import build, start_from, write_checkpoint
-    from ssmprune_cli.workflows.processes import join_processes
+    from ssmprune_cli.workflows.processes import join_processes, this_process
 
     use_backend(backend)
     if path is None:
@@ -129,8 +129,8 @@ def command(
 
     with output.progress("Training") as advance:
         result = finetune(model, data, job, out, resume=resume, report=report, progress=advance)
-    if pth is not None and result.epochs:
-        write_checkpoint(pth, model, name=name, epoch=len(result.epochs))
+    if pth is not None and result.last is not None and this_process().rank == 0:
+        write_checkpoint(pth, checkpoint.load(result.last), name=name, epoch=len(result.epochs))
     last = result.epochs[-1:]
     top1 = "".join(f", top-1 {100 * line['top1']:.2f} %" for line in last if line["top1"] is not None)
     models = " and ".join(str(each) for each in (result.last, result.best) if each is not None)

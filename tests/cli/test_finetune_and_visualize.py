@@ -196,7 +196,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         "-m",
         "ssmprune_cli",
     ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*start, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 

@@ -220,6 +220,13 @@ def test_a_folder_that_cannot_be_used_is_found_before_the_first_epoch(images: Im
         finetune(make_model(), Data(images), Job(SETTINGS), tmp_path, resume=True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
+def test_a_device_that_is_missing_is_refused(images: ImageDataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cuda"):
+        finetune(make_model(), Data(images), Job(SETTINGS, device="cuda"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_tensorboard_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match=r"ssmprune\[tensorboard\]"):

@@ -28,6 +28,7 @@ from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
 from ssmprune_cli.workflows.finetune.loss import teach
 from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
 from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process
+from ssmprune_cli.workflows.profile import resolve_device
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def finetune(
     folder without room, data that do not fit, and a training that diverges.
     """
     settings = job.settings
+    resolve_device(job.device)  # raises now: without the device, Accelerate would take a CPU and say nothing
     for images in (data.training, data.validation):
         if images is not None:
             _check(model, images)
@@ -159,7 +161,7 @@ def finetune(
             save()
         found = [folder if folder.exists() else None for folder in (out / LAST, out / BEST)]
         model.eval()
-        return Finetuned(done.epochs, done.skipped, bool(asked) or done.epoch < settings.epochs, *found)
+        return Finetuned(done.epochs, done.skipped, done.epoch < settings.epochs, *found)
 
 
 def _end_epoch(
