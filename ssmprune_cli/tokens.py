@@ -128,26 +128,30 @@ class TokenSequence:
         size = None if self.size is None else self.size.gather(1, left)
         return Dropped(gather_tokens(self.stream, left), self.positions.gather(1, left), size)
 
-    def merge(self, index: Tensor, target: Tensor) -> TokenSequence:
+    def merge(self, index: Tensor, target: Tensor, weight: Tensor | None = None) -> TokenSequence:
         """Keep the tokens at `index` (B, K), each at its own position, and average others into them.
 
         target  (B, L): for each token the place in `index` of the token that takes it in (for those at `index`, their
                 own), or -1 for one that is left out
+        weight  (B, L) of each token in the mean that it joins; None is its size
 
-        Hidden state and residual become means weighted by size; sizes add up.
+        Hidden state and residual become weighted means; sizes add up.
         """
-        weight = self.sizes() * (target >= 0)  # (B, L)
-        place = target.clamp(min=0)
-        size = torch.zeros_like(weight[:, : index.shape[1]]).scatter_add(1, place, weight)  # (B, K)
+        joins, place = target >= 0, target.clamp(min=0)
+
+        def total(values: Tensor) -> Tensor:
+            return torch.zeros_like(values[:, : index.shape[1]]).scatter_add(1, place, values * joins)  # (B, K)
+
+        weight = (self.sizes() if weight is None else weight) * joins
+        whole = total(weight)
 
         def mean(values: Tensor) -> Tensor:
             weighted = values * weight[..., None].to(values.dtype)  # (B, L, d)
-            total = sum_tokens(weighted, place, index.shape[1])
-            return total / size[..., None].to(values.dtype)
+            return sum_tokens(weighted, place, index.shape[1]) / whole[..., None].to(values.dtype)
 
         kept = self.keep(index)
         residual = None if self.residual is None else mean(self.residual)
-        return replace(kept, hidden=mean(self.hidden), residual=residual, size=size)
+        return replace(kept, hidden=mean(self.hidden), residual=residual, size=total(self.sizes()))
 
     def sizes(self) -> Tensor:
         """(B, L) float32: dense tokens that each token stands for."""

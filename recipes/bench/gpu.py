@@ -273,7 +273,7 @@ def _positions(batch: int) -> Tensor:
 
 
 def prune(sequence: TokenSequence, given: ScanStatistics) -> TokenSequence:
-    score = IMPORTANCES.get("clip")(sequence, given, 0, 0)
+    score = IMPORTANCES.get("clip").score(sequence, given, 0, 0)
     return REDUCTIONS.get("drop").apply(sequence, score, 99)
 
 

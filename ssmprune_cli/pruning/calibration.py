@@ -83,7 +83,7 @@ class _Observer(nn.Module):
         self.kept: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
 
     def wants_delta(self, block: int) -> bool:
-        return block in self.observed
+        return block in self.observed or (self.importance.needs_delta and block + 1 in self.scores)
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None
@@ -93,12 +93,13 @@ class _Observer(nn.Module):
             self.dropped = torch.zeros_like(sequence.positions, dtype=torch.bool)
         assert self.dropped is not None
         count = int(self.dropped.sum())
-        if self.wants_delta(block) and count:
+        if block in self.observed and count:
             total = torch.stack([delta[self.dropped].double().sum(dim=0) for delta in statistics.delta])
             self.delta_sum[block] = self.delta_sum.get(block, torch.zeros_like(total)) + total
             self.delta_count[block] = self.delta_count.get(block, 0) + count
         if block + 1 in self.scores:
-            self._select(block + 1, sequence, self.importance(sequence, statistics, block, self.settings.seed))
+            score = self.importance.score(sequence, statistics, block, self.settings.seed)
+            self._select(block + 1, sequence, score)
         return sequence
 
     def _select(self, point: int, sequence: TokenSequence, score: Tensor) -> None:

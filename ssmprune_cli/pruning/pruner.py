@@ -104,7 +104,7 @@ class TokenPruner(nn.Module):
             stored.fill_(mass)
 
     def wants_delta(self, block: int) -> bool:
-        return False
+        return self._importance.needs_delta and block + 1 in self.settings.schedule.points
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self._alignment.align(getattr(self, f"alignment_{block}", None), self._directions[block])
@@ -123,5 +123,5 @@ class TokenPruner(nn.Module):
         if count == self._patches[block]:
             return sequence  # nothing to drop: not even a gather, so a keep ratio of 1 is the dense model bit for bit
         with torch.no_grad():
-            score = self._importance(sequence, statistics, block, self.settings.seed)
+            score = self._importance.score(sequence, statistics, block, self.settings.seed)
         return self._reduction.apply(sequence, score, count + len(sequence.protected))

@@ -107,12 +107,12 @@ def test_gaps_count_dropped_tokens_in_scan_direction() -> None:
 def test_scores_by_hand(name: str, expected: list[float]) -> None:
     # Two directions add up to [4, -1, 0] for the first token and [-1, -2, -3] for the second.
     forward, backward = torch.tensor([[[3.0, -2, 0], [0, 0, 0]]]), torch.tensor([[[1.0, 1, 0], [-1, -2, -3]]])
-    score = IMPORTANCES.get(name)(sequence_of(2), ScanStatistics((forward, backward)), 0, 0)
+    score = IMPORTANCES.get(name).score(sequence_of(2), ScanStatistics((forward, backward)), 0, 0)
     torch.testing.assert_close(score, torch.tensor([expected]), rtol=1e-6, atol=0)
 
 
 def test_random_score_depends_on_position_block_and_seed_only() -> None:
-    random, statistics = IMPORTANCES.get("random"), ScanStatistics((torch.randn(2, 500, 4),))
+    random, statistics = IMPORTANCES.get("random").score, ScanStatistics((torch.randn(2, 500, 4),))
     sequence = sequence_of(500, batch=2)
     score = random(sequence, statistics, 3, 0)
     assert torch.equal(score[0], score[1])

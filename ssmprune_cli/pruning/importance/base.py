@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
@@ -11,8 +12,18 @@ from torch import Tensor
 from ssmprune_cli.interface import ScanStatistics
 from ssmprune_cli.tokens import TokenSequence
 
-# (sequence, statistics of the block before it, block number, seed) -> (B, L); the tokens with the largest scores stay.
-Importance = Callable[[TokenSequence, ScanStatistics, int, int], Tensor]
+Score = Callable[[TokenSequence, ScanStatistics, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """`score` (sequence, statistics of the block before it, block number, seed) -> (B, L); the largest stay.
+
+    needs_delta  whether it looks at the scans' step sizes, which mixers hand out only when asked
+    """
+
+    score: Score
+    needs_delta: bool = False
 
 
 def scan_output(statistics: ScanStatistics) -> Tensor:
