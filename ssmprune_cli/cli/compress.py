@@ -48,7 +48,10 @@ def command(
             help="Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth."
         ),
     ] = None,
-    importance: Annotated[str | None, typer.Option(help="Score: clip, l1, l2, mean or random.")] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(help="Score by which tokens stay: clip, delta, random, ...; see the README [default: clip]."),
+    ] = None,
     reduction: Annotated[str | None, typer.Option(help="What becomes of the others [default: context].")] = None,
     alignment: Annotated[
         str | None,
