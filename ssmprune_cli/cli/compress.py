@@ -50,7 +50,7 @@ def command(
     ] = None,
     importance: Annotated[
         str | None,
-        typer.Option(help="Score by which tokens stay: clip, delta, random, ...; see the README [default: clip]."),
+        typer.Option(help="Score by which tokens stay: clip, delta, random and more [default: clip]."),
     ] = None,
     reduction: Annotated[str | None, typer.Option(help="What becomes of the others [default: context].")] = None,
     alignment: Annotated[
