@@ -129,7 +129,7 @@ def command(
     if plot is not None:
         _plots(plot, rows)
         output.note(f"Plots written to {plot} and {_speed_plot(plot)}")
-    output.emit(_table(rows, recipes), [_data(row, recipes) for row in rows], as_json=as_json)
+    output.emit(_table(rows, recipes), {"rows": [_data(row, recipes) for row in rows]}, as_json=as_json)
 
 
 def _data(row: Row, recipes: dict[str, Recipe]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def command(
         log_y=True,
     )
     result.state.remove()
-    output.emit(_table(ckpt.name, result), [e for e in trace if e["chosen"]], as_json=as_json)
+    output.emit(_table(ckpt.name, result), {"found": [e for e in trace if e["chosen"]]}, as_json=as_json)
     output.note(f"Written to {out}")
 
 

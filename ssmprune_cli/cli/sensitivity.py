@@ -83,7 +83,7 @@ def command(
         write_plot(plot, series, title=ckpt.name, x_label="pruned after block", y_label="divergence, nats")
         output.note(f"Plot written to {plot}")
     saved.remove()
-    output.emit(_table(ckpt.name, found), data, as_json=as_json)
+    output.emit(_table(ckpt.name, found), {"measurements": data}, as_json=as_json)
 
 
 def _table(name: str, found: list[Sensitivity]) -> Table:

@@ -14,7 +14,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
+from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +102,7 @@ def test_sensitivity(ssmprune: Run, images: Path, tmp_path: Path) -> None:
     done = ssmprune("sensitivity", CHECKPOINT, "--calib", images, "--keep", "0.9,0.5", "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert "6 measurements, about" in done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["measurements"]
     assert json.loads((out / "sensitivity.json").read_text()) == found
     assert [(one["point"], one["keep"]) for one in found] == [(p, k) for p in (1, 2, 3) for k in (0.9, 0.5)]
     for soft, hard in zip(found[::2], found[1::2], strict=True):
@@ -123,7 +125,7 @@ def test_compare_at_equal_cost(ssmprune: Run, images: Path, tmp_path: Path) -> N
     )
     done = ssmprune("compare", CHECKPOINT, "--data-dir", images, *options, "--plot", plot, "--json")
     assert done.returncode == 0, done.stderr
-    dense, other, drop, context = json.loads(done.stdout)
+    dense, other, drop, context = json.loads(done.stdout)["rows"]
     assert dense["share"] == other["share"] == 1 and dense["divergence"] == 0 and other["divergence"] is None
     assert (drop["name"], context["name"]) == ("clip/drop/none", "clip/context/none")
     for row in (drop, context):
@@ -139,6 +141,28 @@ def test_the_published_recipes_carry_their_numbers() -> None:
     known = {name: (each.top1, each.multiply_adds) for name, each in published.items() if each is not None}
     assert known["vim_small_topvim"] == (78.8, 3.6) and known["vim_small_rmeeto"] == (79.9, 3.58)
     assert known["vim_tiny_evit"] == (71.3, 1.28) and known["vim_base_mtr"] == (80.3, 11.3)
+
+
+@pytest.mark.slow
+def test_the_table_of_published_methods(ssmprune: Run, tmp_path: Path) -> None:
+    """A Vim-Tiny of random weights in the place of the published one: every recipe for it runs, beside its paper's."""
+    torch.manual_seed(0)
+    vim = FAMILIES.get("vim")
+    model = vim.build(vim.variants["vim_tiny"])
+    torch.save({"model": model.state_dict()}, tmp_path / "vim_t_midclstok_76p1acc.pth")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    np.savez(tmp_path / "two.npz", images=pixels, labels=np.array([3, 999]))
+    options = ("--data-dir", tmp_path / "two.npz", "--dataset", "npz", "--checkpoints", tmp_path, "--rounds", "1")
+    done = ssmprune("compare", "--table", "imagenet-vim", *options, "--batch-size", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "vim_s_midclstok_80p5acc.pth is not in" in done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
+    assert set(rows) == {
+        "vim_t_midclstok_76p1acc.pth", "vim_tiny_topvim", "vim_tiny_evit", "vim_tiny_rmeeto",
+    }  # fmt: skip
+    for name, row in rows.items():
+        assert row["top1"] in (0, 0.5, 1)
+        assert (row["share"] == 1) == name.endswith(".pth")
 
 
 def test_the_table_without_its_checkpoints_says_which(ssmprune: Run, images: Path, tmp_path: Path) -> None:
