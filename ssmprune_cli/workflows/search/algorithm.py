@@ -4,7 +4,7 @@
    on half of them; the best three on all, from several layouts of points.
 2. The other scores, then the other alignments, for the best two.
 3. From the best: all neighbours in random order; the first that is better is taken. At the end, from the second best.
-4. The best few, and the uniform schedule of the default points, meet on the images held back: the best there is chosen.
+4. The best few, and the uniform default, meet on the images held back: the best there is chosen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.pruning import PruneSettings, choose_alignment
+from ssmprune_cli.pruning import PruneSettings, choose_alignment, default_points
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.workflows.search.candidates import Candidate, layouts, neighbours, uniform
 from ssmprune_cli.workflows.search.cost import CostModel, schedule_at, solve
@@ -80,10 +80,21 @@ class Search:
 
     def run(self) -> list[Trial]:
         """Every trial, the chosen one first, then by rising divergence. Raises SsmpruneError if nothing worked."""
+        default = self._default()
         leaders = self._start()
         for leader in leaders:
             self._climb(leader)
-        return self._choose()
+        return self._choose(default)
+
+    def _default(self) -> PruneSettings | None:
+        """What `compress` does when nothing else is asked for, at this budget; None if that is not to be had."""
+        reduction = Method().reduction
+        method = Method(alignment=choose_alignment("auto", reduction, calibrated=True))
+        if method not in self._methods:
+            return None
+        candidate = uniform(method, default_points(self._measurements.model.stages))
+        self._mean(candidate)
+        return self._resolve(candidate)
 
     def _start(self) -> list[Candidate]:
         """The best two uniform candidates, of different reductions where there are several."""
@@ -126,14 +137,15 @@ class Search:
                     leader, best, improved = candidate, found, True
                     break
 
-    def _choose(self) -> list[Trial]:
+    def _choose(self, default: PruneSettings | None) -> list[Trial]:
         trials = sorted(self._trials.values(), key=lambda trial: trial.divergence)
         if not trials or not math.isfinite(trials[0].divergence):
             raise SsmpruneError(
                 "no candidate within the budget gave finite logits",
                 hint="Try a larger budget, or `ssmprune inspect` for the weights.",
             )
-        finalists = [trial for trial in trials if math.isfinite(trial.divergence)][:FINALISTS]
+        finalists = [trial for trial in trials if math.isfinite(trial.divergence)]
+        finalists = [trial for i, trial in enumerate(finalists) if i < FINALISTS or trial.settings == default]
         checked = []
         for trial in finalists:
             exact = self._measurements.multiply_adds(trial.settings)
@@ -141,7 +153,11 @@ class Search:
             checked.append(Trial(trial.settings, exact / self._measurements.dense_cost, trial.divergence, held_back))
         winner = min(checked, key=lambda trial: trial.held_back if trial.held_back is not None else math.inf)
         chosen = Trial(winner.settings, winner.multiply_adds, winner.divergence, winner.held_back, chosen=True)
-        return [chosen, *(trial for trial in checked if trial is not winner), *trials[len(finalists) :]]
+        return [
+            chosen,
+            *(trial for trial in checked if trial is not winner),
+            *(t for t in trials if t not in finalists),
+        ]
 
     def _best(
         self,
