@@ -19,11 +19,12 @@ def ssmprune() -> Run:
     """Runs `ssmprune` with arguments, and environment variables as keywords, from the root of the repository."""
 
     def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("SSMPRUNE_")}
+        # COLUMNS is set where tests run in several processes, and would change the width of tables.
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SSMPRUNE_", "COLUMNS"))}
         return subprocess.run(
             [sys.executable, "-m", "ssmprune_cli", *map(str, arguments)],
             cwd=ROOT,
-            env={**clean, "NO_COLOR": "1", **environment},
+            env={**kept, "NO_COLOR": "1", **environment},
             capture_output=True,
             text=True,
             check=False,

@@ -172,7 +172,7 @@ def test_samples_are_independent_and_gradients_flow(family: str, reduction: str)
 def test_gradcheck(reduction: str) -> None:
     model = build("vim")
     compress(model, 0.5, points=[1], reduction=reduction)
-    names = ("layers.1.mixer.A_log", "layers.1.mixer.x_proj.weight", "layers.1.mixer.conv1d.weight")
+    names = ("layers.1.mixer.D", "layers.1.mixer.dt_proj.bias", "layers.1.mixer.conv1d.weight")
     weights = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
     batch = images(1)
 
