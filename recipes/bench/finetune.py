@@ -1,7 +1,7 @@
 """The fine-tuning table of BENCHMARKS.md: checkpoints pruned to parts of their multiply-adds, before and after.
 
     python recipes/bench/finetune.py --checkpoint FILE [FILE ...] --dataset cifar10 --train DIR --val DIR --calib DIR
-        [--costs 0.7 0.5] [--epochs 3] [--limit N] [--seeds 1] [--set training.key=value ...] [--json FILE]
+        [--costs 0.7 0.5] [--alignments none calibrated] [--epochs 3] [--limit N] [--seeds 1] [--set training.key=value ...] [--json FILE]
 
 prints a Markdown table. Every checkpoint is pruned (three points, equal keep ratios) to each share of the dense
 multiply-adds, all scan directions counted, with the reductions `drop` and `context`, aligned and not, and trained with
@@ -39,7 +39,6 @@ from ssmprune_cli.workflows.finetune.plan import some
 from ssmprune_cli.workflows.flops import count_flops
 
 DEMO = Path(__file__).parent.parent / "demo"
-ALIGNMENTS = ("none", "calibrated")
 
 
 def keep_ratio(model: Backbone, reduction: str, cost: float) -> float:
@@ -76,7 +75,7 @@ def rows(arguments: argparse.Namespace, settings: Training) -> Iterator[dict[str
         for cost in arguments.costs:
             for reduction in arguments.reductions:
                 keep = keep_ratio(checkpoint.load(path), reduction, cost)
-                for alignment in ALIGNMENTS:
+                for alignment in arguments.alignments:
                     for distilled in (False, True):
                         before, after = 0.0, []
                         for seed in range(arguments.seeds):
@@ -128,6 +127,7 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz")
     parser.add_argument("--costs", type=float, nargs="+", default=[0.7, 0.5], help="of the dense multiply-adds")
     parser.add_argument("--reductions", nargs="+", default=["drop", "context"])
+    parser.add_argument("--alignments", nargs="+", default=["none", "calibrated"], choices=["none", "calibrated"])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="train on so many images")
     parser.add_argument("--val-limit", type=int, help="measure on so many images")
