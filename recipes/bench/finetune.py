@@ -1,7 +1,8 @@
 """The fine-tuning table of BENCHMARKS.md: checkpoints pruned to parts of their multiply-adds, before and after.
 
     python recipes/bench/finetune.py --checkpoint FILE [FILE ...] --dataset cifar10 --train DIR --val DIR --calib DIR
-        [--costs 0.7 0.5] [--alignments none calibrated] [--epochs 3] [--limit N] [--seeds 1] [--set training.key=value ...] [--json FILE]
+        [--costs 0.7 0.5] [--reductions drop context] [--alignments none calibrated] [--epochs 3] [--limit N]
+        [--seeds 1] [--set training.key=value ...] [--json FILE]
 
 prints a Markdown table. Every checkpoint is pruned (three points, equal keep ratios) to each share of the dense
 multiply-adds, all scan directions counted, with the reductions `drop` and `context`, aligned and not, and trained with
