@@ -63,7 +63,9 @@ def command(
     calib: Annotated[
         Path | None, typer.Option(help="Unlabelled calibration images: a folder, a tree of folders or an .npz.")
     ] = None,
-    calib_images: Annotated[int | None, typer.Option(help="How many of them to use [default: 64].")] = None,
+    calib_images: Annotated[
+        int | None, typer.Option(help="How many of them to use [default: 64, to search 256].")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe file or the name of a shipped one.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, overrides the recipe: --set pruning.keep=0.7")
@@ -125,6 +127,8 @@ def command(
         settings += [f"pruning.keep={_list(keep)}", "pruning.tokens=null"]
     if tokens is not None:
         settings += [f"pruning.tokens={_list(tokens, always=True)}", "pruning.keep=null"]
+    if searched and calib_images is None and recipe is None:
+        calib_images = 256  # a search needs more to choose by than a calibration
     given = {
         "pruning.points": None if points is None else _list(points, always=True),
         "pruning.importance": importance,

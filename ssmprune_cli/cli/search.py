@@ -28,7 +28,7 @@ def command(
     flops: Annotated[
         str, typer.Option(help="Budgets: shares of the dense multiply-adds, all directions counted.")
     ] = "0.8,0.7,0.6,0.5",
-    calib_images: Annotated[int, typer.Option(min=1, help="How many of the images to use.")] = 64,
+    calib_images: Annotated[int, typer.Option(min=1, help="How many of the images to use.")] = 256,
     importance: Annotated[str | None, typer.Option(help="Only this score [default: the search chooses].")] = None,
     reduction: Annotated[str | None, typer.Option(help="Only this reduction [default: the search chooses].")] = None,
     alignment: Annotated[str | None, typer.Option(help="Only this alignment [default: the search chooses].")] = None,

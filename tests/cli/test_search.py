@@ -87,7 +87,7 @@ def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: 
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "6")
     done = ssmprune("search", CHECKPOINT, "--calib", images, "--flops", "0.9,0.8", *few, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "Only 12 of 64 calibration images" in done.stderr
+    assert "Only 12 of 256 calibration images" in done.stderr and "12 images are few" in done.stderr
     assert {file.name for file in out.iterdir()} == {"flops_0.9.yaml", "flops_0.8.yaml", "search.json", "front.svg"}
     assert load_recipe(out / "flops_0.8.yaml").pruning.reduction == "drop"
     trace = json.loads((out / "search.json").read_text())
