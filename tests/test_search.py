@@ -176,7 +176,8 @@ def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp
         with pytest.raises(Killed):
             search(Source(CHECKPOINT), plan(file))
     again = search(Source(CHECKPOINT), plan(file))
-    assert again.state.found > 5 and "continues an earlier run" in again.warnings[0]
+    assert again.state.found > 5 and "continues an earlier run" in again.warnings[-1]
+    assert "10 images are few" in again.warnings[0]
     assert again.found[0].trace() == whole.found[0].trace()
     assert again.found[0].recipe == whole.found[0].recipe
     assert checkpoint.load(CHECKPOINT).pruner is None

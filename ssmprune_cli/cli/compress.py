@@ -63,9 +63,7 @@ def command(
     calib: Annotated[
         Path | None, typer.Option(help="Unlabelled calibration images: a folder, a tree of folders or an .npz.")
     ] = None,
-    calib_images: Annotated[
-        int | None, typer.Option(help="How many of them to use [default: 64, to search 256].")
-    ] = None,
+    calib_images: Annotated[int | None, typer.Option(help="How many to use [default: 64; to search 256].")] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe file or the name of a shipped one.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, overrides the recipe: --set pruning.keep=0.7")
