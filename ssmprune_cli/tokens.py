@@ -143,11 +143,11 @@ class TokenSequence:
             return torch.zeros_like(values[:, : index.shape[1]]).scatter_add(1, place, values * joins)  # (B, K)
 
         weight = (self.sizes() if weight is None else weight) * joins
-        whole = total(weight)
+        # The share of each token in its mean, in float32: a token alone has exactly 1, in any precision.
+        share = weight / total(weight).gather(1, place)
 
         def mean(values: Tensor) -> Tensor:
-            weighted = values * weight[..., None].to(values.dtype)  # (B, L, d)
-            return sum_tokens(weighted, place, index.shape[1]) / whole[..., None].to(values.dtype)
+            return sum_tokens(values * share[..., None].to(values.dtype), place, index.shape[1])
 
         kept = self.keep(index)
         residual = None if self.residual is None else mean(self.residual)

@@ -49,9 +49,7 @@ def test_shape_order_protection_and_independence(name: str, problem: tuple[Token
     assert (result.positions.diff(dim=1) > 0).all()
     for position in sequence.protected:
         assert (result.positions == position).sum(dim=1).tolist() == [1, 1, 1]
-        # `fuse` multiplies by a weight and divides by it again: a rounding or two.
-        own_value = sequence.at(sequence.stream, position)
-        assert torch.allclose(result.at(result.stream, position), own_value, rtol=1e-6, atol=0)
+        assert torch.equal(result.at(result.stream, position), sequence.at(sequence.stream, position))
     for sample in range(3):  # a sample alone gives the same
         own = slice(sample, sample + 1)
         alone = reduce(name, sequence_of(sequence.stream[own], sequence.protected), score[own], count)
@@ -131,6 +129,19 @@ def test_fuse_weighs_by_score_at_the_place_of_the_best() -> None:
     assert result.positions.tolist() == [[1, 2, 3]]
     assert result.stream[0, 1, 0].item() == pytest.approx((1 + 3 * 4 + 2 * 7) / 6, rel=2e-3)
     assert result.sizes().tolist() == [[1, 3, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
+def test_fuse_leaves_the_others_alone_in_half_precision(dtype: torch.dtype, scale: float) -> None:
+    torch.manual_seed(0)
+    sequence = sequence_of(torch.randn(2, 9, 4).to(dtype), (4,))
+    score = scale * torch.rand(2, 9)
+    result = reduce("fuse", sequence, score, 5)
+    assert result.hidden.isfinite().all()
+    alone = result.sizes() == 1
+    assert alone.sum() == 8
+    assert torch.equal(result.hidden[alone], sequence.keep(result.positions).hidden[alone])
 
 
 @pytest.mark.parametrize("name", MERGING)

@@ -1,4 +1,5 @@
-"""Cosine of a token's residual stream with the class token's, or with the mean token's where a model has none.
+"""Cosine of a token's residual stream with the class token's (the mean of several, or of registers),
+or with the mean token's where a model has none.
 
 Source: the likeness to the class token is what EViT (arXiv 2202.07800) reads off its attention; an SSM has no
 attention, so it is computed.

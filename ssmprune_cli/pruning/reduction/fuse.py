@@ -1,7 +1,8 @@
 """Fuse the dropped tokens into one: EViT (arXiv 2202.07800), from its description.
 
-The fused token is their mean, weighted by score, and one of the tokens that stay. It stands where the best of them
-stood, so that the order of positions has a place for it; its size is all of theirs.
+The fused token is their mean, weighted by how far each score lies above the lowest one in the image (so that scores
+below zero weigh too), and one of the tokens that stay. It stands where the best of them stood, so that the order of
+positions has a place for it; its size is all of theirs.
 """
 
 from __future__ import annotations
