@@ -10,13 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ssmprune_cli.data import open_dataset
+from ssmprune_cli.data import open_dataset, some_images
+from ssmprune_cli.data.preprocess import preprocess, visible_box
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.pruning import compress
 from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.workflows.kept import stages
 from ssmprune_cli.workflows.new_model import build
-from ssmprune_cli.workflows.visualize import CAPTION, MARGIN, stages, visualize
+from ssmprune_cli.workflows.visualize import CAPTION, DROPPED, HEAT, MARGIN, UNSEEN, faded, heat, shade, visualize
 
 SMALL = [
     "image_size=[16, 16]",
@@ -78,10 +82,18 @@ def test_picture_fades_exactly_the_dropped_cells(model: Backbone, tmp_path: Path
     model.pruner = Scripted()
     pixels = np.random.default_rng(0).integers(0, 200, (2, 16, 16), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
-    out = tmp_path / "new" / "kept.png"
-    visualize(model, open_dataset("npz", tmp_path / "images.npz"), out)
-    assert [path.name for path in out.parent.iterdir()] == ["kept.png"]
-    shown = np.asarray(Image.open(out))
+    out = tmp_path / "new" / "pictures"
+    drawn = visualize(model, open_dataset("npz", tmp_path / "images.npz"), out)
+    assert {path.name for path in out.iterdir()} == {
+        "overview.png",
+        *(
+            f"{i:02d}_images_{i - 1}_after_{b:02d}_{kind}.png"
+            for i in (1, 2)
+            for b in (1, 2)
+            for kind in ("kept", "score")
+        ),
+    }
+    shown = np.asarray(Image.open(drawn.overview))
     side, cell = 192, 48  # 16 pixels become 192: every pixel is 12 x 12
     for row in range(2):
         original = np.kron(pixels[row], np.ones((12, 12), dtype=np.uint8))[..., None].repeat(3, axis=2)
@@ -101,5 +113,68 @@ def test_picture_fades_exactly_the_dropped_cells(model: Backbone, tmp_path: Path
 def test_a_model_that_drops_nothing_is_refused(model: Backbone, tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", images=np.zeros((1, 16, 16), np.uint8))
     with pytest.raises(UsageError, match="drops no tokens"):
-        visualize(model, open_dataset("npz", tmp_path / "images.npz"), tmp_path / "kept.png")
-    assert not (tmp_path / "kept.png").exists()
+        visualize(model, open_dataset("npz", tmp_path / "images.npz"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_are_those_that_decide(model: Backbone) -> None:
+    compress(model, 0.5, points=[1, 2], reduction="drop", alignment="none")
+    found, _ = stages(model, torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    gone = np.zeros((3, 4, 4), dtype=bool)
+    for stage, left in zip(found, (8, 4), strict=True):
+        assert stage.count == left
+        np.testing.assert_array_equal(np.isnan(stage.score), gone)  # a patch is scored as long as it is there
+        for kept, score in zip(stage.kept, stage.score, strict=True):
+            dropped = ~kept & ~np.isnan(score)
+            assert score[kept].min() >= score[dropped].max()
+        gone = ~stage.kept
+
+
+def test_heat_runs_from_the_lowest_to_the_highest_score_and_shows_what_is_gone() -> None:
+    colours, strength = heat(np.array([[1.0, 5.0], [3.0, np.nan]], np.float32))
+    np.testing.assert_array_equal(colours, [[HEAT[0], HEAT[4]], [HEAT[2], DROPPED]])
+    np.testing.assert_array_equal(strength, [[0.6, 0.6], [0.6, 0.7]])
+    colours, _ = heat(np.full((2, 2), 7.0, np.float32))  # nothing to tell apart: the middle
+    assert (colours == np.array(HEAT[2])).all()
+    colours, strength = heat(np.full((2, 2), np.nan, np.float32))
+    assert (colours == np.array(DROPPED)).all() and (strength == 0.7).all()
+
+
+def test_cells_lie_where_the_model_sees_them_and_the_rest_is_grey() -> None:
+    image = np.zeros((4, 8, 3), np.uint8)
+    shown = shade(image, *faded(np.array([[True, False], [False, True]])), (2, 0, 6, 4))
+    grey, blue, black = (np.rint(0.7 * np.array(colour)) for colour in (UNSEEN, DROPPED, (0, 0, 0)))
+    row = [grey, grey, blue, blue, black, black, grey, grey]
+    expected = np.array(
+        [row, row, [*row[:2], black, black, blue, blue, *row[6:]], [*row[:2], black, black, blue, blue, *row[6:]]]
+    )
+    np.testing.assert_array_equal(shown, expected)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 96), (40, 40), (33, 70)])
+def test_visible_box_is_what_preprocessing_crops(size: tuple[int, int]) -> None:
+    """A ramp of columns (rows): the model's first and last pixels are those at the ends of the box."""
+    way = Preprocessing(resize=72, crop=64, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    left, top, right, bottom = visible_box(size, way)
+    assert right - left == pytest.approx(bottom - top)
+    for axis, (start, stop) in enumerate(((left, right), (top, bottom))):
+        ramp = np.arange(size[axis], dtype=np.float64) * 2
+        grid = np.broadcast_to(ramp if axis == 0 else ramp[:, None], (size[1], size[0]))
+        seen = preprocess(Image.fromarray(grid.astype(np.uint8)), way)[0] * 255 / 2 + 0.5  # centres of pixels
+        line = seen[32] if axis == 0 else seen[:, 32]
+        half = (stop - start) / 64 / 2
+        # One pixel of tolerance: the crop is rounded to whole pixels of the resized image, and the ends are smoothed.
+        assert float(line[0]) == pytest.approx(start + half, abs=1.0)
+        assert float(line[-1]) == pytest.approx(stop - half, abs=1.0)
+
+
+def test_pictures_have_the_aspect_ratio_of_the_image(model: Backbone, tmp_path: Path) -> None:
+    model.pruner = Scripted()
+    for name, size in (("wide.png", (60, 20)), ("tall.png", (300, 500))):
+        Image.new("RGB", size, "white").save(tmp_path / name)
+    drawn = visualize(model, some_images(tmp_path, 9, 0), tmp_path / "out")
+    sizes = {}
+    for entry in drawn.images:
+        with Image.open(entry["stages"][0]["kept"]) as image:
+            sizes[entry["name"]] = image.size
+    assert sizes == {"wide.png": (420, 140), "tall.png": (300, 500)}  # the small one is seven times as large

@@ -35,6 +35,8 @@ from ssmprune_cli.kernels import (
 )
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
+from ssmprune_cli.workflows.floor import floor
+from ssmprune_cli.workflows.machine import machine
 from ssmprune_cli.workflows.profile import tokens_per_block
 
 SHAPES = {"Vim-T b1": (1, 197, 384), "Vim-T b8": (8, 197, 384), "Vim-S b1": (1, 197, 768), "L 4096 b1": (1, 4096, 384)}
@@ -188,27 +190,13 @@ def floor_table(seconds: float) -> None:
     best = active_backend()
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224)
-        rows, d, E, R = batch * 197, 192, 384, 12
-        shapes = [(d, 2 * E), *[(E, R + 2 * STATE), (R, E)] * 2, (E, d)]
-        pairs = [(torch.randn(rows, i), torch.randn(o, i)) for i, o in shapes]
-        wide, narrow = torch.randn(batch, 197, E), torch.randn(batch, 197, STATE)
-
-        def gemms(pairs: list[tuple[torch.Tensor, torch.Tensor]] = pairs) -> None:
-            for a, b in pairs:
-                torch.nn.functional.linear(a, b)
-
-        def scans(wide: torch.Tensor = wide, narrow: torch.Tensor = narrow) -> None:
-            use_backend(best)
-            for reverse in (False, True):
-                selective_scan(wide, wide, -torch.ones(384, STATE), narrow, narrow, reverse=reverse)
-
-        contestants: Contestants = {"fast": partial(on, best, images), "gemms": gemms, "scans": scans}
-        times = race(contestants, seconds)
+        times = race({"fast": partial(on, best, images)}, seconds)
         times |= race({"reference": partial(on, "reference", images)}, seconds)
         fast, slow = statistics.median(times["fast"]), statistics.median(times["reference"])
-        floor = 24 * (statistics.median(times["gemms"]) + statistics.median(times["scans"]))
+        use_backend(best)
+        least = floor(model, images, rounds=20).multiply_adds_ms
         row = (f"batch {batch}", cell(times["fast"]), f"{1e3 * batch / fast:.1f}", f"{slow / fast:.1f}x")
-        print(f"| {' | '.join(row)} | {floor:.1f} | {100 * floor / fast:.0f} % |")
+        print(f"| {' | '.join(row)} | {least:.1f} | {100 * least / fast:.0f} % |")
     use_backend("auto")
 
 
@@ -236,12 +224,6 @@ def model_table(seconds: float) -> None:
             print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x | {share} |")
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5, help="for each contestant and row")
@@ -253,7 +235,7 @@ def main() -> None:
             print()
             table(arguments.seconds)
     print(
-        f"\n{processor()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, "
+        f"\n{machine()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}; median (quartiles)."
     )
 

@@ -17,6 +17,7 @@ from ssmprune_cli.cli import (
     output,
     profile,
     recipes,
+    report,
     search,
     sensitivity,
     visualize,
@@ -63,6 +64,7 @@ app.command("compare")(compare.command)
 app.command("eval")(evaluate.command)
 app.command("profile")(profile.command)
 app.command("inspect")(inspect.command)
+app.command("report")(report.command)
 app.command("visualize")(visualize.command)
 app.command("finetune")(finetune.command)
 app.add_typer(recipes.app, name="recipes")

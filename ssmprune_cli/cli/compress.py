@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLi
 from ssmprune_cli.errors import LimitError, UsageError
 from ssmprune_cli.recipe import Recipe, load_recipe
 from ssmprune_cli.recipe_sections import Pruning
-from ssmprune_cli.report import Report
+from ssmprune_cli.report import Report, SearchTrial
 
 
 def command(
@@ -74,6 +75,12 @@ def command(
     dataset: Annotated[
         str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10 or npz.")
     ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Put so many of the --eval-data (or --calib) images into the artefact, for its report; 0: none."
+        ),
+    ] = 4,
     max_drop: Annotated[
         float | None, typer.Option(help="Exit with 3 if top-1 falls by more percentage points than this.")
     ] = None,
@@ -93,10 +100,10 @@ def command(
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
 
-    Writes a folder with model.safetensors, config.json, recipe.yaml, report.json and a README.md. The input is never
-    changed. --keep is the ratio kept at each point, the keep rate of the literature. With a target, points, token
-    counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense model on the
-    --calib images; search.json then says what was tried.
+    Writes a folder with model.safetensors, config.json, recipe.yaml, report.html, report.json and a README.md. The
+    input is never changed. --keep is the ratio kept at each point, the keep rate of the literature. With a target,
+    points, token counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense
+    model on the --calib images; the report then says what was tried.
     """
     searched = target_flops is not None or target_latency is not None
     if (
@@ -173,7 +180,7 @@ def command(
         result = run_search(source, plan_of_search)
         (found,) = result.found
         chosen = found.recipe
-        trace = {"search.json": json.dumps(found.trace(), indent=1) + "\n"}
+        trace = tuple(SearchTrial(**entry) for entry in found.trace())
         if found.latency_ms is not None and found.dense_latency_ms is not None:
             output.note(f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.")
     if dry_run or out is None:
@@ -189,7 +196,9 @@ def command(
                 device=device,
                 overwrite=overwrite,
                 progress=progress,
-                extra_files=trace,
+                search=trace,
+                sample_images=samples,
+                command=shlex.join(["ssmprune", *sys.argv[1:]]),
             )
     for warning in report.warnings:
         output.warn(warning)
@@ -199,7 +208,7 @@ def command(
     if out is not None and not dry_run:
         output.note(f"Written to {out}")
     if max_drop is not None and report.accuracy is not None:
-        drop = -100 * report.accuracy["difference"]
+        drop = -100 * report.accuracy.difference
         if drop > max_drop:
             raise LimitError(f"top-1 fell by {drop:.2f} points; --max-drop allows {max_drop:g}")
 
@@ -218,7 +227,8 @@ def _dataset(path: Path | None, name: str | None) -> Any:
 
 
 def _tables(report: Report) -> Group:
-    dense, pruned = report.dense, report.pruned
+    dense, pruned, pruning = report.dense, report.pruned, report.pruning
+    assert pruned is not None and pruning is not None
     table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
     for column in ("", "dense", "pruned", "change"):
         table.add_column(column, justify="left" if not column else "right")
@@ -227,32 +237,41 @@ def _tables(report: Report) -> Group:
         ("multiply-adds, one direction (G)", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
     ):
         table.add_row(title, f"{before / 1e9:.4f}", f"{after / 1e9:.4f}", f"{after / before - 1:+.1%}")
+    if report.speed is not None:
+        first, second = report.speed.dense, report.speed.pruned
+        table.add_row(
+            f"latency of a batch of {report.speed.batch_size} (ms)",
+            f"{first.median_ms:.1f}",
+            f"{second.median_ms:.1f}",
+            f"{report.speed.latency_ratio - 1:+.1%}",
+        )
+    notes = []
     if report.accuracy is not None:
         figures = report.accuracy
-        low, high = figures["difference_interval"]
+        low, high = figures.difference_interval
         table.add_row(
-            f"top-1 on {figures['count']:,} images (%)",
-            f"{100 * figures['dense']['top1']:.2f}",
-            f"{100 * figures['top1']:.2f}",
-            f"{100 * figures['difference']:+.2f} points (95 %: {100 * low:+.2f} to {100 * high:+.2f})",
+            f"top-1 on {figures.count:,} images (%)",
+            f"{100 * figures.dense.top1:.2f}",
+            f"{100 * figures.top1:.2f}",
+            f"{100 * figures.difference:+.2f} points",
         )
-    pruning = report.pruning
+        notes.append(f"Top-1 changes by {100 * low:+.2f} to {100 * high:+.2f} points (95 %).")
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
     lengths.add_column("pruned", justify="right")
-    for first, last in _runs(pruned.tokens_per_block):
-        name = f"{first + 1}" if first == last else f"{first + 1} to {last + 1}"
-        lengths.add_row(name, str(dense.tokens_per_block[first]), str(pruned.tokens_per_block[first]))
-    kept = f"Keep ratio {pruning['keep']} at each point" if pruning["keep"] else "Token counts as given"
-    note = (
-        f"{kept}, after {', '.join(map(str, pruning['points']))} blocks; importance {pruning['importance']}, "
-        f"reduction {pruning['reduction']}, alignment {pruning['alignment']}."
+    for first_block, last in _runs(pruned.tokens_per_block):
+        name = f"{first_block + 1}" if first_block == last else f"{first_block + 1} to {last + 1}"
+        lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(pruned.tokens_per_block[first_block]))
+    kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
+    notes.append(
+        f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
+        f"reduction {pruning.reduction}, alignment {pruning.alignment}."
     )
-    return Group(table, lengths, note)
+    return Group(table, lengths, *notes)
 
 
-def _runs(values: list[int]) -> list[tuple[int, int]]:
+def _runs(values: tuple[int, ...]) -> list[tuple[int, int]]:
     """First and last index of each run of equal values."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return list(zip(starts, [start - 1 for start in starts[1:]] + [len(values) - 1], strict=True))

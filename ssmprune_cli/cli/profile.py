@@ -28,10 +28,11 @@ def command(
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count parameters and multiply-adds, and measure latency, throughput and peak memory.
+    """Count parameters and multiply-adds, and measure latency, where the time goes, throughput and peak memory.
 
     Multiply-adds are for one image; one multiply-add counts as one. "All directions" counts every scan; "one direction"
-    counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate.
+    counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate. The floor is the
+    least time: every matrix product and scan run alone, or their bytes copied, whichever takes longer.
     """
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
@@ -44,7 +45,11 @@ def command(
         profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
     names = [each.name for each in paths]
     data = {"models": [{"path": str(each), **one.to_dict()} for each, one in zip(paths, profiles, strict=True)]}
-    output.emit(Group(_summary(names, profiles), _blocks(names, profiles)), data, as_json=as_json)
+    output.emit(
+        Group(_summary(names, profiles), _time(names, profiles), *_floors(names, profiles), _blocks(names, profiles)),
+        data,
+        as_json=as_json,
+    )
 
 
 def _summary(names: list[str], profiles: list[Profile]) -> Table:
@@ -82,6 +87,30 @@ def _summary(names: list[str], profiles: list[Profile]) -> Table:
     add("images per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
     add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in profiles], "{:.1f}")
     return table
+
+
+def _time(names: list[str], profiles: list[Profile]) -> Table:
+    table = Table(title="Where the time goes, ms of a batch", title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+        table.add_column("%", justify="right")
+    for part in profiles[0].time_ms:
+        cells = []
+        for p in profiles:
+            cells += [f"{p.time_ms[part]:.2f}", f"{100 * p.time_ms[part] / p.speed.median_ms:.0f}"]
+        table.add_row(part, *cells)
+    return table
+
+
+def _floors(names: list[str], profiles: list[Profile]) -> list[str]:
+    """Measured time against the roofline."""
+    return [
+        f"{name}: {p.speed.median_ms:.1f} ms a batch; the floor here is {p.floor.total_ms:.1f} ms "
+        f"(multiply-adds {p.floor.multiply_adds_ms:.1f}, bytes {p.floor.bytes_ms:.1f}): "
+        f"{100 * p.floor.total_ms / p.speed.median_ms:.0f} % of what this machine can do."
+        for name, p in zip(names, profiles, strict=True)
+    ]
 
 
 def _blocks(names: list[str], profiles: list[Profile]) -> Table:

@@ -12,22 +12,24 @@ from ssmprune_cli.cli import output
 
 def command(
     path: Annotated[Path, typer.Argument(help="An artefact folder, as `ssmprune compress` wrote it.")],
-    images: Annotated[Path, typer.Argument(help="Images: a folder, a tree of folders or an .npz.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write.")],
-    count: Annotated[int, typer.Option(help="How many images to show.", min=1)] = 6,
+    images: Annotated[list[Path], typer.Argument(help="Images: files, folders, trees of folders or .npz archives.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")],
+    count: Annotated[int, typer.Option(help="How many images to show of each folder or archive.", min=1)] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Draw which patches a pruned model keeps: one row for each image, one column for each prune point.
+    """Draw which patches a pruned model keeps, and how it scores them.
 
-    Dropped patches are faded to blue. Where patches overlap, a cell of the picture is the centre of its patch.
+    overview.png has a row for each image and a column for each prune point. Each image and point also has a picture of
+    the kept patches and a heat map of the score (dark is low, bright is high), in the image's own aspect ratio. Dropped
+    patches are faded to blue; what the model's crop leaves out is grey. Where patches overlap, a cell of the picture is
+    the centre of its patch.
     """
     from ssmprune_cli import checkpoint
-    from ssmprune_cli.data import calibration_images
+    from ssmprune_cli.data import Joined, some_images
     from ssmprune_cli.workflows.visualize import visualize
 
-    found = visualize(checkpoint.load(path), calibration_images(images, count, seed), out)
-    data = {"picture": str(out), "stages": [stage.to_dict() for stage in found]}
-    lines = [f"After block {stage.block}: {stage.count} of {stage.patches} patches kept" for stage in found]
-    output.emit("\n".join(lines), data, as_json=as_json)
+    drawn = visualize(checkpoint.load(path), Joined([some_images(each, count, seed) for each in images]), out)
+    lines = [f"After block {stage.block}: {stage.count} of {stage.patches} patches kept" for stage in drawn.stages]
+    output.emit("\n".join(lines), drawn.to_dict(), as_json=as_json)
     output.note(f"Written to {out}")

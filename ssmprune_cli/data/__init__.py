@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ssmprune_cli.data.calibration import calibration_images, fingerprint
+from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
 from ssmprune_cli.data.cifar10 import open_cifar10
-from ssmprune_cli.data.datasets import ImageDataset, Split
+from ssmprune_cli.data.datasets import ImageDataset, Joined, Split
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.loader import Batch, batches
@@ -31,4 +31,15 @@ def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset
     return DATASETS.get(name)(root, split)
 
 
-__all__ = ["DATASETS", "Batch", "ImageDataset", "Split", "batches", "calibration_images", "fingerprint", "open_dataset"]
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "ImageDataset",
+    "Joined",
+    "Split",
+    "batches",
+    "calibration_images",
+    "fingerprint",
+    "open_dataset",
+    "some_images",
+]

@@ -18,9 +18,19 @@ def calibration_images(path: Path, count: int, seed: int) -> ImageDataset:
     The choice depends on the images' names below `path` and on `seed` only. Raises DataError if there are none, one of
     the chosen cannot be read, or they all have the same pixels, from which nothing can be learned.
     """
+    dataset = some_images(path, count, seed)
+    if len({_pixels(dataset, index) for index in range(len(dataset))}) == 1 < len(dataset):
+        raise DataError(f"the {len(dataset)} calibration images are all alike", where=str(path))
+    return dataset
+
+
+def some_images(path: Path, count: int, seed: int) -> ImageDataset:
+    """`count` images of `path`, which may be a single image too, chosen as `calibration_images` does."""
     dataset: ImageDataset
     if path.suffix == ".npz":
         dataset = NpzImages(path)
+    elif path.is_file():
+        dataset = ImageFiles(path.parent, [path], labels=None)
     else:
         check_folder(path)
         dataset = ImageFiles(path, image_files(path), labels=None)
@@ -28,8 +38,6 @@ def calibration_images(path: Path, count: int, seed: int) -> ImageDataset:
         raise DataError("has no images", where=str(path))
     if count < len(dataset):
         dataset = Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
-    if len({_pixels(dataset, index) for index in range(len(dataset))}) == 1 < len(dataset):
-        raise DataError(f"the {len(dataset)} calibration images are all alike", where=str(path))
     return dataset
 
 

@@ -109,6 +109,27 @@ class Subset(ImageDataset):
         return self._dataset.class_names
 
 
+class Joined(ImageDataset):
+    """The images of several datasets one after the other, without labels."""
+
+    def __init__(self, datasets: Sequence[ImageDataset]) -> None:
+        self._places = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def image(self, index: int) -> Image.Image:
+        dataset, place = self._places[index]
+        return dataset.image(place)
+
+    def label(self, index: int) -> int | None:
+        return None
+
+    def name(self, index: int) -> str:
+        dataset, place = self._places[index]
+        return dataset.name(place)
+
+
 def check_pixels(width: int, height: int) -> None:
     """Raises ValueError for more pixels than PIL holds to be safe: it only warns up to twice as many."""
     limit = Image.MAX_IMAGE_PIXELS

@@ -51,6 +51,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def visible_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+    """What a model sees of an image of `size` (width, height): left, top, right, bottom in pixels of that image.
+
+    It reaches beyond the image where the crop is padded.
+    """
+    scale = preprocessing.resize / min(size)
+    half = preprocessing.crop / scale / 2
+    x, y = size[0] / 2, size[1] / 2
+    return x - half, y - half, x + half, y + half
+
+
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Normalised float32 image (3, crop, crop) of an image of any mode and size.
 

@@ -122,6 +122,10 @@ class TokenPruner(nn.Module):
         count = schedule.tokens[schedule.points.index(block + 1)]
         if count == self._patches[block]:
             return sequence  # nothing to drop: not even a gather, so a keep ratio of 1 is the dense model bit for bit
-        with torch.no_grad():
-            score = self._importance.score(sequence, statistics, block, self.settings.seed)
+        score = self.score(block, sequence, statistics)
         return self._reduction.apply(sequence, score, count + len(sequence.protected))
+
+    @torch.no_grad()
+    def score(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> Tensor:
+        """Importance of every token (B, L): at a point those with the highest stay."""
+        return self._importance.score(sequence, statistics, block, self.settings.seed)

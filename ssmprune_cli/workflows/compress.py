@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import ssmprune_cli
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import batches, calibration_images, fingerprint
 from ssmprune_cli.data.datasets import ImageDataset
-from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.pruning import Calibration, TokenPruner, choose_alignment, compress, restore
+from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
 from ssmprune_cli.recipe import Recipe
-from ssmprune_cli.report import Figures, Report
-from ssmprune_cli.workflows.evaluate import Evaluation, evaluate
-from ssmprune_cli.workflows.flops import count_flops
-from ssmprune_cli.workflows.model_card import model_card
-from ssmprune_cli.workflows.profile import resolve_device, tokens_per_block
+from ssmprune_cli.report import Figures, Report, SearchTrial
+from ssmprune_cli.workflows.describe import (
+    accuracy_facts,
+    calibration_facts,
+    figures,
+    pruning_facts,
+    speed_facts,
+    versions,
+)
+from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.profile import resolve_device
+from ssmprune_cli.workflows.reporting import report_files
+from ssmprune_cli.workflows.samples import samples
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -52,12 +56,12 @@ class Source:
 def plan(source: Source, recipe: Recipe) -> Report:
     """What `compress_checkpoint` would do, without reading images or writing: tokens per block and multiply-adds."""
     model = source.load()
-    dense = _figures(model)
+    dense = figures(model)
     pruning = recipe.pruning
     # Every alignment source costs the same, so an uncalibrated one stands in for the calibrated one.
     alignment = "auto" if pruning.alignment == "calibrated" else pruning.alignment
     compress(model, **_arguments(recipe), alignment=alignment)
-    return _report(source, model, recipe, dense, warnings=[])
+    return _report(source, model, recipe, dense, {})
 
 
 def compress_checkpoint(
@@ -70,20 +74,25 @@ def compress_checkpoint(
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
-    extra_files: Mapping[str, str] | None = None,
+    search: tuple[SearchTrial, ...] | None = None,
+    sample_images: int = 4,
+    command: str = "",
 ) -> Report:
     """Compress `source` by `recipe` and write the artefact folder `out` atomically.
 
     calib       unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     evaluation  labelled images on which the dense and the pruned model are compared
-    extra_files further files of the artefact, name to text
+    search      what was tried to find `recipe`, for the report
+    sample_images  so many of the evaluation (or else calibration) images are put into the artefact and its report
+    command     how to do it again, for the report
 
-    The same input, recipe and seed give the same bytes. Raises SsmpruneError; `out` is then as it was before.
+    The same input, recipe and seed give the same bytes, but for the reports, which hold measured times. Raises
+    SsmpruneError; `out` is then as it was before.
     """
     checkpoint.check_writable(out, overwrite=overwrite)
     target = resolve_device(device)
     model = source.load().to(target)
-    dense = _figures(model)
+    dense = figures(model)
     warnings: list[str] = []
     pruning = recipe.pruning
     alignment = choose_alignment(pruning.alignment, pruning.reduction, calibrated=calib is not None)
@@ -110,30 +119,46 @@ def compress_checkpoint(
         alignment=alignment,
         calibration=calibration_batches(images) if images is not None else None,
     )
+    reference = source.load().to(target)
+    restore(reference)
     result = None
     if evaluation is not None:
-        reference = source.load().to(target)
-        restore(reference)
-        result = evaluate(
-            model,
-            evaluation,
-            compare=reference,
-            device=str(target),
-            progress=progress("Evaluating") if progress else None,
-        )
-    digest = fingerprint(images) if images is not None else None
-    report = _report(source, model, recipe, dense, warnings, seen, digest, result)
-    final = recipe.resolved(report.pruning, report.provenance)
-    files = {
-        **(extra_files or {}),
+        done = progress("Evaluating") if progress else None
+        result = evaluate(model, evaluation, compare=reference, device=str(target), progress=done)
+    done = progress("Timing") if progress else None
+    speed = speed_facts(reference, model, str(target), done)
+    chosen = evaluation if evaluation is not None else images
+    assert isinstance(model.pruner, TokenPruner)
+    left = model.pruner.settings.schedule.patches_per_block(model.stages)
+    drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
+    shown, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
+    provenance = {
+        "calibration_images": seen.images if seen else 0,
+        "calibration_sha256": fingerprint(images) if images is not None else None,
+    }
+    report = _report(source, model, recipe, dense, provenance).model_copy(
+        update={
+            "accuracy": accuracy_facts(result) if result else None,
+            "speed": speed,
+            "calibration": calibration_facts(seen) if seen else None,
+            "search": search,
+            "samples": shown,
+            "warnings": tuple(warnings),
+        }
+    )
+    assert report.pruning is not None
+    final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
+    if command:
+        report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
+    contents: dict[str, bytes | str] = {
         "recipe.yaml": final.to_yaml(),
-        "report.json": report.to_json(),
-        "README.md": model_card(report, source.path.name),
+        **files,
+        **report_files(report, files),
     }
     if seen is not None:
         points = [point.to_dict() for point in seen.points]
-        files["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
-    checkpoint.save(out, model.cpu(), files, overwrite=overwrite)
+        contents["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
+    checkpoint.save(out, model.cpu(), contents, overwrite=overwrite)
     return report
 
 
@@ -149,68 +174,20 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _figures(model: Backbone) -> Figures:
-    count = count_flops(model)
-    return Figures(
-        multiply_adds_all_directions=count.all_directions,
-        multiply_adds_one_direction=count.one_direction,
-        tokens_per_block=list(tokens_per_block(model)),
-        multiply_adds_per_block=list(count.per_block),
-    )
-
-
-def _report(
-    source: Source,
-    model: Backbone,
-    recipe: Recipe,
-    dense: Figures,
-    warnings: list[str],
-    calibration: Calibration | None = None,
-    calibration_digest: str | None = None,
-    evaluation: Evaluation | None = None,
-) -> Report:
+def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, provenance: dict[str, Any]) -> Report:
+    """What is known before anything is measured."""
     assert isinstance(model.pruner, TokenPruner)
-    settings = model.pruner.settings
     return Report(
         family=model.family,
-        image_size=list(model.image_size),
+        image_size=model.image_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        pruning={
-            "points": list(settings.schedule.points),
-            "keep": recipe.pruning.keep,
-            "tokens": list(settings.schedule.tokens),
-            "importance": settings.importance,
-            "reduction": settings.reduction,
-            "alignment": settings.alignment,
-        },
+        pruning=pruning_facts(model.pruner, recipe.pruning.keep),
         dense=dense,
-        pruned=_figures(model),
-        accuracy=_accuracy(evaluation) if evaluation else None,
-        calibration=_calibration(calibration) if calibration else None,
-        warnings=warnings,
+        pruned=figures(model),
         provenance={
             "input": source.path.name,
             "input_sha256": checkpoint.sha256(source.path),
-            "ssmprune": ssmprune_cli.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-            "backend": active_backend(),
-            "backends_refused": refused_backends(),
-            "calibration_images": calibration.images if calibration else 0,
-            "calibration_sha256": calibration_digest,
+            **versions(),
+            **provenance,
         },
     )
-
-
-def _accuracy(evaluation: Evaluation) -> dict[str, Any]:
-    """Without the measured speeds, which would make two equal runs differ."""
-    figures = evaluation.to_dict()
-    del figures["images_per_second"], figures["dense"]["images_per_second"]
-    return figures
-
-
-def _calibration(calibration: Calibration) -> dict[str, Any]:
-    points = [point.to_dict() for point in calibration.points]
-    for point in points:
-        del point["kept_positions"]  # in calibration.json
-    return {"images": calibration.images, "points": points}

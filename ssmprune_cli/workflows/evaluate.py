@@ -15,6 +15,7 @@ from ssmprune_cli.data import batches
 from ssmprune_cli.data.datasets import ImageDataset, Subset
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.report import ClassChange
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
 from ssmprune_cli.workflows.processes import gathered, this_process
 from ssmprune_cli.workflows.profile import resolve_device
@@ -51,12 +52,14 @@ class Comparison:
 
     difference_interval  95 % interval of the paired difference (Tango's score method)
     p_value              exact McNemar test, two-sided
+    classes              those with images, the greatest loss first
     """
 
     dense: Accuracy
     difference: float
     difference_interval: tuple[float, float]
     p_value: float
+    classes: tuple[ClassChange, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -64,6 +67,7 @@ class Comparison:
             "difference": self.difference,
             "difference_interval": list(self.difference_interval),
             "p_value": self.p_value,
+            "classes": [each.model_dump() for each in self.classes],
         }
 
 
@@ -185,7 +189,7 @@ def evaluate(
                 progress(done, len(mine))
     for score in scores:
         score.collect()
-    comparison = _compare(*scores) if compare is not None else None
+    comparison = _compare(scores[0], scores[1], dataset) if compare is not None else None
     return Evaluation(len(dataset), scores[0].accuracy(), comparison)
 
 
@@ -198,14 +202,28 @@ def spread(total: int, count: int) -> list[int]:
     return [choice.randrange(i * total // count, (i + 1) * total // count) for i in range(count)]
 
 
-def _compare(pruned: _Score, dense: _Score) -> Comparison:
+def _compare(pruned: _Score, dense: _Score, dataset: ImageDataset) -> Comparison:
     first, second = pruned.right(), dense.right()
+    labels = torch.tensor([dataset.label(index) for index in range(len(dataset))])
+    names = dataset.class_names
+    classes = [
+        ClassChange(
+            index=label,
+            name=names[label] if label < len(names) else None,
+            images=int(inside.sum()),
+            right_dense=int(second[inside].sum()),
+            right_pruned=int(first[inside].sum()),
+        )
+        for label in labels.unique().tolist()
+        for inside in [labels == label]
+    ]
     gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
     return Comparison(
         dense=dense.accuracy(),
         difference=(gained - lost) / len(first),
         difference_interval=paired_interval(gained, lost, len(first)),
         p_value=mcnemar_p_value(gained, lost),
+        classes=tuple(sorted(classes, key=lambda each: (each.right_pruned - each.right_dense) / each.images)),
     )
 
 

@@ -39,7 +39,12 @@ class Series:
 def write_plot(
     path: Path, series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False
 ) -> None:
-    """Write `series` to `path` as SVG, atomically. With `log_y`, points that are not positive are left out."""
+    """Write `plot` to `path`, atomically."""
+    write_text(path, plot(series, title=title, x_label=x_label, y_label=y_label, log_y=log_y))
+
+
+def plot(series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False) -> str:
+    """An SVG of `series`. With `log_y`, points that are not positive are left out."""
     shown = [
         (index, each, [i for i, (_, y) in enumerate(each.points) if not log_y or y > 0])
         for index, each in enumerate(series)
@@ -76,10 +81,10 @@ def write_plot(
     height = _TOP + max(_HEIGHT + 60, 18 * len(series) + 20)
     width = _LEFT + _WIDTH + _LEGEND
     body = "\n".join(parts)
-    write_text(
-        path,
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n',
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="12" role="img" aria-label="{escape(title, {chr(34): "&quot;"})}">\n'
+        f'<rect class="paper" width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
 
 

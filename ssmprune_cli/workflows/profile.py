@@ -1,4 +1,4 @@
-"""`ssmprune profile`: parameters, multiply-adds, tokens per block, latency, throughput and peak memory."""
+"""`ssmprune profile`: parameters, multiply-adds, tokens per block, latency, its parts and floor, and peak memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import TokenPruner
+from ssmprune_cli.workflows.breakdown import time_by_part
+from ssmprune_cli.workflows.floor import Floor, floor
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.memory import peak_memory
 
@@ -36,6 +38,8 @@ class Profile:
     """One model's figures. Multiply-adds are for one image; `flops` names the conventions.
 
     backend           what the kernels ran on; `backends_refused` says why not on a better one
+    time_ms           where the median goes, by part (see `breakdown`)
+    floor             what its arithmetic and bytes need at least on this machine
     """
 
     family: str
@@ -52,9 +56,11 @@ class Profile:
     threads: int
     speed: Speed
     peak_memory_bytes: int
+    time_ms: dict[str, float]
+    floor: Floor
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "floor": self.floor.to_dict()}
 
 
 def tokens_per_block(model: Backbone) -> tuple[int, ...]:
@@ -105,6 +111,8 @@ def profile(
             threads=torch.get_num_threads(),
             speed=speed,
             peak_memory_bytes=peak_memory(model, images),
+            time_ms=time_by_part(model, images, speed.median_ms),
+            floor=floor(model, images),
         )
         for model, count, speed in zip(models, flops, speeds, strict=True)
     ]

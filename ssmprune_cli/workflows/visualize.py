@@ -1,8 +1,9 @@
-"""`ssmprune visualize`: a picture of the patches that a pruned model keeps after each prune point."""
+"""`ssmprune visualize`: pictures of the patches that a pruned model keeps after each prune point, and of scores."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,113 +13,74 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from ssmprune_cli.data import batches
 from ssmprune_cli.data.datasets import ImageDataset
-from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics
+from ssmprune_cli.data.preprocess import to_rgb, visible_box
+from ssmprune_cli.errors import DataError
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.workflows.kept import Stage, pixels, stages
 
-TILE = 192  # about the side of one image in the picture, pixels; rounded to whole cells
+TILE = 192  # about the side of one image in the overview, pixels; rounded to whole cells
+LEAST = 384  # smaller images are enlarged to this, by a whole factor
 MARGIN = 6
 CAPTION = 16
 DROPPED = (60, 100, 180)  # a dropped patch is faded to this blue, which stands out in grey images and photographs ...
 FADE = 0.7  # ... by this much
+UNSEEN = (128, 128, 128)  # what the model's crop leaves out
+HEAT = ((28, 16, 68), (120, 28, 109), (207, 68, 70), (251, 155, 6), (252, 255, 164))  # lowest to highest score
+HEAT_STRENGTH = 0.6
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What is left after one prune point: `kept` (images, rows, columns) bool, patches of the raster grid."""
+class Drawn:
+    """What was written: the overview, and for each image and stage the overlay and the heat map of the score."""
 
-    block: int  # pruned after this many blocks
-    kept: NDArray[np.bool_]
-
-    @property
-    def patches(self) -> int:
-        return int(self.kept[0].size)
-
-    @property
-    def count(self) -> int:
-        """Patches kept, the same number in every image."""
-        return int(self.kept[0].sum())
+    stages: list[Stage]
+    overview: Path
+    images: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"after_block": self.block, "kept": self.count, "patches": self.patches}
+        return {
+            "overview": str(self.overview),
+            "stages": [stage.to_dict() for stage in self.stages],
+            "images": self.images,
+        }
 
 
-class Recorder:
-    """Implements `tokens.Pruner`: hands on to `inner` and remembers which tokens were left after each block."""
+def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
+    """Draw all images of `dataset` into the folder `out`.
 
-    def __init__(self, inner: Pruner) -> None:
-        self.inner = inner
-        self.left: list[Tensor] = []  # for each block (B, dense length) bool
-
-    def wants_delta(self, block: int) -> bool:
-        return self.inner.wants_delta(block)
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        return self.inner.alignment(block)
-
-    def __call__(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        sequence = self.inner(block, sequence, statistics)
-        live = torch.ones_like(sequence.positions, dtype=torch.bool) if sequence.live is None else sequence.live
-        left = torch.zeros(len(live), sequence.length, dtype=torch.bool, device=live.device)
-        self.left.append(left.scatter(1, sequence.positions, live))
-        return sequence
-
-
-def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> list[Stage]:
-    """Write a PNG of all images of `dataset`, and what `model` keeps of them, to `out`. Returns what it kept.
-
-    Raises UsageError if the model drops no tokens, and DataError if the picture cannot be written.
+    overview.png has a row for each image as the model sees it. NN_NAME_after_B_kept.png and ..._score.png show one
+    image, whole and in its own aspect ratio; what the model's crop leaves out is grey.
+    Raises UsageError if the model drops no tokens, and DataError if a picture cannot be written.
     """
-    images = torch.cat([batch.images for batch in batches(dataset, model.preprocessing, batch_size=32)])
+    parts = list(batches(dataset, model.preprocessing, batch_size=32))
+    images = torch.cat([batch.images for batch in parts])
     found, logits = stages(model, images)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.preprocessing.mean, model.preprocessing.std))
-    pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    image = picture(pixels, found, [f"predicted class {int(best)}" for best in logits.argmax(dim=1)])
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format="png")
-        temporary.replace(out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot be written: {error.strerror}", where=str(out)) from error
-    return found
-
-
-def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
-    """Run `model` on normalised `images` (B, 3, H, W): what is left after each prune point, and the logits.
-
-    Raises UsageError if the model drops no tokens.
-    """
-    inner = model.pruner
-    if inner is None:
-        raise UsageError("this model drops no tokens", hint="Give the folder that `ssmprune compress` wrote.")
-    recorder = Recorder(inner)
-    del model.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
-    model.pruner = recorder
-    try:
-        with torch.inference_mode():
-            logits: Tensor = model(images)
-    finally:
-        del model.pruner
-        model.pruner = inner
-    found: list[Stage] = []
-    for grid in model.stages:  # each begins with all of its tokens
-        patches = [position for position in range(grid.num_tokens) if position not in grid.protected]
-        before = grid.num_tokens
-        for block, left in enumerate(recorder.left[grid.start : grid.stop], start=grid.start + 1):
-            count = int(left[0].sum())
-            if count != before:
-                found.append(Stage(block, left[:, patches].reshape(len(images), *grid.grid).cpu().numpy()))
-            before = count
-    if not found:
-        raise UsageError("this model drops no tokens", hint="Compress it with a `--keep` below 1.")
-    return found, logits
+    labels = [f"predicted class {int(best)}" for best in logits.argmax(dim=1)]
+    overview = out / "overview.png"
+    _write(overview, picture(pixels(images, model.preprocessing), found, labels))
+    drawn: list[dict[str, Any]] = []
+    for index in range(len(dataset)):
+        original = to_rgb(dataset.image(index))
+        box = visible_box(original.size, model.preprocessing)
+        factor = max(1, math.ceil(LEAST / max(original.size)))
+        large = np.asarray(
+            original.resize((original.width * factor, original.height * factor), Image.Resampling.NEAREST)
+        )
+        whole: Box = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(dataset.name(index)).with_suffix("").as_posix()).strip("_")
+        entry: dict[str, Any] = {"name": dataset.name(index), "stages": []}
+        for stage in found:
+            start = out / f"{index + 1:02d}_{name}_after_{stage.block:02d}"
+            files = {kind: start.with_name(f"{start.name}_{kind}.png") for kind in ("kept", "score")}
+            _write(files["kept"], Image.fromarray(shade(large, *faded(~stage.kept[index]), whole)))
+            _write(files["score"], Image.fromarray(shade(large, *heat(stage.score[index]), whole)))
+            entry["stages"].append({"after_block": stage.block, **{kind: str(path) for kind, path in files.items()}})
+        drawn.append(entry)
+    return Drawn(found, overview, drawn)
 
 
 def picture(pixels: NDArray[np.uint8], found: Sequence[Stage], labels: Sequence[str]) -> Image.Image:
@@ -140,22 +102,64 @@ def picture(pixels: NDArray[np.uint8], found: Sequence[Stage], labels: Sequence[
         text.text((MARGIN + column * (width + MARGIN), 2), title, fill="black", font=font)
     for row, image in enumerate(pixels):
         whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST))
-        top = tile_top(row, height)
+        top = CAPTION + MARGIN + row * (height + CAPTION + MARGIN)
         for column in range(len(titles)):
-            shown = whole if column == 0 else fade(whole, ~found[column - 1].kept[row])
+            shown = whole if column == 0 else shade(whole, *faded(~found[column - 1].kept[row]))
             canvas.paste(Image.fromarray(shown), (MARGIN + column * (width + MARGIN), top))
         text.text((MARGIN, top + height + 1), labels[row], fill="black", font=font)
     return canvas
 
 
-def tile_top(row: int, height: int) -> int:
-    """The y coordinate of the images of `row`, which are `height` pixels high."""
-    return CAPTION + MARGIN + row * (height + CAPTION + MARGIN)
+def faded(cells: NDArray[np.bool_]) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+    """Colours (rows, columns, 3) and their strengths (rows, columns) that fade `cells` (rows, columns) to blue."""
+    return np.broadcast_to(np.array(DROPPED, float), (*cells.shape, 3)), FADE * cells
 
 
-def fade(image: NDArray[np.uint8], cells: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """`image` (H, W, 3) with those of its `cells` (rows, columns), which share it out evenly, faded to blue."""
-    y, x = (np.arange(size) * count // size for size, count in zip(image.shape[:2], cells.shape, strict=True))
-    mask = cells[y][:, x][..., None]
-    faded = np.rint((1 - FADE) * image + FADE * np.array(DROPPED)).astype(np.uint8)
-    return np.where(mask, faded, image)
+def heat(score: NDArray[np.float32]) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+    """Colours and strengths, as of `faded`, of a `score` (rows, columns): dark is low, bright is high, NaN is gone."""
+    colours, strength = faded(np.isnan(score))
+    if np.isnan(score).all():
+        return colours, strength
+    low, high = float(np.nanmin(score)), float(np.nanmax(score))
+    share = (score - low) / (high - low) if high > low else np.where(np.isnan(score), np.nan, 0.5)
+    steps = np.linspace(0, 1, len(HEAT))
+    hot = np.stack([np.interp(np.nan_to_num(share), steps, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
+    there = ~np.isnan(score)
+    return np.where(there[..., None], hot, colours), np.where(there, np.float64(HEAT_STRENGTH), strength)
+
+
+def shade(
+    image: NDArray[np.uint8],
+    colours: NDArray[np.floating[Any]],
+    strength: NDArray[np.floating[Any]],
+    box: Box | None = None,
+) -> NDArray[np.uint8]:
+    """`image` (H, W, 3) blended with the `colours` (rows, columns, 3) of its cells, as strong as `strength` says.
+
+    The cells share out `box` (left, top, right, bottom; the whole image without one). What lies outside turns grey.
+    """
+    left, top, right, bottom = box or (0, 0, image.shape[1], image.shape[0])
+    y, inside_y = _cells(image.shape[0], top, bottom, strength.shape[0])
+    x, inside_x = _cells(image.shape[1], left, right, strength.shape[1])
+    inside = (inside_y[:, None] & inside_x)[..., None]  # (H, W, 1)
+    alpha = np.where(inside, strength[y][:, x][..., None], FADE)
+    colour = np.where(inside, colours[y][:, x], np.array(UNSEEN, float))
+    blended: NDArray[np.uint8] = np.rint((1 - alpha) * image + alpha * colour).astype(np.uint8)
+    return blended
+
+
+def _cells(size: int, start: float, stop: float, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Of each of `size` pixels: which of `count` cells between `start` and `stop` has its centre, and if one has."""
+    cell = np.floor((np.arange(size) + 0.5 - start) / (stop - start) * count).astype(np.int64)
+    return cell.clip(0, count - 1), (cell >= 0) & (cell < count)
+
+
+def _write(path: Path, image: Image.Image) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(temporary, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot be written: {error.strerror or error}", where=str(path)) from error

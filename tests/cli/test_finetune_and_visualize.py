@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ssmprune_cli import checkpoint
 
@@ -223,11 +224,15 @@ def test_two_processes_train_and_evaluate_as_one(ssmprune: Run, artefact: Path, 
 
 @pytest.mark.usefixtures("trained")
 def test_visualize_draws_what_compress_left(ssmprune: Run, folder: Path, artefact: Path) -> None:
-    data, picture = folder / "images.npz", folder / "kept.png"
-    done = ssmprune("visualize", artefact, data, "--out", picture, "--count", "3", "--json")
+    data, photo = folder / "images.npz", folder / "photo.png"
+    Image.new("RGB", (40, 20)).save(photo)
+    done = ssmprune("visualize", artefact, data, photo, "--out", folder / "pictures", "--count", "3", "--json")
     assert done.returncode == 0, done.stderr
-    stages = json.loads(done.stdout)["stages"]
-    assert stages == [{"after_block": block, "kept": kept, "patches": 16} for block, kept in ((1, 8), (2, 4), (3, 2))]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    dense = ssmprune("visualize", folder / "model.pth", data, "--out", folder / "dense.png")
+    drawn = json.loads(done.stdout)
+    stages = [{"after_block": block, "kept": kept, "patches": 16} for block, kept in ((1, 8), (2, 4), (3, 2))]
+    assert drawn["stages"] == stages
+    assert [entry["name"] for entry in drawn["images"]][3:] == ["photo.png"] and len(drawn["images"]) == 4
+    files = [drawn["overview"], *(s[kind] for e in drawn["images"] for s in e["stages"] for kind in ("kept", "score"))]
+    assert len(files) == 25 and all(Path(file).read_bytes().startswith(b"\x89PNG") for file in files)
+    dense = ssmprune("visualize", folder / "model.pth", data, "--out", folder / "dense")
     assert dense.returncode == 2 and "drops no tokens" in dense.stderr

@@ -56,7 +56,7 @@ def test_compress_for_a_target_survives_a_kill(ssmprune: Run, images: Path, tmp_
     report = json.loads(done.stdout)
     dense, pruned = (report[key]["multiply_adds_all_directions"] for key in ("dense", "pruned"))
     assert 0.75 < pruned / dense <= 0.8
-    trace = json.loads((out / "search.json").read_text())
+    trace = json.loads((out / "report.json").read_text())["search"]
     (chosen,) = [entry for entry in trace if entry["chosen"]]
     assert chosen["multiply_adds"] == pytest.approx(pruned / dense, rel=1e-9)
     assert chosen["pruning"]["tokens"] == report["pruning"]["tokens"]

@@ -20,8 +20,9 @@ from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress,
 from ssmprune_cli.recipe import load_recipe, shipped_recipes
 from ssmprune_cli.tokens import Fate, TokenSequence
 from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.kept import stages
 from ssmprune_cli.workflows.profile import tokens_per_block
-from ssmprune_cli.workflows.visualize import picture, stages
+from ssmprune_cli.workflows.visualize import picture
 
 # Grids of 8 x 6, 4 x 3 and 2 x 2: the last two are rounded up.
 V2 = VMambaConfig(image_size=(32, 24), embed_dim=16, depths=(3, 3, 2), num_classes=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ssmprune_cli.data.datasets import ImageDataset, Subset
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.recipe import Recipe, load_recipe
 from ssmprune_cli.recipe_sections import Pruning, Training
+from ssmprune_cli.report import read_report
 from ssmprune_cli.workflows.finetune.run import Job
 
 _KEEP_ALL = Recipe(pruning=Pruning(keep=1.0))  # stands in where there is no recipe: only its training section is used
@@ -42,17 +42,13 @@ def plan(
     chosen = base.override([*texts, *assignments])
     training = chosen.training or Training()
     files: dict[str, str] = {}
-    report: dict[str, Any] = {}
+    report = None
     if path is not None and path.is_dir():
-        files = {
-            name: (path / name).read_text(encoding="utf-8")
-            for name in ("README.md", "calibration.json")
-            if (path / name).is_file()
-        }
+        calibration = path / "calibration.json"
+        if calibration.is_file():
+            files[calibration.name] = calibration.read_text(encoding="utf-8")
         if (path / "report.json").is_file():
-            report = json.loads((path / "report.json").read_text(encoding="utf-8"))
-        if "README.md" in files:
-            files["README.md"] += f"\nThen fine-tuned: `{command}`; report.json has its epochs.\n"
+            report = read_report(path)
     if own is not None:
         files["recipe.yaml"] = own.model_copy(update={"training": training}).to_yaml()
     return Job(training, seed, command, device, teacher, files, report, save_every, tensorboard)

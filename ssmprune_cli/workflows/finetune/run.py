@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,16 @@ from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.report import Report
+from ssmprune_cli.workflows.describe import describe
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
 from ssmprune_cli.workflows.finetune.loss import teach
 from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
+from ssmprune_cli.workflows.machine import machine
 from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process
 from ssmprune_cli.workflows.profile import resolve_device
+from ssmprune_cli.workflows.reporting import report_files
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Job:
     command   for the log
     teacher   the dense model to distil from
     files     what goes into the artefact folders beside the weights (recipe.yaml), by name
-    report    what report.json says of the model already; what this training did is added under "finetuning"
+    report    of the artefact that is trained, if it has one; what this training did is added under "finetuning"
     save_every   updates between two states; None is once an epoch
     tensorboard  whether to write the log for TensorBoard too
     """
@@ -57,7 +60,7 @@ class Job:
     device: str = "cpu"
     teacher: Backbone | None = None
     files: dict[str, str] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
+    report: Report | None = None
     save_every: int | None = None
     tensorboard: bool = False
 
@@ -100,6 +103,7 @@ def finetune(
     for images in (data.training, data.validation):
         if images is not None:
             _check(model, images)
+    job = replace(job, report=job.report or describe(model))
     if job.teacher is not None:
         teach(model, job.teacher)
     made_with = {**settings.model_dump(mode="json"), "seed": job.seed, "images": len(data.training)}
@@ -199,8 +203,10 @@ def artefact_files(job: Job, epochs: list[dict[str, Any]], skipped: int) -> dict
         "epochs": [{key: line[key] for key in ("epoch", "loss", "top1")} for line in epochs],
         "skipped_updates": skipped,
     }
-    text = json.dumps({**job.report, "finetuning": finetuning}, indent=2, ensure_ascii=False)
-    return {**job.files, "report.json": text + "\n"}
+    assert job.report is not None
+    stale = {"accuracy": None, "samples": ()}  # of the weights before
+    report = job.report.model_copy(update={**stale, "finetuning": finetuning})
+    return {**job.files, **report_files(report, {})}
 
 
 def provenance(job: Job) -> dict[str, Any]:
@@ -217,7 +223,7 @@ def provenance(job: Job) -> dict[str, Any]:
         "kernel": active_backend(),
         "processes": this_process().processes,
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
     }
 
 

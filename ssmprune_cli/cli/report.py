@@ -1,0 +1,51 @@
+"""`ssmprune report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ssmprune_cli.cli import output
+from ssmprune_cli.errors import UsageError
+
+
+def command(
+    artefacts: Annotated[list[Path], typer.Argument(help="Folders that `ssmprune compress` or `finetune` wrote.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write. Default: report.html in the folder; Markdown goes to stdout."),
+    ] = None,
+    form: Annotated[
+        Literal["html", "markdown"], typer.Option("--format", help="html, or markdown for a pull request or CI job.")
+    ] = "html",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON and write nothing.")] = False,
+) -> None:
+    """Make the report of a compressed model again, or one that compares several.
+
+    A sensitivity.json in the folder (`ssmprune sensitivity CKPT --calib DIR --out FOLDER`) becomes part of it.
+    """
+    if len(artefacts) > 1 and form == "html" and out is None and not as_json:
+        raise UsageError("several artefacts have no folder in common", hint="Give `--out FILE.html`.")
+
+    from ssmprune_cli.workflows.reporting import PAGE, page, read_entry, summary
+    from ssmprune_cli.workflows.write import write_text
+
+    entries = [read_entry(folder) for folder in artefacts]
+    if as_json:
+        if out is not None:
+            raise UsageError("--json goes to stdout, so it takes no --out")
+        output.json_text({"reports": [{"name": each.name, **each.report.to_dict()} for each in entries]})
+        return
+    if form == "markdown":
+        text = summary(entries)
+        if out is None:
+            output.text(text)
+            return
+    else:
+        text = page(entries)
+        out = out or artefacts[0] / PAGE
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text)
+    output.note(f"Written to {out}")

@@ -1,0 +1,133 @@
+"""The parts of a report that are read off a model or measured on it."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+import ssmprune_cli
+from ssmprune_cli.kernels import active_backend, refused_backends
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.pruning import Calibration, TokenPruner
+from ssmprune_cli.report import (
+    AccuracyFacts,
+    CalibrationFacts,
+    Figures,
+    ModelAccuracy,
+    ModelSpeed,
+    PointFacts,
+    PruningFacts,
+    Report,
+    SpeedFacts,
+)
+from ssmprune_cli.workflows.evaluate import Accuracy, Evaluation
+from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.machine import machine
+from ssmprune_cli.workflows.profile import Profile, Progress, profile, tokens_per_block
+
+
+def describe(model: Backbone) -> Report:
+    """What can be said of `model` without its source: a pruned one is compared with itself without its pruner."""
+    inner = model.pruner
+    pruned = figures(model) if inner is not None else None
+    model.pruner = None
+    dense = figures(model)
+    model.pruner = inner
+    return Report(
+        family=model.family,
+        image_size=model.image_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
+        dense=dense,
+        pruned=pruned,
+        provenance=versions(),
+    )
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "ssmprune": ssmprune_cli.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": machine(),
+        "backend": active_backend(),
+        "backends_refused": refused_backends(),
+    }
+
+
+def figures(model: Backbone) -> Figures:
+    count = count_flops(model)
+    return Figures(
+        multiply_adds_all_directions=count.all_directions,
+        multiply_adds_one_direction=count.one_direction,
+        tokens_per_block=tokens_per_block(model),
+        multiply_adds_per_block=count.per_block,
+    )
+
+
+def pruning_facts(pruner: TokenPruner, keep: float | tuple[float, ...] | None = None) -> PruningFacts:
+    settings = pruner.settings
+    return PruningFacts(
+        points=settings.schedule.points,
+        keep=keep,
+        tokens=settings.schedule.tokens,
+        importance=settings.importance,
+        reduction=settings.reduction,
+        alignment=settings.alignment,
+    )
+
+
+def accuracy_facts(evaluation: Evaluation) -> AccuracyFacts:
+    """Of an evaluation against the dense model. Its speeds are left out: `speed_facts` measures them better."""
+    comparison = evaluation.comparison
+    assert comparison is not None
+
+    def plain(accuracy: Accuracy) -> dict[str, Any]:
+        return {"top1": accuracy.top1, "top5": accuracy.top5, "interval": accuracy.interval}
+
+    return AccuracyFacts(
+        **plain(evaluation.accuracy),
+        count=evaluation.count,
+        dense=ModelAccuracy(**plain(comparison.dense)),
+        difference=comparison.difference,
+        difference_interval=comparison.difference_interval,
+        p_value=comparison.p_value,
+        classes=comparison.classes,
+    )
+
+
+def calibration_facts(calibration: Calibration) -> CalibrationFacts:
+    points = []
+    for point in calibration.points:
+        values = point.to_dict()
+        del values["kept_positions"]  # in calibration.json
+        points.append(PointFacts(**values))
+    return CalibrationFacts(images=calibration.images, points=tuple(points))
+
+
+def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progress | None = None) -> SpeedFacts:
+    """Both models timed in turns on batches of 8."""
+    first, second = profile([dense, pruned], device=device, progress=progress)
+    return SpeedFacts(
+        batch_size=first.batch_size,
+        rounds=first.speed.rounds,
+        device=first.device,
+        threads=first.threads,
+        backend=first.backend,
+        dense=_model_speed(first),
+        pruned=_model_speed(second),
+        latency_ratio=second.speed.median_ms / first.speed.median_ms,
+    )
+
+
+def _model_speed(figures: Profile) -> ModelSpeed:
+    return ModelSpeed(
+        median_ms=figures.speed.median_ms,
+        quartiles_ms=figures.speed.quartiles_ms,
+        images_per_second=figures.speed.images_per_second,
+        peak_memory_bytes=figures.peak_memory_bytes,
+        time_ms=figures.time_ms,
+        floor_ms=figures.floor.total_ms,
+    )

@@ -1,0 +1,93 @@
+"""The least time in which this machine could run a model: a roofline of its arithmetic and its bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.workflows.breakdown import MATRIX_PRODUCTS, op_name
+
+_COPY_BYTES = 2**26  # copied to measure bandwidth: more than caches hold
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Milliseconds of a batch.
+
+    multiply_adds_ms  every matrix product and scan of the model, each alone, again and again, as fast as it runs here
+    bytes_ms          reading what they read, weights included, and writing what they write, as fast as a copy
+    """
+
+    multiply_adds_ms: float
+    bytes_ms: float
+
+    @property
+    def total_ms(self) -> float:
+        """The larger of the two, as they can overlap."""
+        return max(self.multiply_adds_ms, self.bytes_ms)
+
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "total_ms": self.total_ms}
+
+
+class Arithmetic(TorchDispatchMode):
+    """Collects the matrix products and scans of what runs inside.
+
+    calls, counts  one call of each kind and shape, and how many there are
+    bytes          that all of them read and write
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: dict[str, Callable[[], Any]] = {}
+        self.counts: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = op_name(func)
+        if name in MATRIX_PRODUCTS or name == "selective_scan":
+            layout = tree_map_only(Tensor, lambda each: (tuple(each.shape), each.stride(), each.dtype), args)
+            key = f"{name} {layout}"
+            self.counts[key] += 1
+            tensors = [each for each in tree_leaves((args, result)) if isinstance(each, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.calls.setdefault(key, lambda: func(*args, **(kwargs or {})))
+        return result
+
+
+def floor(model: Backbone, images: Tensor, rounds: int = 5) -> Floor:
+    """The floor of a forward pass of `model` on `images` (B, 3, H, W)."""
+    found = Arithmetic()
+    with torch.inference_mode():
+        with found:
+            model(images)
+        seconds = sum(found.counts[key] * _median(call, images, rounds) for key, call in found.calls.items())
+        source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=images.device)
+        target = torch.zeros_like(source)
+        per_byte = _median(lambda: target.copy_(source), images, rounds) / (2 * _COPY_BYTES)
+    return Floor(1e3 * seconds, 1e3 * per_byte * found.bytes)
+
+
+def _median(call: Callable[[], Any], images: Tensor, rounds: int) -> float:
+    times = []
+    for number in range(rounds + 1):  # the first one warms up
+        start = time.perf_counter()
+        call()
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        if number:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)

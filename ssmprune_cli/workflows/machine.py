@@ -1,0 +1,16 @@
+"""What this machine is called in reports and logs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def machine() -> str:
+    """Processor, cores and operating system, such as "AMD EPYC, 2 cores, Linux x86_64"."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or "unknown processor"
+    return f"{processor}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"

@@ -1,0 +1,151 @@
+"""`ssmprune report` as a process, and the published schema: every report that we write is valid by it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator
+
+from ssmprune_cli import report as facts
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
+VALIDATOR = Draft202012Validator(json.loads(Path(facts.__file__).with_name("report.schema.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve labelled images of noise."""
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    np.savez(path, images=pixels, labels=np.arange(12) % 10)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artefact(ssmprune: Run, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compressed by a search, evaluated, with a sensitivity beside it: everything that a report can hold."""
+    out = tmp_path_factory.mktemp("artefacts") / "searched"
+    few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "4")
+    target = ("--target-flops", "0.8", "--calib", data, "--eval-data", data, "--out", out)
+    done = ssmprune("compress", CHECKPOINT, *target, *few, "--samples", "2")
+    assert done.returncode == 0, done.stderr
+    done = ssmprune("sensitivity", CHECKPOINT, "--calib", data, "--keep", "0.5", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(ssmprune: Run, artefact: Path) -> Path:
+    """Neither calibrated nor evaluated."""
+    out = artefact.with_name("plain")
+    done = ssmprune("compress", CHECKPOINT, "--keep", "0.7", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def validated(text: str) -> dict[str, Any]:
+    """`text` as a report, which the published schema must admit."""
+    report: dict[str, Any] = json.loads(text)
+    assert [error.message for error in VALIDATOR.iter_errors(report)] == []
+    return report
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    assert Path(facts.__file__).with_name("report.schema.json").read_text() == facts.schema(), (
+        "write it again: python -c 'from ssmprune_cli import report; print(report.schema(), end=\"\")' > "
+        "ssmprune_cli/report.schema.json"
+    )
+    Draft202012Validator.check_schema(json.loads(facts.schema()))
+
+
+def test_the_schema_refuses_what_is_no_report(plain: Path) -> None:
+    report = validated((plain / "report.json").read_text())
+    for wrong in ({**report, "extra": 1}, {**report, "format_version": 2}, {**report, "dense": None}):
+        assert list(VALIDATOR.iter_errors(wrong))
+
+
+def test_a_full_report_is_valid_and_holds_everything(ssmprune: Run, artefact: Path, data: Path) -> None:
+    report = validated((artefact / "report.json").read_text())
+    assert report["accuracy"]["count"] == sum(each["images"] for each in report["accuracy"]["classes"]) == 12
+    right = sum(each["right_pruned"] for each in report["accuracy"]["classes"])
+    assert report["accuracy"]["top1"] == pytest.approx(right / 12)
+    assert report["speed"]["dense"]["median_ms"] > 0 and report["speed"]["pruned"]["peak_memory_bytes"] > 0
+    assert sum(report["speed"]["dense"]["time_ms"].values()) == pytest.approx(report["speed"]["dense"]["median_ms"])
+    assert [trial["chosen"] for trial in report["search"]].count(True) == 1
+    assert [len(stage["kept"]) for stage in report["samples"][0]["stages"]] == [
+        tokens
+        for tokens, before in zip(report["pruning"]["tokens"], [64, *report["pruning"]["tokens"]], strict=False)
+        if tokens < before
+    ]
+    done = ssmprune("report", artefact, "--json")
+    assert done.returncode == 0 and done.stderr == ""
+    (printed,) = json.loads(done.stdout)["reports"]
+    assert printed.pop("name") == "searched"
+    assert [each["keep"] for each in printed["sensitivity"]] == [0.5] * 3  # from sensitivity.json
+    assert {**printed, "sensitivity": None} == report
+
+
+def test_html_is_the_default_and_markdown_goes_to_stdout(ssmprune: Run, artefact: Path) -> None:
+    before = (artefact / "report.html").read_text()
+    done = ssmprune("report", artefact)
+    assert done.returncode == 0 and done.stdout == "" and done.stderr == f"Written to {artefact / 'report.html'}\n"
+    page = (artefact / "report.html").read_text()
+    assert "Sensitivity" in page and "Sensitivity" not in before  # which was measured since
+    done = ssmprune("report", artefact, "--format", "markdown")
+    report = json.loads((artefact / "report.json").read_text())
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("# searched: ")
+    assert f"{100 * report['accuracy']['difference']:+.2f} points" in done.stdout
+    assert done.stdout.count("\n| ") == 10  # titles, a rule and eight figures
+
+
+def test_several_artefacts_are_compared(ssmprune: Run, artefact: Path, plain: Path, tmp_path: Path) -> None:
+    done = ssmprune("report", artefact, plain)
+    assert done.returncode == 2 and "--out" in done.stderr
+    done = ssmprune("report", artefact, plain, "--out", tmp_path / "new" / "both.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "new" / "both.html").read_text()
+    assert "2 compressed models" in page and page.count("<h2") == 2 and "Accuracy against multiply-adds" in page
+    done = ssmprune("report", plain, artefact, "--format", "markdown")
+    assert done.returncode == 0 and done.stdout.startswith("# 2 models") and done.stdout.count("\n# ") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "report.json: is not there"),
+        ("{", "is no report of this ssmprune: its text"),
+        ('{"family": "vim"}', "image_size"),
+    ],
+)
+def test_what_is_no_artefact_is_refused(ssmprune: Run, tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    done = ssmprune("report", tmp_path)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_missing_sample_image_is_named(ssmprune: Run, artefact: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes((artefact / "report.json").read_bytes())
+    done = ssmprune("report", tmp_path)
+    assert done.returncode == 1 and "sample_1.png" in done.stderr
+
+
+def test_reports_of_trained_models_are_valid(ssmprune: Run, plain: Path, data: Path, tmp_path: Path) -> None:
+    common = ("--dataset", "npz", "--data-dir", data, "--epochs", "1", "--set", "training.batch_size=4")
+    small = ("--set", "image_size=[16,16]", "--set", "patch_size=4", "--set", "stride=4", "--set", "embed_dim=16")
+    scratch = ("--from-scratch", *small, "--set", "depth=2", "--set", "num_classes=10")
+    for name, options in (("pruned", (plain,)), ("dense", (CHECKPOINT,)), ("new", scratch)):
+        out = tmp_path / name
+        done = ssmprune("finetune", *options, *common, "--out", out)
+        assert done.returncode == 0, done.stderr
+        report = validated((out / "last" / "report.json").read_text())
+        assert len(report["finetuning"]["epochs"]) == 1 and (report["pruned"] is None) == (name != "pruned")
+        assert "Fine-tuning" in (out / "last" / "report.html").read_text()
+        assert "Fine-tuned" in (out / "last" / "README.md").read_text()
