@@ -23,6 +23,7 @@ from ssmprune_cli.cli import (
     visualize,
 )
 from ssmprune_cli.cli import eval as evaluate
+from ssmprune_cli.cli.quiet import quietly
 
 
 @dataclass
@@ -57,15 +58,18 @@ def root(
     settings.debug = debug
 
 
-app.command("compress")(compress.command)
-app.command("search")(search.command)
-app.command("sensitivity")(sensitivity.command)
-app.command("compare")(compare.command)
-app.command("eval")(evaluate.command)
-app.command("profile")(profile.command)
-app.command("inspect")(inspect.command)
-app.command("report")(report.command)
-app.command("visualize")(visualize.command)
-app.command("finetune")(finetune.command)
+for _name, _function in (
+    ("compress", compress.command),
+    ("search", search.command),
+    ("sensitivity", sensitivity.command),
+    ("compare", compare.command),
+    ("eval", evaluate.command),
+    ("profile", profile.command),
+    ("inspect", inspect.command),
+    ("report", report.command),
+    ("visualize", visualize.command),
+    ("finetune", finetune.command),
+    ("env", env.command),
+):
+    app.command(_name)(quietly(_function))
 app.add_typer(recipes.app, name="recipes")
-app.command("env")(env.command)

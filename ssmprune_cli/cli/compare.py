@@ -141,27 +141,21 @@ def _data(row: Row, recipes: dict[str, Recipe]) -> dict[str, Any]:
 def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
     from rich.table import Table
 
-    table = Table(title="± is one standard error; brackets are 95 % intervals", title_justify="left")
-    for column in ("budget", "model or method"):
-        table.add_column(column, overflow="fold")
-    for column in ("multiply-adds", "images/s", "divergence, nats", "top-1 %", "against dense, points"):
+    table = Table(title="± is one standard error; other second lines are 95 % intervals", title_justify="left")
+    table.add_column("model or method", overflow="fold")
+    for column in ("multiply-adds", "images/s", "nats", "top-1 %", "change, points"):
         table.add_column(column, justify="right")
-    if recipes:
-        table.add_column("published top-1 % @ G", justify="right")
     for row in rows:
-        cells = [
-            row.budget,
-            row.name,
+        recipe = recipes.get(row.name)
+        published = _published(recipe) if recipe else ""
+        table.add_row(
+            "\n".join(part for part in (row.name, f"at {row.budget}" if row.budget else "", published) if part),
             f"{row.share:.3f}",
-            f"{row.images_per_second:.0f} ({row.speedup:.2f}x)",
-            "-" if row.divergence is None else f"{row.divergence:.4f} ± {row.divergence_se:.4f}",
+            f"{row.images_per_second:.0f}\n{row.speedup:.2f}x",
+            "-" if row.divergence is None else f"{row.divergence:.4f}\n±{row.divergence_se:.4f}",
             _per_cent(row.top1, row.top1_interval, ""),
             _per_cent(row.difference, row.difference_interval, "+"),
-        ]
-        if recipes:
-            recipe = recipes.get(row.name)
-            cells.append(_published(recipe) if recipe else "")
-        table.add_row(*cells)
+        )
     return table
 
 
@@ -170,14 +164,14 @@ def _published(recipe: Recipe) -> str:
     if numbers_of is None:
         return ""
     cost = "?" if numbers_of.multiply_adds is None else f"{numbers_of.multiply_adds:g}"
-    return f"{numbers_of.top1:g} @ {cost} ({numbers_of.training})"
+    return f"published: {numbers_of.top1:g} % at {cost} G ({numbers_of.training})"
 
 
 def _per_cent(value: float | None, interval: tuple[float, float] | None, sign: str) -> str:
     if value is None or interval is None:
         return "-"
     low, high = interval
-    return f"{100 * value:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
+    return f"{100 * value:{sign}.2f}\n{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
 
 
 def _plots(path: Path, rows: list[Row]) -> None:

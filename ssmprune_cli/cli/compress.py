@@ -12,8 +12,9 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
 from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
-from ssmprune_cli.errors import LimitError, UsageError
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.recipe import Recipe, load_recipe
 from ssmprune_cli.recipe_sections import Pruning
 from ssmprune_cli.report import Report, SearchTrial
@@ -81,9 +82,10 @@ def command(
             min=0, help="Put so many of the --eval-data (or --calib) images into the artefact, for its report; 0: none."
         ),
     ] = 4,
-    max_drop: Annotated[
-        float | None, typer.Option(help="Exit with 3 if top-1 falls by more percentage points than this.")
-    ] = None,
+    max_drop: MaxDrop = None,
+    min_accuracy: MinAccuracy = None,
+    max_flops: MaxFlops = None,
+    max_latency_ratio: MaxLatencyRatio = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artefact.")] = False,
     family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
@@ -145,8 +147,11 @@ def command(
     }
     settings += [f"{key}={value}" for key, value in given.items() if value is not None]
     chosen = chosen.override([*settings, *(overrides or [])])
-    if max_drop is not None and eval_data is None:
-        raise UsageError("--max-drop needs --eval-data, the images to measure the drop on")
+    limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio)
+    if eval_data is None:
+        limits.require(("max_drop", "min_accuracy"), "--eval-data, the images to measure accuracy on")
+    if dry_run:
+        limits.require(("max_drop", "min_accuracy", "max_latency_ratio"), "a run: nothing is measured in a dry run")
     if out is None and not dry_run:
         raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
 
@@ -160,7 +165,7 @@ def command(
         from ssmprune_cli.checkpoint import check_writable
         from ssmprune_cli.cli.search import run_search
         from ssmprune_cli.pruning.method import known_methods
-        from ssmprune_cli.workflows.search.algorithm import Limits
+        from ssmprune_cli.workflows.search.algorithm import Limits as SearchLimits
         from ssmprune_cli.workflows.search.workflow import SearchPlan
 
         check_writable(out, overwrite=overwrite)
@@ -173,7 +178,7 @@ def command(
             batch_size=batch_size,
             calibration=chosen.calibration,
             seed=chosen.seed,
-            limits=Limits(evaluations, time_limit),
+            limits=SearchLimits(evaluations, time_limit),
             device=device,
             state=state or out.with_name(f"{out.name}.search-state.json"),
         )
@@ -202,15 +207,20 @@ def command(
             )
     for warning in report.warnings:
         output.warn(warning)
-    output.emit(_tables(report), report.to_dict(), as_json=as_json)
+    assert report.pruned is not None
+    checks = limits.check(
+        difference=report.accuracy.difference if report.accuracy else None,
+        top1=report.accuracy.top1 if report.accuracy else None,
+        flops=report.pruned.multiply_adds_all_directions / report.dense.multiply_adds_all_directions,
+        latency_ratio=report.speed.latency_ratio if report.speed else None,
+    )
+    data = {**report.to_dict(), "limits": [check.to_dict() for check in checks]}
+    output.emit(_tables(report), data, as_json=as_json)
     if trace is not None:
         result.state.remove()
     if out is not None and not dry_run:
         output.note(f"Written to {out}")
-    if max_drop is not None and report.accuracy is not None:
-        drop = -100 * report.accuracy.difference
-        if drop > max_drop:
-            raise LimitError(f"top-1 fell by {drop:.2f} points; --max-drop allows {max_drop:g}")
+    enforce(checks)
 
 
 def _list(text: str, *, always: bool = False) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
 from ssmprune_cli.cli.options import BackendName
-from ssmprune_cli.errors import LimitError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,10 +27,10 @@ def command(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use so many images, drawn at random from equal stretches of the dataset.")
     ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(min=0, help="With --compare: exit with 3 if top-1 is lower by more percentage points than this."),
-    ] = None,
+    max_drop: MaxDrop = None,
+    min_accuracy: MinAccuracy = None,
+    max_flops: MaxFlops = None,
+    max_latency_ratio: MaxLatencyRatio = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
@@ -42,15 +42,18 @@ def command(
     """Measure accuracy on labelled images: top-1 and top-5 with 95 % intervals.
 
     With --compare, also the difference on the same images, its interval and a paired test. --family, --variant and
-    --weights hold for both files.
+    --weights hold for both files. Limits are checked after the result is printed; those on drop, multiply-adds and
+    latency are against the --compare model.
     """
-    if max_drop is not None and compare is None:
-        raise UsageError("--max-drop needs --compare, the model to measure the drop against")
+    limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio)
+    if compare is None:
+        limits.require(("max_drop", "max_flops", "max_latency_ratio"), "--compare, the dense model")
 
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.evaluate import evaluate
+    from ssmprune_cli.workflows.flops import count_flops
     from ssmprune_cli.workflows.processes import join_processes
 
     use_backend(backend)
@@ -68,11 +71,20 @@ def command(
             device=device,
             progress=advance,
         )
-    output.emit(_tables([each.name for each in paths], result), result.to_dict(), as_json=as_json)
-    if max_drop is not None and result.comparison is not None:
-        drop = -100 * result.comparison.difference
-        if drop > max_drop:
-            raise LimitError(f"top-1 is lower by {drop:.2f} percentage points; --max-drop allows {max_drop:g}")
+    flops = None
+    if max_flops is not None:
+        own, dense = (count_flops(model).all_directions for model in models)
+        flops = own / dense
+    comparison = result.comparison
+    checks = limits.check(
+        difference=comparison.difference if comparison else None,
+        top1=result.accuracy.top1,
+        flops=flops,
+        latency_ratio=comparison.dense.images_per_second / result.accuracy.images_per_second if comparison else None,
+    )
+    data = {**result.to_dict(), "limits": [check.to_dict() for check in checks]}
+    output.emit(_tables([each.name for each in paths], result), data, as_json=as_json)
+    enforce(checks)
 
 
 def _tables(names: list[str], result: Evaluation) -> Group:

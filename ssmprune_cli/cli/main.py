@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from typing import NoReturn
@@ -20,6 +21,9 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 def main() -> NoReturn:
     """Run `ssmprune` with the arguments of this process, and exit."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")  # a name or a sign that a narrow encoding lacks ends no run
     try:
         app(prog_name="ssmprune")
     except SystemExit as end:

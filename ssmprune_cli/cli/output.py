@@ -1,6 +1,7 @@
 """The only place that writes: results to stdout, everything else to stderr.
 
-rich is imported when something is written, so that `--help` stays quick. It leaves colour out for NO_COLOR and pipes.
+rich is imported when something is written, so that `--help` stays quick. It leaves colour out for NO_COLOR and pipes,
+and draws tables with ASCII where the encoding has nothing better.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int, int], None]  # (done, total)
 
-PIPE_WIDTH = 120  # columns of a table that does not go to a terminal
+PIPE_WIDTH = 80  # columns of a table that does not go to a terminal
+
+_quiet = False
 
 
-def emit(result: RenderableType, data: Mapping[str, Any] | list[Any], *, as_json: bool) -> None:
+def hush() -> None:
+    """From now on no notes and no progress: `--quiet`. Results, warnings and errors stay."""
+    global _quiet
+    _quiet = True
+
+
+def emit(result: RenderableType, data: Mapping[str, Any], *, as_json: bool) -> None:
     """Write a command's result to stdout: `result` for people, or `data` as JSON."""
     if as_json:
         json_text(data)
@@ -28,8 +37,8 @@ def emit(result: RenderableType, data: Mapping[str, Any] | list[Any], *, as_json
         _console(stderr=False).print(result)
 
 
-def json_text(data: Mapping[str, Any] | list[Any]) -> None:
-    """Write `data` to stdout as JSON. Raises ValueError for NaN and infinity, which JSON lacks."""
+def json_text(data: Mapping[str, Any]) -> None:
+    """Write `data` to stdout as one JSON object. Raises ValueError for NaN and infinity, which JSON lacks."""
     text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -40,7 +49,7 @@ def text(content: str) -> None:
 
 
 def note(message: str) -> None:
-    if _speaks():
+    if _speaks() and not _quiet:
         _message("", "", message)
 
 
@@ -63,7 +72,7 @@ def task_progress() -> Iterator[Callable[[str], Advance]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not (sys.stderr.isatty() and _speaks())
+    hidden = _quiet or not (sys.stderr.isatty() and _speaks())
     with Progress(*columns, console=_console(stderr=True), transient=True, disable=hidden) as bars:
 
         def start(description: str) -> Advance:

@@ -70,20 +70,16 @@ def _summary(names: list[str], profiles: list[Profile]) -> Table:
     if len(profiles) == 2:
         table.add_column("ratio", justify="right")
 
-    def row(title: str, texts: list[str], values: list[float]) -> None:
-        ratio = [f"{values[0] / values[1]:.3f}"] if len(values) == 2 else []
-        table.add_row(title, *texts, *ratio)
-
     def add(title: str, values: list[float], form: str) -> None:
-        row(title, [form.format(value) for value in values], values)
+        ratio = [f"{values[0] / values[1]:.3f}"] if len(values) == 2 else []
+        table.add_row(title, *(form.format(value) for value in values), *ratio)
 
     add("parameters", [p.parameters for p in profiles], "{:,}")
     add("multiply-adds, all directions (G)", [p.multiply_adds_all_directions / 1e9 for p in profiles], "{:.4f}")
     add("multiply-adds, one direction (G)", [p.multiply_adds_one_direction / 1e9 for p in profiles], "{:.4f}")
-    spread = [
-        f"{p.speed.median_ms:.1f} ({p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f})" for p in profiles
-    ]
-    row("latency of a batch, median (quartiles), ms", spread, [p.speed.median_ms for p in profiles])
+    add("latency of a batch (ms), median", [p.speed.median_ms for p in profiles], "{:.1f}")
+    spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]
+    table.add_row("  quartiles", *spread, *([""] if len(profiles) == 2 else []))
     add("images per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
     add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in profiles], "{:.1f}")
     return table
@@ -114,7 +110,7 @@ def _floors(names: list[str], profiles: list[Profile]) -> list[str]:
 
 
 def _blocks(names: list[str], profiles: list[Profile]) -> Table:
-    table = Table(title="Tokens entering each block and its multiply-adds (M, all directions)", title_justify="left")
+    table = Table(title="Tokens into each block, and its multiply-adds (M)", title_justify="left")
     table.add_column("block", justify="right")
     for name in names:
         table.add_column(f"tokens, {name}", justify="right")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.quiet import quietly
 from ssmprune_cli.errors import RecipeError
 from ssmprune_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe, read_recipe, shipped_recipes
 
@@ -17,20 +18,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("list")
+@quietly
 def list_recipes(as_json: JsonOption = False) -> None:
     """List the recipes that come with ssmprune."""
     from rich.table import Table
 
     found = [load_recipe(file) for file in shipped_recipes().values()]
     table = Table()
-    for column in ("name", "description", "prune after blocks", "kept at each point"):
+    table.add_column("name", no_wrap=True)
+    for column in ("description", "prune after blocks", "kept at each point"):
         table.add_column(column)
     for recipe in found:
         table.add_row(recipe.name, recipe.description, *_schedule(recipe))
-    output.emit(table, [recipe.to_dict() for recipe in found], as_json=as_json)
+    output.emit(table, {"recipes": [recipe.to_dict() for recipe in found]}, as_json=as_json)
 
 
 @app.command("show")
+@quietly
 def show(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     """Print a recipe with its comments, to read or to start one's own from."""
     file = find_recipe(recipe)
@@ -43,6 +47,7 @@ def show(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command("validate")
+@quietly
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or names of shipped ones.")],
 ) -> None:

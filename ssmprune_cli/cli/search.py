@@ -119,24 +119,21 @@ def _table(name: str, result: SearchResult) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"{name}: the best of each budget; searched on {result.images - result.held_back} images, chosen on "
-        f"{result.held_back} more",
+        title=f"{name}: the best of each budget (divergence in nats, on {result.images - result.held_back} images, and "
+        f"on {result.held_back} held back)",
         title_justify="left",
     )
-    table.add_column("multiply-adds", justify="right")
-    table.add_column("divergence, nats", justify="right")
-    table.add_column("held back, nats", justify="right")
-    for column in ("method", "prune after blocks", "patch tokens left", "tried"):
-        table.add_column(column)
+    for column in ("multiply-adds", "nats", "held back", "tried"):
+        table.add_column(column, justify="right")
+    table.add_column("method; prune after blocks; patch tokens left")
     for found in result.found:
         best, settings = found.chosen, found.chosen.settings
         table.add_row(
             f"{best.multiply_adds:.4f}",
             f"{best.divergence:.4f}",
             "-" if best.held_back is None else f"{best.held_back:.4f}",
-            f"{settings.importance}/{settings.reduction}/{settings.alignment}",
-            ", ".join(map(str, settings.schedule.points)),
-            ", ".join(map(str, settings.schedule.tokens)),
             str(len(found.trials)),
+            f"{settings.importance}/{settings.reduction}/{settings.alignment}; "
+            f"{', '.join(map(str, settings.schedule.points))}; {', '.join(map(str, settings.schedule.tokens))}",
         )
     return table

@@ -89,7 +89,7 @@ def command(
 def _table(name: str, found: list[Sensitivity]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{name}: pruned at one point; ± is one standard error over images", title_justify="left")
+    table = Table(title=f"{name}: pruned at one point (± one standard error)", title_justify="left")
     for column in ("after block", "keep", "divergence, nats", "token error", "multiply-adds"):
         table.add_column(column, justify="right")
     for one in found:

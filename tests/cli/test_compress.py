@@ -82,13 +82,14 @@ def test_accuracy_before_and_after_and_a_limit_that_is_broken(ssmprune: Run, tmp
     images = np.random.default_rng(1).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
     np.savez(data, images=images, labels=np.arange(30) % 10)
     common = ("compress", CHECKPOINT, "--tokens", "3,2,1", "--eval-data", data, "--out", out, "--json")
-    done = ssmprune(*common, "--max-drop", "-200")  # no drop is below -100 points, so this limit always breaks
+    done = ssmprune(*common, "--max-drop", "-99.9")  # it would have to gain 99.9 points, so this limit breaks
     assert done.returncode == 3
-    assert "--max-drop allows -200" in done.stderr
+    assert "--max-drop allows -99.9" in done.stderr
     report = json.loads(done.stdout)
     assert report["accuracy"]["count"] == 30
     difference = report["accuracy"]["top1"] - report["accuracy"]["dense"]["top1"]
     assert report["accuracy"]["difference"] == pytest.approx(difference)
+    assert [each["holds"] for each in report.pop("limits")] == [False]
     assert json.loads((out / "report.json").read_text()) == report  # the artefact is written all the same
     done = ssmprune(*common, "--overwrite", "--max-drop", "100")
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def test_recipes_list(ssmprune: Run) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "vim_small_topvim" in done.stdout
     assert "5, 10, 15" in done.stdout
-    listed = json.loads(ssmprune("recipes", "list", "--json").stdout)
+    listed = json.loads(ssmprune("recipes", "list", "--json").stdout)["recipes"]
     assert [recipe["name"] for recipe in listed] == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
