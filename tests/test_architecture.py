@@ -171,3 +171,16 @@ print([name for name in ("torch", "numpy", "PIL", "fvcore") if name in sys.modul
     lines = run(code).splitlines()
     assert lines[-1] == "[]"
     assert {"", "compress", "eval", "inspect", "profile", "env", "recipes list"} <= set(lines)
+
+
+@pytest.mark.parametrize("file", ["vim_like.pth", "plainmamba_like_ema.pth", "vmamba_4d_weights.pth"])
+def test_loading_does_not_import_the_compiler(file: str) -> None:
+    """It takes two seconds: arithmetic on the meta device imports it."""
+    code = f"""
+import sys
+from pathlib import Path
+import ssmprune_cli
+ssmprune_cli.load(Path("tests/golden/containers/{file}"))
+print("torch._dynamo" in sys.modules)
+"""
+    assert run(code) == "False\n"

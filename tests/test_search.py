@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, UsageError
@@ -21,12 +22,15 @@ from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe_sections import CalibrationPlan
 from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.profile import Speed
 from ssmprune_cli.workflows.saved_state import SavedState
+from ssmprune_cli.workflows.search import latency
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
 from ssmprune_cli.workflows.search.candidates import layouts, neighbours, uniform
 from ssmprune_cli.workflows.search.cost import CostModel, check_budget, schedule_at, solve
 from ssmprune_cli.workflows.search.measure import Measurements
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+from ssmprune_cli.workflows.sensitivity import Sensitivity, sensitivity
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 CALIBRATED = Method("clip", "drop", "calibrated")
@@ -198,6 +202,63 @@ def test_a_target_time_is_met_or_what_can_be_met_is_said(calib: Path) -> None:
     assert found.latency_ms is not None and found.latency_ms < 1e6 and found.budget == 1e6
     with pytest.raises(UsageError, match=r"cannot be reached on this device: the dense model takes"):
         search(Source(CHECKPOINT), SearchPlan(calib, methods, latency_ms=1e-3, limits=limits, calibration=calibration))
+
+
+def test_a_tight_target_time_is_used_up_and_not_overrun(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without noise: 2 ms, and a millisecond for every million multiply-adds."""
+
+    def milliseconds(model: Backbone) -> float:
+        return 2 + count_flops(model).all_directions / 1e6
+
+    def speeds(models: list[Backbone], images: torch.Tensor, rounds: int) -> list[Speed]:
+        return [Speed(milliseconds(each), (0.0, 0.0), 1.0, rounds) for each in models]
+
+    monkeypatch.setattr(latency, "interleaved_speeds", speeds)
+    dense = milliseconds(checkpoint.load(CHECKPOINT))
+    target = 0.75 * dense
+    methods, calibration = [Method("clip", "drop", "none")], CalibrationPlan(images=10)
+    plan = SearchPlan(calib, methods, latency_ms=target, limits=Limits(4), calibration=calibration)
+    (found,) = search(Source(CHECKPOINT), plan).found
+    assert found.dense_latency_ms == pytest.approx(dense)
+    # Token counts are whole numbers, in which this small model's budget is used to a few per cent.
+    assert found.latency_ms is not None and 0.95 * target < found.latency_ms <= target
+
+
+def test_images_that_cannot_be_used_end_a_search(tmp_path: Path) -> None:
+    def plan(path: Path) -> SearchPlan:
+        return SearchPlan(path, [CALIBRATED], flops=(0.8,), calibration=CalibrationPlan(images=10))
+
+    for number in range(9):
+        Image.new("RGB", (64, 64), (9, 9, 9)).save(tmp_path / f"{number}.png")
+    with pytest.raises(DataError, match="the 9 calibration images are all alike"):
+        search(Source(CHECKPOINT), plan(tmp_path))
+    (tmp_path / "5.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="cannot be read as an image") as raised:
+        search(Source(CHECKPOINT), plan(tmp_path))
+    assert raised.value.where == str(tmp_path / "5.png")
+
+
+def test_a_sensitivity_that_was_cut_off_continues(calib: Path, tmp_path: Path) -> None:
+    def measure(state: Path | None) -> tuple[list[Sensitivity], SavedState]:
+        return sensitivity(Source(CHECKPOINT), calib, ratios=[0.7, 0.5], images=10, state_path=state)
+
+    whole, _ = measure(None)
+    file, real, calls = tmp_path / "state.json", SavedState.get, []
+
+    class Killed(Exception): ...
+
+    def until_killed(self: SavedState, key, compute):  # type: ignore[no-untyped-def]
+        calls.append(key)
+        if len(calls) == 9:
+            raise Killed
+        return real(self, key, compute)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SavedState, "get", until_killed)
+        with pytest.raises(Killed):
+            measure(file)
+    again, state = measure(file)
+    assert state.found >= 2 and again == whole
 
 
 def test_method_names() -> None:

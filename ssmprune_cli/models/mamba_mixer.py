@@ -42,12 +42,26 @@ class CausalConv1d(nn.Module):
         return sparse_conv1d(x, context, sources, self.weight[:, 0], self.bias)
 
 
+def s4d_real(channels: int, d_state: int) -> Tensor:
+    """Start of A_log (E, N): A = -1, -2, ... -N in every channel.
+
+    A model about to be loaded is built on the meta device. Arithmetic there would import torch's compiler, for two
+    seconds, and there is nothing to compute.
+    """
+    A_log = torch.empty(channels, d_state)
+    if not A_log.is_meta:
+        A_log.copy_(torch.arange(1, d_state + 1).float().log())
+    return A_log
+
+
 class StepProjection(nn.Linear):
     """R channels to raw step sizes of E channels. The bias is left to the scan, which adds it before the softplus."""
 
     def __init__(self, rank: int, channels: int) -> None:
         super().__init__(rank, channels)
         nn.init.uniform_(self.weight, -(rank**-0.5), rank**-0.5)
+        if self.bias.is_meta:
+            return  # see s4d_real
         # Steps start log-uniform between 0.001 and 0.1: the bias is the inverse softplus of such a step.
         low, high = math.log(0.001), math.log(0.1)
         step = torch.exp(torch.rand(channels) * (high - low) + low).clamp(min=1e-4)
@@ -96,10 +110,9 @@ class MambaMixer(nn.Module):
             self.add_module(f"x_proj{suffix}", nn.Linear(d_inner, sum(self.splits), bias=False))
             self.add_module(f"dt_proj{suffix}", StepProjection(dt_rank, d_inner))
             self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(d_inner)))
-        real = torch.arange(1, d_state + 1).float().log().repeat(d_inner, 1)  # S4D-Real: A = -1, -2, ... -N
-        self.A_log = nn.Parameter(real)
+        self.A_log = nn.Parameter(s4d_real(d_inner, d_state))
         if self.directions == 2:
-            self.A_b_log = nn.Parameter(real.clone())
+            self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(
@@ -227,5 +240,6 @@ def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tenso
 def init_output_projection(projection: nn.Linear, depth: int) -> None:
     """Kaiming uniform over the square root of the depth, as GPT-2 does: the residual stream adds up `depth` outputs."""
     nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
-    with torch.no_grad():
-        projection.weight /= math.sqrt(depth)
+    if not projection.weight.is_meta:
+        with torch.no_grad():
+            projection.weight /= math.sqrt(depth)

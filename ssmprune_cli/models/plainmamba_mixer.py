@@ -13,6 +13,7 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.kernels import gated_sum, grid_conv2d
 from ssmprune_cli.models.inflow import Inflow, inflow
+from ssmprune_cli.models.mamba_mixer import s4d_real
 from ssmprune_cli.models.plainmamba_routes import ROUTES, walks
 from ssmprune_cli.models.routes import reorder, steps_of
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -35,7 +36,7 @@ class PlainMambaMixer(nn.Module):
         self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, padding=d_conv // 2, groups=d_inner)
         self.x_proj = nn.Linear(self.d_inner, sum(self.splits), bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
-        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(self.d_inner, 1))  # A = -1, -2, ...
+        self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.direction_Bs = nn.Parameter(nn.init.trunc_normal_(torch.empty(ROUTES + 1, d_state), std=0.02))
         self.out_proj = nn.Linear(self.d_inner, dim)

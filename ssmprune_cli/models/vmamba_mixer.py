@@ -16,7 +16,7 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.kernels import grid_conv2d
 from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.mamba_mixer import StepProjection
+from ssmprune_cli.models.mamba_mixer import StepProjection, s4d_real
 from ssmprune_cli.models.routes import Visits, reorder, steps_of, visits
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -69,11 +69,13 @@ class VMambaMixer(nn.Module):
         self.x_proj_weight = nn.Parameter(
             torch.empty(DIRECTIONS, dt_rank + 2 * d_state, d_inner).uniform_(-bound, bound)
         )
-        steps = [StepProjection(dt_rank, d_inner) for _ in range(DIRECTIONS)]
-        self.dt_projs_weight = nn.Parameter(torch.stack([step.weight for step in steps]).detach())  # (4, E, R)
-        self.dt_projs_bias = nn.Parameter(torch.stack([step.bias for step in steps]).detach())  # (4, E)
-        real = torch.arange(1, d_state + 1).float().log()  # S4D-Real: A = -1, -2, ... -N
-        self.A_logs = nn.Parameter(real.repeat(DIRECTIONS * d_inner, 1))
+        self.dt_projs_weight = nn.Parameter(torch.empty(DIRECTIONS, d_inner, dt_rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(DIRECTIONS, d_inner))
+        for weight, bias in zip(self.dt_projs_weight.data, self.dt_projs_bias.data, strict=True):
+            start = StepProjection(dt_rank, d_inner)
+            weight.copy_(start.weight.data)
+            bias.copy_(start.bias.data)
+        self.A_logs = nn.Parameter(s4d_real(DIRECTIONS * d_inner, d_state))
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * d_inner))
         self.out_norm = nn.LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, dim, bias=False)

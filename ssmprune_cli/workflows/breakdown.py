@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
 PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER = (
     "projections",
@@ -38,16 +38,11 @@ _KINDS = {
 }
 
 
-def op_name(func: Any) -> str:
-    """ "selective_scan" of the op ssmprune::selective_scan, "mm" of aten::mm."""
-    return str(func.name()).split("::")[-1].split(".")[0]
-
-
-class _Stopwatch(TorchDispatchMode):
+class _Stopwatch(EveryOp):
     """Adds up seconds by part. `place` overrides the kind of an op: the pruner, or outside of all blocks."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.place: list[str | None] = [ENDS]
         self._device = device
@@ -57,11 +52,9 @@ class _Stopwatch(TorchDispatchMode):
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         start = self.now()
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         self.seconds[self.place[-1] or _KINDS.get(op_name(func), OTHER)] += self.now() - start
         return result
 

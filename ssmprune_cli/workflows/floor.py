@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.workflows.breakdown import MATRIX_PRODUCTS, op_name
+from ssmprune_cli.workflows.breakdown import MATRIX_PRODUCTS
+from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
 _COPY_BYTES = 2**26  # copied to measure bandwidth: more than caches hold
 
@@ -24,7 +23,7 @@ _COPY_BYTES = 2**26  # copied to measure bandwidth: more than caches hold
 class Floor:
     """Milliseconds of a batch.
 
-    multiply_adds_ms  every matrix product and scan of the model, each alone, again and again, as fast as it runs here
+    multiply_adds_ms  every matrix product and scan of the model, each alone, at the best of several runs
     bytes_ms          reading what they read, weights included, and writing what they write, as fast as a copy
     """
 
@@ -40,7 +39,7 @@ class Floor:
         return {**asdict(self), "total_ms": self.total_ms}
 
 
-class Arithmetic(TorchDispatchMode):
+class Arithmetic(EveryOp):
     """Collects the matrix products and scans of what runs inside.
 
     calls, counts  one call of each kind and shape, and how many there are
@@ -48,15 +47,13 @@ class Arithmetic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: dict[str, Callable[[], Any]] = {}
         self.counts: Counter[str] = Counter()
         self.bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         name = op_name(func)
         if name in MATRIX_PRODUCTS or name == "selective_scan":
             layout = tree_map_only(Tensor, lambda each: (tuple(each.shape), each.stride(), each.dtype), args)
@@ -64,7 +61,7 @@ class Arithmetic(TorchDispatchMode):
             self.counts[key] += 1
             tensors = [each for each in tree_leaves((args, result)) if isinstance(each, Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            self.calls.setdefault(key, lambda: func(*args, **(kwargs or {})))
+            self.calls.setdefault(key, lambda: func(*args, **kwargs))
         return result
 
 
@@ -74,14 +71,15 @@ def floor(model: Backbone, images: Tensor, rounds: int = 5) -> Floor:
     with torch.inference_mode():
         with found:
             model(images)
-        seconds = sum(found.counts[key] * _median(call, images, rounds) for key, call in found.calls.items())
+        seconds = sum(found.counts[key] * _least(call, images, rounds) for key, call in found.calls.items())
         source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=images.device)
         target = torch.zeros_like(source)
-        per_byte = _median(lambda: target.copy_(source), images, rounds) / (2 * _COPY_BYTES)
+        per_byte = _least(lambda: target.copy_(source), images, rounds) / (2 * _COPY_BYTES)
     return Floor(1e3 * seconds, 1e3 * per_byte * found.bytes)
 
 
-def _median(call: Callable[[], Any], images: Tensor, rounds: int) -> float:
+def _least(call: Callable[[], Any], images: Tensor, rounds: int) -> float:
+    """Seconds of the fastest of `rounds` calls: what else the machine does only ever adds to the least time."""
     times = []
     for number in range(rounds + 1):  # the first one warms up
         start = time.perf_counter()
@@ -90,4 +88,4 @@ def _median(call: Callable[[], Any], images: Tensor, rounds: int) -> float:
             torch.cuda.synchronize(images.device)
         if number:
             times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)

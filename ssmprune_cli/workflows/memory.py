@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ssmprune_cli.workflows.every_op import EveryOp
 
-class _LiveTensors(TorchDispatchMode):
+
+class _LiveTensors(EveryOp):
     """Adds up the storages that are alive, op by op; what an op allocates and frees inside itself is not seen."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.current = self.peak = 0
         self._seen: set[int] = set()
 
@@ -34,10 +35,8 @@ class _LiveTensors(TorchDispatchMode):
         self._seen.discard(key)
         self.current -= size
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
