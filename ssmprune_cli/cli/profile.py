@@ -52,18 +52,18 @@ def command(
     )
 
 
-def _summary(names: list[str], profiles: list[Profile]) -> Table:
+def _summary(names: list[str], profiles: list[Profile]) -> Group:
     first = profiles[0]
     refused = "".join(
         f"; not {name}: {reason}"
         for name, reason in first.backends_refused.items()
         if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
     )
-    table = Table(
-        title=f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.device}, "
-        f"{first.threads} threads, kernels: {first.backend}{refused}",
-        title_justify="left",
+    heading = (
+        f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.device}, "
+        f"{first.threads} threads, kernels: {first.backend}{refused}"
     )
+    table = Table()
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
@@ -82,7 +82,7 @@ def _summary(names: list[str], profiles: list[Profile]) -> Table:
     table.add_row("  quartiles", *spread, *([""] if len(profiles) == 2 else []))
     add("images per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
     add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in profiles], "{:.1f}")
-    return table
+    return Group(heading, table)
 
 
 def _time(names: list[str], profiles: list[Profile]) -> Table:
