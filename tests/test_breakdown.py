@@ -19,6 +19,7 @@ from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.breakdown import time_by_part
+from ssmprune_cli.workflows.describe import timed_rounds
 from ssmprune_cli.workflows.floor import Arithmetic, floor
 from ssmprune_cli.workflows.new_model import build
 from ssmprune_cli.workflows.profile import profile
@@ -80,6 +81,11 @@ def test_what_the_pruner_does_is_gather_whatever_op_it_is() -> None:
     squeezed = time_by_part(model, images, total_ms=1.0, rounds=1)  # watched ops took longer than that: scaled
     assert sum(squeezed.values()) == pytest.approx(1.0) and squeezed["gather"] > 0.5
     assert all(not hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks))
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e-3, 10), (2.0, 10), (4.0, 5), (60.0, 3)])
+def test_a_slow_model_is_timed_in_fewer_rounds(seconds: float, rounds: int) -> None:
+    assert timed_rounds(seconds) == rounds
 
 
 def test_arithmetic_is_counted_by_kind_and_shape() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ssmprune_cli.report import (
 from ssmprune_cli.workflows.evaluate import Accuracy, Evaluation
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.machine import machine
-from ssmprune_cli.workflows.profile import Profile, Progress, profile, tokens_per_block
+from ssmprune_cli.workflows.profile import Profile, Progress, profile, resolve_device, tokens_per_block
 
 
 def describe(model: Backbone) -> Report:
@@ -108,8 +109,13 @@ def calibration_facts(calibration: Calibration) -> CalibrationFacts:
 
 
 def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progress | None = None) -> SpeedFacts:
-    """Both models timed in turns on batches of 8."""
-    first, second = profile([dense, pruned], device=device, progress=progress)
+    """Both models timed in turns on batches of 8: ten rounds, or fewer where a forward pass takes more than 2 s."""
+    images = torch.zeros(8, 3, *dense.image_size, device=resolve_device(device))
+    start = time.perf_counter()
+    with torch.inference_mode():
+        dense.to(images.device).eval()(images)
+    rounds = timed_rounds(time.perf_counter() - start)
+    first, second = profile([dense, pruned], batch_size=8, device=device, rounds=rounds, progress=progress)
     return SpeedFacts(
         batch_size=first.batch_size,
         rounds=first.speed.rounds,
@@ -120,6 +126,11 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         pruned=_model_speed(second),
         latency_ratio=second.speed.median_ms / first.speed.median_ms,
     )
+
+
+def timed_rounds(seconds: float) -> int:
+    """Rounds for a forward pass of so many seconds: ten, as long as that is 20 s a model, and three at least."""
+    return max(3, min(10, int(20 / seconds)))
 
 
 def _model_speed(figures: Profile) -> ModelSpeed:
