@@ -42,8 +42,8 @@ from ssmprune_cli.workflows.flops import count_flops
 DEMO = Path(__file__).parent.parent / "demo"
 
 
-def keep_ratio(model: Backbone, reduction: str, cost: float) -> float:
-    """The largest keep ratio (to 1/1000) with which `model` needs at most `cost` of its dense multiply-adds."""
+def keep_ratio(model: Backbone, reduction: str, cost: float) -> float | None:
+    """The largest keep ratio (to 1/1000) with which `model` needs at most `cost` of its dense multiply-adds, if any."""
     model.pruner = None
     dense = count_flops(model).all_directions
     low, high = 1, 1000
@@ -55,9 +55,7 @@ def keep_ratio(model: Backbone, reduction: str, cost: float) -> float:
     compress(model, low / 1000, reduction=reduction, alignment="none")
     found = count_flops(model).all_directions
     model.pruner = None
-    if found > cost * dense:
-        raise SystemExit(f"{reduction}: no keep ratio reaches {cost} of the multiply-adds")
-    return low / 1000
+    return low / 1000 if found <= cost * dense else None
 
 
 def top1(model: Backbone, images: ImageDataset, device: str) -> float:
@@ -76,6 +74,9 @@ def rows(arguments: argparse.Namespace, settings: Training) -> Iterator[dict[str
         for cost in arguments.costs:
             for reduction in arguments.reductions:
                 keep = keep_ratio(checkpoint.load(path), reduction, cost)
+                if keep is None:
+                    print(f"  {path.name}: no keep ratio of {reduction} reaches {cost}", file=sys.stderr)
+                    continue
                 for alignment in arguments.alignments:
                     for distilled in (False, True):
                         before, after = 0.0, []
