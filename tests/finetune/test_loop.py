@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,6 +241,18 @@ def test_bfloat16_training_follows_float32(images: ImageDataset) -> None:
     # bfloat16 keeps 8 bits: the losses of the first updates agree to a per cent, then the weights drift apart.
     assert half[:3] == pytest.approx(wide[:3], rel=0.01)
     assert half[-1] is not None and half[0] is not None and half[-1] < half[0]
+
+
+def test_tensorboard_gets_every_update(images: ImageDataset, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs TensorBoard")
+    result = finetune(make_model(keep=0.5), Data(images, images), Job(SETTINGS, tensorboard=True), tmp_path / "out")
+    events = reader.EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    updates = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    expected = [line["loss"] for line in updates if "step" in line]
+    assert [event.value for event in events.Scalars("update/loss")] == pytest.approx(expected)
+    top1 = [epoch["top1"] for epoch in result.epochs]
+    assert [event.value for event in events.Scalars("epoch/top1")] == pytest.approx(top1)
 
 
 def test_missing_tensorboard_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
