@@ -128,7 +128,12 @@ class SearchTrial(Section):
 
 
 class SensitivityFacts(Section):
-    """Pruning after `point` blocks alone, see `workflows.sensitivity`. multiply_adds is a share of the dense ones."""
+    """Pruning after `point` blocks only, so that the share `keep` of the patch tokens stays.
+
+    divergence     mean KL(dense || pruned) in nats, with its standard error over images; None if not finite
+    token_error    mean over images of |pruned - dense| / |dense|, of the tokens left after the last block
+    multiply_adds  share of the dense model's that is left
+    """
 
     point: int
     keep: float

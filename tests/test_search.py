@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, choose_alignment
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe_sections import CalibrationPlan
+from ssmprune_cli.report import SensitivityFacts
 from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.profile import Speed
@@ -30,7 +34,7 @@ from ssmprune_cli.workflows.search.candidates import layouts, neighbours, unifor
 from ssmprune_cli.workflows.search.cost import CostModel, check_budget, schedule_at, solve
 from ssmprune_cli.workflows.search.measure import Measurements
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
-from ssmprune_cli.workflows.sensitivity import Sensitivity, sensitivity
+from ssmprune_cli.workflows.sensitivity import sensitivity
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 CALIBRATED = Method("clip", "drop", "calibrated")
@@ -156,6 +160,25 @@ def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@contextmanager
+def killed_after(count: int) -> Iterator[None]:
+    """What runs inside dies when it asks for the `count`th result."""
+    real, calls = SavedState.get, []
+
+    class Killed(Exception): ...
+
+    def until_killed(self: SavedState, key: str, compute: Callable[[], Any]) -> Any:
+        calls.append(key)
+        if len(calls) == count:
+            raise Killed
+        return real(self, key, compute)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SavedState, "get", until_killed)
+        with pytest.raises(Killed):
+            yield
+
+
 def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp_path: Path) -> None:
     methods = [Method("clip", "drop", "none"), Method("clip", "context", "none")]
 
@@ -165,20 +188,8 @@ def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp
 
     whole = search(Source(CHECKPOINT), plan(None))
     file = tmp_path / "state.json"
-    real, calls = SavedState.get, []
-
-    class Killed(Exception): ...
-
-    def until_killed(self: SavedState, key, compute):  # type: ignore[no-untyped-def]
-        calls.append(key)
-        if len(calls) == 20:
-            raise Killed
-        return real(self, key, compute)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SavedState, "get", until_killed)
-        with pytest.raises(Killed):
-            search(Source(CHECKPOINT), plan(file))
+    with killed_after(20):
+        search(Source(CHECKPOINT), plan(file))
     again = search(Source(CHECKPOINT), plan(file))
     assert again.state.found > 5 and "continues an earlier run" in again.warnings[-1]
     assert "10 images are few" in again.warnings[0]
@@ -239,24 +250,13 @@ def test_images_that_cannot_be_used_end_a_search(tmp_path: Path) -> None:
 
 
 def test_a_sensitivity_that_was_cut_off_continues(calib: Path, tmp_path: Path) -> None:
-    def measure(state: Path | None) -> tuple[list[Sensitivity], SavedState]:
+    def measure(state: Path | None) -> tuple[list[SensitivityFacts], SavedState]:
         return sensitivity(Source(CHECKPOINT), calib, ratios=[0.7, 0.5], images=10, state_path=state)
 
     whole, _ = measure(None)
-    file, real, calls = tmp_path / "state.json", SavedState.get, []
-
-    class Killed(Exception): ...
-
-    def until_killed(self: SavedState, key, compute):  # type: ignore[no-untyped-def]
-        calls.append(key)
-        if len(calls) == 9:
-            raise Killed
-        return real(self, key, compute)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SavedState, "get", until_killed)
-        with pytest.raises(Killed):
-            measure(file)
+    file = tmp_path / "state.json"
+    with killed_after(9):
+        measure(file)
     again, state = measure(file)
     assert state.found >= 2 and again == whole
 

@@ -17,7 +17,7 @@ from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLi
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.recipe import Recipe, load_recipe
 from ssmprune_cli.recipe_sections import Pruning
-from ssmprune_cli.report import Report, SearchTrial
+from ssmprune_cli.report import Report
 
 
 def command(
@@ -185,7 +185,7 @@ def command(
         result = run_search(source, plan_of_search)
         (found,) = result.found
         chosen = found.recipe
-        trace = tuple(SearchTrial(**entry) for entry in found.trace())
+        trace = tuple(found.trace())
         if found.latency_ms is not None and found.dense_latency_ms is not None:
             output.note(f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.")
     if dry_run or out is None:

@@ -57,9 +57,10 @@ def command(
     from ssmprune_cli.pruning.method import known_methods
     from ssmprune_cli.recipe_sections import CalibrationPlan
     from ssmprune_cli.workflows.compress import Source
-    from ssmprune_cli.workflows.plot import Series, write_plot
+    from ssmprune_cli.workflows.plot import write_plot
     from ssmprune_cli.workflows.search.algorithm import Limits
     from ssmprune_cli.workflows.search.workflow import SearchPlan
+    from ssmprune_cli.workflows.traces import search_series
     from ssmprune_cli.workflows.write import write_text
 
     use_backend(backend)
@@ -80,19 +81,21 @@ def command(
     trace = [entry for found in result.found for entry in found.trace()]
     for found in result.found:
         write_text(out / f"flops_{found.budget:g}.yaml", found.recipe.to_yaml())
-    write_text(out / "search.json", json.dumps(trace, indent=1) + "\n")
-    tried = [(e["multiply_adds"], e["divergence"]) for e in trace if e["divergence"] is not None]
-    chosen = [(f.chosen.multiply_adds, f.chosen.divergence) for f in sorted(result.found, key=lambda f: f.budget)]
+    write_text(out / "search.json", json.dumps([each.model_dump(mode="json") for each in trace], indent=1) + "\n")
     write_plot(
         out / "front.svg",
-        [Series("tried", tried, line=False), Series("chosen", chosen)],
+        search_series(trace),
         title=f"{ckpt.name}: search on {result.images} images",
         x_label="multiply-adds, share of dense",
         y_label="divergence, nats",
         log_y=True,
     )
     result.state.remove()
-    output.emit(_table(ckpt.name, result), {"found": [e for e in trace if e["chosen"]]}, as_json=as_json)
+    output.emit(
+        _table(ckpt.name, result),
+        {"found": [each.model_dump(mode="json") for each in trace if each.chosen]},
+        as_json=as_json,
+    )
     output.note(f"Written to {out}")
 
 

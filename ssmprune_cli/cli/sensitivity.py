@@ -15,7 +15,7 @@ from ssmprune_cli.cli.search import numbers
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssmprune_cli.workflows.sensitivity import Sensitivity
+    from ssmprune_cli.report import SensitivityFacts
 
 
 def command(
@@ -45,8 +45,9 @@ def command(
 
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.compress import Source
-    from ssmprune_cli.workflows.plot import Series, write_plot
+    from ssmprune_cli.workflows.plot import write_plot
     from ssmprune_cli.workflows.sensitivity import sensitivity
+    from ssmprune_cli.workflows.traces import sensitivity_series
     from ssmprune_cli.workflows.write import write_text
 
     use_backend(backend)
@@ -68,25 +69,20 @@ def command(
             announce=output.note,
             progress=advance,
         )
-    data = [one.to_dict() for one in found]
+    data = [one.model_dump() for one in found]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "sensitivity.json", json.dumps(data, indent=1) + "\n")
         output.note(f"Written to {out / 'sensitivity.json'}")
     if plot is not None:
-        series = []
-        for ratio in ratios:
-            known = [(one.point, one.divergence, one.divergence_se or 0.0) for one in found if one.keep == ratio]
-            points = [(float(point), value) for point, value, _ in known if value is not None]
-            ends = [(value - 1.96 * error, value + 1.96 * error) for _, value, error in known if value is not None]
-            series.append(Series(f"keep {ratio:g}", points, ends))
+        series = sensitivity_series(found)
         write_plot(plot, series, title=ckpt.name, x_label="pruned after block", y_label="divergence, nats")
         output.note(f"Plot written to {plot}")
     saved.remove()
     output.emit(_table(ckpt.name, found), {"measurements": data}, as_json=as_json)
 
 
-def _table(name: str, found: list[Sensitivity]) -> Table:
+def _table(name: str, found: list[SensitivityFacts]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{name}: pruned at one point (± one standard error)", title_justify="left")

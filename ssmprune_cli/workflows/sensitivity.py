@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import PruneSchedule, PruneSettings, TokenPruner, choose_alignment
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.method import Method
+from ssmprune_cli.report import SensitivityFacts
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.profile import resolve_device
@@ -32,26 +32,6 @@ from ssmprune_cli.workflows.search.measure import Measurements, load_images
 
 Progress = Callable[[int, int], None]
 BATCH_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Pruning after `point` blocks only, so that the share `keep` of the patch tokens stays.
-
-    divergence     mean KL(dense || pruned) in nats, with its standard error over images; None if not finite
-    token_error    mean over images of |pruned - dense| / |dense|, of the tokens left after the last block
-    multiply_adds  share of the dense model's that is left
-    """
-
-    point: int
-    keep: float
-    divergence: float | None
-    divergence_se: float | None
-    token_error: float | None
-    multiply_adds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class _Tap(nn.Module):
@@ -93,7 +73,7 @@ def sensitivity(
     state_path: Path | None = None,
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Sensitivity], SavedState]:
+) -> tuple[list[SensitivityFacts], SavedState]:
     """Every possible point with every ratio, and the state that remembers them.
 
     announce  is told, after the dense pass, about how long it will take
@@ -132,7 +112,7 @@ def sensitivity(
     for number, (point, ratio) in enumerate(cases, start=1):
         settings = method.settings(PruneSchedule.resolve(model.stages, points=[point], keep=ratio), seed)
         values = state.get(f"sensitivity {point} {ratio!r}", partial(_measure, measurements, settings, dense))
-        found.append(Sensitivity(point, ratio, **values))
+        found.append(SensitivityFacts(point=point, keep=ratio, **values))
         if progress is not None:
             progress(number, len(cases))
     return found, state

@@ -15,6 +15,7 @@ from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.report import ClassChange, Report, Sample, SampleStage, read_report
 from ssmprune_cli.workflows.plot import Series, plot
 from ssmprune_cli.workflows.reporting import facts
+from ssmprune_cli.workflows.traces import search_series, sensitivity_series
 
 _WORST_CLASSES = 10
 _HERE = Path(__file__).parent
@@ -91,28 +92,12 @@ def _worst(report: Report) -> list[ClassChange]:
 
 
 def _sensitivity_plot(report: Report) -> Markup:
-    found = report.sensitivity or ()
-    series = []
-    for keep in dict.fromkeys(each.keep for each in found):
-        known = [
-            (float(each.point), each.divergence, each.divergence_se or 0.0)
-            for each in found
-            if each.keep == keep and each.divergence is not None
-        ]
-        points = [(point, value) for point, value, _ in known]
-        ends = [(value - 1.96 * error, value + 1.96 * error) for _, value, error in known]
-        series.append(Series(f"keep {keep:g}", points, ends))
+    series = sensitivity_series(report.sensitivity or ())
     return Markup(plot(series, title="Sensitivity", x_label="pruned after block", y_label="divergence, nats"))
 
 
 def _search_plot(report: Report) -> Markup:
-    trials = [(each.multiply_adds, each.divergence, each.chosen) for each in report.search or ()]
-    known = [(cost, nats, chosen) for cost, nats, chosen in trials if nats is not None]
-    series = [
-        Series("tried", [(cost, nats) for cost, nats, _ in known], line=False),
-        Series("chosen", [(cost, nats) for cost, nats, chosen in known if chosen], line=False),
-    ]
-    label = "multiply-adds, share of dense"
+    series, label = search_series(report.search or ()), "multiply-adds, share of dense"
     return Markup(plot(series, title="Search", x_label=label, y_label="divergence, nats", log_y=True))
 
 

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import calibration_images, fingerprint
@@ -16,6 +15,7 @@ from ssmprune_cli.pruning import PruneSchedule
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.recipe_sections import CalibrationPlan, Pruning
+from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.profile import resolve_device
 from ssmprune_cli.workflows.saved_state import SavedState
@@ -69,18 +69,18 @@ class Found:
     def chosen(self) -> Trial:
         return self.trials[0]
 
-    def trace(self) -> list[dict[str, Any]]:
-        """Everything that was tried on all search images, as plain values."""
+    def trace(self) -> list[SearchTrial]:
+        """Everything that was tried on all search images."""
         return [
-            {
-                "budget": self.budget,
-                "multiply_adds": trial.multiply_adds,
-                "divergence": trial.divergence if trial.divergence < float("inf") else None,
-                "divergence_held_back": trial.held_back,
-                "recipe": _name(trial),
-                "pruning": _pruning(trial).model_dump(mode="json", exclude_none=True),
-                "chosen": trial.chosen,
-            }
+            SearchTrial(
+                budget=self.budget,
+                multiply_adds=trial.multiply_adds,
+                divergence=trial.divergence if trial.divergence < float("inf") else None,
+                divergence_held_back=trial.held_back,
+                recipe=_name(trial),
+                pruning=_pruning(trial).model_dump(mode="json", exclude_none=True),
+                chosen=trial.chosen,
+            )
             for trial in self.trials
         ]
 
