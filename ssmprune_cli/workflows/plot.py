@@ -1,4 +1,8 @@
-"""A plot of a few series as an SVG file: points, lines through them, error bars. Needs no plotting library."""
+"""A plot of a few series as SVG: points, lines through them, error bars. Needs no plotting library.
+
+Series differ in colour and in the shape of their points. The colours are between dark and light: they stand out (a
+contrast of 3 to 1 or more) on a white page and on a dark one.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,44 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 from ssmprune_cli.workflows.write import write_text
 
-_COLOURS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-    "#555555",
-    "#ee7733",
-    "#009988",
-    "#cc3311",
+COLOURS = ("#4477aa", "#d1495b", "#228833", "#8f7000", "#b54a8d", "#11869a", "#777777", "#c05a00", "#7b61c9", "#00806b")
+_SHAPES = (  # of a point, around (0, 0)
+    '<circle r="4" {0}/>',
+    '<path d="M-4-4h8v8h-8z" {0}/>',
+    '<path d="M0-5L5 4H-5z" {0}/>',
+    '<path d="M0-5L5 0L0 5L-5 0z" {0}/>',
 )
-_WIDTH, _HEIGHT = 620, 420  # of one plot's frame
-_LEFT, _TOP, _LEGEND = 80, 50, 260
 
 
 @dataclass(frozen=True)
 class Series:
-    """`points` (x, y); `intervals` (low, high) of y, one a point, or None. With `line` they are joined."""
+    """`points` (x, y); `intervals` (low, high) of y, one a point, or None. Drawn as a `line`, as `marks`, or both."""
 
     name: str
     points: Sequence[tuple[float, float]]
     intervals: Sequence[tuple[float, float]] | None = None
     line: bool = True
+    marks: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes in pixels: of the frame, and of what is around it. Without room for a legend there is no title either."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+    legend: int
+    font: int
+
+
+FILE = Layout(width=620, height=420, left=80, top=50, legend=260, font=12)  # a picture that stands alone
+PART = Layout(width=420, height=260, left=64, top=10, legend=0, font=14)  # of a page that has title and legend
 
 
 def write_plot(
@@ -43,49 +57,62 @@ def write_plot(
     write_text(path, plot(series, title=title, x_label=x_label, y_label=y_label, log_y=log_y))
 
 
-def plot(series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False) -> str:
+def plot(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False, layout: Layout = FILE
+) -> str:
     """An SVG of `series`. With `log_y`, points that are not positive are left out."""
-    shown = [
-        (index, each, [i for i, (_, y) in enumerate(each.points) if not log_y or y > 0])
-        for index, each in enumerate(series)
-    ]
-    xs = [each.points[i][0] for _, each, rows in shown for i in rows]
-    ys = [each.points[i][1] for _, each, rows in shown for i in rows]
-    for _, each, rows in shown:
+    left, top, font = layout.left, layout.top, layout.font
+    right, bottom = left + layout.width, top + layout.height
+    shown = [(each, [i for i, (_, y) in enumerate(each.points) if not log_y or y > 0]) for each in series]
+    xs = [each.points[i][0] for each, rows in shown for i in rows]
+    ys = [each.points[i][1] for each, rows in shown for i in rows]
+    for each, rows in shown:
         for i in rows if each.intervals else ():
             ys += [end for end in (each.intervals or ())[i] if not log_y or end > 0]
-    at_x, x_ticks = _axis(xs, _LEFT, _LEFT + _WIDTH, log=False)
-    at_y, y_ticks = _axis(ys, _TOP + _HEIGHT, _TOP, log=log_y)
-    parts = [_text(_LEFT, 24, title, size=15), _text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 42, x_label, anchor="middle")]
-    parts.append(_text(20, _TOP + _HEIGHT / 2, y_label, anchor="middle", turn=True))
+    at_x, x_ticks = _axis(xs, left, right, log=False)
+    at_y, y_ticks = _axis(ys, bottom, top, log=log_y)
+    parts = [_text((left + right) / 2, bottom + 3.2 * font, x_label, anchor="middle")]
+    parts.append(_text(font + 4, (top + bottom) / 2, y_label, anchor="middle", turn=True))
     for tick in x_ticks:
-        parts.append(_line(at_x(tick), _TOP, at_x(tick), _TOP + _HEIGHT, "#dddddd"))
-        parts.append(_text(at_x(tick), _TOP + _HEIGHT + 18, f"{tick:g}", anchor="middle"))
+        parts.append(_line(at_x(tick), top, at_x(tick), bottom, "#dddddd"))
+        parts.append(_text(at_x(tick), bottom + 1.5 * font, f"{tick:g}", anchor="middle"))
     for tick in y_ticks:
-        parts.append(_line(_LEFT, at_y(tick), _LEFT + _WIDTH, at_y(tick), "#dddddd"))
-        parts.append(_text(_LEFT - 6, at_y(tick) + 4, f"{tick:g}", anchor="end"))
-    for index, each, rows in shown:
-        colour = _COLOURS[index % len(_COLOURS)]
+        parts.append(_line(left, at_y(tick), right, at_y(tick), "#dddddd"))
+        parts.append(_text(left - 6, at_y(tick) + font / 3, f"{tick:g}", anchor="end"))
+    for index, (each, rows) in enumerate(shown):
+        colour = COLOURS[index % len(COLOURS)]
         places = [(at_x(each.points[i][0]), at_y(each.points[i][1])) for i in rows]
         if each.line and len(places) > 1:
             joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        for i, (x, y) in zip(rows, places, strict=True):
+        for i, (x, y) in zip(rows, places, strict=True) if each.marks else ():
             if each.intervals:
                 low, high = (max(end, min(ys)) for end in each.intervals[i])
                 parts.append(_line(x, at_y(low), x, at_y(high), colour))
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
-        row = _TOP + 12 + 18 * index
-        parts.append(f'<circle cx="{_LEFT + _WIDTH + 16}" cy="{row - 4}" r="4" fill="{colour}"/>')
-        parts.append(_text(_LEFT + _WIDTH + 26, row, each.name))
-    height = _TOP + max(_HEIGHT + 60, 18 * len(series) + 20)
-    width = _LEFT + _WIDTH + _LEGEND
+            about = f"{each.name}: {each.points[i][0]:.4g}, {each.points[i][1]:.4g}"
+            parts.append(_place(x, y, f"<title>{escape(about)}</title>{mark(index, each)}"))
+        if layout.legend:
+            row = top + 12 + 18 * index
+            parts.append(_place(right + 16, row - 4, mark(index, each)))
+            parts.append(_text(right + 28, row, each.name))
+    if layout.legend:
+        parts.append(_text(left, 24, title, size=15))
+    width = right + (layout.legend or 16)
+    height = max(bottom + 60, top + 18 * len(series) + 20 if layout.legend else 0)
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="12" role="img" aria-label="{escape(title, {chr(34): "&quot;"})}">\n'
+        f'font-family="sans-serif" font-size="{font}" role="img" aria-label={quoteattr(title)}>\n'
         f'<rect class="paper" width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
+
+
+def mark(index: int, series: Series) -> str:
+    """The sign of the series number `index` around (0, 0), at most 10 x 10: a point, or a line if it has only that."""
+    colour = COLOURS[index % len(COLOURS)]
+    if not series.marks:
+        return f'<path d="M-5 0h10" stroke="{colour}" stroke-width="2"/>'
+    return _SHAPES[index % len(_SHAPES)].format(f'fill="{colour}"')
 
 
 def _axis(
@@ -94,9 +121,13 @@ def _axis(
     """Where a value lies between `start` and `stop` (pixels), and the values to mark."""
     low, high = (min(values), max(values)) if values else (0.1, 1.0)
     if log:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
-        ticks = [10.0**power for power in range(first, last + 1)]
-        return lambda value: start + (stop - start) * (math.log10(max(value, low)) - first) / (last - first), ticks
+        powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+        bottom = max(step for step in steps if step <= low)
+        top = min(step for step in steps if step >= high and step > bottom)
+        inside = [step for step in steps if bottom <= step <= top]
+        ticks = inside if top / bottom <= 100 else [step for step in inside if step in steps[::3]]  # or powers of ten
+        return lambda value: start + (stop - start) * math.log(value / bottom) / math.log(top / bottom), ticks
     if low == high:
         low, high = low - 0.5, high + 0.5
     raw = (high - low) / 6
@@ -106,9 +137,14 @@ def _axis(
     return lambda value: start + (stop - start) * (value / step - first) / (last - first), ticks
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, turn: bool = False) -> str:
+def _place(x: float, y: float, content: str) -> str:
+    return f'<g transform="translate({x:.1f} {y:.1f})">{content}</g>'
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int | None = None, turn: bool = False) -> str:
     turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turn else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"{turned}>{escape(text)}</text>'
+    sized = f' font-size="{size}"' if size else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{sized}{turned}>{escape(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:

@@ -9,7 +9,7 @@ from ssmprune_cli.workflows.plot import Series
 
 
 def sensitivity_series(found: Sequence[SensitivityFacts]) -> list[Series]:
-    """Divergence with its 95 % interval by prune point, a series for each keep ratio."""
+    """Divergence with its 95 % interval by prune point, a series for each keep ratio. No divergence is below 0."""
     series = []
     for keep in dict.fromkeys(each.keep for each in found):
         known = [
@@ -17,7 +17,7 @@ def sensitivity_series(found: Sequence[SensitivityFacts]) -> list[Series]:
             for each in found
             if each.keep == keep and each.divergence is not None
         ]
-        ends = [(value - 1.96 * error, value + 1.96 * error) for _, value, error in known]
+        ends = [(max(0.0, value - 1.96 * error), value + 1.96 * error) for _, value, error in known]
         series.append(Series(f"keep {keep:g}", [(point, value) for point, value, _ in known], ends))
     return series
 
