@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.recipe_sections import Section
@@ -89,7 +89,10 @@ class ModelSpeed(Section):
 
 
 class SpeedFacts(Section):
-    """Dense and pruned model, timed in turns. latency_ratio is pruned over dense."""
+    """Dense and pruned model, timed in turns. latency_ratio is the pruned median over the dense one.
+
+    latency_ratio_quartiles  of the ratios of single rounds; None in reports that were written before they were kept
+    """
 
     batch_size: int
     rounds: int
@@ -99,6 +102,7 @@ class SpeedFacts(Section):
     dense: ModelSpeed
     pruned: ModelSpeed
     latency_ratio: float
+    latency_ratio_quartiles: tuple[float, float] | None = None
 
 
 class PointFacts(Section):
@@ -152,13 +156,44 @@ class SampleStage(Section):
 
 
 class Sample(Section):
-    """One image, its file in the artefact (as the model sees it), and what is left of it after each prune point."""
+    """One image, its file in the artefact (as the model sees it), and what is left of it after each prune point.
+
+    label  its class, or None if that is not known
+    """
 
     name: str
     file: str
+    label: int | None = None
     predicted_dense: int
     predicted_pruned: int
     stages: tuple[SampleStage, ...]
+
+
+class EpochFacts(Section):
+    """loss is None if no update was made, top1 (of the validation images) if there were none."""
+
+    epoch: int
+    loss: float | None
+    top1: float | None
+
+
+class FinetuningFacts(Section):
+    """A training of this model, up to the epoch that these weights are of, and what it ran on."""
+
+    command: str
+    settings: dict[str, JsonValue]
+    seed: int
+    distilled: bool
+    epochs: tuple[EpochFacts, ...]
+    skipped_updates: int
+    ssmprune: str
+    python: str
+    torch: str
+    accelerate: str
+    kernel: str
+    processes: int
+    threads: int
+    machine: str
 
 
 class Report(Section):
@@ -167,7 +202,7 @@ class Report(Section):
     accuracy     both models on the same images, or None if they were not evaluated
     calibration  what calibration saw, or None without it
     search       what a search tried, if it chose the settings
-    finetuning   what was trained since, if anything: settings, and loss and top-1 of every epoch
+    finetuning   what was trained since, if anything
     warnings     what a reader must know before trusting the figures
     provenance   input file and its SHA-256, command, machine, versions, calibration images
     """
@@ -186,7 +221,7 @@ class Report(Section):
     search: tuple[SearchTrial, ...] | None = None
     sensitivity: tuple[SensitivityFacts, ...] | None = None
     samples: tuple[Sample, ...] = ()
-    finetuning: dict[str, JsonValue] | None = None
+    finetuning: FinetuningFacts | None = None
     warnings: tuple[str, ...] = ()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -215,22 +250,34 @@ def read_report(folder: Path) -> Report:
     path = folder / REPORT
     try:
         report = Report.model_validate_json(path.read_bytes())
-        path = folder / SENSITIVITY
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            report = report.model_copy(update={"sensitivity": tuple(SensitivityFacts(**entry) for entry in found)})
-    except FileNotFoundError as error:
-        raise SsmpruneError(
-            "is not there", where=str(path), hint="Give a folder that `ssmprune compress` or `finetune` wrote."
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        inside = [str(each.parent) for each in sorted(folder.glob(f"*/{REPORT}"))]
+        one = (
+            f"Give one of {', '.join(inside)}." if inside else "Give one that `ssmprune compress` or `finetune` wrote."
+        )
+        raise SsmpruneError(f"is no folder with a {REPORT}", where=str(folder), hint=one) from error
+    except OSError as error:
+        raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "its text"
-        raise SsmpruneError(
-            f"is no report of this ssmprune: {place}: {fault['msg']}",
-            where=str(path),
-            hint="Make it again with `ssmprune compress`, or read it with the ssmprune that wrote it.",
-        ) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise SsmpruneError(f"cannot be read: {error}", where=str(path)) from error
-    return report
+        hint = "Make it again with `ssmprune compress`, or read it with the ssmprune that wrote it."
+        raise SsmpruneError(f"is no report of this ssmprune: {_fault(error)}", where=str(path), hint=hint) from error
+    path = folder / SENSITIVITY
+    if not path.exists():
+        return report
+    try:
+        found = TypeAdapter(tuple[SensitivityFacts, ...]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except ValidationError as error:
+        hint = "Make it again with `ssmprune sensitivity`, or delete it."
+        raise SsmpruneError(f"is no result of a sensitivity: {_fault(error)}", where=str(path), hint=hint) from error
+    return report.model_copy(update={"sensitivity": found})
+
+
+def _fault(error: ValidationError) -> str:
+    """The first fault, and where it is. Another format comes before what is different in it."""
+    faults = error.errors(include_url=False)
+    for fault in faults:
+        if fault["loc"] == ("format_version",):
+            return f"it has the format {fault['input']!r}, and this one reads 1"
+    return f"{'.'.join(map(str, faults[0]['loc'])) or 'its text'}: {faults[0]['msg']}"

@@ -30,9 +30,11 @@ def drawn(text: str) -> tuple[dict[str, tuple[float, float]], dict[float, float]
     level = sorted({each["y1"] for each in lines if each["y1"] == each["y2"]})
     numbers = [(text, attributes) for text, attributes in texts if re.fullmatch(r"[-+.\de]+", text)]
     x_ticks = {float(t): float(a["x"]) for t, a in numbers if a["text-anchor"] == "middle"}
-    y_ticks = {
-        float(t): min(level, key=lambda y, a=a: abs(y - float(a["y"]))) for t, a in numbers if a["text-anchor"] == "end"
-    }
+    y_ticks = {}
+    for number, attributes in numbers:
+        if attributes["text-anchor"] == "end":
+            distances = {abs(line - float(attributes["y"])): line for line in level}
+            y_ticks[float(number)] = distances[min(distances)]
     assert all(any(abs(x - line) < 0.11 for line in upright) for x in x_ticks.values())
     return points, x_ticks, y_ticks
 

@@ -222,7 +222,7 @@ def test_a_tight_target_time_is_used_up_and_not_overrun(calib: Path, monkeypatch
         return 2 + count_flops(model).all_directions / 1e6
 
     def speeds(models: list[Backbone], images: torch.Tensor, rounds: int) -> list[Speed]:
-        return [Speed(milliseconds(each), (0.0, 0.0), 1.0, rounds) for each in models]
+        return [Speed(milliseconds(each), (0.0, 0.0), 1.0, rounds, ()) for each in models]
 
     monkeypatch.setattr(latency, "interleaved_speeds", speeds)
     dense = milliseconds(checkpoint.load(CHECKPOINT))

@@ -50,6 +50,7 @@ def show(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
 @quietly
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or names of shipped ones.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Check recipes: every fault is listed with its line and column. Exits with 1 if there is one."""
     from ssmprune_cli.models import FAMILIES
@@ -61,16 +62,19 @@ def validate(
         "reduction": REDUCTIONS.names(),
         "alignment": ("auto", *ALIGNMENTS.names()),
     }
-    faults = []
+    faults: dict[str, str] = {}
     for recipe in recipes:
         try:
             load_recipe(recipe, known=known)
         except RecipeError as error:
-            faults.append(str(error))
-        else:
-            output.text(f"{recipe}: valid\n")
+            faults[recipe] = str(error)
+    verdicts = [{"recipe": each, "valid": each not in faults, "faults": faults.get(each)} for each in recipes]
+    if as_json:
+        output.json_text({"recipes": verdicts})
+    else:
+        output.text("".join(f"{each}: valid\n" for each in recipes if each not in faults))
     if faults:
-        raise RecipeError("\n".join(faults))
+        raise RecipeError("\n".join(faults.values()))
 
 
 def _schedule(recipe: Recipe) -> tuple[str, str]:

@@ -26,16 +26,16 @@ def command(
 
     A sensitivity.json in the folder (`ssmprune sensitivity CKPT --calib DIR --out FOLDER`) becomes part of it.
     """
+    if as_json and (out is not None or form == "markdown"):
+        raise UsageError("--json goes to stdout, so it takes no --out and no other --format")
     if len(artefacts) > 1 and form == "html" and out is None and not as_json:
         raise UsageError("several artefacts have no folder in common", hint="Give `--out FILE.html`.")
 
-    from ssmprune_cli.workflows.reporting import PAGE, page, read_entry, summary
+    from ssmprune_cli.workflows.reporting import PAGE, page, read_entries, summary
     from ssmprune_cli.workflows.write import write_text
 
-    entries = [read_entry(folder) for folder in artefacts]
+    entries = read_entries(artefacts)
     if as_json:
-        if out is not None:
-            raise UsageError("--json goes to stdout, so it takes no --out")
         output.json_text({"reports": [{"name": each.name, **each.report.to_dict()} for each in entries]})
         return
     if form == "markdown":

@@ -26,7 +26,7 @@ from ssmprune_cli.report import (
 from ssmprune_cli.workflows.evaluate import Accuracy, Evaluation
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.machine import machine
-from ssmprune_cli.workflows.profile import Profile, Progress, profile, resolve_device, tokens_per_block
+from ssmprune_cli.workflows.profile import Profile, Progress, profile, quartiles, resolve_device, tokens_per_block
 
 
 def describe(model: Backbone) -> Report:
@@ -125,6 +125,9 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         dense=_model_speed(first),
         pruned=_model_speed(second),
         latency_ratio=second.speed.median_ms / first.speed.median_ms,
+        latency_ratio_quartiles=quartiles(
+            [after / before for before, after in zip(first.speed.rounds_ms, second.speed.rounds_ms, strict=True)]
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +25,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one batch: milliseconds at the median and at the quartiles, images per second at the median, rounds run."""
+    """Of one batch: milliseconds at the median, at the quartiles and in each round; images per second at the median."""
 
     median_ms: float
     quartiles_ms: tuple[float, float]
     images_per_second: float
     rounds: int
+    rounds_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -150,5 +151,13 @@ def interleaved_speeds(
 
 def _speed(times: list[float], batch_size: int) -> Speed:
     median = statistics.median(times)
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (median,) * 3
-    return Speed(1e3 * median, (1e3 * low, 1e3 * high), batch_size / median, len(times))
+    low, high = quartiles(times)
+    return Speed(
+        1e3 * median, (1e3 * low, 1e3 * high), batch_size / median, len(times), tuple(1e3 * each for each in times)
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return low, high

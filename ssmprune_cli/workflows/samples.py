@@ -40,6 +40,7 @@ def samples(
             Sample(
                 name=batch.names[index],
                 file=file,
+                label=None if batch.labels is None else int(batch.labels[index]),
                 predicted_dense=int(reference[index].argmax()),
                 predicted_pruned=int(logits[index].argmax()),
                 stages=tuple(

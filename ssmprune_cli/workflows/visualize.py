@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -161,5 +162,6 @@ def _write(path: Path, image: Image.Image) -> None:
         image.save(temporary, format="png")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise DataError(f"cannot be written: {error.strerror or error}", where=str(path)) from error

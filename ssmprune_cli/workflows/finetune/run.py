@@ -22,7 +22,7 @@ from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.recipe_sections import Training
-from ssmprune_cli.report import Report
+from ssmprune_cli.report import EpochFacts, FinetuningFacts, Report
 from ssmprune_cli.workflows.describe import describe
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
@@ -198,11 +198,11 @@ def _end_epoch(
 
 def artefact_files(job: Job, epochs: list[dict[str, Any]], skipped: int) -> dict[str, bytes | str]:
     """recipe.yaml and the like as they are, and report.json with what was trained."""
-    finetuning = {
+    finetuning = FinetuningFacts(
         **provenance(job),
-        "epochs": [{key: line[key] for key in ("epoch", "loss", "top1")} for line in epochs],
-        "skipped_updates": skipped,
-    }
+        epochs=tuple(EpochFacts(epoch=line["epoch"], loss=line["loss"], top1=line["top1"]) for line in epochs),
+        skipped_updates=skipped,
+    )
     assert job.report is not None
     stale = {"accuracy": None, "samples": ()}  # of the weights before
     report = job.report.model_copy(update={**stale, "finetuning": finetuning})

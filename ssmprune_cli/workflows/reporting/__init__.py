@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssmprune_cli.report import REPORT, Report
-from ssmprune_cli.workflows.reporting.page import Entry, page, read_entry
+from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.summary import summary
 
 PAGE, CARD = "report.html", "README.md"
@@ -20,4 +20,4 @@ def report_files(report: Report, images: Mapping[str, bytes]) -> dict[str, str]:
     }
 
 
-__all__ = ["PAGE", "Entry", "page", "read_entry", "report_files", "summary"]
+__all__ = ["PAGE", "Entry", "page", "read_entries", "report_files", "summary"]

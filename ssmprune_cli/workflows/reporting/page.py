@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.report import ClassChange, Report, Sample, SampleStage, read_report
-from ssmprune_cli.workflows.plot import Series, plot
+from ssmprune_cli.report import Report, Sample, SampleStage, read_report
 from ssmprune_cli.workflows.reporting import facts
-from ssmprune_cli.workflows.traces import search_series, sensitivity_series
+from ssmprune_cli.workflows.reporting.figures import front_figures, search_figure, sensitivity_figure
+from ssmprune_cli.workflows.reporting.rows import rows
 
 _WORST_CLASSES = 10
+_LONG = 12  # rows of a table that is not folded away
 _HERE = Path(__file__).parent
 
 
@@ -30,8 +32,21 @@ class Entry:
     images: Mapping[str, bytes]
 
 
-def read_entry(folder: Path) -> Entry:
-    """The report of an artefact folder. Raises SsmpruneError naming the file that is missing or damaged."""
+def read_entries(folders: Sequence[Path]) -> list[Entry]:
+    """The reports of artefact folders, by the shortest ends of their paths that tell them apart.
+
+    Raises SsmpruneError naming the file that is missing or damaged.
+    """
+    paths = [folder.resolve() for folder in folders]
+    names = [""] * len(paths)
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return [_read_entry(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _read_entry(folder: Path, name: str) -> Entry:
     report = read_report(folder)
     images = {}
     for sample in report.samples:
@@ -40,7 +55,7 @@ def read_entry(folder: Path) -> Entry:
             images[sample.file] = path.read_bytes()
         except OSError as error:
             raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    return Entry(folder.resolve().name, report, images)
+    return Entry(name, report, images)
 
 
 def page(entries: Sequence[Entry]) -> str:
@@ -49,20 +64,35 @@ def page(entries: Sequence[Entry]) -> str:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("page.html.j2")
+    named = [(entry.name, entry.report) for entry in entries]
     return template.render(
         entries=entries,
+        named=named,
+        reports=[report for _, report in named],
         facts=facts,
         css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        fronts=_fronts(entries) if len(entries) > 1 else [],
+        fronts=front_figures(named) if len(entries) > 1 else [],
         image_data=_image_data,
         dropped_path=_dropped_path,
-        worst=_worst,
-        sensitivity_plot=_sensitivity_plot,
-        search_plot=_search_plot,
-        enumerate=enumerate,
+        rows=rows,
+        worst_classes=_WORST_CLASSES,
+        sensitivity_figure=sensitivity_figure,
+        search_figure=search_figure,
+        with_unit=_with_unit,
+        unbroken=_unbroken,
+        long=_LONG,
         max=partial(max, default=0),
-        zip=zip,
     )
+
+
+def _with_unit(cell: object) -> str:
+    """A number keeps its unit: a line does not break between them."""
+    return re.sub(r" (%|G|ms|MiB)(?!\w)", "\u00a0\\1", str(cell))
+
+
+def _unbroken(text: str) -> str:
+    """An interval in brackets stays on one line, too."""
+    return re.sub(r"\(.*?\)", lambda found: found[0].replace(" ", "\u00a0"), _with_unit(text))
 
 
 def _image_data(entry: Entry, sample: Sample) -> str:
@@ -83,60 +113,3 @@ def _dropped_path(stage: SampleStage) -> str:
                 parts.append(f"M{start} {row}h{column - start}v1h{start - column}z")
                 start = None
     return "".join(parts)
-
-
-def _worst(report: Report) -> list[ClassChange]:
-    """The classes that lost most."""
-    assert report.accuracy is not None
-    return [each for each in report.accuracy.classes if each.right_pruned < each.right_dense][:_WORST_CLASSES]
-
-
-def _sensitivity_plot(report: Report) -> Markup:
-    series = sensitivity_series(report.sensitivity or ())
-    return Markup(plot(series, title="Sensitivity", x_label="pruned after block", y_label="divergence, nats"))
-
-
-def _search_plot(report: Report) -> Markup:
-    series, label = search_series(report.search or ()), "multiply-adds, share of dense"
-    return Markup(plot(series, title="Search", x_label=label, y_label="divergence, nats", log_y=True))
-
-
-def _fronts(entries: Sequence[Entry]) -> list[Markup]:
-    """Accuracy (where it was measured) or else nothing to gain: against multiply-adds, and against throughput."""
-    judged = [(entry.name, entry.report, entry.report.accuracy) for entry in entries]
-    known = [(name, report, accuracy) for name, report, accuracy in judged if accuracy is not None]
-    if not known:
-        return []
-
-    def front(title: str, label: str, costs: Sequence[tuple[float, float]]) -> Markup:
-        """`costs` has those of the dense and of the pruned model, for each of `known`."""
-        series = []
-        for (name, _, accuracy), (_, cost) in zip(known, costs, strict=True):
-            low, high = accuracy.interval
-            series.append(Series(name, [(cost, 100 * accuracy.top1)], [(100 * low, 100 * high)]))
-        dense = {
-            (cost, 100 * accuracy.dense.top1, accuracy.dense.interval)
-            for (_, _, accuracy), (cost, _) in zip(known, costs, strict=True)
-        }
-        ends = [(100 * low, 100 * high) for _, _, (low, high) in sorted(dense)]
-        series.append(Series("dense", [(cost, top1) for cost, top1, _ in sorted(dense)], ends, line=False))
-        return Markup(plot(series, title=title, x_label=label, y_label="top-1, % (95 %)"))
-
-    fronts = [
-        front(
-            "Accuracy against multiply-adds",
-            "multiply-adds, all directions, G",
-            [
-                (
-                    report.dense.multiply_adds_all_directions / 1e9,
-                    (report.pruned or report.dense).multiply_adds_all_directions / 1e9,
-                )
-                for _, report, _ in known
-            ],
-        )
-    ]
-    speeds = [report.speed for _, report, _ in known]
-    measured = [(speed.dense.images_per_second, speed.pruned.images_per_second) for speed in speeds if speed]
-    if len(measured) == len(known):
-        fronts.append(front("Accuracy against speed", "images per second", measured))
-    return fronts

@@ -6,32 +6,41 @@ from collections.abc import Sequence
 
 from ssmprune_cli.workflows.reporting import facts
 from ssmprune_cli.workflows.reporting.page import Entry
+from ssmprune_cli.workflows.reporting.rows import rows
+
+_WORST_CLASSES = 3
 
 
 def summary(entries: Sequence[Entry]) -> str:
     """Markdown of one or several reports; every number in it comes from them."""
     if len(entries) == 1:
         return _one(entries[0])
-    titles = ["model", *(row.title for row in facts.rows(entries[0].report) if row.key)]
-    lines = [f"# {len(entries)} models", "", _line(titles), _line(["---"] * len(titles))]
-    for entry in entries:
-        found = {row.title: f"{row.dense} -> {row.pruned}, {row.change}" for row in facts.rows(entry.report)}
-        lines.append(_line([entry.name, *(found.get(title, "-") for title in titles[1:])]))
-    return "\n".join([*lines, "", *(_one(entry) for entry in entries)])
+    named = [(entry.name, entry.report) for entry in entries]
+    lines = [f"# {len(entries)} models", "", *_table(*facts.side_by_side(named)), ""]
+    notes = facts.unlike([report for _, report in named])
+    lines += [*(f"> {text}  " for text in notes), ""] if notes else []
+    return "\n".join([*lines, *(_one(entry) for entry in entries)])
 
 
 def _one(entry: Entry) -> str:
     report = entry.report
     lines = [f"# {facts.title(entry.name, report)}", "", facts.description(report), facts.method(report)]
-    found = facts.rows(report)
+    found = [[row.title, row.dense, row.pruned, row.whole_change] for row in rows(report)]
     if found:
-        lines += ["", _line(["", "dense", "pruned", "change"]), _line(["---"] * 4)]
-        lines += [_line([row.title, row.dense, row.pruned, row.change]) for row in found]
-    lines += [""] + [f"> {text}  " for text in (*report.warnings, *facts.unmeasured(report))]
+        lines += ["", *_table(["", "dense", "pruned", "change"], found)]
+    worst = [
+        f"{facts.class_title(each)} ({facts.class_change(each)}, {each.images} images)"
+        for each in facts.worst(report, _WORST_CLASSES)
+    ]
+    if worst:
+        lines += ["", f"Lost most: {', '.join(worst)}."]
+    notes = [*report.warnings, *facts.unmeasured(report)]
+    if notes:
+        lines += ["", *(f"> {text}  " for text in notes)]
     if report.pruned is not None:
         lines += ["", "The number of parameters does not change: pruning saves time and memory, not file size."]
     if report.finetuning is not None:
-        lines += ["", f"Fine-tuned: `{report.finetuning.get('command')}`; report.json has its epochs."]
+        lines += ["", f"Fine-tuned: `{report.finetuning.command}`; report.json has its epochs."]
     known = report.provenance
     if "input_sha256" in known:
         lines += ["", f"Made from `{known['input']}`, SHA-256 `{known['input_sha256']}`."]
@@ -39,6 +48,10 @@ def _one(entry: Entry) -> str:
         lines += ["", f"    {known['command']}"]
     lines += ["", f"Load it with `ssmprune_cli.load(folder)`. Measured on {facts.measured_on(report)}."]
     return "\n".join(lines) + "\n"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [_line(cells) for cells in (titles, ["---"] * len(titles), *rows)]
 
 
 def _line(cells: Sequence[str]) -> str:
