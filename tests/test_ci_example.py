@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -64,6 +65,15 @@ def test_the_commands_run_and_a_broken_limit_ends_them_with_3(steps: list[dict[s
     assert summary.startswith("# artefact: ") and f"{100 * report['accuracy']['top1']:.2f} %" in summary
     done = run(commands["Compress"], tmp_path)
     assert done.returncode == 1 and "not empty" in done.stderr  # nothing is replaced without --overwrite
-    strict = commands["Compress"]["run"].split(" --max-drop")[0]
-    done = run({"run": f"{strict} --dry-run --max-flops 0.5"}, tmp_path)
-    assert done.returncode == 3 and "--max-flops allows 0.5" in done.stderr
+    # A limit is broken: exit code 3, and the artefact and its summary are there all the same.
+    few = np.load(ROOT / "recipes" / "demo" / "test.npz")
+    np.savez(tmp_path / "few.npz", images=few["images"][:50], labels=few["labels"][:50])
+    strict = (
+        commands["Compress"]["run"]
+        .replace("recipes/demo/test.npz", "few.npz")
+        .replace("--max-drop 3", "--max-drop -50")
+    )
+    done = run({"run": strict.replace("--out artefact", "--out broken")}, tmp_path)
+    assert done.returncode == 3 and "--max-drop allows -50" in done.stderr and done.stderr.count("\n") == 1
+    done = run({"run": commands["Summary"]["run"].replace("report artefact", "report broken")}, tmp_path)
+    assert done.returncode == 0 and "# broken: " in (tmp_path / "summary.md").read_text()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,16 @@ from PIL import Image
 
 from ssmprune_cli.data import open_dataset, some_images
 from ssmprune_cli.data.preprocess import preprocess, visible_box
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
+from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.videomamba import VideoMamba, VideoMambaConfig
+from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.pruning import compress
+from ssmprune_cli.pruning import TokenPruner, compress
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.kept import stages
 from ssmprune_cli.workflows.new_model import build
@@ -178,3 +185,49 @@ def test_pictures_have_the_aspect_ratio_of_the_image(model: Backbone, tmp_path: 
         with Image.open(entry["stages"][0]["kept"]) as image:
             sizes[entry["name"]] = image.size
     assert sizes == {"wide.png": (420, 140), "tall.png": (300, 500)}  # the small one is seven times as large
+
+
+SIZES: dict[str, Any] = {"image_size": (16, 16), "patch_size": 4, "embed_dim": 8, "depth": 3, "num_classes": 2}
+FAMILIES: dict[str, Callable[[], Backbone]] = {
+    "vim": lambda: Vim(VimConfig(**SIZES, stride=4)),
+    "vim, overlapping patches": lambda: Vim(VimConfig(**{**SIZES, "patch_size": 8}, stride=4)),
+    "videomamba": lambda: VideoMamba(VideoMambaConfig(**SIZES, stride=4)),
+    "mambar": lambda: MambaReg(MambaRegConfig(**SIZES, stride=4)),
+    "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES)),
+    "vmamba": lambda: VMamba(VMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reduction", ["context", "frozen", "local-merge"])
+def test_every_family_is_drawn_on_its_grid(family: str, reduction: str, tmp_path: Path) -> None:
+    """As many cells stay as the schedule says, the best of those that were there, and a wide image stays wide."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    points = [1, 3] if family == "vmamba" else [1, 2]
+    compress(model, 0.5, points=points, reduction=reduction)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    drawn = visualize(model, some_images(tmp_path / "wide.png", 1, 0), tmp_path / "out")
+    assert isinstance(model.pruner, TokenPruner)
+    assert [stage.block for stage in drawn.stages] == points
+    assert tuple(stage.count for stage in drawn.stages) == model.pruner.settings.schedule.tokens
+    for stage in drawn.stages:
+        grid = next(each.grid for each in model.stages if each.start < stage.block <= each.stop)
+        assert stage.kept.shape == stage.score.shape == (1, *grid)
+        kept, gone = stage.kept[0], ~stage.kept[0] & ~np.isnan(stage.score[0])
+        assert np.isfinite(stage.score[0][kept]).all()
+        assert stage.score[0][kept].min() >= stage.score[0][gone].max()
+    (entry,) = drawn.images
+    for stage_files in entry["stages"]:
+        for kind in ("kept", "score"):
+            with Image.open(stage_files[kind]) as image:
+                assert image.size == (400, 200)
+
+
+def test_a_folder_that_is_a_file_is_named(model: Backbone, tmp_path: Path) -> None:
+    model.pruner = Scripted()
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 16, 16), np.uint8))
+    with pytest.raises(DataError, match="cannot be written") as raised:
+        visualize(model, open_dataset("npz", tmp_path / "images.npz"), tmp_path / "images.npz")
+    assert raised.value.where == str(tmp_path / "images.npz" / "overview.png")

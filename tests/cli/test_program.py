@@ -98,6 +98,11 @@ def test_recipes_validate_lists_every_fault_of_every_file(ssmprune: Run, tmp_pat
         "not a valid recipe, 1 fault (file:line:column)",
         f"{worse}:2:1: expected ',' or '}}', but got '<stream end>'",
     ]
+    done = ssmprune("recipes", "validate", "vim_small_topvim", bad, "--json")
+    assert done.returncode == 1 and "3 faults" in done.stderr
+    good, wrong = json.loads(done.stdout)["recipes"]
+    assert good == {"recipe": "vim_small_topvim", "valid": True, "faults": None}
+    assert (wrong["recipe"], wrong["valid"]) == (str(bad), False) and "klip" in wrong["faults"]
 
 
 # --- env

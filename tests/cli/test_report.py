@@ -78,6 +78,9 @@ def test_a_full_report_is_valid_and_holds_everything(ssmprune: Run, artefact: Pa
     assert report["accuracy"]["top1"] == pytest.approx(right / 12)
     assert report["speed"]["dense"]["median_ms"] > 0 and report["speed"]["pruned"]["peak_memory_bytes"] > 0
     assert sum(report["speed"]["dense"]["time_ms"].values()) == pytest.approx(report["speed"]["dense"]["median_ms"])
+    low, high = report["speed"]["latency_ratio_quartiles"]
+    assert 0 < low <= high
+    assert report["samples"][0]["label"] in range(10)
     assert [trial["chosen"] for trial in report["search"]].count(True) == 1
     assert [len(stage["kept"]) for stage in report["samples"][0]["stages"]] == [
         tokens
@@ -90,6 +93,15 @@ def test_a_full_report_is_valid_and_holds_everything(ssmprune: Run, artefact: Pa
     assert printed.pop("name") == "searched"
     assert [each["keep"] for each in printed["sensitivity"]] == [0.5] * 3  # from sensitivity.json
     assert {**printed, "sensitivity": None} == report
+    written = json.loads((artefact / "sensitivity.json").read_text())
+    assert written == printed["sensitivity"]
+
+
+def test_json_takes_no_other_form(ssmprune: Run, plain: Path, tmp_path: Path) -> None:
+    for options in (("--format", "markdown"), ("--out", tmp_path / "report.html")):
+        done = ssmprune("report", plain, "--json", *options)
+        assert done.returncode == 2 and done.stdout == "" and "--json" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_html_is_the_default_and_markdown_goes_to_stdout(ssmprune: Run, artefact: Path) -> None:
@@ -103,6 +115,9 @@ def test_html_is_the_default_and_markdown_goes_to_stdout(ssmprune: Run, artefact
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("# searched: ")
     assert f"{100 * report['accuracy']['difference']:+.2f} points" in done.stdout
     assert done.stdout.count("\n| ") == 10  # titles, a rule and eight figures
+    for place in (artefact / "report.json" / "x.html", artefact):  # a folder that is a file, a file that is a folder
+        done = ssmprune("report", artefact, "--out", place)
+        assert done.returncode == 1 and str(artefact) in done.stderr and "bug" not in done.stderr, done.stderr
 
 
 def test_several_artefacts_are_compared(ssmprune: Run, artefact: Path, plain: Path, tmp_path: Path) -> None:
@@ -111,7 +126,8 @@ def test_several_artefacts_are_compared(ssmprune: Run, artefact: Path, plain: Pa
     done = ssmprune("report", artefact, plain, "--out", tmp_path / "new" / "both.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "new" / "both.html").read_text()
-    assert "2 compressed models" in page and page.count("<h2") == 2 and "Accuracy against multiply-adds" in page
+    assert "2 compressed models" in page and "Accuracy against multiply-adds" in page and "Pareto front" in page
+    assert "Accuracy was not measured for all of them" in page
     done = ssmprune("report", plain, artefact, "--format", "markdown")
     assert done.returncode == 0 and done.stdout.startswith("# 2 models") and done.stdout.count("\n# ") == 2
 
@@ -119,8 +135,10 @@ def test_several_artefacts_are_compared(ssmprune: Run, artefact: Path, plain: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "report.json: is not there"),
+        (None, "is no folder with a report.json"),
         ("{", "is no report of this ssmprune: its text"),
+        ('{"format_version": 0, "tokens": 1}', "it has the format 0, and this one reads 1"),
+        ('{"format_version": 1, "family": 3}', "family: Input should be a valid string"),
         ('{"family": "vim"}', "image_size"),
     ],
 )
@@ -129,6 +147,21 @@ def test_what_is_no_artefact_is_refused(ssmprune: Run, tmp_path: Path, text: str
         (tmp_path / "report.json").write_text(text)
     done = ssmprune("report", tmp_path)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("text", ["{", "3", '[{"point": 1}]'])
+def test_a_damaged_sensitivity_is_named(ssmprune: Run, plain: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_bytes((plain / "report.json").read_bytes())
+    (tmp_path / "sensitivity.json").write_text(text)
+    done = ssmprune("report", tmp_path)
+    assert done.returncode == 1 and "sensitivity.json: is no result of a sensitivity" in done.stderr
+
+
+def test_a_file_is_no_artefact_and_a_folder_of_artefacts_names_them(ssmprune: Run, plain: Path) -> None:
+    done = ssmprune("report", plain / "report.json")
+    assert done.returncode == 1 and "is no folder" in done.stderr
+    done = ssmprune("report", plain.parent)
+    assert done.returncode == 1 and str(plain) in done.stderr
 
 
 def test_a_missing_sample_image_is_named(ssmprune: Run, artefact: Path, tmp_path: Path) -> None:
@@ -143,9 +176,12 @@ def test_reports_of_trained_models_are_valid(ssmprune: Run, plain: Path, data: P
     scratch = ("--from-scratch", *small, "--set", "depth=2", "--set", "num_classes=10")
     for name, options in (("pruned", (plain,)), ("dense", (CHECKPOINT,)), ("new", scratch)):
         out = tmp_path / name
-        done = ssmprune("finetune", *options, *common, "--out", out)
+        done = ssmprune("finetune", *options, *common, "--val-dir", data, "--out", out, "--json")
         assert done.returncode == 0, done.stderr
+        (epoch,) = json.loads(done.stdout)["epochs"]  # one object, and nothing else
         report = validated((out / "last" / "report.json").read_text())
         assert len(report["finetuning"]["epochs"]) == 1 and (report["pruned"] is None) == (name != "pruned")
-        assert "Fine-tuning" in (out / "last" / "report.html").read_text()
+        assert report["finetuning"]["epochs"][0]["top1"] == epoch["top1"]
+        page = (out / "last" / "report.html").read_text()
+        assert "Fine-tuning" in page and f"{100 * epoch['top1']:.2f}" in page
         assert "Fine-tuned" in (out / "last" / "README.md").read_text()

@@ -18,6 +18,7 @@ import torch
 
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.recipe import load_recipe, shipped_recipes
+from ssmprune_cli.report import SearchTrial
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -91,7 +92,7 @@ def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: 
     assert {file.name for file in out.iterdir()} == {"flops_0.9.yaml", "flops_0.8.yaml", "search.json", "front.svg"}
     assert load_recipe(out / "flops_0.8.yaml").pruning.reduction == "drop"
     trace = json.loads((out / "search.json").read_text())
-    assert [entry["budget"] for entry in trace if entry["chosen"]] == [0.9, 0.8]
+    assert [SearchTrial(**entry).budget for entry in trace if entry["chosen"]] == [0.9, 0.8]
     ElementTree.parse(out / "front.svg")
     done = ssmprune("search", CHECKPOINT, "--calib", images, *few, "--out", out)
     assert done.returncode == 2 and "not empty" in done.stderr

@@ -142,7 +142,7 @@ def unmeasured(report: Report) -> list[str]:
         return []
     accuracy = "Accuracy was not measured (--eval-data)."
     if report.finetuning is not None:
-        accuracy = "Accuracy was not compared with the dense model since the fine-tuning (`ssmprune eval --compare`)."
+        accuracy = "Accuracy was not compared with the dense model since the fine-tuning (ssmprune eval --compare)."
     missing = [
         (report.accuracy, accuracy),
         (report.speed, "Speed and memory were not measured."),

@@ -87,7 +87,7 @@ def page(entries: Sequence[Entry]) -> str:
 
 def _with_unit(cell: object) -> str:
     """A number keeps its unit: a line does not break between them."""
-    return re.sub(r" (%|G|ms|MiB)(?!\w)", "\u00a0\\1", str(cell))
+    return re.sub(r" (%|G|ms|MiB|points)(?!\w)", "\u00a0\\1", str(cell))
 
 
 def _unbroken(text: str) -> str:

@@ -82,7 +82,7 @@ def _speed_rows(report: Report) -> list[Row]:
     slower = faster = ""
     if speed.latency_ratio_quartiles is not None:
         low, high = speed.latency_ratio_quartiles
-        slower, faster = f"{_change(low)} to {_change(high)}", f"{_change(1 / high)} to {_change(1 / low)}"
+        slower, faster = _changes(low, high), _changes(1 / high, 1 / low)
     before, after = dense.peak_memory_bytes / 2**20, pruned.peak_memory_bytes / 2**20
     return [
         Row(
@@ -130,3 +130,7 @@ def _throughput(speed: ModelSpeed, batch_size: int) -> str:
 
 def _change(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _changes(low: float, high: float) -> str:
+    return f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f}"
