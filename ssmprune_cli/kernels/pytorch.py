@@ -191,7 +191,7 @@ class PyTorchBackend(Backend):
 
 def _widened(inputs: ScanInputs) -> ScanInputs:
     """Every tensor in float32 at least."""
-    return ScanInputs(*(wide(value) if isinstance(value, Tensor) else value for value in inputs))
+    return ScanInputs._make(wide(value) if isinstance(value, Tensor) else value for value in inputs)
 
 
 REFERENCE = PyTorchBackend("reference", reference_scan)
