@@ -141,7 +141,10 @@ def scan_table(seconds: float) -> None:
 
 
 def error_ratio(backend: str, inputs: list[torch.Tensor], gap: torch.Tensor, gap_delta: torch.Tensor) -> float:
-    """Largest error of `backend` against float64, in units of the float32 reference's."""
+    """Error of `backend` against float64 (root mean square), in units of the float32 reference's.
+
+    The largest error is a matter of luck: among few values it differs by a factor of three from draw to draw.
+    """
 
     def run(name: str, dtype: torch.dtype) -> torch.Tensor:
         use_backend(name)
@@ -149,8 +152,8 @@ def error_ratio(backend: str, inputs: list[torch.Tensor], gap: torch.Tensor, gap
         return selective_scan(u, delta, A, B, C, gap=gap, gap_delta=gap_delta.to(dtype)).double()
 
     truth = run("reference", torch.float64)
-    own, reference = (run(name, torch.float32) for name in (backend, "reference"))
-    return float((own - truth).abs().max() / (reference - truth).abs().max())
+    own, reference = ((run(name, torch.float32) - truth).square().mean().sqrt() for name in (backend, "reference"))
+    return float(own / reference)
 
 
 def extra_memory(run: Callable[[], object]) -> float:
