@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from ssmprune_cli.registry import Registry
 Gradients = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
-class ScanInputs:
+class ScanInputs(NamedTuple):
     """Inputs of one scan; shapes as in `op.selective_scan`."""
 
     u: Tensor

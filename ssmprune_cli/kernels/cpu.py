@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,19 @@ _Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels h
 _Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 _DTYPES = (torch.float32, torch.bfloat16)
-_WORTH_THREADS = 1 << 16  # values; passes over fewer are done before a second thread has started
+# Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
+_WORTH_THREADS = 1 << 16
+_EXPONENTIALS_WORTH_THREADS = 1 << 13
 
 
-def _threads(values: int) -> int:
-    return torch.get_num_threads() if values > _WORTH_THREADS else 1
+def _threads(values: int, worth: int) -> int:
+    return torch.get_num_threads() if values > worth else 1
+
+
+def _groups(batch: int) -> int:
+    """Groups of channels that a scan of `batch` samples is cut into: as few as give every thread the same work."""
+    threads = torch.get_num_threads()
+    return threads // math.gcd(batch, threads)
 
 
 class CpuBackend(Backend):
@@ -69,7 +78,7 @@ class CpuBackend(Backend):
         batch, length, channels = inputs.u.shape
         outputs = length if inputs.read is None else inputs.read.shape[1]
         y = torch.empty(batch, outputs, channels, dtype=inputs.u.dtype)
-        call = _Call(threads=torch.get_num_threads(), groups=1, outputs=outputs)
+        call = _Call(threads=torch.get_num_threads(), groups=_groups(batch), outputs=outputs)
         call.scan(inputs)
         call.set(y=y)
         if inputs.read is not None:
@@ -80,8 +89,7 @@ class CpuBackend(Backend):
 
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
         batch, length, channels = inputs.u.shape
-        dtype, state, threads = inputs.u.dtype, inputs.A.shape[1], torch.get_num_threads()
-        groups = -(-threads // batch) if batch else 1  # so that every thread has work when the batch is small
+        dtype, state, groups = inputs.u.dtype, inputs.A.shape[1], _groups(batch)
         wide, per_sample = (batch, length, channels), (batch, channels)
         found = {name: torch.empty(wide, dtype=dtype) for name in ("du", "ddelta")}
         if inputs.z is not None:
@@ -91,7 +99,7 @@ class CpuBackend(Backend):
         found["dA"] = torch.empty(batch, channels, state)
         found.update({name: torch.empty(per_sample) for name in ("dD", "dbias", "dgap_delta")})
         found.update({name: torch.empty(batch, groups, length, state) for name in ("dB", "dC")})
-        call = _Call(threads=threads, groups=groups)
+        call = _Call(threads=torch.get_num_threads(), groups=groups)
         call.scan(inputs)
         call.set(grad=grad.contiguous(), **found)
         self._run("scan_backward", call.struct(_Scan))
@@ -114,7 +122,7 @@ class CpuBackend(Backend):
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
-        call = _Call(threads=_threads(x.numel()), reverse=reverse)
+        call = _Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), reverse=reverse)
         call.convolution(x, weight, bias)
         call.set(y=y)
         self._run("conv_forward", call.struct(_Conv))
@@ -134,7 +142,7 @@ class CpuBackend(Backend):
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
-        call = _Call(threads=_threads(x.numel()), others=context.shape[1])
+        call = _Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), others=context.shape[1])
         call.convolution(x, weight, bias)
         call.rows(context=context)
         call.set(y=y, positions=sources.contiguous())
@@ -174,7 +182,7 @@ class CpuBackend(Backend):
             channels=hidden.shape[2],
             half_in=hidden.dtype == torch.bfloat16,
             half_out=weight.dtype == torch.bfloat16,
-            threads=_threads(hidden.numel()),
+            threads=_threads(hidden.numel(), _WORTH_THREADS),
             eps=eps,
         )
         call.set(hidden=hidden, weight=weight.float().contiguous(), stream=stream, normed=normed)
@@ -191,7 +199,7 @@ class CpuBackend(Backend):
         call = _Call(batch=batch, length=length, channels=channels, count=len(ys), scale=scale)
         call.set(out=out, **{f"y{number}": y.contiguous() for number, y in enumerate(ys)})
         call.rows(z=z)
-        call.numbers.update(half=z.dtype == torch.bfloat16, threads=_threads(z.numel()))
+        call.numbers.update(half=z.dtype == torch.bfloat16, threads=_threads(z.numel(), _EXPONENTIALS_WORTH_THREADS))
         self._run("gated_sum", call.struct(_Gate))
         return out
 
@@ -242,7 +250,7 @@ class _Call:
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.rows(x=x)
-        self.set(taps=weight.flatten(1).t().float().contiguous())  # (K, E), or (K * K, E) on a grid
+        self.set(taps=weight.float().contiguous())
         if bias is not None:
             self.set(bias=bias.float().contiguous())
         batch, length, channels = x.shape

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def _forward(stock: Any, inputs: ScanInputs) -> tuple[Tensor, Any, ScanInputs]:
         u, delta, softplus = exact.u, exact.delta, inputs.delta_softplus
     else:
         # delta' and u' would lose digits in half precision that raw step sizes do not: all in float32.
-        exact = _single(inputs, [field.name for field in fields(inputs)])
+        exact = _single(inputs, ScanInputs._fields)
         D, z, bias, softplus = None, None, None, False
         step, delta = steps(exact)
         u = exact.u * step * _inverse(delta)
@@ -117,7 +116,7 @@ def _forward(stock: Any, inputs: ScanInputs) -> tuple[Tensor, Any, ScanInputs]:
     )
     y = _channels_last(y, inputs)
     if _is_aligned(inputs):
-        context.ungated = finish(y, replace(exact, z=None))
+        context.ungated = finish(y, exact._replace(z=None))
         y = finish(y, exact)
     return y, context, exact
 
@@ -126,7 +125,7 @@ def _single(inputs: ScanInputs, names: Iterable[str]) -> ScanInputs:
     """`inputs` with the tensors called `names` in float32."""
     given = {name: getattr(inputs, name) for name in names}
     single: dict[str, Any] = {name: value.float() for name, value in given.items() if isinstance(value, Tensor)}
-    return replace(inputs, **single)
+    return inputs._replace(**single)
 
 
 def _is_aligned(inputs: ScanInputs) -> bool:

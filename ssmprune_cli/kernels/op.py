@@ -5,7 +5,6 @@ Glossary: B batch, L tokens, E channels, N state size, K convolution width. Layo
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,10 +115,10 @@ def _scan_op(
     read: Tensor | None,
 ) -> Tensor:
     backend = pick(u, A.shape[1])
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse)
-    if read is None or backend.skips_reading:
-        return backend.scan(replace(inputs, read=read))
-    return backend.scan(inputs).gather(1, read[..., None].expand(-1, -1, u.shape[2]))
+    own = read if backend.skips_reading else None
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, own)
+    y = backend.scan(inputs)
+    return y if read is None or own is not None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2]))
 
 
 def _scan_fake(u: Tensor, *others: Any) -> Tensor:

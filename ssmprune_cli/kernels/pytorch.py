@@ -7,8 +7,6 @@ chunk by chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,77 +51,93 @@ def reference_scan(inputs: ScanInputs) -> Tensor:
 
 
 def chunked_scan(inputs: ScanInputs) -> Tensor:
-    """As `reference_scan`, with decays, drives and read-outs of several tokens in one operation each."""
+    """As `reference_scan`, with decays, drives and read-outs of several tokens in one operation each.
+
+    A state is (N, E) here, so that neighbouring channels lie together and a read-out is a product of matrices.
+    """
     delta, decay = steps(inputs)
-    drive = delta * inputs.u
-    batch, _, channels = inputs.u.shape
-    state = inputs.u.new_zeros(batch, channels, inputs.A.shape[1])
+    walk = _Walk(inputs, decay, delta * inputs.u)
     y = torch.empty_like(inputs.u)
-    for part in _chunks(inputs):
-        states, _ = _states(inputs, decay, drive, part, state)
-        state = states[0 if inputs.reverse else -1]
-        y[:, part] = _dot(states, inputs.C, part)
+    state = walk.start()
+    for part in walk.chunks:
+        states, _ = walk.states(part, state)
+        state = states[:, walk.last]
+        y[:, part] = _over_states(inputs.C[:, part], states)
     return finish(y, inputs)
 
 
-def _chunks(inputs: ScanInputs) -> list[slice]:
-    """Token ranges in scan order: few tokens of large batches, and more of small ones."""
-    batch, length, _ = inputs.u.shape
-    size = min(max(CHUNK_VALUES // max(batch * inputs.A.numel(), 1), 4), 32)
-    chunks = [slice(start, min(start + size, length)) for start in range(0, length, size)]
-    return chunks[::-1] if inputs.reverse else chunks
+def _over_states(vectors: Tensor, states: Tensor) -> Tensor:
+    """(B, T, E): the products over N of `vectors` (B, T, N) with `states` (B, T, N, E)."""
+    return (vectors[:, :, None] @ states)[:, :, 0]
 
 
-def _rows(values: Tensor, part: slice) -> Tensor:
-    """(T, B, c): the tokens `part` of `values` (B, L, c), tokens first, so that one token's states lie together."""
-    return values[:, part].transpose(0, 1)
+def _over_channels(states: Tensor, values: Tensor) -> Tensor:
+    """(B, T, N): the products over E of `states` (B, T, N, E) with `values` (B, T, E)."""
+    return (states @ values[..., None])[..., 0]
 
 
-def _dot(states: Tensor, vectors: Tensor, part: slice) -> Tensor:
-    """(B, T, E): the products over N of `states` (T, B, E, N) with `vectors` (B, L, N) of the tokens `part`."""
-    return (states @ _rows(vectors, part)[..., None])[..., 0].transpose(0, 1)
+class _Walk:
+    """The states of a scan, chunk by chunk.
 
+    decay, drive  (B, L, E): decay times, and step times input
+    chunks        token ranges in scan order: few tokens of large batches, and more of small ones
+    last          place of a chunk's last token, in scan order
+    """
 
-def _states(inputs: ScanInputs, decay: Tensor, drive: Tensor, part: slice, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States after each token of `part` and their decays, (T, B, E, N) each, from the `state` before it."""
-    decays = (_rows(decay, part)[..., None] * inputs.A).exp_()
-    states = _rows(drive, part)[..., None] * _rows(inputs.B, part)[:, :, None]
-    pairs = list(zip(states.unbind(0), decays.unbind(0), strict=True))
-    for new, factor in reversed(pairs) if inputs.reverse else pairs:
-        state = new.addcmul_(factor, state)
-    return states, decays
+    def __init__(self, inputs: ScanInputs, decay: Tensor, drive: Tensor) -> None:
+        self.decay, self.drive, self.B = decay, drive, inputs.B
+        self.rates = inputs.A.t().contiguous()  # (N, E)
+        self.reverse, self.last = inputs.reverse, 0 if inputs.reverse else -1
+        batch, length, _ = drive.shape
+        size = min(max(CHUNK_VALUES // max(batch * self.rates.numel(), 1), 4), 32)
+        chunks = [slice(start, min(start + size, length)) for start in range(0, length, size)]
+        self.chunks = chunks[::-1] if self.reverse else chunks
+
+    def start(self) -> Tensor:
+        """(B, N, E): the state before the first token."""
+        return self.rates.new_zeros(len(self.drive), *self.rates.shape)
+
+    def states(self, part: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        """States after each token of `part` and their decays, (B, T, N, E) each, from the `state` before it."""
+        decays = (self.decay[:, part, None] * self.rates).exp_()
+        states = self.drive[:, part, None] * self.B[:, part, :, None]
+        for new, factor in self.steps(states, decays):
+            state = new.addcmul_(factor, state)
+        return states, decays
+
+    def steps(self, *of_chunk: Tensor, back: bool = False) -> list[tuple[Tensor, ...]]:
+        """The parts of (B, T, ...) tensors that belong to one token, token by token in scan order, or `back`."""
+        tokens = list(zip(*(each.unbind(1) for each in of_chunk), strict=True))
+        return tokens[::-1] if self.reverse != back else tokens
 
 
 def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
     """Gradients in the order of `Backend.scan_backward`; states are kept at chunk borders and recomputed between."""
-    u, A, B, C, D, z = inputs.u, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z
+    u, B, C, D, z = inputs.u, inputs.B, inputs.C, inputs.D, inputs.z
     delta, decay = steps(inputs)
-    drive = delta * u
-    chunks = _chunks(inputs)
-    last = 0 if inputs.reverse else -1  # of a chunk, in scan order
-    borders = [u.new_zeros(u.shape[0], u.shape[2], A.shape[1])]
-    for part in chunks[:-1]:
-        borders.append(_states(inputs, decay, drive, part, borders[-1])[0][last].clone())
+    walk = _Walk(inputs, decay, delta * u)
+    borders = [walk.start()]
+    for part in walk.chunks[:-1]:
+        borders.append(walk.states(part, borders[-1])[0][:, walk.last].clone())
     gate = None if z is None else torch.sigmoid(z)
     through = grad if z is None or gate is None else grad * z * gate  # dL/dy before the gate
-    y = torch.empty_like(u)
-    d_drive, d_decay, d_A = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(A)
-    d_B, d_C = torch.empty_like(B), torch.empty_like(C)
-    carry = torch.zeros_like(borders[0])  # dL/dh that later chunks send back
-    for part, border in zip(reversed(chunks), reversed(borders), strict=True):
-        states, decays = _states(inputs, decay, drive, part, border)
-        before = torch.cat((states[1:], border[None]) if inputs.reverse else (border[None], states[:-1]))
-        d_h = _rows(through, part)[..., None] * _rows(C, part)[:, :, None]  # (T, B, E, N): what y_t sends to h_t
-        pairs = list(zip(d_h.unbind(0), decays.unbind(0), strict=True))
-        for d_state, factor in pairs if inputs.reverse else reversed(pairs):
+    y, d_drive, d_decay = (torch.empty_like(u) for _ in range(3))
+    d_B, d_C, d_rates = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(walk.rates)
+    carry = walk.start()  # dL/dh that later chunks send back
+    for part, border in zip(reversed(walk.chunks), reversed(borders), strict=True):
+        states, decays = walk.states(part, border)
+        first, rest = border[:, None], states[:, 1:] if inputs.reverse else states[:, :-1]
+        before = torch.cat((rest, first) if inputs.reverse else (first, rest), dim=1)
+        d_h = through[:, part, None] * C[:, part, :, None]  # (B, T, N, E): what y_t sends to h_t
+        for d_state, factor in walk.steps(d_h, decays, back=True):
             carry = d_state.add_(carry) * factor
-        y[:, part] = _dot(states, C, part)
-        d_drive[:, part] = _dot(d_h, B, part)
-        d_C[:, part] = (_rows(through, part)[:, :, None] @ states)[:, :, 0].transpose(0, 1)
-        d_B[:, part] = (_rows(drive, part)[:, :, None] @ d_h)[:, :, 0].transpose(0, 1)
+        y[:, part] = _over_states(C[:, part], states)
+        d_drive[:, part] = _over_states(B[:, part], d_h)
+        d_C[:, part] = _over_channels(states, through[:, part])
+        d_B[:, part] = _over_channels(d_h, walk.drive[:, part])
         d_exponent = before.mul_(d_h).mul_(decays)
-        d_decay[:, part] = (d_exponent * A).sum(dim=-1).transpose(0, 1)
-        d_A += (d_exponent * _rows(decay, part)[..., None]).sum(dim=(0, 1))
+        d_rates += (d_exponent * decay[:, part, None]).sum(dim=(0, 1))
+        d_decay[:, part] = d_exponent.mul_(walk.rates).sum(dim=2)
     d_u, d_delta = d_drive * delta, d_drive * u + d_decay
     if D is not None:
         y, d_u = y + D * u, d_u + D * through
@@ -139,7 +153,7 @@ def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
     return (
         d_u,
         d_delta,
-        d_A,
+        d_rates.t(),
         d_B,
         d_C,
         None if D is None else (through * u).sum(dim=(0, 1)),
@@ -177,9 +191,7 @@ class PyTorchBackend(Backend):
 
 def _widened(inputs: ScanInputs) -> ScanInputs:
     """Every tensor in float32 at least."""
-    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    widened: dict[str, Any] = {name: wide(value) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(inputs, **widened)
+    return ScanInputs._make(wide(value) if isinstance(value, Tensor) else value for value in inputs)
 
 
 REFERENCE = PyTorchBackend("reference", reference_scan)

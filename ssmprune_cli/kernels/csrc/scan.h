@@ -20,14 +20,15 @@ typedef struct {
 typedef struct { vf A[MAX_INNER], bias, D, gap_delta; float steepest; } Block;
 
 INLINE void read_block(const Scan *a, int64_t c, int lanes, int N, Block *k) {
+    vf steepest = {0};
+    for (int n = 0; n < N; n++) {
+        vf A = {0};
+        for (int i = 0; i < lanes; i++) A[i] = a->A[(c + i) * N + n];
+        k->A[n] = A *= LOG2E;
+        steepest = pick(absolute(A) > steepest, absolute(A), steepest);
+    }
     k->steepest = 0;
-    for (int n = 0; n < N; n++)
-        for (int i = 0; i < W; i++) {
-            float value = i < lanes ? a->A[(c + i) * N + n] * LOG2E : 0;
-            k->A[n][i] = value;
-            value = value < 0 ? -value : value;
-            k->steepest = value > k->steepest ? value : k->steepest;
-        }
+    for (int i = 0; i < W; i++) k->steepest = steepest[i] > k->steepest ? steepest[i] : k->steepest;
     k->bias = a->bias ? load(a->bias, c, lanes, 0) : (vf){0};
     k->D = a->D ? load(a->D, c, lanes, 0) : (vf){0};
     k->gap_delta = a->gap_delta ? load(a->gap_delta, c, lanes, 0) : (vf){0};

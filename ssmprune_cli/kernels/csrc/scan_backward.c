@@ -88,9 +88,9 @@ INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, i
     Tokens x;
     Work w;
     vf grad[CHUNK], z[CHUNK], gate[CHUNK];
-    memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
     int way = a->reverse ? -1 : 1;
     int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
+    if (size < CHUNK) memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
     int64_t first = a->reverse ? a->length - 1 - start : start;
     int64_t at = (b * a->length + first) * a->channels + c, step = way * a->channels;
     int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);

@@ -28,50 +28,70 @@ INLINE void advance(const Scan *a, const vf (*factors)[CHUNK], const vf *drive, 
     for (int n = 0; n < count; n++) h[n] = g[n];
 }
 
-INLINE void forward_block(const Scan *a, int64_t b, int64_t c, int lanes, int N, int half) {
-    Block k;
+/* One block of channels, and what it carries from chunk to chunk. */
+typedef struct { Block k; vf h[MAX_INNER]; } Column;
+
+INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, int lanes, int N, int half, Column *column) {
+    const Block *k = &column->k;
     Tokens x;
-    vf h[MAX_INNER], drive[CHUNK], y[CHUNK], gate[CHUNK], factors[GROUP][CHUNK];
-    read_block(a, c, lanes, N, &k);
-    for (int n = 0; n < N; n++) h[n] = (vf){0};
-    memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
+    vf drive[CHUNK], y[CHUNK], gate[CHUNK], factors[GROUP][CHUNK], *h = column->h;
     int way = a->reverse ? -1 : 1;
-    for (int64_t start = 0; start < a->length; start += CHUNK) {
-        int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
-        int64_t first = a->reverse ? a->length - 1 - start : start;
-        const int64_t *slots = a->slots ? a->slots + b * a->length + first : 0;
-        int safe = read_tokens(a, b, first, way, size, c, lanes, half, &k, &x);
-        for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k.D * x.u[j];
-        for (int m = 0; m < N; m += GROUP) {
-            int64_t b_row = b * a->B_b + first * a->B_l + m, c_row = b * a->C_b + first * a->C_l + m;
-            int count = N - m < GROUP ? N - m : GROUP;
-            for (int n = 0; n < count; n++) decay_factors(x.decay, k.A[m + n], size, safe, factors[n]);
-            if (count == GROUP) advance(a, factors, drive, y, h + m, slots, b_row, c_row, way, size, GROUP, half);
-            else advance(a, factors, drive, y, h + m, slots, b_row, c_row, way, size, count, half);
-        }
-        if (a->z) {
-            for (int j = 0; j < size; j++)
-                gate[j] = load(a->z, b * a->z_b + (first + j * way) * a->z_l + c, lanes, half);
-            for (int j = 0; j < size; j++) y[j] *= gate[j];
-            for (int j = 0; j < size; j += UNROLL) sigmoid(gate + j);
-            for (int j = 0; j < size; j++) y[j] *= gate[j];
-        }
-        for (int j = 0; j < size; j++) {
-            int64_t row = slots ? slots[j * way] : first + j * way;
-            if (row >= 0) store(a->y, (b * a->outputs + row) * a->channels + c, y[j], lanes, half);
-        }
+    int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
+    if (size < CHUNK) memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
+    int64_t first = a->reverse ? a->length - 1 - start : start;
+    const int64_t *slots = a->slots ? a->slots + b * a->length + first : 0;
+    int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
+    for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k->D * x.u[j];
+    for (int m = 0; m < N; m += GROUP) {
+        int64_t b_row = b * a->B_b + first * a->B_l + m, c_row = b * a->C_b + first * a->C_l + m;
+        int count = N - m < GROUP ? N - m : GROUP;
+        for (int n = 0; n < count; n++) decay_factors(x.decay, k->A[m + n], size, safe, factors[n]);
+        if (count == GROUP) advance(a, factors, drive, y, h + m, slots, b_row, c_row, way, size, GROUP, half);
+        else advance(a, factors, drive, y, h + m, slots, b_row, c_row, way, size, count, half);
+    }
+    if (a->z) {
+        for (int j = 0; j < size; j++) gate[j] = load(a->z, b * a->z_b + (first + j * way) * a->z_l + c, lanes, half);
+        for (int j = 0; j < size; j++) y[j] *= gate[j];
+        for (int j = 0; j < size; j += UNROLL) sigmoid(gate + j);
+        for (int j = 0; j < size; j++) y[j] *= gate[j];
+    }
+    for (int j = 0; j < size; j++) {
+        int64_t row = slots ? slots[j * way] : first + j * way;
+        if (row >= 0) store(a->y, (b * a->outputs + row) * a->channels + c, y[j], lanes, half);
     }
 }
 
+/* The blocks `from` ... `to` of sample b go through one chunk together before any goes on to the next: memory is then read
+ * row by row. Returns 1 when memory runs out. */
+static int forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
+    int N = (int)a->state, half = (int)a->half;
+    Column *columns = aligned_alloc(sizeof(vf), (size_t)(to - from + 1) * sizeof(Column));
+    if (!columns) return 1;
+    for (int64_t i = from; i < to; i++) {
+        int64_t left = a->channels - i * W;
+        read_block(a, i * W, left < W ? (int)left : W, N, &columns[i - from].k);
+        for (int n = 0; n < N; n++) columns[i - from].h[n] = (vf){0};
+    }
+    for (int64_t start = 0; start < a->length; start += CHUNK)
+        for (int64_t i = from; i < to; i++) {
+            int64_t c = i * W, left = a->channels - c;
+            int lanes = left < W ? (int)left : W;
+            if (lanes == W && N == 16 && !half) forward_chunk(a, b, start, c, W, 16, 0, columns + i - from);
+            else if (lanes == W && N == 16) forward_chunk(a, b, start, c, W, 16, 1, columns + i - from);
+            else forward_chunk(a, b, start, c, lanes, N, half, columns + i - from);
+        }
+    free(columns);
+    return 0;
+}
+
+/* Returns 0, or 1 when memory ran out. */
 int scan_forward(const Scan *a) {
     int64_t blocks = (a->channels + W - 1) / W;
-#pragma omp parallel for num_threads(a->threads) schedule(static)
-    for (int64_t item = 0; item < a->batch * blocks; item++) {
-        int64_t b = item / blocks, c = item % blocks * W;
-        int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
-        if (lanes == W && a->state == 16 && !a->half) forward_block(a, b, c, W, 16, 0);
-        else if (lanes == W && a->state == 16) forward_block(a, b, c, W, 16, 1);
-        else forward_block(a, b, c, lanes, (int)a->state, (int)a->half);
+    int failed = 0;
+#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
+    for (int64_t item = 0; item < a->batch * a->groups; item++) {
+        int64_t group = item % a->groups;
+        failed |= forward_group(a, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups);
     }
-    return 0;
+    return failed;
 }

@@ -70,12 +70,13 @@ INLINE void store(void *data, int64_t at, vf v, int lanes, int half) {
 #define SLAB (UNROLL * W) /* channels worked on at once */
 
 /* Run `body` for vector i of the slab at channel c of `channels`; `lanes` is a constant where the slab is full, so that
- * loads and stores are single instructions. */
+ * loads and stores are single instructions. Both loops are unrolled: an array that is indexed by a variable anywhere would
+ * stay in memory everywhere. */
 #define FOR_SLAB(channels, c, body)                                                      \
     if ((channels) - (c) >= SLAB) {                                                      \
         STAGE { const int lanes = W; body; }                                             \
     } else {                                                                             \
-        for (int i = 0; i < UNROLL; i++) {                                               \
+        STAGE {                                                                          \
             int64_t left = (channels) - (c) - i * W;                                     \
             const int lanes = left < W ? (int)left : W;                                  \
             if (lanes > 0) { body; }                                                     \
