@@ -89,9 +89,10 @@ class ModelSpeed(Section):
 
 
 class SpeedFacts(Section):
-    """Dense and pruned model, timed in turns. latency_ratio is the pruned median over the dense one.
+    """Dense and pruned model, timed in turns: `rounds` of one batch each.
 
-    latency_ratio_quartiles  of the ratios of single rounds; None in reports that were written before they were kept
+    latency_ratio            pruned over dense: the median of the rounds' ratios, which a slow minute changes least
+    latency_ratio_quartiles  of the same ratios; None in reports that were written before they were kept
     """
 
     batch_size: int

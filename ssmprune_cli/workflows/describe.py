@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
 from typing import Any
 
@@ -116,6 +117,7 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         dense.to(images.device).eval()(images)
     rounds = timed_rounds(time.perf_counter() - start)
     first, second = profile([dense, pruned], batch_size=8, device=device, rounds=rounds, progress=progress)
+    ratios = [after / before for before, after in zip(first.speed.rounds_ms, second.speed.rounds_ms, strict=True)]
     return SpeedFacts(
         batch_size=first.batch_size,
         rounds=first.speed.rounds,
@@ -124,10 +126,8 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         backend=first.backend,
         dense=_model_speed(first),
         pruned=_model_speed(second),
-        latency_ratio=second.speed.median_ms / first.speed.median_ms,
-        latency_ratio_quartiles=quartiles(
-            [after / before for before, after in zip(first.speed.rounds_ms, second.speed.rounds_ms, strict=True)]
-        ),
+        latency_ratio=statistics.median(ratios),
+        latency_ratio_quartiles=quartiles(ratios),
     )
 
 
