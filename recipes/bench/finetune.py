@@ -1,10 +1,10 @@
 """The fine-tuning table of BENCHMARKS.md: checkpoints pruned to parts of their multiply-adds, before and after.
 
     python recipes/bench/finetune.py --checkpoint FILE [FILE ...] --dataset cifar10 --train DIR --val DIR --calib DIR
-        [--costs 0.7 0.5] [--reductions drop context] [--alignments none calibrated] [--epochs 3] [--limit N]
-        [--seeds 1] [--set training.key=value ...] [--json FILE]
+        [--costs 0.7 0.5] [--points 3 6 9] [--reductions drop context] [--alignments none calibrated]
+        [--distilled no yes] [--epochs 3] [--limit N] [--seeds 1] [--set training.key=value ...] [--json FILE]
 
-prints a Markdown table. Every checkpoint is pruned (three points, equal keep ratios) to each share of the dense
+prints a Markdown table. Every checkpoint is pruned (equal keep ratios at the points) to each share of the dense
 multiply-adds, all scan directions counted, with the reductions `drop` and `context`, aligned and not, and trained with
 and without distillation from the dense model, once for each seed. "won back" is the share of the lost points that
 training returned. Top-1 is on the same images for all; ± is the standard deviation over seeds.
@@ -42,17 +42,17 @@ from ssmprune_cli.workflows.flops import count_flops
 DEMO = Path(__file__).parent.parent / "demo"
 
 
-def keep_ratio(model: Backbone, reduction: str, cost: float) -> float | None:
+def keep_ratio(model: Backbone, reduction: str, cost: float, points: list[int] | None) -> float | None:
     """The largest keep ratio (to 1/1000) with which `model` needs at most `cost` of its dense multiply-adds, if any."""
     model.pruner = None
     dense = count_flops(model).all_directions
     low, high = 1, 1000
     while low < high:
         middle = (low + high + 1) // 2
-        compress(model, middle / 1000, reduction=reduction, alignment="none")
+        compress(model, middle / 1000, points=points, reduction=reduction, alignment="none")
         within = count_flops(model).all_directions <= cost * dense
         low, high = (middle, high) if within else (low, middle - 1)
-    compress(model, low / 1000, reduction=reduction, alignment="none")
+    compress(model, low / 1000, points=points, reduction=reduction, alignment="none")
     found = count_flops(model).all_directions
     model.pruner = None
     return low / 1000 if found <= cost * dense else None
@@ -73,17 +73,24 @@ def rows(arguments: argparse.Namespace, settings: Training) -> Iterator[dict[str
         ]
         for cost in arguments.costs:
             for reduction in arguments.reductions:
-                keep = keep_ratio(checkpoint.load(path), reduction, cost)
+                keep = keep_ratio(checkpoint.load(path), reduction, cost, arguments.points)
                 if keep is None:
                     print(f"  {path.name}: no keep ratio of {reduction} reaches {cost}", file=sys.stderr)
                     continue
                 for alignment in arguments.alignments:
-                    for distilled in (False, True):
+                    for distilled in (each == "yes" for each in arguments.distilled):
                         before, after = 0.0, []
                         for seed in range(arguments.seeds):
                             model = checkpoint.load(path)
                             given = calibration if alignment == "calibrated" else None
-                            compress(model, keep, reduction=reduction, alignment=alignment, calibration=given)
+                            compress(
+                                model,
+                                keep,
+                                points=arguments.points,
+                                reduction=reduction,
+                                alignment=alignment,
+                                calibration=given,
+                            )
                             before = top1(model, validation, arguments.device)
                             teacher = checkpoint.load(path) if distilled else None
                             job = Job(settings, seed, " ".join(sys.argv), arguments.device, teacher)
@@ -128,8 +135,10 @@ def main() -> None:
     parser.add_argument("--val", type=Path, default=DEMO / "test.npz")
     parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz")
     parser.add_argument("--costs", type=float, nargs="+", default=[0.7, 0.5], help="of the dense multiply-adds")
+    parser.add_argument("--points", type=int, nargs="+", help="prune after so many blocks (default: as in compress)")
     parser.add_argument("--reductions", nargs="+", default=["drop", "context"])
     parser.add_argument("--alignments", nargs="+", default=["none", "calibrated"], choices=["none", "calibrated"])
+    parser.add_argument("--distilled", nargs="+", default=["no", "yes"], choices=["no", "yes"])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="train on so many images")
     parser.add_argument("--val-limit", type=int, help="measure on so many images")
