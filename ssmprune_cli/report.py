@@ -92,7 +92,7 @@ class SpeedFacts(Section):
     """Dense and pruned model, timed in turns: `rounds` of one batch each.
 
     latency_ratio            pruned over dense: the median of the rounds' ratios, which a slow minute changes least
-    latency_ratio_quartiles  of the same ratios; None in reports that were written before they were kept
+    latency_ratio_quartiles  of the same ratios
     """
 
     batch_size: int
@@ -103,7 +103,7 @@ class SpeedFacts(Section):
     dense: ModelSpeed
     pruned: ModelSpeed
     latency_ratio: float
-    latency_ratio_quartiles: tuple[float, float] | None = None
+    latency_ratio_quartiles: tuple[float, float]
 
 
 class PointFacts(Section):

@@ -79,10 +79,7 @@ def _speed_rows(report: Report) -> list[Row]:
     if speed is None:
         return []
     dense, pruned, size = speed.dense, speed.pruned, speed.batch_size
-    slower = faster = ""
-    if speed.latency_ratio_quartiles is not None:
-        low, high = speed.latency_ratio_quartiles
-        slower, faster = _changes(low, high), _changes(1 / high, 1 / low)
+    low, high = speed.latency_ratio_quartiles
     before, after = dense.peak_memory_bytes / 2**20, pruned.peak_memory_bytes / 2**20
     return [
         Row(
@@ -90,7 +87,7 @@ def _speed_rows(report: Report) -> list[Row]:
             _latency(dense),
             _latency(pruned),
             _change(speed.latency_ratio),
-            slower,
+            _changes(low, high),
             key=True,
         ),
         Row(
@@ -98,7 +95,7 @@ def _speed_rows(report: Report) -> list[Row]:
             _throughput(dense, size),
             _throughput(pruned, size),
             _change(1 / speed.latency_ratio),
-            faster,
+            _changes(1 / high, 1 / low),
             key=True,
         ),
         Row("peak memory", f"{before:.1f} MiB", f"{after:.1f} MiB", _change(after / before), key=True),
