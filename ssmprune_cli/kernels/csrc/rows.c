@@ -14,7 +14,7 @@ INLINE void norm_row(const Norm *a, int64_t row, int half_in, int half_out) {
     int64_t E = a->channels, at = row * E;
     vf square[UNROLL] = {{0}};
     for (int64_t c = 0; c < E; c += SLAB) {
-        vf x[UNROLL];
+        vf x[UNROLL] = {{0}};
         FOR_SLAB(E, c, x[i] = load(a->hidden, at + c + i * W, lanes, half_in))
         if (a->residual) { FOR_SLAB(E, c, x[i] += load(a->residual, at + c + i * W, lanes, 0)) }
         FOR_SLAB(E, c, square[i] += x[i] * x[i]; store(a->stream, at + c + i * W, x[i], lanes, 0))
@@ -23,7 +23,7 @@ INLINE void norm_row(const Norm *a, int64_t row, int half_in, int half_out) {
     STAGE total += square[i];
     vf scale = splat(1.0f / __builtin_sqrtf(sum_lanes(total) / (float)E + (float)a->eps));
     for (int64_t c = 0; c < E; c += SLAB) {
-        vf y[UNROLL];
+        vf y[UNROLL] = {{0}};
         FOR_SLAB(E, c, y[i] = load(a->stream, at + c + i * W, lanes, 0) * scale * load(a->weight, c + i * W, lanes, 0))
         FOR_SLAB(E, c, store(a->normed, at + c + i * W, y[i], lanes, half_out))
     }
@@ -46,7 +46,7 @@ typedef struct {
 INLINE void gate_row(const Gate *a, int64_t row, int half) {
     int64_t E = a->channels, at = row * E, z_at = row / a->length * a->z_b + row % a->length * a->z_l;
     for (int64_t c = 0; c < E; c += SLAB) {
-        vf z[UNROLL] = {{0}}, gate[UNROLL], y[UNROLL];
+        vf z[UNROLL] = {{0}}, gate[UNROLL], y[UNROLL] = {{0}};
         FOR_SLAB(E, c, z[i] = load(a->z, z_at + c + i * W, lanes, half); y[i] = load(a->y[0], at + c + i * W, lanes, half))
         STAGE gate[i] = z[i];
         sigmoid(gate);
