@@ -44,6 +44,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the order of the images, augmentation and new weights.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on so many images, drawn at random.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that prepare images (default: 0 on a CPU, up to 8 on a GPU).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --out.")] = False,
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Save the state every so many updates, not only after epochs.")
@@ -113,6 +116,7 @@ def command(
         teacher=None if distill is None else checkpoint.load(distill, family=model.family),
         save_every=save_every,
         tensorboard=tensorboard,
+        workers=workers,
     )
     data = Data(
         some(open_dataset(dataset, data_dir, split="train"), limit, seed),

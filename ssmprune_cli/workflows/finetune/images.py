@@ -1,15 +1,16 @@
-"""Training images by epoch and step: read and augmented ahead in threads, each process its own share."""
+"""Training images by epoch and step: every process prepares its own share, itself or in worker processes."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
+import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError, UsageError
@@ -19,7 +20,12 @@ from ssmprune_cli.recipe_sections import Training
 from ssmprune_cli.workflows.finetune.augment import mix, soft_targets, training_image
 from ssmprune_cli.workflows.processes import Share
 
-_AHEAD = 2  # parts of a batch read while the model works on one
+_MOST_WORKERS = 8
+
+
+def default_workers(device: torch.device, processes: int) -> int:
+    """Worker processes for one of `processes`: none beside a model that needs the cores itself."""
+    return 0 if device.type == "cpu" else min(_MOST_WORKERS, (os.cpu_count() or 1) // processes)
 
 
 def steps_per_epoch(dataset: ImageDataset, settings: Training) -> int:
@@ -44,6 +50,41 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
+@dataclass(frozen=True)
+class _Parts(Dataset[tuple[Tensor, Tensor] | DataError]):
+    """Parts of updates by (step, place of the first image). An error is a value: a loader would reword it."""
+
+    images: ImageDataset
+    preprocessing: Preprocessing
+    classes: int
+    settings: Training
+    order: Tensor  # (steps, batch)
+    size: int
+    seeds: tuple[int, int]  # of the training, and the epoch
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, Tensor] | DataError:
+        step, start = at
+        places = range(start, start + self.size)
+        try:
+            images = torch.stack([self._image(step, place) for place in places])
+        except DataError as error:
+            return error
+        labels = torch.tensor([self.images.label(int(self.order[step, place])) for place in places])
+        targets = soft_targets(labels, self.classes, self.settings.label_smoothing)
+        if self.settings.mixup or self.settings.cutmix:
+            seeds = [mixed_seed(*self.seeds, step, place, 1) for place in places[::2]]
+            images, targets = mix(images, targets, self.settings, seeds)
+        return images, targets
+
+    def _image(self, step: int, place: int) -> Tensor:
+        index = int(self.order[step, place])
+        image = self.images.image(index)
+        try:
+            return training_image(image, self.preprocessing, self.settings, mixed_seed(*self.seeds, step, place, 0))
+        except ValueError as error:
+            raise DataError(f"cannot be prepared for the model: {error}", where=self.images.name(index)) from error
+
+
 def epoch_parts(
     dataset: ImageDataset,
     model: Backbone,
@@ -53,51 +94,37 @@ def epoch_parts(
     epoch: int,
     first_step: int,
     share: Share,
+    workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, targets) of every part of every step from `first_step` of `epoch`, for one process.
 
     images (b, 3, H, W) normalised, targets (b, classes), b = batch_size / accumulate / processes. What an image looks
-    like does not depend on how many processes or parts there are. Raises DataError for an unreadable image.
+    like does not depend on how many processes, workers or parts there are. Raises DataError for an unreadable image.
     """
-    part = part_size(settings, share)
-    plan = order(len(dataset), settings, seed, epoch)[first_step:]
+    size = part_size(settings, share)
+    plan = order(len(dataset), settings, seed, epoch)
     starts = [
-        (first_step + step, (piece * share.processes + share.rank) * part)
-        for step in range(len(plan))
+        (step, (piece * share.processes + share.rank) * size)
+        for step in range(first_step, len(plan))
         for piece in range(settings.accumulate)
     ]
-    preprocessing: Preprocessing = model.preprocessing
+    parts = _Parts(dataset, model.preprocessing, model.num_classes, settings, plan, size, (seed, epoch))
+    loader = DataLoader(
+        parts,
+        batch_size=None,
+        sampler=starts,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupts,  # Ctrl-C is for the training, which stops after an update
+        generator=torch.Generator(),  # its own: the training's draws must not depend on when a loader starts
+    )
+    for part in loader:
+        if isinstance(part, DataError):
+            raise part
+        yield part
 
-    def load(step: int, place: int) -> Tensor:
-        index = int(plan[step - first_step, place])
-        try:
-            return training_image(
-                dataset.image(index), preprocessing, settings, mixed_seed(seed, epoch, step, place, 0)
-            )
-        except ValueError as error:
-            raise DataError(f"cannot be prepared for the model: {error}", where=dataset.name(index)) from error
 
-    waiting: deque[tuple[int, int, list[Future[Tensor]]]] = deque()
-    upcoming = iter(starts)
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="ssmprune-images")
-    try:
-        while True:
-            while len(waiting) <= _AHEAD and (following := next(upcoming, None)) is not None:
-                step, start = following
-                waiting.append((step, start, [pool.submit(load, step, start + i) for i in range(part)]))
-            if not waiting:
-                return
-            step, start, futures = waiting.popleft()
-            images = torch.stack([future.result() for future in futures])
-            indices = plan[step - first_step, start : start + part].tolist()
-            labels = torch.tensor([dataset.label(index) for index in indices])
-            targets = soft_targets(labels, model.num_classes, settings.label_smoothing)
-            if settings.mixup or settings.cutmix:
-                seeds = [mixed_seed(seed, epoch, step, start + i, 1) for i in range(0, part, 2)]
-                images, targets = mix(images, targets, settings, seeds)
-            yield images, targets
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def part_size(settings: Training, share: Share) -> int:

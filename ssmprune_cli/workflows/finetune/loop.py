@@ -22,7 +22,7 @@ from ssmprune_cli.models.block import set_drop_path, set_recompute
 from ssmprune_cli.pruning import TokenPruner
 from ssmprune_cli.recipe_sections import Training
 from ssmprune_cli.workflows.finetune.guard import PATIENCE, first_non_finite
-from ssmprune_cli.workflows.finetune.images import epoch_parts, mixed_seed, part_size, steps_per_epoch
+from ssmprune_cli.workflows.finetune.images import default_workers, epoch_parts, mixed_seed, part_size, steps_per_epoch
 from ssmprune_cli.workflows.finetune.loss import Outputs, WithTokens, taught, total_loss
 from ssmprune_cli.workflows.finetune.optimiser import learning_rate, optimiser
 from ssmprune_cli.workflows.finetune.progressive import ProgressiveSchedule
@@ -37,7 +37,8 @@ class Stopped(Exception):
 class Trainer:
     """Trains `model` in place. `weights` is the model to evaluate and keep: its running mean, if there is one.
 
-    stop  asked after every update: whether to stop
+    stop     asked after every update: whether to stop
+    workers  processes that prepare images; None is as many as the device needs
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Trainer:
         teacher: Backbone | None = None,
         device: str = "cpu",
         stop: Callable[[], bool] = lambda: False,
+        workers: int | None = None,
     ) -> None:
         unused = any("norm_layer" in name or "outnorm" in name for name, _ in model.named_parameters())
         self.accelerator = accelerator(settings.precision, device, find_unused=unused)
@@ -59,6 +61,7 @@ class Trainer:
         self.steps = steps_per_epoch(images, settings)
         part_size(settings, self._share)  # raises before anything is done
         target = self.accelerator.device
+        self._workers = default_workers(target, self._share.processes) if workers is None else workers
         model.to(target)
         self.ema = None
         if settings.ema is not None:
@@ -118,6 +121,7 @@ class Trainer:
             epoch=progress.epoch,
             first_step=progress.step,
             share=self._share,
+            workers=self._workers,
         )
         try:
             while progress.step < self.steps:

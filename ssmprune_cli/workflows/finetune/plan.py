@@ -31,6 +31,7 @@ def plan(
     teacher: Backbone | None,
     save_every: int | None,
     tensorboard: bool,
+    workers: int | None,
 ) -> Job:
     """The settings of the recipe (`recipe`, else the artefact's own), changed by options and "training.key=value".
 
@@ -51,7 +52,7 @@ def plan(
             report = read_report(path)
     if own is not None:
         files["recipe.yaml"] = own.model_copy(update={"training": training}).to_yaml()
-    return Job(training, seed, command, device, teacher, files, report, save_every, tensorboard)
+    return Job(training, seed, command, device, teacher, files, report, save_every, tensorboard, workers)
 
 
 def some(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset:

@@ -52,6 +52,7 @@ class Job:
     report    of the artefact that is trained, if it has one; what this training did is added under "finetuning"
     save_every   updates between two states; None is once an epoch
     tensorboard  whether to write the log for TensorBoard too
+    workers   processes that prepare images; None: none on a CPU, up to 8 on a GPU
     """
 
     settings: Training
@@ -63,6 +64,7 @@ class Job:
     report: Report | None = None
     save_every: int | None = None
     tensorboard: bool = False
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def finetune(
             teacher=job.teacher,
             device=job.device,
             stop=lambda: bool(asked),
+            workers=job.workers,
         )
         if resume:
             trainer.load(read_state(out, made_with))

@@ -1,0 +1,62 @@
+"""Training images of an epoch: the same whoever prepares them, and errors that name the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ssmprune_cli.data import open_dataset
+from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.errors import DataError
+from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.workflows.finetune.images import default_workers, epoch_parts
+from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.workflows.processes import Share
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there are fewer cores
+
+SETTINGS = Training(batch_size=4, accumulate=2, shift=2, flip=True, mixup=0.4, randaugment=9.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(6):
+            colour = (number * 40, 200 if label == "a" else 20, 90)
+            Image.new("RGB", (20, 16), colour).save(tmp_path / label / f"{number}.png")
+    return tmp_path
+
+
+def parts(images: ImageDataset, workers: int) -> list[tuple[Tensor, Tensor]]:
+    model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)
+    share = Share(0, 1)
+    return list(epoch_parts(images, model, SETTINGS, seed=3, epoch=1, first_step=1, share=share, workers=workers))
+
+
+def test_workers_prepare_the_same_parts_in_the_same_order(folder: Path) -> None:
+    images = open_dataset("imagefolder", folder)
+    alone, shared = parts(images, 0), parts(images, 3)
+    assert len(alone) == len(shared) == 4  # two steps are left of three, each in two parts
+    for expected, found in zip(alone, shared, strict=True):
+        assert expected[0].shape == (2, 3, 16, 16) and expected[1].shape == (2, 2)
+        assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(folder: Path, workers: int) -> None:
+    for path in folder.glob("b/*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError) as caught:
+        parts(open_dataset("imagefolder", folder), workers)
+    assert "b/" in str(caught.value) and ".png" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_a_model_on_a_cpu_shares_its_cores_with_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 24)
+    assert default_workers(torch.device("cpu"), 1) == 0
+    assert [default_workers(torch.device("cuda"), processes) for processes in (1, 4, 100)] == [8, 6, 0]
