@@ -79,8 +79,9 @@ def search_rows(arguments: argparse.Namespace, comparison: Comparison, budgets: 
         calib=arguments.calib,
         methods=list(known_methods()),
         flops=tuple(budgets),
-        calibration=CalibrationPlan(images=count),
+        calibration=CalibrationPlan(images=count, batch_size=arguments.batch_size),
         limits=Limits(arguments.evaluations, arguments.time_limit),
+        device=arguments.device,
     )
     results = search(Source(arguments.checkpoint), plan).found
     calibration = load_images(comparison.model, calibration_images(arguments.calib, count, 0))
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--images-budget", type=float, default=0.6)
     parser.add_argument("--evaluations", type=int, default=120, help="candidates that each search may try")
     parser.add_argument("--time-limit", type=float, help="seconds for each budget's search")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["methods", "search", "images"])
@@ -125,14 +127,19 @@ def main() -> None:
     start = time.perf_counter()
     dataset = open_dataset(arguments.dataset, arguments.data_dir)
     source = Source(arguments.checkpoint)
-    common = {"limit": arguments.limit, "batch_size": arguments.batch_size, "rounds": arguments.rounds}
+    common = {
+        "limit": arguments.limit,
+        "batch_size": arguments.batch_size,
+        "rounds": arguments.rounds,
+        "device": arguments.device,
+    }
     if "methods" not in arguments.skip:
         budgets = [Budget("flops", share) for share in arguments.budgets]
         budgets += [Budget("time", share) for share in arguments.times]
         rows, notes = compare(source, dataset, methods(), budgets, calib=arguments.calib, **common)
         print_rows(rows)
         print("\n" + "\n".join(f"- {note}" for note in notes), flush=True)
-    comparison = Comparison(source, dataset, device="cpu", **common)
+    comparison = Comparison(source, dataset, **common)
     if "search" not in arguments.skip:
         print()
         print_search_header()
@@ -145,7 +152,8 @@ def main() -> None:
     print(
         f"\n{arguments.checkpoint.name}, {len(comparison.images.pixels)} images; ssmprune {ssmprune_cli.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, backend {active_backend()}, {time.perf_counter() - start:.0f} s; "
+        f"{torch.get_num_threads()} threads, {arguments.device}, "
+        f"backend {active_backend(arguments.device)}, {time.perf_counter() - start:.0f} s; "
         "± is one standard error."
     )
 

@@ -29,6 +29,7 @@ from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import compress, restore
 from ssmprune_cli.workflows.profile import profile
+from ssmprune_cli.workflows.search.measure import load_images
 
 DEMO = Path(__file__).parent.parent / "demo"
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -49,7 +50,7 @@ METHODS = {
 
 def logits_of(model: Backbone, images: list[Tensor]) -> Tensor:
     with torch.inference_mode():
-        return torch.cat([model(batch) for batch in images]).double()
+        return torch.cat([model(batch) for batch in images]).double().cpu()
 
 
 def standard_error(values: Tensor) -> float:
@@ -57,16 +58,16 @@ def standard_error(values: Tensor) -> float:
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
-    model = checkpoint.load(arguments.checkpoint)
-    dense_model = checkpoint.load(arguments.checkpoint)
+    model = checkpoint.load(arguments.checkpoint).to(arguments.device)
+    dense_model = checkpoint.load(arguments.checkpoint).to(arguments.device)
     dataset = open_dataset(arguments.dataset, arguments.images)
     if arguments.limit and arguments.limit < len(dataset):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         dataset = Subset(dataset, order[: arguments.limit].tolist())
     loaded = list(batches(dataset, model.preprocessing, 64))
-    images = [batch.images for batch in loaded]
+    images = [batch.images.to(arguments.device) for batch in loaded]
     labels = torch.cat([batch.labels for batch in loaded if batch.labels is not None])
-    calibration = [b.images for b in batches(calibration_images(arguments.calib, 64, 0), model.preprocessing, 64)]
+    calibration = [load_images(model, calibration_images(arguments.calib, 64, 0))]
     dense = logits_of(model, images)
     dense_right = (dense.argmax(dim=1) == labels).double()
     yield {
@@ -95,7 +96,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
                 )
                 logits = logits_of(model, images)
                 if seed == 0:
-                    before, after = profile([dense_model, model], batch_size=64, rounds=5)
+                    before, after = profile([dense_model, model], batch_size=64, rounds=5, device=arguments.device)
                     cost = after.multiply_adds_all_directions / before.multiply_adds_all_directions
                     speed = after.speed.images_per_second
                     faster = before.speed.median_ms / after.speed.median_ms
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz")
     parser.add_argument("--methods", nargs="*", choices=METHODS, help="only these rows, beside the dense model")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args()
     start = time.perf_counter()
@@ -148,7 +150,8 @@ def main() -> None:
     print(
         f"\n{arguments.checkpoint.name}, {arguments.images.name}; ssmprune {ssmprune_cli.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"backend {active_backend()}, {time.perf_counter() - start:.0f} s; ± is one standard error."
+        f"{arguments.device}, "
+        f"backend {active_backend(arguments.device)}, {time.perf_counter() - start:.0f} s; ± is one standard error."
     )
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=1) + "\n")

@@ -32,7 +32,7 @@ class Uniform:
     """
 
     def __init__(self, model: Backbone, images: Tensor, *, batch_size: int, seed: int = 0) -> None:
-        self._measurements = Measurements(model, images, calibration=len(images))
+        self._measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size)
         self._costs: dict[Method, CostModel] = {}
         self._batch_size = batch_size
         self._seed = seed
