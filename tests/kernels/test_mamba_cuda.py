@@ -181,7 +181,7 @@ def test_the_real_kernel(mode: str, dtype: torch.dtype) -> None:
     inputs = make(mode, True, dtype, reverse=True)
     grad = torch.linspace(-1, 1, inputs.u.numel()).view_as(inputs.u).to(dtype)
     expected, gradients = truth(inputs, grad)
-    values: dict[str, Any] = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in vars(inputs).items()}
+    values: dict[str, Any] = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs._asdict().items()}
     moved = ScanInputs(**values)
     # float32: exp and the sums are the kernel's own.
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
