@@ -101,9 +101,19 @@ class Backend(ABC):
         """(normed, stream), (B, L, d) each."""
         return eager.add_rms_norm(hidden, residual, weight, eps)
 
+    def add_rms_norm_backward(
+        self, d_normed: Tensor, d_stream: Tensor, stream: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the sum, in the dtype of `stream`, and of weight."""
+        return eager.add_rms_norm_gradients(d_normed, d_stream, stream, weight, eps)
+
     def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
         """(sum of ys) * silu(z) * scale, (B, L, E)."""
         return eager.gated_sum(ys, z, scale)
+
+    def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Gradients of each of ys, which are all the same, and of z."""
+        return eager.gated_sum_gradients(grad, ys, z, scale)
 
 
 # In order of preference; `kernels/__init__.py` fills it.

@@ -89,3 +89,23 @@ def gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
     for y in ys[1:]:
         total = total + y
     return (total * functional.silu(wide(z)) * scale).to(z.dtype)
+
+
+def add_rms_norm_gradients(
+    d_normed: Tensor, d_stream: Tensor, stream: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum that is normalised, and of weight."""
+    scale = torch.rsqrt(stream.square().mean(dim=-1, keepdim=True) + eps)
+    d_normed, unit = wide(d_normed), stream * scale
+    d_unit = d_normed * weight
+    d_sum = d_stream + scale * (d_unit - unit * (d_unit * unit).mean(dim=-1, keepdim=True))
+    return d_sum, (d_normed * unit).sum(dim=(0, 1)).to(weight.dtype)
+
+
+def gated_sum_gradients(grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of each of ys, and of z."""
+    wide_z, wide_grad = wide(z), wide(grad) * scale
+    gate = torch.sigmoid(wide_z)
+    total = sum(map(wide, ys[1:]), wide(ys[0]))
+    d_y = (wide_grad * wide_z * gate).to(z.dtype)
+    return d_y, (wide_grad * total * gate * (1 + wide_z * (1 - gate))).to(z.dtype)

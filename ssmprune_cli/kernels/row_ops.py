@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
-from ssmprune_cli.kernels.eager import wide
 from ssmprune_cli.kernels.library import check, define, three
 
 
@@ -52,14 +51,17 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(output[1], weight)
 
 
+def _norm_backward_op(d_normed: Tensor, d_stream: Tensor, stream: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
+    return list(pick(d_normed, 1).add_rms_norm_backward(d_normed, d_stream, stream, weight, eps))
+
+
+def _norm_backward_fake(d_normed: Tensor, d_stream: Tensor, stream: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
+    return [stream.new_empty(stream.shape), weight.new_empty(weight.shape)]
+
+
 def _norm_backward(ctx: Any, d_normed: Tensor, d_stream: Tensor) -> tuple[Tensor | None, ...]:
-    stream, weight = ctx.saved_tensors
-    scale = torch.rsqrt(stream.square().mean(dim=-1, keepdim=True) + ctx.eps)
-    d_normed, unit = wide(d_normed), stream * scale
-    d_unit = d_normed * weight
-    d_stream = d_stream + scale * (d_unit - unit * (d_unit * unit).mean(dim=-1, keepdim=True))
-    d_weight = (d_normed * unit).sum(dim=(0, 1)).to(weight.dtype)
-    return d_stream.to(ctx.hidden_dtype), d_stream if ctx.has_residual else None, d_weight, None
+    d_sum, d_weight = torch.ops.ssmprune.add_rms_norm_backward(d_normed, d_stream, *ctx.saved_tensors, ctx.eps)
+    return d_sum.to(ctx.hidden_dtype), d_sum if ctx.has_residual else None, d_weight, None
 
 
 def _gate(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
@@ -75,15 +77,21 @@ def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*ys, z)
 
 
+def _gate_backward_op(grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> list[Tensor]:
+    return list(pick(z, 1).gated_sum_backward(grad, ys, z, scale))
+
+
+def _gate_backward_fake(grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> list[Tensor]:
+    return [z.new_empty(z.shape), z.new_empty(z.shape)]
+
+
 def _gate_backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], Tensor, None]:
     *ys, z = ctx.saved_tensors
-    wide_z, wide_grad = wide(z), wide(grad) * ctx.scale
-    gate = torch.sigmoid(wide_z)
-    total = sum(map(wide, ys[1:]), wide(ys[0]))
-    d_y = (wide_grad * wide_z * gate).to(z.dtype)
-    d_z = (wide_grad * total * gate * (1 + wide_z * (1 - gate))).to(z.dtype)
+    d_y, d_z = torch.ops.ssmprune.gated_sum_backward(grad, ys, z, ctx.scale)
     return [d_y] * len(ys), d_z, None
 
 
 define("add_rms_norm", _norm, _norm_fake, backward=_norm_backward, setup=_norm_setup)
+define("add_rms_norm_backward", _norm_backward_op, _norm_backward_fake)
 define("gated_sum", _gate, _gate_fake, backward=_gate_backward, setup=_gate_setup)
+define("gated_sum_backward", _gate_backward_op, _gate_backward_fake)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -160,6 +161,34 @@ class TritonBackend(Backend):
             )
             conv_backward_input[call.grid](inner, call.tensors[1], d_x, *call.sizes, **call.flags)
         return d_x, d_weight.sum(dim=(0, 1)).to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
+
+    def add_rms_norm(
+        self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        from ssmprune_cli.kernels import triton_rows
+
+        return triton_rows.add_rms_norm(hidden, residual, weight, eps)
+
+    def add_rms_norm_backward(
+        self, d_normed: Tensor, d_stream: Tensor, stream: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        from ssmprune_cli.kernels import triton_rows
+
+        return triton_rows.add_rms_norm_backward(d_normed, d_stream, stream, weight, eps)
+
+    def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+        from ssmprune_cli.kernels import triton_rows
+
+        if len(ys) > triton_rows.MOST_YS:
+            return super().gated_sum(ys, z, scale)
+        return triton_rows.gated_sum(ys, z, scale)
+
+    def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        from ssmprune_cli.kernels import triton_rows
+
+        if len(ys) > triton_rows.MOST_YS:
+            return super().gated_sum_backward(grad, ys, z, scale)
+        return triton_rows.gated_sum_backward(grad, ys, z, scale)
 
 
 class _Scan:

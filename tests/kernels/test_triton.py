@@ -213,6 +213,47 @@ def test_convolution(shape: tuple[int, int, int], width: int, dtype: torch.dtype
 
 
 @kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [False, True])
+def test_add_rms_norm(dtype: torch.dtype, first: bool) -> None:
+    """70 rows are more than one program's; 20 channels fill no tile."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, residual, d_normed, d_stream = (torch.randn(2, 35, 20, generator=generator).to(dtype) for _ in range(4))
+    weight = torch.randn(20, generator=generator)
+    results = []
+    for backend, wide in (("reference", torch.float64), ("triton", torch.float32)):
+        kind = wide if backend == "reference" else dtype
+        own = BACKENDS.get(backend)
+        w, before = weight.to(DEVICE, wide), None if first else residual.to(DEVICE, wide)
+        normed, stream = own.add_rms_norm(hidden.to(DEVICE, kind), before, w, 1e-3)
+        gradients = own.add_rms_norm_backward(d_normed.to(DEVICE, wide), d_stream.to(DEVICE, wide), stream, w, 1e-3)
+        results.append((normed, stream, *gradients))
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == torch.float32
+        assert (found.double() - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_gated_sum(dtype: torch.dtype, count: int) -> None:
+    """z is half of a projection: its rows are apart. Five terms are more than the kernel takes."""
+    generator = torch.Generator().manual_seed(0)
+    *ys, grad = (torch.randn(2, 35, 20, generator=generator).to(dtype) for _ in range(count + 1))
+    z = torch.randn(2, 35, 40, generator=generator).to(dtype)
+    results = []
+    for backend, kind in (("reference", torch.float64), ("triton", dtype)):
+        own, gate = BACKENDS.get(backend), z.to(DEVICE, kind)[..., 20:]
+        given = [y.to(DEVICE, kind) for y in ys]
+        results.append(
+            (own.gated_sum(given, gate, 0.5), *own.gated_sum_backward(grad.to(DEVICE, kind), given, gate, 0.5))
+        )
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@kernels
 def test_empty_batches_and_the_interpreter_is_never_chosen() -> None:
     inputs, gap = make((0, 3, 2, 2), "gap", torch.float32)
     found = run("triton", inputs, gap, SINGLE, False)

@@ -14,8 +14,9 @@ triton = pytest.importorskip("triton")
 # What the kernels always get as float32, and what has the dtype of the activations; all else is a number or a flag.
 SINGLE = (
     "A D bias gap_delta starts ends totals carries saved recomputed dA dB dC dD dbias dgap_delta inner dweight weight"
+    " residual stream d_stream d_sum d_weight"
 )
-TOKENS = "u delta B C z shift gap y grad du ddelta dz dshift x dx"
+TOKENS = "u delta B C z shift gap y grad du ddelta dz dshift x dx hidden normed d_normed y0 y1 y2 y3 out d_y d_z"
 ONES = [
     "length",
     "channels",
@@ -35,12 +36,13 @@ def compile_for_gpu(kernel: Any, dtype: str, constants: dict[str, Any], capabili
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = dict.fromkeys(TOKENS.split(), f"*{dtype}") | dict.fromkeys(SINGLE.split(), "*fp32")
     types |= dict.fromkeys(used, "constexpr")
+    types |= {"eps": "fp32", "scale": "fp32"}
     source = ASTSource(
         kernel,
         {name: types.get(name, "i32") for name in kernel.arg_names},
         constexprs={(kernel.arg_names.index(name),): value for name, value in used.items()},
     )
-    options = {"num_warps": 4 if "WIDTH" in used else 1, "enable_fp_fusion": True}
+    options = {"num_warps": 1 if "MODE" in used or "ADJOINT" in used else 4, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
 
@@ -86,3 +88,15 @@ def test_kernels_compile(
     conv = {"WIDTH": 64 if mode == 0 else 4, "REVERSE": extras, "BLOCK_L": 16, "BLOCK_E": 64} | dict.fromkeys(ones, 1)
     for kernel in (conv_forward, conv_backward, conv_backward_input):
         compile_for_gpu(kernel, dtype, conv, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreted(), reason="Triton compiles nothing while it interprets")
+def test_row_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from ssmprune_cli.kernels.triton_rows import gate_backward, gate_forward, norm_backward, norm_forward
+
+    for kernel in (norm_forward, norm_backward, gate_forward, gate_backward):
+        for dtype, count in (("bf16", 1), ("fp32", 4)):
+            sizes = {"BLOCK_R": 8, "BLOCK_E": 256, "ROWS": 64, "COUNT": count, "HAS_RESIDUAL": count > 1}
+            compile_for_gpu(kernel, dtype, sizes, 90)
