@@ -18,6 +18,7 @@ TILE = 512  # states that a program holds: 16 registers for each of the 32 threa
 MAX_BLOCK = 128  # channels of a program
 SEGMENT = 32  # tokens between the states that a backward pass keeps
 SHORTEST_GROUP = 128  # tokens; a multiple of SEGMENT
+STAGES = 4  # tokens that are read ahead
 PROGRAMS_PER_PROCESSOR = 8  # one-warp programs that keep a multiprocessor busy
 TENSORS = "u delta A B C D z delta_bias shift gap gap_delta"  # in the order of the kernels' arguments
 
@@ -206,13 +207,7 @@ class _Scan:
         self.sizes = (length, group, channels, state)
         self._flags: dict[str, Any] = {
             "SOFTPLUS": inputs.delta_softplus,
-            "MODE": 1
-            if inputs.shift is not None
-            else 0
-            if inputs.gap is None
-            else 2
-            if inputs.gap_delta is None
-            else 3,
+            "MODE": _mode(inputs),
             "HAS_D": inputs.D is not None,
             "HAS_Z": inputs.z is not None,
             "HAS_BIAS": inputs.delta_bias is not None,
@@ -220,6 +215,7 @@ class _Scan:
             "REVERSE": inputs.reverse,
         }
         self._launch = {"BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1, "enable_fp_fusion": True}
+        self._ahead = {"STAGES": STAGES}
 
     def tensors(self, names: str) -> list[Tensor]:
         # Kernels do not touch what is absent; `u` stands in, since pointers may be moved before that is known.
@@ -230,7 +226,7 @@ class _Scan:
         return [stride for tensor in self.tensors(names) for stride in tensor.stride()[:2]]
 
     def flags(self, names: str) -> dict[str, Any]:
-        return {name: self._flags[name] for name in names.split()} | self._launch
+        return {name: self._flags[name] for name in names.split()} | self._ahead | self._launch
 
     def starts(self, vector: Tensor, grad: Tensor | None) -> Tensor | None:
         """(B, groups, E, N): the state before each group, or with `grad` and C the dL/dstate after it."""

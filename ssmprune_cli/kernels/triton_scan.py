@@ -90,6 +90,7 @@ def group_ends(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     REVERSE: tl.constexpr,
+    STAGES: tl.constexpr,
     ADJOINT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,7 +111,7 @@ def group_ends(
     total = tl.zeros((BLOCK_E,), tl.float32)
     first = part * group
     count = tl.minimum(group, length - first).to(tl.int32)
-    for i in tl.range(0, count, num_stages=4):
+    for i in tl.range(0, count, num_stages=STAGES):
         place = first + (count - 1 - i if ADJOINT else i)
         row = length - 1 - place if REVERSE else place
         _, step, decay = steps(
@@ -199,6 +200,7 @@ def scan_forward(
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     REVERSE: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -224,7 +226,7 @@ def scan_forward(
         h = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
     first = part * group
     count = tl.minimum(group, length - first).to(tl.int32)
-    for i in tl.range(0, count, num_stages=4):
+    for i in tl.range(0, count, num_stages=STAGES):
         row = length - 1 - (first + i) if REVERSE else first + i
         _, step, decay = steps(
             delta, shared_bias, shift, gap, shared_gap, row, delta_l, shift_l, gap_l, e, inside, SOFTPLUS, MODE

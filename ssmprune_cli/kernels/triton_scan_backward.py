@@ -64,6 +64,7 @@ def scan_backward(
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     REVERSE: tl.constexpr,
+    STAGES: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,7 +104,7 @@ def scan_backward(
     segments = tl.cdiv(count, SEGMENT)
     for segment in range(0, segments):
         tl.store(saved + (first // SEGMENT + segment) * channels * state + tile, h, mask=both)
-        for i in tl.range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, count), num_stages=4):
+        for i in tl.range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, count), num_stages=STAGES):
             row = length - 1 - (first + i) if REVERSE else first + i
             _, step, decay = steps(
                 delta, shared_bias, shift, gap, shared_gap, row, delta_l, shift_l, gap_l, e, inside, SOFTPLUS, MODE
@@ -121,7 +122,7 @@ def scan_backward(
         segment = segments - 1 - back
         low, high = segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, count)
         h = tl.load(saved + (first // SEGMENT + segment) * channels * state + tile, mask=both, other=0.0)
-        for i in tl.range(low, high, num_stages=4):
+        for i in tl.range(low, high, num_stages=STAGES):
             tl.store(recomputed + (i - low) * channels * state + tile, h, mask=both)
             row = length - 1 - (first + i) if REVERSE else first + i
             _, step, decay = steps(
@@ -131,7 +132,7 @@ def scan_backward(
             b = read(B + row * B_l + n, states)
             h = tl.exp2(decay[:, None] * a) * h + drive[:, None] * b[None, :]
         tl.debug_barrier()
-        for j in tl.range(0, high - low, num_stages=3):
+        for j in tl.range(0, high - low, num_stages=STAGES):
             i = high - 1 - j
             row = length - 1 - (first + i) if REVERSE else first + i
             raw, step, decay = steps(

@@ -79,9 +79,13 @@ def test_kernels_compile(
         "dgap_delta": mode != 3,
         **dict.fromkeys(("dz", "dD", "dbias", "starts", "carries"), not extras),
     }
-    scan: dict[str, Any] = {"MODE": mode, "SEGMENT": SEGMENT, "BLOCK_E": block_e, "BLOCK_N": block_n} | dict.fromkeys(
-        flags, extras
-    )
+    scan: dict[str, Any] = {
+        "MODE": mode,
+        "SEGMENT": SEGMENT,
+        "STAGES": 4,
+        "BLOCK_E": block_e,
+        "BLOCK_N": block_n,
+    } | dict.fromkeys(flags, extras)
     scan |= dict.fromkeys(ones, 1) | {name: None for name, missing in absent.items() if missing}
     for kernel in (scan_forward, scan_backward, group_ends, chain):
         compile_for_gpu(kernel, dtype, scan | {"ADJOINT": mode != 2}, 80 if mode == 1 else 90)
