@@ -13,12 +13,14 @@ from torch import Tensor
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_INNER = 64  # states or taps: what a program keeps in registers
+MAX_INNER = 64  # states: what a program keeps in registers
 TILE = 512  # states that a program holds: 16 registers for each of the 32 threads of its only warp
 MAX_BLOCK = 128  # channels of a program
 SEGMENT = 32  # tokens between the states that a backward pass keeps
 SHORTEST_GROUP = 128  # tokens; a multiple of SEGMENT
 STAGES = 4  # tokens that are read ahead
+MAX_TAPS = 4
+_ENOUGH_PROGRAMS = 2048
 PROGRAMS_PER_PROCESSOR = 8  # one-warp programs that keep a multiprocessor busy
 TENSORS = "u delta A B C D z delta_bias shift gap gap_delta"  # in the order of the kernels' arguments
 
@@ -50,8 +52,7 @@ class TritonBackend(Backend):
     def scan(self, inputs: ScanInputs) -> Tensor:
         from ssmprune_cli.kernels.triton_scan import scan_forward
 
-        # Pairs of 16-bit values can be copied ahead of their use, single ones cannot: two channels for each thread.
-        call = _Scan(inputs, TILE if inputs.u.dtype == torch.float32 else 2 * TILE)
+        call = _Scan(inputs)
         y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
         if y.numel() == 0:
             return y
@@ -76,7 +77,7 @@ class TritonBackend(Backend):
             given = (u, inputs.delta, A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias)
             zeros = (*given, inputs.shift, inputs.gap_delta)
             return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in zeros)
-        call = _Scan(inputs, TILE)
+        call = _Scan(inputs)
         grad = grad.contiguous()
 
         def single(*shape: int) -> Tensor:
@@ -136,6 +137,8 @@ class TritonBackend(Backend):
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         from ssmprune_cli.kernels.triton_conv import conv_forward
 
+        if weight.shape[1] > MAX_TAPS:
+            return super().conv(x, weight, bias, reverse)
         call = _Conv(x, weight, bias, reverse)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if y.numel():
@@ -148,17 +151,32 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ssmprune_cli.kernels.triton_conv import conv_backward, conv_backward_input
 
+        if weight.shape[1] > MAX_TAPS:
+            return super().conv_backward(grad, x, weight, bias, reverse)
         if x.numel() == 0:
             return torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
         call = _Conv(x, weight, bias, reverse)
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _, blocks, batch = call.grid
+        columns, blocks, batch = call.grid
+        # Few partial sums of the gradients of weight and bias, but programs enough to keep a GPU busy.
+        repeat = 1
+        while 2 * repeat <= min(blocks, columns * blocks * batch // _ENOUGH_PROGRAMS):
+            repeat *= 2
+        parts = -(-blocks // repeat)
         inner = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        d_weight = inner.new_empty(batch, blocks, *weight.shape)
-        d_bias = inner.new_empty(batch, blocks, *bias.shape)
+        d_weight = inner.new_empty(batch, parts, *weight.shape)
+        d_bias = inner.new_empty(batch, parts, *bias.shape)
         with torch.cuda.device_of(x):
-            conv_backward[call.grid](
-                *call.tensors, grad.contiguous(), inner, d_weight, d_bias, *call.strides, *call.sizes, **call.flags
+            conv_backward[(columns, parts, batch)](
+                *call.tensors,
+                grad.contiguous(),
+                inner,
+                d_weight,
+                d_bias,
+                *call.strides,
+                *call.sizes,
+                REPEAT=repeat,
+                **call.flags,
             )
             conv_backward_input[call.grid](inner, call.tensors[1], d_x, *call.sizes, **call.flags)
         return d_x, d_weight.sum(dim=(0, 1)).to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
@@ -195,7 +213,11 @@ class TritonBackend(Backend):
 class _Scan:
     """The arguments that the scan's kernels share."""
 
-    def __init__(self, inputs: ScanInputs, tile: int) -> None:
+    def __init__(self, inputs: ScanInputs) -> None:
+        tile = TILE
+        if inputs.u.dtype != torch.float32:
+            # Single 16-bit values cannot be copied ahead of their use: pairs of channels, and the narrow B and C wider.
+            tile, inputs = 2 * TILE, inputs._replace(B=inputs.B.float(), C=inputs.C.float())
         self._tensors = {name: _rows(getattr(inputs, name), name) for name in TENSORS.split()}
         (batch, length, channels), state = inputs.u.shape, inputs.A.shape[1]
         block_n = _power_of_two(state)

@@ -75,8 +75,7 @@ def scan_backward(
     inside, states = e < channels, n < state
     both = inside[:, None] & states[None, :]
     tile = e[:, None] * state + n[None, :]
-    decay_rate = read(A + tile, both)
-    a = decay_rate * LOG2E
+    a = read(A + tile, both) * LOG2E
     shared_bias = read(bias + e, inside) if HAS_BIAS else tl.zeros((BLOCK_E,), tl.float32)
     shared_gap = read(gap_delta + e, inside) if MODE == 3 else shared_bias
     skip = read(D + e, inside) if HAS_D else shared_bias
@@ -132,6 +131,7 @@ def scan_backward(
             b = read(B + row * B_l + n, states)
             h = tl.exp2(decay[:, None] * a) * h + drive[:, None] * b[None, :]
         tl.debug_barrier()
+        after = h
         for j in tl.range(0, high - low, num_stages=STAGES):
             i = high - 1 - j
             row = length - 1 - (first + i) if REVERSE else first + i
@@ -143,7 +143,6 @@ def scan_backward(
             before = tl.load(recomputed + (i - low) * channels * state + tile, mask=both, other=0.0)
             factor = tl.exp2(decay[:, None] * a)
             drive = step * token
-            after = factor * before + drive[:, None] * b[None, :]
             wide = (batch * length + row) * channels + e
             through = read(grad + wide, inside)  # dL/dy before the gate
             if HAS_Z:
@@ -156,14 +155,15 @@ def scan_backward(
                 tl.store(dz + wide, d_gate.to(dz.dtype.element_ty), mask=inside)
                 through *= gate * sigma
             d_h = through[:, None] * c[None, :] + carry
-            d_exponent = d_h * before * factor
-            d_decay = tl.sum(d_exponent * decay_rate, axis=1)
+            carry = factor * d_h
+            d_exponent = carry * before
+            d_decay = tl.sum(d_exponent * a, axis=1) / LOG2E
             d_drive = tl.sum(d_h * b[None, :], axis=1)
             sum_A += d_exponent * decay[:, None]
-            carry = factor * d_h
             narrow = row * state + n
             tl.store(dB + narrow, tl.sum(d_h * drive[:, None], axis=0), mask=states)
             tl.store(dC + narrow, tl.sum(through[:, None] * after, axis=0), mask=states)
+            after = before
             d_token = d_drive * step
             if HAS_D:
                 d_token += skip * through

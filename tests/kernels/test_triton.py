@@ -192,9 +192,15 @@ def test_huge_shifts_clear_the_state_and_broken_tokens_show() -> None:
 
 
 @kernels
-@pytest.mark.parametrize(("shape", "width"), [((2, 19, 5), 4), ((1, 1, 70), 3), ((3, 2, 3), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "width"), [((2, 40, 5), 4), ((1, 1, 70), 3), ((3, 2, 3), 1), ((1, 7, 3), 5)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_convolution(shape: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
+def test_convolution(
+    shape: tuple[int, int, int], width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tiles of tokens in two programs; five taps are more than the kernel takes."""
+    monkeypatch.setattr(triton_backend, "_ENOUGH_PROGRAMS", 3)
     generator = torch.Generator().manual_seed(0)
     sizes = (shape, (shape[-1], width), shape[-1:])
     values = [torch.randn(size, generator=generator).to(dtype) for size in sizes]

@@ -89,7 +89,9 @@ def test_kernels_compile(
     scan |= dict.fromkeys(ones, 1) | {name: None for name, missing in absent.items() if missing}
     for kernel in (scan_forward, scan_backward, group_ends, chain):
         compile_for_gpu(kernel, dtype, scan | {"ADJOINT": mode != 2}, 80 if mode == 1 else 90)
-    conv = {"WIDTH": 64 if mode == 0 else 4, "REVERSE": extras, "BLOCK_L": 16, "BLOCK_E": 64} | dict.fromkeys(ones, 1)
+    conv = {"WIDTH": 1 + mode, "REPEAT": 1 + mode, "REVERSE": extras, "BLOCK_L": 16, "BLOCK_E": 64} | dict.fromkeys(
+        ones, 1
+    )
     for kernel in (conv_forward, conv_backward, conv_backward_input):
         compile_for_gpu(kernel, dtype, conv, 90)
 
