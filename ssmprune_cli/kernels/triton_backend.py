@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.triton_sparse_launch import SparseConv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INNER = 64  # states or taps: what a program keeps in registers
@@ -160,6 +161,14 @@ class TritonBackend(Backend):
             )
             conv_backward_input[call.grid](inner, call.tensors[1], d_x, *call.sizes, **call.flags)
         return d_x, d_weight.sum(dim=(0, 1)).to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
+
+    def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return SparseConv(x, context, sources, weight, bias).forward()
+
+    def sparse_conv_backward(
+        self, grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return SparseConv(x, context, sources, weight, bias).backward(grad)
 
 
 class _Scan:
