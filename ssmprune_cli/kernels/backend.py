@@ -82,6 +82,12 @@ class Backend(ABC):
         """silu(convolution that meets the rows `sources` of x followed by context), (B, L, E)."""
         return eager.sparse_conv_silu(x, context, sources, weight, bias)
 
+    def sparse_conv_backward(
+        self, grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x, context, weight and bias."""
+        return eager.sparse_conv_gradients(grad, x, context, sources, weight, bias)
+
     def grid_conv(
         self,
         x: Tensor,

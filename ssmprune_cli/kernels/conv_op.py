@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
-from ssmprune_cli.kernels.eager import grid_conv_silu, sparse_conv_silu
+from ssmprune_cli.kernels.eager import grid_conv_silu
 from ssmprune_cli.kernels.library import Expected, check, define, three
 
 
@@ -118,10 +118,8 @@ def _sparse_conv(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bi
 def _sparse_conv_backward_op(
     grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
 ) -> list[Tensor]:
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, context, weight, bias)]
-    with torch.enable_grad():
-        y = sparse_conv_silu(leaves[0], leaves[1], sources, leaves[2], leaves[3])
-        return [gradient.contiguous() for gradient in torch.autograd.grad(y, leaves, grad)]
+    found = pick(x, weight.shape[1]).sparse_conv_backward(grad, x, context, sources, weight, bias)
+    return [gradient.contiguous() for gradient in found]
 
 
 def _sparse_conv_backward_fake(

@@ -60,6 +60,17 @@ def sparse_conv_silu(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor
     return functional.silu(y).to(x.dtype)
 
 
+def sparse_conv_gradients(
+    grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, context, weight and bias, each in its own precision."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, context, weight, bias)]
+    with torch.enable_grad():
+        y = sparse_conv_silu(leaves[0], leaves[1], sources, leaves[2], leaves[3])
+        d_x, d_context, d_weight, d_bias = torch.autograd.grad(y, leaves, grad)
+    return d_x, d_context, d_weight, d_bias
+
+
 def grid_conv_silu(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
 ) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.triton_sparse_launch import SparseConv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INNER = 64  # states: what a program keeps in registers
@@ -208,6 +209,14 @@ class TritonBackend(Backend):
         if len(ys) > triton_rows.MOST_YS:
             return super().gated_sum_backward(grad, ys, z, scale)
         return triton_rows.gated_sum_backward(grad, ys, z, scale)
+
+    def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return SparseConv(x, context, sources, weight, bias).forward()
+
+    def sparse_conv_backward(
+        self, grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return SparseConv(x, context, sources, weight, bias).backward(grad)
 
 
 class _Scan:

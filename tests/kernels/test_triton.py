@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from ssmprune_cli.kernels import active_backend, causal_conv1d, selective_scan, triton_backend, use_backend
 from ssmprune_cli.kernels.backend import BACKENDS, ScanInputs, pick
 from ssmprune_cli.kernels.triton_backend import TRITON, interpreted
+from ssmprune_cli.models.mamba_mixer import conv_sources
+from ssmprune_cli.tokens import Dropped, TokenSequence
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -216,6 +219,65 @@ def test_convolution(
             assert found.dtype == kind
             # A few roundings: of the sum over taps, the SiLU and its slope; bfloat16: of the result alone.
             assert (found.double() - expected).abs().max() <= TOLERANCE[kind] * expected.abs().max()
+
+
+def sources_of(kind: str, kept: tuple[int, int, int], dropped: int, width: int) -> Tensor:
+    """What taps of a forward or reverse convolution meet when some tokens of a dense sequence are left, or anything."""
+    generator = torch.Generator().manual_seed(0)
+    batch, live, _ = kept
+    if kind == "any":  # with repeats
+        return torch.randint(-1, live + dropped, (batch, live, width), generator=generator)
+    ranks = torch.rand(batch, live + dropped, generator=generator).argsort(dim=1)[:, :live].sort(dim=1).values
+    sequence = TokenSequence.dense(torch.zeros(batch, live + dropped, 1)).keep(ranks, others="context")
+    if sequence.context is None:
+        sequence = replace(sequence, context=Dropped(torch.zeros(batch, 0, 1), ranks[:, :0]))
+    return conv_sources(sequence, width, reverse=kind == "reverse")
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("kept", "dropped", "width"), [((1, 35, 70), 9, 4), ((2, 3, 5), 31, 3), ((2, 2, 3), 0, 3)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_convolution(kept: tuple[int, int, int], dropped: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch, _, channels = kept
+    sizes = (kept, (batch, dropped, channels), (channels, width), (channels,))
+    values = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    grad = torch.randn(kept, generator=generator).to(dtype)
+    for kind, single in (("forward", False), ("reverse", True), ("any", False)):
+        sources = sources_of(kind, kept, dropped, width).to(DEVICE)
+        kinds = (*(dtype,) * 2, *(torch.float32 if single else dtype,) * 2)  # parameters may stay in float32
+        results = []
+        for backend, precision in (("reference", (torch.float64,) * 4), ("triton", kinds)):
+            x, context, *others = (v.to(DEVICE, kind) for v, kind in zip(values, precision, strict=True))
+            if backend == "triton":  # a half of a projection, without and with its dense innermost dimension
+                x = torch.cat((x, x), dim=2)[..., :channels]
+                context = context.transpose(1, 2).contiguous().transpose(1, 2) if single else context.repeat(1, 1, 2)
+                context = context[..., :channels]
+            y = BACKENDS.get(backend).sparse_conv(x, context, sources, others[0], others[1])
+            gradients = BACKENDS.get(backend).sparse_conv_backward(grad.to(y), x, context, sources, *others)
+            results.append((y, *gradients))
+        for expected, found, precise in zip(*results, (dtype, *kinds), strict=True):
+            assert found.dtype == precise and found.shape == expected.shape
+            if expected.numel():
+                assert (found.double() - expected).abs().max() <= TOLERANCE[precise] * expected.abs().max()
+
+
+@kernels
+def test_sparse_convolution_without_tokens_and_of_rows_that_do_not_exist() -> None:
+    weight, bias = torch.randn(3, 4, device=DEVICE), torch.randn(3, device=DEVICE)
+    for batch, live in ((0, 2), (2, 0)):
+        x, context = torch.ones(batch, live, 3, device=DEVICE), torch.ones(batch, 5, 3, device=DEVICE)
+        sources = torch.zeros(batch, live, 4, dtype=torch.int64, device=DEVICE)
+        assert TRITON.sparse_conv(x, context, sources, weight, bias).shape == x.shape
+        found = TRITON.sparse_conv_backward(x, x, context, sources, weight, bias)
+        for gradient, given in zip(found, (x, context, weight, bias), strict=True):
+            assert gradient.shape == given.shape and not gradient.any()
+    x, sources = torch.ones(1, 1, 3, device=DEVICE), torch.tensor([[[-2, 2, 10**12, -1]]], device=DEVICE)
+    torch.testing.assert_close(TRITON.sparse_conv(x, x, sources, weight, bias)[0, 0], torch.nn.functional.silu(bias))
+    d_x, d_context, d_weight, d_bias = TRITON.sparse_conv_backward(x, x, x, sources, weight, bias)
+    assert not d_x.any() and not d_context.any() and not d_weight.any() and d_bias.all()
 
 
 @kernels

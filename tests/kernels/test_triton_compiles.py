@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ssmprune_cli.kernels.triton_backend import SEGMENT, interpreted
+from ssmprune_cli.kernels.triton_sparse_launch import BLOCK, BLOCK_E, BLOCK_L
 
 triton = pytest.importorskip("triton")
 
@@ -16,7 +17,11 @@ SINGLE = (
     "A D bias gap_delta starts ends totals carries saved recomputed dA dB dC dD dbias dgap_delta inner dweight weight"
     " residual stream d_stream d_sum d_weight"
 )
-TOKENS = "u delta B C z shift gap y grad du ddelta dz dshift x dx hidden normed d_normed y0 y1 y2 y3 out d_y d_z"
+TOKENS = (
+    "u delta B C z shift gap y grad du ddelta dz dshift x dx context dcontext hidden normed d_normed y0 y1 y2 y3 out"
+    " d_y d_z"
+)
+OTHERS = {"sources": "*i64", "first": "*i32", "following": "*i32"}
 ONES = [
     "length",
     "channels",
@@ -26,6 +31,9 @@ ONES = [
     "B_l",
     "gap_l",
     "x_l",
+    "context_l",
+    "others",
+    "entries",
 ]  # Triton makes constants of arguments of 1
 
 
@@ -34,7 +42,7 @@ def compile_for_gpu(kernel: Any, dtype: str, constants: dict[str, Any], capabili
     from triton.compiler import ASTSource
 
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = dict.fromkeys(TOKENS.split(), f"*{dtype}") | dict.fromkeys(SINGLE.split(), "*fp32")
+    types = dict.fromkeys(TOKENS.split(), f"*{dtype}") | dict.fromkeys(SINGLE.split(), "*fp32") | OTHERS
     types |= dict.fromkeys(used, "constexpr")
     types |= {"eps": "fp32", "scale": "fp32"}
     source = ASTSource(
@@ -72,6 +80,12 @@ def test_kernels_compile(
     from ssmprune_cli.kernels.triton_conv import conv_backward, conv_backward_input, conv_forward
     from ssmprune_cli.kernels.triton_scan import chain, group_ends, scan_forward
     from ssmprune_cli.kernels.triton_scan_backward import scan_backward
+    from ssmprune_cli.kernels.triton_sparse_conv import (
+        list_meetings,
+        sparse_conv_backward,
+        sparse_conv_backward_rows,
+        sparse_conv_forward,
+    )
 
     flags = ("SOFTPLUS", "HAS_D", "HAS_Z", "HAS_BIAS", "HAS_STARTS", "REVERSE")
     absent = {
@@ -94,6 +108,9 @@ def test_kernels_compile(
     )
     for kernel in (conv_forward, conv_backward, conv_backward_input):
         compile_for_gpu(kernel, dtype, conv, 90)
+    sparse = conv | {"BLOCK_L": BLOCK_L, "BLOCK_E": BLOCK_E, "BLOCK": BLOCK}
+    for kernel in (sparse_conv_forward, sparse_conv_backward, list_meetings, sparse_conv_backward_rows):
+        compile_for_gpu(kernel, dtype, sparse, 90)
 
 
 @pytest.mark.slow

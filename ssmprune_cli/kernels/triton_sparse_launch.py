@@ -1,0 +1,74 @@
+"""Launches the kernels of `triton_sparse_conv` for the backend `triton`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK_L, BLOCK_E = 32, 64  # tokens and channels of a program
+BLOCK = 256  # entries of `sources` of a program
+
+
+class SparseConv:
+    """One call; arguments as in `conv_op.sparse_conv1d`. A source that is no row counts as -1: it cannot raise."""
+
+    def __init__(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> None:
+        x, context = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (x, context))
+        self._batch, self._length, channels = x.shape
+        self._tensors = (x, context, sources.contiguous(), weight.contiguous(), bias.contiguous())
+        self._strides = (*x.stride()[:2], *context.stride()[:2])
+        self._sizes = (self._length, context.shape[1], channels)
+        self._flags: dict[str, Any] = {
+            "WIDTH": weight.shape[1],
+            "BLOCK_L": BLOCK_L,
+            "BLOCK_E": BLOCK_E,
+            "num_warps": 4,
+            "enable_fp_fusion": True,
+        }
+
+    def forward(self) -> Tensor:
+        from ssmprune_cli.kernels.triton_sparse_conv import sparse_conv_forward
+
+        x = self._tensors[0]
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if y.numel():
+            with torch.cuda.device_of(x):
+                sparse_conv_forward[self._grid(self._length)](
+                    *self._tensors, y, *self._strides, *self._sizes, **self._flags
+                )
+        return y
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from ssmprune_cli.kernels.triton_sparse_conv import (
+            list_meetings,
+            sparse_conv_backward,
+            sparse_conv_backward_rows,
+        )
+
+        x, context, sources, weight, bias = self._tensors
+        if x.numel() == 0:
+            return torch.zeros_like(x), torch.zeros_like(context), torch.zeros_like(weight), torch.zeros_like(bias)
+        grid, rows = self._grid(self._length), self._length + context.shape[1]
+        d_x, d_context = (torch.empty(given.shape, dtype=x.dtype, device=x.device) for given in (x, context))
+        inner = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        d_weight = inner.new_empty(self._batch, grid[1], *weight.shape)
+        d_bias = inner.new_empty(self._batch, grid[1], *bias.shape)
+        first = torch.full((self._batch, rows, weight.shape[1]), -1, dtype=torch.int32, device=x.device)
+        following = torch.empty(sources.shape, dtype=torch.int32, device=x.device)
+        entries = sources.numel()
+        with torch.cuda.device_of(x):
+            sparse_conv_backward[grid](
+                *self._tensors, grad.contiguous(), inner, d_weight, d_bias, *self._strides, *self._sizes, **self._flags
+            )
+            list_meetings[(-(-entries // BLOCK),)](
+                sources, first, following, entries, *self._sizes[:2], WIDTH=weight.shape[1], BLOCK=BLOCK
+            )
+            sparse_conv_backward_rows[self._grid(rows)](
+                inner, weight, first, following, d_x, d_context, *self._sizes, **self._flags
+            )
+        return d_x, d_context, d_weight.sum(dim=(0, 1)).to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
+
+    def _grid(self, rows: int) -> tuple[int, int, int]:
+        return -(-self._sizes[2] // BLOCK_E), -(-rows // BLOCK_L), self._batch
