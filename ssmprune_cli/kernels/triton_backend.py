@@ -328,10 +328,13 @@ def _power_of_two(number: int) -> int:
 
 
 def _groups(programs: int, length: int, device: torch.device) -> int:
-    """Into how many parts to split the tokens of a scan that has `programs` programs for each part."""
+    """Into how many parts to split the tokens of a scan that has `programs` programs for each part.
+
+    What a split costs pays soonest where most of a GPU would stand idle.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors // max(programs, 1))
-    return max(1, min(wanted, length // SHORTEST_GROUP))
+    return max(1, min(wanted, length // (SEGMENT if programs <= processors else SHORTEST_GROUP)))
 
 
 TRITON = TritonBackend()

@@ -82,7 +82,9 @@ def _walk(sequence: TokenSequence, route: Tensor, grid: tuple[int, int]) -> Walk
 def _nearest(positions: Tensor, wanted: Tensor) -> Tensor:
     """(B, L) index of the token whose position is nearest to `wanted` (B, L); of two, the one before it."""
     ascending, index = positions.sort(dim=1)
-    after = torch.searchsorted(ascending, wanted).clamp(max=positions.shape[1] - 1)
+    after = torch.searchsorted(ascending, wanted).clamp(
+        0, positions.shape[1] - 1
+    )  # not max alone: a traced size is a tensor on the CPU
     before = (after - 1).clamp(min=0)
     is_before = wanted - ascending.gather(1, before) <= ascending.gather(1, after) - wanted
     return index.gather(1, torch.where(is_before, before, after))

@@ -21,7 +21,9 @@ _AFTER_BLOCKS = ("head", "norm_f", "classifier", "outnorm", "backbone.ln1", "bac
 
 
 def optimiser(model: nn.Module, settings: Training) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(model, settings.weight_decay, settings.layer_decay), lr=settings.peak_lr)
+    """AdamW; on a GPU as one kernel, which is several times as fast."""
+    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+    return torch.optim.AdamW(groups, lr=settings.peak_lr, fused=next(model.parameters()).device.type == "cuda")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
