@@ -11,7 +11,7 @@ import torch
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.workflows.new_model import build, write_checkpoint
+from ssmprune_cli.workflows.new_model import build, start_from, write_checkpoint
 
 SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=2", "num_classes=2"]
 NAME = "vim_small_midclstok_div2"
@@ -52,3 +52,22 @@ def test_settings_of_the_model_are_checked(family: str, setting: str, name: str,
     with pytest.raises(UsageError) as caught:
         build(family, [*SMALL, setting], name=name, seed=0)
     assert re.search(message, caught.value.what)
+
+
+@pytest.mark.parametrize("larger", [["image_size=[32, 32]"], ["image_size=[18, 18]", "stride=2"]], ids=" ".join)
+def test_a_start_on_a_finer_grid_resizes_the_positions_alone(tmp_path: Path, larger: list[str]) -> None:
+    write_checkpoint(tmp_path / "start.pth", make_model(seed=1), name=NAME, epoch=1)
+    model = build("vim", [*SMALL, *larger], name=NAME, seed=0)
+    start_from(model, tmp_path / "start.pth")
+    start = checkpoint.load(tmp_path / "start.pth").state_dict()
+    state = model.state_dict()
+    assert state.pop("pos_embed").shape == (1, 8 * 8 + 1, 16)
+    assert all(torch.equal(value, start[key]) for key, value in state.items())
+    middle = (model.get_parameter("pos_embed")[:, 32], start["pos_embed"][:, 8])  # the class token's own place
+    assert torch.equal(*middle)
+
+
+def test_a_start_of_another_width_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "start.pth", make_model(), name=NAME, epoch=1)
+    with pytest.raises(UsageError, match="embed_dim is 16, not 32"):
+        start_from(build("vim", [*SMALL, "embed_dim=32"], name=NAME, seed=0), tmp_path / "start.pth")

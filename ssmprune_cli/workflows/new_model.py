@@ -18,6 +18,8 @@ from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Backbone, Hints
 
+_GRID = {"image_size", "stride"}  # settings that change how many tokens there are, and no weight but their positions
+
 
 def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Backbone:
     """A new backbone of `family` with random weights: its default configuration, changed by "key=value" `overrides`.
@@ -63,13 +65,22 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
 
 
 def start_from(model: Backbone, path: Path) -> None:
-    """Copy the weights of the checkpoint at `path` into `model`. Raises UsageError if it is another configuration."""
+    """Copy the weights of the checkpoint at `path` into `model`; for another grid position embeddings are resized.
+
+    Raises UsageError if it is another configuration in more than the image's size and the patches' stride.
+    """
     start = checkpoint.load(path, family=model.family)
-    names = [field.name for field in fields(model.config)]
-    pairs = [(name, getattr(start.config, name), getattr(model.config, name)) for name in names]
+    names = {field.name for field in fields(model.config)}
+    pairs = [(name, getattr(start.config, name), getattr(model.config, name)) for name in sorted(names - _GRID)]
     different = "; ".join(f"{name} is {own}, not {wanted}" for name, own, wanted in pairs if own != wanted)
     if different:
         raise UsageError(f"holds another configuration: {different}", where=str(path), hint="See `--set`.")
+    if any(getattr(start.config, name) != getattr(model.config, name) for name in names & _GRID):
+        # Of the checkpoint's own stride, the image whose grid is the new model's.
+        side = model.image_size[0]
+        if "stride" in names:
+            side = (model.stages[0].grid[0] - 1) * start.config.stride + start.config.patch_size
+        start = checkpoint.load(path, family=model.family, image_size=side)
     model.load_state_dict(start.state_dict())
 
 
