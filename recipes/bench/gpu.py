@@ -5,7 +5,8 @@
 prints Markdown tables, writes them to the output and every line with its time to the same name with `.log`. Times are
 by CUDA events, after a warm-up; contestants take turns; figures are medians over rounds, with the quartiles. "graph"
 replays a CUDA graph, which leaves Python out; the scans of `triton` and `mamba_cuda` are timed so, `chunked` is not
-(its thousands of launches are its cost). Rows for which the time ran out are left out. Without a GPU: exit code 1.
+(its thousands of launches are its cost; long ones are left out). "stock, alone" is mamba-ssm's kernel as its own models
+call it: channels first, not aligned. Rows for which the time ran out are left out. Without a GPU: exit code 1.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.profile import tokens_per_block
 
+# (tokens, channels)
 SHAPES = {"Vim-T": (197, 384), "Vim-S": (197, 768), "L 4096": (4096, 384), "L 16384": (16384, 384)}
 BATCHES = (64, 256, 1)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATE = 16
 WIDTHS = {"Vim-T": 192, "Vim-S": 384}
 GPU_BACKENDS = ("triton", "mamba_cuda", "chunked")
+STOCK = "stock, alone"
+LONGEST_CHUNKED = 64 * 4096  # tokens of a batch
 Run = Callable[[], object]
 
 
@@ -143,6 +147,16 @@ def scan(backend: str, inputs: list[Tensor], gap: Tensor, gap_delta: Tensor, gra
         torch.autograd.grad(result, inputs, grad)
 
 
+def stock_scan(inputs: list[Tensor], grad: Tensor | None) -> None:
+    """The same without alignment by mamba-ssm's own function, everything (B, channels, L) but A."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u, delta, A, B, C = inputs
+    result = selective_scan_fn(u, delta, A, B, C, delta_softplus=True)
+    if grad is not None:
+        torch.autograd.grad(result, inputs, grad)
+
+
 def agreement(report: Report) -> None:
     """Of every backend with float64, before anything is timed."""
     backends = [name for name in GPU_BACKENDS if available_backends()[name] == "available"]
@@ -171,16 +185,18 @@ def value_and_gradients(backend: str, values: list[Tensor]) -> list[Tensor]:
 
 def scan_tables(report: Report, rate: float, seconds: float) -> None:
     backends = [name for name in GPU_BACKENDS if available_backends()[name] == "available"]
+    contestants = [*backends, STOCK] if "mamba_cuda" in backends else backends
     for backward in (False, True):
         kind = "forward + backward" if backward else "forward"
-        report.table(f"aligned scan, {kind}", *(f"{name}, ms" for name in backends), "memory floor, ms", "of the floor")
+        titles = (*(f"{name}, ms" for name in contestants), "memory floor, ms", "of the floor")
+        report.table(f"aligned scan, {kind}", *titles)
         for batch in BATCHES:
             for title, (length, channels) in SHAPES.items():
                 for precision, dtype in DTYPES.items():
                     if not report.over:
                         name = f"{title} b{batch}, {precision}"
                         shape = (batch, length, channels)
-                        scan_row(report, name, shape, dtype, backends, backward, rate, seconds)
+                        scan_row(report, name, shape, dtype, contestants, backward, rate, seconds)
                     torch.cuda.empty_cache()
     use_backend("auto")
 
@@ -213,7 +229,12 @@ def scan_row(
         return
     contestants: dict[str, Run] = {}
     for backend in backends:
+        if backend == "chunked" and batch * length > LONGEST_CHUNKED:
+            continue
         run = partial(scan, backend, inputs, gap, gap_delta, grad)
+        if backend == STOCK:
+            first = [channels_first(tensor).requires_grad_(backward) for tensor in inputs]
+            run = partial(stock_scan, first, None if grad is None else channels_first(grad))
         try:
             contestants[backend] = run if backend == "chunked" else graphed(run)
         except RuntimeError as error:
@@ -222,6 +243,12 @@ def scan_row(
     times = race(contestants, report, seconds)
     share = f"{floor / statistics.median(times[backends[0]]):.0%}" if backends[0] in times else ""
     report.row(name, *(cell(times.get(backend)) for backend in backends), f"{floor:.3f}", share)
+
+
+def channels_first(tensor: Tensor) -> Tensor:
+    """(B, L, c) to (B, c, L), as mamba-ssm takes it; A (E, N) stays, in float32."""
+    found = tensor.detach()
+    return found.float() if found.ndim == 2 else found.transpose(1, 2).contiguous()
 
 
 def model_table(report: Report, seconds: float) -> None:
