@@ -19,24 +19,26 @@ import triton.language as tl
 from ssmprune_cli.kernels.triton_conv import tile
 from ssmprune_cli.kernels.triton_scan import read, sigmoid
 
+UNROLLED = tl.constexpr(4)  # taps whose rows are fetched at the same time: each waits for the row's number first
+
 
 @triton.jit
 def met(x, context, sources, x_l, context_l, t, k, length, others, e, inside, WIDTH):
     """(BLOCK_L, BLOCK_E): the rows that tap `k` of the tokens at `t` meets."""
     source = tl.load(sources + t * WIDTH + k, mask=t < length, other=-1)
-    row = tl.where(source < length, x + source * x_l, context + (source - length) * context_l)
-    mask = (source >= 0) & (source < length + others)
-    return read(row[:, None] + e[None, :], mask[:, None] & inside[None, :])
+    live = ((source >= 0) & (source < length))[:, None] & inside[None, :]
+    dropped = ((source >= length) & (source < length + others))[:, None] & inside[None, :]
+    # One of the two reads nothing. To read once from a chosen pointer would lose what Triton knows of its alignment.
+    row = read(x + source[:, None] * x_l + e[None, :], live)
+    return row + read(context + (source - length)[:, None] * context_l + e[None, :], dropped)
 
 
 @triton.jit
-def before_silu(
-    x, context, sources, weight, bias, x_l, context_l, t, length, others, e, inside, WIDTH, BLOCK_L, BLOCK_E
-):
-    total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32) + read(bias + e, inside)[None, :]
-    for k in range(WIDTH):
+def before_silu(x, context, sources, weight, bias, x_l, context_l, t, length, others, channels, e, inside, WIDTH):
+    total = tl.zeros((t.shape[0], e.shape[0]), tl.float32) + read(bias + e, inside)[None, :]
+    for k in tl.range(WIDTH, loop_unroll_factor=min(WIDTH, UNROLLED)):
         row = met(x, context, sources, x_l, context_l, t, k, length, others, e, inside, WIDTH)
-        total += row * read(weight + e * WIDTH + k, inside)[None, :]
+        total += row * read(weight + k * channels + e, inside)[None, :]
     return total
 
 
@@ -45,7 +47,7 @@ def sparse_conv_forward(
     x,
     context,
     sources,  # (B, L, WIDTH), int64
-    weight,
+    weight,  # (WIDTH, E): neighbouring threads read neighbouring channels
     bias,
     y,  # out, (B, L, E)
     x_b,
@@ -64,7 +66,7 @@ def sparse_conv_forward(
     context += batch * context_b
     sources += batch * length * WIDTH
     total = before_silu(
-        x, context, sources, weight, bias, x_l, context_l, t, length, others, e, inside, WIDTH, BLOCK_L, BLOCK_E
+        x, context, sources, weight, bias, x_l, context_l, t, length, others, channels, e, inside, WIDTH
     )
     at = y + (batch * length + t)[:, None] * channels + e[None, :]
     mask = (t < length)[:, None] & inside[None, :]
@@ -80,7 +82,7 @@ def sparse_conv_backward(
     bias,
     grad,  # (B, L, E), contiguous
     inner,  # out, (B, L, E): dL/d(before SiLU)
-    dweight,  # out, (B, blocks of tokens, E, WIDTH): sums over a block of tokens
+    dweight,  # out, (B, blocks of tokens, WIDTH, E): sums over a block of tokens
     dbias,  # out, (B, blocks of tokens, E)
     x_b,
     x_l,
@@ -98,18 +100,18 @@ def sparse_conv_backward(
     context += batch * context_b
     sources += batch * length * WIDTH
     total = before_silu(
-        x, context, sources, weight, bias, x_l, context_l, t, length, others, e, inside, WIDTH, BLOCK_L, BLOCK_E
+        x, context, sources, weight, bias, x_l, context_l, t, length, others, channels, e, inside, WIDTH
     )
     sigma = sigmoid(total)
     at = (batch * length + t)[:, None] * channels + e[None, :]
     mask = (t < length)[:, None] & inside[None, :]
     d_total = read(grad + at, mask) * sigma * (1.0 + total * (1.0 - sigma))
     tl.store(inner + at, d_total, mask=mask)
-    place = (batch * tl.num_programs(1) + tl.program_id(1)) * channels + e
-    tl.store(dbias + place, tl.sum(d_total, axis=0), mask=inside)
-    for k in range(WIDTH):
+    block = batch * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dbias + block * channels + e, tl.sum(d_total, axis=0), mask=inside)
+    for k in tl.range(WIDTH, loop_unroll_factor=min(WIDTH, UNROLLED)):
         row = met(x, context, sources, x_l, context_l, t, k, length, others, e, inside, WIDTH)
-        tl.store(dweight + place * WIDTH + k, tl.sum(d_total * row, axis=0), mask=inside)
+        tl.store(dweight + (block * WIDTH + k) * channels + e, tl.sum(d_total * row, axis=0), mask=inside)
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def received(inner, weight, token, k, channels, e, inside, WIDTH):
     """(BLOCK_L, BLOCK_E): what the tokens `token` send back through tap `k`; zeros for -1."""
     mask = (token >= 0)[:, None] & inside[None, :]
     d_total = read(inner + token.to(tl.int64)[:, None] * channels + e[None, :], mask)
-    return d_total * read(weight + e * WIDTH + k, inside)[None, :]
+    return d_total * read(weight + k * channels + e, inside)[None, :]
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def sparse_conv_backward_rows(
     following += batch * length * WIDTH
     total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32)
     more = tl.full((BLOCK_L,), -1, tl.int32)
-    for k in range(WIDTH):
+    for k in tl.range(WIDTH, loop_unroll_factor=min(WIDTH, UNROLLED)):
         token = tl.load(first + row * WIDTH + k, mask=row < rows, other=-1)
         total += received(inner, weight, token, k, channels, e, inside, WIDTH)
         more = tl.maximum(more, tl.load(following + token * WIDTH + k, mask=token >= 0, other=-1))
@@ -174,7 +176,8 @@ def sparse_conv_backward_rows(
             while tl.max(token, axis=0) >= 0:
                 total += received(inner, weight, token, k, channels, e, inside, WIDTH)
                 token = tl.load(following + token * WIDTH + k, mask=token >= 0, other=-1)
-    live = dx + (batch * length + row) * channels
-    at = tl.where(row < length, live, dcontext + (batch * others + row - length) * channels)
-    mask = (row < rows)[:, None] & inside[None, :]
-    tl.store(at[:, None] + e[None, :], total.to(dx.dtype.element_ty), mask=mask)
+    total = total.to(dx.dtype.element_ty)
+    at = (batch * length + row)[:, None] * channels + e[None, :]
+    tl.store(dx + at, total, mask=(row < length)[:, None] & inside[None, :])
+    at = (batch * others + row - length)[:, None] * channels + e[None, :]
+    tl.store(dcontext + at, total, mask=((row >= length) & (row < rows))[:, None] & inside[None, :])

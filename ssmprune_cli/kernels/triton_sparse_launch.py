@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_L, BLOCK_E = 32, 64  # tokens and channels of a program
+BLOCK_L, BLOCK_E = 16, 64  # tokens and channels of a program
 BLOCK = 256  # entries of `sources` of a program
 
 
@@ -17,7 +17,7 @@ class SparseConv:
     def __init__(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> None:
         x, context = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (x, context))
         self._batch, self._length, channels = x.shape
-        self._tensors = (x, context, sources.contiguous(), weight.contiguous(), bias.contiguous())
+        self._tensors = (x, context, sources.contiguous(), weight.t().contiguous(), bias.contiguous())
         self._strides = (*x.stride()[:2], *context.stride()[:2])
         self._sizes = (self._length, context.shape[1], channels)
         self._flags: dict[str, Any] = {
@@ -47,28 +47,29 @@ class SparseConv:
             sparse_conv_backward_rows,
         )
 
-        x, context, sources, weight, bias = self._tensors
+        x, context, sources, taps, bias = self._tensors
         if x.numel() == 0:
-            return torch.zeros_like(x), torch.zeros_like(context), torch.zeros_like(weight), torch.zeros_like(bias)
-        grid, rows = self._grid(self._length), self._length + context.shape[1]
+            return torch.zeros_like(x), torch.zeros_like(context), torch.zeros_like(taps.t()), torch.zeros_like(bias)
+        grid, rows, width = self._grid(self._length), self._length + context.shape[1], taps.shape[0]
         d_x, d_context = (torch.empty(given.shape, dtype=x.dtype, device=x.device) for given in (x, context))
         inner = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        d_weight = inner.new_empty(self._batch, grid[1], *weight.shape)
+        d_taps = inner.new_empty(self._batch, grid[1], *taps.shape)
         d_bias = inner.new_empty(self._batch, grid[1], *bias.shape)
-        first = torch.full((self._batch, rows, weight.shape[1]), -1, dtype=torch.int32, device=x.device)
+        first = torch.full((self._batch, rows, width), -1, dtype=torch.int32, device=x.device)
         following = torch.empty(sources.shape, dtype=torch.int32, device=x.device)
         entries = sources.numel()
         with torch.cuda.device_of(x):
             sparse_conv_backward[grid](
-                *self._tensors, grad.contiguous(), inner, d_weight, d_bias, *self._strides, *self._sizes, **self._flags
+                *self._tensors, grad.contiguous(), inner, d_taps, d_bias, *self._strides, *self._sizes, **self._flags
             )
             list_meetings[(-(-entries // BLOCK),)](
-                sources, first, following, entries, *self._sizes[:2], WIDTH=weight.shape[1], BLOCK=BLOCK
+                sources, first, following, entries, *self._sizes[:2], WIDTH=width, BLOCK=BLOCK
             )
             sparse_conv_backward_rows[self._grid(rows)](
-                inner, weight, first, following, d_x, d_context, *self._sizes, **self._flags
+                inner, taps, first, following, d_x, d_context, *self._sizes, **self._flags
             )
-        return d_x, d_context, d_weight.sum(dim=(0, 1)).to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
+        d_weight = d_taps.sum(dim=(0, 1)).t().to(taps.dtype)
+        return d_x, d_context, d_weight, d_bias.sum(dim=(0, 1)).to(bias.dtype)
 
     def _grid(self, rows: int) -> tuple[int, int, int]:
         return -(-self._sizes[2] // BLOCK_E), -(-rows // BLOCK_L), self._batch

@@ -236,7 +236,14 @@ def sources_of(kind: str, kept: tuple[int, int, int], dropped: int, width: int) 
 
 @kernels
 @pytest.mark.parametrize(
-    ("kept", "dropped", "width"), [((1, 35, 70), 9, 4), ((2, 3, 5), 31, 3), ((2, 2, 3), 0, 3)], ids=str
+    ("kept", "dropped", "width"),
+    [
+        ((1, 35, 70), 9, 4),
+        ((2, 3, 5), 31, 3),
+        ((2, 2, 3), 0, 3),
+        pytest.param((64, 99, 384), 98, 4, marks=[gpu, pytest.mark.slow]),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparse_convolution(kept: tuple[int, int, int], dropped: int, width: int, dtype: torch.dtype) -> None:
