@@ -165,7 +165,7 @@ class TritonBackend(Backend):
             repeat *= 2
         parts = -(-blocks // repeat)
         inner = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        d_weight = inner.new_empty(batch, parts, *weight.shape)
+        d_weight = inner.new_empty(batch, parts, *call.tensors[1].shape)
         d_bias = inner.new_empty(batch, parts, *bias.shape)
         with torch.cuda.device_of(x):
             conv_backward[(columns, parts, batch)](
@@ -180,7 +180,7 @@ class TritonBackend(Backend):
                 **call.flags,
             )
             conv_backward_input[call.grid](inner, call.tensors[1], d_x, *call.sizes, **call.flags)
-        return d_x, d_weight.sum(dim=(0, 1)).to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
+        return d_x, d_weight.sum(dim=(0, 1)).t().to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
 
     def add_rms_norm(
         self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -293,7 +293,7 @@ class _Conv:
         x = _rows(x, "x")
         batch, length, channels = x.shape
         block_l, block_e = 16, 64
-        self.tensors = (x, weight.contiguous(), bias.contiguous())
+        self.tensors = (x, weight.t().contiguous(), bias.contiguous())
         self.strides = x.stride()[:2]
         self.sizes = (length, channels)
         self.grid = (-(-channels // block_e), -(-length // block_l), batch)

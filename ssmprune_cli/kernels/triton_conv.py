@@ -38,10 +38,10 @@ def met(x, x_l, t, k, length, e, inside, REVERSE, WIDTH):
 
 
 @triton.jit
-def before_silu(x, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E):
+def before_silu(x, weight, bias, x_l, t, length, channels, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E):
     total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32) + read(bias + e, inside)[None, :]
     for k in range(WIDTH):
-        tap = read(weight + e * WIDTH + k, inside)[None, :]
+        tap = read(weight + k * channels + e, inside)[None, :]
         total += met(x, x_l, t, k, length, e, inside, REVERSE, WIDTH) * tap
     return total
 
@@ -49,7 +49,7 @@ def before_silu(x, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOC
 @triton.jit
 def conv_forward(
     x,
-    weight,
+    weight,  # (WIDTH, E): neighbouring threads read neighbouring channels
     bias,
     y,  # out, (B, L, E)
     x_b,
@@ -62,7 +62,9 @@ def conv_forward(
     BLOCK_E: tl.constexpr,
 ):
     batch, e, inside, t = tile(channels, BLOCK_L, BLOCK_L, BLOCK_E)
-    total = before_silu(x + batch * x_b, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E)
+    total = before_silu(
+        x + batch * x_b, weight, bias, x_l, t, length, channels, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E
+    )
     at = y + (batch * length + t)[:, None] * channels + e[None, :]
     mask = (t < length)[:, None] & inside[None, :]
     tl.store(at, (total * sigmoid(total)).to(y.dtype.element_ty), mask=mask)
@@ -75,7 +77,7 @@ def conv_backward(
     bias,
     grad,  # (B, L, E), contiguous
     inner,  # out, (B, L, E): dL/d(before SiLU)
-    dweight,  # out, (B, parts, E, WIDTH): sums over the tokens of a program
+    dweight,  # out, (B, parts, WIDTH, E): sums over the tokens of a program
     dbias,  # out, (B, parts, E)
     x_b,
     x_l,
@@ -93,7 +95,7 @@ def conv_backward(
     sum_0, sum_1, sum_2, sum_3 = sum_bias, sum_bias, sum_bias, sum_bias
     for repeat in range(0, REPEAT):
         t = first + repeat * BLOCK_L
-        total = before_silu(x, weight, bias, x_l, t, length, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E)
+        total = before_silu(x, weight, bias, x_l, t, length, channels, e, inside, REVERSE, WIDTH, BLOCK_L, BLOCK_E)
         sigma = sigmoid(total)
         at = (batch * length + t)[:, None] * channels + e[None, :]
         mask = (t < length)[:, None] & inside[None, :]
@@ -107,15 +109,16 @@ def conv_backward(
             sum_2 += d_total * met(x, x_l, t, 2, length, e, inside, REVERSE, WIDTH)
         if WIDTH > 3:
             sum_3 += d_total * met(x, x_l, t, 3, length, e, inside, REVERSE, WIDTH)
-    place = (batch * tl.num_programs(1) + tl.program_id(1)) * channels + e
-    tl.store(dbias + place, tl.sum(sum_bias, axis=0), mask=inside)
-    tl.store(dweight + place * WIDTH, tl.sum(sum_0, axis=0), mask=inside)
+    place = batch * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dbias + place * channels + e, tl.sum(sum_bias, axis=0), mask=inside)
+    dweight += place * WIDTH * channels + e
+    tl.store(dweight, tl.sum(sum_0, axis=0), mask=inside)
     if WIDTH > 1:
-        tl.store(dweight + place * WIDTH + 1, tl.sum(sum_1, axis=0), mask=inside)
+        tl.store(dweight + channels, tl.sum(sum_1, axis=0), mask=inside)
     if WIDTH > 2:
-        tl.store(dweight + place * WIDTH + 2, tl.sum(sum_2, axis=0), mask=inside)
+        tl.store(dweight + 2 * channels, tl.sum(sum_2, axis=0), mask=inside)
     if WIDTH > 3:
-        tl.store(dweight + place * WIDTH + 3, tl.sum(sum_3, axis=0), mask=inside)
+        tl.store(dweight + 3 * channels, tl.sum(sum_3, axis=0), mask=inside)
 
 
 @triton.jit
@@ -135,7 +138,9 @@ def conv_backward_input(
     total = tl.zeros((BLOCK_L, BLOCK_E), tl.float32)
     for k in range(WIDTH):
         offset = k - WIDTH + 1 if REVERSE else WIDTH - 1 - k
-        total += shifted(inner, channels, t, offset, length, e, inside) * read(weight + e * WIDTH + k, inside)[None, :]
+        total += (
+            shifted(inner, channels, t, offset, length, e, inside) * read(weight + k * channels + e, inside)[None, :]
+        )
     mask = (t < length)[:, None] & inside[None, :]
     at = dx + (batch * length + t)[:, None] * channels + e[None, :]
     tl.store(at, total.to(dx.dtype.element_ty), mask=mask)
