@@ -165,7 +165,7 @@ def main() -> None:
     print(
         f"\n{arguments.epochs} epochs, {arguments.limit or 'all'} training images, {arguments.seeds} seeds; ssmprune "
         f"{ssmprune_cli.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads, backend {active_backend()}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads, backend {active_backend(arguments.device)}, "
         f"{time.perf_counter() - start:.0f} s."
     )
 

@@ -132,7 +132,7 @@ def main() -> None:
         f"\n{arguments.variant}, {arguments.image_size} pixels, batch {arguments.batch_size}, "
         f"{arguments.rounds} rounds, {arguments.device}; ssmprune {ssmprune_cli.__version__}, torch "
         f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, backend {active_backend()}."
+        f"{torch.get_num_threads()} threads, backend {active_backend(arguments.device)}."
     )
 
 

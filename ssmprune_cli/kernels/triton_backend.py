@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.triton_conv_launch import MAX_TAPS, Conv
 from ssmprune_cli.kernels.triton_sparse_launch import SparseConv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,8 +21,6 @@ MAX_BLOCK = 128  # channels of a program
 SEGMENT = 16  # tokens between the states that a backward pass keeps
 SHORTEST_GROUP = 128  # tokens; a multiple of SEGMENT
 STAGES = 4  # tokens that are read ahead
-MAX_TAPS = 4
-_ENOUGH_PROGRAMS = 2048
 PROGRAMS_PER_PROCESSOR = 8  # one-warp programs that keep a multiprocessor busy
 TENSORS = "u delta A B C D z delta_bias shift gap gap_delta"  # in the order of the kernels' arguments
 
@@ -136,51 +135,16 @@ class TritonBackend(Backend):
         )
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
-        from ssmprune_cli.kernels.triton_conv import conv_forward
-
         if weight.shape[1] > MAX_TAPS:
             return super().conv(x, weight, bias, reverse)
-        call = _Conv(x, weight, bias, reverse)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if y.numel():
-            with torch.cuda.device_of(x):
-                conv_forward[call.grid](*call.tensors, y, *call.strides, *call.sizes, **call.flags)
-        return y
+        return Conv(x, weight, bias, reverse).forward()
 
     def conv_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from ssmprune_cli.kernels.triton_conv import conv_backward, conv_backward_input
-
         if weight.shape[1] > MAX_TAPS:
             return super().conv_backward(grad, x, weight, bias, reverse)
-        if x.numel() == 0:
-            return torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-        call = _Conv(x, weight, bias, reverse)
-        d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        columns, blocks, batch = call.grid
-        # Few partial sums of the gradients of weight and bias, but programs enough to keep a GPU busy.
-        repeat = 1
-        while 2 * repeat <= min(blocks, columns * blocks * batch // _ENOUGH_PROGRAMS):
-            repeat *= 2
-        parts = -(-blocks // repeat)
-        inner = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        d_weight = inner.new_empty(batch, parts, *call.tensors[1].shape)
-        d_bias = inner.new_empty(batch, parts, *bias.shape)
-        with torch.cuda.device_of(x):
-            conv_backward[(columns, parts, batch)](
-                *call.tensors,
-                grad.contiguous(),
-                inner,
-                d_weight,
-                d_bias,
-                *call.strides,
-                *call.sizes,
-                REPEAT=repeat,
-                **call.flags,
-            )
-            conv_backward_input[call.grid](inner, call.tensors[1], d_x, *call.sizes, **call.flags)
-        return d_x, d_weight.sum(dim=(0, 1)).t().to(weight.dtype), d_bias.sum(dim=(0, 1)).to(bias.dtype)
+        return Conv(x, weight, bias, reverse).backward(grad)
 
     def add_rms_norm(
         self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -225,8 +189,9 @@ class _Scan:
     def __init__(self, inputs: ScanInputs) -> None:
         tile = TILE
         if inputs.u.dtype != torch.float32:
-            # Single 16-bit values cannot be copied ahead of their use: pairs of channels, and the narrow B and C wider.
-            tile, inputs = 2 * TILE, inputs._replace(B=inputs.B.float(), C=inputs.C.float())
+            # Single 16-bit values cannot be copied ahead of their use: pairs of channels, and what is narrow wider.
+            A, B, C = (narrow.float() for narrow in (inputs.A, inputs.B, inputs.C))
+            tile, inputs = 2 * TILE, inputs._replace(A=A, B=B, C=C)
         self._tensors = {name: _rows(getattr(inputs, name), name) for name in TENSORS.split()}
         (batch, length, channels), state = inputs.u.shape, inputs.A.shape[1]
         block_n = _power_of_two(state)
@@ -284,27 +249,6 @@ class _Scan:
             self.tensors("A")[0], ends, totals, groups, channels, state, ADJOINT=grad is not None, **self._launch
         )
         return ends
-
-
-class _Conv:
-    """The arguments that the convolution's kernels share."""
-
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> None:
-        x = _rows(x, "x")
-        batch, length, channels = x.shape
-        block_l, block_e = 16, 64
-        self.tensors = (x, weight.t().contiguous(), bias.contiguous())
-        self.strides = x.stride()[:2]
-        self.sizes = (length, channels)
-        self.grid = (-(-channels // block_e), -(-length // block_l), batch)
-        self.flags: dict[str, Any] = {
-            "REVERSE": reverse,
-            "WIDTH": weight.shape[1],
-            "BLOCK_L": block_l,
-            "BLOCK_E": block_e,
-            "num_warps": 4,
-            "enable_fp_fusion": True,
-        }
 
 
 def _rows(tensor: Any, name: str) -> Any:

@@ -187,7 +187,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         provenance={
             "input": source.path.name,
             "input_sha256": checkpoint.sha256(source.path),
-            **versions(),
+            **versions(next(model.parameters()).device),
             **provenance,
         },
     )

@@ -44,18 +44,19 @@ def describe(model: Backbone) -> Report:
         pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
         dense=dense,
         pruned=pruned,
-        provenance=versions(),
+        provenance=versions(next(model.parameters()).device),
     )
 
 
-def versions() -> dict[str, Any]:
+def versions(device: torch.device) -> dict[str, Any]:
+    """What a report's figures were made with, on `device`."""
     return {
         "ssmprune": ssmprune_cli.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "machine": machine(),
-        "backend": active_backend(),
-        "backends_refused": refused_backends(),
+        "machine": machine(device),
+        "backend": active_backend(device),
+        "backends_refused": refused_backends(device),
     }
 
 

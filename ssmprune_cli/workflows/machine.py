@@ -6,10 +6,13 @@ import os
 import platform
 from pathlib import Path
 
+import torch
 
-def machine() -> str:
-    """Processor, cores and operating system, such as "AMD EPYC, 2 cores, Linux x86_64"."""
-    return f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """Processor, cores, operating system and the GPU that `device` is, such as "AMD EPYC, 2 cores, Linux x86_64"."""
+    described = f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    return described if torch.device(device).type != "cuda" else f"{described}, {torch.cuda.get_device_name(device)}"
 
 
 def processor() -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,17 @@ def test_a_model_on_a_cpu_shares_its_cores_with_no_workers(monkeypatch: pytest.M
     monkeypatch.setattr("os.cpu_count", lambda: 24)
     assert default_workers(torch.device("cpu"), 1) == 0
     assert [default_workers(torch.device("cuda"), processes) for processes in (1, 4, 100)] == [8, 6, 0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_the_training(folder: Path, number: signal.Signals) -> None:
+    model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)
+    images = open_dataset("imagefolder", folder)
+    found = epoch_parts(images, model, SETTINGS, seed=3, epoch=0, first_step=0, share=Share(), workers=2)
+    next(found)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, number)
+    assert len(list(found)) == 5  # all others

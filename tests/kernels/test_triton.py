@@ -19,7 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels import active_backend, causal_conv1d, selective_scan, triton_backend, use_backend
+from ssmprune_cli.kernels import (
+    active_backend,
+    causal_conv1d,
+    selective_scan,
+    triton_backend,
+    triton_conv_launch,
+    use_backend,
+)
 from ssmprune_cli.kernels.backend import BACKENDS, ScanInputs, pick
 from ssmprune_cli.kernels.triton_backend import TRITON, interpreted
 from ssmprune_cli.models.mamba_mixer import conv_sources
@@ -203,7 +210,7 @@ def test_convolution(
     shape: tuple[int, int, int], width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tiles of tokens in two programs; five taps are more than the kernel takes."""
-    monkeypatch.setattr(triton_backend, "_ENOUGH_PROGRAMS", 3)
+    monkeypatch.setattr(triton_conv_launch, "ENOUGH_PROGRAMS", 3)
     generator = torch.Generator().manual_seed(0)
     sizes = (shape, (shape[-1], width), shape[-1:])
     values = [torch.randn(size, generator=generator).to(dtype) for size in sizes]

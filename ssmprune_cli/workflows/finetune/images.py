@@ -114,7 +114,7 @@ def epoch_parts(
         batch_size=None,
         sampler=starts,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,  # Ctrl-C is for the training, which stops after an update
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own: the training's draws must not depend on when a loader starts
     )
     for part in loader:
@@ -123,8 +123,10 @@ def epoch_parts(
         yield part
 
 
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM go to the whole group, and are for the training: it stops after the update at hand."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def part_size(settings: Training, share: Share) -> int:

@@ -223,10 +223,10 @@ def provenance(job: Job) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "accelerate": accelerate.__version__,
-        "kernel": active_backend(),
+        "kernel": active_backend(job.device),
         "processes": this_process().processes,
         "threads": torch.get_num_threads(),
-        "machine": machine(),
+        "machine": machine(job.device),
     }
 
 
