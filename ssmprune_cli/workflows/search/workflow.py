@@ -20,7 +20,7 @@ from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.profile import resolve_device
 from ssmprune_cli.workflows.saved_state import SavedState
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
-from ssmprune_cli.workflows.search.cost import CostModel, check_budget
+from ssmprune_cli.workflows.search.cost import Costs, check_budget
 from ssmprune_cli.workflows.search.latency import LatencyBudget, check_latency
 from ssmprune_cli.workflows.search.measure import Measurements, load_images
 
@@ -133,8 +133,7 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
     measurements = Measurements(
         model, images, calibration=min(_ALIGNED_ON, len(parts[0])), batch_size=plan.calibration.batch_size, state=state
     )
-    costs: dict[Method, CostModel] = {}
-    searches = _Searches(measurements, plan, parts, costs, progress)
+    searches = _Searches(measurements, plan, parts, Costs(measurements), progress)
     found = [searches.by_flops(fraction) for fraction in plan.flops]
     if plan.latency_ms is not None:
         found.append(searches.by_latency(plan.latency_ms))
@@ -146,7 +145,7 @@ class _Searches:
     measurements: Measurements
     plan: SearchPlan
     parts: tuple[range, range]
-    costs: dict[Method, CostModel]
+    costs: Costs
     progress: Progress | None
 
     def by_flops(self, fraction: float) -> Found:
