@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,10 @@ def load_images(model: Backbone, dataset: ImageDataset) -> Tensor:
     return torch.cat([batch.images for batch in batches(dataset, model.preprocessing, 64)]).to(device)
 
 
-def run(model: Backbone, images: Tensor, batch_size: int) -> Tensor:
-    """(images, classes) float64 logits, on the CPU."""
+def run(model: Backbone, batches: Iterable[Tensor]) -> Tensor:
+    """(images, classes) float64 logits, on the CPU, of batches (B, 3, H, W)."""
     with torch.inference_mode():
-        return torch.cat([model(part) for part in images.split(batch_size)]).double().cpu()
+        return torch.cat([model(batch).double().cpu() for batch in batches])
 
 
 class Distances(NamedTuple):
@@ -64,7 +64,7 @@ class Measurements:
         self._batch_size = batch_size
         self._pruners: dict[PruneSettings, TokenPruner] = {}
         restore(model)
-        self.dense = run(model, images, batch_size)
+        self.dense = run(model, images.split(batch_size))
         bad = (~self.dense.isfinite().all(dim=1)).nonzero()
         if len(bad):
             raise DataError(
@@ -111,7 +111,7 @@ class Measurements:
         def compute() -> list[list[float]] | None:
             self.prune(settings)
             rows = slice(part.start, part.stop)
-            logits = run(self.model, self.images[rows], self._batch_size)
+            logits = run(self.model, self.images[rows].split(self._batch_size))
             restore(self.model)
             if not bool(logits.isfinite().all()):
                 return None
