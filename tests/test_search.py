@@ -28,7 +28,7 @@ from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe_sections import CalibrationPlan
 from ssmprune_cli.report import SensitivityFacts
 from ssmprune_cli.workflows.compress import Source
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.profile import Speed
 from ssmprune_cli.workflows.saved_state import SavedState
 from ssmprune_cli.workflows.search import latency
@@ -238,6 +238,25 @@ def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Everything that was measured, in order."""
+    found: list[str] = []
+    real_prune = Measurements.prune
+
+    def prune(self: Measurements, settings: PruneSettings) -> None:
+        found.append(str(settings))
+        real_prune(self, settings)
+
+    def count(model: Backbone) -> FlopCount:
+        found.append(f"multiply-adds {getattr(model.pruner, 'settings', None)}")
+        return count_flops(model)
+
+    monkeypatch.setattr(Measurements, "prune", prune)
+    monkeypatch.setattr("ssmprune_cli.workflows.search.measure.count_flops", count)
+    return found
+
+
 @contextmanager
 def killed_after(count: int) -> Iterator[None]:
     """What runs inside dies when it asks for the `count`th result."""
@@ -257,7 +276,9 @@ def killed_after(count: int) -> Iterator[None]:
             yield
 
 
-def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp_path: Path) -> None:
+def test_a_search_that_was_cut_off_continues_to_the_same_result(
+    calib: Path, tmp_path: Path, measured: list[str]
+) -> None:
     methods = [Method("clip", "drop", "none"), Method("clip", "context", "none")]
 
     def plan(state: Path | None) -> SearchPlan:
@@ -265,12 +286,15 @@ def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp
         return SearchPlan(calib, methods, flops=(0.8,), calibration=calibration, limits=Limits(12), state=state)
 
     whole = search(Source(CHECKPOINT), plan(None))
+    once = list(measured)
+    measured.clear()
     file = tmp_path / "state.json"
     with killed_after(20):
         search(Source(CHECKPOINT), plan(file))
     again = search(Source(CHECKPOINT), plan(file))
     assert again.state.found > 5 and "continues an earlier run" in again.warnings[-1]
     assert "10 images are few" in again.warnings[0]
+    assert measured == once, "nothing is measured twice"
     assert again.found[0].trace() == whole.found[0].trace()
     assert again.found[0].recipe == whole.found[0].recipe
     assert checkpoint.load(CHECKPOINT).pruner is None
@@ -327,16 +351,19 @@ def test_images_that_cannot_be_used_end_a_search(tmp_path: Path) -> None:
     assert raised.value.where == str(tmp_path / "5.png")
 
 
-def test_a_sensitivity_that_was_cut_off_continues(calib: Path, tmp_path: Path) -> None:
-    def measure(state: Path | None) -> tuple[list[SensitivityFacts], SavedState]:
+def test_a_sensitivity_that_was_cut_off_continues(calib: Path, tmp_path: Path, measured: list[str]) -> None:
+    def sensitive(state: Path | None) -> tuple[list[SensitivityFacts], SavedState]:
         return sensitivity(Source(CHECKPOINT), calib, ratios=[0.7, 0.5], images=10, state_path=state)
 
-    whole, _ = measure(None)
+    whole, _ = sensitive(None)
+    once = list(measured)
+    measured.clear()
     file = tmp_path / "state.json"
     with killed_after(9):
-        measure(file)
-    again, state = measure(file)
+        sensitive(file)
+    again, state = sensitive(file)
     assert state.found >= 2 and again == whole
+    assert measured == once, "nothing is measured twice"
 
 
 def test_method_names() -> None:
