@@ -27,7 +27,7 @@ from ssmprune_cli.workflows.search.measure import Measurements, load_images
 Progress = Callable[[str], Callable[[int, int], None]]
 
 MIN_IMAGES = 8  # fewer tell nothing, once a part of them is held back
-FEW_IMAGES = 64  # with fewer the search may choose worse than the default: see BENCHMARKS.md
+FEW_IMAGES = 64  # with fewer the search mostly keeps the default: see BENCHMARKS.md
 _LATENCY_TRIES = 4
 _ALIGNED_ON = 16  # images that calibrate a candidate's alignment; the chosen one's is calibrated on all
 
@@ -112,8 +112,8 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
         warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration images were found.")
     if len(dataset) < FEW_IMAGES:
         warnings.append(
-            f"{len(dataset)} images are few to search on: what is found may be worse than the default schedule. "
-            "256 are better."
+            f"{len(dataset)} images are few to search on: where they cannot show that something is better, the default "
+            "schedule is kept. 256 are better."
         )
     order = list(range(len(dataset)))  # by name, so perhaps by class: the part held back must not be other classes
     random.Random(plan.seed).shuffle(order)
