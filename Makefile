@@ -19,7 +19,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python recipes/bench/speed.py
-	$(BIN)/python recipes/bench/methods.py
+	$(BIN)/python recipes/bench/evidence.py --limit 300 --keep 0.8 0.6
 	$(BIN)/python recipes/bench/training.py
 
 # torch goes first and alone: it is the one large wheel, and its version decides which build (CPU or CUDA) is taken.

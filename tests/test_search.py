@@ -19,20 +19,23 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Stage
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, choose_alignment
+from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, choose_alignment, default_points
+from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergence
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe_sections import CalibrationPlan
 from ssmprune_cli.report import SensitivityFacts
 from ssmprune_cli.workflows.compress import Source
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.profile import Speed
 from ssmprune_cli.workflows.saved_state import SavedState
 from ssmprune_cli.workflows.search import latency
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
 from ssmprune_cli.workflows.search.candidates import layouts, neighbours, uniform
-from ssmprune_cli.workflows.search.cost import CostModel, check_budget, schedule_at, solve
-from ssmprune_cli.workflows.search.measure import Measurements
+from ssmprune_cli.workflows.search.cost import CostModel, Costs, check_budget, schedule_at, solve
+from ssmprune_cli.workflows.search.measure import Distances, Measurements
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 
@@ -58,6 +61,7 @@ def measurements(model: Backbone) -> Measurements:
 def test_a_solved_schedule_meets_the_budget_by_the_one_truth(measurements: Measurements, reduction: str) -> None:
     method = Method("clip", reduction, choose_alignment("auto", reduction, calibrated=True))
     cost = CostModel(measurements, method)
+    assert cost.exact
     build = partial(schedule_at, measurements.model.stages, (1, 2, 4), (1.0, 2.0, 0.5))
     schedule = solve(build, cost, 0.85 * measurements.dense_cost)
     assert schedule is not None
@@ -66,18 +70,44 @@ def test_a_solved_schedule_meets_the_budget_by_the_one_truth(measurements: Measu
     measurements.model.pruner = None
     # One token more at one point is at most 2 % of this model.
     assert 0.83 * measurements.dense_cost < counted <= 0.85 * measurements.dense_cost
-    if cost.exact:
-        assert cost.predict(schedule) == pytest.approx(counted, rel=1e-6)
+    assert cost.predict(schedule) == pytest.approx(counted, rel=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["drop", "context"])
-def test_costs_are_learnt_exactly_and_shared_between_scores(
+def test_costs_are_shared_between_scores_and_methods_that_cost_the_same(
     measurements: Measurements, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = CostModel(measurements, Method("clip", reduction, "none"))
-    assert first.exact
-    monkeypatch.setattr(Measurements, "per_block", None)  # another score costs the same, which one count shows
-    assert CostModel(measurements, Method("l1", reduction, "none"), [first]).exact
+    costs = Costs(measurements)
+    first = costs.of(Method("clip", reduction, "null"))
+    assert costs.of(Method("l1", reduction, "calibrated")) is first is not costs.of(Method("clip", reduction, "none"))
+    monkeypatch.setattr(Measurements, "per_block", None)  # dropping the lowest costs the same, which one count shows
+    assert CostModel(measurements, Method("clip", reduction, "neighbour"), [first]).exact
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("plainmamba", "clip/drop/none"),
+        ("plainmamba", "clip/frozen-once/calibrated"),
+        ("vmamba", "delta/keep-target-source/mass"),
+    ],
+)
+def test_heads_that_see_all_tokens_and_stages_are_priced_exactly(family: str, method: str) -> None:
+    torch.manual_seed(0)
+    small: Backbone
+    if family == "plainmamba":  # blocks of two kinds, a head that averages the tokens that are left
+        config = PlainMambaConfig(
+            image_size=(32, 32), patch_size=4, embed_dim=16, depth=5, num_classes=10, dw_layers=(0, 3)
+        )
+        small = PlainMamba(config)
+    else:
+        small = VMamba(VMambaConfig(image_size=(32, 32), embed_dim=16, depths=(2, 3), num_classes=10))
+    measurements = Measurements(small, torch.randn(2, 3, 32, 32), calibration=2)
+    cost = CostModel(measurements, Method.parse(method))
+    assert cost.exact
+    points = tuple(point for stage in small.stages for point in range(stage.start + 1, stage.stop))
+    schedule = schedule_at(small.stages, points, (1.0,) * len(points), 0.3)
+    assert cost.predict(schedule) == pytest.approx(cost.count(schedule), rel=1e-6)
 
 
 @given(weights=st.lists(st.floats(0.1, 4.0), min_size=3, max_size=3), low=st.floats(0, 3), more=st.floats(0, 3))
@@ -119,9 +149,56 @@ def test_search_is_deterministic_meets_the_budget_and_is_no_worse_than_uniform(m
     assert [trial.chosen for trial in trials] == [True] + [False] * (len(trials) - 1)
     assert measurements.multiply_adds(best.settings) <= 0.75 * measurements.dense_cost
     assert best.multiply_adds == measurements.multiply_adds(best.settings) / measurements.dense_cost
-    finalists = [trial for trial in trials if trial.held_back is not None]
-    assert best.held_back == min(trial.held_back or 0 for trial in finalists)
-    assert min(trial.divergence for trial in trials) == min(trial.divergence for trial in finalists)
+    assert best.held_back is not None and len(trials) > 3
+    # What was found is no further from the dense model than the uniform schedule, on the images searched on at least.
+    uniforms = [
+        trial for trial in trials if trial.settings.schedule.points == default_points(measurements.model.stages)
+    ]
+    assert best.divergence <= min(trial.divergence for trial in uniforms)
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_the_default_is_kept_unless_something_is_clearly_better(
+    measurements: Measurements, clear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other candidate is better on the images searched on, and only if `clear` on those held back too."""
+    default = Method("clip", "context", "calibrated")
+    searched, held_back = split(12)
+
+    def distances(self: Measurements, settings: PruneSettings, part: range) -> Distances:
+        noise = torch.rand(len(part), generator=torch.Generator().manual_seed(part.start), dtype=torch.float64)
+        worse = settings.importance == "clip"
+        shift = 1.0 if worse else 0.0 if clear or part != held_back else 0.95
+        values = noise.roll(0 if worse else 1) * 0.5 + shift
+        return Distances(values, values)
+
+    monkeypatch.setattr(Measurements, "distances", distances)
+    budget = 0.8 * measurements.dense_cost
+    methods = [default, Method("l1", "context", "calibrated")]
+    trials = Search(measurements, methods, lambda method: budget, (searched, held_back), limits=Limits(80)).run()
+    assert (trials[0].settings.importance == "l1") == clear
+    if not clear:
+        assert trials[0].settings.schedule.points == default_points(measurements.model.stages)
+        assert min(trial.divergence for trial in trials) < trials[0].divergence
+
+
+def test_what_is_clear() -> None:
+    noise = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = noise + torch.rand(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert clearly_less(noise, other) and not clearly_less(other, noise) and not clearly_less(noise, noise)
+    assert not clearly_less(noise[:1], other[:1]), "one image shows nothing"
+    assert not clearly_less(noise, other.clone().fill_(torch.inf))
+    mean, error = paired(other, noise)
+    assert mean == pytest.approx(float((other - noise).mean()))
+    assert error == pytest.approx(float((other - noise).std()) / 30**0.5)
+    assert paired(noise.clone().fill_(torch.inf), other) == (torch.inf, torch.inf)
+
+
+def test_soft_divergence_is_nothing_for_equal_logits_and_tends_to_half_the_variance_of_small_differences() -> None:
+    dense = torch.zeros(2, 8, dtype=torch.float64)
+    pruned = dense + torch.tensor([[0.0], [1e-3]]) * torch.arange(8)
+    expected = [0.0, 1e-6 * float(torch.arange(8.0).var(unbiased=False)) / 2]
+    assert soft_divergence(dense, pruned).tolist() == pytest.approx(expected, abs=1e-10)
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(measurements: Measurements) -> None:
@@ -141,13 +218,14 @@ def test_logits_that_are_not_finite_are_refused_by_image(model: Backbone) -> Non
 
 def test_a_candidate_that_gives_nan_is_never_chosen(model: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     measurements = Measurements(model, torch.randn(9, 3, 32, 32), calibration=4)
-    real = Measurements.divergences
+    real = Measurements.distances
 
-    def broken(self: Measurements, each, part):  # type: ignore[no-untyped-def]
-        values = real(self, each, part)
-        return values * torch.nan if each.reduction == "drop" else values
+    def broken(self: Measurements, settings: PruneSettings, part: range) -> Distances:
+        found = real(self, settings, part)
+        nothing = torch.full_like(found.nats, torch.inf)
+        return Distances(nothing, nothing) if settings.reduction == "drop" else found
 
-    monkeypatch.setattr(Measurements, "divergences", lambda *a: torch.nan_to_num(broken(*a), nan=torch.inf))
+    monkeypatch.setattr(Measurements, "distances", broken)
     methods = [Method("clip", "drop", "none"), Method("clip", "context", "none")]
     search_ = Search(measurements, methods, lambda method: 0.8 * measurements.dense_cost, split(9), limits=Limits(8))
     assert search_.run()[0].settings.reduction == "context"
@@ -158,6 +236,25 @@ def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("calib") / "images.npz"
     np.savez(path, images=np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8))
     return path
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Everything that was measured, in order."""
+    found: list[str] = []
+    real_prune = Measurements.prune
+
+    def prune(self: Measurements, settings: PruneSettings) -> None:
+        found.append(str(settings))
+        real_prune(self, settings)
+
+    def count(model: Backbone) -> FlopCount:
+        found.append(f"multiply-adds {getattr(model.pruner, 'settings', None)}")
+        return count_flops(model)
+
+    monkeypatch.setattr(Measurements, "prune", prune)
+    monkeypatch.setattr("ssmprune_cli.workflows.search.measure.count_flops", count)
+    return found
 
 
 @contextmanager
@@ -179,7 +276,9 @@ def killed_after(count: int) -> Iterator[None]:
             yield
 
 
-def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp_path: Path) -> None:
+def test_a_search_that_was_cut_off_continues_to_the_same_result(
+    calib: Path, tmp_path: Path, measured: list[str]
+) -> None:
     methods = [Method("clip", "drop", "none"), Method("clip", "context", "none")]
 
     def plan(state: Path | None) -> SearchPlan:
@@ -187,12 +286,15 @@ def test_a_search_that_was_cut_off_continues_to_the_same_result(calib: Path, tmp
         return SearchPlan(calib, methods, flops=(0.8,), calibration=calibration, limits=Limits(12), state=state)
 
     whole = search(Source(CHECKPOINT), plan(None))
+    once = list(measured)
+    measured.clear()
     file = tmp_path / "state.json"
     with killed_after(20):
         search(Source(CHECKPOINT), plan(file))
     again = search(Source(CHECKPOINT), plan(file))
     assert again.state.found > 5 and "continues an earlier run" in again.warnings[-1]
     assert "10 images are few" in again.warnings[0]
+    assert measured == once, "nothing is measured twice"
     assert again.found[0].trace() == whole.found[0].trace()
     assert again.found[0].recipe == whole.found[0].recipe
     assert checkpoint.load(CHECKPOINT).pruner is None
@@ -249,16 +351,19 @@ def test_images_that_cannot_be_used_end_a_search(tmp_path: Path) -> None:
     assert raised.value.where == str(tmp_path / "5.png")
 
 
-def test_a_sensitivity_that_was_cut_off_continues(calib: Path, tmp_path: Path) -> None:
-    def measure(state: Path | None) -> tuple[list[SensitivityFacts], SavedState]:
+def test_a_sensitivity_that_was_cut_off_continues(calib: Path, tmp_path: Path, measured: list[str]) -> None:
+    def sensitive(state: Path | None) -> tuple[list[SensitivityFacts], SavedState]:
         return sensitivity(Source(CHECKPOINT), calib, ratios=[0.7, 0.5], images=10, state_path=state)
 
-    whole, _ = measure(None)
+    whole, _ = sensitive(None)
+    once = list(measured)
+    measured.clear()
     file = tmp_path / "state.json"
     with killed_after(9):
-        measure(file)
-    again, state = measure(file)
+        sensitive(file)
+    again, state = sensitive(file)
     assert state.found >= 2 and again == whole
+    assert measured == once, "nothing is measured twice"
 
 
 def test_method_names() -> None:

@@ -1,15 +1,20 @@
-"""The evidence for the choice of what to prune: methods at equal cost and time, the search against the uniform default.
+"""The evidence of BENCHMARKS.md for one checkpoint, without fine-tuning: ways to prune, and what the search finds.
 
-    python recipes/bench/evidence.py CKPT --data-dir DIR --calib DIR [--dataset imagefolder] [--limit 500]
+    python recipes/bench/evidence.py [CKPT --dataset cifar10 --data-dir DIR --calib DIR] [--out FILE.md] [--device cuda]
+        [--keep 0.9 0.7 0.5] [--flops 0.8 0.6] [--times 0.8 0.6] [--search 0.8 0.6] [--counts 16 64 256]
 
-prints Markdown tables for one checkpoint, no fine-tuning:
+prints Markdown tables, and with --out writes them to a file after every row. Beside it a .json keeps what is finished:
+a run that was killed continues with the same command. Without a checkpoint: that of the demo, on its digits.
 
-1. every method, its tokens cut uniformly, at equal multiply-adds, and with --times at equal measured time;
-2. at each budget the schedule that `ssmprune search` finds on --calib against the uniform default (clip/context, the
-   default points), on the images of --data-dir, which the search has not seen: the paired difference;
-3. the same at the budget --images-budget with 16, 64 and 256 calibration images.
+--keep    equal keep ratios at the default points: what order, score, context and every alignment do
+--flops   every method, cut uniformly at the default points, at equal multiply-adds (shares of the dense model's)
+--times   the same at equal measured time (shares of the dense model's)
+--search  the schedule that `ssmprune search` finds on --calib, against the uniform default (clip/context/calibrated)
+          and the same without alignment, on --data-dir, which the search has not seen: paired differences
+--counts  the search at --counts-budget with so many calibration images
 
-"nats" is the mean divergence KL(dense || pruned). --evaluations and --time-limit bound each search, --limit the images.
+"nats" is the mean divergence KL(dense || pruned) of the class probabilities. ± is one standard error over images; with
+random scores, of which three seeds are averaged, over seeds too.
 """
 
 from __future__ import annotations
@@ -17,145 +22,261 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import time
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import ssmprune_cli
+from ssmprune_cli import checkpoint
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.pruning import IMPORTANCES, REDUCTIONS, choose_alignment
+from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, REDUCTIONS, PruneSettings, choose_alignment, restore
+from ssmprune_cli.pruning.divergence import divergence, paired
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe_sections import CalibrationPlan
-from ssmprune_cli.workflows.compare import Comparison, Row, compare, recipe_settings
+from ssmprune_cli.workflows.compare import Comparison, recipe_settings
 from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.workflows.saved_state import SavedState
 from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.measure import load_images
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.uniform import Budget, Uniform
+from ssmprune_cli.workflows.write import write_text
+
+DEMO = Path(__file__).parent.parent / "demo"
+SEEDS = 3
+CALIBRATION = 64
+DEFAULT = Method("clip", "context", "calibrated")
+AT_EQUAL_KEEP = {
+    "random drop": Method("random", "drop", "none"),
+    "unsorted drop": Method("clip", "drop-unsorted", "none"),
+    "order-preserving drop": Method("clip", "drop", "none"),
+    "aligned, neighbour": Method("clip", "drop", "neighbour"),
+    "aligned, null": Method("clip", "drop", "null"),
+    "aligned, calibrated": Method("clip", "drop", "calibrated"),
+    "random drop with context": Method("random", "context", "none"),
+    "drop with context": Method("clip", "context", "none"),
+    "drop with context, aligned, calibrated": Method("clip", "context", "calibrated"),
+    "mask (saves nothing)": Method("clip", "mask", "none"),
+}
+METHOD_TITLES = "| multiply-adds | images/s | top-1 % | change, points | nats |\n|---|---|---|---|---|---|---|"
+SEARCH_TITLES = (
+    "| budget | calibration images | found | prune after | patch tokens left | multiply-adds, found and default | "
+    "top-1 %: dense, found, default | nats, found | nats, default | found less default | "
+    "found less default without alignment |\n" + "|---" * 11 + "|"
+)
 
 
-def methods() -> list[Method]:
-    """Every reduction with the paper's score and its default alignment, and without; every score with `drop`."""
-    found = []
-    for reduction in REDUCTIONS.names():
-        if REDUCTIONS.get(reduction).shortens:
-            found += [Method("clip", reduction, "none")]
-            found += [Method("clip", reduction, choose_alignment("auto", reduction, calibrated=True))]
-    found += [Method(score, "drop", "none") for score in IMPORTANCES.names()]
-    return list(dict.fromkeys(found))
+def at_equal_cost() -> dict[str, Method]:
+    """Every reduction with the paper's score, without alignment and with its usual one; every score with two."""
+    found = [
+        Method("clip", reduction, alignment)
+        for reduction in REDUCTIONS.names()
+        if REDUCTIONS.get(reduction).shortens
+        for alignment in ("none", choose_alignment("auto", reduction, calibrated=True))
+    ]
+    found += [Method(score, reduction, "none") for reduction in ("drop", "context") for score in IMPORTANCES.names()]
+    found.append(Method("random", "pool", "mass"))
+    return {str(method): method for method in found}
 
 
-def plus_minus(value: float | None, error: float | None) -> str:
-    return "-" if value is None else f"{value:.4f} ± {error:.4f}"
+class Evidence:
+    """The tables for one checkpoint. `--limit` images are evaluated on; every result is kept as soon as it is known."""
 
-
-def print_rows(rows: list[Row]) -> None:
-    print("| budget | method | multiply-adds | images/s | top-1 % (95 %) | divergence, nats |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        low, high = row.top1_interval or (math.nan, math.nan)
-        top1 = "-" if row.top1 is None else f"{100 * row.top1:.2f} ({100 * low:.2f} to {100 * high:.2f})"
-        print(
-            f"| {row.budget} | {row.name} | {row.share:.4f} | {row.images_per_second:.0f} ({row.speedup:.2f}x) | "
-            f"{top1} | {plus_minus(row.divergence, row.divergence_se)} |"
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.source = Source(arguments.checkpoint)
+        self.out: Path | None = arguments.out
+        dataset = open_dataset(arguments.dataset, arguments.data_dir)
+        identity = {
+            "checkpoint": checkpoint.sha256(arguments.checkpoint),
+            **{key: str(getattr(arguments, key)) for key in ("data_dir", "calib", "limit", "device", "batch_size")},
+            **{key: getattr(arguments, key) for key in ("evaluations", "time_limit", "rounds")},
+        }
+        self.state = SavedState(self.out.with_suffix(".json") if self.out else None, identity)
+        self.comparison = Comparison(
+            self.source,
+            dataset,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            rounds=arguments.rounds,
         )
+        self.calibration = self._calibration(CALIBRATION)
+        self.uniform = Uniform(self.comparison.model, self.calibration, batch_size=arguments.batch_size)
+        self.lines: list[str] = []
 
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+        print(text, flush=True)
+        if self.out is not None:
+            write_text(self.out, "\n".join(self.lines) + "\n")
 
-def print_search_header() -> None:
-    print(
-        "| budget | calibration images | found | prune after | multiply-adds, found and uniform | top-1 %, both | ",
-        end="",
-    )
-    print("nats, found | nats, uniform | found less uniform, nats |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    def methods(self, kind: str, values: list[float], methods: dict[str, Method]) -> None:
+        """A table of `methods` at every budget of this kind."""
+        if not values:
+            return
+        self.line(f"\n| {kind} | method {METHOD_TITLES}")
+        if self.comparison.images.labels is not None:
+            right = self._right(self.comparison.dense_logits)
+            self.line(f"|  | dense | 1.0000 |  | {plus_minus(100 * right, 2)} |  |  |")
+        for value in values:
+            for title, method in methods.items():
+                if kind != "keep" and not REDUCTIONS.get(method.reduction).shortens:
+                    continue
+                row = self.state.get(f"{kind} {value} {method}", partial(self._row, method, Budget(kind, value)))
+                cells = row or ["cannot save enough at these points", "", "", "", ""]
+                self.line(f"| {value:g} | {title} | {' | '.join(cells)} |")
 
+    def searches(self, budgets: list[float], counts: list[int]) -> None:
+        """A table of what searches find, against the uniform default."""
+        if not budgets or not counts:
+            return
+        self.line(f"\n{SEARCH_TITLES}")
+        for count in counts:
+            for budget in budgets:
+                cells = self.state.get(f"search {budget} {count}", partial(self._search, budget, count))
+                self.line(f"| {budget:g} | {count} | {' | '.join(cells)} |")
+            if (state := self._search_state(count)) is not None:
+                state.unlink(missing_ok=True)
 
-def search_rows(arguments: argparse.Namespace, comparison: Comparison, budgets: list[float], count: int) -> None:
-    """Search at `budgets` with `count` calibration images, and compare with the default on the unseen images."""
-    plan = SearchPlan(
-        calib=arguments.calib,
-        methods=list(known_methods()),
-        flops=tuple(budgets),
-        calibration=CalibrationPlan(images=count, batch_size=arguments.batch_size),
-        limits=Limits(arguments.evaluations, arguments.time_limit),
-        device=arguments.device,
-    )
-    results = search(Source(arguments.checkpoint), plan).found
-    calibration = load_images(comparison.model, calibration_images(arguments.calib, count, 0))
-    uniforms = Uniform(comparison.model, calibration, batch_size=arguments.batch_size)
-    default = Method("clip", "context", choose_alignment("auto", "context", calibrated=True))
-    for result in results:
-        settings = recipe_settings(comparison.model, result.recipe, arguments.calib)
-        found, found_nats = comparison.pruned("found", "", settings, calibration)
-        uniform = uniforms.settings(default, Budget("flops", result.budget))
-        assert uniform is not None, "the default reduction cannot save so much"
-        base, base_nats = comparison.pruned("uniform", "", uniform, calibration)
-        difference: Tensor = found_nats - base_nats
-        error = float(difference.std()) / math.sqrt(len(difference))
-        nats = [plus_minus(row.divergence, row.divergence_se) for row in (found, base)]
-        top1 = "-" if found.top1 is None or base.top1 is None else f"{100 * found.top1:.2f}, {100 * base.top1:.2f}"
-        print(
-            f"| {result.budget:g} | {count} | {settings.importance}/{settings.reduction}/{settings.alignment} | "
-            f"{', '.join(map(str, settings.schedule.points))} | {found.share:.4f}, {base.share:.4f} | {top1} | "
-            f"{nats[0]} | {nats[1]} | "
-            f"{float(difference.mean()):+.4f} ± {error:.4f} |",
-            flush=True,
+    def _search_state(self, count: int) -> Path | None:
+        return self.out.with_suffix(f".search{count}.json") if self.out else None
+
+    def _row(self, method: Method, budget: Budget) -> list[str] | None:
+        settings = self.uniform.settings(method, budget)
+        if settings is None:
+            return None
+        seeds = range(SEEDS if method.importance == "random" else 1)
+        found = [self._logits(replace(settings, seed=seed)) for seed in seeds]
+        self.comparison.prune(settings, self._needed(settings, self.calibration))
+        cost = self.comparison.cost() / self.comparison.dense_cost
+        speed, faster = self.comparison.speed()
+        restore(self.comparison.model)
+        nats = torch.stack([divergence(self.comparison.dense_logits, logits) for logits in found])
+        cells = [f"{cost:.4f}", f"{speed:.0f} ({faster:.2f}x)", "", "", plus_minus(nats)]
+        if self.comparison.images.labels is not None:
+            right = 100 * torch.stack([self._right(logits) for logits in found])
+            change = right - 100 * self._right(self.comparison.dense_logits)
+            cells[2:4] = plus_minus(right, 2), plus_minus(change, 2, "+")
+        return cells
+
+    def _search(self, budget: float, count: int) -> list[str]:
+        arguments = self.arguments
+        plan = SearchPlan(
+            calib=arguments.calib,
+            methods=list(known_methods()),
+            flops=(budget,),
+            calibration=CalibrationPlan(images=count, batch_size=arguments.batch_size),
+            limits=Limits(arguments.evaluations, arguments.time_limit),
+            device=arguments.device,
+            state=self._search_state(count),
         )
+        print(f"searching at {budget:g} on {count} images", file=sys.stderr, flush=True)
+        (result,) = search(self.source, plan).found
+        calibration = self._calibration(count)
+        found = recipe_settings(self.comparison.model, result.recipe, arguments.calib)
+        pair = (DEFAULT, replace(DEFAULT, alignment="none"))
+        default, plain = (self.uniform.settings(method, Budget("flops", budget)) for method in pair)
+        assert default is not None and plain is not None, "the default reduction cannot save so much"
+        logits = [self._logits(settings, calibration) for settings in (found, default, plain)]
+        nats = [divergence(self.comparison.dense_logits, each) for each in logits]
+        right = ["" for _ in range(3)]
+        if self.comparison.images.labels is not None:
+            shown = [self.comparison.dense_logits, *logits[:2]]
+            right = [f"{100 * float(self._right(each).mean()):.2f}" for each in shown]
+        costs = [self._cost(settings) for settings in (found, default)]
+        return [
+            f"{found.importance}/{found.reduction}/{found.alignment}",
+            ", ".join(map(str, found.schedule.points)),
+            ", ".join(map(str, found.schedule.tokens)),
+            ", ".join(f"{cost:.4f}" for cost in costs),
+            ", ".join(right),
+            plus_minus(nats[0]),
+            plus_minus(nats[1]),
+            *("{:+.4f} ± {:.4f}".format(*paired(nats[0], other)) for other in nats[1:]),
+        ]
+
+    def _calibration(self, count: int) -> Tensor:
+        return load_images(self.comparison.model, calibration_images(self.arguments.calib, count, 0))
+
+    def _needed(self, settings: PruneSettings, calibration: Tensor) -> Tensor | None:
+        alignment = ALIGNMENTS.get(settings.alignment)
+        return calibration if alignment.needs_calibration or alignment.needs_sizes else None
+
+    def _logits(self, settings: PruneSettings, calibration: Tensor | None = None) -> Tensor:
+        given = self.calibration if calibration is None else calibration
+        self.comparison.prune(settings, self._needed(settings, given))
+        logits = self.comparison.logits(f"{settings.importance}/{settings.reduction}/{settings.alignment}")
+        restore(self.comparison.model)
+        return logits
+
+    def _cost(self, settings: PruneSettings) -> float:
+        self.comparison.prune(replace(settings, alignment="none" if settings.alignment == "none" else "null"), None)
+        share = self.comparison.cost() / self.comparison.dense_cost
+        restore(self.comparison.model)
+        return share
+
+    def _right(self, logits: Tensor) -> Tensor:
+        """(N,) float64: 1 for a right answer."""
+        assert self.comparison.images.labels is not None
+        return (logits.argmax(dim=1) == self.comparison.images.labels).double()
+
+
+def plus_minus(values: Tensor, digits: int = 4, sign: str = "") -> str:
+    """Mean and standard error of (N,) values of images, or of (seeds, N): then over both."""
+    rows = values.reshape(-1, values.shape[-1])
+    over_images = rows.mean(dim=0)
+    error = float(over_images.std()) / math.sqrt(len(over_images))
+    if len(rows) > 1:
+        error = math.hypot(error, statistics.stdev(rows.mean(dim=1).tolist()) / math.sqrt(len(rows)))
+    return f"{float(rows.mean()):{sign}.{digits}f} ± {error:.{digits}f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data-dir", type=Path, required=True, help="images to compare on, not those of --calib")
-    parser.add_argument("--dataset", default="imagefolder", help="layout of --data-dir, as in `ssmprune eval`")
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=500, help="images to compare on")
-    parser.add_argument("--budgets", type=float, nargs="*", default=[0.8, 0.7, 0.6, 0.5])
-    parser.add_argument("--times", type=float, nargs="*", default=[], help="shares of the dense model's time")
-    parser.add_argument("--counts", type=int, nargs="*", default=[16, 64, 256], help="calibration images to try")
-    parser.add_argument("--images-budget", type=float, default=0.6)
-    parser.add_argument("--evaluations", type=int, default=120, help="candidates that each search may try")
-    parser.add_argument("--time-limit", type=float, help="seconds for each budget's search")
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=DEMO / "vim_digits.pth")
+    parser.add_argument("--dataset", default="npz", help="layout of --data-dir, as in `ssmprune eval`")
+    parser.add_argument("--data-dir", type=Path, default=DEMO / "test.npz", help="images to compare on")
+    parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz", help="other images")
+    parser.add_argument("--limit", type=int, help="compare on so many images, always the same")
+    parser.add_argument("--out", type=Path, help="Markdown file; finished rows are kept in the .json beside it")
+    shares: Callable[..., object] = partial(parser.add_argument, type=float, nargs="*", default=[])
+    for option in ("--keep", "--flops", "--times", "--search"):
+        shares(option)
+    parser.add_argument("--counts", type=int, nargs="*", default=[], help="calibration images")
+    parser.add_argument("--counts-budget", type=float, default=0.6)
+    parser.add_argument("--search-images", type=int, default=256, help="calibration images of --search")
+    parser.add_argument("--evaluations", type=int, default=150, help="candidates that each search may try")
+    parser.add_argument("--time-limit", type=float, help="seconds for each search")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["methods", "search", "images"])
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each model")
     arguments = parser.parse_args()
-    start = time.perf_counter()
-    dataset = open_dataset(arguments.dataset, arguments.data_dir)
-    source = Source(arguments.checkpoint)
-    common = {
-        "limit": arguments.limit,
-        "batch_size": arguments.batch_size,
-        "rounds": arguments.rounds,
-        "device": arguments.device,
-    }
-    if "methods" not in arguments.skip:
-        budgets = [Budget("flops", share) for share in arguments.budgets]
-        budgets += [Budget("time", share) for share in arguments.times]
-        rows, notes = compare(source, dataset, methods(), budgets, calib=arguments.calib, **common)
-        print_rows(rows)
-        print("\n" + "\n".join(f"- {note}" for note in notes), flush=True)
-    comparison = Comparison(source, dataset, **common)
-    if "search" not in arguments.skip:
-        print()
-        print_search_header()
-        search_rows(arguments, comparison, arguments.budgets, 64)
-    if "images" not in arguments.skip:
-        print()
-        print_search_header()
-        for count in arguments.counts:
-            search_rows(arguments, comparison, [arguments.images_budget], count)
-    print(
-        f"\n{arguments.checkpoint.name}, {len(comparison.images.pixels)} images; ssmprune {ssmprune_cli.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {arguments.device}, "
-        f"backend {active_backend(arguments.device)}, {time.perf_counter() - start:.0f} s; "
-        "± is one standard error."
+    evidence = Evidence(arguments)
+    evidence.methods("keep", arguments.keep, AT_EQUAL_KEEP)
+    evidence.methods("flops", arguments.flops, at_equal_cost())
+    evidence.methods("time", arguments.times, at_equal_cost())
+    evidence.searches(arguments.search, [arguments.search_images])
+    evidence.searches([arguments.counts_budget], arguments.counts)
+    versions = f"ssmprune {ssmprune_cli.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    evidence.line(
+        f"\n{arguments.checkpoint.name}, {len(evidence.comparison.images)} images; {versions}, "
+        f"{machine(evidence.comparison.device)}, backend {active_backend(arguments.device)}, "
+        f"batches of {arguments.batch_size}; ± is one standard error."
     )
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

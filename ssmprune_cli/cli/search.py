@@ -47,8 +47,9 @@ def command(
     """Find the best recipe for each of several budgets: the front of divergence against multiply-adds.
 
     Points, token counts, score, reduction and alignment are chosen by the divergence of the logits from the dense
-    model's, KL(dense || pruned), on unlabelled images; a third of them is held back to choose among the best. `ssmprune
-    compress --recipe` then makes the model. A run that was killed continues with the same command.
+    model's on unlabelled images. A part of them is held back: the uniform default schedule is kept unless something is
+    clearly better there. `ssmprune compress --recipe` then makes the model. A run that was killed continues with the
+    same command.
     """
     budgets = numbers(flops, "--flops")
     if out.exists() and any(out.iterdir()) and not overwrite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from ssmprune_cli.workflows.uniform import Budget, Uniform
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
+KEPT_BYTES = 2**30
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,89 +71,110 @@ class Row:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Images:
-    """`pixels` (N, 3, H, W) prepared for one model, and `labels` (N,) or None."""
+class EvaluationImages:
+    """The images of a dataset, or `limit` of them (always the same, see `spread`), prepared for a model: batches
+    (B, 3, H, W) on its device. They are read anew each time, unless they fit into `KEPT_BYTES`.
 
-    pixels: Tensor
-    labels: Tensor | None
+    labels  (N,), or None if the dataset has none
+    """
 
+    def __init__(self, dataset: ImageDataset, model: Backbone, limit: int | None, batch_size: int) -> None:
+        if limit is not None and limit < len(dataset):
+            dataset = Subset(dataset, spread(len(dataset), limit))
+        self._dataset = dataset
+        self._model = model
+        self._batch_size = batch_size
+        self._kept: list[Tensor] | None = None
+        labels = [label for index in range(len(dataset)) if (label := dataset.label(index)) is not None]
+        self.labels = torch.tensor(labels) if len(labels) == len(dataset) else None
 
-def evaluation_images(dataset: ImageDataset, model: Backbone, limit: int | None) -> Images:
-    """The images of `dataset`, or `limit` of them (always the same, see `spread`)."""
-    if limit is not None and limit < len(dataset):
-        dataset = Subset(dataset, spread(len(dataset), limit))
-    loaded = list(batches(dataset, model.preprocessing, 64))
-    labels = [batch.labels for batch in loaded if batch.labels is not None]
-    pixels = torch.cat([batch.images for batch in loaded]).to(next(model.parameters()).device)
-    return Images(pixels, torch.cat(labels) if len(labels) == len(loaded) else None)
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._kept is None and 4 * len(self) * 3 * math.prod(self._model.image_size) <= KEPT_BYTES:
+            self._kept = list(self._read())
+        yield from self._read() if self._kept is None else self._kept
+
+    def _read(self) -> Iterator[Tensor]:
+        device = next(self._model.parameters()).device
+        for batch in batches(self._dataset, self._model.preprocessing, self._batch_size):
+            yield batch.images.to(device)
 
 
 class Comparison:
-    """One dense model, and pruned variants of it on the same images."""
+    """One dense model, and pruned variants of it on the same images, of which only the logits are kept."""
 
     def __init__(
         self, source: Source, dataset: ImageDataset, *, limit: int | None, batch_size: int, device: str, rounds: int
     ) -> None:
         if len(dataset) < 2:
             raise DataError("a comparison needs at least two images")
-        self.model = source.load().to(resolve_device(device)).eval()
-        self.reference = source.load().to(resolve_device(device)).eval()
+        self.device = resolve_device(device)
+        self.model = source.load().to(self.device).eval()
+        self.reference = source.load().to(self.device).eval()
         restore(self.model)
         restore(self.reference)
         self.batch_size, self.rounds = batch_size, rounds
-        self.images = evaluation_images(dataset, self.model, limit)
+        self.images = EvaluationImages(dataset, self.model, limit, batch_size)
         self.name = source.path.name
-        self._logits = self._finite(self.model, self.name)
-        self._cost = count_flops(self.model).all_directions
+        self.dense_logits = self.logits(self.name)
+        self.dense_cost = self.cost()
 
     def dense(self) -> Row:
-        return self._row(self.name, "", self._logits, self._cost, self._time(self.model), None)
+        return self._row(self.name, "", self.dense_logits, self.dense_cost, self.speed(), None)
 
     def other_dense(self, source: Source, dataset: ImageDataset, limit: int | None) -> Row:
         """Another dense model on the same images, prepared its own way."""
-        model = source.load().to(self.images.pixels.device).eval()
+        model = source.load().to(self.device).eval()
         restore(model)
-        images = evaluation_images(dataset, model, limit)
-        logits = run(model, images.pixels, self.batch_size)
+        logits = run(model, EvaluationImages(dataset, model, limit, self.batch_size))
         cost = count_flops(model).all_directions
         row = self._row(source.path.name, "", logits, cost, self._time(model), None)
         return replace(row, divergence=None, divergence_se=None)
 
-    def pruned(self, name: str, budget: str, settings: PruneSettings, calibration: Tensor | None) -> tuple[Row, Tensor]:
-        """A variant's row, and the divergence of every image."""
-        schedule = settings.schedule
+    def pruned(self, name: str, budget: str, settings: PruneSettings, calibration: Tensor | None) -> Row:
+        """A variant's row."""
+        self.prune(settings, calibration)
+        row = self._row(name, budget, self.logits(f"{name} {budget}".strip()), self.cost(), self.speed(), settings)
+        restore(self.model)
+        return row
+
+    def prune(self, settings: PruneSettings, calibration: Tensor | None) -> None:
+        """Make `model` a variant: `logits`, `cost` and `speed` are of what it is now."""
         compress(
             self.model,
-            tokens=schedule.tokens,
-            points=schedule.points,
+            tokens=settings.schedule.tokens,
+            points=settings.schedule.points,
             importance=settings.importance,
             reduction=settings.reduction,
             alignment=settings.alignment,
             calibration=None if calibration is None else calibration.split(self.batch_size),
             seed=settings.seed,
         )
-        logits = self._finite(self.model, f"{name} {budget}".strip())
-        cost = count_flops(self.model).all_directions
-        row = self._row(name, budget, logits, cost, self._time(self.model), settings)
-        restore(self.model)
-        return row, divergence(self._logits, logits)
 
-    def _finite(self, model: Backbone, name: str) -> Tensor:
-        logits = run(model, self.images.pixels, self.batch_size)
+    def logits(self, name: str) -> Tensor:
+        """(N, classes) float64, on the CPU. Raises DataError, calling the model `name`, if they are not finite."""
+        logits = run(self.model, self.images)
         if not bool(logits.isfinite().all()):
             raise DataError(f"{name} gives logits that are not finite", hint="`ssmprune inspect` looks at the weights.")
         return logits
 
-    def _time(self, model: Backbone) -> tuple[float, float]:
+    def cost(self) -> int:
+        """Multiply-adds of an image, all directions."""
+        return count_flops(self.model).all_directions
+
+    def speed(self) -> tuple[float, float]:
         """Images per second, and how many times as fast as the dense model."""
-        size = (self.batch_size, 3, *model.image_size)
+        return self._time(self.model)
+
+    def _time(self, model: Backbone) -> tuple[float, float]:
+        batch = torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
         if model.image_size == self.reference.image_size:
-            batch = torch.zeros(size, device=self.images.pixels.device)
             dense, own = interleaved_speeds([self.reference, model], batch, self.rounds)
             return own.images_per_second, dense.median_ms / own.median_ms
-        (own,) = interleaved_speeds([model], torch.zeros(size, device=self.images.pixels.device), self.rounds)
-        dense_batch = torch.zeros(self.batch_size, 3, *self.reference.image_size, device=self.images.pixels.device)
+        (own,) = interleaved_speeds([model], batch, self.rounds)
+        dense_batch = torch.zeros(self.batch_size, 3, *self.reference.image_size, device=self.device)
         (dense,) = interleaved_speeds([self.reference], dense_batch, self.rounds)
         return own.images_per_second, dense.median_ms / own.median_ms
 
@@ -167,20 +190,20 @@ class Comparison:
         labels = self.images.labels
         top1 = interval = difference = difference_interval = None
         if labels is not None:
-            right, before = (each.argmax(dim=1) == labels for each in (logits, self._logits))
+            right, before = (each.argmax(dim=1) == labels for each in (logits, self.dense_logits))
             top1 = float(right.double().mean())
             interval = wilson_interval(int(right.sum()), len(right))
             gained, lost = int((right & ~before).sum()), int((before & ~right).sum())
             difference = (gained - lost) / len(right)
             difference_interval = paired_interval(gained, lost, len(right))
-        nats = divergence(self._logits, logits) if logits.shape == self._logits.shape else None
+        nats = divergence(self.dense_logits, logits) if logits.shape == self.dense_logits.shape else None
         return Row(
             name=name,
             budget=budget,
             points=settings.schedule.points if settings else (),
             tokens=settings.schedule.tokens if settings else (),
             multiply_adds=cost,
-            share=cost / self._cost,
+            share=cost / self.dense_cost,
             images_per_second=speed[0],
             speedup=speed[1],
             divergence=None if nats is None else float(nats.mean()),
@@ -234,11 +257,9 @@ def compare(
         rows.append(comparison.other_dense(other, dataset, limit))
         advance()
     for recipe in recipes:
-        rows.append(
-            comparison.pruned(recipe.name, "", recipe_settings(comparison.model, recipe, calib), calibration)[0]
-        )
+        rows.append(comparison.pruned(recipe.name, "", recipe_settings(comparison.model, recipe, calib), calibration))
         advance()
-    seen = comparison.images.pixels[:2] if calibration is None else calibration
+    seen = next(iter(comparison.images))[:2] if calibration is None else calibration
     uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
     for budget in budgets:
         for method in methods:
@@ -247,7 +268,7 @@ def compare(
             if settings is None:
                 notes.append(f"{method} cannot save enough for {title}.")
                 continue
-            rows.append(comparison.pruned(str(method), title, settings, calibration)[0])
+            rows.append(comparison.pruned(str(method), title, settings, calibration))
             advance()
     return rows, notes
 

@@ -121,6 +121,7 @@ def sensitivity(
 def _measure(
     measurements: Measurements, settings: PruneSettings, dense: tuple[Tensor, Tensor, Tensor]
 ) -> dict[str, Any]:
+    multiply_adds = measurements.multiply_adds(settings) / measurements.dense_cost
     measurements.prune(settings)
     model = measurements.model
     assert isinstance(model.pruner, TokenPruner)
@@ -135,7 +136,7 @@ def _measure(
         "divergence": float(nats.mean()) if finite else None,
         "divergence_se": float(nats.std()) / math.sqrt(len(nats)) if finite else None,
         "token_error": float(error.mean()) if finite else None,
-        "multiply_adds": measurements.multiply_adds(settings) / measurements.dense_cost,
+        "multiply_adds": multiply_adds,
     }
 
 

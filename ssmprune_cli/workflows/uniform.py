@@ -11,7 +11,7 @@ from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import PruneSchedule, PruneSettings
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.workflows.search.candidates import layouts
-from ssmprune_cli.workflows.search.cost import CostModel, schedule_at, solve
+from ssmprune_cli.workflows.search.cost import Costs, schedule_at, solve
 from ssmprune_cli.workflows.search.latency import LatencyBudget
 from ssmprune_cli.workflows.search.measure import Measurements
 
@@ -33,7 +33,7 @@ class Uniform:
 
     def __init__(self, model: Backbone, images: Tensor, *, batch_size: int, seed: int = 0) -> None:
         self._measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size)
-        self._costs: dict[Method, CostModel] = {}
+        self._costs = Costs(self._measurements)
         self._batch_size = batch_size
         self._seed = seed
 
@@ -42,16 +42,13 @@ class Uniform:
         stages = self._measurements.model.stages
         if budget.kind == "keep":
             return method.settings(PruneSchedule.resolve(stages, keep=budget.value), self._seed)
-        if method not in self._costs:
-            others = [cost for known, cost in self._costs.items() if known.reduction == method.reduction]
-            self._costs[method] = CostModel(self._measurements, method, others)
         work = budget.value * self._measurements.dense_cost
         if budget.kind == "time":
             timing = LatencyBudget(self._measurements, 0.0, self._batch_size, self._costs)
             work = timing.share(method, budget.value)
         for points in layouts(stages):
             build = partial(schedule_at, stages, points, [1.0] * len(points))
-            schedule = solve(build, self._costs[method], work)
+            schedule = solve(build, self._costs.of(method), work)
             if schedule is not None:
                 return method.settings(schedule, self._seed)
         return None

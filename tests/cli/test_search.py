@@ -34,10 +34,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_compress_for_a_target_survives_a_kill(ssmprune: Run, images: Path, tmp_path: Path) -> None:
-    out, state = tmp_path / "out", tmp_path / "out.search-state.json"
-    few = ("--importance", "clip", "--reduction", "drop", "--calib-images", "12", "--evaluations", "15")
-    command = ("compress", CHECKPOINT, "--target-flops", "0.8", "--calib", images, *few, "--out", out, "--json")
+def killed(command: tuple[object, ...], state: Path) -> dict[str, object]:
+    """What the command had found when it was killed, soon after its first result."""
     process = subprocess.Popen(
         [sys.executable, "-m", "ssmprune_cli", *map(str, command)],
         cwd=ROOT,
@@ -49,7 +47,17 @@ def test_compress_for_a_target_survives_a_kill(ssmprune: Run, images: Path, tmp_
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not out.exists() and json.loads(state.read_text())["results"], "whole at any moment"
+    results: dict[str, object] = json.loads(state.read_text())["results"]  # whole at any moment
+    assert results
+    return results
+
+
+def test_compress_for_a_target_survives_a_kill(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "out", tmp_path / "out.search-state.json"
+    few = ("--importance", "clip", "--reduction", "drop", "--calib-images", "12", "--evaluations", "15")
+    command = ("compress", CHECKPOINT, "--target-flops", "0.8", "--calib", images, *few, "--out", out, "--json")
+    killed(command, state)
+    assert not out.exists()
     done = ssmprune(*command)
     assert done.returncode == 0, done.stderr
     assert "continues an earlier run" in done.stderr
@@ -110,6 +118,21 @@ def test_sensitivity(ssmprune: Run, images: Path, tmp_path: Path) -> None:
         assert 0 < hard["multiply_adds"] < soft["multiply_adds"] < 1
         assert 0 < soft["token_error"] < hard["token_error"] and soft["divergence"] >= 0
     assert list(tmp_path.iterdir()) == [out], "the state is removed at the end"
+
+
+def test_sensitivity_survives_a_kill(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    command = ("sensitivity", CHECKPOINT, "--calib", images, "--keep", "0.9,0.7,0.5", "--state", state, "--json")
+    known = killed(command, state)
+    done = ssmprune(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(known)} results are known already" in done.stderr or len(known) == 1, "after the dense pass"
+    found = {(one["point"], one["keep"]): one for one in json.loads(done.stdout)["measurements"]}
+    for key, value in known.items():
+        if key.startswith("sensitivity"):
+            _, point, keep = key.split()
+            assert isinstance(value, dict) and value.items() <= found[int(point), float(keep)].items()
+    assert not state.exists()
 
 
 def test_compare_at_equal_cost(ssmprune: Run, images: Path, tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
-"""The search: uniform schedules of every method by successive halving, then steps from the best ones.
+"""The search: uniform schedules screened by successive halving, then steps from the best ones.
 
-1. Every reduction that saves work, pruning uniformly at the budget, on a quarter of the search images; the better half
-   on half of them; the best three on all, from several layouts of points.
-2. The other scores, then the other alignments, for the best two.
-3. From the best: all neighbours in random order; the first that is better is taken. At the end, from the second best.
-4. The best few, and the uniform default, meet on the images held back: the best there is chosen.
+1. Uniform schedules at the budget: every reduction that saves work, from three layouts of points, with the paper's and
+   with random scores. All on a quarter of the search images, the better quarter of them on half, the best few on all.
+2. From the best: neighbours in random order, which move a point or swap the score, reduction or alignment. What is
+   clearly worse on a quarter or half of the images is left there; the first that is better on all by more than the
+   error of the difference is the next step. Where there is none, it goes on from the second best start.
+3. The best few and the uniform default meet on the images held back. The best of them is chosen if it is clearly better
+   there than the default, by a t test: few images find no more than what they can show.
+
+Candidates are compared by `soft_divergence`, image by image.
 """
 
 from __future__ import annotations
@@ -12,17 +16,23 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.pruning import PruneSettings, choose_alignment, default_points
+from ssmprune_cli.pruning.divergence import clearly_less, paired
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.workflows.search.candidates import Candidate, layouts, neighbours, uniform
-from ssmprune_cli.workflows.search.cost import CostModel, schedule_at, solve
-from ssmprune_cli.workflows.search.measure import Measurements
+from ssmprune_cli.workflows.search.cost import Costs, schedule_at, solve
+from ssmprune_cli.workflows.search.measure import Distances, Measurements
 
 FINALISTS = 6
+_STARTS = 3
+_WIDE = 1.2  # first candidates for each evaluation: three tenths of the evaluations, on a quarter of the images
 
 Progress = Callable[[int, int], None]
 
@@ -40,7 +50,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Limits:
-    """evaluations: of candidates; seconds: None is no limit. The finalists are always measured."""
+    """evaluations: of candidates on all search images, or as many on parts of them; seconds: None is no limit.
+
+    The finalists are always measured.
+    """
 
     evaluations: int = 200
     seconds: float | None = None
@@ -62,156 +75,182 @@ class Search:
         *,
         seed: int = 0,
         limits: Limits = Limits(),
-        costs: dict[Method, CostModel] | None = None,
+        costs: Costs | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._measurements = measurements
         self._methods = list(methods)
         self._budget = budget
         self._searched, self._held_back = parts
+        count = len(self._searched)
+        self._rungs = sorted({max(1, count // 4), max(1, count // 2), count})
         self._seed = seed
         self._limits = limits
         self._progress = progress
-        self._costs = {} if costs is None else costs
-        self._trials: dict[PruneSettings, Trial] = {}
-        self._settings: dict[Candidate, PruneSettings | None] = {}
-        self._done = 0
+        self._costs = costs or Costs(measurements)
+        self._known: dict[PruneSettings, Distances] = {}  # on the first search images
+        self._candidates: dict[Candidate, PruneSettings | None] = {}
+        self._done = 0.0
         self._started = time.monotonic()
 
     def run(self) -> list[Trial]:
         """Every trial, the chosen one first, then by rising divergence. Raises SsmpruneError if nothing worked."""
         default = self._default()
-        leaders = self._start()
-        for leader in leaders:
-            self._climb(leader)
+        for start in self._start():
+            self._climb(start)
         return self._choose(default)
 
     def _default(self) -> PruneSettings | None:
         """What `compress` does when nothing else is asked for, at this budget; None if that is not to be had."""
-        reduction = Method().reduction
-        method = Method(alignment=choose_alignment("auto", reduction, calibrated=True))
+        method = Method(alignment=choose_alignment("auto", Method().reduction, calibrated=True))
         if method not in self._methods:
             return None
-        candidate = uniform(method, default_points(self._measurements.model.stages))
-        self._mean(candidate)
-        return self._resolve(candidate)
+        settings = self._settings(uniform(method, default_points(self._measurements.model.stages)))
+        if settings is not None:
+            self._distances(settings)
+        return settings
 
     def _start(self) -> list[Candidate]:
-        """The best two uniform candidates, of different reductions where there are several."""
+        """The best few uniform candidates, the best one first."""
+        candidates = list(self._wide())
+        keep = max(_STARTS, len(candidates) // 4)
+        for count, left in zip(self._rungs, (keep, max(_STARTS, keep // 3), _STARTS), strict=False):
+            candidates = self._best(candidates, count, left)
+        return candidates
+
+    def _wide(self) -> Iterator[Candidate]:
+        """As many uniform candidates within the budget as the evaluations allow."""
+        first: dict[tuple[str, str], Method] = {}
+        usual = Method().importance
+        for method in sorted(self._methods, key=lambda each: (not _usually_aligned(each), each.importance != usual)):
+            first.setdefault((method.reduction, "random" if method.importance == "random" else ""), method)
         places = layouts(self._measurements.model.stages)
-        first: dict[str, Method] = {}
-        for method in sorted(self._methods, key=_unusual):
-            first.setdefault(method.reduction, method)
-        uniforms = {name: [uniform(method, points) for points in places] for name, method in first.items()}
-        # The default points, or where they do not save enough the first layout that does.
-        arms = [found for own in uniforms.values() if (found := next(filter(self._resolve, own), None)) is not None]
-        count = len(self._searched)
-        for share, left in ((4, max(3, (len(arms) + 1) // 2)), (2, 3)):
-            part = range(self._searched.start, self._searched.start + max(1, count // share))
-            arms = self._best(arms, left, part)
-        starts = [start for arm in arms for start in uniforms[arm.method.reduction]]
-        best = self._best([*arms, *starts], 2, distinct=lambda candidate: candidate.method.reduction)
-        for field in ("importance", "alignment"):
-            others = [
-                Candidate(method, leader.points, leader.weights)
-                for leader in best
-                for method in self._methods
-                if method.reduction == leader.method.reduction and _differs_in(method, leader.method, field)
-            ]
-            best = self._best([*best, *others], 2, distinct=lambda candidate: candidate.method.reduction)
-        return best
+        every = (uniform(method, points) for points in places for method in first.values())
+        left = round(_WIDE * self._limits.evaluations)
+        found: dict[tuple[str, str], int] = {}
+        for candidate in every:
+            if found and self._spent():
+                return
+            key = (candidate.method.reduction, candidate.method.importance)
+            if left and found.get(key, 0) < 3 and self._settings(candidate) is not None:
+                found[key] = found.get(key, 0) + 1
+                left -= 1
+                yield candidate
+
+    def _best(self, candidates: Iterable[Candidate], count: int, left: int) -> list[Candidate]:
+        """The best `left` by their distance on the first `count` search images."""
+        scored: list[tuple[float, Candidate]] = []
+        for candidate in candidates:
+            if self._spent() and scored:
+                break
+            settings = self._settings(candidate)
+            if settings is not None:
+                scored.append((float(self._distances(settings, count).soft.mean()), candidate))
+        scored.sort(key=lambda pair: pair[0])
+        return [candidate for value, candidate in scored[:left] if math.isfinite(value)]
 
     def _climb(self, leader: Candidate) -> None:
-        choice = random.Random(self._seed)
-        best = self._mean(leader)
+        choice, stages = random.Random(self._seed), self._measurements.model.stages
         improved = True
         while improved:
             improved = False
-            around = list(neighbours(leader, self._measurements.model.stages))
+            around = [*neighbours(leader, stages), *self._swaps(leader)]
             choice.shuffle(around)
             for candidate in around:
                 if self._spent():
                     return
-                found = self._mean(candidate)
-                if found < best:
-                    leader, best, improved = candidate, found, True
+                if self._better(candidate, leader):
+                    leader, improved = candidate, True
                     break
 
+    def _swaps(self, candidate: Candidate) -> Iterator[Candidate]:
+        """The same points with another score or alignment, or with another reduction as that is usually aligned."""
+        method = candidate.method
+        for other in self._methods:
+            same = [getattr(method, name) == getattr(other, name) for name in ("importance", "reduction", "alignment")]
+            if same.count(False) == 1 or (same[0] and not same[1] and _usually_aligned(other)):
+                yield replace(candidate, method=other)
+
+    def _better(self, candidate: Candidate, leader: Candidate) -> bool:
+        """Whether `candidate` is better than `leader` on the search images by more than the error of the difference."""
+        found, known = self._settings(candidate), self._settings(leader)
+        if found is None or known is None or found == known:
+            return False
+        for count in self._rungs:
+            mean, error = paired(self._distances(found, count).soft, self._distances(known, count).soft)
+            if mean > error or not math.isfinite(mean):
+                return False
+        return mean < -error
+
     def _choose(self, default: PruneSettings | None) -> list[Trial]:
-        trials = sorted(self._trials.values(), key=lambda trial: trial.divergence)
-        if not trials or not math.isfinite(trials[0].divergence):
+        whole = {each: found for each, found in self._known.items() if len(found.nats) == len(self._searched)}
+        ranked = sorted(whole, key=lambda each: float(whole[each].soft.mean()))
+        ranked = [each for each in ranked if bool(whole[each].soft.isfinite().all())]
+        finalists = list(islice(filter(self._affordable, ranked), FINALISTS))
+        if not finalists:
             raise SsmpruneError(
                 "no candidate within the budget gave finite logits",
                 hint="Try a larger budget, or `ssmprune inspect` for the weights.",
             )
-        finalists = [trial for trial in trials if math.isfinite(trial.divergence)]
-        finalists = [trial for i, trial in enumerate(finalists) if i < FINALISTS or trial.settings == default]
-        checked = []
-        for trial in finalists:
-            exact = self._measurements.multiply_adds(trial.settings)
-            held_back = float(self._measurements.divergences(trial.settings, self._held_back).mean())
-            checked.append(Trial(trial.settings, exact / self._measurements.dense_cost, trial.divergence, held_back))
-        winner = min(checked, key=lambda trial: trial.held_back if trial.held_back is not None else math.inf)
-        chosen = Trial(winner.settings, winner.multiply_adds, winner.divergence, winner.held_back, chosen=True)
-        return [
+        if default in ranked and default not in finalists:
+            finalists.append(default)
+        held_back = {each: self._measurements.distances(each, self._held_back) for each in finalists}
+
+        def over_all(settings: PruneSettings) -> float:
+            return float(torch.cat((whole[settings].soft, held_back[settings].soft)).mean())
+
+        winner = min(finalists, key=over_all)
+        if default in held_back and winner != default:
+            found, reference = held_back[winner], held_back[default]
+            if not (clearly_less(found.soft, reference.soft) and found.nats.mean() < reference.nats.mean()):
+                winner = default
+        trials = [self._trial(each, whole[each], held_back.get(each), each == winner) for each in whole]
+        return sorted(trials, key=lambda trial: (not trial.chosen, trial.held_back is None, trial.divergence))
+
+    def _affordable(self, settings: PruneSettings) -> bool:
+        """Whether `count_flops` agrees with the cost model that the budget is met."""
+        return self._measurements.multiply_adds(settings) <= self._budget(_method(settings)) * (1 + 1e-6)
+
+    def _trial(self, settings: PruneSettings, searched: Distances, held_back: Distances | None, chosen: bool) -> Trial:
+        if held_back is None:
+            cost = self._costs.of(_method(settings)).predict(settings.schedule)
+        else:
+            cost = self._measurements.multiply_adds(settings)
+        return Trial(
+            settings,
+            cost / self._measurements.dense_cost,
+            float(searched.nats.mean()),
+            None if held_back is None else float(held_back.nats.mean()),
             chosen,
-            *(trial for trial in checked if trial is not winner),
-            *(t for t in trials if t not in finalists),
-        ]
+        )
 
-    def _best(
-        self,
-        candidates: Iterable[Candidate],
-        count: int,
-        part: range | None = None,
-        distinct: Callable[[Candidate], str] | None = None,
-    ) -> list[Candidate]:
-        """The best `count` by their divergence on `part`; of those alike by `distinct`, the best only."""
-        scored: list[tuple[float, Candidate]] = []
-        for candidate in dict.fromkeys(candidates):
-            if self._spent() and scored:
-                break
-            scored.append((self._mean(candidate, part), candidate))
-        scored.sort(key=lambda pair: pair[0])
-        found: list[Candidate] = []
-        for value, candidate in scored:
-            alike = distinct is not None and distinct(candidate) in {distinct(each) for each in found}
-            if math.isfinite(value) and not alike:
-                found.append(candidate)
-        return found[:count]
+    def _distances(self, settings: PruneSettings, count: int | None = None) -> Distances:
+        """On the first `count` search images, by default on all."""
+        count = len(self._searched) if count is None else count
+        known = self._known.get(settings)
+        start = 0 if known is None else len(known.nats)
+        if start < count:
+            first = self._searched.start
+            more = self._measurements.distances(settings, range(first + start, first + count))
+            known = more if known is None else Distances(*map(torch.cat, zip(known, more, strict=True)))
+            self._known[settings] = known
+            self._done += (count - start) / len(self._searched)
+            if self._progress:
+                self._progress(min(round(self._done), self._limits.evaluations), self._limits.evaluations)
+        assert known is not None
+        return Distances(known.nats[:count], known.soft[:count])
 
-    def _mean(self, candidate: Candidate, part: range | None = None) -> float:
-        """Mean divergence on `part` of the search images, by default all; infinite if the budget is out of reach."""
-        settings = self._resolve(candidate)
-        if settings is None:
-            return math.inf
-        if part is None and settings in self._trials:
-            return self._trials[settings].divergence
-        value = float(self._measurements.divergences(settings, part or self._searched).mean())
-        self._done += 1
-        if self._progress:
-            self._progress(min(self._done, self._limits.evaluations), self._limits.evaluations)
-        if part is None:
-            cost = self._cost(candidate.method).predict(settings.schedule)
-            self._trials[settings] = Trial(settings, cost / self._measurements.dense_cost, value)
-        return value
-
-    def _resolve(self, candidate: Candidate) -> PruneSettings | None:
-        if candidate not in self._settings:
+    def _settings(self, candidate: Candidate) -> PruneSettings | None:
+        """What the candidate is at this budget; None if that is out of its reach."""
+        if candidate not in self._candidates:
             stages = self._measurements.model.stages
             schedule = solve(
                 lambda level: schedule_at(stages, candidate.points, candidate.weights, level),
-                self._cost(candidate.method),
+                self._costs.of(candidate.method),
                 self._budget(candidate.method),
             )
-            self._settings[candidate] = None if schedule is None else candidate.method.settings(schedule, self._seed)
-        return self._settings[candidate]
-
-    def _cost(self, method: Method) -> CostModel:
-        if method not in self._costs:
-            others = [cost for known, cost in self._costs.items() if known.reduction == method.reduction]
-            self._costs[method] = CostModel(self._measurements, method, others)
-        return self._costs[method]
+            self._candidates[candidate] = None if schedule is None else candidate.method.settings(schedule, self._seed)
+        return self._candidates[candidate]
 
     def _spent(self) -> bool:
         seconds = self._limits.seconds
@@ -220,18 +259,15 @@ class Search:
         )
 
 
-def _unusual(method: Method) -> bool:
-    """Whether the alignment is another one than the reduction has by default."""
-    return method.alignment != choose_alignment("auto", method.reduction, calibrated=True)
+def _method(settings: PruneSettings) -> Method:
+    return Method(settings.importance, settings.reduction, settings.alignment)
 
 
-def _differs_in(method: Method, other: Method, field: str) -> bool:
-    """Whether the two differ in `field` and nothing else."""
-    fields = ("importance", "reduction", "alignment")
-    return [name for name in fields if getattr(method, name) != getattr(other, name)] == [field]
+def _usually_aligned(method: Method) -> bool:
+    return method.alignment == choose_alignment("auto", method.reduction, calibrated=True)
 
 
 def split(count: int) -> tuple[range, range]:
-    """Numbers of the images to search on, and of the third that is held back."""
-    searched = count - max(1, count // 3)
+    """Numbers of the images to search on, and of those that are held back."""
+    searched = count - max(1, count // 2 if count < 64 else count * 2 // 5)
     return range(searched), range(searched, count)

@@ -12,7 +12,7 @@ from ssmprune_cli.pruning import PruneSettings
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.workflows.profile import interleaved_speeds
 from ssmprune_cli.workflows.search.candidates import layouts
-from ssmprune_cli.workflows.search.cost import CostModel, schedule_at, solve
+from ssmprune_cli.workflows.search.cost import Costs, schedule_at, solve
 from ssmprune_cli.workflows.search.measure import Measurements
 
 _FRACTIONS = (0.85, 0.7, 0.55)
@@ -26,9 +26,7 @@ class LatencyBudget:
     schedules, timed in turn with the dense model, tells it. `slack` scales the target after the result was timed.
     """
 
-    def __init__(
-        self, measurements: Measurements, milliseconds: float, batch_size: int, costs: dict[Method, CostModel]
-    ) -> None:
+    def __init__(self, measurements: Measurements, milliseconds: float, batch_size: int, costs: Costs) -> None:
         self._measurements = measurements
         self._milliseconds = milliseconds
         self._batch_size = batch_size
@@ -57,10 +55,7 @@ class LatencyBudget:
     def _line(self, method: Method) -> list[float]:
         """Intercept (ms), slope (ms a multiply-add) and the dense model's time (ms)."""
         stages, dense = self._measurements.model.stages, self._measurements.dense_cost
-        if method not in self._costs:
-            others = [cost for known, cost in self._costs.items() if known.reduction == method.reduction]
-            self._costs[method] = CostModel(self._measurements, method, others)
-        cost = self._costs[method]
+        cost = self._costs.of(method)
         settings: list[PruneSettings] = []
         for points in layouts(stages):
             build = partial(schedule_at, stages, points, [1.0] * len(points))

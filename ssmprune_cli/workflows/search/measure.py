@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from ssmprune_cli.data import batches
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.pruning import ALIGNMENTS, PruneSettings, TokenPruner, compress, restore
-from ssmprune_cli.pruning.divergence import divergence
+from ssmprune_cli.pruning import ALIGNMENTS, PruneSettings, TokenPruner, calibrate, restore
+from ssmprune_cli.pruning.divergence import divergence, soft_divergence
+from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.saved_state import SavedState
 
@@ -26,10 +27,18 @@ def load_images(model: Backbone, dataset: ImageDataset) -> Tensor:
     return torch.cat([batch.images for batch in batches(dataset, model.preprocessing, 64)]).to(device)
 
 
-def run(model: Backbone, images: Tensor, batch_size: int) -> Tensor:
-    """(images, classes) float64 logits, on the CPU."""
+def run(model: Backbone, batches: Iterable[Tensor]) -> Tensor:
+    """(images, classes) float64 logits, on the CPU, of batches (B, 3, H, W)."""
     with torch.inference_mode():
-        return torch.cat([model(part) for part in images.split(batch_size)]).double().cpu()
+        return torch.cat([model(batch).double().cpu() for batch in batches])
+
+
+class Distances(NamedTuple):
+    """From the dense model, (N,) float64 each, image by image: `divergence`, and `soft_divergence`. All are infinite if
+    one image's logits are not finite."""
+
+    nats: Tensor
+    soft: Tensor
 
 
 class Measurements:
@@ -53,8 +62,9 @@ class Measurements:
         self.state = state or SavedState(None, {})
         self._calibration = calibration
         self._batch_size = batch_size
+        self._pruners: dict[PruneSettings, TokenPruner] = {}
         restore(model)
-        self.dense = run(model, images, batch_size)
+        self.dense = run(model, images.split(batch_size))
         bad = (~self.dense.isfinite().all(dim=1)).nonzero()
         if len(bad):
             raise DataError(
@@ -69,38 +79,48 @@ class Measurements:
         self.dense_cost = self._count(None)["total"]
 
     def prune(self, settings: PruneSettings) -> None:
-        """Make the model the pruned one."""
-        schedule = settings.schedule
-        needs_images = ALIGNMENTS.get(settings.alignment).stored is not None
-        compress(
-            self.model,
-            tokens=schedule.tokens,
-            points=schedule.points,
-            importance=settings.importance,
-            reduction=settings.reduction,
-            alignment=settings.alignment,
-            calibration=self.images[: self._calibration].split(self._batch_size) if needs_images else None,
-            seed=settings.seed,
+        """Make the model the pruned one, its alignment calibrated."""
+        if settings not in self._pruners:
+            restore(self.model)
+            self._pruners[settings] = self._calibrated(settings)
+        self.model.pruner = self._pruners[settings]
+
+    def _calibrated(self, settings: PruneSettings) -> TokenPruner:
+        """As `pruning.compress` makes it, without the statistics of scores and without what is not calibrated."""
+        alignment, batches = (
+            ALIGNMENTS.get(settings.alignment),
+            self.images[: self._calibration].split(self._batch_size),
         )
+        if not alignment.needs_calibration:
+            pruner = self.pruner(settings)
+            if alignment.needs_sizes:
+                fit_mass(self.model, pruner, batches)
+            return pruner
+        deltas = calibrate(self.model, settings, batches).deltas
+        like = next(self.model.parameters())
+        return TokenPruner(settings, self.model.stages, self.model.mixers, deltas).to(like.device, like.dtype)
 
     def pruner(self, settings: PruneSettings) -> TokenPruner:
         """One that is not calibrated: it costs and takes as much as one that is."""
         like = next(self.model.parameters())
         return TokenPruner(settings, self.model.stages, self.model.mixers).to(like.device, like.dtype)
 
-    def divergences(self, settings: PruneSettings, part: range) -> Tensor:
-        """(len(part),) float64: KL(dense || pruned) of the images with these numbers; infinite where not finite."""
+    def distances(self, settings: PruneSettings, part: range) -> Distances:
+        """Of the images with these numbers."""
 
-        def compute() -> list[float | None]:
+        def compute() -> list[list[float]] | None:
             self.prune(settings)
             rows = slice(part.start, part.stop)
-            logits = run(self.model, self.images[rows], self._batch_size)
+            logits = run(self.model, self.images[rows].split(self._batch_size))
             restore(self.model)
-            values = divergence(self.dense[rows], logits).tolist()
-            return [value if math.isfinite(value) else None for value in values]
+            if not bool(logits.isfinite().all()):
+                return None
+            dense = self.dense[rows]
+            return [divergence(dense, logits).tolist(), soft_divergence(dense, logits).tolist()]
 
-        found = self.state.get(f"divergence {part.start}:{part.stop} {_key(settings)}", compute)
-        return torch.tensor([math.inf if value is None else value for value in found], dtype=torch.float64)
+        found = self.state.get(f"distances {part.start}:{part.stop} {_key(settings)}", compute)
+        both = torch.tensor(found or [[math.inf] * len(part)] * 2, dtype=torch.float64)
+        return Distances(both[0], both[1])
 
     def multiply_adds(self, settings: PruneSettings) -> int:
         """Of one image, all scan directions counted, by `count_flops`."""

@@ -20,14 +20,14 @@ from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.profile import resolve_device
 from ssmprune_cli.workflows.saved_state import SavedState
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
-from ssmprune_cli.workflows.search.cost import CostModel, check_budget
+from ssmprune_cli.workflows.search.cost import Costs, check_budget
 from ssmprune_cli.workflows.search.latency import LatencyBudget, check_latency
 from ssmprune_cli.workflows.search.measure import Measurements, load_images
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
 MIN_IMAGES = 8  # fewer tell nothing, once a part of them is held back
-FEW_IMAGES = 64  # with fewer the search may choose worse than the default: see BENCHMARKS.md
+FEW_IMAGES = 64  # with fewer the search mostly keeps the default: see BENCHMARKS.md
 _LATENCY_TRIES = 4
 _ALIGNED_ON = 16  # images that calibrate a candidate's alignment; the chosen one's is calibrated on all
 
@@ -112,8 +112,8 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
         warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration images were found.")
     if len(dataset) < FEW_IMAGES:
         warnings.append(
-            f"{len(dataset)} images are few to search on: what is found may be worse than the default schedule. "
-            "256 are better."
+            f"{len(dataset)} images are few to search on: where they cannot show that something is better, the default "
+            "schedule is kept. 256 are better."
         )
     order = list(range(len(dataset)))  # by name, so perhaps by class: the part held back must not be other classes
     random.Random(plan.seed).shuffle(order)
@@ -133,8 +133,7 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
     measurements = Measurements(
         model, images, calibration=min(_ALIGNED_ON, len(parts[0])), batch_size=plan.calibration.batch_size, state=state
     )
-    costs: dict[Method, CostModel] = {}
-    searches = _Searches(measurements, plan, parts, costs, progress)
+    searches = _Searches(measurements, plan, parts, Costs(measurements), progress)
     found = [searches.by_flops(fraction) for fraction in plan.flops]
     if plan.latency_ms is not None:
         found.append(searches.by_latency(plan.latency_ms))
@@ -146,7 +145,7 @@ class _Searches:
     measurements: Measurements
     plan: SearchPlan
     parts: tuple[range, range]
-    costs: dict[Method, CostModel]
+    costs: Costs
     progress: Progress | None
 
     def by_flops(self, fraction: float) -> Found:
