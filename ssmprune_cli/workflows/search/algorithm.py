@@ -197,12 +197,14 @@ class Search:
         held_back = {each: self._measurements.distances(each, self._held_back) for each in finalists}
 
         def over_all(settings: PruneSettings) -> float:
-            return float(torch.cat((whole[settings].soft, held_back[settings].soft)).mean())
+            return float(torch.cat((whole[settings].soft, held_back[settings].soft)).sqrt().mean())
 
         winner = min(finalists, key=over_all)
         if default in held_back and winner != default:
             found, reference = held_back[winner], held_back[default]
-            if not (clearly_less(found.soft, reference.soft) and found.nats.mean() < reference.nats.mean()):
+            # Roots, so that one image far off does not hide what all others show; the plain mean has to agree.
+            less = clearly_less(found.soft.sqrt(), reference.soft.sqrt())
+            if not (less and found.nats.mean() < reference.nats.mean()):
                 winner = default
         trials = [self._trial(each, whole[each], held_back.get(each), each == winner) for each in whole]
         return sorted(trials, key=lambda trial: (not trial.chosen, trial.held_back is None, trial.divergence))
