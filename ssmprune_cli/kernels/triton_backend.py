@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
-from ssmprune_cli.kernels.triton_conv_launch import MAX_TAPS, Conv
-from ssmprune_cli.kernels.triton_sparse_launch import SparseConv
+from ssmprune_cli.kernels.triton_conv_launch import MAX_TAPS, Conv, SparseConv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INNER = 64  # states: what a program keeps in registers

@@ -1,4 +1,4 @@
-"""The convolution that meets listed rows, with SiLU, in Triton, forward and backward; see `triton_sparse_launch`.
+"""The convolution that meets listed rows, with SiLU, in Triton, forward and backward; see `triton_conv_launch`.
 
 One program computes a tile of tokens and channels. *Rows* are those of x (B, L, E) followed by those of context
 (B, M, E); they stay where they are, and a row that does not exist counts as 0.

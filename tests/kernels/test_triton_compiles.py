@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ssmprune_cli.kernels.triton_backend import SEGMENT, interpreted
-from ssmprune_cli.kernels.triton_sparse_launch import BLOCK, BLOCK_E, BLOCK_L
+from ssmprune_cli.kernels.triton_conv_launch import BLOCK, BLOCK_E, BLOCK_L
 
 triton = pytest.importorskip("triton")
 
