@@ -51,7 +51,9 @@ class TritonBackend(Backend):
     def scan(self, inputs: ScanInputs) -> Tensor:
         from ssmprune_cli.kernels.triton_scan import scan_forward
 
-        call = _Scan(inputs)
+        # Single 16-bit values cannot be copied ahead of their use, pairs of channels can. A is wide for its layout.
+        wide = inputs.u.dtype == torch.float32
+        call = _Scan(inputs._replace(A=inputs.A.float()), TILE if wide else 2 * TILE)
         y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
         if y.numel() == 0:
             return y
@@ -76,7 +78,9 @@ class TritonBackend(Backend):
             given = (u, inputs.delta, A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias)
             zeros = (*given, inputs.shift, inputs.gap_delta)
             return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in zeros)
-        call = _Scan(inputs)
+        # Here, where programs are few for their many registers, B and C must be copied ahead too.
+        exact = inputs._replace(A=A.float(), B=inputs.B.float(), C=inputs.C.float())
+        call = _Scan(exact, TILE if u.dtype == torch.float32 else 2 * TILE)
         grad = grad.contiguous()
 
         def single(*shape: int) -> Tensor:
@@ -185,12 +189,7 @@ class TritonBackend(Backend):
 class _Scan:
     """The arguments that the scan's kernels share."""
 
-    def __init__(self, inputs: ScanInputs) -> None:
-        tile = TILE
-        if inputs.u.dtype != torch.float32:
-            # Single 16-bit values cannot be copied ahead of their use: pairs of channels, and what is narrow wider.
-            A, B, C = (narrow.float() for narrow in (inputs.A, inputs.B, inputs.C))
-            tile, inputs = 2 * TILE, inputs._replace(A=A, B=B, C=C)
+    def __init__(self, inputs: ScanInputs, tile: int) -> None:
         self._tensors = {name: _rows(getattr(inputs, name), name) for name in TENSORS.split()}
         (batch, length, channels), state = inputs.u.shape, inputs.A.shape[1]
         block_n = _power_of_two(state)
