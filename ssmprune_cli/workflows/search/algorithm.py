@@ -5,8 +5,8 @@
 2. From the best: neighbours in random order, which move a point or swap the score, reduction or alignment. What is
    clearly worse on a quarter or half of the images is left there; the first that is better on all by more than the
    error of the difference is the next step. Where there is none, it goes on from the second best start.
-3. The best few and the uniform default meet on the images held back. The best of them is chosen if it is clearly better
-   there than the default, by a t test: few images find no more than what they can show.
+3. The best few and the uniform default meet on the images held back. Of those that are clearly better there than the
+   default, by a t test, the best is chosen, or else the default: few images find no more than what they can show.
 
 Candidates are compared by `soft_divergence`, image by image.
 """
@@ -199,13 +199,15 @@ class Search:
         def over_all(settings: PruneSettings) -> float:
             return float(torch.cat((whole[settings].soft, held_back[settings].soft)).sqrt().mean())
 
-        winner = min(finalists, key=over_all)
-        if default in held_back and winner != default:
-            found, reference = held_back[winner], held_back[default]
+        def is_better(settings: PruneSettings) -> bool:
+            if default not in held_back:
+                return True
+            found, reference = held_back[settings], held_back[default]
             # Roots, so that one image far off does not hide what all others show; the plain mean has to agree.
             less = clearly_less(found.soft.sqrt(), reference.soft.sqrt())
-            if not (less and found.nats.mean() < reference.nats.mean()):
-                winner = default
+            return settings == default or (less and bool(found.nats.mean() < reference.nats.mean()))
+
+        winner = next(filter(is_better, sorted(finalists, key=over_all)), default)
         trials = [self._trial(each, whole[each], held_back.get(each), each == winner) for each in whole]
         return sorted(trials, key=lambda trial: (not trial.chosen, trial.held_back is None, trial.divergence))
 
