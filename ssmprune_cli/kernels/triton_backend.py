@@ -1,4 +1,4 @@
-"""Backend `triton`: the kernels of `triton_scan` and `triton_conv` on GPUs, or under Triton's interpreter anywhere."""
+"""Backend `triton`: the kernels of the modules `triton_*` on GPUs, or under Triton's interpreter anywhere."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class TritonBackend(Backend):
     def scan(self, inputs: ScanInputs) -> Tensor:
         from ssmprune_cli.kernels.triton_scan import scan_forward
 
-        # Single 16-bit values cannot be copied ahead of their use, pairs of channels can. A is wide for its layout.
-        wide = inputs.u.dtype == torch.float32
-        call = _Scan(inputs._replace(A=inputs.A.float()), TILE if wide else 2 * TILE)
+        call = _Scan(inputs._replace(A=inputs.A.float()))  # for its layout
         y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
         if y.numel() == 0:
             return y
@@ -80,7 +78,7 @@ class TritonBackend(Backend):
             return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in zeros)
         # Here, where programs are few for their many registers, B and C must be copied ahead too.
         exact = inputs._replace(A=A.float(), B=inputs.B.float(), C=inputs.C.float())
-        call = _Scan(exact, TILE if u.dtype == torch.float32 else 2 * TILE)
+        call = _Scan(exact)
         grad = grad.contiguous()
 
         def single(*shape: int) -> Tensor:
@@ -189,7 +187,9 @@ class TritonBackend(Backend):
 class _Scan:
     """The arguments that the scan's kernels share."""
 
-    def __init__(self, inputs: ScanInputs, tile: int) -> None:
+    def __init__(self, inputs: ScanInputs) -> None:
+        # Single 16-bit values cannot be copied ahead of their use: each thread has pairs of channels.
+        tile = TILE if inputs.u.dtype == torch.float32 else 2 * TILE
         self._tensors = {name: _rows(getattr(inputs, name), name) for name in TENSORS.split()}
         (batch, length, channels), state = inputs.u.shape, inputs.A.shape[1]
         block_n = _power_of_two(state)
