@@ -42,6 +42,7 @@ from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe_sections import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison, recipe_settings
 from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.workflows.machine import machine
 from ssmprune_cli.workflows.saved_state import SavedState
 from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.measure import load_images
@@ -268,15 +269,9 @@ def main() -> None:
     versions = f"ssmprune {ssmprune_cli.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     evidence.line(
         f"\n{arguments.checkpoint.name}, {len(evidence.comparison.images)} images; {versions}, "
-        f"{machine(evidence.comparison.device)}, backend {active_backend(arguments.device)}, "
-        f"batches of {arguments.batch_size}; ± is one standard error."
+        f"{machine(evidence.comparison.device)}, {torch.get_num_threads()} threads, "
+        f"backend {active_backend(arguments.device)}, batches of {arguments.batch_size}; ± is one standard error."
     )
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":
