@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ssmprune_cli.data import open_dataset
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.workflows.finetune import images as images_of_training
 from ssmprune_cli.workflows.finetune.images import default_workers, epoch_parts
 from ssmprune_cli.workflows.new_model import build
 from ssmprune_cli.workflows.processes import Share
@@ -66,7 +68,16 @@ def test_a_model_on_a_cpu_shares_its_cores_with_no_workers(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_leave_signals_to_the_training(folder: Path, number: signal.Signals) -> None:
+def test_workers_leave_signals_to_the_training(
+    folder: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = images_of_training._ignore_signals
+
+    def slow_start(worker: int) -> None:  # the second worker gets its signal before it can ignore it
+        time.sleep(worker)
+        started(worker)
+
+    monkeypatch.setattr(images_of_training, "_ignore_signals", slow_start)
     model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)
     images = open_dataset("imagefolder", folder)
     found = epoch_parts(images, model, SETTINGS, seed=3, epoch=0, first_step=0, share=Share(), workers=2)
@@ -77,3 +88,4 @@ def test_workers_leave_signals_to_the_training(folder: Path, number: signal.Sign
         assert worker.pid is not None
         os.kill(worker.pid, number)
     assert len(list(found)) == 5  # all others
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint({signal.SIGINT, signal.SIGTERM})

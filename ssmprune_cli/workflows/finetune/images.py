@@ -21,6 +21,9 @@ from ssmprune_cli.workflows.finetune.augment import mix, soft_targets, training_
 from ssmprune_cli.workflows.processes import Share
 
 _MOST_WORKERS = 8
+_FOR_THE_TRAINING = (signal.SIGINT, signal.SIGTERM)  # sent to the whole group; it stops after the update at hand
+
+_Part = tuple[Tensor, Tensor] | DataError
 
 
 def default_workers(device: torch.device, processes: int) -> int:
@@ -51,7 +54,7 @@ def mixed_seed(*parts: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Parts(Dataset[tuple[Tensor, Tensor] | DataError]):
+class _Parts(Dataset[_Part]):
     """Parts of updates by (step, place of the first image). An error is a value: a loader would reword it."""
 
     images: ImageDataset
@@ -62,7 +65,7 @@ class _Parts(Dataset[tuple[Tensor, Tensor] | DataError]):
     size: int
     seeds: tuple[int, int]  # of the training, and the epoch
 
-    def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, at: tuple[int, int]) -> _Part:
         step, start = at
         places = range(start, start + self.size)
         try:
@@ -117,15 +120,23 @@ def epoch_parts(
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own: the training's draws must not depend on when a loader starts
     )
-    for part in loader:
+    for part in _start(loader):
         if isinstance(part, DataError):
             raise part
         yield part
 
 
+def _start(loader: DataLoader[_Part]) -> Iterator[_Part]:
+    """A loader at work. Its workers inherit that signals wait, so that none is hit before it can ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINING)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM go to the whole group, and are for the training: it stops after the update at hand."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _FOR_THE_TRAINING:
         signal.signal(number, signal.SIG_IGN)
 
 
