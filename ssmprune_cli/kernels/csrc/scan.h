@@ -34,42 +34,93 @@ INLINE void read_block(const Scan *a, int64_t c, int lanes, int N, Block *k) {
     k->gap_delta = a->gap_delta ? load(a->gap_delta, c, lanes, 0) : (vf){0};
 }
 
+/* States that go through a chunk together. */
+#define GROUP (W == 16 ? 16 : UNROLL)
+
 /* Up to CHUNK tokens in scan order, `first` being the first one's place and `way` the direction. */
 #define CHUNK 16
 typedef struct { vf raw[CHUNK], step[CHUNK], decay[CHUNK], u[CHUNK]; } Tokens;
 
-/* Raw steps, steps, decay times and inputs. Returns whether every exponent is far from overflow. */
+/* A load that also fetches the next block's part of the row, which is read after this one's chunk. */
+INLINE vf load_ahead(const void *data, int64_t at, int lanes, int half) {
+    if (lanes == W) __builtin_prefetch((const char *)data + (at + W) * (half ? 2 : 4));
+    return load(data, at, lanes, half);
+}
+
+/* Raw steps, steps, decay times and inputs; places after `size` repeat the last token. Returns whether every exponent is
+ * far from overflow. */
 INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int size, int64_t c, int lanes, int half,
                        const Block *k, Tokens *x) {
-    for (int j = 0; j < size; j++) {
-        x->raw[j] = load(a->delta, b * a->delta_b + (first + j * way) * a->delta_l + c, lanes, half) + k->bias;
-        x->u[j] = load(a->u, b * a->u_b + (first + j * way) * a->u_l + c, lanes, half);
-    }
-    for (int j = 0; j < size; j++) x->step[j] = x->raw[j];
-    if (a->softplus)
-        for (int j = 0; j < size; j += UNROLL) softplus(x->step + j);
-    for (int j = 0; j < size; j++) x->decay[j] = x->step[j];
-    if (a->shift)
-        for (int j = 0; j < size; j++)
-            x->decay[j] += load(a->shift, b * a->shift_b + (first + j * way) * a->shift_l + c, lanes, half);
-    if (a->gap)
-        for (int j = 0; j < size; j++)
-            x->decay[j] += a->gap[b * a->gap_b + (first + j * way) * a->gap_l] * (a->gap_delta ? k->gap_delta : x->step[j]);
     vi outside = {0};
-    for (int j = 0; j < size; j++) outside |= ~(absolute(x->decay[j]) * k->steepest < 126.0f);
+    for (int j = 0; j < size; j += UNROLL) {
+        vf step[UNROLL];
+        int64_t row[UNROLL];
+        STAGE row[i] = first + (j + i < size ? j + i : size - 1) * way;
+        STAGE x->u[j + i] = load_ahead(a->u, b * a->u_b + row[i] * a->u_l + c, lanes, half);
+        STAGE step[i] = load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half) + k->bias;
+        STAGE x->raw[j + i] = step[i];
+        if (a->softplus) softplus(step);
+        STAGE x->step[j + i] = step[i];
+        vf decay[UNROLL];
+        STAGE decay[i] = step[i];
+        if (a->shift) STAGE decay[i] += load_ahead(a->shift, b * a->shift_b + row[i] * a->shift_l + c, lanes, half);
+        if (a->gap) STAGE decay[i] += a->gap[b * a->gap_b + row[i] * a->gap_l] * (a->gap_delta ? k->gap_delta : step[i]);
+        STAGE x->decay[j + i] = decay[i];
+        if (BOUNDED) STAGE outside |= ~(absolute(decay[i]) * k->steepest < 126.0f);
+    }
     int any = 0;
-    for (int i = 0; i < W; i++) any |= outside[i];
+    for (int i = 0; BOUNDED && i < W; i++) any |= outside[i];
     return !any;
 }
 
-/* States are worked on in groups: each alone would wait for its own last value. */
-#define GROUP 4
-
 /* exp(decay A) of the chunk for one state. */
 INLINE void decay_factors(const vf *decay, vf A, int size, int safe, vf *out) {
-    if (safe)
+    if (safe || !BOUNDED)
         for (int j = 0; j < size; j += UNROLL) exp2_of_products(decay + j, A, out + j);
     else
         for (int j = 0; j < size; j += UNROLL) exp2_of_any_products(decay + j, A, out + j);
+}
+
+/* `count` states from `h` on, with decay rates A, through a chunk. With `y`, C . h of each token is added to it, but for a
+ * token that `slots` says nobody reads. B and C: these states' elements of the chunk's first token, at b_at and c_at. */
+INLINE void advance(const Scan *a, const vf *A, const vf *decay, const vf *drive, vf *h, vf *y, const int64_t *slots,
+                    int64_t b_at, int64_t c_at, int way, int size, int count, int safe, int half) {
+    vf g[GROUP], factors[UNROLL][CHUNK];
+    int few = count < UNROLL;
+    for (int n = 0; n < count; n++) g[n] = h[n];
+    if (few)
+        for (int n = 0; n < count; n++) decay_factors(decay, A[n], size, safe, factors[n]);
+    for (int j = 0; j < size; j++, b_at += way * a->B_l, c_at += way * a->C_l) {
+        vf x = drive[j], even = {0}, odd = {0}, f[UNROLL];
+        int read = y && !(slots && slots[j * way] < 0);
+#pragma GCC unroll 16
+        for (int n = 0; n < count; n++) {
+            if (n % UNROLL == 0 && !few) {
+                if (safe || !BOUNDED) exp2_of_products(A + n, decay[j], f);
+                else exp2_of_any_products(A + n, decay[j], f);
+            }
+            g[n] = (few ? factors[n][j] : f[n % UNROLL]) * g[n] + x * load_one(a->B, b_at + n, half);
+        }
+        if (!read) continue;
+#pragma GCC unroll 16
+        for (int n = 0; n < count; n++) {
+            if (n & 1) odd += g[n] * load_one(a->C, c_at + n, half);
+            else even += g[n] * load_one(a->C, c_at + n, half);
+        }
+        y[j] += even + odd;
+    }
+    for (int n = 0; n < count; n++) h[n] = g[n];
+}
+
+/* All N states through a chunk: as many at a time as there are registers for. */
+INLINE void advance_all(const Scan *a, const Block *k, const vf *decay, const vf *drive, vf *h, vf *y,
+                        const int64_t *slots, int64_t b_at, int64_t c_at, int way, int size, int N, int safe, int half) {
+    int n = 0;
+#define ADVANCE(count, safe) \
+    advance(a, k->A + n, decay, drive, h + n, y, slots, b_at + n, c_at + n, way, size, count, safe, half)
+    for (; safe && n + GROUP <= N; n += GROUP) ADVANCE(GROUP, 1);
+    for (; n + UNROLL <= N; n += UNROLL) ADVANCE(UNROLL, 0);
+    if (n < N) ADVANCE(N - n, safe);
+#undef ADVANCE
 }
 #endif

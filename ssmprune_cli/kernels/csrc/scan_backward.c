@@ -7,22 +7,11 @@
 
 #define PAIR 2 /* states at a time on the way back; more do not fit into registers */
 
-/* `count` states after each token of a chunk, without output. */
-INLINE void walk(const Scan *a, vf (*factors)[CHUNK], const vf *drive, vf *h, int64_t at, int way, int size, int count,
-                 int half) {
-    vf g[GROUP];
-    for (int n = 0; n < count; n++) g[n] = h[n];
-    for (int j = 0; j < size; j++, at += way * a->B_l)
-        for (int n = 0; n < count; n++) g[n] = factors[n][j] * g[n] + drive[j] * load_one(a->B, at + n, half);
-    for (int n = 0; n < count; n++) h[n] = g[n];
-}
-
 /* Only the states at the start of each chunk, `borders` [chunk][block][N]. */
 INLINE void keep_borders(const Scan *a, int64_t b, int64_t c, int lanes, int N, int half, const Block *k, int64_t stride,
                          vf *borders) {
     Tokens x;
-    vf h[MAX_INNER], factors[GROUP][CHUNK];
-    memset(&x, 0, sizeof x);
+    vf h[MAX_INNER];
     for (int n = 0; n < N; n++) h[n] = (vf){0};
     int way = a->reverse ? -1 : 1;
     for (int64_t start = 0; start < a->length; start += CHUNK, borders += stride) {
@@ -31,13 +20,7 @@ INLINE void keep_borders(const Scan *a, int64_t b, int64_t c, int lanes, int N, 
         int64_t first = a->reverse ? a->length - 1 - start : start;
         int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
         for (int j = 0; j < size; j++) x.step[j] *= x.u[j];
-        for (int m = 0; m < N; m += GROUP) {
-            int64_t at = b * a->B_b + first * a->B_l + m;
-            int count = N - m < GROUP ? N - m : GROUP;
-            for (int n = 0; n < count; n++) decay_factors(x.decay, k->A[m + n], size, safe, factors[n]);
-            if (count == GROUP) walk(a, factors, x.step, h + m, at, way, size, GROUP, half);
-            else walk(a, factors, x.step, h + m, at, way, size, count, half);
-        }
+        advance_all(a, k, x.decay, x.step, h, 0, 0, b * a->B_b + first * a->B_l, 0, way, size, N, safe, half);
     }
 }
 
@@ -90,7 +73,6 @@ INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, i
     vf grad[CHUNK], z[CHUNK], gate[CHUNK];
     int way = a->reverse ? -1 : 1;
     int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
-    if (size < CHUNK) memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
     int64_t first = a->reverse ? a->length - 1 - start : start;
     int64_t at = (b * a->length + first) * a->channels + c, step = way * a->channels;
     int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
@@ -100,8 +82,10 @@ INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, i
         w.ddrive[j] = w.ddecay[j] = (vf){0};
     }
     if (a->z) {
-        for (int j = 0; j < size; j++)
-            gate[j] = z[j] = load(a->z, b * a->z_b + (first + j * way) * a->z_l + c, lanes, half);
+        for (int j = 0; j < CHUNK; j++) {
+            int64_t row = first + (j < size ? j : size - 1) * way;
+            gate[j] = z[j] = load(a->z, b * a->z_b + row * a->z_l + c, lanes, half);
+        }
         for (int j = 0; j < size; j += UNROLL) sigmoid(gate + j);
         for (int j = 0; j < size; j++) w.through[j] *= z[j] * gate[j];
     }

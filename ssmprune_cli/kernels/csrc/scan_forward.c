@@ -4,57 +4,32 @@
  */
 #include "scan.h"
 
-/* States m ... m + count - 1 of one block through a chunk; adds C . h to y, unless `slots` says that nobody reads it. */
-INLINE void advance(const Scan *a, const vf (*factors)[CHUNK], const vf *drive, vf *y, vf *h, const int64_t *slots,
-                    int64_t b_row, int64_t c_row, int way, int size, int count, int half) {
-    vf g[GROUP];
-    int64_t b_step = way * a->B_l, c_step = way * a->C_l;
-    const void *B = a->B, *C = a->C;
-    for (int n = 0; n < count; n++) g[n] = h[n];
-    for (int j = 0; j < size; j++, b_row += b_step, c_row += c_step) {
-        if (slots && slots[j * way] < 0) {
-            for (int n = 0; n < count; n++) g[n] = factors[n][j] * g[n] + drive[j] * load_one(B, b_row + n, half);
-            continue;
-        }
-        vf x = drive[j], even = y[j], odd = {0};
-#pragma GCC unroll 8
-        for (int n = 0; n < count; n++) {
-            g[n] = factors[n][j] * g[n] + x * load_one(B, b_row + n, half);
-            if (n & 1) odd += g[n] * load_one(C, c_row + n, half);
-            else even += g[n] * load_one(C, c_row + n, half);
-        }
-        y[j] = even + odd;
-    }
-    for (int n = 0; n < count; n++) h[n] = g[n];
-}
-
 /* One block of channels, and what it carries from chunk to chunk. */
 typedef struct { Block k; vf h[MAX_INNER]; } Column;
 
 INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, int lanes, int N, int half, Column *column) {
     const Block *k = &column->k;
     Tokens x;
-    vf drive[CHUNK], y[CHUNK], gate[CHUNK], factors[GROUP][CHUNK], *h = column->h;
+    vf drive[CHUNK], y[CHUNK];
     int way = a->reverse ? -1 : 1;
     int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
-    if (size < CHUNK) memset(&x, 0, sizeof x), memset(gate, 0, sizeof gate);
     int64_t first = a->reverse ? a->length - 1 - start : start;
     const int64_t *slots = a->slots ? a->slots + b * a->length + first : 0;
     int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
     for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k->D * x.u[j];
-    for (int m = 0; m < N; m += GROUP) {
-        int64_t b_row = b * a->B_b + first * a->B_l + m, c_row = b * a->C_b + first * a->C_l + m;
-        int count = N - m < GROUP ? N - m : GROUP;
-        for (int n = 0; n < count; n++) decay_factors(x.decay, k->A[m + n], size, safe, factors[n]);
-        if (count == GROUP) advance(a, factors, drive, y, h + m, slots, b_row, c_row, way, size, GROUP, half);
-        else advance(a, factors, drive, y, h + m, slots, b_row, c_row, way, size, count, half);
-    }
-    if (a->z) {
-        for (int j = 0; j < size; j++) gate[j] = load(a->z, b * a->z_b + (first + j * way) * a->z_l + c, lanes, half);
-        for (int j = 0; j < size; j++) y[j] *= gate[j];
-        for (int j = 0; j < size; j += UNROLL) sigmoid(gate + j);
-        for (int j = 0; j < size; j++) y[j] *= gate[j];
-    }
+    advance_all(a, k, x.decay, drive, column->h, y, slots, b * a->B_b + first * a->B_l, b * a->C_b + first * a->C_l, way,
+                size, N, safe, half);
+    if (a->z)
+        for (int j = 0; j < size; j += UNROLL) {
+            vf gate[UNROLL];
+            STAGE {
+                int64_t row = first + (j + i < size ? j + i : size - 1) * way;
+                gate[i] = load_ahead(a->z, b * a->z_b + row * a->z_l + c, lanes, half);
+            }
+            STAGE y[j + i] *= gate[i];
+            sigmoid(gate);
+            STAGE y[j + i] *= gate[i];
+        }
     for (int j = 0; j < size; j++) {
         int64_t row = slots ? slots[j * way] : first + j * way;
         if (row >= 0) store(a->y, (b * a->outputs + row) * a->channels + c, y[j], lanes, half);
