@@ -10,6 +10,7 @@ memory, for all contestants alike, as a warm server would. Weights and inputs ar
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import os
 import platform
@@ -233,7 +234,8 @@ def model_table(seconds: float) -> None:
     """Pruned right after the first block, so that nearly every block has the same share of the tokens.
 
     "Ideal" is 1 / (mean kept fraction): what dropped tokens would save if they cost nothing at all. At batch 1, where
-    Python's share is largest, also as torch.compile makes it: compiling takes half a minute each.
+    Python's share is largest, also as torch.compile makes it: compiling takes half a minute each. In bfloat16 where the
+    processor has it.
     """
     print("| Vim-T, 224 x 224 | keep, reduction | ms a batch | images/s | faster than dense | ideal | of ideal |")
     print("|---" * 7 + "|")
@@ -245,6 +247,10 @@ def model_table(seconds: float) -> None:
         for title, (keep, reduction) in variants.items():
             compress(models[title], keep, points=[1], reduction=reduction, alignment="null")
         runs: Contestants = {title: partial(model, images) for title, model in models.items()}
+        if fast_bfloat16():
+            for title in ("1", "0.5, drop"):
+                models[f"{title}, bfloat16"] = copy.deepcopy(models[title]).bfloat16()
+                runs[f"{title}, bfloat16"] = partial(models[f"{title}, bfloat16"], images.bfloat16())
         if batch == 1:
             for title in ("1", "0.5, drop"):
                 models[f"{title}, compiled"] = models[title]
@@ -252,11 +258,19 @@ def model_table(seconds: float) -> None:
         times = race(runs, seconds)
         for title, model in models.items():
             median = statistics.median(times[title])
-            dense = statistics.median(times["1, compiled" if title.endswith("compiled") else "1"])
+            special = next((name for name in ("compiled", "bfloat16") if title.endswith(name)), None)
+            dense = statistics.median(times[f"1, {special}" if special else "1"])
             ideal = 24 * 197 / sum(tokens_per_block(model))
             row = (f"batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
             share = f"{100 * dense / median / ideal:.0f} %"
             print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x | {share} |")
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices itself."""
+    information = Path("/proc/cpuinfo")
+    flags = information.read_text() if information.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def main() -> None:

@@ -250,7 +250,7 @@ class _Call:
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.rows(x=x)
-        self.set(taps=weight.float().contiguous())
+        self.set(taps=weight.float().flatten(1).t().contiguous())  # no copy of what comes from `channels_last_taps`
         if bias is not None:
             self.set(bias=bias.float().contiguous())
         batch, length, channels = x.shape

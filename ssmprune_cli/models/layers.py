@@ -3,11 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
+
+
+class Derived:
+    """A parameter in the form that inference needs, computed again only when the parameter has changed.
+
+    While gradients are recorded, and while the model is traced or compiled, it is computed each time.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        self._compute = compute
+        self._kept: tuple[Tensor, int, Tensor] | None = None  # the parameter, its version, and what was computed of it
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            or parameter.is_inference()  # has no version
+        ):
+            return self._compute(parameter)
+        if self._kept is not None:
+            source, version, value = self._kept
+            # The old values are kept, so that no others can come to lie where they are.
+            if version == parameter._version and source.data_ptr() == parameter.data_ptr():
+                return value
+        value = self._compute(parameter)
+        self._kept = (parameter.detach(), parameter._version, value)
+        return value
+
+    def __deepcopy__(self, memo: object) -> Derived:
+        return Derived(self._compute)
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 at least, as the authors compute it."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+def channels_last_taps(weight: Tensor) -> Tensor:
+    """Taps (E, K) or (E, K, K) of a depthwise convolution's weight (E, 1, ...), neighbouring channels side by side."""
+    return weight[:, 0].movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 class RMSNorm(nn.Module):

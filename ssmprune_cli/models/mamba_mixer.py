@@ -18,7 +18,7 @@ from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, sparse_conv1d
 from ssmprune_cli.models.block import Block
 from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.layers import RMSNorm
+from ssmprune_cli.models.layers import Derived, RMSNorm, channels_last_taps, decay_rates
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 MixerKind = Literal["v2", "v1", "none"]
@@ -32,14 +32,15 @@ class CausalConv1d(nn.Module):
         bound = width**-0.5  # nn.Conv1d's own initialisation, which the authors leave as it is
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        self._taps = Derived(channels_last_taps)
 
     def forward(
         self, x: Tensor, *, reverse: bool = False, context: Tensor | None = None, sources: Tensor | None = None
     ) -> Tensor:
         """With `context` (B, M, E) too, taps meet the rows `sources` of both: see kernels.sparse_conv1d."""
         if context is None or sources is None:
-            return causal_conv1d(x, self.weight[:, 0], self.bias, reverse=reverse)
-        return sparse_conv1d(x, context, sources, self.weight[:, 0], self.bias)
+            return causal_conv1d(x, self._taps(self.weight), self.bias, reverse=reverse)
+        return sparse_conv1d(x, context, sources, self._taps(self.weight), self.bias)
 
 
 def s4d_real(channels: int, d_state: int) -> Tensor:
@@ -113,6 +114,7 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(s4d_real(d_inner, d_state))
         if self.directions == 2:
             self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
+        self._rates = tuple(Derived(decay_rates) for _ in range(self.directions))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(
@@ -147,7 +149,7 @@ class MambaMixer(nn.Module):
                 direction,
                 u,
                 raw_delta,
-                -torch.exp(self.A_b_log if reverse else self.A_log),
+                self._rates[direction](self.A_b_log if reverse else self.A_log),
                 b,
                 c,
                 getattr(self, f"D{suffix}"),

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.kernels import gated_sum, grid_conv2d
 from ssmprune_cli.models.inflow import Inflow, inflow
+from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
 from ssmprune_cli.models.mamba_mixer import s4d_real
 from ssmprune_cli.models.plainmamba_routes import ROUTES, walks
 from ssmprune_cli.models.routes import reorder, steps_of
@@ -37,6 +38,7 @@ class PlainMambaMixer(nn.Module):
         self.x_proj = nn.Linear(self.d_inner, sum(self.splits), bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state))
+        self._rates, self._taps = Derived(decay_rates), Derived(channels_last_taps)
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.direction_Bs = nn.Parameter(nn.init.trunc_normal_(torch.empty(ROUTES + 1, d_state), std=0.02))
         self.out_proj = nn.Linear(self.d_inner, dim)
@@ -62,7 +64,7 @@ class PlainMambaMixer(nn.Module):
         rank_values, b, c = self.x_proj(u).split(self.splits, dim=-1)
         # The authors add the bias of dt_proj twice: in the projection, and once more in the scan.
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
-        decay = -torch.exp(self.A_log)
+        decay = self._rates(self.A_log)
         outputs, deltas = [], []
         for direction, walk in enumerate(walks(flow.scanned, self.grid)):
             # Only u is brought into the order of the route, not dt, B and C: so the authors trained it. See Walk.rows.
@@ -99,7 +101,7 @@ class PlainMambaMixer(nn.Module):
             values = torch.cat((values, self._inner(context)), dim=1)
             places = torch.cat((convolved.positions, convolved.context.positions), dim=1)
         outputs = flow.values.shape[1]
-        return grid_conv2d(values, self.conv2d.weight[:, 0], self.conv2d.bias, self.grid, places, outputs=outputs)
+        return grid_conv2d(values, self._taps(self.conv2d.weight), self.conv2d.bias, self.grid, places, outputs=outputs)
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""

@@ -16,6 +16,7 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics
 from ssmprune_cli.kernels import grid_conv2d
 from ssmprune_cli.models.inflow import Inflow, inflow
+from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
 from ssmprune_cli.models.mamba_mixer import StepProjection, s4d_real
 from ssmprune_cli.models.routes import Visits, reorder, steps_of, visits
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -76,6 +77,7 @@ class VMambaMixer(nn.Module):
             weight.copy_(start.weight.data)
             bias.copy_(start.bias.data)
         self.A_logs = nn.Parameter(s4d_real(DIRECTIONS * d_inner, d_state))
+        self._rates, self._taps = Derived(decay_rates), Derived(channels_last_taps)
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * d_inner))
         self.out_norm = nn.LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
@@ -127,7 +129,7 @@ class VMambaMixer(nn.Module):
                 torch.cat((sequence.positions, sequence.context.positions), 1),
             )
         kept = sequence.positions.shape[1]
-        return grid_conv2d(x, self.conv2d.weight[:, 0], self.conv2d.bias, grid, positions, outputs=kept)
+        return grid_conv2d(x, self._taps(self.conv2d.weight), self.conv2d.bias, grid, positions, outputs=kept)
 
     def _scan(
         self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, want_delta: bool
@@ -136,7 +138,7 @@ class VMambaMixer(nn.Module):
 
         u, own  as `Inflow.pool` gives them
         """
-        a = -torch.exp(self.A_logs).unflatten(0, (DIRECTIONS, -1))  # (4, E, N)
+        a = self._rates(self.A_logs).unflatten(0, (DIRECTIONS, -1))  # (4, E, N)
         d = self.Ds.unflatten(0, (DIRECTIONS, -1))  # (4, E)
         inputs = (u, reorder(u, columns.order))
         owns = (None, None) if own is None else (own, reorder(own, columns.order))

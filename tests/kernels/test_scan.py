@@ -162,7 +162,7 @@ def test_long_and_extreme_scans_stay_accurate(backend: str) -> None:
     truth = run("reference", inputs, None, False, torch.float64)["y"]
     found = run(backend, inputs, None, False, torch.float32)["y"].double()
     own = run("reference", inputs, None, False, torch.float32)["y"].double()
-    # Root mean squares: the largest error alone is a matter of luck. Measured over seeds and processors: 0.3 to 1.6 times.
+    # Root mean squares: the largest error alone is a matter of luck. Over seeds and processors: 0.3 to 1.6 times.
     assert (found - truth).square().mean().sqrt() <= 2 * (own - truth).square().mean().sqrt()
     use_backend(backend)
     values: dict[str, Any] = {name: value.float() for name, value in inputs.items()}

@@ -1,5 +1,5 @@
 /* Depthwise convolutions with SiLU: causal along the sequence, forward and backward, and over a grid of kept tokens.
- * Taps come as (E, K); `transposed` makes them (K, E), so that neighbouring channels lie side by side in every array.
+ * Taps are (K, E): neighbouring channels lie side by side in every array.
  */
 #include "vectors.h"
 
@@ -12,16 +12,6 @@ typedef struct {
     int64_t batch, length, channels, width, x_b, x_l, context_b, context_l, others, rows, columns, outputs;
     int64_t reverse, half, threads;
 } Conv;
-
-/* The call with its `taps` (E, K) as (K, E), K being `count` numbers. The caller frees them; NULL when memory ran out. */
-static Conv transposed(const Conv *given, int64_t count) {
-    Conv a = *given;
-    float *taps = malloc((size_t)(count * a.channels) * sizeof(float));
-    for (int64_t c = 0; taps && c < a.channels; c++)
-        for (int64_t k = 0; k < count; k++) taps[k * a.channels + c] = given->taps[c * count + k];
-    a.taps = taps;
-    return a;
-}
 
 /* The token that tap k of the output at t meets. */
 INLINE int64_t source(const Conv *a, int64_t t, int64_t k) {
@@ -54,16 +44,13 @@ INLINE void conv_row(const Conv *a, int64_t row, int half) {
     }
 }
 
-/* Returns 0, or 1 when memory ran out. */
-int conv_forward(const Conv *given) {
-    Conv call = transposed(given, given->width), *a = &call;
-    if (!a->taps) return 1;
+/* Returns 0. */
+int conv_forward(const Conv *a) {
 #pragma omp parallel for num_threads(a->threads) schedule(static)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
         if (a->half) conv_row(a, row, 1);
         else conv_row(a, row, 0);
     }
-    free((void *)a->taps);
     return 0;
 }
 
@@ -90,17 +77,14 @@ INLINE int sparse_row(const Conv *a, int64_t row, int half) {
     return 0;
 }
 
-/* Returns 0, 1 when memory ran out, or 2 for a source that is not there. */
-int sparse_conv_forward(const Conv *given) {
-    Conv call = transposed(given, given->width), *a = &call;
-    if (!a->taps) return 1;
+/* Returns 0, or 2 for a source that is not there. */
+int sparse_conv_forward(const Conv *a) {
     int outside = 0;
 #pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: outside)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
         if (a->half) outside |= sparse_row(a, row, 1);
         else outside |= sparse_row(a, row, 0);
     }
-    free((void *)a->taps);
     return outside ? 2 : 0;
 }
 
@@ -142,9 +126,7 @@ INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy)
 }
 
 /* Returns 0, or 1 when memory ran out. */
-int conv_backward(const Conv *given) {
-    Conv call = transposed(given, given->width), *a = &call;
-    if (!a->taps) return 1;
+int conv_backward(const Conv *a) {
     int64_t slabs = (a->channels + SLAB - 1) / SLAB;
     int failed = 0;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
@@ -159,7 +141,6 @@ int conv_backward(const Conv *given) {
         }
         free(dy);
     }
-    free((void *)a->taps);
     return failed;
 }
 
@@ -195,11 +176,9 @@ INLINE void grid_slab(const Conv *a, int64_t b, int64_t c, int half, const int64
 }
 
 /* Over a grid of rows x columns of which the tokens `positions` (B, L) are there, for the first
- * `outputs` of them; taps (E, K * K), K odd, zero padding.
+ * `outputs` of them; taps (K * K, E), K odd, zero padding.
  * Returns 0, 1 when memory ran out, or 2 for a position outside the grid. */
-int grid_conv_forward(const Conv *given) {
-    Conv call = transposed(given, given->width * given->width), *a = &call;
-    if (!a->taps) return 1;
+int grid_conv_forward(const Conv *a) {
     int64_t slabs = (a->channels + SLAB - 1) / SLAB;
     int failed = 0;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
@@ -218,6 +197,5 @@ int grid_conv_forward(const Conv *given) {
         }
         free(places);
     }
-    free((void *)a->taps);
     return failed;
 }
