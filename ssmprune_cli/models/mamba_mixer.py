@@ -226,17 +226,27 @@ def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tenso
     that of the token so many places away among both, or -1 beyond the ends."""
     key = f"sources {width} {reverse}"
     if key not in sequence.memo:
-        context = sequence.context
-        assert context is not None
-        order = torch.cat((sequence.positions, context.positions), dim=1).argsort(dim=1)  # (B, L + M)
-        rank = order.argsort(dim=1)[:, : sequence.positions.shape[1], None]  # (B, L, 1)
+        order, rank = _together(sequence)
         taps = torch.arange(width, device=order.device)
-        wanted = rank + (width - 1 - taps if reverse else taps - width + 1)  # (B, L, K)
+        wanted = rank[..., None] + (width - 1 - taps if reverse else taps - width + 1)  # (B, L, K)
         inside = (wanted >= 0) & (wanted < order.shape[1])
         found = order.gather(1, wanted.clamp(0, order.shape[1] - 1).flatten(1)).view_as(wanted)
         sequence.memo[key] = torch.where(inside, found, -1)
     sources: Tensor = sequence.memo[key]
     return sources
+
+
+def _together(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+    """Live tokens and `sequence.context` in ascending position: their rows (B, L + M), the live ones first, and the
+    place of each live one among them (B, L)."""
+    if "together" not in sequence.memo:
+        assert sequence.context is not None
+        order = torch.cat((sequence.positions, sequence.context.positions), dim=1).argsort(dim=1)
+        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter(1, order, places)[:, : sequence.positions.shape[1]]
+        sequence.memo["together"] = (order, rank)
+    order, rank = sequence.memo["together"]
+    return order, rank
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:
