@@ -185,7 +185,7 @@ class CpuBackend(Backend):
             threads=_threads(hidden.numel(), _WORTH_THREADS),
             eps=eps,
         )
-        call.set(hidden=hidden, weight=weight.float().contiguous(), stream=stream, normed=normed)
+        call.set(hidden=hidden, weight=weight.contiguous(), stream=stream, normed=normed)
         if residual is not None:
             call.set(residual=residual.contiguous())
         self._run("add_rms_norm", call.struct(_Norm))

@@ -36,10 +36,14 @@ INLINE void write_silu(const Conv *a, int64_t row, int64_t c, int half, vf *y) {
     FOR_SLAB(a->channels, c, store(a->y, row * a->channels + c + i * W, y[i] * gate[i], lanes, half))
 }
 
+#define AHEAD 2 /* rows */
+
 INLINE void conv_row(const Conv *a, int64_t row, int half) {
     for (int64_t c = 0; c < a->channels; c += SLAB) {
         vf y[UNROLL] = {{0}};
-        convolve(a, row / a->length, row % a->length, c, half, y);
+        int64_t b = row / a->length, t = row % a->length, last = a->reverse ? t + a->width - 1 : t;
+        STAGE fetch(a->x, b * a->x_b + (last + AHEAD) * a->x_l + c + i * W, half);
+        convolve(a, b, t, c, half, y);
         write_silu(a, row, c, half, y);
     }
 }

@@ -3,7 +3,8 @@
 
 typedef struct {
     const void *hidden;
-    const float *residual, *weight;
+    const float *residual;
+    const void *weight; /* of the type of `normed` */
     float *stream;
     void *normed;
     int64_t rows, channels, half_in, half_out, threads;
@@ -24,7 +25,7 @@ INLINE void norm_row(const Norm *a, int64_t row, int half_in, int half_out) {
     vf scale = splat(1.0f / __builtin_sqrtf(sum_lanes(total) / (float)E + (float)a->eps));
     for (int64_t c = 0; c < E; c += SLAB) {
         vf y[UNROLL] = {{0}};
-        FOR_SLAB(E, c, y[i] = load(a->stream, at + c + i * W, lanes, 0) * scale * load(a->weight, c + i * W, lanes, 0))
+        FOR_SLAB(E, c, y[i] = load(a->stream, at + c + i * W, lanes, 0) * scale * load(a->weight, c + i * W, lanes, half_out))
         FOR_SLAB(E, c, store(a->normed, at + c + i * W, y[i], lanes, half_out))
     }
 }
@@ -47,6 +48,7 @@ INLINE void gate_row(const Gate *a, int64_t row, int half) {
     int64_t E = a->channels, at = row * E, z_at = row / a->length * a->z_b + row % a->length * a->z_l;
     for (int64_t c = 0; c < E; c += SLAB) {
         vf z[UNROLL] = {{0}}, gate[UNROLL], y[UNROLL] = {{0}};
+        STAGE fetch(a->z, z_at + 2 * a->z_l + c + i * W, half);
         FOR_SLAB(E, c, z[i] = load(a->z, z_at + c + i * W, lanes, half); y[i] = load(a->y[0], at + c + i * W, lanes, half))
         STAGE gate[i] = z[i];
         sigmoid(gate);

@@ -43,7 +43,7 @@ typedef struct { vf raw[CHUNK], step[CHUNK], decay[CHUNK], u[CHUNK]; } Tokens;
 
 /* A load that also fetches the next block's part of the row, which is read after this one's chunk. */
 INLINE vf load_ahead(const void *data, int64_t at, int lanes, int half) {
-    if (lanes == W) __builtin_prefetch((const char *)data + (at + W) * (half ? 2 : 4));
+    if (lanes == W) fetch(data, at + W, half);
     return load(data, at, lanes, half);
 }
 
