@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -80,12 +81,14 @@ def test_workers_leave_signals_to_the_training(
     monkeypatch.setattr(images_of_training, "_ignore_signals", slow_start)
     model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)
     images = open_dataset("imagefolder", folder)
-    found = epoch_parts(images, model, SETTINGS, seed=3, epoch=0, first_step=0, share=Share(), workers=2)
-    next(found)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        assert worker.pid is not None
-        os.kill(worker.pid, number)
-    assert len(list(found)) == 5  # all others
+    with closing(
+        epoch_parts(images, model, SETTINGS, seed=3, epoch=0, first_step=0, share=Share(), workers=2)
+    ) as found:
+        next(found)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:
+            assert worker.pid is not None
+            os.kill(worker.pid, number)
+        assert len(list(found)) == 5  # all others
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint({signal.SIGINT, signal.SIGTERM})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,11 +98,12 @@ def epoch_parts(
     first_step: int,
     share: Share,
     workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """(images, targets) of every part of every step from `first_step` of `epoch`, for one process.
 
     images (b, 3, H, W) normalised, targets (b, classes), b = batch_size / accumulate / processes. What an image looks
-    like does not depend on how many processes, workers or parts there are. Raises DataError for an unreadable image.
+    like does not depend on how many processes, workers or parts there are. Close it: no signal ends
+    its workers. Raises DataError for an unreadable image.
     """
     size = part_size(settings, share)
     plan = order(len(dataset), settings, seed, epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -123,13 +123,11 @@ class Trainer:
             share=self._share,
             workers=self._workers,
         )
-        try:
+        with closing(parts):
             while progress.step < self.steps:
                 yield self._update(parts)
                 if self.accelerator.reduce(torch.tensor(float(self._stop())).to(self.accelerator.device)).item():
                     raise Stopped
-        finally:
-            parts.close()  # type: ignore[attr-defined]
         self.last_loss = progress.loss / progress.counted if progress.counted else None
         progress.epoch, progress.step, progress.loss, progress.counted = progress.epoch + 1, 0, 0.0, 0
 
