@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ def folder(tmp_path: Path) -> Path:
 def parts(images: ImageDataset, workers: int) -> list[tuple[Tensor, Tensor]]:
     model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)
     share = Share(0, 1)
-    return list(epoch_parts(images, model, SETTINGS, seed=3, epoch=1, first_step=1, share=share, workers=workers))
+    with epoch_parts(images, model, SETTINGS, seed=3, epoch=1, first_step=1, share=share, workers=workers) as found:
+        return list(found)
 
 
 def test_workers_prepare_the_same_parts_in_the_same_order(folder: Path) -> None:
@@ -81,9 +83,7 @@ def test_workers_leave_signals_to_the_training(
     monkeypatch.setattr(images_of_training, "_ignore_signals", slow_start)
     model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)
     images = open_dataset("imagefolder", folder)
-    with closing(
-        epoch_parts(images, model, SETTINGS, seed=3, epoch=0, first_step=0, share=Share(), workers=2)
-    ) as found:
+    with epoch_parts(images, model, SETTINGS, seed=3, epoch=0, first_step=0, share=Share(), workers=2) as found:
         next(found)
         workers = multiprocessing.active_children()
         assert len(workers) == 2
@@ -92,3 +92,27 @@ def test_workers_leave_signals_to_the_training(
             os.kill(worker.pid, number)
         assert len(list(found)) == 5  # all others
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).isdisjoint({signal.SIGINT, signal.SIGTERM})
+
+
+DYING = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from ssmprune_cli.data import open_dataset
+from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.workflows.finetune.images import epoch_parts
+from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.workflows.processes import Share
+
+model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)
+images, settings = open_dataset("imagefolder", Path(sys.argv[1])), Training(batch_size=4, accumulate=2)
+with epoch_parts(images, model, settings, seed=3, epoch=0, first_step=0, share=Share(), workers=2) as parts:
+    for part in parts:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_dies_is_an_error_and_holds_nothing_up(folder: Path) -> None:
+    """As when memory runs out. Nobody catches the error, so that its traceback lives until the program's end."""
+    done = subprocess.run([sys.executable, "-c", DYING, str(folder)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "a process that prepares images has died" in done.stderr

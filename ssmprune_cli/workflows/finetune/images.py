@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssmprune_cli.data.datasets import ImageDataset
-from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.recipe_sections import Training
@@ -88,6 +92,7 @@ class _Parts(Dataset[_Part]):
             raise DataError(f"cannot be prepared for the model: {error}", where=self.images.name(index)) from error
 
 
+@contextmanager
 def epoch_parts(
     dataset: ImageDataset,
     model: Backbone,
@@ -98,12 +103,12 @@ def epoch_parts(
     first_step: int,
     share: Share,
     workers: int = 0,
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """(images, targets) of every part of every step from `first_step` of `epoch`, for one process.
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """(images, targets) of every part of every step from `first_step` of `epoch`, for one process. Workers end with it.
 
     images (b, 3, H, W) normalised, targets (b, classes), b = batch_size / accumulate / processes. What an image looks
-    like does not depend on how many processes, workers or parts there are. Close it: no signal ends
-    its workers. Raises DataError for an unreadable image.
+    like does not depend on how many processes, workers or parts there are. Raises DataError for an unreadable image and
+    SsmpruneError when a worker has died.
     """
     size = part_size(settings, share)
     plan = order(len(dataset), settings, seed, epoch)
@@ -121,7 +126,24 @@ def epoch_parts(
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own: the training's draws must not depend on when a loader starts
     )
-    for part in _start(loader):
+    others = set(active_children())
+    started = _start(loader)
+    own = set(active_children()) - others
+    try:
+        yield _images(started)
+    except (RuntimeError, OSError, EOFError) as error:  # any of them, wherever the training is, when a worker dies
+        if not _end(own, patience=1.0):
+            raise
+        raise SsmpruneError(
+            f"a process that prepares images has died: {error}",
+            hint="Memory may have run out: lower `--workers` (0 needs no such process) or `--batch-size`.",
+        ) from error
+    finally:
+        _end(own)
+
+
+def _images(parts: Iterator[_Part]) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in parts:
         if isinstance(part, DataError):
             raise part
         yield part
@@ -134,6 +156,22 @@ def _start(loader: DataLoader[_Part]) -> Iterator[_Part]:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(workers: set[BaseProcess], patience: float = 0.0) -> bool:
+    """Whether a worker has died by itself, or does within so many seconds: its connections break before. The others are
+    ended. The loader would do it once nothing refers to it, but the traceback of an error does, and at its end Python
+    waits for them, forever, as they ignore the signal that it sends."""
+    if not workers:
+        return False
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker dies
+    ended = wait([worker.sentinel for worker in workers], timeout=patience)
+    for worker in workers:
+        if worker.sentinel not in ended:
+            worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+    return any(worker.exitcode for worker in workers if worker.sentinel in ended)
 
 
 def _ignore_signals(worker: int) -> None:

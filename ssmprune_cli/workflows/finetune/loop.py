@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -113,7 +113,7 @@ class Trainer:
                 assert isinstance(model.pruner, TokenPruner)
                 model.pruner.reschedule(self._schedule.at(progress.epoch))
         self._forward.train()
-        parts = epoch_parts(
+        with epoch_parts(
             self._images,
             self.model,
             settings,
@@ -122,8 +122,7 @@ class Trainer:
             first_step=progress.step,
             share=self._share,
             workers=self._workers,
-        )
-        with closing(parts):
+        ) as parts:
             while progress.step < self.steps:
                 yield self._update(parts)
                 if self.accelerator.reduce(torch.tensor(float(self._stop())).to(self.accelerator.device)).item():
