@@ -36,8 +36,6 @@ INLINE void write_silu(const Conv *a, int64_t row, int64_t c, int half, vf *y) {
     FOR_SLAB(a->channels, c, store(a->y, row * a->channels + c + i * W, y[i] * gate[i], lanes, half))
 }
 
-#define AHEAD 2 /* rows */
-
 INLINE void conv_row(const Conv *a, int64_t row, int half) {
     for (int64_t c = 0; c < a->channels; c += SLAB) {
         vf y[UNROLL] = {{0}};

@@ -48,7 +48,7 @@ INLINE void gate_row(const Gate *a, int64_t row, int half) {
     int64_t E = a->channels, at = row * E, z_at = row / a->length * a->z_b + row % a->length * a->z_l;
     for (int64_t c = 0; c < E; c += SLAB) {
         vf z[UNROLL] = {{0}}, gate[UNROLL], y[UNROLL] = {{0}};
-        STAGE fetch(a->z, z_at + 2 * a->z_l + c + i * W, half);
+        STAGE fetch(a->z, z_at + AHEAD * a->z_l + c + i * W, half);
         FOR_SLAB(E, c, z[i] = load(a->z, z_at + c + i * W, lanes, half); y[i] = load(a->y[0], at + c + i * W, lanes, half))
         STAGE gate[i] = z[i];
         sigmoid(gate);

@@ -47,6 +47,9 @@ INLINE vf load_ahead(const void *data, int64_t at, int lanes, int half) {
     return load(data, at, lanes, half);
 }
 
+/* The row of token j of a chunk; those after its end repeat the last one. */
+INLINE int64_t row_of(int64_t first, int way, int size, int j) { return first + (j < size ? j : size - 1) * way; }
+
 /* Raw steps, steps, decay times and inputs; places after `size` repeat the last token. Returns whether every exponent is
  * far from overflow. */
 INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int size, int64_t c, int lanes, int half,
@@ -55,7 +58,7 @@ INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int siz
     for (int j = 0; j < size; j += UNROLL) {
         vf step[UNROLL];
         int64_t row[UNROLL];
-        STAGE row[i] = first + (j + i < size ? j + i : size - 1) * way;
+        STAGE row[i] = row_of(first, way, size, j + i);
         STAGE x->u[j + i] = load_ahead(a->u, b * a->u_b + row[i] * a->u_l + c, lanes, half);
         STAGE step[i] = load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half) + k->bias;
         STAGE x->raw[j + i] = step[i];
@@ -75,7 +78,7 @@ INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int siz
 
 /* exp(decay A) of the chunk for one state. */
 INLINE void decay_factors(const vf *decay, vf A, int size, int safe, vf *out) {
-    if (safe || !BOUNDED)
+    if (safe)
         for (int j = 0; j < size; j += UNROLL) exp2_of_products(decay + j, A, out + j);
     else
         for (int j = 0; j < size; j += UNROLL) exp2_of_any_products(decay + j, A, out + j);
@@ -96,7 +99,7 @@ INLINE void advance(const Scan *a, const vf *A, const vf *decay, const vf *drive
 #pragma GCC unroll 16
         for (int n = 0; n < count; n++) {
             if (n % UNROLL == 0 && !few) {
-                if (safe || !BOUNDED) exp2_of_products(A + n, decay[j], f);
+                if (safe) exp2_of_products(A + n, decay[j], f);
                 else exp2_of_any_products(A + n, decay[j], f);
             }
             g[n] = (few ? factors[n][j] : f[n % UNROLL]) * g[n] + x * load_one(a->B, b_at + n, half);

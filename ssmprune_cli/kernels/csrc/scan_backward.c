@@ -82,10 +82,8 @@ INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, i
         w.ddrive[j] = w.ddecay[j] = (vf){0};
     }
     if (a->z) {
-        for (int j = 0; j < CHUNK; j++) {
-            int64_t row = first + (j < size ? j : size - 1) * way;
-            gate[j] = z[j] = load(a->z, b * a->z_b + row * a->z_l + c, lanes, half);
-        }
+        for (int j = 0; j < CHUNK; j++)
+            gate[j] = z[j] = load(a->z, b * a->z_b + row_of(first, way, size, j) * a->z_l + c, lanes, half);
         for (int j = 0; j < size; j += UNROLL) sigmoid(gate + j);
         for (int j = 0; j < size; j++) w.through[j] *= z[j] * gate[j];
     }

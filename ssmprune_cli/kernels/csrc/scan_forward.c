@@ -1,6 +1,6 @@
 /* The aligned selective scan, forward. Layout is channels-last. A vector holds W neighbouring channels of one token. For a
- * chunk of tokens at a time, the decay factors of GROUP states are computed into L1, then the states of these channels
- * go through the chunk in registers: nothing of size B*L*E*N is ever stored. Glossary: as in op.py.
+ * chunk of tokens at a time, GROUP states of these channels go through it in registers: nothing of size B*L*E*N is ever
+ * stored. Glossary: as in op.py.
  */
 #include "scan.h"
 
@@ -22,10 +22,7 @@ INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, in
     if (a->z)
         for (int j = 0; j < size; j += UNROLL) {
             vf gate[UNROLL];
-            STAGE {
-                int64_t row = first + (j + i < size ? j + i : size - 1) * way;
-                gate[i] = load_ahead(a->z, b * a->z_b + row * a->z_l + c, lanes, half);
-            }
+            STAGE gate[i] = load_ahead(a->z, b * a->z_b + row_of(first, way, size, j + i) * a->z_l + c, lanes, half);
             STAGE y[j + i] *= gate[i];
             sigmoid(gate);
             STAGE y[j + i] *= gate[i];

@@ -22,6 +22,7 @@
 #include <immintrin.h>
 #endif
 #define MAX_INNER 64 /* states or taps; the caller checks */
+#define AHEAD 2      /* rows that are asked for before they are needed */
 #define UNROLL 4     /* vectors in a STAGE; lengths of the arrays below are padded to a multiple of it */
 #define INLINE static inline __attribute__((always_inline))
 #define STAGE _Pragma("GCC unroll 8") for (int i = 0; i < UNROLL; i++)
