@@ -34,6 +34,7 @@ from ssmprune_cli.kernels import (
     selective_scan,
     use_backend,
 )
+from ssmprune_cli.kernels.build import processor_flags
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.workflows.floor import floor
@@ -247,7 +248,7 @@ def model_table(seconds: float) -> None:
         for title, (keep, reduction) in variants.items():
             compress(models[title], keep, points=[1], reduction=reduction, alignment="null")
         runs: Contestants = {title: partial(model, images) for title, model in models.items()}
-        if fast_bfloat16():
+        if processor_flags() & {"avx512_bf16", "amx_bf16"}:
             for title in ("1", "0.5, drop"):
                 models[f"{title}, bfloat16"] = copy.deepcopy(models[title]).bfloat16()
                 runs[f"{title}, bfloat16"] = partial(models[f"{title}, bfloat16"], images.bfloat16())
@@ -264,13 +265,6 @@ def model_table(seconds: float) -> None:
             row = (f"batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
             share = f"{100 * dense / median / ideal:.0f} %"
             print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x | {share} |")
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices itself."""
-    information = Path("/proc/cpuinfo")
-    flags = information.read_text() if information.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def main() -> None:

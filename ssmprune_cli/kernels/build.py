@@ -25,14 +25,19 @@ LEVELS = {
 }
 
 
+def processor_flags() -> set[str]:
+    """What Linux says an x86 processor can do; empty elsewhere."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    except (OSError, IndexError):
+        return set()
+
+
 def level() -> str:
     """The best of LEVELS for this processor."""
     if not is_x86():
         return "baseline"
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
-    except (OSError, IndexError):
-        flags = set()
+    flags = processor_flags()
     if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
         return "x86-64-v4"
     if {"avx2", "fma", "bmi2", "f16c"} <= flags:

@@ -36,6 +36,11 @@ def define(
         torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
 
 
+def tracing() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 Expected = dict[str, tuple[Tensor, tuple[int, ...]]]  # name -> tensor, and the shape that it must have
 
 
@@ -44,8 +49,7 @@ def check(tokens: Tensor, activations: Expected, parameters: Expected) -> None:
 
     Activations have the dtype of `tokens`; parameters may be wider: float32 beside half precision.
     """
-    # While tracing, sizes are tensors, and comparing them would only warn.
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if tracing():  # sizes are tensors then, and comparing them would only warn
         return
     dtype, device = tokens.dtype, tokens.device
     for group in (parameters, activations):

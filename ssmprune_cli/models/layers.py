@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
+from ssmprune_cli.kernels.library import tracing
 
 
 class Derived:
@@ -25,7 +26,7 @@ class Derived:
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            or tracing()
             or parameter.is_inference()  # has no version
         ):
             return self._compute(parameter)
