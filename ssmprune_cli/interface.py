@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -38,15 +38,20 @@ class Stage:
         return self.num_patches + len(self.protected)
 
 
+Wanted = Literal["nothing", "y", "delta"]  # of ScanStatistics: "delta" is y as well
+
+
 @dataclass(frozen=True)
 class ScanStatistics:
     """What one mixer hands out about its scans: one entry a direction, brought back to the tokens' own positions.
 
+    Either may be empty unless the pruner wants it.
+
     y      (B, L, E) scan outputs with the D skip, before the gate
-    delta  (B, L, E) step sizes after softplus; empty unless the pruner asked for them
+    delta  (B, L, E) step sizes after softplus
     """
 
-    y: tuple[Tensor, ...]
+    y: tuple[Tensor, ...] = ()
     delta: tuple[Tensor, ...] = ()
 
 
@@ -84,8 +89,8 @@ class Pruner(Protocol):
     An implementation is an nn.Module, so that its buffers are saved and moved with the model.
     """
 
-    def wants_delta(self, block: int) -> bool:
-        """Whether the mixer of `block` should hand out its step sizes too."""
+    def wants(self, block: int) -> Wanted:
+        """What the mixer of `block` should hand out about its scans."""
         ...
 
     def alignment(self, block: int) -> ScanAlignment | None:

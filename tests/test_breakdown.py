@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
@@ -58,8 +58,8 @@ def test_the_parts_add_up_and_none_is_missing(make: Callable[[], Backbone], keep
 class Slow(nn.Module):
     """A pruner that takes 30 ms after every block, in an op: sleeping is not an op, so it spins on one."""
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None

@@ -15,7 +15,7 @@ from PIL import Image
 from ssmprune_cli.data import open_dataset, some_images
 from ssmprune_cli.data.preprocess import preprocess, visible_box
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
@@ -49,8 +49,8 @@ class Scripted:
     def __init__(self, *, mask: bool = False) -> None:
         self.mask = mask
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import eager
@@ -36,11 +37,52 @@ class ScanInputs(NamedTuple):
     read: Tensor | None = None
 
 
+class InnerParameters(NamedTuple):
+    """The parameters of a Mamba block's inside in one scan direction; A is -exp(A_log)."""
+
+    conv_weight: Tensor  # (E, K)
+    x_weight: Tensor  # (R + 2N, E)
+    dt_weight: Tensor  # (E, R)
+    A: Tensor  # (E, N)
+    conv_bias: Tensor  # (E,), as the other two
+    dt_bias: Tensor
+    D: Tensor
+
+
+class InnerInputs(NamedTuple):
+    """Inputs of the inside of a Mamba block; shapes as in `inner_op.mamba_inner`."""
+
+    xz: Tensor
+    parameters: Tensor
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    gap: Tensor | None
+    gap_delta: Tensor | None
+    context: Tensor | None
+    sources: Tensor | None
+    scale: float
+
+    @property
+    def channels(self) -> int:
+        return self.xz.shape[2] // 2
+
+    def unpacked(self, direction: int) -> InnerParameters:
+        """The parameters of one direction, as views."""
+        E, P = self.channels, self.dt_rank + 2 * self.d_state
+        rows = (self.d_conv, P, self.dt_rank, self.d_state, 1, 1, 1)
+        taps, x_weight, dt_weight, A, *vectors = self.parameters[direction].split([E * each for each in rows])
+        return InnerParameters(
+            taps.view(-1, E).t(), x_weight.view(E, P).t(), dt_weight.view(-1, E).t(), A.view(-1, E).t(), *vectors
+        )
+
+
 class Backend(ABC):
-    """One implementation of the two ops, forward and backward."""
+    """One implementation of the scan, forward and backward, and of the ops around it."""
 
     name: str
     skips_reading = False  # whether `scan` itself leaves out tokens that nobody reads; if not, it is given no `read`
+    fuses_inner = False  # whether `mamba_inner` is faster than the ops that it is made of
 
     @property
     def automatic(self) -> bool:
@@ -120,6 +162,26 @@ class Backend(ABC):
     def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Gradients of each of ys, which are all the same, and of z."""
         return eager.gated_sum_gradients(grad, ys, z, scale)
+
+    def mamba_inner(self, inputs: InnerInputs) -> Tensor:
+        """The inside of a Mamba block, (B, L, E)."""
+        x, z = inputs.xz.chunk(2, dim=-1)  # (B, L, E) each
+        ys = []
+        for g in range(len(inputs.parameters)):
+            own = inputs.unpacked(g)
+            if inputs.context is None or inputs.sources is None:
+                u = self.conv(x, own.conv_weight, own.conv_bias, g == 1)
+            else:
+                u = self.sparse_conv(x, inputs.context, inputs.sources[g], own.conv_weight, own.conv_bias)
+            projected = functional.linear(u, own.x_weight.to(u.dtype))
+            rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
+            delta = functional.linear(rank_values, own.dt_weight.to(u.dtype))
+            gap = None if inputs.gap is None else inputs.gap[g]
+            gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
+            bias = own.dt_bias
+            scan = ScanInputs(u, delta, own.A, B, C, own.D, None, bias, True, None, gap, gap_delta, reverse=g == 1)
+            ys.append(self.scan(scan))
+        return self.gated_sum(ys, z, inputs.scale)
 
 
 # In order of preference; `kernels/__init__.py` fills it.

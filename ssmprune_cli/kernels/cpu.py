@@ -5,37 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import eager
-from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.backend import Backend, Gradients, InnerInputs, ScanInputs
 from ssmprune_cli.kernels.build import load_library
+from ssmprune_cli.kernels.cpu_call import Call, Conv, Gate, Inner, Norm, Scan
 
-
-def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
-    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (real, ctypes.c_double))
-    fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-# Names and order of the structs in csrc/.
-_Scan = _struct(
-    "Scan",
-    "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots",
-    "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l "
-    "softplus reverse half threads groups outputs",
-)
-_Conv = _struct(
-    "Conv",
-    "x context grad y dx taps bias dtaps dbias positions",
-    "batch length channels width x_b x_l context_b context_l others rows columns outputs reverse half threads",
-)
-_Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels half_in half_out threads", "eps")
-_Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 _DTYPES = (torch.float32, torch.bfloat16)
 # Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
@@ -58,6 +37,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     skips_reading = True
+    fuses_inner = True
 
     def __init__(self) -> None:
         self._library: ctypes.CDLL | None = None
@@ -78,13 +58,13 @@ class CpuBackend(Backend):
         batch, length, channels = inputs.u.shape
         outputs = length if inputs.read is None else inputs.read.shape[1]
         y = torch.empty(batch, outputs, channels, dtype=inputs.u.dtype)
-        call = _Call(threads=torch.get_num_threads(), groups=_groups(batch), outputs=outputs)
+        call = Call(threads=torch.get_num_threads(), groups=_groups(batch), outputs=outputs)
         call.scan(inputs)
         call.set(y=y)
         if inputs.read is not None:
             places = torch.arange(outputs).expand(batch, -1)
             call.set(slots=torch.full((batch, length), -1).scatter_(1, inputs.read, places))
-        self._run("scan_forward", call.struct(_Scan))
+        self._run("scan_forward", call.struct(Scan))
         return y
 
     def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
@@ -99,10 +79,10 @@ class CpuBackend(Backend):
         found["dA"] = torch.empty(batch, channels, state)
         found.update({name: torch.empty(per_sample) for name in ("dD", "dbias", "dgap_delta")})
         found.update({name: torch.empty(batch, groups, length, state) for name in ("dB", "dC")})
-        call = _Call(threads=torch.get_num_threads(), groups=groups)
+        call = Call(threads=torch.get_num_threads(), groups=groups)
         call.scan(inputs)
         call.set(grad=grad.contiguous(), **found)
-        self._run("scan_backward", call.struct(_Scan))
+        self._run("scan_backward", call.struct(Scan))
 
         def total(name: str, like: Tensor | None, dim: int = 0) -> Tensor | None:
             return None if like is None else found[name].sum(dim=dim).to(like.dtype)
@@ -122,10 +102,10 @@ class CpuBackend(Backend):
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
-        call = _Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), reverse=reverse)
+        call = Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), reverse=reverse)
         call.convolution(x, weight, bias)
         call.set(y=y)
-        self._run("conv_forward", call.struct(_Conv))
+        self._run("conv_forward", call.struct(Conv))
         return y
 
     def conv_backward(
@@ -134,19 +114,19 @@ class CpuBackend(Backend):
         batch, _, channels = x.shape
         d_x = torch.empty(x.shape, dtype=x.dtype)
         d_taps, d_bias = torch.empty(batch, weight.shape[1], channels), torch.empty(batch, channels)
-        call = _Call(threads=torch.get_num_threads(), reverse=reverse)
+        call = Call(threads=torch.get_num_threads(), reverse=reverse)
         call.convolution(x, weight, bias)
         call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
-        self._run("conv_backward", call.struct(_Conv))
+        self._run("conv_backward", call.struct(Conv))
         return d_x, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
-        call = _Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), others=context.shape[1])
+        call = Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), others=context.shape[1])
         call.convolution(x, weight, bias)
         call.rows(context=context)
         call.set(y=y, positions=sources.contiguous())
-        if self._run("sparse_conv_forward", call.struct(_Conv)) & 2:
+        if self._run("sparse_conv_forward", call.struct(Conv)) & 2:
             raise KernelError("a source lies outside the tokens and their context")
         return y
 
@@ -161,12 +141,12 @@ class CpuBackend(Backend):
         outputs: int,
     ) -> Tensor:
         y = torch.empty(x.shape[0], outputs, x.shape[2], dtype=x.dtype)
-        call = _Call(threads=torch.get_num_threads(), rows=rows, columns=columns, outputs=outputs)
+        call = Call(threads=torch.get_num_threads(), rows=rows, columns=columns, outputs=outputs)
         call.convolution(x, weight, bias)
         call.set(y=y)
         if positions is not None:
             call.set(positions=positions.contiguous())
-        if self._run("grid_conv_forward", call.struct(_Conv)) & 2:
+        if self._run("grid_conv_forward", call.struct(Conv)) & 2:
             raise KernelError(f"a position lies outside the grid of {rows} x {columns}")
         return y
 
@@ -177,7 +157,7 @@ class CpuBackend(Backend):
             return eager.add_rms_norm(hidden, residual, weight, eps)
         hidden = hidden.contiguous()
         stream, normed = torch.empty(hidden.shape), torch.empty(hidden.shape, dtype=weight.dtype)
-        call = _Call(
+        call = Call(
             rows=hidden.shape[0] * hidden.shape[1],
             channels=hidden.shape[2],
             half_in=hidden.dtype == torch.bfloat16,
@@ -188,7 +168,7 @@ class CpuBackend(Backend):
         call.set(hidden=hidden, weight=weight.contiguous(), stream=stream, normed=normed)
         if residual is not None:
             call.set(residual=residual.contiguous())
-        self._run("add_rms_norm", call.struct(_Norm))
+        self._run("add_rms_norm", call.struct(Norm))
         return normed, stream
 
     def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
@@ -196,12 +176,22 @@ class CpuBackend(Backend):
             return eager.gated_sum(ys, z, scale)
         out = torch.empty(z.shape, dtype=z.dtype)
         batch, length, channels = z.shape
-        call = _Call(batch=batch, length=length, channels=channels, count=len(ys), scale=scale)
+        call = Call(batch=batch, length=length, channels=channels, count=len(ys), scale=scale)
         call.set(out=out, **{f"y{number}": y.contiguous() for number, y in enumerate(ys)})
         call.rows(z=z)
         call.numbers.update(half=z.dtype == torch.bfloat16, threads=_threads(z.numel(), _EXPONENTIALS_WORTH_THREADS))
-        self._run("gated_sum", call.struct(_Gate))
+        self._run("gated_sum", call.struct(Gate))
         return out
+
+    def mamba_inner(self, inputs: InnerInputs) -> Tensor:
+        batch, length, channels = inputs.xz.shape
+        y = torch.empty(batch, length, channels // 2, dtype=inputs.xz.dtype)
+        call = Call(threads=torch.get_num_threads())
+        call.inner(inputs)
+        call.set(y=y)
+        if self._run("mamba_inner", call.struct(Inner)) & 2:
+            raise KernelError("a source lies outside the tokens and their context")
+        return y
 
     def _run(self, name: str, struct: ctypes.Structure) -> int:
         """Returns the kernel's status. Raises KernelError when memory ran out."""
@@ -211,54 +201,6 @@ class CpuBackend(Backend):
         if status & 1:
             raise KernelError(f"memory ran out in {name}", hint="Use a smaller batch.")
         return status
-
-
-class _Call:
-    """The arguments of one call, and the tensors that must live until it returns."""
-
-    def __init__(self, **numbers: float) -> None:
-        self._alive: list[Tensor] = []
-        self.numbers: dict[str, Any] = numbers
-
-    def set(self, **tensors: Tensor) -> None:
-        """Pass dense tensors."""
-        for name, tensor in tensors.items():
-            self._alive.append(tensor)
-            self.numbers[name] = tensor.data_ptr()
-
-    def rows(self, **tensors: Tensor | None) -> None:
-        """Pass (B, L, c) tensors with their strides: slices of a projection are read in place."""
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                dense = tensor if tensor.stride(2) == 1 else tensor.contiguous()
-                self._alive.append(dense)
-                self.numbers[name] = dense.data_ptr()
-                self.numbers[f"{name}_b"], self.numbers[f"{name}_l"], _ = dense.stride()
-
-    def scan(self, inputs: ScanInputs) -> None:
-        self.rows(u=inputs.u, delta=inputs.delta, B=inputs.B, C=inputs.C, z=inputs.z, shift=inputs.shift)
-        if inputs.gap is not None:
-            gap = inputs.gap.float().contiguous()
-            self.set(gap=gap)
-            self.numbers["gap_b"], self.numbers["gap_l"] = gap.stride()
-        parameters = {"A": inputs.A, "D": inputs.D, "bias": inputs.delta_bias, "gap_delta": inputs.gap_delta}
-        self.set(**{name: value.float().contiguous() for name, value in parameters.items() if value is not None})
-        batch, length, channels = inputs.u.shape
-        self.numbers.update(batch=batch, length=length, channels=channels, state=inputs.A.shape[1])
-        self.numbers.update(softplus=inputs.delta_softplus, reverse=inputs.reverse)
-        self.numbers["half"] = inputs.u.dtype == torch.bfloat16
-
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.rows(x=x)
-        self.set(taps=weight.float().flatten(1).t().contiguous())  # no copy of what comes from `channels_last_taps`
-        if bias is not None:
-            self.set(bias=bias.float().contiguous())
-        batch, length, channels = x.shape
-        self.numbers.update(batch=batch, length=length, channels=channels, width=weight.shape[-1])
-        self.numbers["half"] = x.dtype == torch.bfloat16
-
-    def struct(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
-        return kind(**self.numbers)
 
 
 CPU = CpuBackend()

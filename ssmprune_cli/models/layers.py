@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,35 +12,41 @@ from torch import Tensor, nn
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.kernels.library import tracing
 
+T = TypeVar("T")
 
-class Derived:
-    """A parameter in the form that inference needs, computed again only when the parameter has changed.
+
+class Derived(Generic[T]):
+    """Parameters in the form that inference needs, computed again only when one of them has changed.
 
     While gradients are recorded, and while the model is traced or compiled, it is computed each time.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, compute: Callable[..., T]) -> None:
         self._compute = compute
-        self._kept: tuple[Tensor, int, Tensor] | None = None  # the parameter, its version, and what was computed of it
+        self._sources: list[tuple[Tensor, int]] = []  # each parameter, and its version, when it was computed
+        self._value: T | None = None
 
-    def __call__(self, parameter: Tensor) -> Tensor:
+    def __call__(self, *parameters: Tensor) -> T:
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or tracing()
-            or parameter.is_inference()  # has no version
+            or any(parameter.is_inference() for parameter in parameters)  # which have no version
         ):
-            return self._compute(parameter)
-        if self._kept is not None:
-            source, version, value = self._kept
+            return self._compute(*parameters)
+        if self._value is None or not self._unchanged(parameters):
+            self._value = self._compute(*parameters)
             # The old values are kept, so that no others can come to lie where they are.
-            if version == parameter._version and source.data_ptr() == parameter.data_ptr():
-                return value
-        value = self._compute(parameter)
-        self._kept = (parameter.detach(), parameter._version, value)
-        return value
+            self._sources = [(parameter.detach(), parameter._version) for parameter in parameters]
+        return self._value
 
-    def __deepcopy__(self, memo: object) -> Derived:
+    def _unchanged(self, parameters: tuple[Tensor, ...]) -> bool:
+        return all(
+            version == parameter._version and source.data_ptr() == parameter.data_ptr()
+            for parameter, (source, version) in zip(parameters, self._sources, strict=True)
+        )
+
+    def __deepcopy__(self, memo: object) -> Derived[T]:
         return Derived(self._compute)
 
 

@@ -113,7 +113,7 @@ class MambaBackbone(Backbone):
         for block, layer in enumerate(self.layers):
             sequence = self.before_block(sequence)
             alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-            sequence, statistics = layer(sequence, alignment, pruner is not None and pruner.wants_delta(block))
+            sequence, statistics = layer(sequence, alignment, "nothing" if pruner is None else pruner.wants(block))
             if pruner is not None:
                 sequence = pruner(block, sequence, statistics)
         return sequence

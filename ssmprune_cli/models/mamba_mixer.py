@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
-from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, gated_sum, sparse_conv1d
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, fuses_mamba_inner, gated_sum, sparse_conv1d
 from ssmprune_cli.models.block import Block
+from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.layers import Derived, RMSNorm, channels_last_taps, decay_rates
+from ssmprune_cli.models.mamba_fused import fused_inner, is_plain, packed
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 MixerKind = Literal["v2", "v1", "none"]
@@ -96,8 +98,8 @@ class MambaMixer(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.halve = halve and kind == "v2"
-        self.d_inner = d_inner
+        self.scale = 0.5 if halve and kind == "v2" else 1.0
+        self.d_inner, self.d_conv = d_inner, d_conv
         self.directions = 1 if kind == "none" else 2
         self.per_direction: tuple[str, ...] = ()
         self.splits = [dt_rank, d_state, d_state]
@@ -106,7 +108,8 @@ class MambaMixer(nn.Module):
         if kind == "v2":
             parts = ("conv1d", "x_proj", "dt_proj")
             self.per_direction = (*parts, *(f"{part}_b" for part in parts))
-        for suffix in ("", "_b") if kind == "v2" else ("",):
+        self._suffixes = ("", "_b" if kind == "v2" else "")[: self.directions]  # of the parameters of each direction
+        for suffix in dict.fromkeys(self._suffixes):
             self.add_module(f"conv1d{suffix}", CausalConv1d(d_inner, d_conv))
             self.add_module(f"x_proj{suffix}", nn.Linear(d_inner, sum(self.splits), bias=False))
             self.add_module(f"dt_proj{suffix}", StepProjection(dt_rank, d_inner))
@@ -114,6 +117,7 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(s4d_real(d_inner, d_state))
         if self.directions == 2:
             self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
+        self._packed = Derived(packed)
         self._rates = tuple(Derived(decay_rates) for _ in range(self.directions))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
@@ -122,7 +126,7 @@ class MambaMixer(nn.Module):
         x: Tensor,
         sequence: TokenSequence,
         alignment: ScanAlignment | None,
-        want_delta: bool,
+        wanted: Wanted,
         frozen: Tensor | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
@@ -132,16 +136,46 @@ class MambaMixer(nn.Module):
         (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
         the scans need of them, the second than what the convolutions need.
         """
-        values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
+        xz = self.in_proj(x)  # (B, L, 2E)
         if context is not None:
             context = self._inner(context)
-        flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment)
+        mixed, statistics = None, ScanStatistics()
+        if wanted == "nothing" and frozen is None:
+            mixed = self._fused(xz, sequence, alignment, context)
+        if mixed is None:
+            flow = inflow(sequence, xz[..., : self.d_inner], None if frozen is None else self._inner(frozen), alignment)
+            statistics = self._scan(flow, context, wanted)
+            mixed = gated_sum(statistics.y, xz[..., self.d_inner :], self.scale)
+        projected: Tensor = self.out_proj(mixed)
+        if self.gamma is not None:
+            projected = projected * self.gamma
+        return projected, statistics
+
+    def _fused(
+        self, xz: Tensor, sequence: TokenSequence, alignment: ScanAlignment | None, context: Tensor | None
+    ) -> Tensor | None:
+        """What `_scan` and the gate give, (B, L, E), by one op for inference; None where that op will not do."""
+        if (alignment is not None and alignment.mass is not None) or not fuses_mamba_inner(xz, self.A_log.shape[1]):
+            return None
+        parameters: list[Tensor] = []
+        for direction, suffix in enumerate(self._suffixes):
+            conv, projection, step = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
+            if not (
+                is_plain(conv, CausalConv1d) and is_plain(projection, nn.Linear) and is_plain(step, StepProjection)
+            ):
+                return None
+            parameters += (conv.weight, projection.weight, step.weight, self.A_b_log if direction else self.A_log)
+            parameters += (conv.bias, step.bias, getattr(self, f"D{suffix}"))
+        sizes = (self.splits[1], self.d_conv, self.splits[0])
+        return fused_inner(sequence, xz, self._packed(*parameters), sizes, alignment, context, self.scale)
+
+    def _scan(self, flow: Inflow, context: Tensor | None, wanted: Wanted) -> ScanStatistics:
+        """The outputs of all directions and, if wanted, their step sizes."""
         outputs, deltas = [], []
         branch = self._project(flow, context, "", reverse=False)
-        for direction in range(self.directions):
-            reverse, suffix = direction == 1, ""
-            if reverse and self.kind == "v2":
-                suffix = "_b"
+        for direction, suffix in enumerate(self._suffixes):
+            reverse = direction == 1
+            if suffix:
                 branch = self._project(flow, context, suffix, reverse=True)
             u, own, raw_delta, b, c = branch
             bias = getattr(self, f"dt_proj{suffix}").bias
@@ -161,13 +195,10 @@ class MambaMixer(nn.Module):
                 reverse=reverse,
             )
             outputs.append(y)
-            if want_delta:
+            if wanted == "delta":
                 delta = functional.softplus(raw_delta + bias)
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
-        projected: Tensor = self.out_proj(gated_sum(outputs, gate, 0.5 if self.halve else 1.0))
-        if self.gamma is not None:
-            projected = projected * self.gamma
-        return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+        return ScanStatistics(tuple(outputs), tuple(deltas))
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
@@ -189,7 +220,7 @@ class MambaMixer(nn.Module):
     def null_delta(self) -> Tensor:
         """(directions, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
         steps = []
-        for suffix in ("", "_b") if self.kind == "v2" else ("",) * self.directions:
+        for suffix in self._suffixes:
             u = functional.silu(getattr(self, f"conv1d{suffix}").bias)
             rank_values = getattr(self, f"x_proj{suffix}")(u)[: self.splits[0]]
             step_projection = getattr(self, f"dt_proj{suffix}")
@@ -206,7 +237,7 @@ class MambaBlock(Block):
         self.mixer = mixer
 
     def run(
-        self, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
+        self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
     ) -> tuple[TokenSequence, ScanStatistics]:
         if isinstance(self.norm, RMSNorm):
             normalised, stream = add_rms_norm(sequence.hidden, sequence.residual, self.norm.weight, self.norm.eps)
@@ -217,36 +248,8 @@ class MambaBlock(Block):
             None if dropped is None else self.norm(dropped.stream.to(self.norm.weight.dtype))
             for dropped in (sequence.frozen, sequence.context)
         )
-        hidden, statistics = self.mixer(normalised, sequence, alignment, want_delta, frozen, context)
+        hidden, statistics = self.mixer(normalised, sequence, alignment, wanted, frozen, context)
         return replace(sequence, hidden=self.drop(hidden), residual=stream), statistics
-
-
-def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tensor:
-    """(B, L, K): which row of the live tokens followed by `sequence.context` each tap of a causal convolution meets:
-    that of the token so many places away among both, or -1 beyond the ends."""
-    key = f"sources {width} {reverse}"
-    if key not in sequence.memo:
-        order, rank = _together(sequence)
-        taps = torch.arange(width, device=order.device)
-        wanted = rank[..., None] + (width - 1 - taps if reverse else taps - width + 1)  # (B, L, K)
-        inside = (wanted >= 0) & (wanted < order.shape[1])
-        found = order.gather(1, wanted.clamp(0, order.shape[1] - 1).flatten(1)).view_as(wanted)
-        sequence.memo[key] = torch.where(inside, found, -1)
-    sources: Tensor = sequence.memo[key]
-    return sources
-
-
-def _together(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-    """Live tokens and `sequence.context` in ascending position: their rows (B, L + M), the live ones first, and the
-    place of each live one among them (B, L)."""
-    if "together" not in sequence.memo:
-        assert sequence.context is not None
-        order = torch.cat((sequence.positions, sequence.context.positions), dim=1).argsort(dim=1)
-        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        rank = torch.empty_like(order).scatter(1, order, places)[:, : sequence.positions.shape[1]]
-        sequence.memo["together"] = (order, rank)
-    order, rank = sequence.memo["together"]
-    return order, rank
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.block import Block
 from ssmprune_cli.models.plainmamba_mixer import PlainMambaMixer
@@ -134,14 +134,14 @@ class PlainMambaLayer(Block):
         )
 
     def run(
-        self, sequence: TokenSequence, alignment: ScanAlignment | None, want_delta: bool
+        self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
     ) -> tuple[TokenSequence, ScanStatistics]:
         x = sequence.hidden
         frozen, context = (
             None if dropped is None else self.norm(dropped.stream.to(x.dtype))
             for dropped in (sequence.frozen, sequence.context)
         )
-        mixed, statistics = self.mamba(self.norm(x), sequence, alignment, want_delta, frozen, context)
+        mixed, statistics = self.mamba(self.norm(x), sequence, alignment, wanted, frozen, context)
         x = x + self.drop(mixed)
         if self.dw is not None:
             x = self._convolve(x, sequence, self.dw)
@@ -218,8 +218,8 @@ class PlainMamba(Backbone):
         sequence, pruner = TokenSequence.dense(self.backbone(images)), self.pruner
         for block, layer in enumerate(self.backbone.layers):
             alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-            want_delta = pruner is not None and pruner.wants_delta(block)
-            sequence, statistics = layer(sequence, alignment, want_delta)
+            wanted = "nothing" if pruner is None else pruner.wants(block)
+            sequence, statistics = layer(sequence, alignment, wanted)
             if pruner is not None:
                 sequence = pruner(block, sequence, statistics)
             yield sequence

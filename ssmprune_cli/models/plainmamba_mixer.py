@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import gated_sum, grid_conv2d
 from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
@@ -48,7 +48,7 @@ class PlainMambaMixer(nn.Module):
         x: Tensor,
         sequence: TokenSequence,
         alignment: ScanAlignment | None,
-        want_delta: bool,
+        wanted: Wanted,
         frozen: Tensor | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
@@ -87,7 +87,7 @@ class PlainMambaMixer(nn.Module):
                 read=None if flow.read is None else steps_of(back, flow.read),
             )
             outputs.append(reorder(y, back) if flow.read is None else y)
-            if want_delta:
+            if wanted == "delta":
                 delta = reorder(functional.softplus(rows[0] + bias), back)
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
         projected: Tensor = self.out_proj(gated_sum(outputs, gate))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.block import Block
 from ssmprune_cli.models.vmamba_layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
@@ -94,14 +94,14 @@ class VMambaBlock(Block):
         self.mlp = MLP(dim, int(config.mlp_ratio * dim)) if config.mlp_ratio else None
 
     def run(
-        self, sequence: TokenSequence, grid: tuple[int, int], alignment: ScanAlignment | None, want_delta: bool
+        self, sequence: TokenSequence, grid: tuple[int, int], alignment: ScanAlignment | None, wanted: Wanted
     ) -> tuple[TokenSequence, ScanStatistics]:
         frozen, context = (
             None if dropped is None else self.norm(dropped.stream.to(self.norm.weight.dtype))
             for dropped in (sequence.frozen, sequence.context)
         )
         normalised = self.norm(sequence.hidden)
-        mixed, statistics = self.op(normalised, sequence, grid, alignment, want_delta, frozen, context)
+        mixed, statistics = self.op(normalised, sequence, grid, alignment, wanted, frozen, context)
         hidden = sequence.hidden + self.drop(mixed)
         if self.mlp is not None and self.norm2 is not None:
             hidden = hidden + self.drop(self.mlp(self.norm2(hidden)))
@@ -152,8 +152,8 @@ class VMamba(Backbone):
             sequence = TokenSequence.dense(x.flatten(1, 2), restorable=True)  # (B, rows * columns, d)
             for each in layer.blocks:
                 alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-                want_delta = pruner is not None and pruner.wants_delta(block)
-                sequence, statistics = each(sequence, grid, alignment, want_delta)
+                wanted = "nothing" if pruner is None else pruner.wants(block)
+                sequence, statistics = each(sequence, grid, alignment, wanted)
                 if pruner is not None:
                     sequence = pruner(block, sequence, statistics)
                 block += 1

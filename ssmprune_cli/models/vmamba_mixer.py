@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import grid_conv2d
 from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
@@ -90,7 +90,7 @@ class VMambaMixer(nn.Module):
         sequence: TokenSequence,
         grid: tuple[int, int],
         alignment: ScanAlignment | None,
-        want_delta: bool,
+        wanted: Wanted,
         frozen: Tensor | None = None,
         context: Tensor | None = None,
     ) -> tuple[Tensor, ScanStatistics]:
@@ -108,7 +108,7 @@ class VMambaMixer(nn.Module):
             context = self._inner(context)
         flow = inflow(sequence, u, None if frozen is None else self._inner(frozen), alignment, grid[1])
         u, own = flow.pool(self._convolve(flow.values, context, flow.convolved, grid))
-        outputs, deltas = self._scan(u, own, flow, column_visits(flow.scanned, grid), want_delta)
+        outputs, deltas = self._scan(u, own, flow, column_visits(flow.scanned, grid), wanted)
         # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
         mixed: Tensor = self.out_norm((outputs[0] + outputs[2]) + (outputs[1] + outputs[3]))
         if gate is not None:
@@ -132,7 +132,7 @@ class VMambaMixer(nn.Module):
         return grid_conv2d(x, self._taps(self.conv2d.weight), self.conv2d.bias, grid, positions, outputs=kept)
 
     def _scan(
-        self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, want_delta: bool
+        self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, wanted: Wanted
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places.
 
@@ -164,7 +164,7 @@ class VMambaMixer(nn.Module):
                 reverse=reverse,
             )
             outputs.append(reorder(y, columns.back) if by_column and flow.read is None else y)
-            if want_delta:
+            if wanted == "delta":
                 delta = functional.softplus(raw_delta + self.dt_projs_bias[direction])
                 delta = reorder(delta, columns.back) if by_column else delta
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage
+from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
 from ssmprune_cli.pruning.reduction.base import rank
@@ -82,8 +82,10 @@ class _Observer(nn.Module):
         self.scores: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
         self.kept: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
 
-    def wants_delta(self, block: int) -> bool:
-        return block in self.observed or (self.importance.needs_delta and block + 1 in self.scores)
+    def wants(self, block: int) -> Wanted:
+        if block in self.observed:
+            return "delta"
+        return self.importance.needs if block + 1 in self.scores else "nothing"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None

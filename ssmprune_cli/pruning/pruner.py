@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
-from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
@@ -103,15 +103,14 @@ class TokenPruner(nn.Module):
         for stored in self.buffers():
             stored.fill_(mass)
 
-    def wants_delta(self, block: int) -> bool:
-        return self._importance.needs_delta and block + 1 in self.settings.schedule.points
+    def wants(self, block: int) -> Wanted:
+        return "nothing" if self._count(block) is None else self._importance.needs
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self._alignment.align(getattr(self, f"alignment_{block}", None), self._directions[block])
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        schedule = self.settings.schedule
-        if block + 1 not in schedule.points:
+        if block + 1 not in self.settings.schedule.points:
             return sequence
         if sequence.length != self._lengths[block]:
             raise DataError(
@@ -119,11 +118,20 @@ class TokenPruner(nn.Module):
                 f"{self._lengths[block]}",
                 hint="Give images of the model's size, or compress the dense checkpoint with `--image-size`.",
             )
-        count = schedule.tokens[schedule.points.index(block + 1)]
-        if count == self._patches[block]:
-            return sequence  # nothing to drop: not even a gather, so a keep ratio of 1 is the dense model bit for bit
+        count = self._count(block)
+        if count is None:
+            return sequence
         score = self.score(block, sequence, statistics)
         return self._reduction.apply(sequence, score, count + len(sequence.protected))
+
+    def _count(self, block: int) -> int | None:
+        """Patches to keep after `block`. None for all of them: there is not even a gather then, so that a keep ratio of
+        1 is the dense model bit for bit."""
+        schedule = self.settings.schedule
+        if block + 1 not in schedule.points:
+            return None
+        count = schedule.tokens[schedule.points.index(block + 1)]
+        return None if count == self._patches[block] else count
 
     @torch.no_grad()
     def score(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> Tensor:

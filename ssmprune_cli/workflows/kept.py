@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import TokenPruner
@@ -52,8 +52,8 @@ class _Recorder:
         self.left: list[Tensor] = []  # for each block (B, dense length) bool
         self.scores: list[Tensor] = []  # for each block (B, dense length), NaN where there is none
 
-    def wants_delta(self, block: int) -> bool:
-        return self.inner.wants_delta(block)
+    def wants(self, block: int) -> Wanted:
+        return self.inner.wants(block)
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import PruneSchedule, PruneSettings, TokenPruner, choose_alignment
 from ssmprune_cli.pruning.divergence import divergence
@@ -44,8 +44,8 @@ class _Tap(nn.Module):
         self.tokens: Tensor | None = None  # (B, L, d)
         self.positions: Tensor | None = None  # (B, L)
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return self.inner.wants(block) if self.inner is not None else "nothing"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block) if self.inner is not None else None

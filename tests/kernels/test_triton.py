@@ -29,7 +29,7 @@ from ssmprune_cli.kernels import (
 )
 from ssmprune_cli.kernels.backend import BACKENDS, ScanInputs, pick
 from ssmprune_cli.kernels.triton_backend import TRITON, interpreted
-from ssmprune_cli.models.mamba_mixer import conv_sources
+from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.tokens import Dropped, TokenSequence
 
 ROOT = Path(__file__).parents[2]

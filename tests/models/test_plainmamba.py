@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ssmprune_cli import load
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Hints, Shapes
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
@@ -224,7 +224,7 @@ def test_a_mixer_that_lost_tokens(size: tuple[int, int], aligned: bool) -> None:
     gap_delta = torch.rand(4, mixer.d_inner, dtype=torch.float64) if aligned else None
     alignment = ScanAlignment(tuple(gap_delta)) if gap_delta is not None else None
     with torch.no_grad():
-        found, statistics = mixer(sequence.hidden, sequence, alignment, True)
+        found, statistics = mixer(sequence.hidden, sequence, alignment, "delta")
         for row in range(batch):
             output, scans, steps = naive_mixer(
                 mixer.state_dict(), model.grid, sequence.hidden[row], kept[row].tolist(), gap_delta
@@ -242,8 +242,8 @@ def test_a_dense_mixer_hands_out_its_scans_and_steps() -> None:
     tokens = torch.randn(1, 16, 16, dtype=torch.float64)
     dense = TokenSequence.dense(tokens)
     with torch.no_grad():
-        _, silent = mixer(tokens, dense, None, False)
-        _, statistics = mixer(tokens, dense, None, True)
+        _, silent = mixer(tokens, dense, None, "y")
+        _, statistics = mixer(tokens, dense, None, "delta")
         _, scans, steps = naive_mixer(mixer.state_dict(), model.grid, tokens[0], list(range(16)))
     assert silent.delta == () and len(statistics.y) == len(statistics.delta) == mixer.directions == 4
     for direction in range(4):
@@ -257,7 +257,7 @@ def test_null_delta_is_the_step_among_empty_places() -> None:
     nn.init.zeros_(mixer.in_proj.bias)  # or a zero token would not be empty for the convolution
     dense = TokenSequence.dense(torch.zeros(1, 16, 16, dtype=torch.float64))
     with torch.no_grad():
-        _, statistics = mixer(dense.hidden, dense, None, True)
+        _, statistics = mixer(dense.hidden, dense, None, "delta")
         null = mixer.null_delta()
     assert null.shape == (4, 32)
     for direction, delta in enumerate(statistics.delta):
@@ -274,7 +274,7 @@ def test_the_order_in_which_tokens_are_stored_does_not_matter() -> None:
     for kept in (sorted_, shuffled):
         sequence = dense.keep(kept)
         with torch.no_grad():
-            outputs.append(mixer(sequence.hidden, sequence, None, False)[0])
+            outputs.append(mixer(sequence.hidden, sequence, None, "y")[0])
     torch.testing.assert_close(outputs[1], outputs[0][:, [3, 0, 4, 2, 1]], rtol=0, atol=1e-12)
 
 
@@ -297,8 +297,8 @@ def test_the_depthwise_convolution_sees_kept_tokens_at_their_places() -> None:
 class Halving(nn.Module):
     """Drops every second patch after the first block."""
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return ScanAlignment((None,) * 4)

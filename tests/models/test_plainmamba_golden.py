@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssmprune_cli import load
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.base import Hints
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.plainmamba_checkpoint import PLAINMAMBA
@@ -34,8 +34,8 @@ class Recorder(nn.Module):
         super().__init__()
         self.outputs: list[Tensor] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None

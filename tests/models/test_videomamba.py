@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Hints, Shapes
 from ssmprune_cli.models.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
@@ -45,8 +45,8 @@ class Recorder(nn.Module):
         super().__init__()
         self.sequences: list[TokenSequence] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.base import Hints, Shapes
 from ssmprune_cli.models.layers import RotaryEmbedding
@@ -337,8 +337,8 @@ def test_mixer_hands_out_both_scans_and_their_steps() -> None:
     weights = mixer.state_dict()
     tokens = torch.randn(2, 10, 16, dtype=torch.float64)
     with torch.no_grad():
-        _, silent = mixer(tokens, TokenSequence.dense(tokens), None, False)
-        _, statistics = mixer(tokens, TokenSequence.dense(tokens), None, True)
+        _, silent = mixer(tokens, TokenSequence.dense(tokens), None, "y")
+        _, statistics = mixer(tokens, TokenSequence.dense(tokens), None, "delta")
         x = (tokens @ weights["in_proj.weight"].T).chunk(2, dim=-1)[0]
         forward, _ = naive_branch(weights, "", x, weights["A_log"])
         backward, u = naive_branch(weights, "_b", x.flip(1), weights["A_b_log"])
@@ -355,7 +355,7 @@ def test_null_delta_is_the_step_among_zero_tokens(kind: str) -> None:
     mixer = mixer_of(replace(SMALL, mixer=kind))  # type: ignore[arg-type]
     zeros = torch.zeros(1, 9, 16, dtype=torch.float64)
     with torch.no_grad():
-        _, statistics = mixer(zeros, TokenSequence.dense(zeros), None, True)
+        _, statistics = mixer(zeros, TokenSequence.dense(zeros), None, "delta")
         null = mixer.null_delta()
     assert null.shape == (mixer.directions, mixer.d_inner) == (len(statistics.delta), 32)
     for direction, delta in enumerate(statistics.delta):
@@ -379,10 +379,10 @@ def test_alignment_is_exact_for_the_other_mixers(kind: str) -> None:
     short = dense.keep(kept)
     with torch.no_grad():
         alignment = ScanAlignment(tuple(mixer.null_delta()))
-        full, _ = mixer(x * mask, dense, None, False)
+        full, _ = mixer(x * mask, dense, None, "y")
         expected = full.gather(1, kept[..., None].expand(-1, -1, 16))
-        found, _ = mixer(short.hidden, short, alignment, False)
-        unaligned, _ = mixer(short.hidden, short, None, False)
+        found, _ = mixer(short.hidden, short, alignment, "y")
+        unaligned, _ = mixer(short.hidden, short, None, "y")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert (unaligned - expected).abs().max() > 1e-6  # the test would notice if alignment did nothing
 
@@ -399,8 +399,8 @@ def test_the_two_directions_mirror_each_other() -> None:
     assert torch.equal(mixer.state_dict()["x_proj_b.weight"], mixer.state_dict()["x_proj.weight"])
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     with torch.no_grad():
-        straight, _ = mixer(x, TokenSequence.dense(x), None, False)
-        mirrored, _ = mixer(x.flip(1), TokenSequence.dense(x), None, False)
+        straight, _ = mixer(x, TokenSequence.dense(x), None, "y")
+        mirrored, _ = mixer(x.flip(1), TokenSequence.dense(x), None, "y")
     torch.testing.assert_close(mirrored, straight.flip(1), rtol=0, atol=1e-12)
 
 
@@ -419,8 +419,8 @@ def test_rope_turns_a_kept_token_by_its_own_position(class_token: bool) -> None:
 class Halving(nn.Module):
     """Drops every second patch after the first block."""
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return ScanAlignment((None, None))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.tokens import TokenSequence
 
@@ -34,8 +34,8 @@ class Recorder(nn.Module):
         super().__init__()
         self.sequences: list[TokenSequence] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return False
+    def wants(self, block: int) -> Wanted:
+        return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None

@@ -79,7 +79,7 @@ def test_mixer_is_four_plain_scans(kind: str, grid: tuple[int, int]) -> None:
         nn.init.normal_(parameter, std=0.5)
     x = torch.randn(1, grid[0] * grid[1], 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        found, statistics = mixer(x, TokenSequence.dense(x), grid, None, True)
+        found, statistics = mixer(x, TokenSequence.dense(x), grid, None, "delta")
         inner, *gate = mixer.in_proj(x)[0].split(mixer.d_inner, dim=-1)
         image = inner.t().unflatten(1, grid)  # (E, rows, columns)
         image = functional.silu(
@@ -104,7 +104,7 @@ def test_null_delta_is_the_step_of_a_zero_token_among_zeros(kind: str) -> None:
     mixer = build(KINDS[kind], torch.float64).mixers[0]
     assert isinstance(mixer, VMambaMixer)
     zeros = torch.zeros(1, 9, 16, dtype=torch.float64)
-    _, statistics = mixer(zeros, TokenSequence.dense(zeros), (3, 3), None, True)
+    _, statistics = mixer(zeros, TokenSequence.dense(zeros), (3, 3), None, "delta")
     expected = torch.stack([delta[0, 4] for delta in statistics.delta])
     torch.testing.assert_close(mixer.null_delta(), expected, rtol=0, atol=1e-12)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
@@ -63,8 +63,8 @@ class Spy(nn.Module):
         self.inner = inner
         self.after: list[TokenSequence] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return True
+    def wants(self, block: int) -> Wanted:
+        return "delta"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None if self.inner is None else self.inner.alignment(block)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ssmprune_cli.checkpoint import load, save
 from ssmprune_cli.cli.app import app
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.mamba_backbone import MambaBackbone
 from ssmprune_cli.models.mambar import MAMBA_REG, MambaReg, MambaRegConfig
 from ssmprune_cli.models.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
@@ -56,8 +56,8 @@ class Spy(nn.Module):
         self.inner = inner
         self.sequences: list[TokenSequence] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return self.inner.wants_delta(block)
+    def wants(self, block: int) -> Wanted:
+        return self.inner.wants(block)
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)
@@ -163,10 +163,10 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token(kind: str) -> 
     dense = TokenSequence.dense(x, model.protected)
     short = dense.keep(kept)
     with torch.no_grad():
-        full, _ = mixer(x * mask, dense, None, False)
+        full, _ = mixer(x * mask, dense, None, "y")
         expected = full.gather(1, kept[..., None].expand(-1, -1, 16))
-        found, _ = mixer(short.hidden, short, ScanAlignment(tuple(mixer.null_delta())), False)
-        unaligned, _ = mixer(short.hidden, short, None, False)
+        found, _ = mixer(short.hidden, short, ScanAlignment(tuple(mixer.null_delta())), "y")
+        unaligned, _ = mixer(short.hidden, short, None, "y")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert (unaligned - expected).abs().max() > 1e-6  # the test would notice if alignment did nothing
 

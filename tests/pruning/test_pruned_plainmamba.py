@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import selective_scan
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.plainmamba_routes import walks
@@ -47,8 +47,8 @@ class Spy(nn.Module):
         self.positions: list[Tensor] = []
         self.statistics: list[ScanStatistics] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return self.inner is None or self.inner.wants_delta(block)
+    def wants(self, block: int) -> Wanted:
+        return self.inner is None or self.inner.wants(block)
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None if self.inner is None else self.inner.alignment(block)
@@ -178,10 +178,10 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token() -> None:
     dense = TokenSequence.dense(x)
     short = dense.keep(kept)
     with torch.no_grad():
-        full, _ = mixer(x * mask, dense, None, False)
+        full, _ = mixer(x * mask, dense, None, "y")
         expected = full.gather(1, kept[..., None].expand(-1, -1, 16))
-        found, _ = mixer(short.hidden, short, ScanAlignment(tuple(mixer.null_delta())), False)
-        unaligned, _ = mixer(short.hidden, short, None, False)
+        found, _ = mixer(short.hidden, short, ScanAlignment(tuple(mixer.null_delta())), "y")
+        unaligned, _ = mixer(short.hidden, short, None, "y")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert (unaligned - expected).abs().max() > 1e-6  # the test would notice if alignment did nothing
 

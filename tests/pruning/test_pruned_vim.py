@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
 from ssmprune_cli.tokens import TokenSequence
@@ -45,8 +45,8 @@ class Spy(nn.Module):
         self.inner = inner
         self.positions: list[Tensor] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return self.inner.wants_delta(block)
+    def wants(self, block: int) -> Wanted:
+        return self.inner.wants(block)
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)
@@ -125,11 +125,11 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token() -> None:
     short = dense.keep(kept)
     null = mixer.null_delta()
     aligned = ScanAlignment(tuple(null[direction] for direction in range(2)))
-    full, _ = mixer(x * mask, dense, None, False)
+    full, _ = mixer(x * mask, dense, None, "y")
     expected = full.gather(1, kept[..., None].expand(-1, -1, full.shape[-1]))
-    found, _ = mixer(short.hidden, short, aligned, False)
+    found, _ = mixer(short.hidden, short, aligned, "y")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    unaligned, _ = mixer(short.hidden, short, None, False)
+    unaligned, _ = mixer(short.hidden, short, None, "y")
     assert (unaligned - expected).abs().max() > 1e-6  # the test would notice if alignment did nothing
 
 
@@ -189,8 +189,8 @@ def test_calibrated_deltas_are_the_means_over_the_dropped_tokens() -> None:
             super().__init__()
             self.statistics: list[ScanStatistics] = []
 
-        def wants_delta(self, block: int) -> bool:
-            return True
+        def wants(self, block: int) -> Wanted:
+            return "delta"
 
         def alignment(self, block: int) -> ScanAlignment | None:
             return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmprune_cli import load
 from ssmprune_cli.checkpoint import save
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
 from ssmprune_cli.models.vmamba_mixer import VMambaMixer
@@ -53,8 +53,8 @@ class Spy(nn.Module):
         self.after: list[TokenSequence] = []
         self.statistics: list[ScanStatistics] = []
 
-    def wants_delta(self, block: int) -> bool:
-        return True
+    def wants(self, block: int) -> Wanted:
+        return "delta"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)
@@ -160,12 +160,12 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token(kind: str) -> 
     def at_kept(values: Tensor) -> Tensor:
         return values.gather(1, kept[..., None].expand(-1, -1, values.shape[-1]))
 
-    full, dense_scans = mixer(x * mask, dense, grid, None, False)
-    found, scans = mixer(short.hidden, short, grid, aligned, False)
+    full, dense_scans = mixer(x * mask, dense, grid, None, "y")
+    found, scans = mixer(short.hidden, short, grid, aligned, "y")
     torch.testing.assert_close(found, at_kept(full), rtol=0, atol=1e-10)
     for direction in range(4):
         torch.testing.assert_close(scans.y[direction], at_kept(dense_scans.y[direction]), rtol=0, atol=1e-10)
-    _, unaligned = mixer(short.hidden, short, grid, None, False)
+    _, unaligned = mixer(short.hidden, short, grid, None, "y")
     for direction in range(4):  # the test would notice if alignment did nothing
         assert (unaligned.y[direction] - at_kept(dense_scans.y[direction])).abs().max() > 1e-6
 
@@ -198,12 +198,12 @@ def test_statistics_are_at_the_tokens_own_positions() -> None:
     grid = (3, 4)
     with torch.no_grad():
         mixer.conv2d.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0  # the centre alone
-    _, dense = mixer(x, TokenSequence.dense(x), grid, None, True)
+    _, dense = mixer(x, TokenSequence.dense(x), grid, None, "delta")
     # Kept: what each direction visits first, so that the scan cannot tell that the rest is gone.
     first = {0: [0, 1, 2, 3, 4], 1: [0, 1, 4, 5, 8, 9], 2: [7, 8, 9, 10, 11], 3: [2, 3, 6, 7, 10, 11]}
     for direction, places in first.items():
         short = TokenSequence.dense(x).keep(torch.tensor([places]))
-        _, found = mixer(short.hidden, short, grid, None, True)
+        _, found = mixer(short.hidden, short, grid, None, "delta")
         torch.testing.assert_close(found.y[direction], dense.y[direction][:, places], rtol=0, atol=1e-12)
         torch.testing.assert_close(found.delta[direction], dense.delta[direction][:, places], rtol=0, atol=1e-12)
 

@@ -1,40 +1,5 @@
-/* Depthwise convolutions with SiLU: causal along the sequence, forward and backward, and over a grid of kept tokens.
- * Taps are (K, E): neighbouring channels lie side by side in every array.
- */
-#include "vectors.h"
-
-typedef struct {
-    const void *x, *context, *grad;
-    void *y, *dx;
-    const float *taps, *bias;
-    float *dtaps, *dbias;
-    const int64_t *positions;
-    int64_t batch, length, channels, width, x_b, x_l, context_b, context_l, others, rows, columns, outputs;
-    int64_t reverse, half, threads;
-} Conv;
-
-/* The token that tap k of the output at t meets. */
-INLINE int64_t source(const Conv *a, int64_t t, int64_t k) {
-    return a->reverse ? t + a->width - 1 - k : t - a->width + 1 + k;
-}
-
-/* The convolution before its SiLU, for token t of sample b. */
-INLINE void convolve(const Conv *a, int64_t b, int64_t t, int64_t c, int half, vf *y) {
-    FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0))
-    for (int64_t k = 0; k < a->width; k++) {
-        int64_t s = source(a, t, k), at = b * a->x_b + s * a->x_l + c;
-        if (s < 0 || s >= a->length) continue;
-        const float *taps = a->taps + k * a->channels + c;
-        FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
-    }
-}
-
-INLINE void write_silu(const Conv *a, int64_t row, int64_t c, int half, vf *y) {
-    vf gate[UNROLL];
-    STAGE gate[i] = y[i];
-    sigmoid(gate);
-    FOR_SLAB(a->channels, c, store(a->y, row * a->channels + c + i * W, y[i] * gate[i], lanes, half))
-}
+/* Depthwise convolutions with SiLU: causal along the sequence, forward and backward, and over a grid of kept tokens. */
+#include "conv.h"
 
 INLINE void conv_row(const Conv *a, int64_t row, int half) {
     for (int64_t c = 0; c < a->channels; c += SLAB) {
@@ -42,7 +7,7 @@ INLINE void conv_row(const Conv *a, int64_t row, int half) {
         int64_t b = row / a->length, t = row % a->length, last = a->reverse ? t + a->width - 1 : t;
         STAGE fetch(a->x, b * a->x_b + (last + AHEAD) * a->x_l + c + i * W, half);
         convolve(a, b, t, c, half, y);
-        write_silu(a, row, c, half, y);
+        write_silu(a->y, row, a->channels, c, half, y);
     }
 }
 
@@ -56,38 +21,27 @@ int conv_forward(const Conv *a) {
     return 0;
 }
 
-/* Tap k of token t meets row positions[b, t, k] of x (L rows) followed by context (`others` rows); -1 is none. Returns 1
- * for a row that is not there. */
+/* Returns 1 for a source that is not there. */
 INLINE int sparse_row(const Conv *a, int64_t row, int half) {
-    int64_t b = row / a->length;
     const int64_t *sources = a->positions + row * a->width;
-    for (int64_t k = 0; k < a->width; k++)
-        if (sources[k] < -1 || sources[k] >= a->length + a->others) return 1;
+    if (outside(a, sources)) return 1;
     for (int64_t c = 0; c < a->channels; c += SLAB) {
         vf y[UNROLL] = {{0}};
-        FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0))
-        for (int64_t k = 0; k < a->width; k++) {
-            int64_t s = sources[k];
-            if (s < 0) continue;
-            const void *rows = s < a->length ? a->x : a->context;
-            int64_t at = s < a->length ? b * a->x_b + s * a->x_l : b * a->context_b + (s - a->length) * a->context_l;
-            const float *taps = a->taps + k * a->channels + c;
-            FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(rows, at + c + i * W, lanes, half))
-        }
-        write_silu(a, row, c, half, y);
+        convolve_sources(a, row / a->length, sources, c, half, y);
+        write_silu(a->y, row, a->channels, c, half, y);
     }
     return 0;
 }
 
 /* Returns 0, or 2 for a source that is not there. */
 int sparse_conv_forward(const Conv *a) {
-    int outside = 0;
-#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: outside)
+    int missing = 0;
+#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: missing)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
-        if (a->half) outside |= sparse_row(a, row, 1);
-        else outside |= sparse_row(a, row, 0);
+        if (a->half) missing |= sparse_row(a, row, 1);
+        else missing |= sparse_row(a, row, 0);
     }
-    return outside ? 2 : 0;
+    return missing ? 2 : 0;
 }
 
 /* dtaps (B, K, E) and dbias (B, E) are per sample; the caller adds them up. dx is written whole. `dy` (L, SLAB) is the
@@ -173,7 +127,7 @@ INLINE void grid_slab(const Conv *a, int64_t b, int64_t c, int half, const int64
                 const float *taps = a->taps + ((r + reach) * a->width + s + reach) * a->channels + c;
                 FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
             }
-        write_silu(a, b * a->outputs + t, c, half, y);
+        write_silu(a->y, b * a->outputs + t, a->channels, c, half, y);
     }
 }
 

@@ -4,16 +4,21 @@
 #include "vectors.h"
 
 /* Activations (u, delta, B, C, z, shift, y and their gradients) are float32 or, with `half`, bfloat16; dB and dC and
- * all the rest are float32. Strides in elements: batch and row of each (B, L, .) input; the last dimension is dense. */
+ * all the rest are float32. Strides in elements: batch and row of each (B, L, .) input, whose last dimension is dense;
+ * channel and state of A. */
 typedef struct {
     const void *u, *delta, *B, *C, *z, *shift, *grad;
     void *y, *du, *ddelta, *dz, *dshift;
     const float *A, *D, *bias, *gap, *gap_delta;
     float *dA, *dB, *dC, *dD, *dbias, *dgap_delta;
     const int64_t *slots; /* (B, L): the row of y where a token's output goes, -1 for a token that nobody reads */
+    /* For inner.c, forward only. Of `rank` (L, R) `dt_weight` (R, E) makes delta, instead of reading it; `sum` (L, E) is
+     * added to the output before the gate, which is times `scale`; z and y are bfloat16 if `half_out` says so. */
+    const float *rank, *dt_weight, *sum;
     int64_t batch, length, channels, state;
-    int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l;
-    int64_t softplus, reverse, half, threads, groups, outputs;
+    int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l, A_c, A_n;
+    int64_t softplus, reverse, half, half_out, threads, groups, outputs, rank_l, R;
+    double scale;
 } Scan;
 
 /* Channels `c` ... of sample `b`: the parameters of one block. A (N vectors) is in units of log 2. */
@@ -23,7 +28,8 @@ INLINE void read_block(const Scan *a, int64_t c, int lanes, int N, Block *k) {
     vf steepest = {0};
     for (int n = 0; n < N; n++) {
         vf A = {0};
-        for (int i = 0; i < lanes; i++) A[i] = a->A[(c + i) * N + n];
+        if (a->A_c == 1) A = load(a->A, c + n * a->A_n, lanes, 0);
+        else for (int i = 0; i < lanes; i++) A[i] = a->A[(c + i) * a->A_c + n * a->A_n];
         k->A[n] = A *= LOG2E;
         steepest = pick(absolute(A) > steepest, absolute(A), steepest);
     }
@@ -50,6 +56,14 @@ INLINE vf load_ahead(const void *data, int64_t at, int lanes, int half) {
 /* The row of token j of a chunk; those after its end repeat the last one. */
 INLINE int64_t row_of(int64_t first, int way, int size, int j) { return first + (j < size ? j : size - 1) * way; }
 
+/* Steps that UNROLL tokens' rank values give, added to `step`. */
+INLINE void project_steps(const Scan *a, const int64_t *row, int64_t c, int lanes, vf *step) {
+    for (int64_t r = 0; r < a->R; r++) {
+        vf weight = load(a->dt_weight, r * a->channels + c, lanes, 0);
+        STAGE step[i] += weight * a->rank[row[i] * a->rank_l + r];
+    }
+}
+
 /* Raw steps, steps, decay times and inputs; places after `size` repeat the last token. Returns whether every exponent is
  * far from overflow. */
 INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int size, int64_t c, int lanes, int half,
@@ -60,7 +74,9 @@ INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int siz
         int64_t row[UNROLL];
         STAGE row[i] = row_of(first, way, size, j + i);
         STAGE x->u[j + i] = load_ahead(a->u, b * a->u_b + row[i] * a->u_l + c, lanes, half);
-        STAGE step[i] = load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half) + k->bias;
+        STAGE step[i] = k->bias;
+        if (a->rank) project_steps(a, row, c, lanes, step);
+        else STAGE step[i] += load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half);
         STAGE x->raw[j + i] = step[i];
         if (a->softplus) softplus(step);
         STAGE x->step[j + i] = step[i];
@@ -126,4 +142,7 @@ INLINE void advance_all(const Scan *a, const Block *k, const vf *decay, const vf
     if (n < N) ADVANCE(N - n, safe);
 #undef ADVANCE
 }
+
+/* The blocks `from` ... `to` of sample b, forward. Returns 1 when memory runs out. */
+int scan_forward_group(const Scan *a, int64_t b, int64_t from, int64_t to);
 #endif

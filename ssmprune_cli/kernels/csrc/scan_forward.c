@@ -7,7 +7,8 @@
 /* One block of channels, and what it carries from chunk to chunk. */
 typedef struct { Block k; vf h[MAX_INNER]; } Column;
 
-INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, int lanes, int N, int half, Column *column) {
+INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, int lanes, int N, int half, int half_out,
+                          Column *column) {
     const Block *k = &column->k;
     Tokens x;
     vf drive[CHUNK], y[CHUNK];
@@ -19,24 +20,25 @@ INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, in
     for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k->D * x.u[j];
     advance_all(a, k, x.decay, drive, column->h, y, slots, b * a->B_b + first * a->B_l, b * a->C_b + first * a->C_l, way,
                 size, N, safe, half);
+    if (a->sum)
+        for (int j = 0; j < size; j++) y[j] += load(a->sum, (first + j * way) * a->channels + c, lanes, 0);
     if (a->z)
         for (int j = 0; j < size; j += UNROLL) {
             vf gate[UNROLL];
-            STAGE gate[i] = load_ahead(a->z, b * a->z_b + row_of(first, way, size, j + i) * a->z_l + c, lanes, half);
-            STAGE y[j + i] *= gate[i];
+            STAGE gate[i] = load_ahead(a->z, b * a->z_b + row_of(first, way, size, j + i) * a->z_l + c, lanes, half_out);
+            STAGE y[j + i] *= gate[i] * (float)a->scale;
             sigmoid(gate);
             STAGE y[j + i] *= gate[i];
         }
     for (int j = 0; j < size; j++) {
         int64_t row = slots ? slots[j * way] : first + j * way;
-        if (row >= 0) store(a->y, (b * a->outputs + row) * a->channels + c, y[j], lanes, half);
+        if (row >= 0) store(a->y, (b * a->outputs + row) * a->channels + c, y[j], lanes, half_out);
     }
 }
 
-/* The blocks `from` ... `to` of sample b go through one chunk together before any goes on to the next: memory is then read
- * row by row. Returns 1 when memory runs out. */
-static int forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
-    int N = (int)a->state, half = (int)a->half;
+/* All blocks go through one chunk together before any goes on to the next: memory is then read row by row. */
+int scan_forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
+    int N = (int)a->state, half = (int)a->half, half_out = (int)a->half_out;
     Column *columns = aligned_alloc(sizeof(vf), (size_t)(to - from + 1) * sizeof(Column));
     if (!columns) return 1;
     for (int64_t i = from; i < to; i++) {
@@ -48,9 +50,11 @@ static int forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
         for (int64_t i = from; i < to; i++) {
             int64_t c = i * W, left = a->channels - c;
             int lanes = left < W ? (int)left : W;
-            if (lanes == W && N == 16 && !half) forward_chunk(a, b, start, c, W, 16, 0, columns + i - from);
-            else if (lanes == W && N == 16) forward_chunk(a, b, start, c, W, 16, 1, columns + i - from);
-            else forward_chunk(a, b, start, c, lanes, N, half, columns + i - from);
+            Column *column = columns + i - from;
+            if (lanes == W && N == 16 && !half && !half_out) forward_chunk(a, b, start, c, W, 16, 0, 0, column);
+            else if (lanes == W && N == 16 && !half) forward_chunk(a, b, start, c, W, 16, 0, 1, column);
+            else if (lanes == W && N == 16) forward_chunk(a, b, start, c, W, 16, 1, 1, column);
+            else forward_chunk(a, b, start, c, lanes, N, half, half_out, column);
         }
     free(columns);
     return 0;
@@ -63,7 +67,7 @@ int scan_forward(const Scan *a) {
 #pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
     for (int64_t item = 0; item < a->batch * a->groups; item++) {
         int64_t group = item % a->groups;
-        failed |= forward_group(a, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups);
+        failed |= scan_forward_group(a, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups);
     }
     return failed;
 }

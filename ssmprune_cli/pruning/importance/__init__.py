@@ -17,9 +17,9 @@ IMPORTANCES.register("clip", Importance(clip))
 IMPORTANCES.register("l1", Importance(l1))
 IMPORTANCES.register("l2", Importance(l2))
 IMPORTANCES.register("mean", Importance(mean))
-IMPORTANCES.register("delta", Importance(delta, needs_delta=True))
-IMPORTANCES.register("hidden-norm", Importance(hidden_norm))
-IMPORTANCES.register("class-similarity", Importance(class_similarity))
-IMPORTANCES.register("random", Importance(random))
+IMPORTANCES.register("delta", Importance(delta, needs="delta"))
+IMPORTANCES.register("hidden-norm", Importance(hidden_norm, needs="nothing"))
+IMPORTANCES.register("class-similarity", Importance(class_similarity, needs="nothing"))
+IMPORTANCES.register("random", Importance(random, needs="nothing"))
 
 __all__ = ["IMPORTANCES", "Importance"]

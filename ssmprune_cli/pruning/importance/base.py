@@ -9,7 +9,7 @@ from operator import add
 
 from torch import Tensor
 
-from ssmprune_cli.interface import ScanStatistics
+from ssmprune_cli.interface import ScanStatistics, Wanted
 from ssmprune_cli.tokens import TokenSequence
 
 Score = Callable[[TokenSequence, ScanStatistics, int, int], Tensor]
@@ -19,11 +19,11 @@ Score = Callable[[TokenSequence, ScanStatistics, int, int], Tensor]
 class Importance:
     """`score` (sequence, statistics of the block before it, block number, seed) -> (B, L); the largest stay.
 
-    needs_delta  whether it looks at the scans' step sizes, which mixers hand out only when asked
+    needs  what it looks at of the scans, which mixers hand out only when asked
     """
 
     score: Score
-    needs_delta: bool = False
+    needs: Wanted = "y"
 
 
 def scan_output(statistics: ScanStatistics) -> Tensor:

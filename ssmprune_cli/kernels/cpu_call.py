@@ -1,0 +1,107 @@
+"""The arguments of one call of the C kernels in csrc/: its struct, filled from tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.kernels.backend import InnerInputs, ScanInputs
+
+
+def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
+    kinds = ((pointers, ctypes.c_void_p), (numbers, ctypes.c_int64), (real, ctypes.c_double))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# Names and order of the structs in csrc/.
+Scan = _struct(
+    "Scan",
+    "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots "
+    "rank dt_weight sum",
+    "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l A_c A_n "
+    "softplus reverse half half_out threads groups outputs rank_l R",
+    "scale",
+)
+Conv = _struct(
+    "Conv",
+    "x context grad y dx taps bias dtaps dbias positions",
+    "batch length channels width x_b x_l context_b context_l others rows columns outputs reverse half threads",
+)
+Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels half_in half_out threads", "eps")
+Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
+Inner = _struct(
+    "Inner",
+    "xz context y parameters gap gap_delta sources",
+    "batch length channels state width rank directions others xz_b xz_l context_b context_l half threads",
+    "scale",
+)
+
+
+class Call:
+    """The arguments of one call, and the tensors that must live until it returns."""
+
+    def __init__(self, **numbers: float) -> None:
+        self._alive: list[Tensor] = []
+        self.numbers: dict[str, Any] = numbers
+
+    def set(self, **tensors: Tensor) -> None:
+        """Pass dense tensors."""
+        for name, tensor in tensors.items():
+            self._alive.append(tensor)
+            self.numbers[name] = tensor.data_ptr()
+
+    def rows(self, **tensors: Tensor | None) -> None:
+        """Pass (B, L, c) tensors with their strides: slices of a projection are read in place."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                dense = tensor if tensor.stride(2) == 1 else tensor.contiguous()
+                self._alive.append(dense)
+                self.numbers[name] = dense.data_ptr()
+                self.numbers[f"{name}_b"], self.numbers[f"{name}_l"], _ = dense.stride()
+
+    def scan(self, inputs: ScanInputs) -> None:
+        self.rows(u=inputs.u, delta=inputs.delta, B=inputs.B, C=inputs.C, z=inputs.z, shift=inputs.shift)
+        if inputs.gap is not None:
+            gap = inputs.gap.float().contiguous()
+            self.set(gap=gap)
+            self.numbers["gap_b"], self.numbers["gap_l"] = gap.stride()
+        parameters = {"D": inputs.D, "bias": inputs.delta_bias, "gap_delta": inputs.gap_delta}
+        self.set(**{name: value.float().contiguous() for name, value in parameters.items() if value is not None})
+        batch, length, channels = inputs.u.shape
+        self.numbers.update(batch=batch, length=length, channels=channels, state=inputs.A.shape[1])
+        A = inputs.A.float()
+        self.set(A=A)
+        self.numbers["A_c"], self.numbers["A_n"] = A.stride()
+        half = inputs.u.dtype == torch.bfloat16
+        self.numbers.update(softplus=inputs.delta_softplus, reverse=inputs.reverse, half=half, half_out=half, scale=1.0)
+
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.rows(x=x)
+        self.set(taps=weight.float().flatten(1).t().contiguous())  # no copy of what comes from `channels_last_taps`
+        if bias is not None:
+            self.set(bias=bias.float().contiguous())
+        batch, length, channels = x.shape
+        self.numbers.update(batch=batch, length=length, channels=channels, width=weight.shape[-1])
+        self.numbers["half"] = x.dtype == torch.bfloat16
+
+    def inner(self, inputs: InnerInputs) -> None:
+        batch, length, width = inputs.xz.shape
+        self.rows(xz=inputs.xz, context=inputs.context)
+        self.set(parameters=inputs.parameters.contiguous())
+        if inputs.gap is not None:
+            self.set(gap=inputs.gap.float().contiguous())
+        if inputs.gap_delta is not None:
+            self.set(gap_delta=inputs.gap_delta.float().contiguous())
+        if inputs.sources is not None and inputs.context is not None:
+            self.set(sources=inputs.sources.contiguous())
+            self.numbers["others"] = inputs.context.shape[1]
+        self.numbers.update(batch=batch, length=length, channels=width // 2, directions=len(inputs.parameters))
+        self.numbers.update(state=inputs.d_state, width=inputs.d_conv, rank=inputs.dt_rank, scale=inputs.scale)
+        self.numbers["half"] = inputs.xz.dtype == torch.bfloat16
+
+    def struct(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
+        return kind(**self.numbers)
