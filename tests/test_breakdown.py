@@ -13,6 +13,7 @@ from torch import nn
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.kernels import inner_apart
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
@@ -47,10 +48,14 @@ def test_the_parts_add_up_and_none_is_missing(make: Callable[[], Backbone], keep
     compress(model, keep, points=[1], alignment="none")
     (found,) = profile([model], batch_size=2, rounds=2)
     assert sum(found.time_ms.values()) == pytest.approx(found.speed.median_ms)
-    parts = {"projections", "convolution", "scan", "norms", "outside the blocks", "other"}
-    assert all(found.time_ms[part] > 0 for part in parts), found.time_ms
+    parts = {"projections", "norms", "outside the blocks", "other"}
+    if make is not vim or keep < 1:  # the block before the point shows its scans to the score
+        parts |= {"convolution", "scan"}
+    if make is vim:
+        parts |= {"fused scan"}
     if keep < 1:
-        assert found.time_ms["gather"] > 0
+        parts |= {"gather"}
+    assert {part for part, time in found.time_ms.items() if time > 0} >= parts, found.time_ms
     assert found.floor.multiply_adds_ms > 0 and found.floor.bytes_ms > 0
     assert found.to_dict()["floor"]["total_ms"] == max(found.floor.multiply_adds_ms, found.floor.bytes_ms)
 
@@ -101,13 +106,16 @@ def test_arithmetic_is_counted_by_kind_and_shape() -> None:
 def test_the_floor_of_a_model_has_its_products_and_scans() -> None:
     model = vim()
     images = torch.zeros(2, 3, 16, 16)
-    with torch.inference_mode(), Arithmetic() as found:
+    with torch.inference_mode(), inner_apart(), Arithmetic() as found:
         model(images)
     kinds = {kind: sum(n for key, n in found.counts.items() if key.startswith(kind)) for kind in ("selective_scan",)}
     assert kinds == {"selective_scan": 6}  # two directions in three blocks
     # For each block: in_proj, x_proj and dt_proj for two directions, out_proj; and the head.
     assert sum(found.counts.values()) - 6 == 3 * (1 + 2 * 2 + 1) + 1
     assert floor(model, images, rounds=1).total_ms > 0
+    with torch.inference_mode(), Arithmetic() as joined:
+        model(images)
+    assert sum(joined.counts.values()) == 3 * (1 + 1 + 1) + 1 and joined.bytes < found.bytes
 
 
 def test_profile_prints_parts_and_floor(ssmprune_profile: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ from ssmprune_cli.kernels.library import tracing
 T = TypeVar("T")
 
 
+class _Source(NamedTuple):
+    """A parameter when something was computed from it. Its values are kept, so that no others can come to lie there."""
+
+    parameter: Tensor
+    values: Tensor
+    version: int
+    address: int
+
+
 class Derived(Generic[T]):
     """Parameters in the form that inference needs, computed again only when one of them has changed.
 
@@ -23,28 +32,26 @@ class Derived(Generic[T]):
 
     def __init__(self, compute: Callable[..., T]) -> None:
         self._compute = compute
-        self._sources: list[tuple[Tensor, int]] = []  # each parameter, and its version, when it was computed
+        self._sources: list[_Source] = []
         self._value: T | None = None
 
     def __call__(self, *parameters: Tensor) -> T:
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or tracing()
-            or any(parameter.is_inference() for parameter in parameters)  # which have no version
-        ):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing():
             return self._compute(*parameters)
         if self._value is None or not self._unchanged(parameters):
             self._value = self._compute(*parameters)
-            # The old values are kept, so that no others can come to lie where they are.
-            self._sources = [(parameter.detach(), parameter._version) for parameter in parameters]
+            self._sources = []
+            if not any(parameter.is_inference() for parameter in parameters):  # which have no version
+                self._sources = [_Source(each, each.detach(), each._version, each.data_ptr()) for each in parameters]
         return self._value
 
     def _unchanged(self, parameters: tuple[Tensor, ...]) -> bool:
-        return all(
-            version == parameter._version and source.data_ptr() == parameter.data_ptr()
-            for parameter, (source, version) in zip(parameters, self._sources, strict=True)
-        )
+        if len(parameters) != len(self._sources):
+            return False
+        for parameter, (source, _, version, address) in zip(parameters, self._sources, strict=True):
+            if parameter is not source or parameter._version != version or parameter.data_ptr() != address:
+                return False
+        return True
 
     def __deepcopy__(self, memo: object) -> Derived[T]:
         return Derived(self._compute)
@@ -69,8 +76,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x * scale).to(self.weight.dtype) * self.weight
+        return self.unit(x).to(self.weight.dtype) * self.weight
+
+    def unit(self, x: Tensor) -> Tensor:
+        """`x` (..., d) with a root mean square of 1."""
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
 
 
 class PatchEmbed(nn.Module):

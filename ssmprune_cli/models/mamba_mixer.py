@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,16 @@ class StepProjection(nn.Linear):
         return functional.linear(rank_values, self.weight)
 
 
+class Branch(NamedTuple):
+    """The layers and parameters of one scan direction."""
+
+    conv1d: CausalConv1d
+    x_proj: nn.Linear
+    dt_proj: StepProjection
+    A_log: Tensor
+    D: Tensor
+
+
 class MambaMixer(nn.Module):
     """Implements `tokens.Mixer`.
 
@@ -83,6 +93,15 @@ class MambaMixer(nn.Module):
     halve  divide the sum of both directions by two before the output projection (v2 only)
     gamma  start of the layer scale, None for none
     """
+
+    conv1d: CausalConv1d
+    x_proj: nn.Linear
+    dt_proj: StepProjection
+    D: nn.Parameter
+    conv1d_b: CausalConv1d  # these four with kind "v2" only
+    x_proj_b: nn.Linear
+    dt_proj_b: StepProjection
+    D_b: nn.Parameter
 
     def __init__(
         self,
@@ -108,8 +127,7 @@ class MambaMixer(nn.Module):
         if kind == "v2":
             parts = ("conv1d", "x_proj", "dt_proj")
             self.per_direction = (*parts, *(f"{part}_b" for part in parts))
-        self._suffixes = ("", "_b" if kind == "v2" else "")[: self.directions]  # of the parameters of each direction
-        for suffix in dict.fromkeys(self._suffixes):
+        for suffix in ("", "_b") if kind == "v2" else ("",):
             self.add_module(f"conv1d{suffix}", CausalConv1d(d_inner, d_conv))
             self.add_module(f"x_proj{suffix}", nn.Linear(d_inner, sum(self.splits), bias=False))
             self.add_module(f"dt_proj{suffix}", StepProjection(dt_rank, d_inner))
@@ -158,35 +176,32 @@ class MambaMixer(nn.Module):
         if (alignment is not None and alignment.mass is not None) or not fuses_mamba_inner(xz, self.A_log.shape[1]):
             return None
         parameters: list[Tensor] = []
-        for direction, suffix in enumerate(self._suffixes):
-            conv, projection, step = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
-            if not (
-                is_plain(conv, CausalConv1d) and is_plain(projection, nn.Linear) and is_plain(step, StepProjection)
-            ):
+        for conv, projection, step, A_log, D in self._branches():
+            plain = is_plain(conv, CausalConv1d) and is_plain(projection, nn.Linear) and is_plain(step, StepProjection)
+            if not plain:
                 return None
-            parameters += (conv.weight, projection.weight, step.weight, self.A_b_log if direction else self.A_log)
-            parameters += (conv.bias, step.bias, getattr(self, f"D{suffix}"))
+            parameters += (conv.weight, projection.weight, step.weight, A_log, conv.bias, step.bias, D)
         sizes = (self.splits[1], self.d_conv, self.splits[0])
         return fused_inner(sequence, xz, self._packed(*parameters), sizes, alignment, context, self.scale)
 
     def _scan(self, flow: Inflow, context: Tensor | None, wanted: Wanted) -> ScanStatistics:
         """The outputs of all directions and, if wanted, their step sizes."""
         outputs, deltas = [], []
-        branch = self._project(flow, context, "", reverse=False)
-        for direction, suffix in enumerate(self._suffixes):
-            reverse = direction == 1
-            if suffix:
-                branch = self._project(flow, context, suffix, reverse=True)
-            u, own, raw_delta, b, c = branch
-            bias = getattr(self, f"dt_proj{suffix}").bias
+        branches = self._branches()
+        projected = self._project(flow, context, branches[0], reverse=False)
+        for direction, branch in enumerate(branches):
+            reverse, bias = direction == 1, branch.dt_proj.bias
+            if reverse and self.kind == "v2":
+                projected = self._project(flow, context, branch, reverse=True)
+            u, own, raw_delta, b, c = projected
             y = flow.scan(
                 direction,
                 u,
                 raw_delta,
-                self._rates[direction](self.A_b_log if reverse else self.A_log),
+                self._rates[direction](branch.A_log),
                 b,
                 c,
-                getattr(self, f"D{suffix}"),
+                branch.D,
                 own=own,
                 delta_bias=bias,
                 gap=flow.scanned.gaps(reverse=reverse),
@@ -200,31 +215,35 @@ class MambaMixer(nn.Module):
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
         return ScanStatistics(tuple(outputs), tuple(deltas))
 
+    def _branches(self) -> list[Branch]:
+        """One for each direction."""
+        first = Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        if self.directions == 1:
+            return [first]
+        if self.kind == "v1":
+            return [first, first._replace(A_log=self.A_b_log)]
+        return [first, Branch(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)]
+
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
         return functional.linear(x, self.in_proj.weight[: self.d_inner])
 
     def _project(
-        self, flow: Inflow, context: Tensor | None, suffix: str, *, reverse: bool
+        self, flow: Inflow, context: Tensor | None, branch: Branch, *, reverse: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
         without bias, B and C (B, S, N)."""
-        convolution = getattr(self, f"conv1d{suffix}")
-        sources = None
-        if context is not None:
-            sources = conv_sources(flow.convolved, convolution.weight.shape[2], reverse=reverse)
-        u, own = flow.pool(convolution(flow.values, reverse=reverse, context=context, sources=sources))
-        rank_values, b, c = getattr(self, f"x_proj{suffix}")(u).split(self.splits, dim=-1)
-        return u, own, getattr(self, f"dt_proj{suffix}")(rank_values), b, c
+        sources = None if context is None else conv_sources(flow.convolved, self.d_conv, reverse=reverse)
+        u, own = flow.pool(branch.conv1d(flow.values, reverse=reverse, context=context, sources=sources))
+        rank_values, b, c = branch.x_proj(u).split(self.splits, dim=-1)
+        return u, own, branch.dt_proj(rank_values), b, c
 
     def null_delta(self) -> Tensor:
         """(directions, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
         steps = []
-        for suffix in self._suffixes:
-            u = functional.silu(getattr(self, f"conv1d{suffix}").bias)
-            rank_values = getattr(self, f"x_proj{suffix}")(u)[: self.splits[0]]
-            step_projection = getattr(self, f"dt_proj{suffix}")
-            steps.append(functional.softplus(step_projection(rank_values) + step_projection.bias))
+        for branch in self._branches():
+            rank_values = branch.x_proj(functional.silu(branch.conv1d.bias))[: self.splits[0]]
+            steps.append(functional.softplus(branch.dt_proj(rank_values) + branch.dt_proj.bias))
         return torch.stack(steps)
 
 
@@ -244,12 +263,24 @@ class MambaBlock(Block):
         else:
             stream = sequence.stream
             normalised = self.norm(stream.to(self.norm.weight.dtype))
-        frozen, context = (
-            None if dropped is None else self.norm(dropped.stream.to(self.norm.weight.dtype))
-            for dropped in (sequence.frozen, sequence.context)
-        )
+        frozen, context = self._dropped(sequence, "frozen"), self._dropped(sequence, "context")
         hidden, statistics = self.mixer(normalised, sequence, alignment, wanted, frozen, context)
         return replace(sequence, hidden=self.drop(hidden), residual=stream), statistics
+
+    def _dropped(self, sequence: TokenSequence, fate: Literal["frozen", "context"]) -> Tensor | None:
+        """The normalised tokens of this fate (B, M, d). Until the next drop they differ from block to block by the norm's
+        weights only."""
+        dropped, norm = getattr(sequence, fate), self.norm
+        if dropped is None:
+            return None
+        if not isinstance(norm, RMSNorm) or torch.is_grad_enabled():
+            normalised: Tensor = norm(dropped.stream.to(norm.weight.dtype))
+            return normalised
+        key = f"unit {fate} {norm.eps} {norm.weight.dtype}"
+        if key not in sequence.memo:
+            sequence.memo[key] = norm.unit(dropped.stream.to(norm.weight.dtype))
+        scaled: Tensor = sequence.memo[key] * norm.weight
+        return scaled
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
-PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER = (
+PROJECTIONS, CONVOLUTION, SCAN, FUSED, NORMS, GATHER, ENDS, OTHER = (
     "projections",
     "convolution",
     "scan",
+    "fused scan",
     "norms",
     "gather",
     "outside the blocks",
@@ -29,6 +30,7 @@ _KINDS = {
     **dict.fromkeys(MATRIX_PRODUCTS, PROJECTIONS),
     **dict.fromkeys(("causal_conv1d", "sparse_conv1d", "grid_conv2d", "conv1d", "conv2d", "convolution"), CONVOLUTION),
     "selective_scan": SCAN,
+    "mamba_inner": FUSED,
     **dict.fromkeys(
         ("add_rms_norm", "rms_norm", "_fused_rms_norm", "layer_norm", "native_layer_norm", "native_batch_norm"), NORMS
     ),
@@ -66,7 +68,7 @@ def time_by_part(model: Backbone, images: Tensor, total_ms: float, rounds: int =
               as Python between them, is "other"; if they took longer than that, all are scaled.
 
     "gather" is the pruner (scoring, choosing, taking tokens out) and all moving of tokens in blocks, "projections" are
-    the matrix products in blocks, "outside the blocks" patch embedding, downsampling and head.
+    the matrix products in blocks, "fused scan" the scans with all that goes into them where one op does it, "outside the blocks" patch embedding, downsampling and head.
     """
     found: list[defaultdict[str, float]] = []
     with torch.inference_mode():
@@ -75,7 +77,7 @@ def time_by_part(model: Backbone, images: Tensor, total_ms: float, rounds: int =
             with _places(model, watch), watch:
                 model(images)
             found.append(watch.seconds)
-    parts = (PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER)
+    parts = (PROJECTIONS, CONVOLUTION, SCAN, FUSED, NORMS, GATHER, ENDS, OTHER)
     times = {part: 1e3 * statistics.median(seconds[part] for seconds in found) for part in parts}
     watched = sum(times.values())
     if watched > total_ms:

@@ -165,7 +165,7 @@ def test_delta_hidden_norm_and_class_similarity_by_hand() -> None:
     stream = torch.tensor([[[3.0, 4], [0, 2], [-3, -4]]])
     sequence, statistics = sequence_of(stream, (1,)), ScanStatistics((y, y), (forward, backward))
     assert score_of("delta", sequence, statistics) == [1, 1, 2]
-    assert IMPORTANCES.get("delta").needs_delta and not IMPORTANCES.get("clip").needs_delta
+    assert IMPORTANCES.get("delta").needs == "delta" and IMPORTANCES.get("clip").needs == "y"
     assert score_of("hidden-norm", sequence, statistics) == pytest.approx([12.5**0.5, 2**0.5, 12.5**0.5])
     assert score_of("class-similarity", sequence, statistics) == pytest.approx([0.8, 1, -0.8])
     # Without a class token: cosine with the mean token, here (0, 2 / 3).
