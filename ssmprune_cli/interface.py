@@ -38,7 +38,8 @@ class Stage:
         return self.num_patches + len(self.protected)
 
 
-Wanted = Literal["nothing", "y", "delta"]  # of ScanStatistics: "delta" is y as well
+# What a pruner wants after a block: nothing at all, or the tokens, or of the ScanStatistics y too, or y and delta too.
+Wanted = Literal["nothing", "tokens", "y", "delta"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,14 @@ class ScanAlignment:
 
 
 class Pruner(Protocol):
-    """The slot `model.pruner`: asked once before and once after every block (blocks count from 0).
+    """The slot `model.pruner`: asked before every block, and called after each that it wants (blocks count from 0).
 
     An implementation is an nn.Module, so that its buffers are saved and moved with the model.
     """
 
     def wants(self, block: int) -> Wanted:
-        """What the mixer of `block` should hand out about its scans."""
+        """What it is to be given after `block`. With "nothing" it is not called: the block may be one of several that
+        are computed at once."""
         ...
 
     def alignment(self, block: int) -> ScanAlignment | None:

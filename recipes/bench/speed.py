@@ -212,7 +212,8 @@ def floor_table(seconds: float) -> None:
     """
     print("| Vim-T, 224 x 224, dense | ms a batch | images/s | reference / this | floor, ms | floor / this |")
     print("|---" * 6 + "|")
-    model = Vim(VimConfig()).eval()
+    with torch.inference_mode(False):  # nothing could be kept of weights made in inference mode
+        model = Vim(VimConfig()).eval()
 
     def on(name: str, images: torch.Tensor) -> None:
         use_backend(name)
@@ -244,13 +245,15 @@ def model_table(seconds: float) -> None:
     variants |= {"0.5, drop": (0.5, "drop"), "0.5, context": (0.5, "context")}
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224)
-        models = {title: Vim(VimConfig()).eval() for title in variants}
-        for title, (keep, reduction) in variants.items():
-            compress(models[title], keep, points=[1], reduction=reduction, alignment="null")
+        with torch.inference_mode(False):  # nothing could be kept of weights made in inference mode
+            models = {title: Vim(VimConfig()).eval() for title in variants}
+            for title, (keep, reduction) in variants.items():
+                compress(models[title], keep, points=[1], reduction=reduction, alignment="null")
         runs: Contestants = {title: partial(model, images) for title, model in models.items()}
         if processor_flags() & {"avx512_bf16", "amx_bf16"}:
             for title in ("1", "0.5, drop"):
-                models[f"{title}, bfloat16"] = copy.deepcopy(models[title]).bfloat16()
+                with torch.inference_mode(False):
+                    models[f"{title}, bfloat16"] = copy.deepcopy(models[title]).bfloat16()
                 runs[f"{title}, bfloat16"] = partial(models[f"{title}, bfloat16"], images.bfloat16())
         if batch == 1:
             for title in ("1", "0.5, drop"):

@@ -39,6 +39,7 @@ class Resolved:
     state: dict[str, Tensor]
 
 
+@torch.inference_mode(False)  # weights made in inference mode have no version, and nothing could be kept of them
 def load(
     path: Path | str,
     *,

@@ -92,8 +92,6 @@ def _time(names: list[str], profiles: list[Profile]) -> Table:
         table.add_column(name, justify="right")
         table.add_column("%", justify="right")
     for part in profiles[0].time_ms:
-        if not any(p.time_ms[part] for p in profiles):
-            continue
         cells = []
         for p in profiles:
             cells += [f"{p.time_ms[part]:.2f}", f"{100 * p.time_ms[part] / p.speed.median_ms:.0f}"]

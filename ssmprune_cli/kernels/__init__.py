@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ssmprune_cli.kernels.backend import (
     BACKENDS,
-    InnerParameters,
     active_backend,
     available_backends,
     backend_from_environment,
@@ -14,7 +13,8 @@ from ssmprune_cli.kernels.backend import (
 )
 from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
 from ssmprune_cli.kernels.cpu import CPU
-from ssmprune_cli.kernels.inner_op import fuses_mamba_inner, inner_apart, mamba_inner, pack_inner
+from ssmprune_cli.kernels.fused_op import fused_ops_apart, fuses_blocks, fuses_inner, mamba_blocks, mamba_inner
+from ssmprune_cli.kernels.inputs import BlockSizes, InnerParameters, pack_block, pack_inner
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.op import scan_flops, selective_scan
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
@@ -29,6 +29,7 @@ BACKENDS.register("reference", REFERENCE)
 backend_from_environment()
 
 __all__ = [
+    "BlockSizes",
     "InnerParameters",
     "active_backend",
     "add_rms_norm",
@@ -36,11 +37,14 @@ __all__ = [
     "backends_for",
     "causal_conv1d",
     "conv_flops",
-    "fuses_mamba_inner",
+    "fused_ops_apart",
+    "fuses_blocks",
+    "fuses_inner",
     "gated_sum",
     "grid_conv2d",
-    "inner_apart",
+    "mamba_blocks",
     "mamba_inner",
+    "pack_block",
     "pack_inner",
     "refused_backends",
     "scan_flops",

@@ -5,76 +5,16 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ssmprune_cli.errors import KernelError
-from ssmprune_cli.kernels import eager
+from ssmprune_cli.kernels import composed, eager
+from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, ScanInputs
 from ssmprune_cli.registry import Registry
 
 Gradients = tuple[Tensor | None, ...]
-
-
-class ScanInputs(NamedTuple):
-    """Inputs of one scan; shapes as in `op.selective_scan`."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    delta_softplus: bool
-    shift: Tensor | None
-    gap: Tensor | None
-    gap_delta: Tensor | None
-    reverse: bool
-    read: Tensor | None = None
-
-
-class InnerParameters(NamedTuple):
-    """The parameters of a Mamba block's inside in one scan direction; A is -exp(A_log)."""
-
-    conv_weight: Tensor  # (E, K)
-    x_weight: Tensor  # (R + 2N, E)
-    dt_weight: Tensor  # (E, R)
-    A: Tensor  # (E, N)
-    conv_bias: Tensor  # (E,), as the other two
-    dt_bias: Tensor
-    D: Tensor
-
-
-class InnerInputs(NamedTuple):
-    """Inputs of the inside of a Mamba block; shapes as in `inner_op.mamba_inner`."""
-
-    xz: Tensor
-    parameters: Tensor
-    d_state: int
-    d_conv: int
-    dt_rank: int
-    gap: Tensor | None
-    gap_delta: Tensor | None
-    context: Tensor | None
-    sources: Tensor | None
-    scale: float
-
-    @property
-    def channels(self) -> int:
-        return self.xz.shape[2] // 2
-
-    def unpacked(self, direction: int) -> InnerParameters:
-        """The parameters of one direction, as views."""
-        E, P = self.channels, self.dt_rank + 2 * self.d_state
-        rows = (self.d_conv, P, self.dt_rank, self.d_state, 1, 1, 1)
-        taps, x_weight, dt_weight, A, *vectors = self.parameters[direction].split([E * each for each in rows])
-        return InnerParameters(
-            taps.view(-1, E).t(), x_weight.view(E, P).t(), dt_weight.view(-1, E).t(), A.view(-1, E).t(), *vectors
-        )
 
 
 class Backend(ABC):
@@ -82,7 +22,7 @@ class Backend(ABC):
 
     name: str
     skips_reading = False  # whether `scan` itself leaves out tokens that nobody reads; if not, it is given no `read`
-    fuses_inner = False  # whether `mamba_inner` is faster than the ops that it is made of
+    fuses = False  # whether `mamba_inner` and `mamba_blocks` are faster than the ops that they are made of
 
     @property
     def automatic(self) -> bool:
@@ -165,23 +105,11 @@ class Backend(ABC):
 
     def mamba_inner(self, inputs: InnerInputs) -> Tensor:
         """The inside of a Mamba block, (B, L, E)."""
-        x, z = inputs.xz.chunk(2, dim=-1)  # (B, L, E) each
-        ys = []
-        for g in range(len(inputs.parameters)):
-            own = inputs.unpacked(g)
-            if inputs.context is None or inputs.sources is None:
-                u = self.conv(x, own.conv_weight, own.conv_bias, g == 1)
-            else:
-                u = self.sparse_conv(x, inputs.context, inputs.sources[g], own.conv_weight, own.conv_bias)
-            projected = functional.linear(u, own.x_weight.to(u.dtype))
-            rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
-            delta = functional.linear(rank_values, own.dt_weight.to(u.dtype))
-            gap = None if inputs.gap is None else inputs.gap[g]
-            gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
-            bias = own.dt_bias
-            scan = ScanInputs(u, delta, own.A, B, C, own.D, None, bias, True, None, gap, gap_delta, reverse=g == 1)
-            ys.append(self.scan(scan))
-        return self.gated_sum(ys, z, inputs.scale)
+        return composed.mamba_inner(self, inputs)
+
+    def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor]:
+        """Hidden state and residual stream after several Mamba blocks, (B, L, d) each."""
+        return composed.mamba_blocks(self, inputs)
 
 
 # In order of preference; `kernels/__init__.py` fills it.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import eager
-from ssmprune_cli.kernels.backend import Backend, Gradients, InnerInputs, ScanInputs
+from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.build import load_library
-from ssmprune_cli.kernels.cpu_call import Call, Conv, Gate, Inner, Norm, Scan
+from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, Scan
+from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, ScanInputs
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -37,7 +38,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     skips_reading = True
-    fuses_inner = True
+    fuses = True
 
     def __init__(self) -> None:
         self._library: ctypes.CDLL | None = None
@@ -192,6 +193,17 @@ class CpuBackend(Backend):
         if self._run("mamba_inner", call.struct(Inner)) & 2:
             raise KernelError("a source lies outside the tokens and their context")
         return y
+
+    def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor]:
+        if inputs.hidden.dtype != torch.float32 or inputs.hidden.shape[2] % 16 or inputs.sizes[0] % 16:
+            return super().mamba_blocks(inputs)
+        out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
+        call = Call(threads=torch.get_num_threads())
+        call.blocks(inputs)
+        call.set(out=out, stream=stream)
+        if self._run("mamba_blocks", call.struct(Blocks)) & 2:
+            raise KernelError("a source lies outside the tokens and their context")
+        return out, stream
 
     def _run(self, name: str, struct: ctypes.Structure) -> int:
         """Returns the kernel's status. Raises KernelError when memory ran out."""

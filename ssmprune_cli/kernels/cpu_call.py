@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.backend import InnerInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, InnerInputs, ScanInputs
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
@@ -36,8 +36,14 @@ Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l
 Inner = _struct(
     "Inner",
     "xz context y parameters gap gap_delta sources",
-    "batch length channels state width rank directions others xz_b xz_l context_b context_l half threads",
+    "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads",
     "scale",
+)
+Blocks = _struct(
+    "Blocks",
+    "hidden residual context gap gap_delta out stream parameters sources",
+    "blocks batch length dim channels state width rank directions others threads",
+    "scale eps",
 )
 
 
@@ -92,6 +98,30 @@ class Call:
         batch, length, width = inputs.xz.shape
         self.rows(xz=inputs.xz, context=inputs.context)
         self.set(parameters=inputs.parameters.contiguous())
+        self._around(inputs)
+        self.numbers.update(batch=batch, length=length, channels=width // 2, directions=len(inputs.parameters))
+        self.numbers["y_b"] = length * width // 2
+        self.numbers.update(state=inputs.d_state, width=inputs.d_conv, rank=inputs.dt_rank, scale=inputs.scale)
+        self.numbers["half"] = inputs.xz.dtype == torch.bfloat16
+
+    def blocks(self, inputs: BlocksInputs) -> None:
+        batch, length, dim = inputs.hidden.shape
+        sizes = BlockSizes(*inputs.sizes)
+        self.set(hidden=inputs.hidden.contiguous())
+        if inputs.residual is not None:
+            self.set(residual=inputs.residual.contiguous())
+        if inputs.context is not None:
+            self.set(context=inputs.context.contiguous())
+        self._around(inputs)
+        parameters = [each.contiguous() for each in inputs.parameters]
+        self._alive += parameters
+        self._addresses = (ctypes.c_void_p * len(parameters))(*(each.data_ptr() for each in parameters))
+        self.numbers.update(parameters=ctypes.addressof(self._addresses), blocks=len(parameters), batch=batch)
+        self.numbers.update(length=length, dim=dim, channels=sizes.d_inner, state=sizes.d_state, width=sizes.d_conv)
+        self.numbers.update(rank=sizes.dt_rank, directions=sizes.directions, scale=inputs.scale, eps=inputs.eps)
+
+    def _around(self, inputs: InnerInputs | BlocksInputs) -> None:
+        """What pruned tokens leave behind."""
         if inputs.gap is not None:
             self.set(gap=inputs.gap.float().contiguous())
         if inputs.gap_delta is not None:
@@ -99,9 +129,6 @@ class Call:
         if inputs.sources is not None and inputs.context is not None:
             self.set(sources=inputs.sources.contiguous())
             self.numbers["others"] = inputs.context.shape[1]
-        self.numbers.update(batch=batch, length=length, channels=width // 2, directions=len(inputs.parameters))
-        self.numbers.update(state=inputs.d_state, width=inputs.d_conv, rank=inputs.dt_rank, scale=inputs.scale)
-        self.numbers["half"] = inputs.xz.dtype == torch.bfloat16
 
     def struct(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
         return kind(**self.numbers)

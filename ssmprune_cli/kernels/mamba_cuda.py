@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.eager import conv_gradients, conv_silu
+from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.pytorch import finish, steps
 
 MAX_STATE = 256  # what the stock kernel takes

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
-from ssmprune_cli.kernels.backend import ScanInputs, pick
+from ssmprune_cli.kernels.backend import pick
+from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.library import Expected, check, define, three
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.eager import wide
+from ssmprune_cli.kernels.inputs import ScanInputs
 
 CHUNK_VALUES = 1 << 18  # entries of the states worked on at once: a few tensors of this size fit into a cache
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.backend import Backend, Gradients, ScanInputs
+from ssmprune_cli.kernels.backend import Backend, Gradients
+from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.triton_conv_launch import MAX_TAPS, Conv, SparseConv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

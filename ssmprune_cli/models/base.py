@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.interface import Mixers, Pruner, Stage
+from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.tokens import TokenSequence
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,6 +32,18 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.pruner = None
+
+    def ask_pruner(self, block: int, sequence: TokenSequence) -> tuple[ScanAlignment | None, Wanted]:
+        """Before `block`: how its scans make up for what `sequence` has lost, and what is wanted after it."""
+        if self.pruner is None:
+            return None, "nothing"
+        return None if sequence.is_dense else self.pruner.alignment(block), self.pruner.wants(block)
+
+    def prune(self, block: int, sequence: TokenSequence, statistics: ScanStatistics, wanted: Wanted) -> TokenSequence:
+        """The tokens that go on after `block`."""
+        if self.pruner is None or wanted == "nothing":
+            return sequence
+        return self.pruner(block, sequence, statistics)
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers
+from ssmprune_cli.kernels import fuses_blocks
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.layers import PatchEmbed, RMSNorm
-from ssmprune_cli.models.mamba_mixer import MambaBlock, MambaMixer, MixerKind, init_output_projection
+from ssmprune_cli.models.mamba_block import MambaBlock, unit_tokens
+from ssmprune_cli.models.mamba_fused import can_align, fused_blocks
+from ssmprune_cli.models.mamba_mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
 
 NORM_EPS = 1e-5
@@ -103,20 +106,54 @@ class MambaBackbone(Backbone):
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, features): what the head sees of the tokens that are left."""
 
+    @property
+    def turns(self) -> bool:
+        """Whether `before_block` does anything."""
+        return False
+
     def before_block(self, sequence: TokenSequence) -> TokenSequence:
         """What a block is given; the sequence itself unless a family turns it."""
         return sequence
 
     def features(self, images: Tensor) -> TokenSequence:
         """The tokens that are left after all blocks; their output is `hidden + residual`."""
-        sequence, pruner = self.embed(images), self.pruner
-        for block, layer in enumerate(self.layers):
+        sequence, block = self.embed(images), 0
+        while block < len(self.layers):
+            at_once = self._fused(block, sequence)
+            if at_once is not None:
+                sequence, block = at_once
+                continue
             sequence = self.before_block(sequence)
-            alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-            sequence, statistics = layer(sequence, alignment, "nothing" if pruner is None else pruner.wants(block))
-            if pruner is not None:
-                sequence = pruner(block, sequence, statistics)
+            alignment, wanted = self.ask_pruner(block, sequence)
+            sequence, statistics = self.layers[block](sequence, alignment, wanted)
+            sequence = self.prune(block, sequence, statistics, wanted)
+            block += 1
         return sequence
+
+    def _fused(self, block: int, sequence: TokenSequence) -> tuple[TokenSequence, int] | None:
+        """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
+        None if it can do none."""
+        if self.turns or sequence.frozen is not None or not fuses_blocks(sequence.hidden, self.config.d_state):
+            return None
+        parameters, alignments = [], []
+        for number in range(block, len(self.layers)):
+            alignment, wanted = self.ask_pruner(number, sequence)
+            packed = self._block(number).packed() if wanted == "nothing" and can_align(alignment) else None
+            if packed is None:
+                break
+            parameters.append(packed)
+            alignments.append(alignment)
+        if not parameters:
+            return None
+        norm, mixer = self._block(block).norm, self._block(block).mixer
+        assert isinstance(norm, RMSNorm)
+        context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
+        sizes = (mixer.sizes, alignments, context, mixer.scale, norm.eps)
+        return fused_blocks(sequence, parameters, *sizes), block + len(parameters)
+
+    def _block(self, number: int) -> MambaBlock:
+        block: MambaBlock = self.layers[number]  # type: ignore[assignment]
+        return block
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))

@@ -1,25 +1,39 @@
-"""The inside of a Mamba block as one op, `kernels.mamba_inner`. Letters as there; G scan directions."""
+"""Mamba blocks by the fused ops, `kernels.mamba_inner` and `kernels.mamba_blocks`. Letters as there."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.interface import ScanAlignment
-from ssmprune_cli.kernels import InnerParameters, mamba_inner, pack_inner
+from ssmprune_cli.kernels import BlockSizes, InnerParameters, mamba_blocks, mamba_inner, pack_block, pack_inner
 from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.models.layers import decay_rates
 from ssmprune_cli.tokens import TokenSequence
 
+_EACH = 7  # parameters of one direction
 
-def packed(*parameters: Tensor) -> Tensor:
-    """For `mamba_inner`, of each direction in turn: conv1d's weight (E, 1, K), x_proj's weight, dt_proj's weight, A_log,
-    and the biases of conv1d and dt_proj, and D."""
-    each = []
-    for first in range(0, len(parameters), 7):
-        conv_weight, x_weight, dt_weight, A_log, *vectors = parameters[first : first + 7]
-        each.append(InnerParameters(conv_weight[:, 0], x_weight, dt_weight, decay_rates(A_log), *vectors))
-    return pack_inner(each)
+
+def packed_inner(*parameters: Tensor) -> Tensor:
+    """For `mamba_inner`, of each direction in turn: the weights of conv1d (E, 1, K), x_proj and dt_proj, A_log, the
+    biases of conv1d and dt_proj, and D."""
+    directions = []
+    for first in range(0, len(parameters), _EACH):
+        conv_weight, x_weight, dt_weight, A_log, *vectors = parameters[first : first + _EACH]
+        directions.append(InnerParameters(conv_weight[:, 0], x_weight, dt_weight, decay_rates(A_log), *vectors))
+    return pack_inner(directions)
+
+
+def packed_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, *others: Tensor) -> Tensor:
+    """For `mamba_blocks`: the weights of norm and projections, what `packed_inner` takes, and the layer scale (d,) if
+    there is one."""
+    if len(others) % _EACH:
+        *others, gamma = others  # type: ignore[assignment]
+        out_proj = out_proj * gamma[:, None]
+    return pack_block(norm, in_proj, out_proj, packed_inner(*others))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -27,36 +41,81 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
+def can_align(alignment: ScanAlignment | None) -> bool:
+    """Whether the fused ops have this kind of alignment."""
+    return alignment is None or alignment.mass is None
+
+
 def fused_inner(
     sequence: TokenSequence,
     xz: Tensor,
     parameters: Tensor,
-    sizes: tuple[int, int, int],
+    sizes: BlockSizes,
     alignment: ScanAlignment | None,
     context: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """`mamba_inner` of the projected tokens xz (B, L, 2E) of `sequence`, and of its context (B, M, E).
-
-    parameters, sizes  from `packed`, and the d_state, d_conv and dt_rank of them
-    """
-    directions = len(parameters)
-    gap, gap_delta, sources = None, None, None
-    if alignment is not None:
-        gap = _of_directions(sequence, "all gaps", [sequence.gaps(reverse=g == 1) for g in range(directions)])
-        steps = [step for step in alignment.gap_delta if step is not None]
-        gap_delta = torch.stack(steps) if steps else None
-    if context is not None:
-        each = [conv_sources(sequence, sizes[1], reverse=g == 1) for g in range(directions)]
-        sources = _of_directions(sequence, f"all sources {sizes[1]}", each)
+    """The inside of a block, (B, L, E): of xz (B, L, 2E), the projected tokens, and its context (B, M, E)."""
     return mamba_inner(
-        xz, parameters, *sizes, gap=gap, gap_delta=gap_delta, context=context, sources=sources, scale=scale
+        xz,
+        parameters,
+        sizes.d_state,
+        sizes.d_conv,
+        sizes.dt_rank,
+        gap=None if alignment is None else _gaps(sequence, sizes),
+        gap_delta=None if alignment is None else _steps(alignment),
+        context=context,
+        sources=None if context is None else _sources(sequence, sizes),
+        scale=scale,
     )
 
 
-def _of_directions(sequence: TokenSequence, name: str, each: list[Tensor]) -> Tensor:
-    """The tensors of all directions in one, made once for the positions of `sequence`."""
-    if name not in sequence.memo:
-        sequence.memo[name] = torch.stack(each)
-    together: Tensor = sequence.memo[name]
-    return together
+def fused_blocks(
+    sequence: TokenSequence,
+    parameters: Sequence[Tensor],
+    sizes: BlockSizes,
+    alignments: Sequence[ScanAlignment | None],
+    context: Tensor | None,
+    scale: float,
+    eps: float,
+) -> TokenSequence:
+    """`sequence` after several blocks. `context` (B, M, d) are its context's tokens, of root mean square 1."""
+    steps = [None if alignment is None else _steps(alignment) for alignment in alignments]
+    given = [each for each in steps if each is not None]
+    hidden, residual = mamba_blocks(
+        sequence.hidden,
+        sequence.residual,
+        parameters,
+        sizes,
+        gap=None if alignments[0] is None else _gaps(sequence, sizes),
+        gap_delta=torch.stack(given) if given else None,
+        context=context,
+        sources=None if context is None else _sources(sequence, sizes),
+        scale=scale,
+        eps=eps,
+    )
+    return replace(sequence, hidden=hidden, residual=residual)
+
+
+def _steps(alignment: ScanAlignment) -> Tensor | None:
+    """(G, E): what stands in for the steps of dropped tokens; None for the next token's own step."""
+    steps = [step for step in alignment.gap_delta if step is not None]
+    return torch.stack(steps) if steps else None
+
+
+def _gaps(sequence: TokenSequence, sizes: BlockSizes) -> Tensor:
+    """(G, B, L)"""
+    if "gaps of all" not in sequence.memo:
+        each = [sequence.gaps(reverse=g == 1) for g in range(sizes.directions)]
+        sequence.memo["gaps of all"] = torch.stack(each)
+    gaps: Tensor = sequence.memo["gaps of all"]
+    return gaps
+
+
+def _sources(sequence: TokenSequence, sizes: BlockSizes) -> Tensor:
+    """(G, B, L, K)"""
+    if "sources of all" not in sequence.memo:
+        each = [conv_sources(sequence, sizes.d_conv, reverse=g == 1) for g in range(sizes.directions)]
+        sequence.memo["sources of all"] = torch.stack(each)
+    sources: Tensor = sequence.memo["sources of all"]
+    return sources

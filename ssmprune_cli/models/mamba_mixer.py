@@ -7,7 +7,6 @@ parameter names. Letters: B batch, L tokens, d model width, E inner channels, N 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import add_rms_norm, causal_conv1d, fuses_mamba_inner, gated_sum, sparse_conv1d
-from ssmprune_cli.models.block import Block
+from ssmprune_cli.kernels import BlockSizes, causal_conv1d, fuses_inner, gated_sum, sparse_conv1d
 from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.layers import Derived, RMSNorm, channels_last_taps, decay_rates
-from ssmprune_cli.models.mamba_fused import fused_inner, is_plain, packed
+from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
+from ssmprune_cli.models.mamba_fused import can_align, fused_inner, is_plain, packed_inner
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 MixerKind = Literal["v2", "v1", "none"]
@@ -118,8 +116,9 @@ class MambaMixer(nn.Module):
         super().__init__()
         self.kind = kind
         self.scale = 0.5 if halve and kind == "v2" else 1.0
-        self.d_inner, self.d_conv = d_inner, d_conv
+        self.d_inner = d_inner
         self.directions = 1 if kind == "none" else 2
+        self.sizes = BlockSizes(d_inner, d_state, d_conv, dt_rank, self.directions)
         self.per_direction: tuple[str, ...] = ()
         self.splits = [dt_rank, d_state, d_state]
         self.gamma = None if gamma is None else nn.Parameter(torch.full((dim,), gamma))
@@ -135,7 +134,7 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(s4d_real(d_inner, d_state))
         if self.directions == 2:
             self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
-        self._packed = Derived(packed)
+        self._packed = Derived(packed_inner)
         self._rates = tuple(Derived(decay_rates) for _ in range(self.directions))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
@@ -173,16 +172,22 @@ class MambaMixer(nn.Module):
         self, xz: Tensor, sequence: TokenSequence, alignment: ScanAlignment | None, context: Tensor | None
     ) -> Tensor | None:
         """What `_scan` and the gate give, (B, L, E), by one op for inference; None where that op will not do."""
-        if (alignment is not None and alignment.mass is not None) or not fuses_mamba_inner(xz, self.A_log.shape[1]):
+        if not can_align(alignment) or not fuses_inner(xz, self.sizes.d_state):
             return None
+        parameters = self.inner_parameters()
+        if parameters is None:
+            return None
+        return fused_inner(sequence, xz, self._packed(*parameters), self.sizes, alignment, context, self.scale)
+
+    def inner_parameters(self) -> list[Tensor] | None:
+        """What `packed_inner` takes; None if layers do more than they came with."""
         parameters: list[Tensor] = []
         for conv, projection, step, A_log, D in self._branches():
             plain = is_plain(conv, CausalConv1d) and is_plain(projection, nn.Linear) and is_plain(step, StepProjection)
             if not plain:
                 return None
             parameters += (conv.weight, projection.weight, step.weight, A_log, conv.bias, step.bias, D)
-        sizes = (self.splits[1], self.d_conv, self.splits[0])
-        return fused_inner(sequence, xz, self._packed(*parameters), sizes, alignment, context, self.scale)
+        return parameters
 
     def _scan(self, flow: Inflow, context: Tensor | None, wanted: Wanted) -> ScanStatistics:
         """The outputs of all directions and, if wanted, their step sizes."""
@@ -233,7 +238,7 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
         without bias, B and C (B, S, N)."""
-        sources = None if context is None else conv_sources(flow.convolved, self.d_conv, reverse=reverse)
+        sources = None if context is None else conv_sources(flow.convolved, self.sizes.d_conv, reverse=reverse)
         u, own = flow.pool(branch.conv1d(flow.values, reverse=reverse, context=context, sources=sources))
         rank_values, b, c = branch.x_proj(u).split(self.splits, dim=-1)
         return u, own, branch.dt_proj(rank_values), b, c
@@ -245,42 +250,6 @@ class MambaMixer(nn.Module):
             rank_values = branch.x_proj(functional.silu(branch.conv1d.bias))[: self.splits[0]]
             steps.append(functional.softplus(branch.dt_proj(rank_values) + branch.dt_proj.bias))
         return torch.stack(steps)
-
-
-class MambaBlock(Block):
-    """Add the last output to the residual stream, normalise, mix. The stream is in float32 at least, as upstream."""
-
-    def __init__(self, norm: nn.LayerNorm | RMSNorm, mixer: MambaMixer) -> None:
-        super().__init__()
-        self.norm = norm
-        self.mixer = mixer
-
-    def run(
-        self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
-    ) -> tuple[TokenSequence, ScanStatistics]:
-        if isinstance(self.norm, RMSNorm):
-            normalised, stream = add_rms_norm(sequence.hidden, sequence.residual, self.norm.weight, self.norm.eps)
-        else:
-            stream = sequence.stream
-            normalised = self.norm(stream.to(self.norm.weight.dtype))
-        frozen, context = self._dropped(sequence, "frozen"), self._dropped(sequence, "context")
-        hidden, statistics = self.mixer(normalised, sequence, alignment, wanted, frozen, context)
-        return replace(sequence, hidden=self.drop(hidden), residual=stream), statistics
-
-    def _dropped(self, sequence: TokenSequence, fate: Literal["frozen", "context"]) -> Tensor | None:
-        """The normalised tokens of this fate (B, M, d). Until the next drop they differ from block to block by the norm's
-        weights only."""
-        dropped, norm = getattr(sequence, fate), self.norm
-        if dropped is None:
-            return None
-        if not isinstance(norm, RMSNorm) or torch.is_grad_enabled():
-            normalised: Tensor = norm(dropped.stream.to(norm.weight.dtype))
-            return normalised
-        key = f"unit {fate} {norm.eps} {norm.weight.dtype}"
-        if key not in sequence.memo:
-            sequence.memo[key] = norm.unit(dropped.stream.to(norm.weight.dtype))
-        scaled: Tensor = sequence.memo[key] * norm.weight
-        return scaled
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:

@@ -215,13 +215,11 @@ class PlainMamba(Backbone):
 
     def _blocks(self, images: Tensor) -> Iterator[TokenSequence]:
         """The tokens after each block."""
-        sequence, pruner = TokenSequence.dense(self.backbone(images)), self.pruner
+        sequence = TokenSequence.dense(self.backbone(images))
         for block, layer in enumerate(self.backbone.layers):
-            alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-            wanted = "nothing" if pruner is None else pruner.wants(block)
+            alignment, wanted = self.ask_pruner(block, sequence)
             sequence, statistics = layer(sequence, alignment, wanted)
-            if pruner is not None:
-                sequence = pruner(block, sequence, statistics)
+            sequence = self.prune(block, sequence, statistics, wanted)
             yield sequence
 
     def pool(self, sequence: TokenSequence) -> Tensor:

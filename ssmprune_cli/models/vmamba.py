@@ -144,18 +144,16 @@ class VMamba(Backbone):
         """The whole grid after each stage, before its downsampling: (B, rows, columns, d)."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 4:
             raise DataError(f"the model takes images (B, 3, H, W) of 4 pixels or more, not {tuple(images.shape)}")
-        block, pruner = 0, self.pruner
+        block = 0
         x = self.patch_embed(images)
         for layer in self.layers:
             assert isinstance(layer, VMambaStage)
             grid = (x.shape[1], x.shape[2])
             sequence = TokenSequence.dense(x.flatten(1, 2), restorable=True)  # (B, rows * columns, d)
             for each in layer.blocks:
-                alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-                wanted = "nothing" if pruner is None else pruner.wants(block)
+                alignment, wanted = self.ask_pruner(block, sequence)
                 sequence, statistics = each(sequence, grid, alignment, wanted)
-                if pruner is not None:
-                    sequence = pruner(block, sequence, statistics)
+                sequence = self.prune(block, sequence, statistics, wanted)
                 block += 1
             x = sequence.restored().unflatten(1, grid)
             yield x

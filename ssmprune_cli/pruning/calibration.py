@@ -85,7 +85,9 @@ class _Observer(nn.Module):
     def wants(self, block: int) -> Wanted:
         if block in self.observed:
             return "delta"
-        return self.importance.needs if block + 1 in self.scores else "nothing"
+        if block + 1 in self.scores:
+            return self.importance.needs
+        return "tokens" if block in self.starts else "nothing"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None

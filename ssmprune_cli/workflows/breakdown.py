@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmprune_cli.kernels import fused_ops_apart
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
-PROJECTIONS, CONVOLUTION, SCAN, FUSED, NORMS, GATHER, ENDS, OTHER = (
+PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER = (
     "projections",
     "convolution",
     "scan",
-    "fused scan",
     "norms",
     "gather",
     "outside the blocks",
@@ -30,7 +30,6 @@ _KINDS = {
     **dict.fromkeys(MATRIX_PRODUCTS, PROJECTIONS),
     **dict.fromkeys(("causal_conv1d", "sparse_conv1d", "grid_conv2d", "conv1d", "conv2d", "convolution"), CONVOLUTION),
     "selective_scan": SCAN,
-    "mamba_inner": FUSED,
     **dict.fromkeys(
         ("add_rms_norm", "rms_norm", "_fused_rms_norm", "layer_norm", "native_layer_norm", "native_batch_norm"), NORMS
     ),
@@ -65,19 +64,20 @@ def time_by_part(model: Backbone, images: Tensor, total_ms: float, rounds: int =
     """Milliseconds of a forward pass on `images` (B, 3, H, W) that each part takes; they add up to `total_ms`.
 
     total_ms  what the pass takes when nobody watches. What the ops of `rounds` watched passes do not account for, such
-              as Python between them, is "other"; if they took longer than that, all are scaled.
+              as Python between them, is "other"; if they took longer than that, all are scaled. So it is where fused
+              ops do the work: what they are made of is watched instead.
 
     "gather" is the pruner (scoring, choosing, taking tokens out) and all moving of tokens in blocks, "projections" are
-    the matrix products in blocks, "fused scan" the scans with all that goes into them where one op does it, "outside the blocks" patch embedding, downsampling and head.
+    the matrix products in blocks, "outside the blocks" patch embedding, downsampling and head.
     """
     found: list[defaultdict[str, float]] = []
     with torch.inference_mode():
         for _ in range(rounds):
             watch = _Stopwatch(images.device)
-            with _places(model, watch), watch:
+            with fused_ops_apart(), _places(model, watch), watch:
                 model(images)
             found.append(watch.seconds)
-    parts = (PROJECTIONS, CONVOLUTION, SCAN, FUSED, NORMS, GATHER, ENDS, OTHER)
+    parts = (PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER)
     times = {part: 1e3 * statistics.median(seconds[part] for seconds in found) for part in parts}
     watched = sum(times.values())
     if watched > total_ms:

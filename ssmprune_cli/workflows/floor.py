@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ssmprune_cli.kernels import inner_apart
+from ssmprune_cli.kernels import fused_ops_apart
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.workflows.breakdown import MATRIX_PRODUCTS
 from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
+FUSED = ("mamba_inner", "mamba_blocks")
 _COPY_BYTES = 2**26  # copied to measure bandwidth: more than caches hold
 
 
@@ -41,7 +42,7 @@ class Floor:
 
 
 class Arithmetic(EveryOp):
-    """Collects the matrix products and scans of what runs inside, alone or in `mamba_inner`.
+    """Collects the matrix products and scans of what runs inside, alone or in fused ops.
 
     calls, counts  one call of each kind and shape, and how many there are
     bytes          that all of them read and write
@@ -56,7 +57,7 @@ class Arithmetic(EveryOp):
     def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         name = op_name(func)
-        if name in MATRIX_PRODUCTS or name in ("selective_scan", "mamba_inner"):
+        if name in MATRIX_PRODUCTS or name in ("selective_scan", *FUSED):
             layout = tree_map_only(Tensor, lambda each: (tuple(each.shape), each.stride(), each.dtype), args)
             key = f"{name} {layout}"
             self.counts[key] += 1
@@ -69,7 +70,7 @@ class Arithmetic(EveryOp):
 def floor(model: Backbone, images: Tensor, rounds: int = 5) -> Floor:
     """The floor of a forward pass of `model` on `images` (B, 3, H, W)."""
     with torch.inference_mode():
-        with inner_apart(), Arithmetic() as found:
+        with fused_ops_apart(), Arithmetic() as found:
             model(images)
         with Arithmetic() as joined:  # what is done in one op does not leave the caches in between
             model(images)

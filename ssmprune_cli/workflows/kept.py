@@ -53,7 +53,8 @@ class _Recorder:
         self.scores: list[Tensor] = []  # for each block (B, dense length), NaN where there is none
 
     def wants(self, block: int) -> Wanted:
-        return self.inner.wants(block)
+        wanted = self.inner.wants(block)
+        return "tokens" if wanted == "nothing" else wanted
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)

@@ -45,7 +45,8 @@ class _Tap(nn.Module):
         self.positions: Tensor | None = None  # (B, L)
 
     def wants(self, block: int) -> Wanted:
-        return self.inner.wants(block) if self.inner is not None else "nothing"
+        wanted = "nothing" if self.inner is None else self.inner.wants(block)
+        return "tokens" if wanted == "nothing" and block == self.last else wanted
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block) if self.inner is not None else None

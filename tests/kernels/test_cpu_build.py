@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ssmprune_cli.kernels import build
-from ssmprune_cli.kernels.backend import ScanInputs
 from ssmprune_cli.kernels.cpu import CpuBackend
+from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.pytorch import REFERENCE
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")

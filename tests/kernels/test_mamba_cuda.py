@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import selective_scan, use_backend
-from ssmprune_cli.kernels.backend import ScanInputs
+from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA, gradients_with, scan_with
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "shift", "gap_delta")

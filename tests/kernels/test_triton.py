@@ -27,7 +27,8 @@ from ssmprune_cli.kernels import (
     triton_conv_launch,
     use_backend,
 )
-from ssmprune_cli.kernels.backend import BACKENDS, ScanInputs, pick
+from ssmprune_cli.kernels.backend import BACKENDS, pick
+from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.triton_backend import TRITON, interpreted
 from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.tokens import Dropped, TokenSequence

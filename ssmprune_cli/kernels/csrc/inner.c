@@ -1,88 +1,10 @@
-/* What lies between the two large projections of a Mamba block: for each direction the convolution, the projection to the
- * scan's step sizes, B and C, and the scan; then the sum of the directions and the gate.
- *
- * As many samples as there are threads go through it together, so that nothing in between leaves the caches. Of a sample
- * that several threads share, each takes rows at first, and then channels. Glossary: inner_op.py.
- */
-#include "conv.h"
-#include "scan.h"
+#include <omp.h>
+#include "inner.h"
 
-/* xz is (B, L, 2E), context (B, M, E), gap (G, B, L), gap_delta (G, E), sources (G, B, L, K). The second of the G
- * directions scans in reverse. `parameters` are as inner_op.pack_inner lays them out. */
-typedef struct {
-    const void *xz, *context;
-    void *y;
-    const float *parameters, *gap, *gap_delta;
-    const int64_t *sources;
-    int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, context_b, context_l;
-    int64_t half, threads;
-    double scale;
-} Inner;
-
-/* The parameters of one direction. P = R + 2N. */
-typedef struct {
-    const float *taps, *x_weight, *dt_weight, *A;  /* (K, E), (E, P), (R, E), (N, E) */
-    const float *conv_bias, *dt_bias, *D;          /* (E) */
-} Parameters;
-
-/* Tokens and vectors of outputs that are in registers together during a matrix product. */
-#define TILE_ROWS (W == 16 ? 6 : 4)
-#define TILE_VECTORS (W == 16 ? 4 : 3)
-
-static int64_t projected(const Inner *a) { return a->rank + 2 * a->state; }
-
-static Parameters parameters_of(const Inner *a, int64_t g) {
-    int64_t E = a->channels, each = E * (a->width + projected(a) + a->rank + a->state + 3);
-    Parameters p;
-    p.taps = a->parameters + g * each;
-    p.x_weight = p.taps + a->width * E;
-    p.dt_weight = p.x_weight + projected(a) * E;
-    p.A = p.dt_weight + a->rank * E;
-    p.conv_bias = p.A + a->state * E;
-    p.dt_bias = p.conv_bias + E;
-    p.D = p.dt_bias + E;
-    return p;
-}
-
-/* Floats from one token's projection to the next, in whole vectors. */
-static int64_t padded(const Inner *a) { return (projected(a) + W - 1) / W * W; }
-
-/* out[r] (padded) = u[r] (E) . weight (E, P) for TILE_ROWS tokens, columns n ... n + vectors * W. */
-INLINE void project_columns(const float *const *u, const float *weight, int64_t E, int64_t P, int64_t n, int vectors,
-                            float *const *out) {
-    vf sum[TILE_ROWS][TILE_VECTORS], w[TILE_VECTORS];
-    int64_t past = n + vectors * W - P; /* columns that are not there: the next row's first ones, or beyond the end */
-    int64_t inside = past > 0 ? E - (past + P - 1) / P : E;
-#define ROWS _Pragma("GCC unroll 8") for (int r = 0; r < TILE_ROWS; r++)
-#define VECTORS _Pragma("GCC unroll 4") for (int v = 0; v < vectors; v++)
-    ROWS VECTORS sum[r][v] = (vf){0};
-    for (int64_t e = 0; e < inside; e++) {
-        VECTORS w[v] = load(weight, e * P + n + v * W, W, 0);
-        ROWS VECTORS sum[r][v] += w[v] * u[r][e];
-    }
-    for (int64_t e = inside < 0 ? 0 : inside; e < E; e++)
-        for (int v = 0; v < vectors; v++) {
-            int64_t left = P - n - v * W;
-            vf last = load(weight, e * P + n + v * W, left < W ? (int)left : W, 0);
-            for (int r = 0; r < TILE_ROWS; r++) sum[r][v] += last * u[r][e];
-        }
-    ROWS VECTORS store(out[r], n + v * W, sum[r][v], W, 0);
-#undef ROWS
-#undef VECTORS
-}
-
-INLINE void project(const float *const *u, const float *weight, int64_t E, int64_t P, float *const *out) {
-    int64_t n = 0;
-    for (; P - n > (TILE_VECTORS - 1) * W; n += TILE_VECTORS * W) project_columns(u, weight, E, P, n, TILE_VECTORS, out);
-    if (P - n > 2 * W) project_columns(u, weight, E, P, n, 3, out);
-    else if (P - n > W) project_columns(u, weight, E, P, n, 2, out);
-    else if (P > n) project_columns(u, weight, E, P, n, 1, out);
-}
-
-/* TILE_ROWS tokens of sample b from `first` on, in direction g: their u (L, E), and their rank values, B and C. Returns
- * whether a source is missing. */
-INLINE int feed(const Inner *a, int64_t b, int64_t g, int64_t first, int half, float *u, float *values) {
-    int64_t E = a->channels, K = a->width, L = a->length, P = projected(a), stride = padded(a);
+/* TILE_ROWS tokens in direction g, the first at `row` of those of the samples from `first` on; `stop` is past the last. */
+INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int64_t stop, int half, float *scratch,
+                     int64_t size) {
+    int64_t E = a->channels, K = a->width, L = a->length, stride = padded(a);
     Parameters p = parameters_of(a, g);
     Conv conv = {.x = a->xz, .context = a->context, .taps = p.taps, .bias = p.conv_bias, .length = L, .channels = E,
                  .width = K, .x_b = a->xz_b, .x_l = a->xz_l, .context_b = a->context_b, .context_l = a->context_l,
@@ -90,10 +12,12 @@ INLINE int feed(const Inner *a, int64_t b, int64_t g, int64_t first, int half, f
     const float *from[TILE_ROWS];
     float *to[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; r++) {
-        int64_t t = first + r < L ? first + r : L - 1; /* the last one again */
+        int64_t at = row + r < stop ? row + r : stop - 1; /* the last one again */
+        int64_t b = first + at / L, t = at % L;
+        float *u = scratch + at / L * size + g * L * E;
         const int64_t *sources = a->sources ? a->sources + ((g * a->batch + b) * L + t) * K : 0;
-        from[r] = u + t * E, to[r] = values + t * stride;
-        if (first + r > t) continue;
+        from[r] = u + t * E, to[r] = scratch + at / L * size + a->directions * L * E + (g * L + t) * stride;
+        if (row + r > at) continue;
         if (sources && outside(&conv, sources)) return 1;
         for (int64_t c = 0; c < E; c += SLAB) {
             vf y[UNROLL] = {{0}};
@@ -102,17 +26,29 @@ INLINE int feed(const Inner *a, int64_t b, int64_t g, int64_t first, int half, f
             write_silu(u, t, E, c, 0, y);
         }
     }
-    project(from, p.x_weight, E, P, to);
+    product(from, p.x_weight, E, projected(a), to);
     return 0;
 }
 
+int feed_rows(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size) {
+    int64_t start, stop;
+    int missing = 0;
+    share(count * a->length, t, a->threads, &start, &stop);
+    for (int64_t row = start; row < stop; row += TILE_ROWS)
+        for (int64_t g = 0; g < a->directions; g++) {
+            if (a->half) missing |= feed_tile(a, g, first, row, stop, 1, scratch, size);
+            else missing |= feed_tile(a, g, first, row, stop, 0, scratch, size);
+        }
+    return missing;
+}
+
 /* The scans of sample b for the channel blocks `from` ... `to`. The first one's outputs take the place of its inputs. */
-static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *u, float *values) {
+static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *u) {
     int64_t E = a->channels, N = a->state, R = a->rank, L = a->length, stride = padded(a), G = a->directions;
     int64_t size = a->half ? 2 : 4;
     int failed = 0;
     for (int64_t g = 0; g < G; g++) {
-        float *input = u + g * L * E, *own = values + g * L * stride;
+        float *input = u + g * L * E, *own = u + G * L * E + g * L * stride;
         Parameters p = parameters_of(a, g);
         Scan scan = {.u = input, .u_l = E, .rank = own, .rank_l = stride, .R = R, .dt_weight = p.dt_weight, .B = own + R,
                      .B_l = stride, .C = own + R + N, .C_l = stride, .A = p.A, .A_c = 1, .A_n = E, .D = p.D,
@@ -123,7 +59,7 @@ static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *
         if (g) scan.sum = u;
         if (g == G - 1) {
             scan.z = (const char *)a->xz + (b * a->xz_b + E) * size, scan.z_l = a->xz_l;
-            scan.y = (char *)a->y + b * L * E * size, scan.half_out = a->half;
+            scan.y = (char *)a->y + b * a->y_b * size, scan.half_out = a->half;
         }
         failed |= scan_forward_group(&scan, 0, from, to);
     }
@@ -132,33 +68,31 @@ static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *
 
 static int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
 
+int scan_channels(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size) {
+    /* Groups of channels: as few as give every thread the same work. */
+    int64_t groups = a->threads / common_divisor(count, a->threads), blocks = (a->channels + W - 1) / W, start, stop;
+    int failed = 0;
+    share(count * groups, t, a->threads, &start, &stop);
+    for (int64_t item = start; item < stop; item++) {
+        int64_t b = item / groups, from, to;
+        share(blocks, item % groups, groups, &from, &to);
+        failed |= scan_all(a, first + b, from, to, scratch + b * size);
+    }
+    return failed;
+}
+
 /* Returns 0, 1 when memory ran out, or 2 for a source that is not there. */
 int mamba_inner(const Inner *a) {
-    int64_t L = a->length, G = a->directions, blocks = (a->channels + W - 1) / W;
-    int64_t together = a->threads < a->batch ? a->threads : a->batch, tiles = (L + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t inputs = G * L * a->channels, size = (inputs + G * L * padded(a) + 15) / 16 * 16;
+    int64_t together = a->threads < a->batch ? a->threads : a->batch, size = inner_scratch(a);
     float *scratch = aligned_alloc(64, (size_t)(together * size + 16) * sizeof(float));
     int failed = !scratch;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
     for (int64_t first = 0; first < a->batch && scratch; first += together) {
-        int64_t count = a->batch - first < together ? a->batch - first : together;
-        int64_t groups = a->threads / common_divisor(count, a->threads);
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < count * tiles; item++) {
-            float *u = scratch + item / tiles * size;
-            for (int64_t g = 0; g < G; g++) {
-                float *to = u + g * L * a->channels, *values = u + inputs + g * L * padded(a);
-                int64_t b = first + item / tiles, row = item % tiles * TILE_ROWS;
-                if (a->half) failed |= 2 * feed(a, b, g, row, 1, to, values);
-                else failed |= 2 * feed(a, b, g, row, 0, to, values);
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < count * groups; item++) {
-            int64_t group = item % groups;
-            float *u = scratch + item / groups * size;
-            failed |= scan_all(a, first + item / groups, blocks * group / groups, blocks * (group + 1) / groups, u, u + inputs);
-        }
+        int64_t count = a->batch - first < together ? a->batch - first : together, t = omp_get_thread_num();
+        failed |= 2 * feed_rows(a, first, count, t, scratch, size);
+#pragma omp barrier
+        failed |= scan_channels(a, first, count, t, scratch, size);
+#pragma omp barrier
     }
     free(scratch);
     return failed;

@@ -18,8 +18,8 @@ IMPORTANCES.register("l1", Importance(l1))
 IMPORTANCES.register("l2", Importance(l2))
 IMPORTANCES.register("mean", Importance(mean))
 IMPORTANCES.register("delta", Importance(delta, needs="delta"))
-IMPORTANCES.register("hidden-norm", Importance(hidden_norm, needs="nothing"))
-IMPORTANCES.register("class-similarity", Importance(class_similarity, needs="nothing"))
-IMPORTANCES.register("random", Importance(random, needs="nothing"))
+IMPORTANCES.register("hidden-norm", Importance(hidden_norm, needs="tokens"))
+IMPORTANCES.register("class-similarity", Importance(class_similarity, needs="tokens"))
+IMPORTANCES.register("random", Importance(random, needs="tokens"))
 
 __all__ = ["IMPORTANCES", "Importance"]

@@ -1,0 +1,61 @@
+"""The fused ops as the ops that they are made of: what every backend can do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import functional
+
+from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, InnerInputs, ScanInputs, unpack_block, unpack_inner
+
+if TYPE_CHECKING:
+    from ssmprune_cli.kernels.backend import Backend
+
+
+def mamba_inner(backend: Backend, inputs: InnerInputs) -> Tensor:
+    x, z = inputs.xz.chunk(2, dim=-1)  # (B, L, E) each
+    sizes = BlockSizes(x.shape[2], inputs.d_state, inputs.d_conv, inputs.dt_rank, len(inputs.parameters))
+    ys = []
+    for g, packed in enumerate(inputs.parameters):
+        own, reverse = unpack_inner(packed, sizes), g == 1
+        if inputs.context is None or inputs.sources is None:
+            u = backend.conv(x, own.conv_weight, own.conv_bias, reverse)
+        else:
+            u = backend.sparse_conv(x, inputs.context, inputs.sources[g], own.conv_weight, own.conv_bias)
+        projected = functional.linear(u, own.x_weight.to(u.dtype))
+        rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
+        delta = functional.linear(rank_values, own.dt_weight.to(u.dtype))
+        gap = None if inputs.gap is None else inputs.gap[g]
+        gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
+        scan = ScanInputs(u, delta, own.A, B, C, own.D, None, own.dt_bias, True, None, gap, gap_delta, reverse)
+        ys.append(backend.scan(scan))
+    return backend.gated_sum(ys, z, inputs.scale)
+
+
+def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor]:
+    sizes, hidden, residual = BlockSizes(*inputs.sizes), inputs.hidden, inputs.residual
+    for block, packed in enumerate(inputs.parameters):
+        norm, in_proj, out_proj, inner = unpack_block(packed, hidden.shape[2], sizes)
+        normed, residual = backend.add_rms_norm(hidden, residual, norm, inputs.eps)
+        context = None
+        if inputs.context is not None:
+            context = functional.linear(inputs.context * norm, in_proj[: sizes.d_inner])
+        gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[block]
+        mixed = backend.mamba_inner(
+            InnerInputs(
+                functional.linear(normed, in_proj),
+                inner,
+                sizes.d_state,
+                sizes.d_conv,
+                sizes.dt_rank,
+                inputs.gap,
+                gap_delta,
+                context,
+                inputs.sources,
+                inputs.scale,
+            )
+        )
+        hidden = functional.linear(mixed, out_proj)
+    assert residual is not None
+    return hidden, residual

@@ -1,0 +1,102 @@
+/* The inside of a Mamba block: for each direction the convolution, the projection to the scan's step sizes, B and C, and
+ * the scan; then the sum of the directions and the gate. Glossary: inner_op.py.
+ *
+ * As many samples as there are threads go through it together, so that nothing in between leaves the caches. Each thread
+ * first takes rows of them, and then channels. */
+#ifndef SSMPRUNE_INNER_H
+#define SSMPRUNE_INNER_H
+#include "conv.h"
+#include "scan.h"
+
+/* xz is (B, L, 2E), y (B, L, E), context (B, M, E), gap (G, B, L), gap_delta (G, E), sources (G, B, L, K). The second of
+ * the G directions scans in reverse. `parameters` are as inner_op.pack_inner lays them out. */
+typedef struct {
+    const void *xz, *context;
+    void *y;
+    const float *parameters, *gap, *gap_delta;
+    const int64_t *sources;
+    int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;
+    int64_t half, threads;
+    double scale;
+} Inner;
+
+/* The parameters of one direction. P = R + 2N. */
+typedef struct {
+    const float *taps, *x_weight, *dt_weight, *A; /* (K, E), (E, P), (R, E), (N, E) */
+    const float *conv_bias, *dt_bias, *D;         /* (E) */
+} Parameters;
+
+INLINE int64_t projected(const Inner *a) { return a->rank + 2 * a->state; }
+/* Floats from one token's projection to the next, in whole vectors. */
+INLINE int64_t padded(const Inner *a) { return (projected(a) + W - 1) / W * W; }
+/* Floats of one direction's parameters. */
+INLINE int64_t parameter_count(const Inner *a) {
+    return a->channels * (a->width + projected(a) + a->rank + a->state + 3);
+}
+
+INLINE Parameters parameters_of(const Inner *a, int64_t g) {
+    int64_t E = a->channels;
+    Parameters p;
+    p.taps = a->parameters + g * parameter_count(a);
+    p.x_weight = p.taps + a->width * E;
+    p.dt_weight = p.x_weight + projected(a) * E;
+    p.A = p.dt_weight + a->rank * E;
+    p.conv_bias = p.A + a->state * E;
+    p.dt_bias = p.conv_bias + E;
+    p.D = p.dt_bias + E;
+    return p;
+}
+
+/* Scratch memory of one sample: u (G, L, E), then rank values, B and C (G, L, padded). In whole vectors. */
+INLINE int64_t inner_scratch(const Inner *a) {
+    return (a->directions * a->length * (a->channels + padded(a)) + 15) / 16 * 16;
+}
+
+/* Tokens and vectors of outputs that are in registers together during a matrix product. */
+#define TILE_ROWS (W == 16 ? 6 : 4)
+#define TILE_VECTORS (W == 16 ? 4 : 3)
+
+/* Columns n ... n + vectors * W of out[r] (P, rounded up to vectors) = u[r] (E) . weight (E, P), for TILE_ROWS tokens. */
+INLINE void product_columns(const float *const *u, const float *weight, int64_t E, int64_t P, int64_t n, int vectors,
+                            float *const *out) {
+    vf sum[TILE_ROWS][TILE_VECTORS], w[TILE_VECTORS];
+    int64_t past = n + vectors * W - P; /* columns that are not there: the next row's first ones, or beyond the end */
+    int64_t inside = past > 0 ? E - (past + P - 1) / P : E;
+#define ROWS _Pragma("GCC unroll 8") for (int r = 0; r < TILE_ROWS; r++)
+#define VECTORS _Pragma("GCC unroll 4") for (int v = 0; v < vectors; v++)
+    ROWS VECTORS sum[r][v] = (vf){0};
+    for (int64_t e = 0; e < inside; e++) {
+        VECTORS w[v] = load(weight, e * P + n + v * W, W, 0);
+        ROWS VECTORS sum[r][v] += w[v] * u[r][e];
+    }
+    for (int64_t e = inside < 0 ? 0 : inside; e < E; e++)
+        VECTORS {
+            int64_t left = P - n - v * W;
+            vf last = load(weight, e * P + n + v * W, left < W ? (int)left : W, 0);
+            ROWS sum[r][v] += last * u[r][e];
+        }
+    ROWS VECTORS store(out[r], n + v * W, sum[r][v], W, 0);
+#undef ROWS
+#undef VECTORS
+}
+
+INLINE void product(const float *const *u, const float *weight, int64_t E, int64_t P, float *const *out) {
+    int64_t n = 0;
+    for (; P - n > (TILE_VECTORS - 1) * W; n += TILE_VECTORS * W) product_columns(u, weight, E, P, n, TILE_VECTORS, out);
+    if (P - n > 2 * W) product_columns(u, weight, E, P, n, 3, out);
+    else if (P - n > W) product_columns(u, weight, E, P, n, 2, out);
+    else if (P > n) product_columns(u, weight, E, P, n, 1, out);
+}
+
+/* The part of `count` things that thread `t` of `threads` takes: from *start to *stop. */
+INLINE void share(int64_t count, int64_t t, int64_t threads, int64_t *start, int64_t *stop) {
+    *start = count * t / threads, *stop = count * (t + 1) / threads;
+}
+
+/* Of the samples `first` ... `first + count` the rows that thread `t` takes: their u, and their rank values, B and C, into
+ * the samples' scratch memory, `size` floats each. Returns whether a source is missing. */
+int feed_rows(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size);
+
+/* Of the same samples the channels that thread `t` takes: scans, sum and gate, into y. Returns 1 when memory ran out. */
+int scan_channels(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size);
+#endif

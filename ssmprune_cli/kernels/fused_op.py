@@ -1,0 +1,239 @@
+"""The public ops `mamba_inner` and `mamba_blocks`: what many small ops would do of Mamba blocks, in one; for inference.
+
+Glossary: as in inputs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels.backend import pick
+from ssmprune_cli.kernels.conv_op import conv_flops
+from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, InnerInputs
+from ssmprune_cli.kernels.library import Expected, check, define, three, tracing
+from ssmprune_cli.kernels.op import scan_flops
+
+_apart = False
+
+
+def mamba_inner(
+    xz: Tensor,
+    parameters: Tensor,
+    d_state: int,
+    d_conv: int,
+    dt_rank: int,
+    *,
+    gap: Tensor | None = None,
+    gap_delta: Tensor | None = None,
+    context: Tensor | None = None,
+    sources: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The inside of a Mamba block (state-spaces/mamba e9594ce, mamba_inner_ref), of all its scan directions at once.
+
+        u = silu(conv(x))    rank, B, C = split(x_weight u)    y = scan(u, dt_weight rank, A, B, C, D, dt_bias)
+        out = scale silu(z) (y in one direction + y in the other)
+
+    xz                (B, L, 2E): x and z side by side
+    parameters        from `pack_inner`, of one direction or of two, the second in reverse
+    gap, gap_delta    (G, B, L), (G, E), as in `selective_scan`
+    context, sources  (B, M, E), (G, B, L, K) int64, as in `sparse_conv1d`; both or none
+
+    Returns (B, L, E). Has no gradient. Raises KernelError for what does not fit.
+    """
+    width = three(xz, "xz")[2]
+    sizes = BlockSizes(width // 2, d_state, d_conv, dt_rank, len(parameters))
+    expected: Expected = {"parameters": (parameters, (sizes.directions, sizes.inner))}
+    if gap_delta is not None:
+        expected["gap_delta"] = (gap_delta, (sizes.directions, sizes.d_inner))
+    if width % 2:
+        raise KernelError(f"xz has {width} channels, which are not two halves")
+    gap = _check(xz, sizes, expected, gap, gap_delta, context, sizes.d_inner, sources)
+    _refuse_gradients(xz, parameters)
+    given = (gap, gap_delta, context, sources)
+    result: Tensor = torch.ops.ssmprune.mamba_inner(xz, parameters, d_state, d_conv, dt_rank, *given, scale)
+    return result
+
+
+def mamba_blocks(
+    hidden: Tensor,
+    residual: Tensor | None,
+    parameters: Sequence[Tensor],
+    sizes: BlockSizes,
+    *,
+    gap: Tensor | None = None,
+    gap_delta: Tensor | None = None,
+    context: Tensor | None = None,
+    sources: Tensor | None = None,
+    scale: float = 1.0,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Several Mamba blocks, one after the other: of each `add_rms_norm`, in_proj, `mamba_inner` and out_proj.
+
+    hidden, residual  (B, L, d), float32 at least; no residual before the first block
+    parameters        of each block, from `pack_block`
+    gap, gap_delta    (G, B, L), (blocks, G, E), as in `selective_scan`
+    context           (B, M, d): tokens that only convolutions see, divided by their root mean square
+    sources           (G, B, L, K) int64, as in `sparse_conv1d`; both or none
+
+    Returns hidden state and residual stream after the last block, (B, L, d) each. Has no gradient. Raises KernelError
+    for what does not fit.
+    """
+    batch, length, dim = three(hidden, "hidden")
+    size = dim * (1 + 3 * sizes.d_inner) + sizes.directions * sizes.inner
+    expected: Expected = {f"parameters[{n}]": (each, (size,)) for n, each in enumerate(parameters)}
+    if residual is not None:
+        expected["residual"] = (residual, (batch, length, dim))
+    if gap_delta is not None:
+        expected["gap_delta"] = (gap_delta, (len(parameters), sizes.directions, sizes.d_inner))
+    if not parameters or hidden.dtype.itemsize < 4:
+        raise KernelError(f"there are {len(parameters)} blocks, in {hidden.dtype}: at least one is needed, and float32")
+    gap = _check(hidden, sizes, expected, gap, gap_delta, context, dim, sources)
+    _refuse_gradients(hidden, *parameters)
+    given = (gap, gap_delta, context, sources)
+    out, stream = torch.ops.ssmprune.mamba_blocks(hidden, residual, list(parameters), list(sizes), *given, scale, eps)
+    return out, stream
+
+
+def _check(
+    tokens: Tensor,
+    sizes: BlockSizes,
+    expected: Expected,
+    gap: Tensor | None,
+    gap_delta: Tensor | None,
+    context: Tensor | None,
+    context_width: int,
+    sources: Tensor | None,
+) -> Tensor | None:
+    """Raise KernelError for what does not fit. Returns the gap in a precision that holds counts."""
+    batch, length = tokens.shape[:2]
+    if gap is not None:
+        gap = gap.to(torch.promote_types(tokens.dtype, torch.float32))
+        expected["gap"] = (gap, (sizes.directions, batch, length))
+    activations: Expected = {}
+    if context is not None:
+        activations["context"] = (context, (batch, context.shape[1], context_width))
+    check(tokens, activations, expected)
+    if sizes.directions not in (1, 2):
+        raise KernelError(f"there are {sizes.directions} directions")
+    if gap_delta is not None and gap is None:
+        raise KernelError("gap_delta needs gap")
+    if (context is None) != (sources is None):
+        raise KernelError("context and sources go together")
+    wanted = (sizes.directions, batch, length, sizes.d_conv)
+    if sources is not None and (sources.shape != wanted or sources.dtype != torch.int64):
+        raise KernelError(f"sources must be int64 of shape {wanted}")
+    return gap
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise KernelError("the fused ops have no gradient", hint="Call them under torch.no_grad().")
+
+
+def fuses_inner(example: Tensor, d_state: int) -> bool:
+    """Whether a model does well to call `mamba_inner` for tokens like `example` where it needs no gradient.
+
+    No for a trace, which is there to see what is inside.
+    """
+    if _apart or tracing() or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return example.device.type == "cpu"  # the compiler cannot look for a backend; each of them has the op
+    return pick(example, d_state).fuses
+
+
+def fuses_blocks(example: Tensor, d_state: int) -> bool:
+    """The same of `mamba_blocks`, which is for float32: in half precision, libraries have faster products of matrices.
+
+    Nor is it for compiled models, whose parameters would be packed at every call.
+    """
+    if example.dtype != torch.float32 or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return fuses_inner(example, d_state)
+
+
+@contextmanager
+def fused_ops_apart() -> Iterator[None]:
+    """Inside, models call the ops that fused ones are made of instead: for what watches or measures each of them."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def _inner(
+    xz: Tensor,
+    parameters: Tensor,
+    d_state: int,
+    d_conv: int,
+    dt_rank: int,
+    gap: Tensor | None,
+    gap_delta: Tensor | None,
+    context: Tensor | None,
+    sources: Tensor | None,
+    scale: float,
+) -> Tensor:
+    inputs = InnerInputs(xz, parameters, d_state, d_conv, dt_rank, gap, gap_delta, context, sources, scale)
+    return pick(xz, max(d_state, d_conv)).mamba_inner(inputs)
+
+
+def _inner_fake(xz: Tensor, *others: Any) -> Tensor:
+    return xz.new_empty(xz.shape[0], xz.shape[1], xz.shape[2] // 2)
+
+
+def _blocks(
+    hidden: Tensor,
+    residual: Tensor | None,
+    parameters: Sequence[Tensor],
+    sizes: Sequence[int],
+    gap: Tensor | None,
+    gap_delta: Tensor | None,
+    context: Tensor | None,
+    sources: Tensor | None,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    inputs = BlocksInputs(hidden, residual, parameters, sizes, gap, gap_delta, context, sources, scale, eps)
+    return pick(hidden, max(sizes[1], sizes[2])).mamba_blocks(inputs)
+
+
+def _blocks_fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
+
+
+define("mamba_inner", _inner, _inner_fake)
+define("mamba_blocks", _blocks, _blocks_fake)
+
+
+def _inner_flops(batch: int, length: int, sizes: BlockSizes) -> int:
+    """Multiply-adds of the inside of a block, all directions."""
+    convolution = conv_flops(batch, length, sizes.d_inner, sizes.d_conv)
+    projections = batch * length * sizes.d_inner * 2 * (sizes.dt_rank + sizes.d_state)
+    scan = scan_flops(batch, length, sizes.d_inner, sizes.d_state, has_D=True, has_z=False)
+    return sizes.directions * (convolution + projections + scan)
+
+
+# torch's counter counts a multiply-add as two floating-point operations.
+@register_flop_formula(torch.ops.ssmprune.mamba_inner)
+def _(xz: Any, parameters: Any, d_state: int, d_conv: int, dt_rank: int, *_: Any, **__: Any) -> int:
+    return 2 * _inner_flops(xz[0], xz[1], BlockSizes(xz[2] // 2, d_state, d_conv, dt_rank, parameters[0]))
+
+
+@register_flop_formula(torch.ops.ssmprune.mamba_blocks)
+def _(
+    hidden: Any, residual: Any, parameters: Any, sizes: Any, gap: Any, gap_delta: Any, context: Any, *_: Any, **__: Any
+) -> int:
+    batch, length, dim = hidden
+    seen = 0 if context is None else context[1]
+    projections = batch * (3 * length + seen) * dim * sizes[0]
+    return int(2 * len(parameters) * (projections + _inner_flops(batch, length, BlockSizes(*sizes))))

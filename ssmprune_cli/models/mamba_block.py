@@ -1,0 +1,69 @@
+"""The block of Vim, VideoMamba and Mamba-Reg: residual stream, norm and Mamba mixer. Letters: as in mamba_mixer.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.kernels import add_rms_norm
+from ssmprune_cli.models.block import Block
+from ssmprune_cli.models.layers import Derived, RMSNorm
+from ssmprune_cli.models.mamba_fused import is_plain, packed_block
+from ssmprune_cli.models.mamba_mixer import MambaMixer
+from ssmprune_cli.tokens import TokenSequence
+
+
+class MambaBlock(Block):
+    """Add the last output to the residual stream, normalise, mix. The stream is in float32 at least, as upstream."""
+
+    def __init__(self, norm: nn.LayerNorm | RMSNorm, mixer: MambaMixer) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+        self._packed = Derived(packed_block)
+
+    def packed(self) -> Tensor | None:
+        """The block's parameters as `fused_blocks` takes them; None if it is not made of what that computes."""
+        norm, mixer = self.norm, self.mixer
+        plain = is_plain(self, MambaBlock) and is_plain(norm, RMSNorm) and is_plain(mixer, MambaMixer)
+        plain = plain and is_plain(mixer.in_proj, nn.Linear) and is_plain(mixer.out_proj, nn.Linear)
+        inner = mixer.inner_parameters() if plain else None
+        if inner is None or norm.weight.is_inference():  # which is not noticed when it changes
+            return None
+        scale = () if mixer.gamma is None else (mixer.gamma,)
+        return self._packed(norm.weight, mixer.in_proj.weight, mixer.out_proj.weight, *inner, *scale)
+
+    def run(
+        self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
+    ) -> tuple[TokenSequence, ScanStatistics]:
+        if isinstance(self.norm, RMSNorm):
+            normalised, stream = add_rms_norm(sequence.hidden, sequence.residual, self.norm.weight, self.norm.eps)
+        else:
+            stream = sequence.stream
+            normalised = self.norm(stream.to(self.norm.weight.dtype))
+        frozen, context = self._dropped(sequence, "frozen"), self._dropped(sequence, "context")
+        hidden, statistics = self.mixer(normalised, sequence, alignment, wanted, frozen, context)
+        return replace(sequence, hidden=self.drop(hidden), residual=stream), statistics
+
+    def _dropped(self, sequence: TokenSequence, fate: Literal["frozen", "context"]) -> Tensor | None:
+        """The normalised tokens of this fate (B, M, d)."""
+        dropped, norm = getattr(sequence, fate), self.norm
+        if dropped is None:
+            return None
+        if isinstance(norm, RMSNorm) and not torch.is_grad_enabled():
+            return unit_tokens(sequence, fate, norm) * norm.weight
+        normalised: Tensor = norm(dropped.stream.to(norm.weight.dtype))
+        return normalised
+
+
+def unit_tokens(sequence: TokenSequence, fate: Literal["frozen", "context"], norm: RMSNorm) -> Tensor:
+    """The tokens of this fate (B, M, d) divided by their root mean square. They stay the same until the next drop."""
+    key = f"unit {fate} {norm.weight.dtype}"
+    if key not in sequence.memo:
+        sequence.memo[key] = norm.unit(getattr(sequence, fate).stream.to(norm.weight.dtype))
+    unit: Tensor = sequence.memo[key]
+    return unit
