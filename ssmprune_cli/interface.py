@@ -60,13 +60,13 @@ class ScanStatistics:
 class ScanAlignment:
     """How the scans of one layer make up for dropped tokens.
 
-    gap_delta  one entry for each direction: h decays by exp(A * gap * gap_delta) before the next kept token. (E,) is
-               the step of a dropped token per channel, None the next kept token's own step ("neighbour")
+    gap_delta  (directions, E): the step of a dropped token; h decays by exp(A * gap * gap_delta) before the next kept
+               one. None is the next kept token's own step ("neighbour")
     mass       () or None: instead, the step of a token that stands for `size` tokens grows by the factor
                1 + mass (size - 1), in its decay and in what it puts into the state
     """
 
-    gap_delta: tuple[Tensor | None, ...]
+    gap_delta: Tensor | None = None
     mass: Tensor | None = None
 
     def steps(
@@ -77,7 +77,7 @@ class ScanAlignment:
         `gap` and `size` (B, L) are of the tokens in the order in which the scan is given them.
         """
         if self.mass is None:
-            return gap, None if gap is None else self.gap_delta[direction], None
+            return gap, None if gap is None or self.gap_delta is None else self.gap_delta[direction], None
         if size is None:
             return None, None, None
         growth = self.mass.float() * (size - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sized
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +24,10 @@ class _Source(NamedTuple):
     address: int
 
 
+def _source(parameter: Tensor) -> _Source:
+    return _Source(parameter, parameter.detach(), parameter._version, parameter.data_ptr())
+
+
 class Derived(Generic[T]):
     """Parameters in the form that inference needs, computed again only when one of them has changed.
 
@@ -42,7 +46,7 @@ class Derived(Generic[T]):
             self._value = self._compute(*parameters)
             self._sources = []
             if not any(parameter.is_inference() for parameter in parameters):  # which have no version
-                self._sources = [_Source(each, each.detach(), each._version, each.data_ptr()) for each in parameters]
+                self._sources = [_source(parameter) for parameter in parameters]
         return self._value
 
     def _unchanged(self, parameters: tuple[Tensor, ...]) -> bool:
@@ -53,8 +57,53 @@ class Derived(Generic[T]):
                 return False
         return True
 
-    def __deepcopy__(self, memo: object) -> Derived[T]:
-        return Derived(self._compute)
+    def __reduce__(self) -> tuple[type[Derived[T]], tuple[Callable[..., T]]]:
+        return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
+
+
+class Kept(Generic[T]):
+    """What inference derives from whole modules, computed again only when something in them has changed: a parameter or
+    its values, a module in the place of another, a hook. For inference only, and for parameters made outside of it:
+    others have no version.
+    """
+
+    def __init__(self, compute: Callable[[nn.Module], T]) -> None:
+        self._compute = compute
+        self._entries: list[
+            tuple[Mapping[str, object], str, object]
+        ] = []  # of modules' dictionaries: a name and its value
+        self._sizes: list[tuple[Sized, int]] = []  # of the same, and of hooks
+        self._sources: list[_Source] = []
+        self._value: T | None = None
+
+    def __call__(self, module: nn.Module) -> T:
+        if self._value is None or not self._unchanged():
+            self._watch(module)
+            self._value = self._compute(module)
+        return self._value
+
+    def _watch(self, module: nn.Module) -> None:
+        self._entries, self._sizes = [], []
+        for each in module.modules():
+            for values in (each._modules, each._parameters):
+                self._entries += [(values, name, value) for name, value in values.items()]
+                self._sizes.append((values, len(values)))
+            self._sizes += [(hooks, len(hooks)) for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._sources = [_source(each) for each in module.parameters() if not each.is_inference()]
+
+    def _unchanged(self) -> bool:
+        for values, name, value in self._entries:
+            if values.get(name) is not value:
+                return False
+        if any(len(values) != size for values, size in self._sizes):
+            return False
+        for parameter, _, version, address in self._sources:
+            if parameter._version != version or parameter.data_ptr() != address:
+                return False
+        return True
+
+    def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[[nn.Module], T]]]:
+        return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
 
 
 def decay_rates(A_log: Tensor) -> Tensor:

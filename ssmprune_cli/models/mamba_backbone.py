@@ -18,8 +18,8 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers
 from ssmprune_cli.kernels import fuses_blocks
 from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.layers import PatchEmbed, RMSNorm
-from ssmprune_cli.models.mamba_block import MambaBlock, unit_tokens
+from ssmprune_cli.models.layers import Kept, PatchEmbed, RMSNorm
+from ssmprune_cli.models.mamba_block import MambaBlock, packed_blocks, unit_tokens
 from ssmprune_cli.models.mamba_fused import can_align, fused_blocks
 from ssmprune_cli.models.mamba_mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
@@ -97,6 +97,7 @@ class MambaBackbone(Backbone):
 
         self.layers = nn.ModuleList(block() for _ in range(config.depth))
         self.norm_f = make_norm(config, config.embed_dim)
+        self._packed = Kept(packed_blocks)
 
     @abstractmethod
     def embed(self, images: Tensor) -> TokenSequence:
@@ -136,24 +137,20 @@ class MambaBackbone(Backbone):
         if self.turns or sequence.frozen is not None or not fuses_blocks(sequence.hidden, self.config.d_state):
             return None
         parameters, alignments = [], []
-        for number in range(block, len(self.layers)):
+        for number, packed in enumerate(self._packed(self.layers)[block:], block):
             alignment, wanted = self.ask_pruner(number, sequence)
-            packed = self._block(number).packed() if wanted == "nothing" and can_align(alignment) else None
-            if packed is None:
+            if packed is None or wanted != "nothing" or not can_align(alignment):
                 break
             parameters.append(packed)
             alignments.append(alignment)
         if not parameters:
             return None
-        norm, mixer = self._block(block).norm, self._block(block).mixer
-        assert isinstance(norm, RMSNorm)
+        first = self.layers[block]
+        assert isinstance(first, MambaBlock) and isinstance(first.norm, RMSNorm)
+        norm, mixer = first.norm, first.mixer
         context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
         sizes = (mixer.sizes, alignments, context, mixer.scale, norm.eps)
         return fused_blocks(sequence, parameters, *sizes), block + len(parameters)
-
-    def _block(self, number: int) -> MambaBlock:
-        block: MambaBlock = self.layers[number]  # type: ignore[assignment]
-        return block
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import add_rms_norm
 from ssmprune_cli.models.block import Block
-from ssmprune_cli.models.layers import Derived, RMSNorm
+from ssmprune_cli.models.layers import RMSNorm
 from ssmprune_cli.models.mamba_fused import is_plain, packed_block
 from ssmprune_cli.models.mamba_mixer import MambaMixer
 from ssmprune_cli.tokens import TokenSequence
@@ -24,18 +24,18 @@ class MambaBlock(Block):
         super().__init__()
         self.norm = norm
         self.mixer = mixer
-        self._packed = Derived(packed_block)
 
     def packed(self) -> Tensor | None:
-        """The block's parameters as `fused_blocks` takes them; None if it is not made of what that computes."""
+        """The parameters as `fused_blocks` takes them; None if the block is not made of what that computes, or has weights
+        that were made in inference mode, whose changes nobody notices."""
         norm, mixer = self.norm, self.mixer
         plain = is_plain(self, MambaBlock) and is_plain(norm, RMSNorm) and is_plain(mixer, MambaMixer)
         plain = plain and is_plain(mixer.in_proj, nn.Linear) and is_plain(mixer.out_proj, nn.Linear)
         inner = mixer.inner_parameters() if plain else None
-        if inner is None or norm.weight.is_inference():  # which is not noticed when it changes
+        if inner is None or any(parameter.is_inference() for parameter in self.parameters()):
             return None
         scale = () if mixer.gamma is None else (mixer.gamma,)
-        return self._packed(norm.weight, mixer.in_proj.weight, mixer.out_proj.weight, *inner, *scale)
+        return packed_block(norm.weight, mixer.in_proj.weight, mixer.out_proj.weight, *inner, *scale)
 
     def run(
         self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
@@ -58,6 +58,11 @@ class MambaBlock(Block):
             return unit_tokens(sequence, fate, norm) * norm.weight
         normalised: Tensor = norm(dropped.stream.to(norm.weight.dtype))
         return normalised
+
+
+def packed_blocks(layers: nn.Module) -> list[Tensor | None]:
+    """Of each block in a list of modules."""
+    return [block.packed() if isinstance(block, MambaBlock) else None for block in layers.children()]
 
 
 def unit_tokens(sequence: TokenSequence, fate: Literal["frozen", "context"], norm: RMSNorm) -> Tensor:

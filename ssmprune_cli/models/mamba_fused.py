@@ -63,7 +63,7 @@ def fused_inner(
         sizes.d_conv,
         sizes.dt_rank,
         gap=None if alignment is None else _gaps(sequence, sizes),
-        gap_delta=None if alignment is None else _steps(alignment),
+        gap_delta=None if alignment is None else alignment.gap_delta,
         context=context,
         sources=None if context is None else _sources(sequence, sizes),
         scale=scale,
@@ -80,27 +80,20 @@ def fused_blocks(
     eps: float,
 ) -> TokenSequence:
     """`sequence` after several blocks. `context` (B, M, d) are its context's tokens, of root mean square 1."""
-    steps = [None if alignment is None else _steps(alignment) for alignment in alignments]
-    given = [each for each in steps if each is not None]
+    steps = [each.gap_delta for each in alignments if each is not None and each.gap_delta is not None]
     hidden, residual = mamba_blocks(
         sequence.hidden,
         sequence.residual,
         parameters,
         sizes,
         gap=None if alignments[0] is None else _gaps(sequence, sizes),
-        gap_delta=torch.stack(given) if given else None,
+        gap_delta=torch.stack(steps) if steps else None,
         context=context,
         sources=None if context is None else _sources(sequence, sizes),
         scale=scale,
         eps=eps,
     )
     return replace(sequence, hidden=hidden, residual=residual)
-
-
-def _steps(alignment: ScanAlignment) -> Tensor | None:
-    """(G, E): what stands in for the steps of dropped tokens; None for the next token's own step."""
-    steps = [step for step in alignment.gap_delta if step is not None]
-    return torch.stack(steps) if steps else None
 
 
 def _gaps(sequence: TokenSequence, sizes: BlockSizes) -> Tensor:

@@ -22,20 +22,15 @@ class AlignmentSource:
 
     stored   (mixer, calibrated values or None) -> what to store with the model: step sizes (directions, E), or a mass
              (); None when nothing is stored
-    align    (stored values or None, number of directions) -> what the scans of one block do
+    align    stored values or None -> what the scans of one block do
     needs_calibration  whether it is nothing without calibration images
     needs_sizes        whether it goes by the sizes of merged or pooled tokens
     """
 
     stored: Callable[[Mixer, Tensor | None], Tensor] | None
-    align: Callable[[Tensor | None, int], ScanAlignment | None]
+    align: Callable[[Tensor | None], ScanAlignment | None]
     needs_calibration: bool = False
     needs_sizes: bool = False
-
-
-def _per_channel(stored: Tensor | None, directions: int) -> ScanAlignment:
-    assert stored is not None
-    return ScanAlignment(tuple(stored[direction] for direction in range(directions)))
 
 
 def _null(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
@@ -55,11 +50,11 @@ def _mass(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
 
 
 ALIGNMENTS: Registry[AlignmentSource] = Registry("alignment source")
-ALIGNMENTS.register("calibrated", AlignmentSource(_calibrated, _per_channel, needs_calibration=True))
-ALIGNMENTS.register("null", AlignmentSource(_null, _per_channel))
-ALIGNMENTS.register("neighbour", AlignmentSource(None, lambda stored, directions: ScanAlignment((None,) * directions)))
-ALIGNMENTS.register("none", AlignmentSource(None, lambda stored, directions: None))
+ALIGNMENTS.register("calibrated", AlignmentSource(_calibrated, ScanAlignment, needs_calibration=True))
+ALIGNMENTS.register("null", AlignmentSource(_null, ScanAlignment))
+ALIGNMENTS.register("neighbour", AlignmentSource(None, lambda stored: ScanAlignment()))
+ALIGNMENTS.register("none", AlignmentSource(None, lambda stored: None))
 ALIGNMENTS.register(
     "mass",
-    AlignmentSource(_mass, lambda stored, directions: ScanAlignment((None,) * directions, stored), needs_sizes=True),
+    AlignmentSource(_mass, lambda stored: ScanAlignment(mass=stored), needs_sizes=True),
 )

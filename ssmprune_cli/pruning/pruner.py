@@ -76,7 +76,6 @@ class TokenPruner(nn.Module):
         self._stages = tuple(stages)
         self._patches = settings.schedule.patches_per_block(stages)
         self._lengths = [stage.num_tokens for stage in stages for _ in range(stage.start, stage.stop)]
-        self._directions = [mixer.directions for mixer in mixers]
         self._importance = IMPORTANCES.get(settings.importance)
         self._reduction = REDUCTIONS.get(settings.reduction)
         self._alignment = ALIGNMENTS.get(settings.alignment)
@@ -107,7 +106,7 @@ class TokenPruner(nn.Module):
         return "nothing" if self._count(block) is None else self._importance.needs
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        return self._alignment.align(getattr(self, f"alignment_{block}", None), self._directions[block])
+        return self._alignment.align(getattr(self, f"alignment_{block}", None))
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         if block + 1 not in self.settings.schedule.points:

@@ -222,7 +222,7 @@ def test_a_mixer_that_lost_tokens(size: tuple[int, int], aligned: bool) -> None:
     kept = some_kept(total, count)
     sequence = TokenSequence.dense(torch.randn(batch, total, 16, dtype=torch.float64)).keep(kept)
     gap_delta = torch.rand(4, mixer.d_inner, dtype=torch.float64) if aligned else None
-    alignment = ScanAlignment(tuple(gap_delta)) if gap_delta is not None else None
+    alignment = ScanAlignment(gap_delta) if gap_delta is not None else None
     with torch.no_grad():
         found, statistics = mixer(sequence.hidden, sequence, alignment, "delta")
         for row in range(batch):
@@ -301,7 +301,7 @@ class Halving(nn.Module):
         return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        return ScanAlignment((None,) * 4)
+        return ScanAlignment()
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         if block > 0:

@@ -378,7 +378,7 @@ def test_alignment_is_exact_for_the_other_mixers(kind: str) -> None:
     dense = TokenSequence.dense(x)
     short = dense.keep(kept)
     with torch.no_grad():
-        alignment = ScanAlignment(tuple(mixer.null_delta()))
+        alignment = ScanAlignment(mixer.null_delta())
         full, _ = mixer(x * mask, dense, None, "y")
         expected = full.gather(1, kept[..., None].expand(-1, -1, 16))
         found, _ = mixer(short.hidden, short, alignment, "y")
@@ -423,7 +423,7 @@ class Halving(nn.Module):
         return "y"
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        return ScanAlignment((None, None))
+        return ScanAlignment()
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         if block > 0:

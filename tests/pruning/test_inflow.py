@@ -125,7 +125,7 @@ def test_a_pooled_step_by_hand() -> None:
     frozen = Dropped(torch.zeros(1, 3, 1), torch.tensor([[0, 2, 4]]))
     sequence = TokenSequence(values, None, torch.tensor([[1, 3]]), 5, frozen=frozen, pooled=True)
     others = torch.tensor([[[1.0], [4.0], [7.0]]], dtype=torch.float64)
-    alignment = ScanAlignment((None,), torch.tensor(0.5))
+    alignment = ScanAlignment(mass=torch.tensor(0.5))
     flow = inflow(sequence, values, others, alignment)
     assert flow.values[0, :, 0].tolist() == [1, 10, 4, 30, 7]
     assert flow.size is not None and flow.size.tolist() == [[3, 2]]

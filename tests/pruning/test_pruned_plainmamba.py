@@ -180,7 +180,7 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token() -> None:
     with torch.no_grad():
         full, _ = mixer(x * mask, dense, None, "y")
         expected = full.gather(1, kept[..., None].expand(-1, -1, 16))
-        found, _ = mixer(short.hidden, short, ScanAlignment(tuple(mixer.null_delta())), "y")
+        found, _ = mixer(short.hidden, short, ScanAlignment(mixer.null_delta()), "y")
         unaligned, _ = mixer(short.hidden, short, None, "y")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert (unaligned - expected).abs().max() > 1e-6  # the test would notice if alignment did nothing

@@ -124,7 +124,7 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token() -> None:
     dense = TokenSequence.dense(x, model.protected)
     short = dense.keep(kept)
     null = mixer.null_delta()
-    aligned = ScanAlignment(tuple(null[direction] for direction in range(2)))
+    aligned = ScanAlignment(null)
     full, _ = mixer(x * mask, dense, None, "y")
     expected = full.gather(1, kept[..., None].expand(-1, -1, full.shape[-1]))
     found, _ = mixer(short.hidden, short, aligned, "y")

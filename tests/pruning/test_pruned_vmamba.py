@@ -155,7 +155,7 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token(kind: str) -> 
     dense = TokenSequence.dense(x, restorable=True)
     short = dense.keep(kept)
     null = mixer.null_delta()
-    aligned = ScanAlignment(tuple(null[direction] for direction in range(4)))
+    aligned = ScanAlignment(null)
 
     def at_kept(values: Tensor) -> Tensor:
         return values.gather(1, kept[..., None].expand(-1, -1, values.shape[-1]))

@@ -1,5 +1,5 @@
 /* Several Mamba blocks in a row: add the last output to the residual stream, RMSNorm, the large projection, the inside of
- * the block, the projection back. As many samples as there are threads go through all blocks before the next ones start.
+ * the block, the projection back. A few samples for each thread go through all blocks before the next ones start.
  * Glossary: blocks_op.py.
  */
 #include <omp.h>
@@ -17,6 +17,7 @@ typedef struct {
     double scale, eps;
 } Blocks;
 
+#define SHARE (1 << 21) /* floats of scratch memory for a thread's samples: more of them read the weights less often */
 #define PANEL 64 /* columns of a weight that lie together: a panel stays in the caches while rows pass by it */
 
 /* Rows `start` ... `stop` of out (., N) = x (., K) . weight, which has panels (K, PANEL). Rows are `x_l` and `out_l` apart
@@ -82,7 +83,7 @@ int mamba_blocks(const Blocks *a) {
     Inner inner = {.length = a->length, .channels = a->channels, .state = a->state, .rank = a->rank,
                    .directions = a->directions};
     int64_t size = inner_scratch(&inner) + a->length * (2 * a->channels + a->dim) + a->others * (a->channels + a->dim);
-    int64_t together = a->threads < a->batch ? a->threads : a->batch;
+    int64_t each = size < SHARE ? SHARE / size : 1, together = a->threads * each < a->batch ? a->threads * each : a->batch;
     float *scratch = aligned_alloc(64, (size_t)(together * size) * sizeof(float));
     int failed = !scratch;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
