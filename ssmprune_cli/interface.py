@@ -48,7 +48,7 @@ class ScanStatistics:
 
     Either may be empty unless the pruner wants it.
 
-    y      (B, L, E) scan outputs with the D skip, before the gate
+    y      (B, L, E) scan outputs with the D skip, before the gate; or one entry, the sum over directions
     delta  (B, L, E) step sizes after softplus
     """
 

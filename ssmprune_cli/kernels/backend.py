@@ -107,8 +107,8 @@ class Backend(ABC):
         """The inside of a Mamba block, (B, L, E)."""
         return composed.mamba_inner(self, inputs)
 
-    def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor]:
-        """Hidden state and residual stream after several Mamba blocks, (B, L, d) each."""
+    def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden state and residual stream (B, L, d) after several Mamba blocks, and the last one's y, see there."""
         return composed.mamba_blocks(self, inputs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def mamba_inner(backend: Backend, inputs: InnerInputs) -> Tensor:
-    x, z = inputs.xz.chunk(2, dim=-1)  # (B, L, E) each
+    return backend.gated_sum(_scans(backend, inputs), inputs.xz[..., inputs.channels :], inputs.scale)
+
+
+def _scans(backend: Backend, inputs: InnerInputs) -> list[Tensor]:
+    """The scan outputs of each direction, (B, L, E)."""
+    x = inputs.xz[..., : inputs.channels]  # (B, L, E)
     sizes = BlockSizes(x.shape[2], inputs.d_state, inputs.d_conv, inputs.dt_rank, len(inputs.parameters))
     ys = []
     for g, packed in enumerate(inputs.parameters):
@@ -30,11 +36,12 @@ def mamba_inner(backend: Backend, inputs: InnerInputs) -> Tensor:
         gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
         scan = ScanInputs(u, delta, own.A, B, C, own.D, None, own.dt_bias, True, None, gap, gap_delta, reverse)
         ys.append(backend.scan(scan))
-    return backend.gated_sum(ys, z, inputs.scale)
+    return ys
 
 
-def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor]:
+def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
     sizes, hidden, residual = BlockSizes(*inputs.sizes), inputs.hidden, inputs.residual
+    ys: list[Tensor] = []
     for block, packed in enumerate(inputs.parameters):
         norm, in_proj, out_proj, inner = unpack_block(packed, hidden.shape[2], sizes)
         normed, residual = backend.add_rms_norm(hidden, residual, norm, inputs.eps)
@@ -42,20 +49,11 @@ def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor
         if inputs.context is not None:
             context = functional.linear(inputs.context * norm, in_proj[: sizes.d_inner])
         gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[block]
-        mixed = backend.mamba_inner(
-            InnerInputs(
-                functional.linear(normed, in_proj),
-                inner,
-                sizes.d_state,
-                sizes.d_conv,
-                sizes.dt_rank,
-                inputs.gap,
-                gap_delta,
-                context,
-                inputs.sources,
-                inputs.scale,
-            )
-        )
-        hidden = functional.linear(mixed, out_proj)
+        xz = functional.linear(normed, in_proj)
+        lost = (inputs.gap, gap_delta, context, inputs.sources)
+        given = InnerInputs(xz, inner, sizes.d_state, sizes.d_conv, sizes.dt_rank, *lost, inputs.scale)
+        ys = _scans(backend, given)
+        hidden = functional.linear(backend.gated_sum(ys, xz[..., sizes.d_inner :], inputs.scale), out_proj)
     assert residual is not None
-    return hidden, residual
+    y = torch.stack(ys).sum(dim=0) if inputs.wants_y else hidden.new_empty(*hidden.shape[:2], 0)
+    return hidden, residual, y

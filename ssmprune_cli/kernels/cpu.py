@@ -194,16 +194,20 @@ class CpuBackend(Backend):
             raise KernelError("a source lies outside the tokens and their context")
         return y
 
-    def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor]:
+    def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
         if inputs.hidden.dtype != torch.float32 or inputs.hidden.shape[2] % 16 or inputs.sizes[0] % 16:
             return super().mamba_blocks(inputs)
+        batch, length, _ = inputs.hidden.shape
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
+        y = torch.empty(batch, length, inputs.sizes[0] if inputs.wants_y else 0)
         call = Call(threads=torch.get_num_threads())
         call.blocks(inputs)
         call.set(out=out, stream=stream)
+        if inputs.wants_y:
+            call.set(ungated=y)
         if self._run("mamba_blocks", call.struct(Blocks)) & 2:
             raise KernelError("a source lies outside the tokens and their context")
-        return out, stream
+        return out, stream, y
 
     def _run(self, name: str, struct: ctypes.Structure) -> int:
         """Returns the kernel's status. Raises KernelError when memory ran out."""

@@ -21,7 +21,7 @@ def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctyp
 Scan = _struct(
     "Scan",
     "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots "
-    "rank dt_weight sum",
+    "rank dt_weight sum ungated",
     "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l A_c A_n "
     "softplus reverse half half_out threads groups outputs rank_l R",
     "scale",
@@ -35,13 +35,13 @@ Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels ha
 Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
 Inner = _struct(
     "Inner",
-    "xz context y parameters gap gap_delta sources",
+    "xz context y ungated parameters gap gap_delta sources",
     "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads",
     "scale",
 )
 Blocks = _struct(
     "Blocks",
-    "hidden residual context gap gap_delta out stream parameters sources",
+    "hidden residual context gap gap_delta out stream ungated parameters sources",
     "blocks batch length dim channels state width rank directions others threads",
     "scale eps",
 )

@@ -74,7 +74,8 @@ def mamba_blocks(
     sources: Tensor | None = None,
     scale: float = 1.0,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    wants_y: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Several Mamba blocks, one after the other: of each `add_rms_norm`, in_proj, `mamba_inner` and out_proj.
 
     hidden, residual  (B, L, d), float32 at least; no residual before the first block
@@ -83,8 +84,9 @@ def mamba_blocks(
     context           (B, M, d): tokens that only convolutions see, divided by their root mean square
     sources           (G, B, L, K) int64, as in `sparse_conv1d`; both or none
 
-    Returns hidden state and residual stream after the last block, (B, L, d) each. Has no gradient. Raises KernelError
-    for what does not fit.
+    Returns hidden state and residual stream after the last block, (B, L, d) each, and y (B, L, E): the last block's scan
+    outputs of both directions, before the gate; (B, L, 0) unless `wants_y`. Has no gradient. Raises KernelError for what
+    does not fit.
     """
     batch, length, dim = three(hidden, "hidden")
     size = dim * (1 + 3 * sizes.d_inner) + sizes.directions * sizes.inner
@@ -98,8 +100,11 @@ def mamba_blocks(
     gap = _check(hidden, sizes, expected, gap, gap_delta, context, dim, sources)
     _refuse_gradients(hidden, *parameters)
     given = (gap, gap_delta, context, sources)
-    out, stream = torch.ops.ssmprune.mamba_blocks(hidden, residual, list(parameters), list(sizes), *given, scale, eps)
-    return out, stream
+    found = torch.ops.ssmprune.mamba_blocks(
+        hidden, residual, list(parameters), list(sizes), *given, scale, eps, wants_y
+    )
+    out, stream, y = found
+    return out, stream, y
 
 
 def _check(
@@ -202,13 +207,17 @@ def _blocks(
     sources: Tensor | None,
     scale: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    inputs = BlocksInputs(hidden, residual, parameters, sizes, gap, gap_delta, context, sources, scale, eps)
+    wants_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = BlocksInputs(hidden, residual, parameters, sizes, gap, gap_delta, context, sources, scale, eps, wants_y)
     return pick(hidden, max(sizes[1], sizes[2])).mamba_blocks(inputs)
 
 
-def _blocks_fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
+def _blocks_fake(
+    hidden: Tensor, residual: Tensor | None, parameters: Any, sizes: Sequence[int], *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = hidden.new_empty(*hidden.shape[:2], sizes[0] if others[-1] else 0)
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape), y
 
 
 define("mamba_inner", _inner, _inner_fake)

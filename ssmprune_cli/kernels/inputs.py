@@ -78,6 +78,7 @@ class BlocksInputs(NamedTuple):
     sources: Tensor | None
     scale: float
     eps: float
+    wants_y: bool
 
 
 class BlockSizes(NamedTuple):

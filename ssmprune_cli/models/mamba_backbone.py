@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.interface import Mixers
+from ssmprune_cli.interface import Mixers, Wanted
 from ssmprune_cli.kernels import fuses_blocks
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.layers import Kept, PatchEmbed, RMSNorm
@@ -133,24 +133,31 @@ class MambaBackbone(Backbone):
 
     def _fused(self, block: int, sequence: TokenSequence) -> tuple[TokenSequence, int] | None:
         """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
-        None if it can do none."""
+        None if it can do none. The pruner may look at the last one's scans, and prune after it."""
         if self.turns or sequence.frozen is not None or not fuses_blocks(sequence.hidden, self.config.d_state):
             return None
         parameters, alignments = [], []
+        wanted: Wanted = "nothing"
         for number, packed in enumerate(self._packed(self.layers)[block:], block):
-            alignment, wanted = self.ask_pruner(number, sequence)
-            if packed is None or wanted != "nothing" or not can_align(alignment):
+            alignment, asked = self.ask_pruner(number, sequence)
+            if packed is None or asked == "delta" or not can_align(alignment):
                 break
             parameters.append(packed)
             alignments.append(alignment)
+            wanted = asked
+            if wanted != "nothing":
+                break
         if not parameters:
             return None
         first = self.layers[block]
         assert isinstance(first, MambaBlock) and isinstance(first.norm, RMSNorm)
         norm, mixer = first.norm, first.mixer
         context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
-        sizes = (mixer.sizes, alignments, context, mixer.scale, norm.eps)
-        return fused_blocks(sequence, parameters, *sizes), block + len(parameters)
+        sequence, statistics = fused_blocks(
+            sequence, parameters, mixer.sizes, alignments, context, mixer.scale, norm.eps, wanted
+        )
+        block += len(parameters)
+        return self.prune(block - 1, sequence, statistics, wanted), block
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))

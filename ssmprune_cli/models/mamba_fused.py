@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.interface import ScanAlignment
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import BlockSizes, InnerParameters, mamba_blocks, mamba_inner, pack_block, pack_inner
 from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.models.layers import decay_rates
@@ -78,10 +78,14 @@ def fused_blocks(
     context: Tensor | None,
     scale: float,
     eps: float,
-) -> TokenSequence:
-    """`sequence` after several blocks. `context` (B, M, d) are its context's tokens, of root mean square 1."""
+    wanted: Wanted,
+) -> tuple[TokenSequence, ScanStatistics]:
+    """`sequence` after several blocks, and the last one's statistics, of which delta cannot be wanted.
+
+    `context` (B, M, d) are its context's tokens, of root mean square 1.
+    """
     steps = [each.gap_delta for each in alignments if each is not None and each.gap_delta is not None]
-    hidden, residual = mamba_blocks(
+    hidden, residual, y = mamba_blocks(
         sequence.hidden,
         sequence.residual,
         parameters,
@@ -92,8 +96,9 @@ def fused_blocks(
         sources=None if context is None else _sources(sequence, sizes),
         scale=scale,
         eps=eps,
+        wants_y=wanted == "y",
     )
-    return replace(sequence, hidden=hidden, residual=residual)
+    return replace(sequence, hidden=hidden, residual=residual), ScanStatistics((y,) if wanted == "y" else ())
 
 
 def _gaps(sequence: TokenSequence, sizes: BlockSizes) -> Tensor:

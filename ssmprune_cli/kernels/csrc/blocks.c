@@ -6,11 +6,11 @@
 #include "inner.h"
 #include "rows.h"
 
-/* hidden, residual, out, stream (B, L, d); context (B, M, d), of root mean square 1; gap (G, B, L); gap_delta
+/* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean square 1; gap (G, B, L); gap_delta
  * (blocks, G, E); sources (G, B, L, K). `parameters` of each block are as blocks_op.pack_block lays them out. */
 typedef struct {
     const float *hidden, *residual, *context, *gap, *gap_delta;
-    float *out, *stream;
+    float *out, *stream, *ungated;
     const float *const *parameters;
     const int64_t *sources;
     int64_t blocks, batch, length, dim, channels, state, width, rank, directions, others, threads;
@@ -53,6 +53,7 @@ static int pass(const Blocks *a, int64_t first, int64_t count, int64_t t, float 
     for (int64_t block = 0; block < a->blocks; block++) {
         const float *norm = a->parameters[block], *in = norm + d, *back = in + 2 * E * d;
         inner.parameters = back + d * E;
+        if (block == a->blocks - 1) inner.ungated = a->ungated;
         inner.gap_delta = a->gap_delta ? a->gap_delta + block * a->directions * E : 0;
         for (int64_t row = start; row < stop; row++) {
             int64_t at = (first * L + row) * d;

@@ -60,6 +60,7 @@ static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *
         if (g == G - 1) {
             scan.z = (const char *)a->xz + (b * a->xz_b + E) * size, scan.z_l = a->xz_l;
             scan.y = (char *)a->y + b * a->y_b * size, scan.half_out = a->half;
+            if (a->ungated) scan.ungated = a->ungated + b * L * E;
         }
         failed |= scan_forward_group(&scan, 0, from, to);
     }

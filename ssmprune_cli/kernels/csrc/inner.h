@@ -13,6 +13,7 @@
 typedef struct {
     const void *xz, *context;
     void *y;
+    float *ungated; /* (B, L, E): the sum of the directions before the gate, if it is wanted */
     const float *parameters, *gap, *gap_delta;
     const int64_t *sources;
     int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;

@@ -13,8 +13,10 @@ typedef struct {
     float *dA, *dB, *dC, *dD, *dbias, *dgap_delta;
     const int64_t *slots; /* (B, L): the row of y where a token's output goes, -1 for a token that nobody reads */
     /* For inner.c, forward only. Of `rank` (L, R) `dt_weight` (R, E) makes delta, instead of reading it; `sum` (L, E) is
-     * added to the output before the gate, which is times `scale`; z and y are bfloat16 if `half_out` says so. */
+     * added to the output before the gate, which is times `scale`; what comes before the gate goes to `ungated` (L, E)
+     * too; z and y are bfloat16 if `half_out` says so. */
     const float *rank, *dt_weight, *sum;
+    float *ungated;
     int64_t batch, length, channels, state;
     int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l, A_c, A_n;
     int64_t softplus, reverse, half, half_out, threads, groups, outputs, rank_l, R;

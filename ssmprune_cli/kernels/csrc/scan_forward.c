@@ -22,6 +22,8 @@ INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, in
                 size, N, safe, half);
     if (a->sum)
         for (int j = 0; j < size; j++) y[j] += load(a->sum, (first + j * way) * a->channels + c, lanes, 0);
+    if (a->ungated)
+        for (int j = 0; j < size; j++) store(a->ungated, (first + j * way) * a->channels + c, y[j], lanes, 0);
     if (a->z)
         for (int j = 0; j < size; j += UNROLL) {
             vf gate[UNROLL];
