@@ -42,6 +42,11 @@ class Stage:
 Wanted = Literal["nothing", "tokens", "y", "delta"]
 
 
+def at_least_tokens(wanted: Wanted) -> Wanted:
+    """What to want when a pruner inside wants `wanted`, and the one around it looks at the tokens after every block."""
+    return "tokens" if wanted == "nothing" else wanted
+
+
 @dataclass(frozen=True)
 class ScanStatistics:
     """What one mixer hands out about its scans: one entry a direction, brought back to the tokens' own positions.

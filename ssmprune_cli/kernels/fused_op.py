@@ -84,9 +84,9 @@ def mamba_blocks(
     context           (B, M, d): tokens that only convolutions see, divided by their root mean square
     sources           (G, B, L, K) int64, as in `sparse_conv1d`; both or none
 
-    Returns hidden state and residual stream after the last block, (B, L, d) each, and y (B, L, E): the last block's scan
-    outputs of both directions, before the gate; (B, L, 0) unless `wants_y`. Has no gradient. Raises KernelError for what
-    does not fit.
+    Returns hidden state and residual stream after the last block, (B, L, d) each, and y (B, L, E), the sum of the last
+    block's scan outputs before the gate; (B, L, 0) unless `wants_y`. Has no gradient. Raises KernelError for what does
+    not fit.
     """
     batch, length, dim = three(hidden, "hidden")
     size = dim * (1 + 3 * sizes.d_inner) + sizes.directions * sizes.inner

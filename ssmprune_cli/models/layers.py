@@ -69,10 +69,9 @@ class Kept(Generic[T]):
 
     def __init__(self, compute: Callable[[nn.Module], T]) -> None:
         self._compute = compute
-        self._entries: list[
-            tuple[Mapping[str, object], str, object]
-        ] = []  # of modules' dictionaries: a name and its value
-        self._sizes: list[tuple[Sized, int]] = []  # of the same, and of hooks
+        self._entries: list[tuple[Mapping[str, object], str, object]] = []  # of modules' dictionaries, name and value
+        self._hooks: list[Sized] = []
+        self._hooked: list[bool] = []
         self._sources: list[_Source] = []
         self._value: T | None = None
 
@@ -83,24 +82,21 @@ class Kept(Generic[T]):
         return self._value
 
     def _watch(self, module: nn.Module) -> None:
-        self._entries, self._sizes = [], []
-        for each in module.modules():
-            for values in (each._modules, each._parameters):
-                self._entries += [(values, name, value) for name, value in values.items()]
-                self._sizes.append((values, len(values)))
-            self._sizes += [(hooks, len(hooks)) for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        modules = list(module.modules())
+        tables: list[Mapping[str, object]] = [table for each in modules for table in (each._modules, each._parameters)]
+        self._entries = [(table, name, value) for table in tables for name, value in table.items()]
+        self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._hooked = list(map(bool, self._hooks))
         self._sources = [_source(each) for each in module.parameters() if not each.is_inference()]
 
     def _unchanged(self) -> bool:
-        for values, name, value in self._entries:
-            if values.get(name) is not value:
+        for table, name, value in self._entries:
+            if table.get(name) is not value:
                 return False
-        if any(len(values) != size for values, size in self._sizes):
-            return False
         for parameter, _, version, address in self._sources:
             if parameter._version != version or parameter.data_ptr() != address:
                 return False
-        return True
+        return self._hooked == list(map(bool, self._hooks))
 
     def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[[nn.Module], T]]]:
         return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing

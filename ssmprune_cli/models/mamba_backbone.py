@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,9 +120,10 @@ class MambaBackbone(Backbone):
     def features(self, images: Tensor) -> TokenSequence:
         """The tokens that are left after all blocks; their output is `hidden + residual`."""
         sequence, block = self.embed(images), 0
+        fuses = not self.turns and fuses_blocks(sequence.hidden, self.config.d_state)
+        packed = self._packed(self.layers) if fuses else [None] * len(self.layers)
         while block < len(self.layers):
-            at_once = self._fused(block, sequence)
-            if at_once is not None:
+            if packed[block] is not None and (at_once := self._fused(block, sequence, packed)) is not None:
                 sequence, block = at_once
                 continue
             sequence = self.before_block(sequence)
@@ -131,18 +133,20 @@ class MambaBackbone(Backbone):
             block += 1
         return sequence
 
-    def _fused(self, block: int, sequence: TokenSequence) -> tuple[TokenSequence, int] | None:
+    def _fused(
+        self, block: int, sequence: TokenSequence, packed: Sequence[Tensor | None]
+    ) -> tuple[TokenSequence, int] | None:
         """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
         None if it can do none. The pruner may look at the last one's scans, and prune after it."""
-        if self.turns or sequence.frozen is not None or not fuses_blocks(sequence.hidden, self.config.d_state):
+        if sequence.frozen is not None:
             return None
         parameters, alignments = [], []
         wanted: Wanted = "nothing"
-        for number, packed in enumerate(self._packed(self.layers)[block:], block):
+        for number, each in enumerate(packed[block:], block):
             alignment, asked = self.ask_pruner(number, sequence)
-            if packed is None or asked == "delta" or not can_align(alignment):
+            if each is None or asked == "delta" or not can_align(alignment):
                 break
-            parameters.append(packed)
+            parameters.append(each)
             alignments.append(alignment)
             wanted = asked
             if wanted != "nothing":

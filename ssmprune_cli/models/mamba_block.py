@@ -26,8 +26,8 @@ class MambaBlock(Block):
         self.mixer = mixer
 
     def packed(self) -> Tensor | None:
-        """The parameters as `fused_blocks` takes them; None if the block is not made of what that computes, or has weights
-        that were made in inference mode, whose changes nobody notices."""
+        """The parameters as `fused_blocks` takes them; None if the block is not made of what that computes, or has
+        weights that were made in inference mode, whose changes nobody notices."""
         norm, mixer = self.norm, self.mixer
         plain = is_plain(self, MambaBlock) and is_plain(norm, RMSNorm) and is_plain(mixer, MambaMixer)
         plain = plain and is_plain(mixer.in_proj, nn.Linear) and is_plain(mixer.out_proj, nn.Linear)

@@ -180,7 +180,9 @@ class MambaMixer(nn.Module):
         return fused_inner(sequence, xz, self._packed(*parameters), self.sizes, alignment, context, self.scale)
 
     def inner_parameters(self) -> list[Tensor] | None:
-        """What `packed_inner` takes; None if layers do more than they came with."""
+        """What `packed_inner` takes; None if layers do more than they came with, or directions share one convolution."""
+        if self.kind == "v1":
+            return None
         parameters: list[Tensor] = []
         for conv, projection, step, A_log, D in self._branches():
             plain = is_plain(conv, CausalConv1d) and is_plain(projection, nn.Linear) and is_plain(step, StepProjection)

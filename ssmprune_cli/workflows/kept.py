@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import TokenPruner
@@ -53,8 +53,7 @@ class _Recorder:
         self.scores: list[Tensor] = []  # for each block (B, dense length), NaN where there is none
 
     def wants(self, block: int) -> Wanted:
-        wanted = self.inner.wants(block)
-        return "tokens" if wanted == "nothing" else wanted
+        return at_least_tokens(self.inner.wants(block))
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)

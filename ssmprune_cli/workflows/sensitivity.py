@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.pruning import PruneSchedule, PruneSettings, TokenPruner, choose_alignment
 from ssmprune_cli.pruning.divergence import divergence
@@ -46,7 +46,7 @@ class _Tap(nn.Module):
 
     def wants(self, block: int) -> Wanted:
         wanted = "nothing" if self.inner is None else self.inner.wants(block)
-        return "tokens" if wanted == "nothing" and block == self.last else wanted
+        return at_least_tokens(wanted) if block == self.last else wanted
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block) if self.inner is not None else None

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ssmprune_cli.kernels import build
+from ssmprune_cli.kernels.backend import Backend
 from ssmprune_cli.kernels.cpu import CpuBackend
-from ssmprune_cli.kernels.inputs import ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, ScanInputs
 from ssmprune_cli.kernels.pytorch import REFERENCE
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
@@ -36,6 +37,22 @@ def inputs(channels: int, dtype: torch.dtype) -> ScanInputs:
         gap=None,
         gap_delta=None,
         reverse=True,
+    )
+
+
+def blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Two Mamba blocks whose width and whose scans' channels are multiples of 16, as the C code for blocks has it."""
+    dim, sizes = 16 * channels, BlockSizes(16 * channels + 16, 5, 3, 2, 2)
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*size: int) -> torch.Tensor:
+        return (torch.randn(*size, dtype=torch.float64, generator=generator) / size[-1] ** 0.5).to(dtype)
+
+    count = dim * (1 + 3 * sizes.d_inner) + 2 * sizes.inner
+    hidden, gap, gap_delta = normal(3, 9, dim), normal(2, 3, 9).abs(), normal(2, 2, sizes.d_inner).abs()
+    packed = [normal(count) * count**0.5 / dim**0.5 for _ in range(2)]
+    return backend.mamba_blocks(
+        BlocksInputs(hidden, None, packed, sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
     )
 
 
@@ -67,6 +84,7 @@ def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.Monk
                 REFERENCE.conv(double.u, weight.double(), bias.double(), True),
             )
         )
+        pairs += zip(blocks(backend, channels, torch.float32), blocks(REFERENCE, channels, torch.float64), strict=True)
         for found, truth in pairs:
             # Relative to the largest entry, as in test_scan.py.
             assert (found.double() - truth).abs().max() <= 1e-5 * truth.abs().max()

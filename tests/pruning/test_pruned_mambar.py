@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ssmprune_cli.checkpoint import load, save
 from ssmprune_cli.cli.app import app
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models.mamba_backbone import MambaBackbone
 from ssmprune_cli.models.mambar import MAMBA_REG, MambaReg, MambaRegConfig
 from ssmprune_cli.models.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
@@ -57,7 +57,7 @@ class Spy(nn.Module):
         self.sequences: list[TokenSequence] = []
 
     def wants(self, block: int) -> Wanted:
-        return self.inner.wants(block)
+        return at_least_tokens(self.inner.wants(block))
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.kernels import selective_scan
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.plainmamba_routes import walks
@@ -48,7 +48,7 @@ class Spy(nn.Module):
         self.statistics: list[ScanStatistics] = []
 
     def wants(self, block: int) -> Wanted:
-        return "delta" if self.inner is None else self.inner.wants(block)
+        return "delta" if self.inner is None else at_least_tokens(self.inner.wants(block))
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return None if self.inner is None else self.inner.alignment(block)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
 from ssmprune_cli.tokens import TokenSequence
@@ -46,7 +46,7 @@ class Spy(nn.Module):
         self.positions: list[Tensor] = []
 
     def wants(self, block: int) -> Wanted:
-        return self.inner.wants(block)
+        return at_least_tokens(self.inner.wants(block))
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self.inner.alignment(block)

@@ -1,0 +1,232 @@
+"""The fused ops against what they are made of, in float64 by the reference backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels import (
+    BlockSizes,
+    InnerParameters,
+    backends_for,
+    mamba_blocks,
+    mamba_inner,
+    pack_block,
+    pack_inner,
+    use_backend,
+)
+from ssmprune_cli.kernels.inputs import unpack_block, unpack_inner
+
+AVAILABLE = [name for name in backends_for(torch.zeros(1)) if name != "reference"]
+# B, L, d and the sizes of a block; the last two have channels that no vector divides.
+SHAPES = [
+    (2, 19, 16, BlockSizes(32, 16, 4, 3, 2)),
+    (1, 37, 80, BlockSizes(144, 16, 4, 5, 2)),
+    (5, 7, 32, BlockSizes(16, 5, 2, 1, 1)),
+    (3, 1, 16, BlockSizes(48, 16, 4, 40, 2)),
+    (3, 18, 12, BlockSizes(37, 7, 3, 2, 2)),
+    (2, 5, 3, BlockSizes(5, 1, 2, 1, 1)),
+]
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    use_backend("auto")
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Case:
+    """float64 inputs of both ops, of `blocks` blocks."""
+
+    batch: int
+    length: int
+    dim: int
+    sizes: BlockSizes
+    mode: str  # "plain", "gap" (the next token's own step), "gap+delta", "context" (with gaps too)
+    blocks: int = 3
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.length)
+        E, N, K, R, G = self.sizes
+        self.inners = [
+            pack_inner(
+                [
+                    InnerParameters(
+                        self.normal(E, K) / 2,
+                        self.normal(R + 2 * N, E) / E**0.5,
+                        self.normal(E, R) / R**0.5,
+                        -self.normal(E, N).exp(),
+                        self.normal(E),
+                        self.normal(E) - 2,
+                        self.normal(E),
+                    )
+                    for _ in range(G)
+                ]
+            )
+            for _ in range(self.blocks)
+        ]
+        self.packed = [
+            pack_block(
+                self.normal(self.dim), self.normal(2 * E, self.dim) / self.dim**0.5, self.normal(self.dim, E) / E, inner
+            )
+            for inner in self.inners
+        ]
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=self.generator)
+
+    def lost(self, width: int, blocks: tuple[int, ...] = ()) -> dict[str, Any]:
+        """What pruned tokens leave behind, the context being `width` wide."""
+        given: dict[str, Any] = {}
+        G, B, L = self.sizes.directions, self.batch, self.length
+        if self.mode != "plain":
+            given["gap"] = torch.randint(0, 4, (G, B, L), generator=self.generator).double()
+        if self.mode in ("gap+delta", "context"):
+            given["gap_delta"] = self.normal(*blocks, G, self.sizes.d_inner).abs()
+        if self.mode == "context":
+            given["context"] = self.normal(B, 6, width)
+            given["sources"] = torch.randint(-1, L + 6, (G, B, L, self.sizes.d_conv), generator=self.generator)
+        return given
+
+    def inner(self, backend: str, dtype: torch.dtype) -> Tensor:
+        use_backend(backend)
+        self.generator.manual_seed(1)
+        xz = self.normal(self.batch, self.length + 1, 2 * self.sizes.d_inner)[:, 1:]  # samples are apart in memory
+        lost = self.lost(self.sizes.d_inner)
+        if "context" in lost:
+            lost["context"] = lost["context"].to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        for name in ("gap", "gap_delta"):
+            if name in lost:
+                lost[name] = lost[name].to(wide)
+        _, N, K, R, _ = self.sizes
+        return mamba_inner(xz.to(dtype), self.inners[0].to(wide), N, K, R, **lost, scale=0.5)
+
+    def run(self, backend: str, dtype: torch.dtype, *, first: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        use_backend(backend)
+        self.generator.manual_seed(2)
+        hidden, residual = (self.normal(self.batch, self.length, self.dim).to(dtype) for _ in range(2))
+        lost = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.lost(self.dim, (self.blocks,)).items()
+        }
+        packed = [each.to(dtype) for each in self.packed]
+        return mamba_blocks(hidden, None if first else residual, packed, self.sizes, **lost, scale=0.5, wants_y=True)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """The largest error in units of the largest value."""
+    return float((found.double() - truth).abs().max() / truth.abs().max())
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", ["plain", "gap", "gap+delta", "context"])
+def test_values(backend: str, shape: tuple[int, int, int, BlockSizes], mode: str) -> None:
+    case = Case(*shape, mode)
+    # Measured: 5e-7 in float32; 1.2e-2 (cpu) and 1.9e-2 (chunked) in bfloat16, whose values have 8 bits.
+    assert error(case.inner(backend, torch.float32), case.inner("reference", torch.float64)) <= 2e-6
+    assert error(case.inner(backend, torch.bfloat16), case.inner("reference", torch.float64)) <= 3e-2
+    for first in (False, True):
+        truth = case.run("reference", torch.float64, first=first)
+        for found, expected in zip(case.run(backend, torch.float32, first=first), truth, strict=True):
+            assert error(found, expected) <= 5e-6  # three blocks; measured: 1.2e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_threads_and_batches_do_not_change_a_bit(shape: tuple[int, int, int, BlockSizes]) -> None:
+    case = Case(*shape, "context")
+    torch.set_num_threads(1)
+    inner, blocks = case.inner("auto", torch.float32), case.run("auto", torch.float32)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(case.inner("auto", torch.float32), inner)
+        assert all(torch.equal(one, other) for one, other in zip(case.run("auto", torch.float32), blocks, strict=True))
+
+
+def test_many_samples_go_through_in_several_rounds() -> None:
+    """More than fit into one thread's share of scratch memory."""
+    sizes = BlockSizes(64, 16, 4, 2, 2)
+    torch.set_num_threads(2)
+    case = Case(23, 700, 32, sizes, "gap+delta", blocks=2)
+    together = case.run("auto", torch.float32)
+    assert error(together[0], case.run("chunked", torch.float32)[0].double()) <= 5e-6
+
+
+@given(
+    dim=st.integers(1, 200),
+    sizes=st.builds(
+        BlockSizes, st.integers(1, 200), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 2)
+    ),
+)
+def test_packing_loses_nothing(dim: int, sizes: BlockSizes) -> None:
+    E, N, K, R, G = sizes
+    shapes = [(E, K), (R + 2 * N, E), (E, R), (E, N), (E,), (E,), (E,)]
+    own = [InnerParameters(*(torch.randn(shape) for shape in shapes)) for _ in range(G)]
+    large = (torch.randn(dim), torch.randn(2 * E, dim), torch.randn(dim, E))
+    *found, inner = unpack_block(pack_block(*large, pack_inner(own)), dim, sizes)
+    assert all(torch.equal(one, other) for one, other in zip(found, large, strict=True))
+    for row, given_parameters in zip(inner, own, strict=True):
+        unpacked = unpack_inner(row, sizes)
+        assert all(torch.equal(one, other) for one, other in zip(unpacked, given_parameters, strict=True))
+
+
+def test_pass_opcheck() -> None:
+    case = Case(2, 5, 16, BlockSizes(16, 4, 3, 2, 2), "context")
+    E, N, K, R, _ = case.sizes
+    checks = ("test_schema", "test_faketensor")
+    xz = torch.randn(2, 5, 2 * E)
+    lost = [each.float() if each.is_floating_point() else each for each in case.lost(E).values()]
+    torch.library.opcheck(
+        torch.ops.ssmprune.mamba_inner.default,
+        (xz, case.inners[0].float(), N, K, R, *lost, 0.5),
+        test_utils=checks,
+    )
+    hidden = torch.randn(2, 5, 16)
+    lost = [each.float() if each.is_floating_point() else each for each in case.lost(16, (3,)).values()]
+    for wants_y in (False, True):
+        packed = [each.float() for each in case.packed]
+        arguments = (hidden, None, packed, list(case.sizes), *lost, 0.5, 1e-5, wants_y)
+        torch.library.opcheck(torch.ops.ssmprune.mamba_blocks.default, arguments, test_utils=checks)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    case = Case(2, 5, 16, BlockSizes(16, 4, 3, 2, 2), "context")
+    xz, parameters, sizes = torch.randn(2, 5, 32), case.inners[0].float(), (4, 3, 2)
+    packed = [each.float() for each in case.packed]
+    hidden = torch.randn(2, 5, 16)
+    context, sources = torch.randn(2, 6, 16), torch.zeros(2, 2, 5, 3, dtype=torch.int64)
+    for message, call in {
+        "parameters has shape": lambda: mamba_inner(xz, parameters, 4, 3, 1),
+        "two halves": lambda: mamba_inner(xz[..., :31], parameters, *sizes),
+        "there are 3 directions": lambda: mamba_inner(xz, parameters[[0, 1, 0]], *sizes),
+        "gap_delta needs gap": lambda: mamba_inner(xz, parameters, *sizes, gap_delta=torch.ones(2, 16)),
+        "go together": lambda: mamba_inner(xz, parameters, *sizes, context=context),
+        "sources must be int64": lambda: mamba_inner(xz, parameters, *sizes, context=context, sources=sources[:1]),
+        "a source lies outside": lambda: mamba_inner(xz, parameters, *sizes, context=context, sources=sources + 11),
+        "have no gradient": lambda: mamba_inner(xz.requires_grad_(), parameters, *sizes),
+        "there are 0 blocks": lambda: mamba_blocks(hidden, None, [], case.sizes),
+        r"parameters\[1\] has shape": lambda: mamba_blocks(hidden, None, [packed[0], packed[1][1:]], case.sizes),
+        "residual has shape": lambda: mamba_blocks(hidden, hidden[:1], packed, case.sizes),
+        "gap_delta has shape": lambda: mamba_blocks(
+            hidden, None, packed, case.sizes, gap=torch.ones(2, 2, 5), gap_delta=torch.ones(2, 16)
+        ),
+        "in torch.bfloat16": lambda: mamba_blocks(hidden.bfloat16(), None, packed, case.sizes),
+        "a source lies out": lambda: mamba_blocks(
+            hidden, None, packed, case.sizes, context=context, sources=sources - 2
+        ),
+        "no gradient": lambda: mamba_blocks(hidden.requires_grad_(), None, packed, case.sizes),
+    }.items():
+        with pytest.raises(KernelError, match=message):
+            call()

@@ -1,0 +1,298 @@
+"""Inference by the fused ops gives what the small ops give, and follows whatever happens to a model."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.kernels import fused_ops_apart, use_backend
+from ssmprune_cli.models.layers import Kept
+from ssmprune_cli.models.mamba_backbone import MambaBackbone
+from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
+from ssmprune_cli.models.videomamba import VideoMamba, VideoMambaConfig
+from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.pruning import compress
+from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.workflows.every_op import EveryOp, op_name
+
+SIZES: dict[str, Any] = {
+    "image_size": (32, 32),
+    "patch_size": 4,
+    "stride": 4,
+    "embed_dim": 32,
+    "depth": 6,
+    "num_classes": 5,
+}
+MODELS: dict[str, Callable[[], MambaBackbone]] = {
+    "vim": lambda: Vim(VimConfig(**SIZES)),
+    "vim, layer scale": lambda: Vim(VimConfig(**SIZES, layer_scale=0.1)),
+    "vim, one direction": lambda: Vim(VimConfig(**SIZES, mixer="none")),
+    "vim, width that no vector divides": lambda: Vim(VimConfig(**{**SIZES, "embed_dim": 20})),
+    "videomamba": lambda: VideoMamba(VideoMambaConfig(**SIZES)),
+    "mamba-reg": lambda: MambaReg(MambaRegConfig(**SIZES)),
+}
+
+
+class Ops(EveryOp):
+    """Counts ops by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.names[op_name(func)] += 1
+        return func(*args, **kwargs)
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> MambaBackbone:
+    torch.manual_seed(0)
+    return MODELS[name]().eval().to(dtype)
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def used(model: nn.Module, given: Tensor) -> tuple[Tensor, Counter[str]]:
+    with torch.inference_mode(), Ops() as ops:
+        return model(given), ops.names
+
+
+def apart(model: nn.Module, given: Tensor) -> Tensor:
+    with torch.inference_mode(), fused_ops_apart():
+        logits: Tensor = model(given)
+    return logits
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    # The same sums in another order; measured: 6e-7 of the largest logit.
+    assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("reduction", "alignment"),
+    [(None, "none"), ("drop", "none"), ("drop", "null"), ("drop", "neighbour"), ("context", "null"), ("mask", "none")],
+)
+def test_blocks_between_points_are_one_op(name: str, reduction: str | None, alignment: str) -> None:
+    model = make(name)
+    if reduction is not None:
+        compress(model, 0.6, points=[1, 4], reduction=reduction, alignment=alignment)
+    found, ops = used(model, images())
+    assert ops["mamba_blocks"] == (1 if reduction is None else 3) and not ops["selective_scan"]
+    assert_close(found, apart(model, images()))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "alignment", "importance", "fused"),
+    [("frozen", "none", "clip", 1), ("local-merge", "mass", "clip", 1), ("drop", "null", "delta", 2)],
+)
+def test_what_a_fused_op_cannot_do_is_done_otherwise(
+    reduction: str, alignment: str, importance: str, fused: int
+) -> None:
+    """Frozen tokens, growing steps, a score that looks at step sizes: block by block, and scan by scan."""
+    model = make("vim")
+    compress(model, 0.6, points=[3], reduction=reduction, alignment=alignment, importance=importance)
+    found, ops = used(model, images())
+    assert ops["mamba_blocks"] == fused and ops["selective_scan"] > 0
+    assert_close(found, apart(model, images()))
+
+
+def test_directions_that_share_a_convolution_are_done_otherwise() -> None:
+    torch.manual_seed(0)
+    model = Vim(VimConfig(**SIZES, mixer="v1")).eval()
+    found, ops = used(model, images())
+    assert not ops["mamba_blocks"] and not ops["mamba_inner"]
+    assert_close(found, apart(model, images()))
+
+
+def test_other_precisions_take_other_ways() -> None:
+    half = make("vim", torch.bfloat16)
+    found, ops = used(half, images(torch.bfloat16))
+    assert ops["mamba_inner"] == 6 and not ops["mamba_blocks"]  # libraries multiply matrices of bfloat16 faster
+    wide = make("vim", torch.float64)
+    expected, ops = used(wide, images(torch.float64))
+    assert not ops["mamba_inner"] and not ops["mamba_blocks"]
+    assert (found.double() - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_other_backends_and_gradients_do_without() -> None:
+    model = make("vim")
+    try:
+        use_backend("chunked")
+        found, ops = used(model, images())
+    finally:
+        use_backend("auto")
+    assert not ops["mamba_blocks"] and ops["selective_scan"] == 12
+    assert_close(found, used(model, images())[0])
+    with Ops() as watched:
+        model(images()).sum().backward()
+    assert not watched.names["mamba_blocks"] and not watched.names["mamba_inner"]
+
+
+@pytest.mark.parametrize("reduction", [None, "drop", "context"])
+def test_counters_find_the_same_multiply_adds_inside(reduction: str | None) -> None:
+    model = make("vim")
+    if reduction is not None:
+        compress(model, 0.6, points=[1, 4], reduction=reduction, alignment="null")
+    with torch.inference_mode(), FlopCounterMode(display=False) as whole:
+        model(images())
+    with torch.inference_mode(), fused_ops_apart(), FlopCounterMode(display=False) as parts:
+        model(images())
+    assert whole.get_total_flops() == parts.get_total_flops() > 0
+
+
+def double_last(model: MambaBackbone) -> None:
+    with torch.no_grad():
+        model.layers[-1].mixer.out_proj.weight.mul_(2)
+
+
+def reload(model: MambaBackbone) -> None:
+    model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
+
+
+def assign(model: MambaBackbone) -> None:
+    model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()}, assign=True)
+
+
+def swap_data(model: MambaBackbone) -> None:
+    for parameter in model.parameters():
+        parameter.data = 1.1 * parameter.data
+
+
+def swap_layer(model: MambaBackbone) -> None:
+    model.layers[2].mixer.x_proj = nn.Linear(64, 34, bias=False)
+
+
+def swap_block(model: MambaBackbone) -> None:
+    model.layers[1] = copy.deepcopy(model.layers[2])
+
+
+class Adapter(nn.Module):
+    """As low-rank adapters do: it has the weight of what it wraps, and adds to it."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = 2 * self.inner(x)
+        return result
+
+
+def adapt(model: MambaBackbone) -> None:
+    model.layers[2].mixer.x_proj = Adapter(model.layers[2].mixer.x_proj)
+
+
+def hook(model: MambaBackbone) -> None:
+    model.layers[3].mixer.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+CHANGES = [double_last, reload, assign, swap_data, swap_layer, swap_block, adapt, hook]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_model_is_never_missed(change: Callable[[MambaBackbone], None]) -> None:
+    model = make("vim")
+    before = used(model, images())[0]
+    torch.manual_seed(3)
+    change(model)
+    after = used(model, images())[0]
+    assert_close(after, apart(model, images()))
+    assert not torch.allclose(after, before, rtol=0, atol=1e-4)
+
+
+def test_a_hook_that_is_gone_does_not_matter_any_more() -> None:
+    model = make("vim")
+    before = used(model, images())[0]
+    seen: list[Tensor] = []
+    handle = model.layers[3].register_forward_hook(lambda module, inputs, output: seen.append(output[0].hidden))
+    found, ops = used(model, images())
+    assert ops["mamba_blocks"] == 2 and len(seen) == 1  # the blocks before and after it
+    assert_close(found, before)
+    handle.remove()
+    assert used(model, images())[1]["mamba_blocks"] == 1 and len(seen) == 1
+
+
+def test_nothing_is_computed_twice_for_a_model_that_stays() -> None:
+    calls: list[nn.Module] = []
+    kept: Kept[int] = Kept(lambda module: calls.append(module) or len(calls))  # type: ignore[func-returns-value]
+    layer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with torch.inference_mode():
+        assert [kept(layer), kept(layer)] == [1, 1]
+    with torch.no_grad():
+        layer[0].weight.add_(1)
+    assert kept(layer) == 2 == kept(layer)
+
+
+def test_models_made_in_inference_mode_work_too() -> None:
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        model = Vim(VimConfig(**SIZES)).eval()
+        first = model(images())
+        model.layers[0].mixer.in_proj.weight.mul_(2)  # nothing tells that this has happened
+        second = model(images())
+    assert_close(second, apart(model, images()))
+    assert not torch.allclose(first, second, rtol=0, atol=1e-4)
+
+
+def test_copies_and_files_of_a_model_hold_its_weights_once() -> None:
+    model = make("vim")
+    fresh = io.BytesIO()
+    torch.save(model, fresh)
+    expected = used(model, images())[0]
+    later = io.BytesIO()
+    torch.save(model, later)
+    assert later.tell() <= 1.01 * fresh.tell()
+    later.seek(0)
+    for other in (copy.deepcopy(model), torch.load(later, weights_only=False)):
+        assert torch.equal(used(other, images())[0], expected)
+
+
+class Some(nn.Module):
+    """A pruner that wants one thing after block 2, and nothing after the others."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.calls: list[tuple[int, ScanStatistics]] = []
+
+    def wants(self, block: int) -> Wanted:
+        return self.wanted if block == 2 else "nothing"
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        return None
+
+    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        self.calls.append((block, statistics))
+        return sequence
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_pruner_is_given_what_it_wants_and_called_only_then(whole: bool) -> None:
+    model = make("vim")
+    expected = used(model, images())[0]
+    sums = []
+    for wanted in ("tokens", "y", "delta"):
+        model.pruner = pruner = Some(wanted)
+        found = apart(model, images()) if whole else used(model, images())[0]
+        assert_close(found, expected)
+        ((block, statistics),) = pruner.calls
+        assert block == 2 and len(statistics.delta) == (2 if wanted == "delta" else 0)
+        if wanted != "tokens":
+            sums.append(torch.stack(statistics.y).sum(dim=0))
+    assert_close(sums[0], sums[1])
