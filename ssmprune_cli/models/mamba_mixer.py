@@ -180,7 +180,7 @@ class MambaMixer(nn.Module):
         return fused_inner(sequence, xz, self._packed(*parameters), self.sizes, alignment, context, self.scale)
 
     def inner_parameters(self) -> list[Tensor] | None:
-        """What `packed_inner` takes; None if layers do more than they came with, or directions share one convolution."""
+        """What `packed_inner` takes; None if layers do more than they came with, or directions share a convolution."""
         if self.kind == "v1":
             return None
         parameters: list[Tensor] = []

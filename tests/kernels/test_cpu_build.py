@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.T
     generator = torch.Generator().manual_seed(1)
 
     def normal(*size: int) -> torch.Tensor:
-        return (torch.randn(*size, dtype=torch.float64, generator=generator) / size[-1] ** 0.5).to(dtype)
+        values = torch.randn(*size, dtype=torch.float64, generator=generator) / math.sqrt(size[-1])
+        return values.to(dtype)
 
     count = dim * (1 + 3 * sizes.d_inner) + 2 * sizes.inner
     hidden, gap, gap_delta = normal(3, 9, dim), normal(2, 3, 9).abs(), normal(2, 2, sizes.d_inner).abs()

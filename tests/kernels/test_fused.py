@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_named() -> None:
     packed = [each.float() for each in case.packed]
     hidden = torch.randn(2, 5, 16)
     context, sources = torch.randn(2, 6, 16), torch.zeros(2, 2, 5, 3, dtype=torch.int64)
-    for message, call in {
+    calls: dict[str, Callable[[], object]] = {
         "parameters has shape": lambda: mamba_inner(xz, parameters, 4, 3, 1),
         "two halves": lambda: mamba_inner(xz[..., :31], parameters, *sizes),
         "there are 3 directions": lambda: mamba_inner(xz, parameters[[0, 1, 0]], *sizes),
@@ -227,6 +227,7 @@ def test_what_does_not_fit_is_named() -> None:
             hidden, None, packed, case.sizes, context=context, sources=sources - 2
         ),
         "no gradient": lambda: mamba_blocks(hidden.requires_grad_(), None, packed, case.sizes),
-    }.items():
+    }
+    for message, call in calls.items():
         with pytest.raises(KernelError, match=message):
             call()

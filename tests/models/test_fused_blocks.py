@@ -17,6 +17,7 @@ from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import fused_ops_apart, use_backend
 from ssmprune_cli.models.layers import Kept
 from ssmprune_cli.models.mamba_backbone import MambaBackbone
+from ssmprune_cli.models.mamba_block import MambaBlock
 from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.vim import Vim, VimConfig
@@ -61,6 +62,12 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> MambaBackbone:
 
 def images(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def block(model: MambaBackbone, number: int) -> MambaBlock:
+    found = model.layers[number]
+    assert isinstance(found, MambaBlock)
+    return found
 
 
 def used(model: nn.Module, given: Tensor) -> tuple[Tensor, Counter[str]]:
@@ -154,7 +161,7 @@ def test_counters_find_the_same_multiply_adds_inside(reduction: str | None) -> N
 
 def double_last(model: MambaBackbone) -> None:
     with torch.no_grad():
-        model.layers[-1].mixer.out_proj.weight.mul_(2)
+        block(model, -1).mixer.out_proj.weight.mul_(2)
 
 
 def reload(model: MambaBackbone) -> None:
@@ -171,7 +178,7 @@ def swap_data(model: MambaBackbone) -> None:
 
 
 def swap_layer(model: MambaBackbone) -> None:
-    model.layers[2].mixer.x_proj = nn.Linear(64, 34, bias=False)
+    block(model, 2).mixer.x_proj = nn.Linear(64, 34, bias=False)
 
 
 def swap_block(model: MambaBackbone) -> None:
@@ -195,11 +202,12 @@ class Adapter(nn.Module):
 
 
 def adapt(model: MambaBackbone) -> None:
-    model.layers[2].mixer.x_proj = Adapter(model.layers[2].mixer.x_proj)
+    mixer = block(model, 2).mixer
+    mixer.x_proj = Adapter(mixer.x_proj)  # type: ignore[assignment]
 
 
 def hook(model: MambaBackbone) -> None:
-    model.layers[3].mixer.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    block(model, 3).mixer.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
 CHANGES = [double_last, reload, assign, swap_data, swap_layer, swap_block, adapt, hook]
@@ -230,12 +238,17 @@ def test_a_hook_that_is_gone_does_not_matter_any_more() -> None:
 
 def test_nothing_is_computed_twice_for_a_model_that_stays() -> None:
     calls: list[nn.Module] = []
-    kept: Kept[int] = Kept(lambda module: calls.append(module) or len(calls))  # type: ignore[func-returns-value]
-    layer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def count(module: nn.Module) -> int:
+        calls.append(module)
+        return len(calls)
+
+    kept, first = Kept(count), nn.Linear(2, 2)
+    layer = nn.Sequential(first, nn.Linear(2, 2))
     with torch.inference_mode():
         assert [kept(layer), kept(layer)] == [1, 1]
     with torch.no_grad():
-        layer[0].weight.add_(1)
+        first.weight.add_(1)
     assert kept(layer) == 2 == kept(layer)
 
 
@@ -244,7 +257,7 @@ def test_models_made_in_inference_mode_work_too() -> None:
         torch.manual_seed(0)
         model = Vim(VimConfig(**SIZES)).eval()
         first = model(images())
-        model.layers[0].mixer.in_proj.weight.mul_(2)  # nothing tells that this has happened
+        block(model, 0).mixer.in_proj.weight.mul_(2)  # nothing tells that this has happened
         second = model(images())
     assert_close(second, apart(model, images()))
     assert not torch.allclose(first, second, rtol=0, atol=1e-4)
