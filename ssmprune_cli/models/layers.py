@@ -8,6 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.kernels.library import tracing
@@ -37,17 +38,17 @@ class Derived(Generic[T]):
     def __init__(self, compute: Callable[..., T]) -> None:
         self._compute = compute
         self._sources: list[_Source] = []
-        self._value: T | None = None
+        self.value: T | None = None
 
     def __call__(self, *parameters: Tensor) -> T:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing():
             return self._compute(*parameters)
-        if self._value is None or not self._unchanged(parameters):
-            self._value = self._compute(*parameters)
+        if self.value is None or not self._unchanged(parameters):
+            self.value = self._compute(*parameters)
             self._sources = []
             if not any(parameter.is_inference() for parameter in parameters):  # which have no version
                 self._sources = [_source(parameter) for parameter in parameters]
-        return self._value
+        return self.value
 
     def _unchanged(self, parameters: tuple[Tensor, ...]) -> bool:
         if len(parameters) != len(self._sources):
@@ -73,13 +74,13 @@ class Kept(Generic[T]):
         self._hooks: list[Sized] = []
         self._hooked: list[bool] = []
         self._sources: list[_Source] = []
-        self._value: T | None = None
+        self.value: T | None = None
 
     def __call__(self, module: nn.Module) -> T:
-        if self._value is None or not self._unchanged():
+        if self.value is None or not self._unchanged():
             self._watch(module)
-            self._value = self._compute(module)
-        return self._value
+            self.value = self._compute(module)
+        return self.value
 
     def _watch(self, module: nn.Module) -> None:
         modules = list(module.modules())
@@ -100,6 +101,13 @@ class Kept(Generic[T]):
 
     def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[[nn.Module], T]]]:
         return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
+
+
+def kept_tensors(model: nn.Module) -> list[Tensor]:
+    """What inference keeps beside the weights of `model`."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    kept = [each.value for each in tree_leaves(values) if isinstance(each, Derived | Kept)]
+    return [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
 
 
 def decay_rates(A_log: Tensor) -> Tensor:

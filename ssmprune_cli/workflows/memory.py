@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ssmprune_cli.kernels import fused_ops_apart
+from ssmprune_cli.models.layers import kept_tensors
 from ssmprune_cli.workflows.every_op import EveryOp
 
 
@@ -44,13 +47,18 @@ class _LiveTensors(EveryOp):
 
 
 def peak_memory(model: nn.Module, images: Tensor) -> int:
-    """Bytes of the largest set of tensors alive at once in a forward pass, weights and input included."""
+    """Bytes of the largest set of tensors alive at once in a forward pass, weights and input included.
+
+    On a CPU the ops that fused ones are made of stand for what those hold inside.
+    """
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), fused_ops_apart() if images.device.type == "cpu" else nullcontext():
             model(images)
 
-    return peak_memory_of(forward, [*model.parameters(), *model.buffers(), images])
+    with torch.no_grad():
+        model(images)  # after the first pass there is also what inference keeps of the weights
+    return peak_memory_of(forward, [*model.parameters(), *model.buffers(), *kept_tensors(model), images])
 
 
 def peak_memory_of(work: Callable[[], None], tensors: Sequence[Tensor]) -> int:
