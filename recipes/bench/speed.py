@@ -29,6 +29,7 @@ from ssmprune_cli.kernels import (
     add_rms_norm,
     backends_for,
     causal_conv1d,
+    fused_ops_apart,
     gated_sum,
     grid_conv2d,
     selective_scan,
@@ -206,12 +207,12 @@ def small_ops_table(seconds: float) -> None:
 
 
 def floor_table(seconds: float) -> None:
-    """Whole dense Vim-T: with the fast kernels, with the reference scan, and the sum of the floors.
+    """Whole dense Vim-T: with the fast kernels, the same op by op, with the reference scan, and the sum of the floors.
 
     The floors are what GEMMs of the model's own shapes and scans of its own shape take when nothing else is done.
     """
-    print("| Vim-T, 224 x 224, dense | ms a batch | images/s | reference / this | floor, ms | floor / this |")
-    print("|---" * 6 + "|")
+    titles = "ms a batch | images/s | op by op, ms | reference scan, ms | reference / this | floor, ms | floor / this"
+    print(f"| Vim-T, 224 x 224, dense | {titles} |\n" + "|---" * 8 + "|")
     with torch.inference_mode(False):  # nothing could be kept of weights made in inference mode
         model = Vim(VimConfig()).eval()
 
@@ -219,16 +220,21 @@ def floor_table(seconds: float) -> None:
         use_backend(name)
         model(images)
 
+    def apart(images: torch.Tensor) -> None:
+        with fused_ops_apart():
+            on(best, images)
+
     best = active_backend()
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224)
-        times = race({"fast": partial(on, best, images)}, seconds)
+        times = race({"fast": partial(on, best, images), "apart": partial(apart, images)}, seconds)
         times |= race({"reference": partial(on, "reference", images)}, seconds)
         fast, slow = statistics.median(times["fast"]), statistics.median(times["reference"])
         use_backend(best)
         least = floor(model, images, rounds=20).multiply_adds_ms
-        row = (f"batch {batch}", cell(times["fast"]), f"{1e3 * batch / fast:.1f}", f"{slow / fast:.1f}x")
-        print(f"| {' | '.join(row)} | {least:.1f} | {100 * least / fast:.0f} % |")
+        row = [f"batch {batch}", cell(times["fast"]), f"{1e3 * batch / fast:.1f}", cell(times["apart"])]
+        row += [cell(times["reference"]), f"{slow / fast:.1f}x", f"{least:.1f}", f"{100 * least / fast:.0f} %"]
+        print(f"| {' | '.join(row)} |")
     use_backend("auto")
 
 

@@ -24,8 +24,11 @@ typedef struct {
  * in a sample of L, and samples `x_b` and `out_b`. */
 static void panels(const float *x, int64_t x_b, int64_t x_l, int64_t K, const float *weight, int64_t N, float *out,
                    int64_t out_b, int64_t out_l, int64_t L, int64_t start, int64_t stop) {
+    int64_t tiles = (stop - start + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t ahead = tiles ? (K * PANEL / 16 + tiles - 1) / tiles * 16 : 0; /* a tile asks for its part of the next panel */
     for (int64_t n = 0; n < N; n += PANEL, weight += K * PANEL)
-        for (int64_t row = start; row < stop; row += TILE_ROWS) {
+        for (int64_t row = start, tile = 0; row < stop; row += TILE_ROWS, tile++) {
+            for (int64_t i = 0; i < ahead; i += 16) __builtin_prefetch(weight + K * PANEL + tile * ahead + i, 0, 2);
             const float *from[TILE_ROWS];
             float *to[TILE_ROWS];
             for (int r = 0; r < TILE_ROWS; r++) {
