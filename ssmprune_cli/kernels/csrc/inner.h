@@ -1,5 +1,5 @@
 /* The inside of a Mamba block: for each direction the convolution, the projection to the scan's step sizes, B and C, and
- * the scan; then the sum of the directions and the gate. Glossary: inner_op.py.
+ * the scan; then the sum of the directions and the gate. Glossary: fused_op.py.
  *
  * As many samples as there are threads go through it together, so that nothing in between leaves the caches. Each thread
  * first takes rows of them, and then channels. */
@@ -9,7 +9,7 @@
 #include "scan.h"
 
 /* xz is (B, L, 2E), y (B, L, E), context (B, M, E), gap (G, B, L), gap_delta (G, E), sources (G, B, L, K). The second of
- * the G directions scans in reverse. `parameters` are as inner_op.pack_inner lays them out. */
+ * the G directions scans in reverse. `parameters` are as inputs.pack_inner lays them out. */
 typedef struct {
     const void *xz, *context;
     void *y;
