@@ -1,13 +1,13 @@
 /* Several Mamba blocks in a row: add the last output to the residual stream, RMSNorm, the large projection, the inside of
  * the block, the projection back. A few samples for each thread go through all blocks before the next ones start.
- * Glossary: blocks_op.py.
+ * Glossary: fused_op.py.
  */
 #include <omp.h>
 #include "inner.h"
 #include "rows.h"
 
-/* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean square 1; gap (G, B, L); gap_delta
- * (blocks, G, E); sources (G, B, L, K). `parameters` of each block are as blocks_op.pack_block lays them out. */
+/* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean
+ * square 1; gap (G, B, L); gap_delta (blocks, G, E); sources (G, B, L, K). `parameters` of each block are as inputs.pack_block lays them out. */
 typedef struct {
     const float *hidden, *residual, *context, *gap, *gap_delta;
     float *out, *stream, *ungated;
