@@ -32,7 +32,7 @@ def command(
 
     Multiply-adds are for one image; one multiply-add counts as one. "All directions" counts every scan; "one direction"
     counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate. The floor is the
-    least time: every matrix product and scan run alone, or their bytes copied, whichever takes longer.
+    least time: every matrix product and scan run alone or fused, or their bytes copied, whichever takes longer.
     """
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
