@@ -42,11 +42,21 @@ class Backend(ABC):
         """y (B, L, E), or (B, K, E) with `read`."""
 
     @abstractmethod
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
+    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
         """Gradients of u, delta, A, B, C, D, z, delta_bias, shift, gap_delta; None where the input is None.
 
-        `grad` (B, L, E) has zeros at tokens that were not read.
+        `grad` (B, L, E) has zeros at tokens that were not read. `states` is what `scan_keeping` kept, if it did.
         """
+
+    def kept_states(self, length: int) -> int:
+        """How many states of a sequence `scan_keeping` keeps."""
+        return 0
+
+    def scan_keeping(self, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+        """What `scan` gives, and states (B, `kept_states`, N, E) that the backward pass then need not compute again."""
+        batch, _, channels = inputs.u.shape
+        states = inputs.u.new_empty(batch, 0, inputs.A.shape[1], channels, dtype=torch.float32)
+        return self.scan(inputs), states
 
     # What follows is plain PyTorch unless a backend has something faster.
 

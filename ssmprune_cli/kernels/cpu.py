@@ -17,6 +17,7 @@ from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm,
 from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, ScanInputs
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
+CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
 _DTYPES = (torch.float32, torch.bfloat16)
 # Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
 _WORTH_THREADS = 1 << 16
@@ -56,20 +57,35 @@ class CpuBackend(Backend):
         return example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
 
     def scan(self, inputs: ScanInputs) -> Tensor:
+        return self._scan(inputs)
+
+    def kept_states(self, length: int) -> int:
+        return (length + CHUNK - 1) // CHUNK
+
+    def scan_keeping(self, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+        batch, length, channels = inputs.u.shape
+        states = torch.empty(batch, self.kept_states(length), inputs.A.shape[1], channels)
+        return self._scan(inputs, states), states
+
+    def _scan(self, inputs: ScanInputs, states: Tensor | None = None) -> Tensor:
         batch, length, channels = inputs.u.shape
         outputs = length if inputs.read is None else inputs.read.shape[1]
         y = torch.empty(batch, outputs, channels, dtype=inputs.u.dtype)
         call = Call(threads=torch.get_num_threads(), groups=_groups(batch), outputs=outputs)
         call.scan(inputs)
         call.set(y=y)
+        if states is not None:
+            call.set(states=states)
         if inputs.read is not None:
             places = torch.arange(outputs).expand(batch, -1)
             call.set(slots=torch.full((batch, length), -1).scatter_(1, inputs.read, places))
         self._run("scan_forward", call.struct(Scan))
         return y
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
+    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
         batch, length, channels = inputs.u.shape
+        if states is None or states.shape[1] != self.kept_states(length):  # another backend went forward
+            _, states = self.scan_keeping(inputs)
         dtype, state, groups = inputs.u.dtype, inputs.A.shape[1], _groups(batch)
         wide, per_sample = (batch, length, channels), (batch, channels)
         found = {name: torch.empty(wide, dtype=dtype) for name in ("du", "ddelta")}
@@ -82,7 +98,7 @@ class CpuBackend(Backend):
         found.update({name: torch.empty(batch, groups, length, state) for name in ("dB", "dC")})
         call = Call(threads=torch.get_num_threads(), groups=groups)
         call.scan(inputs)
-        call.set(grad=grad.contiguous(), **found)
+        call.set(grad=grad.contiguous(), states=states, **found)
         self._run("scan_backward", call.struct(Scan))
 
         def total(name: str, like: Tensor | None, dim: int = 0) -> Tensor | None:

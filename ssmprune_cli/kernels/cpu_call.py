@@ -21,7 +21,7 @@ def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctyp
 Scan = _struct(
     "Scan",
     "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots "
-    "rank dt_weight sum ungated",
+    "rank dt_weight sum ungated states",
     "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l A_c A_n "
     "softplus reverse half half_out threads groups outputs rank_l R",
     "scale",

@@ -184,7 +184,7 @@ class MambaCudaBackend(Backend):
     def scan(self, inputs: ScanInputs) -> Tensor:
         return scan_with(self._stock, inputs)
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
+    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
         return gradients_with(self._stock, grad, inputs)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:

@@ -82,10 +82,12 @@ def selective_scan(
             raise KernelError("read and z exclude each other")
         if read.dtype != torch.int64 or read.ndim != 2 or read.shape[0] != batch or read.device != u.device:
             raise KernelError(f"read must be int64 (B, K) beside u, not {read.dtype} {tuple(read.shape)}")
-    result: Tensor = torch.ops.ssmprune.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, read
-    )
-    return result
+    tensors = (u, delta, A, B, C, D, z, delta_bias, shift, gap_delta)
+    keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    y: Tensor = torch.ops.ssmprune.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, read, keep
+    )[0]
+    return y
 
 
 def scan_flops(
@@ -114,17 +116,24 @@ def _scan_op(
     gap_delta: Tensor | None,
     reverse: bool,
     read: Tensor | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and the states that the backward pass starts from if `keep` says that there will be one."""
     backend = pick(u, A.shape[1])
     own = read if backend.skips_reading else None
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, own)
-    y = backend.scan(inputs)
-    return y if read is None or own is not None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2]))
+    y, states = backend.scan_keeping(inputs) if keep else (backend.scan(inputs), u.new_empty(0))
+    return y if read is None or own is not None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2])), states
 
 
-def _scan_fake(u: Tensor, *others: Any) -> Tensor:
-    read: Tensor | None = others[-1]
-    return u.new_empty(u.shape if read is None else (*read.shape, u.shape[2]))
+def _scan_fake(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, read, keep = others
+    y = u.new_empty(u.shape if read is None else (*read.shape, u.shape[2]))
+    if not keep:
+        return y, u.new_empty(0)
+    (batch, length, channels), state = u.shape, A.shape[1]
+    kept = pick(u, int(state)).kept_states(length)
+    return y, u.new_empty(batch, kept, state, channels, dtype=torch.float32)
 
 
 def _scan_backward_op(
@@ -142,38 +151,44 @@ def _scan_backward_op(
     gap: Tensor | None,
     gap_delta: Tensor | None,
     reverse: bool,
+    states: Tensor,
 ) -> list[Tensor]:
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse)
-    found = pick(u, A.shape[1]).scan_backward(grad, inputs)
+    found = pick(u, A.shape[1]).scan_backward(grad, inputs, states if states.numel() else None)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
 def _scan_backward_fake(grad: Tensor, u: Tensor, *others: Any) -> list[Tensor]:
-    delta, A, B, C, D, z, bias, _, shift, _, gap_delta, _ = others
+    delta, A, B, C, D, z, bias, _, shift, _, gap_delta, *_ = others
     tensors = (u, delta, A, B, C, D, z, bias, shift, gap_delta)
     return [tensor.new_empty(tensor.shape) for tensor in tensors if tensor is not None]
 
 
-def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, softplus, shift, gap, gap_delta, reverse, read = inputs
-    ctx.save_for_backward(*tensors, shift, gap, gap_delta, read)
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, softplus, shift, gap, gap_delta, reverse, read, _ = inputs
+    _, states = output
+    ctx.mark_non_differentiable(states)
+    ctx.set_materialize_grads(False)  # no zeros for the states
+    ctx.save_for_backward(*tensors, shift, gap, gap_delta, read, states)
     ctx.flags = (softplus, reverse)
 
 
-def _scan_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, shift, gap, gap_delta, read = ctx.saved_tensors
+def _scan_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 15
+    *tensors, shift, gap, gap_delta, read, states = ctx.saved_tensors
     softplus, reverse = ctx.flags
     if read is not None:
         index = read[..., None].expand(-1, -1, grad.shape[2])
         grad = grad.new_zeros(tensors[0].shape).scatter(1, index, grad)
     found = iter(
         torch.ops.ssmprune.selective_scan_backward(
-            grad.contiguous(), *tensors, softplus, shift, gap, gap_delta, reverse
+            grad.contiguous(), *tensors, softplus, shift, gap, gap_delta, reverse, states
         )
     )
     gradients = [None if tensor is None else next(found) for tensor in (*tensors, shift, gap_delta)]
-    # In the op's order: eight tensors, the softplus flag, shift, gap, gap_delta, the direction, the tokens read.
-    return (*gradients[:8], None, gradients[8], None, gradients[9], None, None)
+    # In the op's order: eight tensors, the softplus flag, shift, gap, gap_delta, the direction, the tokens read, keep.
+    return (*gradients[:8], None, gradients[8], None, gradients[9], None, None, None)
 
 
 define("selective_scan", _scan_op, _scan_fake, backward=_scan_backward, setup=_scan_setup)
@@ -184,5 +199,5 @@ define("selective_scan_backward", _scan_backward_op, _scan_backward_fake)
 @register_flop_formula(torch.ops.ssmprune.selective_scan)
 def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *others: Any, **kwargs: Any) -> int:
     batch, length, channels = u
-    read = others[-1][1] if len(others) == 7 and others[-1] is not None else None
+    read = others[-2][1] if others[-2] is not None else None
     return 2 * scan_flops(batch, length, channels, A[1], has_D=D is not None, has_z=z is not None, read=read)

@@ -181,7 +181,7 @@ class PyTorchBackend(Backend):
     def scan(self, inputs: ScanInputs) -> Tensor:
         return self._scan(_widened(inputs)).to(inputs.u.dtype)
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
+    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
         found = scan_gradients(wide(grad), _widened(inputs))
         given = (inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias)
         return tuple(

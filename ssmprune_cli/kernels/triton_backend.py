@@ -68,7 +68,7 @@ class TritonBackend(Backend):
             )
         return y
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs) -> Gradients:
+    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
         from ssmprune_cli.kernels.triton_scan_backward import scan_backward
 
         u, A = inputs.u, inputs.A

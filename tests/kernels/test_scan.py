@@ -87,6 +87,22 @@ def test_values_and_gradients_in_float32(backend: str, shape: tuple[int, int, in
             assert error <= 1e-5 * expected.abs().max(), (name, reverse, extras, float(error))
 
 
+@pytest.mark.parametrize("forward", AVAILABLE)
+@pytest.mark.parametrize("backward", AVAILABLE)
+def test_another_backend_may_go_back(forward: str, backward: str) -> None:
+    """What one kept of the states is no use to the other, which then does without or computes its own."""
+    inputs, gap = make((2, 37, 9, 4), "gap", extras=True)
+    truth = run("reference", inputs, gap, True, torch.float64)
+    use_backend(forward)
+    leaves: dict[str, Any] = {name: value.float().requires_grad_() for name, value in inputs.items()}
+    y = selective_scan(**leaves, gap=gap, reverse=True)
+    use_backend(backward)
+    gradients = torch.autograd.grad(y, list(leaves.values()), torch.linspace(-1, 1, y.numel()).view_as(y))
+    for name, found in zip(leaves, gradients, strict=True):
+        # As in the test above.
+        assert (found.double() - truth[name]).abs().max() <= 1e-5 * truth[name].abs().max(), name
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,9 +261,9 @@ def test_ops_pass_opcheck_and_export() -> None:
     inputs, gap = make((2, 5, 4, 3), "gap+delta", extras=True)
     given = [inputs[name].requires_grad_() for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     gap_delta = inputs["gap_delta"].requires_grad_()
-    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*given, True, None, gap, gap_delta, True, None))
+    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*given, True, None, gap, gap_delta, True, None, True))
     ungated, read = [*given[:6], None, given[7]], torch.tensor([[4, 1], [0, 2]])
-    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*ungated, True, None, None, None, False, read))
+    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*ungated, True, None, None, None, False, read, False))
     weight = torch.randn(4, 3, dtype=torch.float64)
     torch.library.opcheck(torch.ops.ssmprune.causal_conv1d, (given[0], weight, given[5], False))
 

@@ -17,6 +17,7 @@ typedef struct {
      * too; z and y are bfloat16 if `half_out` says so. */
     const float *rank, *dt_weight, *sum;
     float *ungated;
+    float *states; /* (B, chunks, N, E): before each chunk, which the forward pass keeps for the backward pass, or none */
     int64_t batch, length, channels, state;
     int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l, A_c, A_n;
     int64_t softplus, reverse, half, half_out, threads, groups, outputs, rank_l, R;
@@ -48,6 +49,11 @@ INLINE void read_block(const Scan *a, int64_t c, int lanes, int N, Block *k) {
 /* Up to CHUNK tokens in scan order, `first` being the first one's place and `way` the direction. */
 #define CHUNK 16
 typedef struct { vf raw[CHUNK], step[CHUNK], decay[CHUNK], u[CHUNK]; } Tokens;
+
+/* Where state 0 of the chunk from `start` on (in scan order) is in `states`, for channels c ... */
+INLINE int64_t state_at(const Scan *a, int64_t b, int64_t start, int64_t c) {
+    return ((b * ((a->length + CHUNK - 1) / CHUNK) + start / CHUNK) * a->state) * a->channels + c;
+}
 
 /* A load that also fetches the next block's part of the row, which is read after this one's chunk. */
 INLINE vf load_ahead(const void *data, int64_t at, int lanes, int half) {

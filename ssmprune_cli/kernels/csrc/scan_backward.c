@@ -1,4 +1,5 @@
-/* The gradients of the aligned selective scan. States are kept at the start of every chunk and recomputed inside it.
+/* The gradients of the aligned selective scan. States come from the forward pass at the start of every chunk and
+ * are recomputed inside it.
  *
  * A sample's channel blocks go through one chunk together before any goes on to the next: the sums over channels that dB
  * and dC need are then the size of a chunk, and stay in L1.
@@ -7,35 +8,18 @@
 
 #define PAIR 2 /* states at a time on the way back; more do not fit into registers */
 
-/* Only the states at the start of each chunk, `borders` [chunk][block][N]. */
-INLINE void keep_borders(const Scan *a, int64_t b, int64_t c, int lanes, int N, int half, const Block *k, int64_t stride,
-                         vf *borders) {
-    Tokens x;
-    vf h[MAX_INNER];
-    for (int n = 0; n < N; n++) h[n] = (vf){0};
-    int way = a->reverse ? -1 : 1;
-    for (int64_t start = 0; start < a->length; start += CHUNK, borders += stride) {
-        for (int n = 0; n < N; n++) borders[n] = h[n];
-        int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
-        int64_t first = a->reverse ? a->length - 1 - start : start;
-        int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
-        for (int j = 0; j < size; j++) x.step[j] *= x.u[j];
-        advance_all(a, k, x.decay, x.step, h, 0, 0, b * a->B_b + first * a->B_l, 0, way, size, N, safe, half);
-    }
-}
-
 /* What a block of channels carries from chunk to chunk on the way back. */
 typedef struct { vf carry[MAX_INNER], dA[MAX_INNER], dD, dbias, dgap_delta; } Carried;
 
 typedef struct { vf drive[CHUNK], y[CHUNK], through[CHUNK], ddrive[CHUNK], ddecay[CHUNK]; } Work;
 
 /* `count` states through a chunk and back. `through` is what the output's gradient sends to y. Adds C . h to y. */
-INLINE void back_and_forth(const Scan *a, const Tokens *x, const Block *k, Work *w, const vf *border, Carried *carried,
+INLINE void back_and_forth(const Scan *a, const Tokens *x, const Block *k, Work *w, const vf *before, Carried *carried,
                            vf *sums, int m, int64_t b_at, int64_t c_at, int way, int size, int safe, int count, int half) {
     vf factors[PAIR][CHUNK], states[PAIR][CHUNK + 1], carry[PAIR], dA[PAIR];
     for (int n = 0; n < count; n++) {
         decay_factors(x->decay, k->A[m + n], size, safe, factors[n]);
-        states[n][0] = carry[n] = border[m + n];
+        states[n][0] = carry[n] = before[n];
     }
     for (int j = 0; j < size; j++) {
         vf y = w->y[j];
@@ -67,7 +51,7 @@ INLINE void back_and_forth(const Scan *a, const Tokens *x, const Block *k, Work 
 
 /* One chunk of one block. `sums` holds dB and dC of the chunk lane by lane: [N][2][CHUNK]. */
 INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, int lanes, int N, int half,
-                           const Block *k, const vf *border, Carried *carried, vf *sums) {
+                           const Block *k, Carried *carried, vf *sums) {
     Tokens x;
     Work w;
     vf grad[CHUNK], z[CHUNK], gate[CHUNK];
@@ -90,8 +74,11 @@ INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, i
     for (int m = 0; m < N; m += PAIR) {
         int64_t b_at = b * a->B_b + first * a->B_l + m, c_at = b * a->C_b + first * a->C_l + m;
         int count = N - m < PAIR ? N - m : PAIR;
-        if (count == PAIR) back_and_forth(a, &x, k, &w, border, carried, sums, m, b_at, c_at, way, size, safe, PAIR, half);
-        else back_and_forth(a, &x, k, &w, border, carried, sums, m, b_at, c_at, way, size, safe, 1, half);
+        vf before[PAIR];
+        for (int n = 0; n < count; n++)
+            before[n] = load(a->states, state_at(a, b, start, c) + (m + n) * a->channels, lanes, 0);
+        if (count == PAIR) back_and_forth(a, &x, k, &w, before, carried, sums, m, b_at, c_at, way, size, safe, PAIR, half);
+        else back_and_forth(a, &x, k, &w, before, carried, sums, m, b_at, c_at, way, size, safe, 1, half);
     }
     if (a->z)
         for (int j = 0; j < size; j++) {
@@ -132,20 +119,16 @@ static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, 
         memset(a->dC + item * L * N, 0, (size_t)(L * N) * sizeof(float));
         return 0;
     }
-    vf *borders = aligned_alloc(sizeof(vf), (size_t)(chunks * count * N) * sizeof(vf));
     Carried *carried = aligned_alloc(sizeof(vf), (size_t)count * sizeof(Carried));
     Block *blocks = aligned_alloc(sizeof(vf), (size_t)count * sizeof(Block));
-    int failed = !borders || !carried || !blocks;
+    int failed = !carried || !blocks;
     if (!failed) {
         vf sums[2 * MAX_INNER * CHUNK];
         memset(carried, 0, (size_t)count * sizeof(Carried));
         for (int64_t k = 0; k < count; k++) {
             int64_t c = (from + k) * W;
             int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
-            vf *border = borders + k * N;
             read_block(a, c, lanes, (int)N, blocks + k);
-            if (lanes == W && N == 16 && !a->half) keep_borders(a, b, c, W, 16, 0, blocks + k, count * N, border);
-            else keep_borders(a, b, c, lanes, (int)N, (int)a->half, blocks + k, count * N, border);
         }
         for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
             int64_t start = chunk * CHUNK;
@@ -153,11 +136,10 @@ static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, 
             for (int64_t k = 0; k < count; k++) {
                 int64_t c = (from + k) * W;
                 int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
-                const vf *border = borders + (chunk * count + k) * N;
                 if (lanes == W && N == 16 && !a->half)
-                    backward_chunk(a, b, start, c, W, 16, 0, blocks + k, border, carried + k, sums);
+                    backward_chunk(a, b, start, c, W, 16, 0, blocks + k, carried + k, sums);
                 else
-                    backward_chunk(a, b, start, c, lanes, (int)N, (int)a->half, blocks + k, border, carried + k, sums);
+                    backward_chunk(a, b, start, c, lanes, (int)N, (int)a->half, blocks + k, carried + k, sums);
             }
             for (int64_t j = 0; j < CHUNK && start + j < L; j++) {
                 int64_t t = a->reverse ? L - 1 - start - j : start + j;
@@ -177,7 +159,6 @@ static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, 
             store(a->dgap_delta, b * a->channels + c, carried[k].dgap_delta, lanes, 0);
         }
     }
-    free(borders);
     free(carried);
     free(blocks);
     return failed;

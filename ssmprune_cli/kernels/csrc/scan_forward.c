@@ -15,6 +15,9 @@ INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, in
     int way = a->reverse ? -1 : 1;
     int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
     int64_t first = a->reverse ? a->length - 1 - start : start;
+    if (a->states)
+        for (int n = 0; n < N; n++)
+            store(a->states, state_at(a, b, start, c) + n * a->channels, column->h[n], lanes, 0);
     const int64_t *slots = a->slots ? a->slots + b * a->length + first : 0;
     int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
     for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k->D * x.u[j];
