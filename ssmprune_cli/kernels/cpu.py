@@ -13,10 +13,11 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import eager
 from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.build import load_library
-from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, Scan
+from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, NormBack, Scan
 from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, ScanInputs
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
+MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
 CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
 _DTYPES = (torch.float32, torch.bfloat16)
 # Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
@@ -188,17 +189,42 @@ class CpuBackend(Backend):
         self._run("add_rms_norm", call.struct(Norm))
         return normed, stream
 
+    def add_rms_norm_backward(
+        self, d_normed: Tensor, d_stream: Tensor, stream: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if weight.dtype not in _DTYPES:
+            return eager.add_rms_norm_gradients(d_normed, d_stream, stream, weight, eps)
+        threads = _threads(stream.numel(), _WORTH_THREADS)
+        rows, channels = stream.shape[0] * stream.shape[1], stream.shape[2]
+        half = weight.dtype == torch.bfloat16
+        d_sum, d_weight = torch.empty(stream.shape), torch.empty(threads, channels)
+        call = Call(rows=rows, channels=channels, half=half, threads=threads, groups=threads, eps=eps)
+        call.set(normed=d_normed.contiguous(), weight=weight.contiguous(), d_stream=d_stream.contiguous())
+        call.set(stream=stream.contiguous(), d_sum=d_sum, d_weight=d_weight)
+        self._run("add_rms_norm_backward", call.struct(NormBack))
+        return d_sum, d_weight.sum(dim=0).to(weight.dtype)
+
     def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
-        if len(ys) > 4:
+        if len(ys) > MOST_YS:
             return eager.gated_sum(ys, z, scale)
         out = torch.empty(z.shape, dtype=z.dtype)
-        batch, length, channels = z.shape
-        call = Call(batch=batch, length=length, channels=channels, count=len(ys), scale=scale)
-        call.set(out=out, **{f"y{number}": y.contiguous() for number, y in enumerate(ys)})
-        call.rows(z=z)
-        call.numbers.update(half=z.dtype == torch.bfloat16, threads=_threads(z.numel(), _EXPONENTIALS_WORTH_THREADS))
+        call = Call(scale=scale)
+        call.gate(ys, z)
+        call.set(out=out)
+        call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
         self._run("gated_sum", call.struct(Gate))
         return out
+
+    def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if len(ys) > MOST_YS:
+            return eager.gated_sum_gradients(grad, ys, z, scale)
+        d_y, d_z = torch.empty(z.shape, dtype=z.dtype), torch.empty(z.shape, dtype=z.dtype)
+        call = Call(scale=scale)
+        call.gate(ys, z)
+        call.set(grad=grad.contiguous(), dy=d_y, dz=d_z)
+        call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
+        self._run("gated_sum_backward", call.struct(Gate))
+        return d_y, d_z
 
     def mamba_inner(self, inputs: InnerInputs) -> Tensor:
         batch, length, channels = inputs.xz.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ Conv = _struct(
     "batch length channels width x_b x_l context_b context_l others rows columns outputs reverse half threads",
 )
 Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels half_in half_out threads", "eps")
-Gate = _struct("Gate", "y0 y1 y2 y3 z out", "batch length channels count z_b z_l half threads", "scale")
+NormBack = _struct(
+    "NormBack", "normed weight stream d_stream d_sum d_weight", "rows channels half threads groups", "eps"
+)
+Gate = _struct("Gate", "y0 y1 y2 y3 z grad out dy dz", "batch length channels count z_b z_l half threads", "scale")
 Inner = _struct(
     "Inner",
     "xz context y ungated parameters gap gap_delta sources",
@@ -93,6 +97,13 @@ class Call:
         batch, length, channels = x.shape
         self.numbers.update(batch=batch, length=length, channels=channels, width=weight.shape[-1])
         self.numbers["half"] = x.dtype == torch.bfloat16
+
+    def gate(self, ys: Sequence[Tensor], z: Tensor) -> None:
+        self.set(**{f"y{number}": y.contiguous() for number, y in enumerate(ys)})
+        self.rows(z=z)
+        batch, length, channels = z.shape
+        self.numbers.update(batch=batch, length=length, channels=channels, count=len(ys))
+        self.numbers["half"] = z.dtype == torch.bfloat16
 
     def inner(self, inputs: InnerInputs) -> None:
         batch, length, width = inputs.xz.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ def gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float = 1.0) -> Tensor:
     """(sum of ys) * silu(z) * scale: what follows the scans of all directions; each (B, L, E)."""
     size = three(z, "z")
     check(z, {f"ys[{number}]": (y, size) for number, y in enumerate(ys)}, {})
+    if len(ys) > 1 and z.dtype.itemsize >= 4 and torch.is_grad_enabled() and any(y.requires_grad for y in ys):
+        # The backward pass then finds one tensor kept, not all of them. Half precision would round the sum.
+        ys = [functools.reduce(torch.add, ys)]
     result: Tensor = torch.ops.ssmprune.gated_sum(list(ys), z, scale)
     return result
 

@@ -160,9 +160,10 @@ class MambaMixer(nn.Module):
         if wanted == "nothing" and frozen is None:
             mixed = self._fused(xz, sequence, alignment, context)
         if mixed is None:
-            flow = inflow(sequence, xz[..., : self.d_inner], None if frozen is None else self._inner(frozen), alignment)
+            inner, z = xz.chunk(2, dim=-1)  # (B, L, E) each
+            flow = inflow(sequence, inner, None if frozen is None else self._inner(frozen), alignment)
             statistics = self._scan(flow, context, wanted)
-            mixed = gated_sum(statistics.y, xz[..., self.d_inner :], self.scale)
+            mixed = gated_sum(statistics.y, z, self.scale)
         projected: Tensor = self.out_proj(mixed)
         if self.gamma is not None:
             projected = projected * self.gamma

@@ -59,6 +59,45 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda a, b, z: gated_sum((a, b), z, 0.5), tuple(leaves[:3]))
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 3, 45), (2, 200, 200)], ids=str)  # no number of vectors; enough for threads
+def test_gradients_against_float64(backend: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(size, generator=generator).to(dtype) for _ in range(8)]
+    weight = torch.randn(size[2], generator=generator).to(dtype)
+    results = []
+    for name, kind in (("reference", torch.float64), (backend, dtype)):
+        use_backend(name)
+        *leaves, own = (value.to(kind).requires_grad_() for value in (*given[:5], weight))
+        through = [value.to(kind) for value in given[5:]]
+        hidden, residual, z, y0, y1 = leaves
+        residual = residual.to(torch.promote_types(kind, torch.float32)).detach().requires_grad_()
+        normed, stream = add_rms_norm(hidden, residual, own, 1e-5)
+        gated = gated_sum((y0, y1), torch.cat([z, z], dim=2)[..., size[2] :], 0.5)
+        loss = (normed * through[0]).sum() + (stream * through[1]).sum() + (gated * through[2]).sum()
+        results.append(torch.autograd.grad(loss, (hidden, residual, own, z, y0, y1)))
+    for expected, found in zip(*results, strict=True):
+        # Of the largest: a sum over rows in float32, or what rounding does to values in half precision.
+        error = (found.double() - expected).abs().max()
+        assert error <= (2e-6 if dtype == torch.float32 else 2**-7) * expected.abs().max()
+
+
+def test_the_gate_keeps_one_sum_for_the_way_back() -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    ys = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(4)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = gated_sum(ys, torch.randn(2, 3, 4))
+    assert len(kept) == 2 and found.requires_grad  # the sum and z
+    with torch.no_grad():
+        assert torch.equal(gated_sum(ys, kept[1]), found)
+
+
 def test_pass_opcheck() -> None:
     leaves = [torch.randn(1, 2, 4, requires_grad=True) for _ in range(3)]
     torch.library.opcheck(torch.ops.ssmprune.add_rms_norm, (leaves[0], leaves[1], torch.ones(4), 1e-5))

@@ -9,8 +9,51 @@ int add_rms_norm(const Norm *a) {
 }
 
 typedef struct {
-    const void *y[4], *z;
-    void *out;
+    const void *normed, *weight; /* the gradient of `normed`, and the weight: of one type */
+    const float *stream, *d_stream;
+    float *d_sum, *d_weight; /* d_weight (groups, E): each group of rows has a sum of its own */
+    int64_t rows, channels, half, threads, groups;
+    double eps;
+} NormBack;
+
+INLINE void norm_back_row(const NormBack *a, int64_t row, float *d_weight, int half) {
+    int64_t E = a->channels, at = row * E;
+    vf square[UNROLL] = {{0}}, product[UNROLL] = {{0}};
+    for (int64_t c = 0; c < E; c += SLAB) {
+        vf x[UNROLL] = {{0}}, g[UNROLL] = {{0}};
+        FOR_SLAB(E, c, x[i] = load(a->stream, at + c + i * W, lanes, 0))
+        FOR_SLAB(E, c, g[i] = load(a->normed, at + c + i * W, lanes, half) * load(a->weight, c + i * W, lanes, half))
+        STAGE square[i] += x[i] * x[i], product[i] += x[i] * g[i];
+    }
+    for (int i = 1; i < UNROLL; i++) square[0] += square[i], product[0] += product[i];
+    float scale = 1.0f / __builtin_sqrtf(sum_lanes(square[0]) / (float)E + (float)a->eps);
+    float along = sum_lanes(product[0]) * scale * scale / (float)E; /* what only stretches a row has no effect */
+    for (int64_t c = 0; c < E; c += SLAB) {
+        vf x[UNROLL] = {{0}}, g[UNROLL] = {{0}}, d[UNROLL] = {{0}};
+        FOR_SLAB(E, c, x[i] = load(a->stream, at + c + i * W, lanes, 0); g[i] = load(a->normed, at + c + i * W, lanes, half))
+        FOR_SLAB(E, c, d[i] = g[i] * load(a->weight, c + i * W, lanes, half))
+        FOR_SLAB(E, c, d[i] = load(a->d_stream, at + c + i * W, lanes, 0) + scale * (d[i] - along * x[i]))
+        FOR_SLAB(E, c, store(a->d_sum, at + c + i * W, d[i], lanes, 0))
+        FOR_SLAB(E, c, store(d_weight, c + i * W, load(d_weight, c + i * W, lanes, 0) + g[i] * x[i] * scale, lanes, 0))
+    }
+}
+
+int add_rms_norm_backward(const NormBack *a) {
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (int64_t group = 0; group < a->groups; group++) {
+        float *d_weight = a->d_weight + group * a->channels;
+        memset(d_weight, 0, (size_t)a->channels * sizeof(float));
+        for (int64_t row = a->rows * group / a->groups; row < a->rows * (group + 1) / a->groups; row++) {
+            if (a->half) norm_back_row(a, row, d_weight, 1);
+            else norm_back_row(a, row, d_weight, 0);
+        }
+    }
+    return 0;
+}
+
+typedef struct {
+    const void *y[4], *z, *grad;
+    void *out, *dy, *dz;
     int64_t batch, length, channels, count, z_b, z_l, half, threads;
     double scale;
 } Gate;
@@ -28,12 +71,36 @@ INLINE void gate_row(const Gate *a, int64_t row, int half) {
     }
 }
 
+INLINE void gate_back_row(const Gate *a, int64_t row, int half) {
+    int64_t E = a->channels, at = row * E, z_at = row / a->length * a->z_b + row % a->length * a->z_l;
+    for (int64_t c = 0; c < E; c += SLAB) {
+        vf z[UNROLL] = {{0}}, gate[UNROLL], y[UNROLL] = {{0}}, g[UNROLL] = {{0}};
+        FOR_SLAB(E, c, z[i] = load(a->z, z_at + c + i * W, lanes, half); y[i] = load(a->y[0], at + c + i * W, lanes, half))
+        for (int64_t k = 1; k < a->count; k++) { FOR_SLAB(E, c, y[i] += load(a->y[k], at + c + i * W, lanes, half)) }
+        FOR_SLAB(E, c, g[i] = load(a->grad, at + c + i * W, lanes, half))
+        STAGE gate[i] = z[i];
+        sigmoid(gate);
+        STAGE g[i] *= gate[i] * (float)a->scale;
+        FOR_SLAB(E, c, store(a->dy, at + c + i * W, g[i] * z[i], lanes, half))
+        FOR_SLAB(E, c, store(a->dz, at + c + i * W, g[i] * y[i] * (1.0f + z[i] * (1.0f - gate[i])), lanes, half))
+    }
+}
+
 /* (y_0 + y_1 + ...) silu(z) scale */
 int gated_sum(const Gate *a) {
 #pragma omp parallel for num_threads(a->threads) schedule(static)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
         if (a->half) gate_row(a, row, 1);
         else gate_row(a, row, 0);
+    }
+    return 0;
+}
+
+int gated_sum_backward(const Gate *a) {
+#pragma omp parallel for num_threads(a->threads) schedule(static)
+    for (int64_t row = 0; row < a->batch * a->length; row++) {
+        if (a->half) gate_back_row(a, row, 1);
+        else gate_back_row(a, row, 0);
     }
     return 0;
 }
