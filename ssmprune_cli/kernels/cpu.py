@@ -148,6 +148,21 @@ class CpuBackend(Backend):
             raise KernelError("a source lies outside the tokens and their context")
         return y
 
+    def sparse_conv_backward(
+        self, grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch, _, channels = x.shape
+        d_x, d_context = torch.empty(x.shape, dtype=x.dtype), torch.empty(context.shape, dtype=x.dtype)
+        d_taps, d_bias = torch.empty(batch, weight.shape[1], channels), torch.empty(batch, channels)
+        call = Call(threads=torch.get_num_threads(), others=context.shape[1])
+        call.convolution(x, weight, bias)
+        call.rows(context=context)
+        call.set(grad=grad.contiguous(), positions=sources.contiguous())
+        call.set(dx=d_x, dcontext=d_context, dtaps=d_taps, dbias=d_bias)
+        if self._run("sparse_conv_backward", call.struct(Conv)) & 2:
+            raise KernelError("a source lies outside the tokens and their context")
+        return d_x, d_context, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
+
     def grid_conv(
         self,
         x: Tensor,

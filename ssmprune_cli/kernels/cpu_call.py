@@ -29,7 +29,7 @@ Scan = _struct(
 )
 Conv = _struct(
     "Conv",
-    "x context grad y dx taps bias dtaps dbias positions",
+    "x context grad y dx dcontext taps bias dtaps dbias positions",
     "batch length channels width x_b x_l context_b context_l others rows columns outputs reverse half threads",
 )
 Norm = _struct("Norm", "hidden residual weight stream normed", "rows channels half_in half_out threads", "eps")

@@ -44,19 +44,33 @@ int sparse_conv_forward(const Conv *a) {
     return missing ? 2 : 0;
 }
 
+/* Of `y`, a convolution of token t of sample b, the gradient before its SiLU. */
+INLINE void before_silu(const Conv *a, int64_t b, int64_t t, int64_t c, int half, const vf *y, vf *d) {
+    vf gate[UNROLL];
+    int64_t at = (b * a->length + t) * a->channels + c;
+    STAGE gate[i] = y[i];
+    sigmoid(gate);
+    STAGE d[i] = gate[i] * (1.0f + y[i] * (1.0f - gate[i]));
+    FOR_SLAB(a->channels, c, d[i] *= load(a->grad, at + i * W, lanes, half))
+}
+
+INLINE void store_sums(const Conv *a, int64_t b, int64_t c, vf (*dtaps)[UNROLL], const vf *dbias) {
+    for (int64_t k = 0; k < a->width; k++) {
+        float *out = a->dtaps + (b * a->width + k) * a->channels + c;
+        FOR_SLAB(a->channels, c, store(out, i * W, dtaps[k][i], lanes, 0))
+    }
+    FOR_SLAB(a->channels, c, store(a->dbias, b * a->channels + c + i * W, dbias[i], lanes, 0))
+}
+
 /* dtaps (B, K, E) and dbias (B, E) are per sample; the caller adds them up. dx is written whole. `dy` (L, SLAB) is the
  * gradient before the SiLU. */
 INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy) {
     vf dbias[UNROLL] = {{0}}, dtaps[MAX_INNER][UNROLL];
     memset(dtaps, 0, sizeof dtaps);
     for (int64_t t = 0; t < a->length; t++) {
-        vf y[UNROLL] = {{0}}, gate[UNROLL], *d = dy + t * UNROLL;
-        int64_t at = (b * a->length + t) * a->channels + c;
+        vf y[UNROLL] = {{0}}, *d = dy + t * UNROLL;
         convolve(a, b, t, c, half, y);
-        STAGE gate[i] = y[i];
-        sigmoid(gate);
-        STAGE d[i] = gate[i] * (1.0f + y[i] * (1.0f - gate[i]));
-        FOR_SLAB(a->channels, c, d[i] *= load(a->grad, at + i * W, lanes, half))
+        before_silu(a, b, t, c, half, y, d);
         STAGE dbias[i] += d[i];
         for (int64_t k = 0; k < a->width; k++) {
             int64_t s = source(a, t, k), x_at = b * a->x_b + s * a->x_l + c;
@@ -74,31 +88,65 @@ INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy)
         }
         FOR_SLAB(a->channels, c, store(a->dx, (b * a->length + s) * a->channels + c + i * W, dx[i], lanes, half))
     }
-    for (int64_t k = 0; k < a->width; k++) {
-        float *out = a->dtaps + (b * a->width + k) * a->channels + c;
-        FOR_SLAB(a->channels, c, store(out, i * W, dtaps[k][i], lanes, 0))
-    }
-    FOR_SLAB(a->channels, c, store(a->dbias, b * a->channels + c + i * W, dbias[i], lanes, 0))
+    store_sums(a, b, c, dtaps, dbias);
 }
 
-/* Returns 0, or 1 when memory ran out. */
-int conv_backward(const Conv *a) {
+/* The same with sources. What the rows (L + M, SLAB) of x and of context get is added up in `rows`. */
+INLINE int sparse_backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *rows) {
+    vf dbias[UNROLL] = {{0}}, dtaps[MAX_INNER][UNROLL];
+    int64_t count = a->length + a->others;
+    memset(dtaps, 0, sizeof dtaps);
+    memset(rows, 0, (size_t)(count * UNROLL) * sizeof(vf));
+    for (int64_t t = 0; t < a->length; t++) {
+        const int64_t *sources = a->positions + (b * a->length + t) * a->width;
+        vf y[UNROLL] = {{0}}, d[UNROLL] = {{0}};
+        if (outside(a, sources)) return 2;
+        convolve_sources(a, b, sources, c, half, y);
+        before_silu(a, b, t, c, half, y, d);
+        STAGE dbias[i] += d[i];
+        for (int64_t k = 0; k < a->width; k++) {
+            int64_t at;
+            if (sources[k] < 0) continue;
+            const void *met = row_among(a, b, sources[k], &at);
+            const float *taps = a->taps + k * a->channels + c;
+            vf *row = rows + sources[k] * UNROLL;
+            FOR_SLAB(a->channels, c, dtaps[k][i] += d[i] * load(met, at + c + i * W, lanes, half))
+            FOR_SLAB(a->channels, c, row[i] += load(taps, i * W, lanes, 0) * d[i])
+        }
+    }
+    for (int64_t s = 0; s < count; s++) {
+        void *out = s < a->length ? a->dx : a->dcontext;
+        int64_t at = s < a->length ? b * a->length + s : b * a->others + s - a->length;
+        FOR_SLAB(a->channels, c, store(out, at * a->channels + c + i * W, rows[s * UNROLL + i], lanes, half))
+    }
+    store_sums(a, b, c, dtaps, dbias);
+    return 0;
+}
+
+/* Slabs of `count` rows of scratch memory each. Returns 0, 1 when memory ran out, or 2 for a source that is not there. */
+INLINE int all_slabs_back(const Conv *a, int64_t count, int sparse) {
     int64_t slabs = (a->channels + SLAB - 1) / SLAB;
     int failed = 0;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
     {
-        vf *dy = aligned_alloc(sizeof(vf), (size_t)(a->length > 0 ? a->length : 1) * UNROLL * sizeof(vf));
-        failed = !dy;
+        vf *rows = aligned_alloc(sizeof(vf), (size_t)(count > 0 ? count : 1) * UNROLL * sizeof(vf));
+        failed = !rows;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < a->batch * slabs; item++) {
-            if (!dy) continue;
-            if (a->half) backward_slab(a, item / slabs, item % slabs * SLAB, 1, dy);
-            else backward_slab(a, item / slabs, item % slabs * SLAB, 0, dy);
+            int64_t b = item / slabs, c = item % slabs * SLAB;
+            if (!rows) continue;
+            if (sparse) failed |= a->half ? sparse_backward_slab(a, b, c, 1, rows) : sparse_backward_slab(a, b, c, 0, rows);
+            else if (a->half) backward_slab(a, b, c, 1, rows);
+            else backward_slab(a, b, c, 0, rows);
         }
-        free(dy);
+        free(rows);
     }
     return failed;
 }
+
+int conv_backward(const Conv *a) { return all_slabs_back(a, a->length, 0); }
+
+int sparse_conv_backward(const Conv *a) { return all_slabs_back(a, a->length + a->others, 1); }
 
 /* The kept token at each place of the grid, -1 for none. Returns 1 for a position outside it. */
 static int fill_places(const Conv *a, int64_t b, int64_t *places) {

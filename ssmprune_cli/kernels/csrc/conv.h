@@ -6,7 +6,7 @@
 
 typedef struct {
     const void *x, *context, *grad;
-    void *y, *dx;
+    void *y, *dx, *dcontext;
     const float *taps, *bias;
     float *dtaps, *dbias;
     const int64_t *positions;
@@ -30,14 +30,19 @@ INLINE void convolve(const Conv *a, int64_t b, int64_t t, int64_t c, int half, v
     }
 }
 
+/* Row s of x followed by context: which of the two it is in, and where in it. */
+INLINE const void *row_among(const Conv *a, int64_t b, int64_t s, int64_t *at) {
+    *at = s < a->length ? b * a->x_b + s * a->x_l : b * a->context_b + (s - a->length) * a->context_l;
+    return s < a->length ? a->x : a->context;
+}
+
 /* The same when tap k of the token meets row sources[k] of x followed by context, or nothing for -1. */
 INLINE void convolve_sources(const Conv *a, int64_t b, const int64_t *sources, int64_t c, int half, vf *y) {
     FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0))
     for (int64_t k = 0; k < a->width; k++) {
-        int64_t s = sources[k];
-        if (s < 0) continue;
-        const void *rows = s < a->length ? a->x : a->context;
-        int64_t at = s < a->length ? b * a->x_b + s * a->x_l : b * a->context_b + (s - a->length) * a->context_l;
+        int64_t at;
+        if (sources[k] < 0) continue;
+        const void *rows = row_among(a, b, sources[k], &at);
         const float *taps = a->taps + k * a->channels + c;
         FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(rows, at + c + i * W, lanes, half))
     }
