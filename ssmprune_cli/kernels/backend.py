@@ -93,6 +93,20 @@ class Backend(ABC):
         """silu(depthwise convolution over the grid) at the places of the first tokens, (B, outputs, E)."""
         return eager.grid_conv_silu(x, weight, bias, rows, columns, positions, outputs)
 
+    def grid_conv_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        positions: Tensor | None,
+        outputs: int,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of x, weight and, if there is one, bias."""
+        return eager.grid_conv_gradients(grad, x, weight, bias, rows, columns, positions, outputs)
+
     def add_rms_norm(
         self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
-from ssmprune_cli.kernels.eager import grid_conv_silu
 from ssmprune_cli.kernels.library import Expected, check, define, three
 
 
@@ -159,12 +158,9 @@ def _grid_conv_backward_op(
     positions: Tensor | None,
     outputs: int,
 ) -> list[Tensor]:
-    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    leaves = [tensor.detach().requires_grad_() for tensor in given]
-    with torch.enable_grad():
-        bias = leaves[2] if bias is not None else None
-        y = grid_conv_silu(leaves[0], leaves[1], bias, rows, columns, positions, outputs)
-        return [gradient.contiguous() for gradient in torch.autograd.grad(y, leaves, grad)]
+    backend = pick(x, weight.shape[1] ** 2)
+    found = backend.grid_conv_backward(grad, x, weight, bias, rows, columns, positions, outputs)
+    return [gradient.contiguous() for gradient in found]
 
 
 def _grid_conv_backward_fake(

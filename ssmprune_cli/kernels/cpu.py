@@ -183,6 +183,31 @@ class CpuBackend(Backend):
             raise KernelError(f"a position lies outside the grid of {rows} x {columns}")
         return y
 
+    def grid_conv_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        columns: int,
+        positions: Tensor | None,
+        outputs: int,
+    ) -> tuple[Tensor, ...]:
+        batch, _, channels = x.shape
+        d_x, d_taps = torch.empty(x.shape, dtype=x.dtype), torch.empty(batch, weight[0].numel(), channels)
+        call = Call(threads=torch.get_num_threads(), rows=rows, columns=columns, outputs=outputs)
+        call.convolution(x, weight, bias)
+        call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps)
+        if positions is not None:
+            call.set(positions=positions.contiguous())
+        d_bias = torch.empty(batch, channels)
+        if bias is not None:
+            call.set(dbias=d_bias)
+        self._run("grid_conv_backward", call.struct(Conv))
+        d_weight = d_taps.sum(dim=0).t().view(weight.shape).to(weight.dtype)
+        return (d_x, d_weight) if bias is None else (d_x, d_weight, d_bias.sum(dim=0).to(bias.dtype))
+
     def add_rms_norm(
         self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,24 @@ def grid_conv_silu(
     return (y[:, :outputs] if index is None else y.gather(1, index[:, :outputs])).to(x.dtype).contiguous()
 
 
+def grid_conv_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    positions: Tensor | None,
+    outputs: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight and, if there is one, bias."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias) if tensor is not None]
+    with torch.enable_grad():
+        bias = None if bias is None else leaves[2]
+        y = grid_conv_silu(leaves[0], leaves[1], bias, rows, columns, positions, outputs)
+        return torch.autograd.grad(y, leaves, grad)
+
+
 def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normed, stream): stream = hidden + residual, at least float32; normed = weight * stream / root mean square."""
     stream = wide(hidden) if residual is None else residual + hidden

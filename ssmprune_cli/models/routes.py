@@ -51,9 +51,9 @@ def inverse(route: Tensor) -> Tensor:
 
 def reorder(values: Tensor, index: Tensor) -> Tensor:
     """Rows of `values` (B, L, c) in the order `index`, (L,) for all samples alike or (B, L)."""
-    if index.ndim == 1:
-        return values[:, index]
-    return gather_tokens(values, index)
+    if index.ndim == 1 and not (torch.is_grad_enabled() and values.requires_grad):
+        return values[:, index]  # the quickest, but its gradient takes ten times as long as that of whole rows
+    return gather_tokens(values, index.expand(values.shape[0], -1))
 
 
 def steps_of(back: Tensor, tokens: Tensor) -> Tensor:

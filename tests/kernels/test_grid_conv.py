@@ -87,6 +87,25 @@ def test_every_backend_and_its_gradients(backend: str, dtype: torch.dtype) -> No
     assert (whole - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_gradients_of_a_few_outputs_without_bias(backend: str, sparse: bool) -> None:
+    """Tokens without an output of their own still get their part as neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.stack([torch.randperm(30, generator=generator)[:17] for _ in range(2)]) if sparse else None
+    x = torch.randn(2, 17 if sparse else 30, 70, generator=generator)
+    weight = torch.randn(70, 3, 3, generator=generator)
+    results = []
+    for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
+        use_backend(name)
+        leaves = [value.to(dtype, copy=True).requires_grad_() for value in (x, weight)]
+        y = grid_conv2d(leaves[0], leaves[1], None, (5, 6), places, outputs=11)
+        results.append(torch.autograd.grad(y.sin().sum(), leaves))
+    assert results[0][0][:, 11:].any()
+    for expected, found in zip(*results, strict=True):
+        assert (found.double() - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="no C compiler")
 def test_a_position_outside_the_grid_is_refused_and_not_written_to() -> None:
     use_backend("cpu")

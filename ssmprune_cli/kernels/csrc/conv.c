@@ -1,4 +1,4 @@
-/* Depthwise convolutions with SiLU: causal along the sequence, forward and backward, and over a grid of kept tokens. */
+/* Depthwise convolutions with SiLU: causal along the sequence, and over a grid of kept tokens. */
 #include "conv.h"
 
 INLINE void conv_row(const Conv *a, int64_t row, int half) {
@@ -44,21 +44,22 @@ int sparse_conv_forward(const Conv *a) {
     return missing ? 2 : 0;
 }
 
-/* Of `y`, a convolution of token t of sample b, the gradient before its SiLU. */
-INLINE void before_silu(const Conv *a, int64_t b, int64_t t, int64_t c, int half, const vf *y, vf *d) {
+/* Of `y`, a convolution whose output is row `row`, the gradient before its SiLU. */
+INLINE void before_silu(const Conv *a, int64_t row, int64_t c, int half, const vf *y, vf *d) {
     vf gate[UNROLL];
-    int64_t at = (b * a->length + t) * a->channels + c;
+    int64_t at = row * a->channels + c;
     STAGE gate[i] = y[i];
     sigmoid(gate);
     STAGE d[i] = gate[i] * (1.0f + y[i] * (1.0f - gate[i]));
     FOR_SLAB(a->channels, c, d[i] *= load(a->grad, at + i * W, lanes, half))
 }
 
-INLINE void store_sums(const Conv *a, int64_t b, int64_t c, vf (*dtaps)[UNROLL], const vf *dbias) {
-    for (int64_t k = 0; k < a->width; k++) {
-        float *out = a->dtaps + (b * a->width + k) * a->channels + c;
+INLINE void store_sums(const Conv *a, int64_t b, int64_t c, int64_t taps, vf (*dtaps)[UNROLL], const vf *dbias) {
+    for (int64_t k = 0; k < taps; k++) {
+        float *out = a->dtaps + (b * taps + k) * a->channels + c;
         FOR_SLAB(a->channels, c, store(out, i * W, dtaps[k][i], lanes, 0))
     }
+    if (!a->dbias) return;
     FOR_SLAB(a->channels, c, store(a->dbias, b * a->channels + c + i * W, dbias[i], lanes, 0))
 }
 
@@ -70,7 +71,7 @@ INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy)
     for (int64_t t = 0; t < a->length; t++) {
         vf y[UNROLL] = {{0}}, *d = dy + t * UNROLL;
         convolve(a, b, t, c, half, y);
-        before_silu(a, b, t, c, half, y, d);
+        before_silu(a, b * a->length + t, c, half, y, d);
         STAGE dbias[i] += d[i];
         for (int64_t k = 0; k < a->width; k++) {
             int64_t s = source(a, t, k), x_at = b * a->x_b + s * a->x_l + c;
@@ -88,7 +89,7 @@ INLINE void backward_slab(const Conv *a, int64_t b, int64_t c, int half, vf *dy)
         }
         FOR_SLAB(a->channels, c, store(a->dx, (b * a->length + s) * a->channels + c + i * W, dx[i], lanes, half))
     }
-    store_sums(a, b, c, dtaps, dbias);
+    store_sums(a, b, c, a->width, dtaps, dbias);
 }
 
 /* The same with sources. What the rows (L + M, SLAB) of x and of context get is added up in `rows`. */
@@ -102,7 +103,7 @@ INLINE int sparse_backward_slab(const Conv *a, int64_t b, int64_t c, int half, v
         vf y[UNROLL] = {{0}}, d[UNROLL] = {{0}};
         if (outside(a, sources)) return 2;
         convolve_sources(a, b, sources, c, half, y);
-        before_silu(a, b, t, c, half, y, d);
+        before_silu(a, b * a->length + t, c, half, y, d);
         STAGE dbias[i] += d[i];
         for (int64_t k = 0; k < a->width; k++) {
             int64_t at;
@@ -119,7 +120,7 @@ INLINE int sparse_backward_slab(const Conv *a, int64_t b, int64_t c, int half, v
         int64_t at = s < a->length ? b * a->length + s : b * a->others + s - a->length;
         FOR_SLAB(a->channels, c, store(out, at * a->channels + c + i * W, rows[s * UNROLL + i], lanes, half))
     }
-    store_sums(a, b, c, dtaps, dbias);
+    store_sums(a, b, c, a->width, dtaps, dbias);
     return 0;
 }
 
@@ -160,46 +161,91 @@ static int fill_places(const Conv *a, int64_t b, int64_t *places) {
     return (int)outside;
 }
 
+/* `body` for each token `from` that tap k of the output at `position` meets. */
+#define FOR_NEIGHBOURS(a, position, places, body)                                                   \
+    do {                                                                                            \
+        int64_t reach = (a)->width / 2, row = (position) / (a)->columns, column = (position) % (a)->columns; \
+        for (int64_t r = row < reach ? -row : -reach; r <= reach && row + r < (a)->rows; r++)       \
+            for (int64_t s = column < reach ? -column : -reach; s <= reach && column + s < (a)->columns; s++) { \
+                int64_t from = (places)[(row + r) * (a)->columns + column + s];                     \
+                int64_t k = (r + reach) * (a)->width + s + reach;                                   \
+                if (from >= 0) { body }                                                             \
+            }                                                                                       \
+    } while (0)
+
+INLINE void convolve_grid(const Conv *a, int64_t b, int64_t position, int64_t c, int half, const int64_t *places, vf *y) {
+    if (a->bias) { FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0)) }
+    FOR_NEIGHBOURS(a, position, places, {
+        int64_t at = b * a->x_b + from * a->x_l + c;
+        const float *taps = a->taps + k * a->channels + c;
+        FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
+    });
+}
+
 INLINE void grid_slab(const Conv *a, int64_t b, int64_t c, int half, const int64_t *places) {
-    int64_t reach = a->width / 2;
     for (int64_t t = 0; t < a->outputs; t++) {
-        int64_t position = a->positions ? a->positions[b * a->length + t] : t;
-        int64_t row = position / a->columns, column = position % a->columns;
         vf y[UNROLL] = {{0}};
-        if (a->bias) { FOR_SLAB(a->channels, c, y[i] = load(a->bias, c + i * W, lanes, 0)) }
-        for (int64_t r = row < reach ? -row : -reach; r <= reach && row + r < a->rows; r++)
-            for (int64_t s = column < reach ? -column : -reach; s <= reach && column + s < a->columns; s++) {
-                int64_t from = places[(row + r) * a->columns + column + s];
-                if (from < 0) continue;
-                int64_t at = b * a->x_b + from * a->x_l + c;
-                const float *taps = a->taps + ((r + reach) * a->width + s + reach) * a->channels + c;
-                FOR_SLAB(a->channels, c, y[i] += load(taps, i * W, lanes, 0) * load(a->x, at + i * W, lanes, half))
-            }
+        convolve_grid(a, b, a->positions ? a->positions[b * a->length + t] : t, c, half, places, y);
         write_silu(a->y, b * a->outputs + t, a->channels, c, half, y);
     }
+}
+
+/* dtaps (B, K * K, E) and dbias (B, E) are per sample. What the tokens (L, SLAB) get is added up in `rows`. */
+INLINE void grid_backward_slab(const Conv *a, int64_t b, int64_t c, int half, const int64_t *places, vf *rows) {
+    vf dbias[UNROLL] = {{0}}, dtaps[MAX_INNER][UNROLL];
+    memset(dtaps, 0, sizeof dtaps);
+    memset(rows, 0, (size_t)(a->length * UNROLL) * sizeof(vf));
+    for (int64_t t = 0; t < a->outputs; t++) {
+        int64_t position = a->positions ? a->positions[b * a->length + t] : t;
+        vf y[UNROLL] = {{0}}, d[UNROLL] = {{0}};
+        convolve_grid(a, b, position, c, half, places, y);
+        before_silu(a, b * a->outputs + t, c, half, y, d);
+        STAGE dbias[i] += d[i];
+        FOR_NEIGHBOURS(a, position, places, {
+            int64_t at = b * a->x_b + from * a->x_l + c;
+            const float *taps = a->taps + k * a->channels + c;
+            vf *row = rows + from * UNROLL;
+            FOR_SLAB(a->channels, c, dtaps[k][i] += d[i] * load(a->x, at + i * W, lanes, half))
+            FOR_SLAB(a->channels, c, row[i] += load(taps, i * W, lanes, 0) * d[i])
+        });
+    }
+    for (int64_t t = 0; t < a->length; t++) {
+        int64_t at = (b * a->length + t) * a->channels + c;
+        FOR_SLAB(a->channels, c, store(a->dx, at + i * W, rows[t * UNROLL + i], lanes, half))
+    }
+    store_sums(a, b, c, a->width * a->width, dtaps, dbias);
 }
 
 /* Over a grid of rows x columns of which the tokens `positions` (B, L) are there, for the first
  * `outputs` of them; taps (K * K, E), K odd, zero padding.
  * Returns 0, 1 when memory ran out, or 2 for a position outside the grid. */
-int grid_conv_forward(const Conv *a) {
+INLINE int all_slabs_of_grid(const Conv *a, int back) {
     int64_t slabs = (a->channels + SLAB - 1) / SLAB;
     int failed = 0;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
     {
         int64_t *places = malloc((size_t)(a->rows * a->columns) * sizeof *places), filled = -1;
-        failed = !places;
+        vf *rows = aligned_alloc(sizeof(vf), (size_t)(back && a->length ? a->length : 1) * UNROLL * sizeof(vf));
+        int ready = places && rows;
+        failed = !ready;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < a->batch * slabs; item++) {
-            int64_t b = item / slabs;
-            if (!places) continue;
+            int64_t b = item / slabs, c = item % slabs * SLAB;
+            if (!ready) continue;
             if (b != filled && fill_places(a, b, places)) failed |= 2;
             filled = b;
             if (failed & 2) continue;
-            if (a->half) grid_slab(a, b, item % slabs * SLAB, 1, places);
-            else grid_slab(a, b, item % slabs * SLAB, 0, places);
+            if (!back && a->half) grid_slab(a, b, c, 1, places);
+            else if (!back) grid_slab(a, b, c, 0, places);
+            else if (a->half) grid_backward_slab(a, b, c, 1, places, rows);
+            else grid_backward_slab(a, b, c, 0, places, rows);
         }
         free(places);
+        free(rows);
     }
     return failed;
 }
+
+int grid_conv_forward(const Conv *a) { return all_slabs_of_grid(a, 0); }
+
+int grid_conv_backward(const Conv *a) { return all_slabs_of_grid(a, 1); }
