@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import composed, eager
-from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, ScanInputs
 from ssmprune_cli.registry import Registry
 
 Gradients = tuple[Tensor | None, ...]
@@ -80,32 +80,13 @@ class Backend(ABC):
         """Gradients of x, context, weight and bias."""
         return eager.sparse_conv_gradients(grad, x, context, sources, weight, bias)
 
-    def grid_conv(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: int,
-        columns: int,
-        positions: Tensor | None,
-        outputs: int,
-    ) -> Tensor:
+    def grid_conv(self, inputs: GridConvInputs) -> Tensor:
         """silu(depthwise convolution over the grid) at the places of the first tokens, (B, outputs, E)."""
-        return eager.grid_conv_silu(x, weight, bias, rows, columns, positions, outputs)
+        return eager.grid_conv_silu(inputs)
 
-    def grid_conv_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: int,
-        columns: int,
-        positions: Tensor | None,
-        outputs: int,
-    ) -> tuple[Tensor, ...]:
+    def grid_conv_backward(self, grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
         """Gradients of x, weight and, if there is one, bias."""
-        return eager.grid_conv_gradients(grad, x, weight, bias, rows, columns, positions, outputs)
+        return eager.grid_conv_gradients(grad, inputs)
 
     def add_rms_norm(
         self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
+from ssmprune_cli.kernels.inputs import GridConvInputs
 from ssmprune_cli.kernels.library import Expected, check, define, three
 
 
@@ -139,7 +140,8 @@ def _sparse_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _grid_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
 ) -> Tensor:
-    return pick(x, weight.shape[1] ** 2).grid_conv(x, weight, bias, rows, columns, positions, outputs)
+    inputs = GridConvInputs(x, weight, bias, rows, columns, positions, outputs)
+    return pick(x, weight.shape[1] ** 2).grid_conv(inputs)
 
 
 def _grid_conv_fake(
@@ -158,8 +160,8 @@ def _grid_conv_backward_op(
     positions: Tensor | None,
     outputs: int,
 ) -> list[Tensor]:
-    backend = pick(x, weight.shape[1] ** 2)
-    found = backend.grid_conv_backward(grad, x, weight, bias, rows, columns, positions, outputs)
+    inputs = GridConvInputs(x, weight, bias, rows, columns, positions, outputs)
+    found = pick(x, weight.shape[1] ** 2).grid_conv_backward(grad, inputs)
     return [gradient.contiguous() for gradient in found]
 
 

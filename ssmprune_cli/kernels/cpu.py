@@ -14,7 +14,7 @@ from ssmprune_cli.kernels import eager
 from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.build import load_library
 from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, NormBack, Scan
-from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, ScanInputs
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
@@ -163,47 +163,24 @@ class CpuBackend(Backend):
             raise KernelError("a source lies outside the tokens and their context")
         return d_x, d_context, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
 
-    def grid_conv(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: int,
-        columns: int,
-        positions: Tensor | None,
-        outputs: int,
-    ) -> Tensor:
-        y = torch.empty(x.shape[0], outputs, x.shape[2], dtype=x.dtype)
-        call = Call(threads=torch.get_num_threads(), rows=rows, columns=columns, outputs=outputs)
-        call.convolution(x, weight, bias)
+    def grid_conv(self, inputs: GridConvInputs) -> Tensor:
+        x = inputs.x
+        y = torch.empty(x.shape[0], inputs.outputs, x.shape[2], dtype=x.dtype)
+        call = Call(threads=torch.get_num_threads())
+        call.grid_convolution(inputs)
         call.set(y=y)
-        if positions is not None:
-            call.set(positions=positions.contiguous())
         if self._run("grid_conv_forward", call.struct(Conv)) & 2:
-            raise KernelError(f"a position lies outside the grid of {rows} x {columns}")
+            raise KernelError(f"a position lies outside the grid of {inputs.rows} x {inputs.columns}")
         return y
 
-    def grid_conv_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: int,
-        columns: int,
-        positions: Tensor | None,
-        outputs: int,
-    ) -> tuple[Tensor, ...]:
+    def grid_conv_backward(self, grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
+        x, weight, bias = inputs[:3]
         batch, _, channels = x.shape
         d_x, d_taps = torch.empty(x.shape, dtype=x.dtype), torch.empty(batch, weight[0].numel(), channels)
-        call = Call(threads=torch.get_num_threads(), rows=rows, columns=columns, outputs=outputs)
-        call.convolution(x, weight, bias)
-        call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps)
-        if positions is not None:
-            call.set(positions=positions.contiguous())
         d_bias = torch.empty(batch, channels)
-        if bias is not None:
-            call.set(dbias=d_bias)
+        call = Call(threads=torch.get_num_threads())
+        call.grid_convolution(inputs)
+        call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
         self._run("grid_conv_backward", call.struct(Conv))
         d_weight = d_taps.sum(dim=0).t().view(weight.shape).to(weight.dtype)
         return (d_x, d_weight) if bias is None else (d_x, d_weight, d_bias.sum(dim=0).to(bias.dtype))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, InnerInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, GridConvInputs, InnerInputs, ScanInputs
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
@@ -97,6 +97,12 @@ class Call:
         batch, length, channels = x.shape
         self.numbers.update(batch=batch, length=length, channels=channels, width=weight.shape[-1])
         self.numbers["half"] = x.dtype == torch.bfloat16
+
+    def grid_convolution(self, inputs: GridConvInputs) -> None:
+        self.convolution(*inputs[:3])
+        self.numbers.update(rows=inputs.rows, columns=inputs.columns, outputs=inputs.outputs)
+        if inputs.positions is not None:
+            self.set(positions=inputs.positions.contiguous())
 
     def gate(self, ys: Sequence[Tensor], z: Tensor) -> None:
         self.set(**{f"y{number}": y.contiguous() for number, y in enumerate(ys)})

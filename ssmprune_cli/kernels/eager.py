@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssmprune_cli.kernels.inputs import GridConvInputs
+
 
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in float32 at least."""
@@ -71,10 +73,9 @@ def sparse_conv_gradients(
     return d_x, d_context, d_weight, d_bias
 
 
-def grid_conv_silu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
-) -> Tensor:
+def grid_conv_silu(inputs: GridConvInputs) -> Tensor:
     """silu(depthwise convolution over the grid) of the first tokens, the tokens that are missing being 0."""
+    x, weight, bias, rows, columns, positions, outputs = inputs
     batch, _, channels = x.shape
     dense, index = wide(x), None
     if positions is not None:
@@ -87,21 +88,12 @@ def grid_conv_silu(
     return (y[:, :outputs] if index is None else y.gather(1, index[:, :outputs])).to(x.dtype).contiguous()
 
 
-def grid_conv_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    columns: int,
-    positions: Tensor | None,
-    outputs: int,
-) -> tuple[Tensor, ...]:
+def grid_conv_gradients(grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
     """Gradients of x, weight and, if there is one, bias."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias) if tensor is not None]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3] if tensor is not None]
     with torch.enable_grad():
-        bias = None if bias is None else leaves[2]
-        y = grid_conv_silu(leaves[0], leaves[1], bias, rows, columns, positions, outputs)
+        bias = None if inputs.bias is None else leaves[2]
+        y = grid_conv_silu(inputs._replace(x=leaves[0], weight=leaves[1], bias=bias))
         return torch.autograd.grad(y, leaves, grad)
 
 

@@ -34,6 +34,18 @@ class ScanInputs(NamedTuple):
     read: Tensor | None = None
 
 
+class GridConvInputs(NamedTuple):
+    """Inputs of a convolution over a grid; shapes as in `conv_op.grid_conv2d`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: int
+    columns: int
+    positions: Tensor | None
+    outputs: int
+
+
 class InnerParameters(NamedTuple):
     """The parameters of a Mamba block's inside in one scan direction; A is -exp(A_log)."""
 

@@ -59,7 +59,6 @@ INLINE void store_sums(const Conv *a, int64_t b, int64_t c, int64_t taps, vf (*d
         float *out = a->dtaps + (b * taps + k) * a->channels + c;
         FOR_SLAB(a->channels, c, store(out, i * W, dtaps[k][i], lanes, 0))
     }
-    if (!a->dbias) return;
     FOR_SLAB(a->channels, c, store(a->dbias, b * a->channels + c + i * W, dbias[i], lanes, 0))
 }
 
