@@ -19,6 +19,7 @@ from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInput
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
 CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
+_SOURCE = "a source lies outside the tokens and their context"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
 _WORTH_THREADS = 1 << 16
@@ -33,6 +34,10 @@ def _groups(batch: int) -> int:
     """Groups of channels that a scan of `batch` samples is cut into: as few as give every thread the same work."""
     threads = torch.get_num_threads()
     return threads // math.gcd(batch, threads)
+
+
+def _position(inputs: GridConvInputs) -> str:
+    return f"a position lies outside the grid of {inputs.rows} x {inputs.columns}"
 
 
 class CpuBackend(Backend):
@@ -57,18 +62,16 @@ class CpuBackend(Backend):
     def accepts(self, example: Tensor, inner: int) -> bool:
         return example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
 
-    def scan(self, inputs: ScanInputs) -> Tensor:
-        return self._scan(inputs)
-
     def kept_states(self, length: int) -> int:
         return (length + CHUNK - 1) // CHUNK
 
     def scan_keeping(self, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         batch, length, channels = inputs.u.shape
         states = torch.empty(batch, self.kept_states(length), inputs.A.shape[1], channels)
-        return self._scan(inputs, states), states
+        return self.scan(inputs, states), states
 
-    def _scan(self, inputs: ScanInputs, states: Tensor | None = None) -> Tensor:
+    def scan(self, inputs: ScanInputs, states: Tensor | None = None) -> Tensor:
+        """`states`, if given, is filled with what `scan_keeping` keeps."""
         batch, length, channels = inputs.u.shape
         outputs = length if inputs.read is None else inputs.read.shape[1]
         y = torch.empty(batch, outputs, channels, dtype=inputs.u.dtype)
@@ -144,8 +147,7 @@ class CpuBackend(Backend):
         call.convolution(x, weight, bias)
         call.rows(context=context)
         call.set(y=y, positions=sources.contiguous())
-        if self._run("sparse_conv_forward", call.struct(Conv)) & 2:
-            raise KernelError("a source lies outside the tokens and their context")
+        self._run("sparse_conv_forward", call.struct(Conv), outside=_SOURCE)
         return y
 
     def sparse_conv_backward(
@@ -159,8 +161,7 @@ class CpuBackend(Backend):
         call.rows(context=context)
         call.set(grad=grad.contiguous(), positions=sources.contiguous())
         call.set(dx=d_x, dcontext=d_context, dtaps=d_taps, dbias=d_bias)
-        if self._run("sparse_conv_backward", call.struct(Conv)) & 2:
-            raise KernelError("a source lies outside the tokens and their context")
+        self._run("sparse_conv_backward", call.struct(Conv), outside=_SOURCE)
         return d_x, d_context, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
 
     def grid_conv(self, inputs: GridConvInputs) -> Tensor:
@@ -169,8 +170,7 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads())
         call.grid_convolution(inputs)
         call.set(y=y)
-        if self._run("grid_conv_forward", call.struct(Conv)) & 2:
-            raise KernelError(f"a position lies outside the grid of {inputs.rows} x {inputs.columns}")
+        self._run("grid_conv_forward", call.struct(Conv), outside=_position(inputs))
         return y
 
     def grid_conv_backward(self, grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
@@ -181,7 +181,7 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads())
         call.grid_convolution(inputs)
         call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
-        self._run("grid_conv_backward", call.struct(Conv))
+        self._run("grid_conv_backward", call.struct(Conv), outside=_position(inputs))
         d_weight = d_taps.sum(dim=0).t().view(weight.shape).to(weight.dtype)
         return (d_x, d_weight) if bias is None else (d_x, d_weight, d_bias.sum(dim=0).to(bias.dtype))
 
@@ -249,8 +249,7 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads())
         call.inner(inputs)
         call.set(y=y)
-        if self._run("mamba_inner", call.struct(Inner)) & 2:
-            raise KernelError("a source lies outside the tokens and their context")
+        self._run("mamba_inner", call.struct(Inner), outside=_SOURCE)
         return y
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,18 +263,18 @@ class CpuBackend(Backend):
         call.set(out=out, stream=stream)
         if inputs.wants_y:
             call.set(ungated=y)
-        if self._run("mamba_blocks", call.struct(Blocks)) & 2:
-            raise KernelError("a source lies outside the tokens and their context")
+        self._run("mamba_blocks", call.struct(Blocks), outside=_SOURCE)
         return out, stream, y
 
-    def _run(self, name: str, struct: ctypes.Structure) -> int:
-        """Returns the kernel's status. Raises KernelError when memory ran out."""
+    def _run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
+        """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""
         if self._library is None:
             raise KernelError(f"kernel backend 'cpu' cannot be used: {self._reason}", hint="See `ssmprune env`.")
         status = int(getattr(self._library, name)(ctypes.byref(struct)))
         if status & 1:
             raise KernelError(f"memory ran out in {name}", hint="Use a smaller batch.")
-        return status
+        if status & 2:
+            raise KernelError(outside)
 
 
 CPU = CpuBackend()

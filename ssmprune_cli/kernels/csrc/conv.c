@@ -203,9 +203,9 @@ INLINE void grid_backward_slab(const Conv *a, int64_t b, int64_t c, int half, co
         FOR_NEIGHBOURS(a, position, places, {
             int64_t at = b * a->x_b + from * a->x_l + c;
             const float *taps = a->taps + k * a->channels + c;
-            vf *row = rows + from * UNROLL;
+            vf *sum = rows + from * UNROLL;
             FOR_SLAB(a->channels, c, dtaps[k][i] += d[i] * load(a->x, at + i * W, lanes, half))
-            FOR_SLAB(a->channels, c, row[i] += load(taps, i * W, lanes, 0) * d[i])
+            FOR_SLAB(a->channels, c, sum[i] += load(taps, i * W, lanes, 0) * d[i])
         });
     }
     for (int64_t t = 0; t < a->length; t++) {
