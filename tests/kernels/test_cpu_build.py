@@ -11,20 +11,26 @@ import torch
 from ssmprune_cli.kernels import build
 from ssmprune_cli.kernels.backend import Backend
 from ssmprune_cli.kernels.cpu import CpuBackend
-from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, GridConvInputs, ScanInputs
 from ssmprune_cli.kernels.pytorch import REFERENCE
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
 
 
-def inputs(channels: int, dtype: torch.dtype) -> ScanInputs:
-    generator = torch.Generator().manual_seed(0)
+class Values:
+    """Random tensors in one dtype, the same ones for every dtype."""
 
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, dtype=torch.float64, generator=generator).to(dtype)
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
 
+    def __call__(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=self.generator).to(self.dtype)
+
+
+def scan(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    normal = Values(0, dtype)
     token, state = (2, 19, channels), (2, 19, 5)
-    return ScanInputs(
+    inputs = ScanInputs(
         u=normal(*token),
         delta=normal(*token),
         A=-normal(channels, 5).exp(),
@@ -39,20 +45,48 @@ def inputs(channels: int, dtype: torch.dtype) -> ScanInputs:
         gap_delta=None,
         reverse=True,
     )
+    return backend.scan(inputs), *backend.scan_backward(normal(*token), inputs)
 
 
-def blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def convolutions(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    normal = Values(1, dtype)
+    x, grad, weight, bias = normal(2, 19, channels), normal(2, 19, channels), normal(channels, 4), normal(channels)
+    context, sources = normal(2, 3, channels), torch.randint(-1, 22, (2, 19, 4), generator=normal.generator)
+    positions = torch.stack([torch.randperm(24, generator=normal.generator)[:19] for _ in range(2)])
+    grid = GridConvInputs(x, normal(channels, 3, 3), bias, 4, 6, positions, 11)
+    return (
+        backend.conv(x, weight, bias, True),
+        *backend.conv_backward(grad, x, weight, bias, True),
+        backend.sparse_conv(x, context, sources, weight, bias),
+        *backend.sparse_conv_backward(grad, x, context, sources, weight, bias),
+        backend.grid_conv(grid),
+        *backend.grid_conv_backward(grad[:, :11], grid),
+    )
+
+
+def rows(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    normal = Values(2, dtype)
+    a, b, c = (normal(2, 19, channels) for _ in range(3))
+    weight = normal(channels)
+    return (
+        *backend.add_rms_norm(a, b, weight, 1e-5),
+        *backend.add_rms_norm_backward(a, b, c, weight, 1e-5),
+        backend.gated_sum([a, b], c, 0.5),
+        *backend.gated_sum_backward(a, [b, c], a, 0.5),
+    )
+
+
+def blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
     """Two Mamba blocks whose width and whose scans' channels are multiples of 16, as the C code for blocks has it."""
     dim, sizes = 16 * channels, BlockSizes(16 * channels + 16, 5, 3, 2, 2)
-    generator = torch.Generator().manual_seed(1)
+    normal = Values(3, dtype)
 
-    def normal(*size: int) -> torch.Tensor:
-        values = torch.randn(*size, dtype=torch.float64, generator=generator) / math.sqrt(size[-1])
-        return values.to(dtype)
+    def scaled(*size: int) -> torch.Tensor:
+        return normal(*size) / math.sqrt(size[-1])
 
     count = dim * (1 + 3 * sizes.d_inner) + 2 * sizes.inner
-    hidden, gap, gap_delta = normal(3, 9, dim), normal(2, 3, 9).abs(), normal(2, 2, sizes.d_inner).abs()
-    packed = [normal(count) * count**0.5 / dim**0.5 for _ in range(2)]
+    hidden, gap, gap_delta = scaled(3, 9, dim), scaled(2, 3, 9).abs(), scaled(2, 2, sizes.d_inner).abs()
+    packed = [scaled(count) * count**0.5 / dim**0.5 for _ in range(2)]
     return backend.mamba_blocks(
         BlocksInputs(hidden, None, packed, sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
     )
@@ -68,28 +102,15 @@ def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.Monk
     backend = CpuBackend()
     assert backend.missing() is None
     for channels in (3, 16, 37):
-        single, double = inputs(channels, torch.float32), inputs(channels, torch.float64)
-        grad = torch.linspace(-1, 1, 2 * 19 * channels).view(2, 19, channels)
-        pairs = [(backend.scan(single), REFERENCE.scan(double))]
-        pairs += [
-            (found, truth)
-            for found, truth in zip(
-                backend.scan_backward(grad, single), REFERENCE.scan_backward(grad.double(), double), strict=True
-            )
-            if found is not None and truth is not None
-        ]
-        weight, bias = single.A[:, :4], single.D
-        assert bias is not None and len(pairs) == 10
-        pairs.append(
-            (
-                backend.conv(single.u, weight, bias, True),
-                REFERENCE.conv(double.u, weight.double(), bias.double(), True),
-            )
-        )
-        pairs += zip(blocks(backend, channels, torch.float32), blocks(REFERENCE, channels, torch.float64), strict=True)
-        for found, truth in pairs:
-            # Relative to the largest entry, as in test_scan.py.
-            assert (found.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+        for ops in (scan, convolutions, rows, blocks):
+            found, truth = ops(backend, channels, torch.float32), ops(REFERENCE, channels, torch.float64)
+            assert len(found) == len(truth)
+            for own, expected in zip(found, truth, strict=True):
+                if own is None or expected is None:
+                    assert own is expected
+                    continue
+                # Relative to the largest entry, as in test_scan.py.
+                assert (own.double() - expected).abs().max() <= 1e-5 * expected.abs().max(), ops
 
 
 @needs_compiler
