@@ -9,7 +9,7 @@ import typer
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
-from ssmprune_cli.cli.options import BackendName
+from ssmprune_cli.cli.options import BackendName, PrecisionName
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -36,14 +36,15 @@ def command(
     family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
     variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
     weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
+    precision: PrecisionName = "fp32",
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on labelled images: top-1 and top-5 with 95 % intervals.
 
-    With --compare, also the difference on the same images, its interval and a paired test. --family, --variant and
-    --weights hold for both files. Limits are checked after the result is printed; those on drop, multiply-adds and
-    latency are against the --compare model.
+    With --compare, also the difference on the same images, its interval and a paired test. --family, --variant,
+    --weights and --precision hold for both files. Limits are checked after the result is printed; those on drop,
+    multiply-adds and latency are against the --compare model.
     """
     limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio)
     if compare is None:
@@ -54,13 +55,15 @@ def command(
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.evaluate import evaluate
     from ssmprune_cli.workflows.flops import count_flops
+    from ssmprune_cli.workflows.precision import in_precision
     from ssmprune_cli.workflows.processes import join_processes
 
     use_backend(backend)
     device = join_processes(device)
     images = open_dataset(dataset, data_dir)
     paths = [path] if compare is None else [path, compare]
-    models = [checkpoint.load(each, family=family, variant=variant, weights=weights) for each in paths]
+    loaded = [checkpoint.load(each, family=family, variant=variant, weights=weights) for each in paths]
+    models = [in_precision(each, precision) for each in loaded]
     with output.progress("Evaluating") as advance:
         result = evaluate(
             models[0],
@@ -94,7 +97,7 @@ def _tables(names: list[str], result: Evaluation) -> Group:
 
     comparison = result.comparison
     models = [result.accuracy] if comparison is None else [result.accuracy, comparison.dense]
-    table = Table(title=f"{result.count:,} images", title_justify="left")
+    table = Table(title=f"{result.count:,} images, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")

@@ -16,6 +16,14 @@ BackendName = Annotated[
     ),
 ]
 
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="Of weights and of what they meet: fp32, bf16 or fp16. Residual stream and scan states stay in fp32.",
+    ),
+]
+
 Evaluations = Annotated[
     int, typer.Option("--evaluations", min=1, help="A search tries at most so many candidates for each budget.")
 ]

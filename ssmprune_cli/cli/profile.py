@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName
+from ssmprune_cli.cli.options import BackendName, PrecisionName
 
 if TYPE_CHECKING:
     from ssmprune_cli.workflows.profile import Profile
@@ -25,6 +25,7 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
     variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    precision: PrecisionName = "fp32",
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -36,11 +37,13 @@ def command(
     """
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.workflows.precision import in_precision
     from ssmprune_cli.workflows.profile import profile
 
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
-    models = [checkpoint.load(each, family=family, variant=variant, image_size=image_size) for each in paths]
+    loaded = [checkpoint.load(each, family=family, variant=variant, image_size=image_size) for each in paths]
+    models = [in_precision(each, precision) for each in loaded]
     with output.progress("Timing") as advance:
         profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
     names = [each.name for each in paths]
@@ -60,7 +63,7 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
         if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
     )
     heading = (
-        f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.device}, "
+        f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
         f"{first.threads} threads, kernels: {first.backend}{refused}"
     )
     table = Table()

@@ -148,21 +148,25 @@ def backends_for(example: Tensor) -> list[str]:
     return [name for name, backend in fitting if backend.missing() is None]
 
 
-def active_backend(device: torch.device | str = "cpu") -> str:
-    """The backend that float32 tensors on `device` are computed with."""
-    return pick(torch.empty(0, device=device), 1).name
+def active_backend(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The backend that tensors of `dtype` on `device` are computed with."""
+    return pick(torch.empty(0, device=device, dtype=dtype), 1).name
 
 
-def refused_backends(device: torch.device | str = "cpu") -> dict[str, str]:
+def refused_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """Better backends than the active one, each with the reason why it is not used; empty when one was asked for."""
     refused: dict[str, str] = {}
     if _chosen == "auto":
-        example = torch.empty(0, device=device)
+        example = torch.empty(0, device=device, dtype=dtype)
         for name, backend in BACKENDS.items():
-            if name == active_backend(device):
+            if name == active_backend(device, dtype):
                 break
-            fits = backend.accepts(example, 1)
-            refused[name] = (backend.missing() if fits else None) or f"does not compute on {example.device.type}"
+            if backend.accepts(example, 1):
+                refused[name] = str(backend.missing())
+            elif backend.accepts(example.float(), 1):
+                refused[name] = f"does not compute in {dtype}"
+            else:
+                refused[name] = f"does not compute on {example.device.type}"
     return refused
 
 

@@ -253,7 +253,8 @@ class CpuBackend(Backend):
         return y
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
-        if inputs.hidden.dtype != torch.float32 or inputs.hidden.shape[2] % 16 or inputs.sizes[0] % 16:
+        dtype, multiple = inputs.hidden.dtype, 16 if inputs.hidden.dtype == torch.float32 else 32
+        if inputs.hidden.shape[2] % multiple or inputs.sizes[0] % multiple:
             return super().mamba_blocks(inputs)
         batch, length, _ = inputs.hidden.shape
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
@@ -264,7 +265,7 @@ class CpuBackend(Backend):
         if inputs.wants_y:
             call.set(ungated=y)
         self._run("mamba_blocks", call.struct(Blocks), outside=_SOURCE)
-        return out, stream, y
+        return out.to(dtype), stream, y.to(dtype)
 
     def _run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
         """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""

@@ -39,14 +39,14 @@ NormBack = _struct(
 Gate = _struct("Gate", "y0 y1 y2 y3 z grad out dy dz", "batch length channels count z_b z_l half threads", "scale")
 Inner = _struct(
     "Inner",
-    "xz context y ungated parameters gap gap_delta sources",
-    "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads",
+    "xz context y ungated parameters gap gap_delta sources pairs rounded",
+    "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way",
     "scale",
 )
 Blocks = _struct(
     "Blocks",
     "hidden residual context gap gap_delta out stream ungated parameters sources",
-    "blocks batch length dim channels state width rank directions others threads",
+    "blocks batch length dim channels state width rank directions others threads half",
     "scale eps",
 )
 
@@ -124,11 +124,11 @@ class Call:
     def blocks(self, inputs: BlocksInputs) -> None:
         batch, length, dim = inputs.hidden.shape
         sizes = BlockSizes(*inputs.sizes)
-        self.set(hidden=inputs.hidden.contiguous())
+        self.set(hidden=inputs.hidden.float().contiguous())
         if inputs.residual is not None:
             self.set(residual=inputs.residual.contiguous())
         if inputs.context is not None:
-            self.set(context=inputs.context.contiguous())
+            self.set(context=inputs.context.float().contiguous())
         self._around(inputs)
         parameters = [each.contiguous() for each in inputs.parameters]
         self._alive += parameters
@@ -136,6 +136,7 @@ class Call:
         self.numbers.update(parameters=ctypes.addressof(self._addresses), blocks=len(parameters), batch=batch)
         self.numbers.update(length=length, dim=dim, channels=sizes.d_inner, state=sizes.d_state, width=sizes.d_conv)
         self.numbers.update(rank=sizes.dt_rank, directions=sizes.directions, scale=inputs.scale, eps=inputs.eps)
+        self.numbers["half"] = inputs.hidden.dtype == torch.bfloat16
 
     def _around(self, inputs: InnerInputs | BlocksInputs) -> None:
         """What pruned tokens leave behind."""

@@ -78,7 +78,7 @@ def mamba_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Several Mamba blocks, one after the other: of each `add_rms_norm`, in_proj, `mamba_inner` and out_proj.
 
-    hidden, residual  (B, L, d), float32 at least; no residual before the first block
+    hidden, residual  (B, L, d), the residual in float32 at least; none before the first block
     parameters        of each block, from `pack_block`
     gap, gap_delta    (G, B, L), (blocks, G, E), as in `selective_scan`
     context           (B, M, d): tokens that only convolutions see, divided by their root mean square
@@ -89,14 +89,14 @@ def mamba_blocks(
     not fit.
     """
     batch, length, dim = three(hidden, "hidden")
-    size = dim * (1 + 3 * sizes.d_inner) + sizes.directions * sizes.inner
-    expected: Expected = {f"parameters[{n}]": (each, (size,)) for n, each in enumerate(parameters)}
+    size = (sizes.block(dim, hidden.dtype),)
+    expected: Expected = {f"parameters[{n}]": (each, size) for n, each in enumerate(parameters)}
     if residual is not None:
         expected["residual"] = (residual, (batch, length, dim))
     if gap_delta is not None:
         expected["gap_delta"] = (gap_delta, (len(parameters), sizes.directions, sizes.d_inner))
-    if not parameters or hidden.dtype.itemsize < 4:
-        raise KernelError(f"there are {len(parameters)} blocks, in {hidden.dtype}: at least one is needed, and float32")
+    if not parameters or hidden.dtype == torch.float16:
+        raise KernelError(f"there are {len(parameters)} blocks, in {hidden.dtype}: one is needed, and no float16")
     gap = _check(hidden, sizes, expected, gap, gap_delta, context, dim, sources)
     _refuse_gradients(hidden, *parameters)
     given = (gap, gap_delta, context, sources)
@@ -126,6 +126,10 @@ def _check(
     if context is not None:
         activations["context"] = (context, (batch, context.shape[1], context_width))
     check(tokens, activations, expected)
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    for name, (tensor, _) in expected.items():
+        if name != "gap_delta" and tensor.dtype != wide:
+            raise KernelError(f"{name} must be {wide}, not {tensor.dtype}")
     if sizes.directions not in (1, 2):
         raise KernelError(f"there are {sizes.directions} directions")
     if gap_delta is not None and gap is None:
@@ -156,11 +160,8 @@ def fuses_inner(example: Tensor, d_state: int) -> bool:
 
 
 def fuses_blocks(example: Tensor, d_state: int) -> bool:
-    """The same of `mamba_blocks`, which is for float32: in half precision, libraries have faster products of matrices.
-
-    Nor is it for compiled models, whose parameters would be packed at every call.
-    """
-    if example.dtype != torch.float32 or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """The same of `mamba_blocks`. It is not for compiled models, whose parameters would be packed at every call."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return fuses_inner(example, d_state)
 
@@ -217,7 +218,8 @@ def _blocks_fake(
     hidden: Tensor, residual: Tensor | None, parameters: Any, sizes: Sequence[int], *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = hidden.new_empty(*hidden.shape[:2], sizes[0] if others[-1] else 0)
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape), y
+    stream = hidden.new_empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return hidden.new_empty(hidden.shape), stream, y
 
 
 define("mamba_inner", _inner, _inner_fake)

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PANEL = 64  # columns of a weight that lie together in `pack_block`, as in csrc/blocks.c
+_TILE = 16  # columns of bfloat16 weights are padded to a multiple of it, as in csrc/product.h
 
 
 class ScanInputs(NamedTuple):
@@ -107,6 +109,12 @@ class BlockSizes(NamedTuple):
         """Parameters of the inside, in one direction."""
         return self.d_inner * (self.d_conv + 2 * self.dt_rank + 3 * self.d_state + 3)
 
+    def block(self, dim: int, dtype: torch.dtype) -> int:
+        """Values that `pack_block` gives for a block of a model in `dtype` and `dim` wide."""
+        again = _words(self.dt_rank + 2 * self.d_state, self.d_inner, dtype) if dtype == torch.bfloat16 else 0
+        large = 2 * _words(self.d_inner, dim, dtype) + _words(dim, self.d_inner, dtype)
+        return dim + large + self.directions * (again + self.inner)
+
 
 def pack_inner(directions: Sequence[InnerParameters]) -> Tensor:
     """The parameters of all directions as `mamba_inner` takes them, (G, n), float32 at least.
@@ -130,22 +138,30 @@ def unpack_inner(packed: Tensor, sizes: BlockSizes) -> InnerParameters:
     )
 
 
-def pack_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, inner: Tensor) -> Tensor:
-    """The parameters of a block as `mamba_blocks` takes them, (n,), float32 at least.
+def pack_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, directions: Sequence[InnerParameters]) -> Tensor:
+    """The parameters of a block as `mamba_blocks` takes them, (`BlockSizes.block`,), float32 at least.
 
-    norm (d,), in_proj (2E, d) and out_proj (d, E) are weights; `inner` comes from `pack_inner`. They follow each other;
-    in_proj's two halves and out_proj are in panels: PANEL outputs at a time, (inputs, PANEL).
+    norm (d,), in_proj (2E, d) and out_proj (d, E) are weights. They follow each other, and then comes what `pack_inner`
+    gives; in_proj's two halves and out_proj are in panels: PANEL outputs at a time, (inputs, PANEL). Weights of a
+    bfloat16 model stay as they are, in pairs: see `_paired`. Before `pack_inner`'s they have each direction's x_weight
+    once more.
     """
     x_proj, z_proj = in_proj.chunk(2)
-    return torch.cat([_wide(norm), *_panels(x_proj), *_panels(z_proj), *_panels(out_proj), _wide(inner).flatten()])
+    inner = pack_inner(directions).flatten()
+    if in_proj.dtype != torch.bfloat16:
+        return torch.cat([_wide(norm), *_panels(x_proj), *_panels(z_proj), *_panels(out_proj), inner])
+    large = [_paired(panel) for weight in (x_proj, z_proj, out_proj) for panel in weight.split(PANEL)]
+    return torch.cat([_wide(norm), *large, *(_paired(own.x_weight) for own in directions), inner])
 
 
-def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """norm, in_proj, out_proj and inner of what `pack_block` gives; the two projections are copies."""
+def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """norm, in_proj, out_proj and inner of what `pack_block` gives for a model in `dtype`; projections are copies."""
     E, G = sizes.d_inner, sizes.directions
-    norm, x_proj, z_proj, out_proj, inner = packed.split([dim, E * dim, E * dim, dim * E, G * sizes.inner])
-    in_proj = torch.cat([_whole(x_proj, E, dim), _whole(z_proj, E, dim)])
-    return norm, in_proj, _whole(out_proj, dim, E), inner.view(G, -1)
+    parts = [dim, _words(E, dim, dtype), _words(E, dim, dtype), _words(dim, E, dtype), G * sizes.inner]
+    again = len(packed) - sum(parts)  # bfloat16 weights that are in `inner` too
+    norm, x_proj, z_proj, out_proj, _, inner = packed.split([*parts[:-1], again, parts[-1]])
+    whole = _whole_of_pairs if dtype == torch.bfloat16 else _whole
+    return norm, torch.cat([whole(x_proj, E, dim), whole(z_proj, E, dim)]), whole(out_proj, dim, E), inner.view(G, -1)
 
 
 def _panels(weight: Tensor) -> Iterator[Tensor]:
@@ -154,9 +170,37 @@ def _panels(weight: Tensor) -> Iterator[Tensor]:
 
 def _whole(panels: Tensor, outputs: int, inputs: int) -> Tensor:
     """(outputs, inputs) of the panels in a row."""
-    heights = [PANEL] * (outputs // PANEL) + [outputs % PANEL] * (outputs % PANEL > 0)
-    parts = panels.split([inputs * height for height in heights])
+    parts = panels.split([inputs * height for height in _heights(outputs)])
     return torch.cat([part.view(inputs, -1).t() for part in parts])
+
+
+def _paired(weight: Tensor) -> Tensor:
+    """A bfloat16 weight (outputs, inputs) as (inputs / 2, outputs, 2), with zeros up to an even number of inputs and to
+    a multiple of 16 outputs. Two values go for one of float32, whose type the result has, only for copying it."""
+    padded = functional.pad(weight, (0, weight.shape[1] % 2, 0, -len(weight) % _TILE))
+    pairs: Tensor = padded.unflatten(1, (-1, 2)).transpose(0, 1)
+    return pairs.flatten().view(torch.float32)
+
+
+def _whole_of_pairs(panels: Tensor, outputs: int, inputs: int) -> Tensor:
+    """(outputs, inputs) of the panels in a row."""
+    parts = (
+        panels.contiguous()
+        .view(torch.bfloat16)
+        .split([2 * _words(height, inputs, torch.bfloat16) for height in _heights(outputs)])
+    )
+    rows = [part.view((inputs + 1) // 2, -1, 2).transpose(0, 1).flatten(1) for part in parts]
+    return torch.cat(rows)[:outputs, :inputs]
+
+
+def _words(outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    """Values of float32, or as much memory, for a weight of a model in `dtype`."""
+    return (inputs + 1) // 2 * (outputs + -outputs % _TILE) if dtype == torch.bfloat16 else outputs * inputs
+
+
+def _heights(outputs: int) -> list[int]:
+    """Outputs of each panel."""
+    return [PANEL] * (outputs // PANEL) + [outputs % PANEL] * (outputs % PANEL > 0)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
@@ -73,6 +74,11 @@ class Backbone(nn.Module, ABC):
     def stages(self) -> tuple[Stage, ...]:
         """Runs of blocks that see the same grid; one of all blocks, unless a family downsamples."""
         return (Stage(0, len(self.mixers), self.grid, self.protected),)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the images that `forward` takes."""
+        return next(self.parameters()).dtype
 
     @property
     def image_size(self) -> tuple[int, int]:

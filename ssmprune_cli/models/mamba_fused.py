@@ -20,11 +20,7 @@ _EACH = 7  # parameters of one direction
 def packed_inner(*parameters: Tensor) -> Tensor:
     """For `mamba_inner`, of each direction in turn: the weights of conv1d (E, 1, K), x_proj and dt_proj, A_log, the
     biases of conv1d and dt_proj, and D."""
-    directions = []
-    for first in range(0, len(parameters), _EACH):
-        conv_weight, x_weight, dt_weight, A_log, *vectors = parameters[first : first + _EACH]
-        directions.append(InnerParameters(conv_weight[:, 0], x_weight, dt_weight, decay_rates(A_log), *vectors))
-    return pack_inner(directions)
+    return pack_inner(_directions(parameters))
 
 
 def packed_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, *others: Tensor) -> Tensor:
@@ -33,7 +29,15 @@ def packed_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, *others: Tenso
     if len(others) % _EACH:
         *others, gamma = others  # type: ignore[assignment]
         out_proj = out_proj * gamma[:, None]
-    return pack_block(norm, in_proj, out_proj, packed_inner(*others))
+    return pack_block(norm, in_proj, out_proj, _directions(others))
+
+
+def _directions(parameters: Sequence[Tensor]) -> list[InnerParameters]:
+    directions = []
+    for first in range(0, len(parameters), _EACH):
+        conv_weight, x_weight, dt_weight, A_log, *vectors = parameters[first : first + _EACH]
+        directions.append(InnerParameters(conv_weight[:, 0], x_weight, dt_weight, decay_rates(A_log), *vectors))
+    return directions
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

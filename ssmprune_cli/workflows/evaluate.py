@@ -73,15 +73,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found on `count` images."""
+    """What `evaluate` found on `count` images, of models with weights in `dtype`."""
 
     count: int
+    dtype: str
     accuracy: Accuracy
     comparison: Comparison | None
 
     def to_dict(self) -> dict[str, Any]:
         compared = self.comparison.to_dict() if self.comparison else {}
-        return {"count": self.count, **self.accuracy.to_dict(), **compared}
+        return {"count": self.count, "dtype": self.dtype, **self.accuracy.to_dict(), **compared}
 
 
 class _Score:
@@ -96,7 +97,7 @@ class _Score:
         self._ranks: list[Tensor] = []  # (B,) rank of the right class, 0 for a right answer
 
     def add(self, images: Tensor, labels: Tensor, names: tuple[str, ...]) -> None:
-        images = images.to(self._device)
+        images = images.to(self._device, self._model.dtype)
         self._synchronize()
         start = time.perf_counter()
         logits = self._model(images)
@@ -190,7 +191,7 @@ def evaluate(
     for score in scores:
         score.collect()
     comparison = _compare(scores[0], scores[1], dataset) if compare is not None else None
-    return Evaluation(len(dataset), scores[0].accuracy(), comparison)
+    return Evaluation(len(dataset), str(model.dtype).removeprefix("torch."), scores[0].accuracy(), comparison)
 
 
 def spread(total: int, count: int) -> list[int]:

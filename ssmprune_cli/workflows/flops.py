@@ -93,7 +93,7 @@ def count_flops(model: Backbone) -> FlopCount:
 
     Raises SsmpruneError naming every op that is neither counted nor known to be free: never a silent zero.
     """
-    images = torch.zeros(1, 3, *model.image_size, device=next(model.parameters()).device)
+    images = torch.zeros(1, 3, *model.image_size, device=next(model.parameters()).device, dtype=model.dtype)
     analysis = FlopCountAnalysis(model, images)
     analysis.set_op_handle("ssmprune::selective_scan", _scan_handler)
     analysis.set_op_handle("ssmprune::causal_conv1d", _conv_handler)

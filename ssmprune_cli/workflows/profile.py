@@ -51,6 +51,7 @@ class Profile:
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
     batch_size: int
+    dtype: str
     device: str
     backend: str
     backends_refused: dict[str, str]
@@ -83,15 +84,18 @@ def profile(
     """Profile `models` side by side: their timed runs are interleaved, so that a drift of the machine hits all alike.
 
     Timing is on random images: static token counts make it independent of what they show. Two warm-up rounds are left
-    out. Raises UsageError for a device that is not there or images of different sizes.
+    out. Raises UsageError for a device that is not there, or models of different dtypes or image sizes.
     """
     if batch_size < 1 or rounds < 1:
         raise UsageError("the batch size and the number of rounds must be at least 1")
     if len({model.image_size for model in models}) > 1:
         sizes = ", ".join("x".join(map(str, model.image_size)) for model in models)
         raise UsageError(f"the models take images of different sizes: {sizes}", hint="Give `--image-size`.")
+    if len({model.dtype for model in models}) > 1:
+        raise UsageError(f"the models' weights differ in dtype: {', '.join(str(model.dtype) for model in models)}")
     target = resolve_device(device)
-    images = torch.randn(batch_size, 3, *models[0].image_size, generator=torch.Generator().manual_seed(seed)).to(target)
+    images = torch.randn(batch_size, 3, *models[0].image_size, generator=torch.Generator().manual_seed(seed))
+    images = images.to(target, models[0].dtype)
     flops = [count_flops(model) for model in models]
     for model in models:
         model.to(target).eval()
@@ -106,9 +110,10 @@ def profile(
             tokens_per_block=tokens_per_block(model),
             multiply_adds_per_block=count.per_block,
             batch_size=batch_size,
+            dtype=str(model.dtype).removeprefix("torch."),
             device=str(target),
-            backend=active_backend(target),
-            backends_refused=refused_backends(target),
+            backend=active_backend(target, model.dtype),
+            backends_refused=refused_backends(target, model.dtype),
             threads=torch.get_num_threads(),
             speed=speed,
             peak_memory_bytes=peak_memory(model, images),

@@ -11,7 +11,14 @@ import torch
 from ssmprune_cli.kernels import build
 from ssmprune_cli.kernels.backend import Backend
 from ssmprune_cli.kernels.cpu import CpuBackend
-from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, GridConvInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import (
+    BlocksInputs,
+    BlockSizes,
+    GridConvInputs,
+    InnerParameters,
+    ScanInputs,
+    pack_block,
+)
 from ssmprune_cli.kernels.pytorch import REFERENCE
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
@@ -76,20 +83,43 @@ def rows(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Ten
     )
 
 
-def blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+def blocks(
+    backend: Backend, channels: int, dtype: torch.dtype, weights: torch.dtype = torch.float32, multiple: int = 16
+) -> tuple[torch.Tensor, ...]:
     """Two Mamba blocks whose width and whose scans' channels are multiples of 16, as the C code for blocks has it."""
-    dim, sizes = 16 * channels, BlockSizes(16 * channels + 16, 5, 3, 2, 2)
-    normal = Values(3, dtype)
+    dim, sizes = multiple * channels, BlockSizes(multiple * (channels + 1), 5, 3, 2, 2)
+    normal = Values(3, torch.float64)
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return values.to(weights).to(dtype)
 
     def scaled(*size: int) -> torch.Tensor:
-        return normal(*size) / math.sqrt(size[-1])
+        return rounded(normal(*size) / math.sqrt(size[-1]))
 
-    count = dim * (1 + 3 * sizes.d_inner) + 2 * sizes.inner
-    hidden, gap, gap_delta = scaled(3, 9, dim), scaled(2, 3, 9).abs(), scaled(2, 2, sizes.d_inner).abs()
-    packed = [scaled(count) * count**0.5 / dim**0.5 for _ in range(2)]
+    E, N, K, R, G = sizes
+    hidden, gap, gap_delta = scaled(3, 9, dim), rounded(normal(2, 3, 9).abs()), rounded(normal(2, 2, E).abs())
+    packed = []
+    for _ in range(2):
+        inner = [
+            InnerParameters(
+                scaled(E, K),
+                scaled(R + 2 * N, E),
+                scaled(E, R),
+                rounded(-normal(E, N).exp()),
+                *(rounded(normal(E)) for _ in range(3)),
+            )
+            for _ in range(G)
+        ]
+        packed.append(pack_block(rounded(normal(dim)), scaled(2 * E, dim), scaled(dim, E), inner))
     return backend.mamba_blocks(
         BlocksInputs(hidden, None, packed, sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
     )
+
+
+def half_blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The same of a bfloat16 model, with multiples of 32. The truth has its weights in float64."""
+    found = blocks(backend, channels, torch.bfloat16 if dtype == torch.float32 else dtype, torch.bfloat16, 32)
+    return tuple(each.to(dtype) for each in found)
 
 
 @needs_compiler
@@ -102,15 +132,16 @@ def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.Monk
     backend = CpuBackend()
     assert backend.missing() is None
     for channels in (3, 16, 37):
-        for ops in (scan, convolutions, rows, blocks):
+        for ops in (scan, convolutions, rows, blocks, half_blocks):
             found, truth = ops(backend, channels, torch.float32), ops(REFERENCE, channels, torch.float64)
             assert len(found) == len(truth)
             for own, expected in zip(found, truth, strict=True):
                 if own is None or expected is None:
                     assert own is expected
                     continue
-                # Relative to the largest entry, as in test_scan.py.
-                assert (own.double() - expected).abs().max() <= 1e-5 * expected.abs().max(), ops
+                # Relative to the largest entry, as in test_scan.py; results in bfloat16 have 8 bits.
+                bound = 1e-5 if ops is not half_blocks else 2**-8
+                assert (own.double() - expected).abs().max() <= bound * expected.abs().max(), ops
 
 
 @needs_compiler

@@ -1,17 +1,18 @@
 #include <omp.h>
 #include "inner.h"
 
-/* TILE_ROWS tokens in direction g, the first at `row` of those of the samples from `first` on; `stop` is past the last. */
-INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int64_t stop, int half, float *scratch,
-                     int64_t size) {
+/* The tokens that are together in direction g, the first at `row` of those of the samples from `first` on; `stop` is past
+ * the last. */
+INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int64_t stop, int half, int way,
+                     float *scratch, int64_t size) {
     int64_t E = a->channels, K = a->width, L = a->length, stride = padded(a);
     Parameters p = parameters_of(a, g);
     Conv conv = {.x = a->xz, .context = a->context, .taps = p.taps, .bias = p.conv_bias, .length = L, .channels = E,
                  .width = K, .x_b = a->xz_b, .x_l = a->xz_l, .context_b = a->context_b, .context_l = a->context_l,
                  .others = a->others, .reverse = g};
-    const float *from[TILE_ROWS];
-    float *to[TILE_ROWS];
-    for (int r = 0; r < TILE_ROWS; r++) {
+    const float *from[MOST_ROWS];
+    float *to[MOST_ROWS];
+    for (int r = 0; r < rows_together(way); r++) {
         int64_t at = row + r < stop ? row + r : stop - 1; /* the last one again */
         int64_t b = first + at / L, t = at % L;
         float *u = scratch + at / L * size + g * L * E;
@@ -26,18 +27,21 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
             write_silu(u, t, E, c, 0, y);
         }
     }
-    product(from, p.x_weight, E, projected(a), to);
+    const float *weight = way == FLOATS ? p.x_weight : a->pairs + g * E / 2 * pair_columns_of(projected(a));
+    if (way == TILES) round_rows(from, E, a->rounded), tile_product(a->rounded, weight, E, projected(a), to);
+    else product(way, from, weight, E, projected(a), to);
     return 0;
 }
 
 int feed_rows(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size) {
     int64_t start, stop;
-    int missing = 0;
+    int missing = 0, way = (int)a->way;
     share(count * a->length, t, a->threads, &start, &stop);
-    for (int64_t row = start; row < stop; row += TILE_ROWS)
+    for (int64_t row = start; row < stop; row += rows_together(way))
         for (int64_t g = 0; g < a->directions; g++) {
-            if (a->half) missing |= feed_tile(a, g, first, row, stop, 1, scratch, size);
-            else missing |= feed_tile(a, g, first, row, stop, 0, scratch, size);
+            if (a->half) missing |= feed_tile(a, g, first, row, stop, 1, FLOATS, scratch, size);
+            else if (way == FLOATS) missing |= feed_tile(a, g, first, row, stop, 0, FLOATS, scratch, size);
+            else missing |= feed_tile(a, g, first, row, stop, 0, way, scratch, size);
         }
     return missing;
 }

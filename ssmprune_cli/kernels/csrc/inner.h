@@ -6,6 +6,7 @@
 #ifndef SSMPRUNE_INNER_H
 #define SSMPRUNE_INNER_H
 #include "conv.h"
+#include "product.h"
 #include "scan.h"
 
 /* xz is (B, L, 2E), y (B, L, E), context (B, M, E), gap (G, B, L), gap_delta (G, E), sources (G, B, L, K). The second of
@@ -16,8 +17,11 @@ typedef struct {
     float *ungated; /* (B, L, E): the sum of the directions before the gate, if it is wanted */
     const float *parameters, *gap, *gap_delta;
     const int64_t *sources;
+    /* For blocks.c: of each direction x_weight in pairs, and room for MOST_ROWS rounded tokens. */
+    const float *pairs;
+    uint16_t *rounded;
     int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;
-    int64_t half, threads;
+    int64_t half, threads, way;
     double scale;
 } Inner;
 
@@ -51,42 +55,6 @@ INLINE Parameters parameters_of(const Inner *a, int64_t g) {
 /* Scratch memory of one sample: u (G, L, E), then rank values, B and C (G, L, padded). In whole vectors. */
 INLINE int64_t inner_scratch(const Inner *a) {
     return (a->directions * a->length * (a->channels + padded(a)) + 15) / 16 * 16;
-}
-
-/* Tokens and vectors of outputs that are in registers together during a matrix product. */
-#define TILE_ROWS (W == 16 ? 6 : 4)
-#define TILE_VECTORS (W == 16 ? 4 : 3)
-
-/* Columns n ... n + vectors * W of out[r] (P, rounded up to vectors) = u[r] (E) . weight (E, P), for TILE_ROWS tokens. */
-INLINE void product_columns(const float *const *u, const float *weight, int64_t E, int64_t P, int64_t n, int vectors,
-                            float *const *out) {
-    vf sum[TILE_ROWS][TILE_VECTORS], w[TILE_VECTORS];
-    int64_t past = n + vectors * W - P; /* columns that are not there: the next row's first ones, or beyond the end */
-    int64_t inside = past > 0 ? E - (past + P - 1) / P : E;
-#define ROWS _Pragma("GCC unroll 8") for (int r = 0; r < TILE_ROWS; r++)
-#define VECTORS _Pragma("GCC unroll 4") for (int v = 0; v < vectors; v++)
-    ROWS VECTORS sum[r][v] = (vf){0};
-    for (int64_t e = 0; e < inside; e++) {
-        VECTORS w[v] = load(weight, e * P + n + v * W, W, 0);
-        ROWS VECTORS sum[r][v] += w[v] * u[r][e];
-    }
-    for (int64_t e = inside < 0 ? 0 : inside; e < E; e++)
-        VECTORS {
-            int64_t left = P - n - v * W;
-            vf last = load(weight, e * P + n + v * W, left < W ? (int)left : W, 0);
-            ROWS sum[r][v] += last * u[r][e];
-        }
-    ROWS VECTORS store(out[r], n + v * W, sum[r][v], W, 0);
-#undef ROWS
-#undef VECTORS
-}
-
-INLINE void product(const float *const *u, const float *weight, int64_t E, int64_t P, float *const *out) {
-    int64_t n = 0;
-    for (; P - n > (TILE_VECTORS - 1) * W; n += TILE_VECTORS * W) product_columns(u, weight, E, P, n, TILE_VECTORS, out);
-    if (P - n > 2 * W) product_columns(u, weight, E, P, n, 3, out);
-    else if (P - n > W) product_columns(u, weight, E, P, n, 2, out);
-    else if (P > n) product_columns(u, weight, E, P, n, 1, out);
 }
 
 /* The part of `count` things that thread `t` of `threads` takes: from *start to *stop. */
