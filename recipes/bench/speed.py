@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import math
 import os
 import platform
 import statistics
@@ -44,6 +45,7 @@ from ssmprune_cli.workflows.profile import tokens_per_block
 
 SHAPES = {"Vim-T b1": (1, 197, 384), "Vim-T b8": (8, 197, 384), "Vim-S b1": (1, 197, 768), "L 4096 b1": (1, 4096, 384)}
 STATE = 16
+TURN = 0.01  # seconds that a contestant runs at a time
 Contestants = dict[str, Callable[[], object]]
 
 
@@ -57,13 +59,18 @@ def foreign_seconds() -> float:
 
 
 def race(contestants: Contestants, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every round, for about `seconds` a contestant and at least three rounds.
+    """Milliseconds of a run in every round, for about `seconds` a contestant and at least three rounds.
 
-    Before it is timed, a contestant runs once in every round: the one before it has emptied the caches.
+    In a round a contestant runs once before it is timed, as the one before it has emptied the caches, and then as often
+    as fills TURN: between the short runs that a clock could tell apart, threads would fall asleep as in no model.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
+    counts: dict[str, int] = {}
+    for name, run in contestants.items():
         run()
+        start = time.perf_counter()
+        run()
+        counts[name] = math.ceil(TURN / (time.perf_counter() - start))
     end = time.perf_counter() + seconds * len(contestants)
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for name, run in contestants.items():
@@ -71,11 +78,12 @@ def race(contestants: Contestants, seconds: float) -> dict[str, list[float]]:
             run()
             for _ in range(4):
                 others, start = foreign_seconds(), time.perf_counter()
-                run()
+                for _ in range(counts[name]):
+                    run()
                 elapsed = time.perf_counter() - start
                 if foreign_seconds() - others <= max(0.05 * elapsed, 0.02):  # /proc/stat ticks every 10 ms
                     break
-            times[name].append(1e3 * elapsed)
+            times[name].append(1e3 * elapsed / counts[name])
     return times
 
 
