@@ -142,16 +142,17 @@ class TokenSequence:
         def total(values: Tensor) -> Tensor:
             return torch.zeros_like(values[:, : index.shape[1]]).scatter_add(1, place, values * joins)  # (B, K)
 
-        weight = (self.sizes() if weight is None else weight) * joins
+        size = total(self.sizes())
         # The share of each token in its mean, in float32: a token alone has exactly 1, in any precision.
-        share = weight / total(weight).gather(1, place)
+        whole = size if weight is None else total(weight)
+        share = (self.sizes() if weight is None else weight) * joins / whole.gather(1, place)
 
         def mean(values: Tensor) -> Tensor:
             return sum_tokens(values * share[..., None].to(values.dtype), place, index.shape[1])
 
         kept = self.keep(index)
         residual = None if self.residual is None else mean(self.residual)
-        return replace(kept, hidden=mean(self.hidden), residual=residual, size=total(self.sizes()))
+        return replace(kept, hidden=mean(self.hidden), residual=residual, size=size)
 
     def sizes(self) -> Tensor:
         """(B, L) float32: dense tokens that each token stands for."""

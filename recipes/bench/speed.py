@@ -37,9 +37,12 @@ from ssmprune_cli.kernels import (
     use_backend,
 )
 from ssmprune_cli.kernels.build import processor_flags
+from ssmprune_cli.models import FAMILIES
+from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.workflows.floor import floor
+from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.machine import machine
 from ssmprune_cli.workflows.profile import tokens_per_block
 
@@ -284,6 +287,40 @@ def model_table(seconds: float) -> None:
             print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x | {share} |")
 
 
+def families_table(seconds: float) -> None:
+    """Models whose scans run along routes over the grid, pruned as by default. In bfloat16 where processors have it."""
+    print(
+        "| 224 x 224 | keep | ms a batch | images/s | op by op, ms | faster than dense | multiply-adds |\n"
+        + "|---" * 7
+        + "|"
+    )
+
+    def apart(model: Backbone, images: torch.Tensor) -> None:
+        with fused_ops_apart():
+            model(images)
+
+    for family, variant in (("plainmamba", "plainmamba_l1"), ("vmamba", "vmamba_tiny_s1l8")):
+        found = FAMILIES.get(family)
+        with torch.inference_mode(False):
+            models = {title: found.build(found.variants[variant]).eval() for title in ("1", "0.5", "1, bfloat16")}
+            compress(models["0.5"], 0.5, alignment="null")
+            work = {title: count_flops(model).all_directions for title, model in models.items()}
+            models["1, bfloat16"].bfloat16()
+        if not processor_flags() & {"avx512_bf16", "amx_bf16"}:
+            del models["1, bfloat16"]
+        for batch in (1, 8):
+            images = torch.randn(batch, 3, 224, 224)
+            runs: Contestants = {title: partial(model, images.to(model.dtype)) for title, model in models.items()}
+            single: Contestants = {title: partial(apart, each, images.to(each.dtype)) for title, each in models.items()}
+            times, slower = race(runs, seconds), race(single, seconds)
+            dense = statistics.median(times["1"])
+            for title in models:
+                median = statistics.median(times[title])
+                row = (f"{variant}, batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
+                share = f"{work[title] / work['1']:.2f}"
+                print(f"| {' | '.join(row)} | {cell(slower[title])} | {dense / median:.2f}x | {share} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5, help="for each contestant and row")
@@ -291,7 +328,7 @@ def main() -> None:
     keep_freed_memory()
     scan_table(arguments.seconds)
     with torch.inference_mode():
-        for table in (small_ops_table, floor_table, model_table):
+        for table in (small_ops_table, floor_table, model_table, families_table):
             print()
             table(arguments.seconds)
     print(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import composed, eager
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
 from ssmprune_cli.registry import Registry
 
 Gradients = tuple[Tensor | None, ...]
@@ -22,7 +22,7 @@ class Backend(ABC):
 
     name: str
     skips_reading = False  # whether `scan` itself leaves out tokens that nobody reads; if not, it is given no `read`
-    fuses = False  # whether `mamba_inner` and `mamba_blocks` are faster than the ops that they are made of
+    fuses = False  # whether the fused ops are faster than the ops that they are made of
 
     @property
     def automatic(self) -> bool:
@@ -111,6 +111,10 @@ class Backend(ABC):
     def mamba_inner(self, inputs: InnerInputs) -> Tensor:
         """The inside of a Mamba block, (B, L, E)."""
         return composed.mamba_inner(self, inputs)
+
+    def routed_scans(self, inputs: RoutedInputs) -> Tensor:
+        """The sum of the scans along several routes, (B, L, E)."""
+        return composed.routed_scans(self, inputs)
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden state and residual stream (B, L, d) after several Mamba blocks, and the last one's y, see there."""

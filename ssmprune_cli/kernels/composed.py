@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, InnerInputs, ScanInputs, unpack_block, unpack_inner
+from ssmprune_cli.kernels.inputs import (
+    BlocksInputs,
+    BlockSizes,
+    InnerInputs,
+    RoutedInputs,
+    ScanInputs,
+    unpack_block,
+    unpack_inner,
+)
 
 if TYPE_CHECKING:
     from ssmprune_cli.kernels.backend import Backend
@@ -58,3 +66,27 @@ def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor
     assert residual is not None
     y = torch.stack(ys).sum(dim=0) if inputs.wants_y else hidden.new_empty(*hidden.shape[:2], 0)
     return hidden, residual, y
+
+
+def routed_scans(backend: Backend, inputs: RoutedInputs) -> Tensor:
+    u, projected, N = inputs.u, inputs.projected, inputs.d_state
+    batch, _, E = u.shape
+    R = projected.shape[3] - 2 * N
+    total = u.new_zeros(u.shape, dtype=inputs.parameters.dtype)
+    for g, packed in enumerate(inputs.parameters):
+        dt_weight, A, bias, D = packed.split([R * E, N * E, E, E])
+        order = inputs.order[g, :, :, None].expand(batch, -1, E)  # (B, L, E)
+        steps = projected[:, :, g if projected.shape[2] > 1 else 0]  # (B, L, R + 2N)
+        if inputs.rows is not None:
+            steps = steps.gather(1, inputs.rows[g, :, :, None].expand(-1, -1, R + 2 * N))
+        rank_values, B, C = steps.split([R, N, N], dim=-1)
+        if inputs.extra_B is not None:
+            B = B + inputs.extra_B[g].to(B.dtype)
+        delta = functional.linear(rank_values, dt_weight.view(R, E).t().to(u.dtype))
+        gap = None if inputs.gap is None else inputs.gap[g]
+        gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
+        scan = ScanInputs(
+            u.gather(1, order), delta, A.view(N, E).t(), B, C, D, None, bias, True, None, gap, gap_delta, False
+        )
+        total.scatter_add_(1, order, backend.scan(scan).to(total.dtype))
+    return total.to(u.dtype)

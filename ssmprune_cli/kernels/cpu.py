@@ -13,8 +13,8 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import eager
 from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.build import load_library
-from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, NormBack, Scan
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, ScanInputs
+from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, NormBack, Routed, Scan
+from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
@@ -266,6 +266,14 @@ class CpuBackend(Backend):
             call.set(ungated=y)
         self._run("mamba_blocks", call.struct(Blocks), outside=_SOURCE)
         return out.to(dtype), stream, y.to(dtype)
+
+    def routed_scans(self, inputs: RoutedInputs) -> Tensor:
+        y = torch.empty(inputs.u.shape)
+        call = Call(threads=torch.get_num_threads(), groups=_groups(len(y)))
+        call.routed(inputs)
+        call.set(y=y)
+        self._run("routed_scans", call.struct(Routed), outside="a route visits a token that is not there")
+        return y.to(inputs.u.dtype)
 
     def _run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
         """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""

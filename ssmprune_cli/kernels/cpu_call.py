@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, GridConvInputs, InnerInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import (
+    BlocksInputs,
+    BlockSizes,
+    GridConvInputs,
+    InnerInputs,
+    RoutedInputs,
+    ScanInputs,
+)
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
@@ -21,7 +28,7 @@ def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctyp
 # Names and order of the structs in csrc/.
 Scan = _struct(
     "Scan",
-    "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots "
+    "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots visits "
     "rank dt_weight sum ungated states",
     "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l A_c A_n "
     "softplus reverse half half_out threads groups outputs rank_l R",
@@ -42,6 +49,11 @@ Inner = _struct(
     "xz context y ungated parameters gap gap_delta sources pairs rounded",
     "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way",
     "scale",
+)
+Routed = _struct(
+    "Routed",
+    "u projected parameters extra gap gap_delta y order rows",
+    "batch length channels state rank routes slices u_b u_l order_b extra_b threads groups",
 )
 Blocks = _struct(
     "Blocks",
@@ -137,6 +149,25 @@ class Call:
         self.numbers.update(length=length, dim=dim, channels=sizes.d_inner, state=sizes.d_state, width=sizes.d_conv)
         self.numbers.update(rank=sizes.dt_rank, directions=sizes.directions, scale=inputs.scale, eps=inputs.eps)
         self.numbers["half"] = inputs.hidden.dtype == torch.bfloat16
+
+    def routed(self, inputs: RoutedInputs) -> None:
+        batch, length, channels = inputs.u.shape
+        self.rows(u=inputs.u.float())
+        self.set(projected=inputs.projected.float().contiguous(), parameters=inputs.parameters.contiguous())
+        routes, slices = len(inputs.parameters), inputs.projected.shape[2]
+        for name, values in (("order", inputs.order), ("extra", inputs.extra_B)):
+            if values is not None:
+                dense = (values.float() if values.is_floating_point() else values).contiguous()
+                self.set(**{name: dense})
+                self.numbers[f"{name}_b"] = 0 if dense.shape[1] == 1 else dense.stride(1)
+        if inputs.rows is not None:
+            self.set(rows=inputs.rows.contiguous())
+        if inputs.gap is not None:
+            self.set(gap=inputs.gap.float().contiguous())
+        if inputs.gap_delta is not None:
+            self.set(gap_delta=inputs.gap_delta.float().contiguous())
+        self.numbers.update(batch=batch, length=length, channels=channels, routes=routes, slices=slices)
+        self.numbers.update(state=inputs.d_state, rank=inputs.projected.shape[3] - 2 * inputs.d_state)
 
     def _around(self, inputs: InnerInputs | BlocksInputs) -> None:
         """What pruned tokens leave behind."""

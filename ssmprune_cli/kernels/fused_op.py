@@ -17,7 +17,7 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
 from ssmprune_cli.kernels.conv_op import conv_flops
 from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, InnerInputs
-from ssmprune_cli.kernels.library import Expected, check, define, three, tracing
+from ssmprune_cli.kernels.library import Expected, check, define, refuse_gradients, three, tracing
 from ssmprune_cli.kernels.op import scan_flops
 
 _apart = False
@@ -56,7 +56,7 @@ def mamba_inner(
     if width % 2:
         raise KernelError(f"xz has {width} channels, which are not two halves")
     gap = _check(xz, sizes, expected, gap, gap_delta, context, sizes.d_inner, sources)
-    _refuse_gradients(xz, parameters)
+    refuse_gradients(xz, parameters)
     given = (gap, gap_delta, context, sources)
     result: Tensor = torch.ops.ssmprune.mamba_inner(xz, parameters, d_state, d_conv, dt_rank, *given, scale)
     return result
@@ -98,7 +98,7 @@ def mamba_blocks(
     if not parameters or hidden.dtype == torch.float16:
         raise KernelError(f"there are {len(parameters)} blocks, in {hidden.dtype}: one is needed, and no float16")
     gap = _check(hidden, sizes, expected, gap, gap_delta, context, dim, sources)
-    _refuse_gradients(hidden, *parameters)
+    refuse_gradients(hidden, *parameters)
     given = (gap, gap_delta, context, sources)
     found = torch.ops.ssmprune.mamba_blocks(
         hidden, residual, list(parameters), list(sizes), *given, scale, eps, wants_y
@@ -142,15 +142,10 @@ def _check(
     return gap
 
 
-def _refuse_gradients(*tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise KernelError("the fused ops have no gradient", hint="Call them under torch.no_grad().")
-
-
 def fuses_inner(example: Tensor, d_state: int) -> bool:
-    """Whether a model does well to call `mamba_inner` for tokens like `example` where it needs no gradient.
+    """Whether a model does well to call `mamba_inner` or `routed_scans` for tokens like `example`.
 
-    No for a trace, which is there to see what is inside.
+    No where gradients are recorded, and for a trace, which is there to see what is inside.
     """
     if _apart or tracing() or torch.is_grad_enabled():
         return False

@@ -79,6 +79,20 @@ class InnerInputs(NamedTuple):
         return self.xz.shape[2] // 2
 
 
+class RoutedInputs(NamedTuple):
+    """Inputs of scans along several routes; shapes as in `routes_op.routed_scans`."""
+
+    u: Tensor
+    projected: Tensor
+    parameters: Tensor
+    d_state: int
+    order: Tensor
+    rows: Tensor | None
+    extra_B: Tensor | None
+    gap: Tensor | None
+    gap_delta: Tensor | None
+
+
 class BlocksInputs(NamedTuple):
     """Inputs of several Mamba blocks; shapes as in `fused_op.mamba_blocks`."""
 
@@ -136,6 +150,16 @@ def unpack_inner(packed: Tensor, sizes: BlockSizes) -> InnerParameters:
     return InnerParameters(
         taps.view(-1, E).t(), x_weight.view(E, P).t(), dt_weight.view(-1, E).t(), A.view(-1, E).t(), *vectors
     )
+
+
+def pack_routes(dt_weight: Tensor, A: Tensor, bias: Tensor, D: Tensor) -> Tensor:
+    """The parameters of G routes as `routed_scans` takes them, (G, E (R + N + 2)), float32 at least.
+
+    Of each the weight of the step projection (R, E) and A (N, E), given as (G, E, R) and (G, E, N), and the steps' bias
+    and D, (G, E).
+    """
+    parts = [_wide(dt_weight).transpose(1, 2).flatten(1), _wide(A).transpose(1, 2).flatten(1), _wide(bias), _wide(D)]
+    return torch.cat(parts, dim=1)
 
 
 def pack_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, directions: Sequence[InnerParameters]) -> Tensor:

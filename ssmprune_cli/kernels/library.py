@@ -62,6 +62,12 @@ def check(tokens: Tensor, activations: Expected, parameters: Expected) -> None:
                 raise KernelError(f"{name} is on {tensor.device}, but the tokens are on {device}")
 
 
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Raise KernelError if one of them needs a gradient, which fused ops do not give."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise KernelError("the fused ops have no gradient", hint="Call them under torch.no_grad().")
+
+
 def three(tensor: Tensor, name: str) -> tuple[int, int, int]:
     """Sizes of `tensor`, which must have three dimensions."""
     if tensor.ndim != 3:

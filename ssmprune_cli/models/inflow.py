@@ -72,6 +72,12 @@ class Inflow:
         mean = sum_tokens(u * self.weights[..., None], self.cells.owner, self.cells.size.shape[1])
         return mean, gather_tokens(u, self.cells.live)
 
+    @property
+    def plain(self) -> bool:
+        """Whether scans step over live tokens alone, one step each, and growing steps make up for nothing."""
+        mass = None if self.alignment is None else self.alignment.mass
+        return self.read is None and self.cells is None and mass is None
+
     def scan(
         self,
         direction: int,

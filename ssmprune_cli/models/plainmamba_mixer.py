@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import gated_sum, grid_conv2d
+from ssmprune_cli.kernels import fuses_inner, gated_sum, grid_conv2d, pack_routes, routed_scans
 from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
+from ssmprune_cli.models.mamba_fused import is_plain
 from ssmprune_cli.models.mamba_mixer import s4d_real
-from ssmprune_cli.models.plainmamba_routes import ROUTES, walks
+from ssmprune_cli.models.plainmamba_routes import ROUTES, all_walks, walks
 from ssmprune_cli.models.routes import reorder, steps_of
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -38,7 +39,7 @@ class PlainMambaMixer(nn.Module):
         self.x_proj = nn.Linear(self.d_inner, sum(self.splits), bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state))
-        self._rates, self._taps = Derived(decay_rates), Derived(channels_last_taps)
+        self._rates, self._taps, self._packed = Derived(decay_rates), Derived(channels_last_taps), Derived(_packed)
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.direction_Bs = nn.Parameter(nn.init.trunc_normal_(torch.empty(ROUTES + 1, d_state), std=0.02))
         self.out_proj = nn.Linear(self.d_inner, dim)
@@ -61,7 +62,39 @@ class PlainMambaMixer(nn.Module):
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, self.grid[1])
         u, own = flow.pool(self._convolve(flow, context))
-        rank_values, b, c = self.x_proj(u).split(self.splits, dim=-1)
+        projected = self.x_proj(u)
+        deltas: list[Tensor] = []
+        if wanted != "delta" and flow.plain and is_plain(self.dt_proj, nn.Linear) and fuses_inner(u, self.splits[1]):
+            outputs = [self._scan_at_once(u, projected, flow, alignment)]
+        else:
+            outputs, deltas = self._scan(u, own, projected, flow, wanted)
+        mixed: Tensor = self.out_proj(gated_sum(outputs, gate))
+        return mixed, ScanStatistics(tuple(outputs), tuple(deltas))
+
+    def _scan_at_once(self, u: Tensor, projected: Tensor, flow: Inflow, alignment: ScanAlignment | None) -> Tensor:
+        """The sum of the outputs of all directions (B, L, E), by one op for inference."""
+        routes = all_walks(flow.scanned, self.grid)
+        return routed_scans(
+            u,
+            projected[:, :, None],
+            self._packed(self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D),
+            self.splits[1],
+            routes.order,
+            rows=routes.rows,
+            extra_B=self.direction_Bs[routes.moves],
+            gap=None if alignment is None else routes.gap,
+            gap_delta=None if alignment is None or routes.gap is None else alignment.gap_delta,
+        )
+
+    def _scan(
+        self, u: Tensor, own: Tensor | None, projected: Tensor, flow: Inflow, wanted: Wanted
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places.
+
+        u, own     as `Inflow.pool` gives them
+        projected  (B, L, R + 2N)
+        """
+        rank_values, b, c = projected.split(self.splits, dim=-1)
         # The authors add the bias of dt_proj twice: in the projection, and once more in the scan.
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
         decay = self._rates(self.A_log)
@@ -90,8 +123,7 @@ class PlainMambaMixer(nn.Module):
             if wanted == "delta":
                 delta = reorder(functional.softplus(rows[0] + bias), back)
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
-        projected: Tensor = self.out_proj(gated_sum(outputs, gate))
-        return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+        return outputs, deltas
 
     def _convolve(self, flow: Inflow, context: Tensor | None) -> Tensor:
         """(B, L, E) or (B, L + F, E): the values of `flow`, convolved; `context` (B, M, d) as in `forward`."""
@@ -112,3 +144,9 @@ class PlainMambaMixer(nn.Module):
         u = functional.silu(self.conv2d.bias)  # type: ignore[arg-type]
         raw = self.dt_proj(self.x_proj(u)[: self.splits[0]])
         return functional.softplus(raw + self.dt_proj.bias).expand(ROUTES, -1)
+
+
+def _packed(dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
+    """For `routed_scans`: all routes are alike. The authors add the bias of dt_proj twice, see `_scan`."""
+    each = pack_routes(dt_weight[None], decay_rates(A_log)[None], 2 * dt_bias[None], D[None])
+    return each.repeat(ROUTES, 1)

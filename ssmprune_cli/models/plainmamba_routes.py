@@ -49,6 +49,35 @@ def walks(sequence: TokenSequence, grid: tuple[int, int]) -> tuple[Walk, ...]:
     return found
 
 
+@dataclass(frozen=True)
+class Walks:
+    """The four walks as `routed_scans` takes them: (4, 1, L) where all samples are alike, or (4, B, L).
+
+    order, moves, rows, gap  see Walk and Visits; the last two are None when no token is missing
+    """
+
+    order: Tensor
+    moves: Tensor
+    rows: Tensor | None
+    gap: Tensor | None
+
+
+def all_walks(sequence: TokenSequence, grid: tuple[int, int]) -> Walks:
+    """`walks` side by side."""
+    if "all walks" not in sequence.memo:
+        each = walks(sequence, grid)
+        order, made = torch.stack([walk.visits.order for walk in each]), torch.stack([walk.moves for walk in each])
+        if order.ndim == 2:
+            order, made = order[:, None], made[:, None]
+        rows = [walk.rows for walk in each if walk.rows is not None]
+        gaps = [walk.visits.gap for walk in each if walk.visits.gap is not None]
+        sequence.memo["all walks"] = Walks(
+            order, made, torch.stack(rows) if rows else None, torch.stack(gaps) if gaps else None
+        )
+    found: Walks = sequence.memo["all walks"]
+    return found
+
+
 def snakes(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
     """The four routes, (G,) positions each: by rows from the top, the same backwards, by columns from the left, the
     same backwards. Every second row, or column, is passed in the other direction."""

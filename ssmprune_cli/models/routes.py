@@ -44,9 +44,9 @@ def visits(route: Tensor, sequence: TokenSequence) -> Visits:
 
 def inverse(route: Tensor) -> Tensor:
     """(G,) rank of every position."""
-    ranks = torch.empty_like(route)
-    ranks[route] = torch.arange(len(route), device=route.device)
-    return ranks
+    return (
+        route.argsort()
+    )  # torch.compile (2.13) shares one buffer among several inverses that are written place by place
 
 
 def reorder(values: Tensor, index: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import grid_conv2d
+from ssmprune_cli.kernels import fuses_inner, grid_conv2d, pack_routes, routed_scans
 from ssmprune_cli.models.inflow import Inflow, inflow
 from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
+from ssmprune_cli.models.mamba_fused import is_plain
 from ssmprune_cli.models.mamba_mixer import StepProjection, s4d_real
 from ssmprune_cli.models.routes import Visits, reorder, steps_of, visits
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -77,7 +78,7 @@ class VMambaMixer(nn.Module):
             weight.copy_(start.weight.data)
             bias.copy_(start.bias.data)
         self.A_logs = nn.Parameter(s4d_real(DIRECTIONS * d_inner, d_state))
-        self._rates, self._taps = Derived(decay_rates), Derived(channels_last_taps)
+        self._rates, self._taps, self._packed = Derived(decay_rates), Derived(channels_last_taps), Derived(_packed)
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * d_inner))
         self.out_norm = nn.LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
@@ -108,9 +109,16 @@ class VMambaMixer(nn.Module):
             context = self._inner(context)
         flow = inflow(sequence, u, None if frozen is None else self._inner(frozen), alignment, grid[1])
         u, own = flow.pool(self._convolve(flow.values, context, flow.convolved, grid))
-        outputs, deltas = self._scan(u, own, flow, column_visits(flow.scanned, grid), wanted)
-        # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
-        mixed: Tensor = self.out_norm((outputs[0] + outputs[2]) + (outputs[1] + outputs[3]))
+        columns = column_visits(flow.scanned, grid)
+        deltas: list[Tensor] = []
+        if wanted != "delta" and flow.plain and self._fuses(u):
+            summed = self._scan_at_once(u, flow, columns, alignment)
+            outputs = [summed]
+        else:
+            outputs, deltas = self._scan(u, own, flow, columns, wanted)
+            # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
+            summed = (outputs[0] + outputs[2]) + (outputs[1] + outputs[3])
+        mixed: Tensor = self.out_norm(summed)
         if gate is not None:
             mixed = mixed * functional.silu(gate)
         projected: Tensor = self.out_proj(mixed)
@@ -130,6 +138,24 @@ class VMambaMixer(nn.Module):
             )
         kept = sequence.positions.shape[1]
         return grid_conv2d(x, self._taps(self.conv2d.weight), self.conv2d.bias, grid, positions, outputs=kept)
+
+    def _fuses(self, u: Tensor) -> bool:
+        return is_plain(self.projections, DirectionProjections) and fuses_inner(u, self.A_logs.shape[1])
+
+    def _scan_at_once(self, u: Tensor, flow: Inflow, columns: Visits, alignment: ScanAlignment | None) -> Tensor:
+        """The sum of the outputs of all directions (B, L, E), by one op for inference."""
+        order, rows, gap = _routes(flow.scanned, columns)
+        projected = functional.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(2, (DIRECTIONS, -1))
+        return routed_scans(
+            u,
+            projected,
+            self._packed(self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds),
+            self.A_logs.shape[1],
+            order,
+            rows=rows,
+            gap=None if alignment is None else gap,
+            gap_delta=None if alignment is None or gap is None else alignment.gap_delta,
+        )
 
     def _scan(
         self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, wanted: Wanted
@@ -195,3 +221,27 @@ def _gaps(route: Visits, *, reverse: bool) -> Tensor | None:
     if route.gap is None or not reverse:
         return route.gap
     return functional.pad(route.gap[:, 1:], (0, 1))
+
+
+def _routes(sequence: TokenSequence, columns: Visits) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of all directions the token that each step visits, (4, 1, L) or (4, B, L), the same (4, B, L), and the gap before
+    each step (4, B, L), None when no token is missing."""
+    if "routes" not in sequence.memo:
+        rows = torch.arange(columns.order.shape[-1], device=columns.order.device).expand(columns.order.shape)
+        order = torch.stack([rows, columns.order, rows.flip(-1), columns.order.flip(-1)])  # (4, L) or (4, B, L)
+        order = order[:, None] if order.ndim == 2 else order
+        gap, down = None, columns.gap
+        if down is not None:
+            across = sequence.gaps(reverse=False)
+            # From the end a step skips what the step after it skips on the way there.
+            backwards = (functional.pad(each[:, 1:], (0, 1)).flip(1) for each in (across, down))
+            gap = torch.stack([across, down, *backwards])
+        sequence.memo["routes"] = order, order.expand(-1, len(sequence.positions), -1), gap
+    routes: tuple[Tensor, Tensor, Tensor | None] = sequence.memo["routes"]
+    return routes
+
+
+def _packed(dt_weights: Tensor, dt_biases: Tensor, A_logs: Tensor, Ds: Tensor) -> Tensor:
+    """For `routed_scans`."""
+    rates, skips = (each.unflatten(0, (DIRECTIONS, -1)) for each in (decay_rates(A_logs), Ds))
+    return pack_routes(dt_weights, rates, dt_biases, skips)

@@ -17,7 +17,7 @@ from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.workflows.breakdown import MATRIX_PRODUCTS
 from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
-FUSED = ("mamba_inner", "mamba_blocks")
+FUSED = ("mamba_inner", "mamba_blocks", "routed_scans")
 _COPY_BYTES = 2**26  # copied to measure bandwidth: more than caches hold
 
 

@@ -16,8 +16,10 @@ from ssmprune_cli.kernels.inputs import (
     BlockSizes,
     GridConvInputs,
     InnerParameters,
+    RoutedInputs,
     ScanInputs,
     pack_block,
+    pack_routes,
 )
 from ssmprune_cli.kernels.pytorch import REFERENCE
 
@@ -116,6 +118,19 @@ def blocks(
     )
 
 
+def routes(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    normal = Values(4, dtype)
+    order = torch.stack([torch.randperm(19, generator=normal.generator) for _ in range(3)])[:, None]  # (G, 1, L)
+    rows = torch.randint(0, 19, (3, 2, 19), generator=normal.generator)
+    parameters = pack_routes(
+        normal(3, channels, 2), -normal(3, channels, 5).exp(), normal(3, channels), normal(3, channels)
+    )
+    steps, extra = normal(2, 19, 1, 12), normal(3, 1, 19, 5)
+    gap, gap_delta = normal(3, 2, 19).abs(), normal(3, channels).abs()
+    inputs = RoutedInputs(normal(2, 19, channels), steps, parameters, 5, order, rows, extra, gap, gap_delta)
+    return (backend.routed_scans(inputs),)
+
+
 def half_blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """The same of a bfloat16 model, with multiples of 32. The truth has its weights in float64."""
     found = blocks(backend, channels, torch.bfloat16 if dtype == torch.float32 else dtype, torch.bfloat16, 32)
@@ -132,7 +147,7 @@ def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.Monk
     backend = CpuBackend()
     assert backend.missing() is None
     for channels in (3, 16, 37):
-        for ops in (scan, convolutions, rows, blocks, half_blocks):
+        for ops in (scan, convolutions, rows, routes, blocks, half_blocks):
             found, truth = ops(backend, channels, torch.float32), ops(REFERENCE, channels, torch.float64)
             assert len(found) == len(truth)
             for own, expected in zip(found, truth, strict=True):

@@ -12,6 +12,7 @@ typedef struct {
     const float *A, *D, *bias, *gap, *gap_delta;
     float *dA, *dB, *dC, *dD, *dbias, *dgap_delta;
     const int64_t *slots; /* (B, L): the row of y where a token's output goes, -1 for a token that nobody reads */
+    const int64_t *visits; /* (B, L): the row of u, y and `sum` that each step takes, if it is not its own; forward only */
     /* For inner.c, forward only. Of `rank` (L, R) `dt_weight` (R, E) makes delta, instead of reading it; `sum` (L, E) is
      * added to the output before the gate, which is times `scale`; what comes before the gate goes to `ungated` (L, E)
      * too; z and y are bfloat16 if `half_out` says so. */
@@ -64,6 +65,9 @@ INLINE vf load_ahead(const void *data, int64_t at, int lanes, int half) {
 /* The row of token j of a chunk; those after its end repeat the last one. */
 INLINE int64_t row_of(int64_t first, int way, int size, int j) { return first + (j < size ? j : size - 1) * way; }
 
+/* The row of u, y and `sum` that step `row` of sample b takes. */
+INLINE int64_t visited(const Scan *a, int64_t b, int64_t row) { return a->visits ? a->visits[b * a->length + row] : row; }
+
 /* Steps that UNROLL tokens' rank values give, added to `step`. */
 INLINE void project_steps(const Scan *a, const int64_t *row, int64_t c, int lanes, vf *step) {
     for (int64_t r = 0; r < a->R; r++) {
@@ -81,7 +85,7 @@ INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int siz
         vf step[UNROLL];
         int64_t row[UNROLL];
         STAGE row[i] = row_of(first, way, size, j + i);
-        STAGE x->u[j + i] = load_ahead(a->u, b * a->u_b + row[i] * a->u_l + c, lanes, half);
+        STAGE x->u[j + i] = load_ahead(a->u, b * a->u_b + visited(a, b, row[i]) * a->u_l + c, lanes, half);
         STAGE step[i] = k->bias;
         if (a->rank) project_steps(a, row, c, lanes, step);
         else STAGE step[i] += load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half);

@@ -24,7 +24,7 @@ INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, in
     advance_all(a, k, x.decay, drive, column->h, y, slots, b * a->B_b + first * a->B_l, b * a->C_b + first * a->C_l, way,
                 size, N, safe, half);
     if (a->sum)
-        for (int j = 0; j < size; j++) y[j] += load(a->sum, (first + j * way) * a->channels + c, lanes, 0);
+        for (int j = 0; j < size; j++) y[j] += load(a->sum, visited(a, b, first + j * way) * a->channels + c, lanes, 0);
     if (a->ungated)
         for (int j = 0; j < size; j++) store(a->ungated, (first + j * way) * a->channels + c, y[j], lanes, 0);
     if (a->z)
@@ -36,7 +36,7 @@ INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, in
             STAGE y[j + i] *= gate[i];
         }
     for (int j = 0; j < size; j++) {
-        int64_t row = slots ? slots[j * way] : first + j * way;
+        int64_t row = slots ? slots[j * way] : visited(a, b, first + j * way);
         if (row >= 0) store(a->y, (b * a->outputs + row) * a->channels + c, y[j], lanes, half_out);
     }
 }

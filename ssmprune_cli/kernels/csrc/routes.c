@@ -1,0 +1,62 @@
+/* Scans of the same tokens along several routes, and the sum of their outputs. Glossary: routes_op.py. */
+#include <omp.h>
+#include "scan.h"
+
+/* u, y (B, L, E); projected (B, L, slices, R + 2N), of all routes or of each; extra (G, 1 or B, L, N); gap (G, B, L);
+ * gap_delta (G, E); order (G, 1 or B, L); rows (G, B, L). extra_b and order_b are 0 if all samples share them.
+ * `parameters` of each route: dt_weight (R, E), A (N, E), the steps' bias and D (E). */
+typedef struct {
+    const float *u, *projected, *parameters, *extra, *gap, *gap_delta;
+    float *y;
+    const int64_t *order, *rows;
+    int64_t batch, length, channels, state, rank, routes, slices, u_b, u_l, order_b, extra_b, threads, groups;
+} Routed;
+
+/* What each step of route g takes from the projected tokens of sample b, (L, R + 2N). Returns whether one is missing. */
+static int gather_steps(const Routed *a, int64_t b, int64_t g, float *steps) {
+    int64_t L = a->length, N = a->state, R = a->rank, P = R + 2 * N, missing = 0;
+    const float *extra = a->extra ? a->extra + g * L * N * (a->extra_b ? a->batch : 1) + b * a->extra_b : 0;
+    for (int64_t t = 0; t < L; t++, steps += P) {
+        int64_t row = a->rows ? a->rows[(g * a->batch + b) * L + t] : t;
+        if (row < 0 || row >= L) { missing = 1; continue; }
+        memcpy(steps, a->projected + ((b * L + row) * a->slices + (a->slices > 1 ? g : 0)) * P, (size_t)P * sizeof(float));
+        for (int64_t n = 0; extra && n < N; n++) steps[R + n] += extra[t * N + n];
+    }
+    return (int)missing;
+}
+
+/* Sample b, the blocks of channels `from` ... `to`. Each route adds to what those before it gave. */
+static int scan_routes(const Routed *a, int64_t b, int64_t from, int64_t to, float *steps) {
+    int64_t L = a->length, E = a->channels, N = a->state, R = a->rank, P = R + 2 * N;
+    float *y = a->y + b * L * E;
+    for (int64_t g = 0; g < a->routes; g++) {
+        const int64_t *order = a->order + g * L * (a->order_b ? a->batch : 1) + b * a->order_b;
+        for (int64_t t = 0; t < L; t++)
+            if (order[t] < 0 || order[t] >= L) return 2;
+        if (gather_steps(a, b, g, steps)) return 2;
+        const float *dt_weight = a->parameters + g * E * (R + N + 2), *A = dt_weight + R * E, *bias = A + N * E;
+        Scan scan = {.u = a->u + b * a->u_b, .u_l = a->u_l, .rank = steps, .rank_l = P, .R = R, .dt_weight = dt_weight,
+                     .B = steps + R, .B_l = P, .C = steps + R + N, .C_l = P, .A = A, .A_c = 1, .A_n = E, .bias = bias,
+                     .D = bias + E, .visits = order, .sum = g ? y : 0, .y = y, .batch = 1, .length = L, .channels = E,
+                     .state = N, .softplus = 1, .outputs = L, .scale = 1};
+        if (a->gap) scan.gap = a->gap + (g * a->batch + b) * L, scan.gap_l = 1;
+        if (a->gap_delta) scan.gap_delta = a->gap_delta + g * E;
+        if (scan_forward_group(&scan, 0, from, to)) return 1;
+    }
+    return 0;
+}
+
+/* Returns 0, 1 when memory ran out, or 2 for a token that is not there. */
+int routed_scans(const Routed *a) {
+    int64_t blocks = (a->channels + W - 1) / W, each = a->length * (a->rank + 2 * a->state);
+    float *steps = malloc((size_t)(a->threads * each) * sizeof(float));
+    int failed = !steps;
+#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
+    for (int64_t item = 0; item < (steps ? a->batch * a->groups : 0); item++) {
+        int64_t group = item % a->groups;
+        failed |= scan_routes(a, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups,
+                              steps + omp_get_thread_num() * each);
+    }
+    free(steps);
+    return failed;
+}
