@@ -78,7 +78,7 @@ class Backbone(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and of the images that `forward` takes."""
-        return next(self.parameters()).dtype
+        return next((each.dtype for each in self.parameters()), torch.get_default_dtype())
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -321,7 +321,8 @@ def test_model_is_traced_exported_and_built_on_meta(pruned: bool) -> None:
         warnings.simplefilter("ignore")  # tracing warns of every shape that is checked, and of its own deprecation
         traced = torch.jit.trace(model, (first,))
         exported = torch.export.export(model, (first,)).module()
-        assert torch.equal(traced(second), model(second))
+        # A trace has the scans that `routed_scans` is made of: the same in another order.
+        torch.testing.assert_close(traced(second), model(second), rtol=0, atol=1e-6)
         assert torch.equal(exported(second), model(second))
         if not pruned:
             assert copy.deepcopy(model).to("meta")(first.to("meta")).shape == (2, 3)
