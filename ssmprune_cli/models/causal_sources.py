@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ssmprune_cli.tokens import TokenSequence
 
@@ -14,11 +15,11 @@ def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tenso
     key = f"sources {width} {reverse}"
     if key not in sequence.memo:
         order, rank = _together(sequence)
+        beyond = width - 1  # what a tap may meet at either end
+        rows = functional.pad(order, (beyond, beyond), value=-1)
         taps = torch.arange(width, device=order.device)
-        wanted = rank[..., None] + (width - 1 - taps if reverse else taps - width + 1)  # (B, L, K)
-        inside = (wanted >= 0) & (wanted < order.shape[1])
-        found = order.gather(1, wanted.clamp(0, order.shape[1] - 1).flatten(1)).view_as(wanted)
-        sequence.memo[key] = torch.where(inside, found, -1)
+        wanted = rank[..., None] + (2 * beyond - taps if reverse else taps)  # (B, L, K)
+        sequence.memo[key] = rows.gather(1, wanted.flatten(1)).view_as(wanted)
     sources: Tensor = sequence.memo[key]
     return sources
 

@@ -28,15 +28,15 @@ class Reduction:
 def rank(sequence: TokenSequence, score: Tensor) -> Tensor:
     """(B, L) token indices, best first: protected tokens, then live ones by falling score, then dead ones.
 
-    Equal scores keep their order, so ties are settled by position. A NaN score counts as the lowest.
+    Equal scores keep their order, so ties are settled by position, as among protected and among dead tokens. A NaN score
+    counts as the lowest.
     """
-    score = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
-    order = score.argsort(dim=1, descending=True, stable=True)
-    # A second stable sort by class (0 protected, 1 live, 2 dead) settles what no score may overrule.
-    kind = 1 - sequence.is_protected().int()
+    largest = torch.finfo(torch.float32).max
+    score = torch.nan_to_num(score.float(), nan=-largest, posinf=largest, neginf=-largest)
+    score = score.masked_fill(sequence.is_protected(), torch.inf)
     if sequence.live is not None:
-        kind = torch.where(sequence.live, kind, 2)
-    return order.gather(1, kind.gather(1, order).argsort(dim=1, stable=True))
+        score = score.masked_fill(~sequence.live, -torch.inf)
+    return score.argsort(dim=1, descending=True, stable=True)
 
 
 def ascending(sequence: TokenSequence, score: Tensor, count: int) -> Tensor:
