@@ -38,7 +38,7 @@ def run(step: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", step["run"]],
         cwd=folder,
-        env={**os.environ, **environment, "OMP_WAIT_POLICY": "passive"},
+        env={**os.environ, **environment, "GOMP_SPINCOUNT": "10000"},
         capture_output=True,
         text=True,
         check=False,
