@@ -36,7 +36,7 @@ INLINE void place(Rows matrix, int64_t row, int64_t stop, int64_t n, int count, 
 INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
     int64_t K = x.columns, words = way == FLOATS ? K : K / 2; /* of a column */
     int64_t tiles = (stop - start + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t ahead = tiles ? (words * PANEL / 16 + tiles - 1) / tiles * 16 : 0; /* a tile asks for its part of the next panel */
+    int64_t ahead = tiles ? (words * PANEL / 16 + tiles - 1) / tiles * 16 : 0; /* of the next panel, asked for by each tile */
     for (int64_t n = 0; n < out.columns; n += PANEL, weight += words * PANEL)
         for (int64_t row = start, tile = 0; row < stop; row += TILE_ROWS, tile++) {
             for (int64_t i = 0; i < ahead; i += 16)
@@ -82,7 +82,8 @@ static int pass(const Blocks *a, int way, int64_t first, int64_t count, int64_t 
                    .way = way, .rounded = rounded};
     float *u = scratch, *y = u + (a->directions - 1) * L * E, *xz = u + inner_scratch(&inner), *normed = xz + L * 2 * E;
     float *context = normed + L * d, *unit = context + M * E;
-    Rows tokens = {normed, d, L, size, d}, x = {xz, E, L, size, 2 * E}, z = {xz + E, E, L, size, 2 * E}, gated = {y, E, L, size, E};
+    Rows tokens = {normed, d, L, size, d}, x = {xz, E, L, size, 2 * E}, z = {xz + E, E, L, size, 2 * E};
+    Rows gated = {y, E, L, size, E};
     Rows seen = {unit, d, M, size, d}, seen_x = {context, E, M, size, E}, out = {a->out + first * L * d, d, L, L * d, d};
     int64_t weight = E * d, pairs = E / 2 * pair_columns_of(projected(&inner)); /* in floats */
     if (way != FLOATS) weight /= 2;

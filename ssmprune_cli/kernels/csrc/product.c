@@ -28,6 +28,7 @@ TILED void tiles_begin(void) {
 
 TILED void tiles_end(void) { _tile_release(); }
 
+/* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. */
 TILED void round_rows(const float *const *x, int64_t K, uint16_t *rounded) {
     for (int r = 0; r < MOST_ROWS; r++, rounded += K)
         for (int64_t k = 0; k < K; k += 32) {
