@@ -28,8 +28,8 @@ class Reduction:
 def rank(sequence: TokenSequence, score: Tensor) -> Tensor:
     """(B, L) token indices, best first: protected tokens, then live ones by falling score, then dead ones.
 
-    Equal scores keep their order, so ties are settled by position, as among protected and among dead tokens. A NaN score
-    counts as the lowest.
+    Equal scores keep their order, so ties are settled by position, and so is the order of protected and of dead tokens.
+    A NaN score counts as the lowest.
     """
     largest = torch.finfo(torch.float32).max
     score = torch.nan_to_num(score.float(), nan=-largest, posinf=largest, neginf=-largest)
