@@ -166,7 +166,7 @@ def refused_backends(device: torch.device | str = "cpu", dtype: torch.dtype = to
             if name == active_backend(device, dtype):
                 break
             if backend.accepts(example, 1):
-                refused[name] = str(backend.missing())
+                refused[name] = backend.missing() or "is used only when asked for by name"
             elif backend.accepts(example.float(), 1):
                 refused[name] = f"does not compute in {dtype}"
             else:
