@@ -73,7 +73,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found on `count` images, of models with weights in `dtype`."""
+    """What `evaluate` found on `count` images, of a model with weights in `dtype`."""
 
     count: int
     dtype: str
