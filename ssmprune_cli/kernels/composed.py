@@ -78,7 +78,7 @@ def routed_scans(backend: Backend, inputs: RoutedInputs) -> Tensor:
         order = inputs.order[g, :, :, None].expand(batch, -1, E)  # (B, L, E)
         steps = projected[:, :, g if projected.shape[2] > 1 else 0]  # (B, L, R + 2N)
         if inputs.rows is not None:
-            steps = steps.gather(1, inputs.rows[g, :, :, None].expand(-1, -1, R + 2 * N))
+            steps = steps.gather(1, inputs.rows[g, :, :, None].expand(batch, -1, R + 2 * N))
         rank_values, B, C = steps.split([R, N, N], dim=-1)
         if inputs.extra_B is not None:
             B = B + inputs.extra_B[g].to(B.dtype)

@@ -53,7 +53,7 @@ Inner = _struct(
 Routed = _struct(
     "Routed",
     "u projected parameters extra gap gap_delta y order rows",
-    "batch length channels state rank routes slices u_b u_l order_b extra_b threads groups",
+    "batch length channels state rank routes slices u_b u_l order_b rows_b extra_b threads groups",
 )
 Blocks = _struct(
     "Blocks",
@@ -155,29 +155,26 @@ class Call:
         self.rows(u=inputs.u.float())
         self.set(projected=inputs.projected.float().contiguous(), parameters=inputs.parameters.contiguous())
         routes, slices = len(inputs.parameters), inputs.projected.shape[2]
-        for name, values in (("order", inputs.order), ("extra", inputs.extra_B)):
+        for name, values in (("order", inputs.order), ("rows", inputs.rows), ("extra", inputs.extra_B)):
             if values is not None:
                 dense = (values.float() if values.is_floating_point() else values).contiguous()
                 self.set(**{name: dense})
                 self.numbers[f"{name}_b"] = 0 if dense.shape[1] == 1 else dense.stride(1)
-        if inputs.rows is not None:
-            self.set(rows=inputs.rows.contiguous())
-        if inputs.gap is not None:
-            self.set(gap=inputs.gap.float().contiguous())
-        if inputs.gap_delta is not None:
-            self.set(gap_delta=inputs.gap_delta.float().contiguous())
+        self._gaps(inputs)
         self.numbers.update(batch=batch, length=length, channels=channels, routes=routes, slices=slices)
         self.numbers.update(state=inputs.d_state, rank=inputs.projected.shape[3] - 2 * inputs.d_state)
 
     def _around(self, inputs: InnerInputs | BlocksInputs) -> None:
         """What pruned tokens leave behind."""
-        if inputs.gap is not None:
-            self.set(gap=inputs.gap.float().contiguous())
-        if inputs.gap_delta is not None:
-            self.set(gap_delta=inputs.gap_delta.float().contiguous())
+        self._gaps(inputs)
         if inputs.sources is not None and inputs.context is not None:
             self.set(sources=inputs.sources.contiguous())
             self.numbers["others"] = inputs.context.shape[1]
+
+    def _gaps(self, inputs: InnerInputs | BlocksInputs | RoutedInputs) -> None:
+        for name, values in (("gap", inputs.gap), ("gap_delta", inputs.gap_delta)):
+            if values is not None:
+                self.set(**{name: values.float().contiguous()})
 
     def struct(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
         return kind(**self.numbers)

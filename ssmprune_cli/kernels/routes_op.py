@@ -36,10 +36,12 @@ def routed_scans(
     u               (B, L, E)
     projected       (B, L, G, R + 2N): rank, B and C of each route, or (B, L, 1, R + 2N) of all alike
     parameters      (G, n), from `pack_routes`
-    order           (G, B, L) int64, or (G, 1, L) for all samples alike: the token that each step visits, each one once
+    order           (G, B, L) int64: the token that each step visits, each one once
     rows            (G, B, L) int64: the token that lends each step its rank, B and C. Without, step t takes token t's
-    extra_B         (G, B, L, N) or (G, 1, L, N), of each step
+    extra_B         (G, B, L, N), of each step
     gap, gap_delta  (G, B, L) of each step, (G, E), as in `selective_scan`
+
+    `order`, `rows` and `extra_B` may have (G, 1, L, ...), for all samples alike.
 
     Returns (B, L, E). Has no gradient. Raises KernelError for what does not fit.
     """
@@ -48,25 +50,26 @@ def routed_scans(
     rank = projected.shape[-1] - 2 * d_state
     wide = torch.promote_types(u.dtype, torch.float32)
     gap = None if gap is None else gap.to(wide)
+    by_step = {"order": order, "rows": rows, "extra_B": extra_B}
     expected: Expected = {"parameters": (parameters, (routes, channels * (rank + d_state + 2)))}
     if gap is not None:
         expected["gap"] = (gap, (routes, batch, length))
     if gap_delta is not None:
         expected["gap_delta"] = (gap_delta, (routes, channels))
+    samples = {name: 1 if each is not None and each.shape[1:2] == (1,) else batch for name, each in by_step.items()}
     if extra_B is not None:
-        expected["extra_B"] = (extra_B, (routes, extra_B.shape[1], length, d_state))
+        expected["extra_B"] = (extra_B, (routes, samples["extra_B"], length, d_state))
     check(u, {"projected": (projected, (batch, length, slices, rank + 2 * d_state))}, expected)
     if parameters.dtype != wide:
         raise KernelError(f"parameters must be {wide}, not {parameters.dtype}")
     if rank < 0 or slices not in (1, routes):
         raise KernelError(f"projected has shape {tuple(projected.shape)}, for {routes} routes and {d_state} states")
-    for name, values, shared in (("order", order, True), ("rows", rows, False), ("extra_B", extra_B, True)):
-        if values is None:
-            continue
-        if values.shape[:3] != (routes, batch, length) and not (shared and values.shape[:3] == (routes, 1, length)):
-            raise KernelError(f"{name} has shape {tuple(values.shape)}, for {routes} routes of {length} steps")
-        if name != "extra_B" and (values.dtype != torch.int64 or values.device != u.device):
-            raise KernelError(f"{name} must be int64 beside u, not {values.dtype} on {values.device}")
+    for name in ("order", "rows"):
+        tokens, wanted = by_step[name], (routes, samples[name], length)
+        if tokens is not None and (tokens.shape != wanted or tokens.dtype != torch.int64 or tokens.device != u.device):
+            raise KernelError(
+                f"{name} must be int64 of shape {wanted} beside u, not {tokens.dtype} {tuple(tokens.shape)}"
+            )
     if gap_delta is not None and gap is None:
         raise KernelError("gap_delta needs gap")
     refuse_gradients(u, projected, parameters)

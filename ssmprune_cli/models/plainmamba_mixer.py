@@ -65,15 +65,15 @@ class PlainMambaMixer(nn.Module):
         projected = self.x_proj(u)
         deltas: list[Tensor] = []
         if wanted != "delta" and flow.plain and is_plain(self.dt_proj, nn.Linear) and fuses_inner(u, self.splits[1]):
-            outputs = [self._scan_at_once(u, projected, flow, alignment)]
+            outputs = [self._scan_at_once(u, projected, flow)]
         else:
             outputs, deltas = self._scan(u, own, projected, flow, wanted)
         mixed: Tensor = self.out_proj(gated_sum(outputs, gate))
         return mixed, ScanStatistics(tuple(outputs), tuple(deltas))
 
-    def _scan_at_once(self, u: Tensor, projected: Tensor, flow: Inflow, alignment: ScanAlignment | None) -> Tensor:
+    def _scan_at_once(self, u: Tensor, projected: Tensor, flow: Inflow) -> Tensor:
         """The sum of the outputs of all directions (B, L, E), by one op for inference."""
-        routes = all_walks(flow.scanned, self.grid)
+        routes, alignment = all_walks(flow.scanned, self.grid), flow.alignment
         return routed_scans(
             u,
             projected[:, :, None],

@@ -44,9 +44,8 @@ def visits(route: Tensor, sequence: TokenSequence) -> Visits:
 
 def inverse(route: Tensor) -> Tensor:
     """(G,) rank of every position."""
-    return (
-        route.argsort()
-    )  # torch.compile (2.13) shares one buffer among several inverses that are written place by place
+    # Not written place by place: torch.compile (2.13) would share one buffer among several inverses.
+    return route.argsort()
 
 
 def reorder(values: Tensor, index: Tensor) -> Tensor:

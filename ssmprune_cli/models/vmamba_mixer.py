@@ -112,7 +112,7 @@ class VMambaMixer(nn.Module):
         columns = column_visits(flow.scanned, grid)
         deltas: list[Tensor] = []
         if wanted != "delta" and flow.plain and self._fuses(u):
-            summed = self._scan_at_once(u, flow, columns, alignment)
+            summed = self._scan_at_once(u, flow, columns)
             outputs = [summed]
         else:
             outputs, deltas = self._scan(u, own, flow, columns, wanted)
@@ -142,9 +142,9 @@ class VMambaMixer(nn.Module):
     def _fuses(self, u: Tensor) -> bool:
         return is_plain(self.projections, DirectionProjections) and fuses_inner(u, self.A_logs.shape[1])
 
-    def _scan_at_once(self, u: Tensor, flow: Inflow, columns: Visits, alignment: ScanAlignment | None) -> Tensor:
+    def _scan_at_once(self, u: Tensor, flow: Inflow, columns: Visits) -> Tensor:
         """The sum of the outputs of all directions (B, L, E), by one op for inference."""
-        order, rows, gap = _routes(flow.scanned, columns)
+        (order, gap), alignment = _routes(flow.scanned, columns), flow.alignment
         projected = functional.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(2, (DIRECTIONS, -1))
         return routed_scans(
             u,
@@ -152,7 +152,7 @@ class VMambaMixer(nn.Module):
             self._packed(self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds),
             self.A_logs.shape[1],
             order,
-            rows=rows,
+            rows=order,
             gap=None if alignment is None else gap,
             gap_delta=None if alignment is None or gap is None else alignment.gap_delta,
         )
@@ -223,21 +223,19 @@ def _gaps(route: Visits, *, reverse: bool) -> Tensor | None:
     return functional.pad(route.gap[:, 1:], (0, 1))
 
 
-def _routes(sequence: TokenSequence, columns: Visits) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of all directions the token that each step visits, (4, 1, L) or (4, B, L), the same (4, B, L), and the gap before
-    each step (4, B, L), None when no token is missing."""
+def _routes(sequence: TokenSequence, columns: Visits) -> tuple[Tensor, Tensor | None]:
+    """Of all directions the token that each step visits, (4, 1, L) or (4, B, L), and the gap before each step
+    (4, B, L), None when no token is missing."""
     if "routes" not in sequence.memo:
         rows = torch.arange(columns.order.shape[-1], device=columns.order.device).expand(columns.order.shape)
         order = torch.stack([rows, columns.order, rows.flip(-1), columns.order.flip(-1)])  # (4, L) or (4, B, L)
         order = order[:, None] if order.ndim == 2 else order
-        gap, down = None, columns.gap
-        if down is not None:
-            across = sequence.gaps(reverse=False)
-            # From the end a step skips what the step after it skips on the way there.
-            backwards = (functional.pad(each[:, 1:], (0, 1)).flip(1) for each in (across, down))
-            gap = torch.stack([across, down, *backwards])
-        sequence.memo["routes"] = order, order.expand(-1, len(sequence.positions), -1), gap
-    routes: tuple[Tensor, Tensor, Tensor | None] = sequence.memo["routes"]
+        gap, down, up = None, _gaps(columns, reverse=False), _gaps(columns, reverse=True)
+        if down is not None and up is not None:
+            across, back = sequence.gaps(reverse=False), sequence.gaps(reverse=True)
+            gap = torch.stack([across, down, back.flip(1), up.flip(1)])
+        sequence.memo["routes"] = order, gap
+    routes: tuple[Tensor, Tensor | None] = sequence.memo["routes"]
     return routes
 
 

@@ -53,7 +53,7 @@ class Case:
             self.given["extra_B"] = normal(G, B, length, N)
             self.given["rows"] = torch.randint(0, length, (G, B, length), generator=generator)
         else:
-            self.given["rows"] = self.order.expand(-1, B, -1)
+            self.given["rows"] = self.order
         if not dense:
             self.given["gap"] = torch.randint(0, 4, (G, B, length), generator=generator).to(dtype)
             self.given["gap_delta"] = normal(G, channels).abs()
@@ -68,7 +68,7 @@ class Case:
             order = self.order[g].expand(B, -1)
             steps = self.projected[:, :, g % self.projected.shape[2]]
             for sample in range(B):
-                rows = self.given["rows"][g, sample] if "rows" in self.given else slice(None)
+                rows = self.given["rows"][g].expand(B, -1)[sample] if "rows" in self.given else slice(None)
                 rank_values, b, c = steps[sample, rows].split([self.rank, N, N], dim=-1)
                 if "extra_B" in self.given:
                     extra = self.given["extra_B"][g]
@@ -151,9 +151,11 @@ def test_what_does_not_fit_is_named() -> None:
         "parameters has shape": lambda: routed_scans(u, projected, parameters[:, 1:], N, order),
         "projected has shape": lambda: routed_scans(u, projected.expand(-1, -1, 3, -1), parameters, N, order),
         r"projected has shape \(3, 6, 12\)": lambda: routed_scans(u, projected[:, :, 0], parameters, N, order),
-        "order has shape": lambda: routed_scans(u, projected, parameters, N, order[:, :2]),
+        r"order must be int64 of shape \(4, 3, 6\) beside u, not torch.int64 \(4, 2, 6\)": lambda: routed_scans(
+            u, projected, parameters, N, order[:, :2]
+        ),
         "order must be int64": lambda: routed_scans(u, projected, parameters, N, order.int()),
-        "rows has shape": lambda: routed_scans(u, projected, parameters, N, order, rows=order[:, :1]),
+        "rows must be int64": lambda: routed_scans(u, projected, parameters, N, order, rows=order[:3]),
         "extra_B has shape": lambda: routed_scans(u, projected, parameters, N, order, extra_B=lost["extra_B"][:, :2]),
         "gap_delta needs gap": lambda: routed_scans(u, projected, parameters, N, order, gap_delta=lost["gap_delta"]),
         "parameters must be torch.float32": lambda: routed_scans(

@@ -3,21 +3,27 @@
 #include "scan.h"
 
 /* u, y (B, L, E); projected (B, L, slices, R + 2N), of all routes or of each; extra (G, 1 or B, L, N); gap (G, B, L);
- * gap_delta (G, E); order (G, 1 or B, L); rows (G, B, L). extra_b and order_b are 0 if all samples share them.
+ * gap_delta (G, E); order and rows (G, 1 or B, L). extra_b, order_b and rows_b are 0 if all samples share them.
  * `parameters` of each route: dt_weight (R, E), A (N, E), the steps' bias and D (E). */
 typedef struct {
     const float *u, *projected, *parameters, *extra, *gap, *gap_delta;
     float *y;
     const int64_t *order, *rows;
-    int64_t batch, length, channels, state, rank, routes, slices, u_b, u_l, order_b, extra_b, threads, groups;
+    int64_t batch, length, channels, state, rank, routes, slices, u_b, u_l, order_b, rows_b, extra_b, threads, groups;
 } Routed;
+
+/* Where the steps of route g are for sample b, in (G, 1 or B, L). */
+INLINE const int64_t *steps_of(const Routed *a, const int64_t *of_all, int64_t each, int64_t g, int64_t b) {
+    return of_all + g * a->length * (each ? a->batch : 1) + b * each;
+}
 
 /* What each step of route g takes from the projected tokens of sample b, (L, R + 2N). Returns whether one is missing. */
 static int gather_steps(const Routed *a, int64_t b, int64_t g, float *steps) {
     int64_t L = a->length, N = a->state, R = a->rank, P = R + 2 * N, missing = 0;
     const float *extra = a->extra ? a->extra + g * L * N * (a->extra_b ? a->batch : 1) + b * a->extra_b : 0;
+    const int64_t *rows = a->rows ? steps_of(a, a->rows, a->rows_b, g, b) : 0;
     for (int64_t t = 0; t < L; t++, steps += P) {
-        int64_t row = a->rows ? a->rows[(g * a->batch + b) * L + t] : t;
+        int64_t row = rows ? rows[t] : t;
         if (row < 0 || row >= L) { missing = 1; continue; }
         memcpy(steps, a->projected + ((b * L + row) * a->slices + (a->slices > 1 ? g : 0)) * P, (size_t)P * sizeof(float));
         for (int64_t n = 0; extra && n < N; n++) steps[R + n] += extra[t * N + n];
@@ -30,7 +36,7 @@ static int scan_routes(const Routed *a, int64_t b, int64_t from, int64_t to, flo
     int64_t L = a->length, E = a->channels, N = a->state, R = a->rank, P = R + 2 * N;
     float *y = a->y + b * L * E;
     for (int64_t g = 0; g < a->routes; g++) {
-        const int64_t *order = a->order + g * L * (a->order_b ? a->batch : 1) + b * a->order_b;
+        const int64_t *order = steps_of(a, a->order, a->order_b, g, b);
         for (int64_t t = 0; t < L; t++)
             if (order[t] < 0 || order[t] >= L) return 2;
         if (gather_steps(a, b, g, steps)) return 2;
