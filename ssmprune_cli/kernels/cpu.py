@@ -252,11 +252,14 @@ class CpuBackend(Backend):
         self._run("mamba_inner", call.struct(Inner), outside=_SOURCE)
         return y
 
+    def fuses_blocks(self, dim: int, d_inner: int, dtype: torch.dtype) -> bool:
+        return math.gcd(dim, d_inner) % (16 if dtype == torch.float32 else 32) == 0  # as in csrc/blocks.c
+
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, multiple = inputs.hidden.dtype, 16 if inputs.hidden.dtype == torch.float32 else 32
-        if inputs.hidden.shape[2] % multiple or inputs.sizes[0] % multiple:
+        batch, length, dim = inputs.hidden.shape
+        dtype = inputs.hidden.dtype
+        if not self.fuses_blocks(dim, inputs.sizes[0], dtype):
             return super().mamba_blocks(inputs)
-        batch, length, _ = inputs.hidden.shape
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
         y = torch.empty(batch, length, inputs.sizes[0] if inputs.wants_y else 0)
         call = Call(threads=torch.get_num_threads())

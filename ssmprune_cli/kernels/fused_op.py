@@ -154,11 +154,11 @@ def fuses_inner(example: Tensor, d_state: int) -> bool:
     return pick(example, d_state).fuses
 
 
-def fuses_blocks(example: Tensor, d_state: int) -> bool:
+def fuses_blocks(example: Tensor, d_state: int, d_inner: int) -> bool:
     """The same of `mamba_blocks`. It is not for compiled models, whose parameters would be packed at every call."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not fuses_inner(example, d_state):
         return False
-    return fuses_inner(example, d_state)
+    return pick(example, d_state).fuses_blocks(example.shape[2], d_inner, example.dtype)
 
 
 @contextmanager

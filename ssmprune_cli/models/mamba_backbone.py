@@ -61,6 +61,11 @@ class MambaConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
 
+    @property
+    def inner_channels(self) -> int:
+        """Channels of the scans."""
+        return self.d_inner or 2 * self.embed_dim
+
 
 class MambaBackbone(Backbone):
     """A family makes its own tokens and `head`, calls `add_blocks` between them, and says `embed`, `pool`, `protected`.
@@ -85,7 +90,7 @@ class MambaBackbone(Backbone):
         def block() -> MambaBlock:
             mixer = MambaMixer(
                 config.embed_dim,
-                d_inner=config.d_inner or 2 * config.embed_dim,
+                d_inner=config.inner_channels,
                 d_state=config.d_state,
                 d_conv=config.d_conv,
                 dt_rank=config.dt_rank or math.ceil(config.embed_dim / 16),
@@ -120,7 +125,8 @@ class MambaBackbone(Backbone):
     def features(self, images: Tensor) -> TokenSequence:
         """The tokens that are left after all blocks; their output is `hidden + residual`."""
         sequence, block = self.embed(images), 0
-        fuses = not self.turns and fuses_blocks(sequence.hidden, self.config.d_state)
+        config = self.config
+        fuses = not self.turns and fuses_blocks(sequence.hidden, config.d_state, config.inner_channels)
         packed = self._packed(self.layers) if fuses else [None] * len(self.layers)
         while block < len(self.layers):
             if packed[block] is not None and (at_once := self._fused(block, sequence, packed)) is not None:
