@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +38,6 @@ SHAPES = [
     (1, 65, 96, BlockSizes(160, 16, 4, 12, 2)),
     (5, 7, 32, BlockSizes(64, 5, 2, 1, 1)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    use_backend("auto")
-    torch.set_num_threads(threads)
 
 
 @dataclass
@@ -161,12 +153,14 @@ def test_values(backend: str, shape: tuple[int, int, int, BlockSizes], mode: str
         assert max(error(half[0], truth[0]), error(half[2], truth[2])) <= 4e-2 and error(half[1], truth[1]) <= 8e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    # In bfloat16 those that the C code takes: PyTorch's products of matrices are not so strict.
+    [(shape, torch.float32) for shape in SHAPES] + [(shape, torch.bfloat16) for shape in SHAPES[-2:]],
+    ids=str,
+)
 def test_threads_and_batches_do_not_change_a_bit(shape: tuple[int, int, int, BlockSizes], dtype: torch.dtype) -> None:
     case = Case(*shape, "context")
-    if dtype == torch.bfloat16 and (case.dim % 32 or case.sizes.d_inner % 32):
-        pytest.skip("made of other ops, and of PyTorch's products of matrices")
     torch.set_num_threads(1)
     inner, blocks = case.inner("auto", dtype), case.run("auto", dtype)
     for threads in (2, 3, 8):

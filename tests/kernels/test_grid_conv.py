@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,12 +10,6 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import backends_for, grid_conv2d, use_backend
 
 AVAILABLE = backends_for(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def restore_backend() -> Iterator[None]:
-    yield
-    use_backend("auto")
 
 
 def by_loops(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], positions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,14 +16,6 @@ from ssmprune_cli.kernels import backends_for, pack_routes, routed_scans, select
 
 AVAILABLE = [name for name in backends_for(torch.zeros(1)) if name != "reference"]
 G, B, N = 4, 3, 5
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    use_backend("auto")
-    torch.set_num_threads(threads)
 
 
 class Case:

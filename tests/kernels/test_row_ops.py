@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,12 +9,6 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import add_rms_norm, backends_for, gated_sum, use_backend
 
 AVAILABLE = backends_for(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def restore_backend() -> Iterator[None]:
-    yield
-    use_backend("auto")
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

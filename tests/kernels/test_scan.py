@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,6 @@ from ssmprune_cli.kernels import (
 
 AVAILABLE = backends_for(torch.zeros(1))
 SHAPES = [(2, 37, 48, 16), (1, 1, 5, 4), (3, 16, 96, 1), (1, 33, 13, 16), (2, 18, 8, 5)]  # B, L, E, N
-
-
-@pytest.fixture(autouse=True)
-def restore_backend() -> Iterator[None]:
-    yield
-    use_backend("auto")
 
 
 def make(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,12 +12,6 @@ from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.tokens import TokenSequence
 
 AVAILABLE = backends_for(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def restore_backend() -> Iterator[None]:
-    yield
-    use_backend("auto")
 
 
 def split(dense: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, TokenSequence]:

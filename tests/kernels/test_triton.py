@@ -10,7 +10,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,6 @@ kernels = pytest.mark.skipif(
     TRITON.missing() is not None, reason="test_under_the_interpreter runs it, as there is no GPU for Triton"
 )
 gpu = pytest.mark.skipif(not torch.cuda.is_available() or interpreted(), reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def restore_backend() -> Iterator[None]:
-    yield
-    use_backend("auto")
 
 
 @pytest.fixture
