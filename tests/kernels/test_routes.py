@@ -111,7 +111,7 @@ def test_bfloat16(backend: str, mode: str) -> None:
     use_backend(backend)
     found = Case(33, 40, 3, mode, torch.bfloat16).run()
     assert found.dtype == torch.bfloat16
-    assert error(found, truth) <= 3e-2  # inputs have 8 bits
+    assert error(found, truth) <= 1.5e-2  # inputs have 8 bits; measured: 7e-3
 
 
 @pytest.mark.parametrize("mode", MODES)

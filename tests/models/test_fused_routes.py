@@ -170,7 +170,7 @@ def test_bfloat16_is_as_near_as_scan_by_scan(name: str) -> None:
         with fused_ops_apart():
             other = half(images(torch.bfloat16))
     errors = [float((each.double() - expected).norm() / expected.norm()) for each in (found, other)]
-    assert errors[0] <= max(1.5 * errors[1], 0.02)
+    assert errors[0] <= 1.2 * errors[1] <= 1e-2  # measured: 5e-3 to 7e-3, by either way
 
 
 @pytest.mark.slow
