@@ -23,8 +23,11 @@ from ssmprune_cli.models.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
+Counted = Callable[[Callable[[], Any]], tuple[Any, Counter[str]]]
+Used = Callable[[nn.Module, Tensor], tuple[Tensor, Counter[str]]]
+Apart = Callable[[nn.Module, Tensor], Tensor]
+AssertClose = Callable[[Tensor, Tensor], None]
 SIZES: dict[str, Any] = {
     "image_size": (32, 32),
     "patch_size": 4,
@@ -44,18 +47,6 @@ MODELS: dict[str, Callable[[], MambaBackbone]] = {
 }
 
 
-class Ops(EveryOp):
-    """Counts ops by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.names[op_name(func)] += 1
-        return func(*args, **kwargs)
-
-
 def make(name: str, dtype: torch.dtype = torch.float32) -> MambaBackbone:
     torch.manual_seed(0)
     return MODELS[name]().eval().to(dtype)
@@ -71,28 +62,14 @@ def block(model: MambaBackbone, number: int) -> MambaBlock:
     return found
 
 
-def used(model: nn.Module, given: Tensor) -> tuple[Tensor, Counter[str]]:
-    with torch.inference_mode(), Ops() as ops:
-        return model(given), ops.names
-
-
-def apart(model: nn.Module, given: Tensor) -> Tensor:
-    with torch.inference_mode(), fused_ops_apart():
-        logits: Tensor = model(given)
-    return logits
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    # The same sums in another order; measured: 6e-7 of the largest logit.
-    assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("reduction", "alignment"),
     [(None, "none"), ("drop", "none"), ("drop", "null"), ("drop", "neighbour"), ("context", "null"), ("mask", "none")],
 )
-def test_blocks_between_points_are_one_op(name: str, reduction: str | None, alignment: str) -> None:
+def test_blocks_between_points_are_one_op(
+    name: str, reduction: str | None, alignment: str, used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
     model = make(name)
     if reduction is not None:
         compress(model, 0.6, points=[1, 4], reduction=reduction, alignment=alignment)
@@ -111,7 +88,7 @@ def test_blocks_between_points_are_one_op(name: str, reduction: str | None, alig
     [("frozen", "none", "clip", 1), ("local-merge", "mass", "clip", 1), ("drop", "null", "delta", 2)],
 )
 def test_what_a_fused_op_cannot_do_is_done_otherwise(
-    reduction: str, alignment: str, importance: str, fused: int
+    reduction: str, alignment: str, importance: str, fused: int, used: Used, apart: Apart, assert_close: AssertClose
 ) -> None:
     """Frozen tokens, growing steps, a score that looks at step sizes: block by block, and scan by scan."""
     model = make("vim")
@@ -121,7 +98,9 @@ def test_what_a_fused_op_cannot_do_is_done_otherwise(
     assert_close(found, apart(model, images()))
 
 
-def test_directions_that_share_a_convolution_are_done_otherwise() -> None:
+def test_directions_that_share_a_convolution_are_done_otherwise(
+    used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
     torch.manual_seed(0)
     model = Vim(VimConfig(**SIZES, mixer="v1")).eval()
     found, ops = used(model, images())
@@ -130,7 +109,7 @@ def test_directions_that_share_a_convolution_are_done_otherwise() -> None:
 
 
 @pytest.mark.parametrize("reduction", [None, "drop", "context"])
-def test_precisions(reduction: str | None) -> None:
+def test_precisions(reduction: str | None, used: Used) -> None:
     half, wide = make("vim", torch.bfloat16), make("vim", torch.float64)
     for model in (half, wide):
         if reduction is not None:  # by a score that rounding does not change
@@ -144,13 +123,13 @@ def test_precisions(reduction: str | None) -> None:
     assert (found.double() - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def test_autocast_takes_the_op_for_the_inside() -> None:
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), Ops() as watched:
-        make("vim")(images())
-    assert watched.names["mamba_inner"] == 6 and not watched.names["mamba_blocks"]
+def test_autocast_takes_the_op_for_the_inside(counted: Counted) -> None:
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        _, ops = counted(lambda: make("vim")(images()))
+    assert ops["mamba_inner"] == 6 and not ops["mamba_blocks"]
 
 
-def test_other_backends_and_gradients_do_without() -> None:
+def test_other_backends_and_gradients_do_without(counted: Counted, used: Used, assert_close: AssertClose) -> None:
     model = make("vim")
     try:
         use_backend("chunked")
@@ -159,9 +138,8 @@ def test_other_backends_and_gradients_do_without() -> None:
         use_backend("auto")
     assert not ops["mamba_blocks"] and ops["selective_scan"] == 12
     assert_close(found, used(model, images())[0])
-    with Ops() as watched:
-        model(images()).sum().backward()
-    assert not watched.names["mamba_blocks"] and not watched.names["mamba_inner"]
+    _, ops = counted(lambda: model(images()).sum().backward())
+    assert not ops["mamba_blocks"] and not ops["mamba_inner"]
 
 
 @pytest.mark.parametrize("reduction", [None, "drop", "context"])
@@ -231,7 +209,9 @@ CHANGES = [double_last, reload, assign, swap_data, swap_layer, swap_block, adapt
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_the_model_is_never_missed(change: Callable[[MambaBackbone], None]) -> None:
+def test_a_change_of_the_model_is_never_missed(
+    change: Callable[[MambaBackbone], None], used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
     model = make("vim")
     before = used(model, images())[0]
     torch.manual_seed(3)
@@ -241,7 +221,7 @@ def test_a_change_of_the_model_is_never_missed(change: Callable[[MambaBackbone],
     assert not torch.allclose(after, before, rtol=0, atol=1e-4)
 
 
-def test_a_hook_that_is_gone_does_not_matter_any_more() -> None:
+def test_a_hook_that_is_gone_does_not_matter_any_more(used: Used, assert_close: AssertClose) -> None:
     model = make("vim")
     before = used(model, images())[0]
     seen: list[Tensor] = []
@@ -269,7 +249,7 @@ def test_nothing_is_computed_twice_for_a_model_that_stays() -> None:
     assert kept(layer) == 2 == kept(layer)
 
 
-def test_models_made_in_inference_mode_work_too() -> None:
+def test_models_made_in_inference_mode_work_too(apart: Apart, assert_close: AssertClose) -> None:
     with torch.inference_mode():
         torch.manual_seed(0)
         model = Vim(VimConfig(**SIZES)).eval()
@@ -280,7 +260,7 @@ def test_models_made_in_inference_mode_work_too() -> None:
     assert not torch.allclose(first, second, rtol=0, atol=1e-4)
 
 
-def test_copies_and_files_of_a_model_hold_its_weights_once() -> None:
+def test_copies_and_files_of_a_model_hold_its_weights_once(used: Used) -> None:
     model = make("vim")
     fresh = io.BytesIO()
     torch.save(model, fresh)
@@ -313,7 +293,9 @@ class Some(nn.Module):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_pruner_is_given_what_it_wants_and_called_only_then(whole: bool) -> None:
+def test_a_pruner_is_given_what_it_wants_and_called_only_then(
+    whole: bool, used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
     model = make("vim")
     expected = used(model, images())[0]
     sums = []

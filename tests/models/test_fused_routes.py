@@ -16,21 +16,11 @@ from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.workflows.every_op import EveryOp, op_name
 
-
-class Ops(EveryOp):
-    """Counts ops by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.names[op_name(func)] += 1
-        return func(*args, **kwargs)
-
-
+Counted = Callable[[Callable[[], Any]], tuple[Any, Counter[str]]]
+Used = Callable[[nn.Module, Tensor], tuple[Tensor, Counter[str]]]
+Apart = Callable[[nn.Module, Tensor], Tensor]
+AssertClose = Callable[[Tensor, Tensor], None]
 MODELS: dict[str, Callable[[], Backbone]] = {
     "plainmamba": lambda: PlainMamba(
         PlainMambaConfig(image_size=(64, 48), patch_size=16, embed_dim=24, depth=4, num_classes=10, stem_convs=1)
@@ -57,34 +47,20 @@ def images(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(3, 3, 64, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def used(model: nn.Module) -> tuple[Tensor, Counter[str]]:
-    with torch.inference_mode(), Ops() as ops:
-        return model(images()), ops.names
-
-
-def apart(model: nn.Module) -> Tensor:
-    with torch.inference_mode(), fused_ops_apart():
-        logits: Tensor = model(images())
-    return logits
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    # The same sums in another order; measured: 7e-7 of the largest logit.
-    assert (found - expected).abs().max() <= 3e-6 * expected.abs().max()
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("reduction", "alignment"),
     [(None, "none"), ("drop", "none"), ("drop", "null"), ("drop", "neighbour"), ("context", "null"), ("mask", "none")],
 )
-def test_the_scans_of_a_block_are_one_op(name: str, reduction: str | None, alignment: str) -> None:
+def test_the_scans_of_a_block_are_one_op(
+    name: str, reduction: str | None, alignment: str, used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
     model = make(name)
     if reduction is not None:
         compress(model, 0.6, points=[2, 3], reduction=reduction, alignment=alignment)
-    found, ops = used(model)
+    found, ops = used(model, images())
     assert ops["routed_scans"] == 4 and not ops["selective_scan"]
-    assert_close(found, apart(model))
+    assert_close(found, apart(model, images()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -98,54 +74,62 @@ def test_the_scans_of_a_block_are_one_op(name: str, reduction: str | None, align
     ],
 )
 def test_what_the_op_cannot_do_is_done_otherwise(
-    name: str, reduction: str, alignment: str, importance: str, fused: int
+    name: str,
+    reduction: str,
+    alignment: str,
+    importance: str,
+    fused: int,
+    used: Used,
+    apart: Apart,
+    assert_close: AssertClose,
 ) -> None:
     """Frozen and pooled tokens, growing steps, a score that looks at step sizes: scan by scan."""
     model = make(name)
     compress(model, 0.6, points=[2], reduction=reduction, alignment=alignment, importance=importance)
-    found, ops = used(model)
+    found, ops = used(model, images())
     assert ops["routed_scans"] == fused and ops["selective_scan"] == 4 * (4 - fused)
-    assert_close(found, apart(model))
+    assert_close(found, apart(model, images()))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_replaced_and_hooked_layers_are_called(name: str) -> None:
+def test_replaced_and_hooked_layers_are_called(name: str, used: Used, apart: Apart, assert_close: AssertClose) -> None:
     model = make(name)
     mixer: Any = model.mixers[1]
     seen: list[Tensor] = []
     watched = mixer.dt_proj if name == "plainmamba" else mixer.projections
     watched.register_forward_hook(lambda module, given, output: seen.append(given[0]))
-    found, ops = used(model)
+    found, ops = used(model, images())
     assert ops["routed_scans"] == 3 and len(seen) == 1
-    assert_close(found, apart(model))
+    assert_close(found, apart(model, images()))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_changed_weights_are_noticed(name: str) -> None:
+def test_changed_weights_are_noticed(name: str, used: Used, apart: Apart, assert_close: AssertClose) -> None:
     model = make(name)
-    before, _ = used(model)
+    before, _ = used(model, images())
     with torch.no_grad():
         for name_of, parameter in model.named_parameters():
             if "norm" not in name_of:
                 parameter.mul_(1.1)
-    after, _ = used(model)
+    after, _ = used(model, images())
     assert not torch.allclose(before, after)
-    assert_close(after, apart(model))
+    assert_close(after, apart(model, images()))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_other_backends_and_gradients_do_without(name: str) -> None:
+def test_other_backends_and_gradients_do_without(
+    name: str, counted: Counted, used: Used, assert_close: AssertClose
+) -> None:
     model = make(name)
     try:
         use_backend("chunked")
-        found, ops = used(model)
+        found, ops = used(model, images())
     finally:
         use_backend("auto")
     assert not ops["routed_scans"] and ops["selective_scan"] == 16
-    assert_close(found, used(model)[0])
-    with Ops() as watched:
-        model(images()).sum().backward()
-    assert not watched.names["routed_scans"]
+    assert_close(found, used(model, images())[0])
+    _, ops = counted(lambda: model(images()).sum().backward())
+    assert not ops["routed_scans"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,10 +161,10 @@ def test_bfloat16_is_as_near_as_scan_by_scan(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reduction"), [("plainmamba", "drop"), ("plainmamba", "local-merge"), ("vmamba", "context")]
 )
-def test_compiled(name: str, reduction: str) -> None:
+def test_compiled(name: str, reduction: str, apart: Apart, assert_close: AssertClose) -> None:
     """Twice pruned: torch.compile had mixed up what the two prune points, or the four routes, have each for itself."""
     model = make(name)
     compress(model, 0.6, points=[2, 3], reduction=reduction, alignment="none")
     with torch.inference_mode():
         compiled = torch.compile(model, fullgraph=True)(images())
-    assert_close(compiled, apart(model))
+    assert_close(compiled, apart(model, images()))
