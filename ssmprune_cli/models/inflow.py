@@ -18,6 +18,11 @@ from ssmprune_cli.kernels import selective_scan
 from ssmprune_cli.tokens import TokenSequence, gather_tokens, sum_tokens
 
 
+def can_align(alignment: ScanAlignment | None) -> bool:
+    """Whether the fused ops have this kind of alignment."""
+    return alignment is None or alignment.mass is None
+
+
 @dataclass(frozen=True)
 class Cells:
     """The cells of one sequence.
@@ -74,9 +79,8 @@ class Inflow:
 
     @property
     def plain(self) -> bool:
-        """Whether scans step over live tokens alone, one step each, and growing steps make up for nothing."""
-        mass = None if self.alignment is None else self.alignment.mass
-        return self.read is None and self.cells is None and mass is None
+        """Whether scans step over live tokens alone, one step each, in a way that fused ops have."""
+        return self.read is None and self.cells is None and can_align(self.alignment)
 
     def scan(
         self,

@@ -115,6 +115,11 @@ def decay_rates(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether nothing but `kind` itself happens when `module` is called: no adapter, no quantised layer, no hook."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def channels_last_taps(weight: Tensor) -> Tensor:
     """Taps (E, K) or (E, K, K) of a depthwise convolution's weight (E, 1, ...), neighbouring channels side by side."""
     return weight[:, 0].movedim(0, -1).contiguous().movedim(-1, 0)

@@ -19,9 +19,10 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers, Wanted
 from ssmprune_cli.kernels import fuses_blocks
 from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.inflow import can_align
 from ssmprune_cli.models.layers import Kept, PatchEmbed, RMSNorm
 from ssmprune_cli.models.mamba_block import MambaBlock, packed_blocks, unit_tokens
-from ssmprune_cli.models.mamba_fused import can_align, fused_blocks
+from ssmprune_cli.models.mamba_fused import fused_blocks
 from ssmprune_cli.models.mamba_mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import add_rms_norm
 from ssmprune_cli.models.block import Block
-from ssmprune_cli.models.layers import RMSNorm
-from ssmprune_cli.models.mamba_fused import is_plain, packed_block
+from ssmprune_cli.models.layers import RMSNorm, is_plain
+from ssmprune_cli.models.mamba_fused import packed_block
 from ssmprune_cli.models.mamba_mixer import MambaMixer
 from ssmprune_cli.tokens import TokenSequence
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import BlockSizes, InnerParameters, mamba_blocks, mamba_inner, pack_block, pack_inner
@@ -38,16 +38,6 @@ def _directions(parameters: Sequence[Tensor]) -> list[InnerParameters]:
         conv_weight, x_weight, dt_weight, A_log, *vectors = parameters[first : first + _EACH]
         directions.append(InnerParameters(conv_weight[:, 0], x_weight, dt_weight, decay_rates(A_log), *vectors))
     return directions
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether nothing but `kind` itself happens when `module` is called: no adapter, no quantised layer, no hook."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
-
-
-def can_align(alignment: ScanAlignment | None) -> bool:
-    """Whether the fused ops have this kind of alignment."""
-    return alignment is None or alignment.mass is None
 
 
 def fused_inner(

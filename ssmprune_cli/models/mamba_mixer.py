@@ -16,9 +16,9 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import BlockSizes, causal_conv1d, fuses_inner, gated_sum, sparse_conv1d
 from ssmprune_cli.models.causal_sources import conv_sources
-from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
-from ssmprune_cli.models.mamba_fused import can_align, fused_inner, is_plain, packed_inner
+from ssmprune_cli.models.inflow import Inflow, can_align, inflow
+from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates, is_plain
+from ssmprune_cli.models.mamba_fused import fused_inner, packed_inner
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 MixerKind = Literal["v2", "v1", "none"]

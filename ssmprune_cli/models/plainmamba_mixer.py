@@ -13,8 +13,7 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import fuses_inner, gated_sum, grid_conv2d, pack_routes, routed_scans
 from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
-from ssmprune_cli.models.mamba_fused import is_plain
+from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates, is_plain
 from ssmprune_cli.models.mamba_mixer import s4d_real
 from ssmprune_cli.models.plainmamba_routes import ROUTES, all_walks, walks
 from ssmprune_cli.models.routes import reorder, steps_of
