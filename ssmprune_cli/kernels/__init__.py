@@ -13,7 +13,7 @@ from ssmprune_cli.kernels.backend import (
 )
 from ssmprune_cli.kernels.conv_op import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
 from ssmprune_cli.kernels.cpu import CPU
-from ssmprune_cli.kernels.fused_op import fused_ops_apart, fuses_blocks, fuses_inner, mamba_blocks, mamba_inner
+from ssmprune_cli.kernels.fused_op import block_parts, fused_ops_apart, fuses_inner, mamba_blocks, mamba_inner
 from ssmprune_cli.kernels.inputs import BlockSizes, InnerParameters, pack_block, pack_inner, pack_routes
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.op import scan_flops, selective_scan
@@ -36,10 +36,10 @@ __all__ = [
     "add_rms_norm",
     "available_backends",
     "backends_for",
+    "block_parts",
     "causal_conv1d",
     "conv_flops",
     "fused_ops_apart",
-    "fuses_blocks",
     "fuses_inner",
     "gated_sum",
     "grid_conv2d",

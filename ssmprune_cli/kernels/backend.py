@@ -116,9 +116,10 @@ class Backend(ABC):
         """The sum of the scans along several routes, (B, L, E)."""
         return composed.routed_scans(self, inputs)
 
-    def fuses_blocks(self, dim: int, d_inner: int, dtype: torch.dtype) -> bool:
-        """Whether `mamba_blocks` is faster for a model in `dtype`, `dim` wide and with scans of `d_inner` channels."""
-        return self.fuses
+    def block_parts(self, dim: int, d_inner: int, dtype: torch.dtype) -> int | None:
+        """`BlockSizes.parts` that suit a model in `dtype`, `dim` wide and with scans of `d_inner` channels, or None if
+        `mamba_blocks` is not faster for it than block by block."""
+        return None
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden state and residual stream (B, L, d) after several Mamba blocks, and the last one's y, see there."""

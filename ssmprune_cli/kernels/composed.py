@@ -51,8 +51,8 @@ def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor
     sizes, hidden, residual = BlockSizes(*inputs.sizes), inputs.hidden, inputs.residual
     ys: list[Tensor] = []
     for block, packed in enumerate(inputs.parameters):
-        norm, in_proj, out_proj, inner = unpack_block(packed, hidden.shape[2], sizes, hidden.dtype)
-        norm = norm.to(hidden.dtype)
+        norm, in_proj, out_proj, inner = unpack_block(packed, hidden.shape[2], sizes)
+        norm, in_proj, out_proj = (each.to(hidden.dtype) for each in (norm, in_proj, out_proj))
         normed, residual = backend.add_rms_norm(hidden, residual, norm, inputs.eps)
         context = None
         if inputs.context is not None:

@@ -14,10 +14,11 @@ from ssmprune_cli.kernels import eager
 from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.build import load_library
 from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, NormBack, Routed, Scan
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
+_VECTOR, _TILE = 16, 32  # what widths are multiples of in csrc/blocks.c, the latter for weights in tiles
 CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
 _SOURCE = "a source lies outside the tokens and their context"
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -252,16 +253,22 @@ class CpuBackend(Backend):
         self._run("mamba_inner", call.struct(Inner), outside=_SOURCE)
         return y
 
-    def fuses_blocks(self, dim: int, d_inner: int, dtype: torch.dtype) -> bool:
-        return math.gcd(dim, d_inner) % (16 if dtype == torch.float32 else 32) == 0  # as in csrc/blocks.c
+    def block_parts(self, dim: int, d_inner: int, dtype: torch.dtype) -> int | None:
+        together = math.gcd(dim, d_inner)
+        if dtype == torch.bfloat16:
+            return None if together % _TILE else 1
+        if together % _VECTOR:
+            return None
+        return 0 if together % _TILE or not self._has_tiles() else 3
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, dim = inputs.hidden.shape
-        dtype = inputs.hidden.dtype
-        if not self.fuses_blocks(dim, inputs.sizes[0], dtype):
+        dtype, sizes = inputs.hidden.dtype, BlockSizes(*inputs.sizes)
+        fits = math.gcd(dim, sizes.d_inner) % (_TILE if sizes.parts else _VECTOR) == 0
+        if not fits or (sizes.parts > 1 and not self._has_tiles()):
             return super().mamba_blocks(inputs)
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
-        y = torch.empty(batch, length, inputs.sizes[0] if inputs.wants_y else 0)
+        y = torch.empty(batch, length, sizes.d_inner if inputs.wants_y else 0)
         call = Call(threads=torch.get_num_threads())
         call.blocks(inputs)
         call.set(out=out, stream=stream)
@@ -277,6 +284,10 @@ class CpuBackend(Backend):
         call.set(y=y)
         self._run("routed_scans", call.struct(Routed), outside="a route visits a token that is not there")
         return y.to(inputs.u.dtype)
+
+    def _has_tiles(self) -> bool:
+        """Whether the processor multiplies matrices of bfloat16 by itself."""
+        return self._library is not None and bool(self._library.tiles_available())
 
     def _run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
         """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""

@@ -46,8 +46,8 @@ NormBack = _struct(
 Gate = _struct("Gate", "y0 y1 y2 y3 z grad out dy dz", "batch length channels count z_b z_l half threads", "scale")
 Inner = _struct(
     "Inner",
-    "xz context y ungated parameters gap gap_delta sources pairs rounded",
-    "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way",
+    "xz context y ungated parameters gap gap_delta sources rows",
+    "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way parts",
     "scale",
 )
 Routed = _struct(
@@ -58,7 +58,7 @@ Routed = _struct(
 Blocks = _struct(
     "Blocks",
     "hidden residual context gap gap_delta out stream ungated parameters sources",
-    "blocks batch length dim channels state width rank directions others threads half",
+    "blocks batch length dim channels state width rank directions others threads parts",
     "scale eps",
 )
 
@@ -148,7 +148,7 @@ class Call:
         self.numbers.update(parameters=ctypes.addressof(self._addresses), blocks=len(parameters), batch=batch)
         self.numbers.update(length=length, dim=dim, channels=sizes.d_inner, state=sizes.d_state, width=sizes.d_conv)
         self.numbers.update(rank=sizes.dt_rank, directions=sizes.directions, scale=inputs.scale, eps=inputs.eps)
-        self.numbers["half"] = inputs.hidden.dtype == torch.bfloat16
+        self.numbers["parts"] = sizes.parts
 
     def routed(self, inputs: RoutedInputs) -> None:
         batch, length, channels = inputs.u.shape

@@ -89,7 +89,7 @@ def mamba_blocks(
     not fit.
     """
     batch, length, dim = three(hidden, "hidden")
-    size = (sizes.block(dim, hidden.dtype),)
+    size = (sizes.block(dim),)
     expected: Expected = {f"parameters[{n}]": (each, size) for n, each in enumerate(parameters)}
     if residual is not None:
         expected["residual"] = (residual, (batch, length, dim))
@@ -132,6 +132,8 @@ def _check(
             raise KernelError(f"{name} must be {wide}, not {tensor.dtype}")
     if sizes.directions not in (1, 2):
         raise KernelError(f"there are {sizes.directions} directions")
+    if sizes.parts not in (0, 1, 3):
+        raise KernelError(f"weights are in {sizes.parts} parts")
     if gap_delta is not None and gap is None:
         raise KernelError("gap_delta needs gap")
     if (context is None) != (sources is None):
@@ -154,11 +156,12 @@ def fuses_inner(example: Tensor, d_state: int) -> bool:
     return pick(example, d_state).fuses
 
 
-def fuses_blocks(example: Tensor, d_state: int, d_inner: int) -> bool:
-    """The same of `mamba_blocks`. It is not for compiled models, whose parameters would be packed at every call."""
+def block_parts(example: Tensor, d_state: int, d_inner: int) -> int | None:
+    """The same of `mamba_blocks`: how it takes weights, see `BlockSizes.parts`, or None if a model does not do well to
+    call it. Compiled ones do not: their parameters would be packed at every call."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not fuses_inner(example, d_state):
-        return False
-    return pick(example, d_state).fuses_blocks(example.shape[2], d_inner, example.dtype)
+        return None
+    return pick(example, d_state).block_parts(example.shape[2], d_inner, example.dtype)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PANEL = 64  # columns of a weight that lie together in `pack_block`, as in csrc/blocks.c
-_TILE = 16  # columns of bfloat16 weights are padded to a multiple of it, as in csrc/product.h
+_OUTPUTS, _INPUTS = 16, 32  # of a tile, as in csrc/product.h
 
 
 class ScanInputs(NamedTuple):
@@ -110,24 +110,37 @@ class BlocksInputs(NamedTuple):
 
 
 class BlockSizes(NamedTuple):
-    """Sizes of a Mamba block beside its width: E, N, K, R and G."""
+    """Sizes of a Mamba block beside its width: E, N, K, R and G; and in how many values of bfloat16 `pack_block` puts
+    each weight of its products of matrices: 1 that it is, 3 that make up a float32, or 0 to leave them as they are."""
 
     d_inner: int
     d_state: int
     d_conv: int
     dt_rank: int
     directions: int
+    parts: int = 0
+
+    @property
+    def projected(self) -> int:
+        """What the scan's inputs are made of, for each token: R + 2N."""
+        return self.dt_rank + 2 * self.d_state
 
     @property
     def inner(self) -> int:
-        """Parameters of the inside, in one direction."""
-        return self.d_inner * (self.d_conv + 2 * self.dt_rank + 3 * self.d_state + 3)
+        """Values that `pack_inner` gives for one direction."""
+        return self.d_inner * (self.d_conv + self.projected + self.dt_rank + self.d_state + 3)
 
-    def block(self, dim: int, dtype: torch.dtype) -> int:
-        """Values that `pack_block` gives for a block of a model in `dtype` and `dim` wide."""
-        again = _words(self.dt_rank + 2 * self.d_state, self.d_inner, dtype) if dtype == torch.bfloat16 else 0
-        large = 2 * _words(self.d_inner, dim, dtype) + _words(dim, self.d_inner, dtype)
-        return dim + large + self.directions * (again + self.inner)
+    def block(self, dim: int) -> int:
+        """Values that `pack_block` gives for a block of a model `dim` wide."""
+        large = 2 * self.words(self.d_inner, dim) + self.words(dim, self.d_inner)
+        others = self.inner - self.d_inner * self.projected
+        return dim + large + self.directions * (others + self.words(self.projected, self.d_inner))
+
+    def words(self, outputs: int, inputs: int) -> int:
+        """Values of float32, or as much memory, that `pack_block` gives for a weight (outputs, inputs)."""
+        if not self.parts:
+            return outputs * inputs
+        return (outputs + -outputs % _OUTPUTS) * (inputs + -inputs % _INPUTS) * self.parts // 2
 
 
 def pack_inner(directions: Sequence[InnerParameters]) -> Tensor:
@@ -136,15 +149,12 @@ def pack_inner(directions: Sequence[InnerParameters]) -> Tensor:
     Of each direction the convolution's taps (K, E), x_weight (E, R + 2N), dt_weight (R, E), A (N, E), and conv_bias,
     dt_bias and D (E,): neighbouring channels side by side, and neighbouring results of a product of matrices.
     """
-    rows = [
-        torch.cat([*(_wide(matrix).t().flatten() for matrix in own[:4]), *map(_wide, own[4:])]) for own in directions
-    ]
-    return torch.stack(rows)
+    return torch.stack([_direction(own, parts=0) for own in directions])
 
 
 def unpack_inner(packed: Tensor, sizes: BlockSizes) -> InnerParameters:
     """One direction's row of what `pack_inner` gives, as views."""
-    E, P = sizes.d_inner, sizes.dt_rank + 2 * sizes.d_state
+    E, P = sizes.d_inner, sizes.projected
     rows = (sizes.d_conv, P, sizes.dt_rank, sizes.d_state, 1, 1, 1)
     taps, x_weight, dt_weight, A, *vectors = packed.split([E * each for each in rows])
     return InnerParameters(
@@ -162,69 +172,89 @@ def pack_routes(dt_weight: Tensor, A: Tensor, bias: Tensor, D: Tensor) -> Tensor
     return torch.cat(parts, dim=1)
 
 
-def pack_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, directions: Sequence[InnerParameters]) -> Tensor:
+def pack_block(
+    norm: Tensor, in_proj: Tensor, out_proj: Tensor, directions: Sequence[InnerParameters], parts: int = 0
+) -> Tensor:
     """The parameters of a block as `mamba_blocks` takes them, (`BlockSizes.block`,), float32 at least.
 
     norm (d,), in_proj (2E, d) and out_proj (d, E) are weights. They follow each other, and then comes what `pack_inner`
-    gives; in_proj's two halves and out_proj are in panels: PANEL outputs at a time, (inputs, PANEL). Weights of a
-    bfloat16 model stay as they are, in pairs: see `_paired`. Before `pack_inner`'s they have each direction's x_weight
-    once more.
+    gives; in_proj's two halves and out_proj are in panels: PANEL outputs at a time, (inputs, PANEL). With `parts`, see
+    `BlockSizes`, these three and each direction's x_weight are `_tiled`.
     """
-    x_proj, z_proj = in_proj.chunk(2)
-    inner = pack_inner(directions).flatten()
-    if in_proj.dtype != torch.bfloat16:
-        return torch.cat([_wide(norm), *_panels(x_proj), *_panels(z_proj), *_panels(out_proj), inner])
-    large = [_paired(panel) for weight in (x_proj, z_proj, out_proj) for panel in weight.split(PANEL)]
-    return torch.cat([_wide(norm), *large, *(_paired(own.x_weight) for own in directions), inner])
+    large = (*in_proj.chunk(2), out_proj)
+    if parts:
+        projections = [_tiled(weight, parts) for weight in large]
+    else:
+        projections = [_transposed(panel) for weight in large for panel in weight.split(PANEL)]
+    return torch.cat([_wide(norm), *projections, *(_direction(own, parts) for own in directions)])
 
 
-def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """norm, in_proj, out_proj and inner of what `pack_block` gives for a model in `dtype`; projections are copies."""
-    E, G = sizes.d_inner, sizes.directions
-    parts = [dim, _words(E, dim, dtype), _words(E, dim, dtype), _words(dim, E, dtype), G * sizes.inner]
-    again = len(packed) - sum(parts)  # bfloat16 weights that are in `inner` too
-    norm, x_proj, z_proj, out_proj, _, inner = packed.split([*parts[:-1], again, parts[-1]])
-    whole = _whole_of_pairs if dtype == torch.bfloat16 else _whole
-    return norm, torch.cat([whole(x_proj, E, dim), whole(z_proj, E, dim)]), whole(out_proj, dim, E), inner.view(G, -1)
+def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes) -> tuple[Tensor, ...]:
+    """norm, in_proj, out_proj and inner, as `pack_inner` gives it, of what `pack_block` gives; mostly copies."""
+    E, P, G = sizes.d_inner, sizes.projected, sizes.directions
+    large = [(E, dim), (E, dim), (dim, E)]
+    inner = G * (sizes.inner - E * P + sizes.words(P, E))
+    norm, *projections, directions = packed.split([dim, *(sizes.words(*shape) for shape in large), inner])
+    if sizes.parts:
+        x_proj, z_proj, out_proj = (_untiled(w, *s, sizes.parts) for w, s in zip(projections, large, strict=True))
+    else:
+        x_proj, z_proj, out_proj = (_of_panels(w, *s) for w, s in zip(projections, large, strict=True))
+    rows = []
+    for direction in directions.view(G, -1):
+        before = E * sizes.d_conv
+        taps, x_weight, others = direction.tensor_split([before, before + sizes.words(P, E)])
+        if sizes.parts:
+            x_weight = _transposed(_untiled(x_weight, P, E, sizes.parts))
+        rows.append(torch.cat([taps, x_weight, others]))
+    return norm, torch.cat([x_proj, z_proj]), out_proj, torch.stack(rows)
 
 
-def _panels(weight: Tensor) -> Iterator[Tensor]:
-    return (panel.t().flatten() for panel in _wide(weight).split(PANEL))
+def _direction(own: InnerParameters, parts: int) -> Tensor:
+    """One row of `pack_inner`, or of `pack_block`'s directions."""
+    x_weight = _tiled(own.x_weight, parts) if parts else _transposed(own.x_weight)
+    others = [_transposed(own.dt_weight), _transposed(own.A), *map(_wide, own[4:])]
+    return torch.cat([_transposed(own.conv_weight), x_weight, *others])
 
 
-def _whole(panels: Tensor, outputs: int, inputs: int) -> Tensor:
+def _of_panels(panels: Tensor, outputs: int, inputs: int) -> Tensor:
     """(outputs, inputs) of the panels in a row."""
     parts = panels.split([inputs * height for height in _heights(outputs)])
     return torch.cat([part.view(inputs, -1).t() for part in parts])
 
 
-def _paired(weight: Tensor) -> Tensor:
-    """A bfloat16 weight (outputs, inputs) as (inputs / 2, outputs, 2), with zeros up to an even number of inputs and to
-    a multiple of 16 outputs. Two values go for one of float32, whose type the result has, only for copying it."""
-    padded = functional.pad(weight, (0, weight.shape[1] % 2, 0, -len(weight) % _TILE))
-    pairs: Tensor = padded.unflatten(1, (-1, 2)).transpose(0, 1)
-    return pairs.flatten().view(torch.float32)
+def _tiled(weight: Tensor, parts: int) -> Tensor:
+    """A weight (outputs, inputs) as (outputs / 16, inputs / 32, parts, 16, 16, 2), with zeros up to whole tiles: of
+    each value the nearest one of bfloat16, the nearest one to the rest, and so on. Inputs 2k and 2k + 1 are together,
+    behind them outputs. The result has the type of float32, each of which is two values, only for copying it."""
+    outputs, inputs = weight.shape
+    rest = functional.pad(weight, (0, -inputs % _INPUTS, 0, -outputs % _OUTPUTS))
+    found = []
+    for _ in range(parts):
+        found.append(rest.bfloat16())
+        rest = rest - found[-1].to(rest.dtype)
+    tiles = torch.stack(found).unflatten(2, (-1, _INPUTS // 2, 2)).unflatten(1, (-1, _OUTPUTS))
+    in_order: Tensor = tiles.permute(1, 3, 0, 4, 2, 5)  # from (parts, outputs / 16, 16, inputs / 32, 16, 2)
+    return in_order.flatten().view(torch.float32)
 
 
-def _whole_of_pairs(panels: Tensor, outputs: int, inputs: int) -> Tensor:
-    """(outputs, inputs) of the panels in a row."""
-    parts = (
-        panels.contiguous()
-        .view(torch.bfloat16)
-        .split([2 * _words(height, inputs, torch.bfloat16) for height in _heights(outputs)])
-    )
-    rows = [part.view((inputs + 1) // 2, -1, 2).transpose(0, 1).flatten(1) for part in parts]
-    return torch.cat(rows)[:outputs, :inputs]
-
-
-def _words(outputs: int, inputs: int, dtype: torch.dtype) -> int:
-    """Values of float32, or as much memory, for a weight of a model in `dtype`."""
-    return (inputs + 1) // 2 * (outputs + -outputs % _TILE) if dtype == torch.bfloat16 else outputs * inputs
+def _untiled(tiles: Tensor, outputs: int, inputs: int, parts: int) -> Tensor:
+    """(outputs, inputs) of what `_tiled` gives, float32."""
+    values = tiles.contiguous().view(torch.bfloat16).float()
+    across = (inputs + -inputs % _INPUTS) // _INPUTS
+    each = values.view(-1, across, parts, _INPUTS // 2, _OUTPUTS, 2).permute(2, 0, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    total = each[0]  # the largest first: so that nothing is lost
+    for part in each[1:]:
+        total = total + part
+    return total[:outputs, :inputs]
 
 
 def _heights(outputs: int) -> list[int]:
     """Outputs of each panel."""
     return [PANEL] * (outputs // PANEL) + [outputs % PANEL] * (outputs % PANEL > 0)
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return _wide(weight).t().flatten()
 
 
 def _wide(tensor: Tensor) -> Tensor:

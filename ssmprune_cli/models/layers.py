@@ -64,22 +64,23 @@ class Derived(Generic[T]):
 
 class Kept(Generic[T]):
     """What inference derives from whole modules, computed again only when something in them has changed: a parameter or
-    its values, a module in the place of another, a hook. For inference only, and for parameters made outside of it:
-    others have no version.
+    its values, a module in the place of another, a hook; or when it is asked for with another `how`. For
+    inference only, and for parameters made outside of it: others have no version.
     """
 
-    def __init__(self, compute: Callable[[nn.Module], T]) -> None:
+    def __init__(self, compute: Callable[[nn.Module, int], T]) -> None:
         self._compute = compute
+        self._how = 0
         self._entries: list[tuple[Mapping[str, object], str, object]] = []  # of modules' dictionaries, name and value
         self._hooks: list[Sized] = []
         self._hooked: list[bool] = []
         self._sources: list[_Source] = []
         self.value: T | None = None
 
-    def __call__(self, module: nn.Module) -> T:
-        if self.value is None or not self._unchanged():
+    def __call__(self, module: nn.Module, how: int) -> T:
+        if self.value is None or how != self._how or not self._unchanged():
             self._watch(module)
-            self.value = self._compute(module)
+            self.value, self._how = self._compute(module, how), how
         return self.value
 
     def _watch(self, module: nn.Module) -> None:
@@ -99,7 +100,7 @@ class Kept(Generic[T]):
                 return False
         return self._hooked == list(map(bool, self._hooks))
 
-    def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[[nn.Module], T]]]:
+    def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[[nn.Module, int], T]]]:
         return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
 
 

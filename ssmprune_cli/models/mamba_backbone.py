@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers, Wanted
-from ssmprune_cli.kernels import fuses_blocks
+from ssmprune_cli.kernels import block_parts
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.inflow import can_align
 from ssmprune_cli.models.layers import Kept, PatchEmbed, RMSNorm
@@ -127,12 +127,14 @@ class MambaBackbone(Backbone):
         """The tokens that are left after all blocks; their output is `hidden + residual`."""
         sequence, block = self.embed(images), 0
         config = self.config
-        fuses = not self.turns and fuses_blocks(sequence.hidden, config.d_state, config.inner_channels)
-        packed = self._packed(self.layers) if fuses else [None] * len(self.layers)
+        parts = None if self.turns else block_parts(sequence.hidden, config.d_state, config.inner_channels)
+        packed = [None] * len(self.layers) if parts is None else self._packed(self.layers, parts)
         while block < len(self.layers):
-            if packed[block] is not None and (at_once := self._fused(block, sequence, packed)) is not None:
-                sequence, block = at_once
-                continue
+            if parts is not None and packed[block] is not None:
+                at_once = self._fused(block, sequence, packed, parts)
+                if at_once is not None:
+                    sequence, block = at_once
+                    continue
             sequence = self.before_block(sequence)
             alignment, wanted = self.ask_pruner(block, sequence)
             sequence, statistics = self.layers[block](sequence, alignment, wanted)
@@ -141,7 +143,7 @@ class MambaBackbone(Backbone):
         return sequence
 
     def _fused(
-        self, block: int, sequence: TokenSequence, packed: Sequence[Tensor | None]
+        self, block: int, sequence: TokenSequence, packed: Sequence[Tensor | None], parts: int
     ) -> tuple[TokenSequence, int] | None:
         """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
         None if it can do none. The pruner may look at the last one's scans, and prune after it."""
@@ -164,8 +166,9 @@ class MambaBackbone(Backbone):
         assert isinstance(first, MambaBlock) and isinstance(first.norm, RMSNorm)
         norm, mixer = first.norm, first.mixer
         context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
+        sizes = mixer.sizes._replace(parts=parts)
         sequence, statistics = fused_blocks(
-            sequence, parameters, mixer.sizes, alignments, context, mixer.scale, norm.eps, wanted
+            sequence, parameters, sizes, alignments, context, mixer.scale, norm.eps, wanted
         )
         block += len(parameters)
         return self.prune(block - 1, sequence, statistics, wanted), block

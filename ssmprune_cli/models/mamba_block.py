@@ -25,9 +25,9 @@ class MambaBlock(Block):
         self.norm = norm
         self.mixer = mixer
 
-    def packed(self) -> Tensor | None:
-        """The parameters as `fused_blocks` takes them; None if the block is not made of what that computes, or has
-        weights that were made in inference mode, whose changes nobody notices."""
+    def packed(self, parts: int) -> Tensor | None:
+        """The parameters as `fused_blocks` takes them, with weights in `parts`; None if the block is not made of
+        what that computes, or has weights that were made in inference mode, whose changes nobody notices."""
         norm, mixer = self.norm, self.mixer
         plain = is_plain(self, MambaBlock) and is_plain(norm, RMSNorm) and is_plain(mixer, MambaMixer)
         plain = plain and is_plain(mixer.in_proj, nn.Linear) and is_plain(mixer.out_proj, nn.Linear)
@@ -35,7 +35,7 @@ class MambaBlock(Block):
         if inner is None or any(parameter.is_inference() for parameter in self.parameters()):
             return None
         scale = () if mixer.gamma is None else (mixer.gamma,)
-        return packed_block(norm.weight, mixer.in_proj.weight, mixer.out_proj.weight, *inner, *scale)
+        return packed_block(parts, norm.weight, mixer.in_proj.weight, mixer.out_proj.weight, *inner, *scale)
 
     def run(
         self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
@@ -60,9 +60,9 @@ class MambaBlock(Block):
         return normalised
 
 
-def packed_blocks(layers: nn.Module) -> list[Tensor | None]:
+def packed_blocks(layers: nn.Module, parts: int) -> list[Tensor | None]:
     """Of each block in a list of modules."""
-    return [block.packed() if isinstance(block, MambaBlock) else None for block in layers.children()]
+    return [block.packed(parts) if isinstance(block, MambaBlock) else None for block in layers.children()]
 
 
 def unit_tokens(sequence: TokenSequence, fate: Literal["frozen", "context"], norm: RMSNorm) -> Tensor:

@@ -23,13 +23,13 @@ def packed_inner(*parameters: Tensor) -> Tensor:
     return pack_inner(_directions(parameters))
 
 
-def packed_block(norm: Tensor, in_proj: Tensor, out_proj: Tensor, *others: Tensor) -> Tensor:
-    """For `mamba_blocks`: the weights of norm and projections, what `packed_inner` takes, and the layer scale (d,) if
-    there is one."""
+def packed_block(parts: int, norm: Tensor, in_proj: Tensor, out_proj: Tensor, *others: Tensor) -> Tensor:
+    """For `mamba_blocks`, with weights in `parts`: the weights of norm and projections, what `packed_inner` takes,
+    and the layer scale (d,) if there is one."""
     if len(others) % _EACH:
         *others, gamma = others  # type: ignore[assignment]
         out_proj = out_proj * gamma[:, None]
-    return pack_block(norm, in_proj, out_proj, _directions(others))
+    return pack_block(norm, in_proj, out_proj, _directions(others), parts)
 
 
 def _directions(parameters: Sequence[Tensor]) -> list[InnerParameters]:

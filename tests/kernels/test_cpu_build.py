@@ -89,7 +89,9 @@ def blocks(
     backend: Backend, channels: int, dtype: torch.dtype, weights: torch.dtype = torch.float32, multiple: int = 16
 ) -> tuple[torch.Tensor, ...]:
     """Two Mamba blocks whose width and whose scans' channels are multiples of 16, as the C code for blocks has it."""
-    dim, sizes = multiple * channels, BlockSizes(multiple * (channels + 1), 5, 3, 2, 2)
+    dim, d_inner = multiple * channels, multiple * (channels + 1)
+    parts = backend.block_parts(dim, d_inner, weights) if isinstance(backend, CpuBackend) else 0
+    sizes = BlockSizes(d_inner, 5, 3, 2, 2, parts or 0)
     normal = Values(3, torch.float64)
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
@@ -98,7 +100,7 @@ def blocks(
     def scaled(*size: int) -> torch.Tensor:
         return rounded(normal(*size) / math.sqrt(size[-1]))
 
-    E, N, K, R, G = sizes
+    E, N, K, R, G, parts = sizes
     hidden, gap, gap_delta = scaled(3, 9, dim), rounded(normal(2, 3, 9).abs()), rounded(normal(2, 2, E).abs())
     packed = []
     for _ in range(2):
@@ -112,7 +114,7 @@ def blocks(
             )
             for _ in range(G)
         ]
-        packed.append(pack_block(rounded(normal(dim)), scaled(2 * E, dim), scaled(dim, E), inner))
+        packed.append(pack_block(rounded(normal(dim)), scaled(2 * E, dim), scaled(dim, E), inner, parts))
     return backend.mamba_blocks(
         BlocksInputs(hidden, None, packed, sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
     )
@@ -137,6 +139,11 @@ def half_blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[to
     return tuple(each.to(dtype) for each in found)
 
 
+def wide_blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """float32 with multiples of 32, whose products the processor makes of bfloat16 values where it can."""
+    return blocks(backend, channels, dtype, multiple=32)
+
+
 @needs_compiler
 @pytest.mark.parametrize("width", [4, 8, 16])
 def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +154,7 @@ def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.Monk
     backend = CpuBackend()
     assert backend.missing() is None
     for channels in (3, 16, 37):
-        for ops in (scan, convolutions, rows, routes, blocks, half_blocks):
+        for ops in (scan, convolutions, rows, routes, blocks, wide_blocks, half_blocks):
             found, truth = ops(backend, channels, torch.float32), ops(REFERENCE, channels, torch.float64)
             assert len(found) == len(truth)
             for own, expected in zip(found, truth, strict=True):

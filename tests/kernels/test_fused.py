@@ -17,6 +17,7 @@ from ssmprune_cli.kernels import (
     BlockSizes,
     InnerParameters,
     backends_for,
+    block_parts,
     mamba_blocks,
     mamba_inner,
     pack_block,
@@ -53,7 +54,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.length)
-        E, N, K, R, G = self.sizes
+        E, N, K, R, G, _ = self.sizes
         self.directions = [
             [
                 InnerParameters(
@@ -74,7 +75,7 @@ class Case:
             for _ in range(self.blocks)
         ]
 
-    def packed(self, dtype: torch.dtype) -> list[Tensor]:
+    def packed(self, dtype: torch.dtype, parts: int = 0) -> list[Tensor]:
         """Of each block, as a model in `dtype` has them."""
         return [
             pack_block(
@@ -82,6 +83,7 @@ class Case:
                 in_proj.to(dtype),
                 out_proj.to(dtype),
                 [InnerParameters(*(value.to(dtype) for value in own)) for own in directions],
+                parts,
             )
             for (norm, in_proj, out_proj), directions in zip(self.large, self.directions, strict=True)
         ]
@@ -113,7 +115,7 @@ class Case:
         for name in ("gap", "gap_delta"):
             if name in lost:
                 lost[name] = lost[name].to(wide)
-        _, N, K, R, _ = self.sizes
+        _, N, K, R, _, _ = self.sizes
         parameters = pack_inner(self.directions[0]).to(wide)
         return mamba_inner(xz.to(dtype), parameters, N, K, R, **lost, scale=0.5)
 
@@ -127,7 +129,9 @@ class Case:
             for name, value in self.lost(self.dim, (self.blocks,)).items()
         }
         residual_given = None if first else residual
-        return mamba_blocks(hidden, residual_given, self.packed(dtype), self.sizes, **lost, scale=0.5, wants_y=True)
+        parts = block_parts(hidden, self.sizes.d_state, self.sizes.d_inner) or 0
+        packed, sizes = self.packed(dtype, parts), self.sizes._replace(parts=parts)
+        return mamba_blocks(hidden, residual_given, packed, sizes, **lost, scale=0.5, wants_y=True)
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -184,15 +188,18 @@ def test_many_samples_go_through_in_several_rounds() -> None:
         BlockSizes, st.integers(1, 200), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 2)
     ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    parts=st.sampled_from([0, 3]),
 )
-def test_packing_loses_nothing(dim: int, sizes: BlockSizes, dtype: torch.dtype) -> None:
-    E, N, K, R, G = sizes
+def test_packing_loses_nothing(dim: int, sizes: BlockSizes, dtype: torch.dtype, parts: int) -> None:
+    parts = 1 if dtype == torch.bfloat16 else parts
+    sizes = sizes._replace(parts=parts)
+    E, N, K, R, G, _ = sizes
     shapes = [(E, K), (R + 2 * N, E), (E, R), (E, N), (E,), (E,), (E,)]
     own = [InnerParameters(*(torch.randn(shape).to(dtype) for shape in shapes)) for _ in range(G)]
     large = [torch.randn(shape).to(dtype) for shape in ((dim,), (2 * E, dim), (dim, E))]
-    packed = pack_block(large[0], large[1], large[2], own)
-    assert packed.shape == (sizes.block(dim, dtype),) and packed.dtype == torch.float32
-    *found, inner = unpack_block(packed, dim, sizes, dtype)
+    packed = pack_block(large[0], large[1], large[2], own, parts)
+    assert packed.shape == (sizes.block(dim),) and packed.dtype == torch.float32
+    *found, inner = unpack_block(packed, dim, sizes)
     assert all(torch.equal(one.to(dtype), other) for one, other in zip(found, large, strict=True))
     for row, given_parameters in zip(inner, own, strict=True):
         unpacked = unpack_inner(row, sizes)
@@ -201,7 +208,7 @@ def test_packing_loses_nothing(dim: int, sizes: BlockSizes, dtype: torch.dtype) 
 
 def test_pass_opcheck() -> None:
     case = Case(2, 5, 16, BlockSizes(16, 4, 3, 2, 2), "context")
-    E, N, K, R, _ = case.sizes
+    E, N, K, R, _, _ = case.sizes
     checks = ("test_schema", "test_faketensor")
     xz = torch.randn(2, 5, 2 * E)
     lost = [each.float() if each.is_floating_point() else each for each in case.lost(E).values()]

@@ -234,19 +234,20 @@ def test_a_hook_that_is_gone_does_not_matter_any_more(used: Used, assert_close: 
 
 
 def test_nothing_is_computed_twice_for_a_model_that_stays() -> None:
-    calls: list[nn.Module] = []
+    calls: list[int] = []
 
-    def count(module: nn.Module) -> int:
-        calls.append(module)
+    def count(module: nn.Module, how: int) -> int:
+        calls.append(how)
         return len(calls)
 
     kept, first = Kept(count), nn.Linear(2, 2)
     layer = nn.Sequential(first, nn.Linear(2, 2))
     with torch.inference_mode():
-        assert [kept(layer), kept(layer)] == [1, 1]
+        assert [kept(layer, 3), kept(layer, 3)] == [1, 1]
     with torch.no_grad():
         first.weight.add_(1)
-    assert kept(layer) == 2 == kept(layer)
+    assert kept(layer, 3) == 2 == kept(layer, 3)
+    assert kept(layer, 0) == 3 and calls == [3, 3, 0]
 
 
 def test_models_made_in_inference_mode_work_too(apart: Apart, assert_close: AssertClose) -> None:

@@ -8,18 +8,19 @@
 
 /* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean
  * square 1; gap (G, B, L); gap_delta (blocks, G, E); sources (G, B, L, K). `parameters` of each block are as
- * inputs.pack_block lays them out, with `half` as those of bfloat16 models. */
+ * inputs.pack_block lays them out for `parts`. */
 typedef struct {
     const float *hidden, *residual, *context, *gap, *gap_delta;
     float *out, *stream, *ungated;
     const float *const *parameters;
     const int64_t *sources;
-    int64_t blocks, batch, length, dim, channels, state, width, rank, directions, others, threads, half;
+    int64_t blocks, batch, length, dim, channels, state, width, rank, directions, others, threads, parts;
     double scale, eps;
 } Blocks;
 
 #define SHARE (1 << 21) /* floats of scratch memory for a thread's samples: more of them read the weights less often */
 #define PANEL 64 /* columns of a weight that lie together: a panel stays in the caches while rows pass by it */
+#define GROUPS 4 /* times MOST_ROWS tokens that pass by a weight's tiles together */
 
 /* A matrix with the rows of some samples of L: those of one are `l` apart, and samples `b`. */
 typedef struct { float *data; int64_t columns, L, b, l; } Rows;
@@ -48,45 +49,47 @@ INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start
         }
 }
 
-/* The same by TILES. Rounded rows meet all panels, which take half the memory and a fraction of the time. */
-static void tiled_panels(Rows x, const float *weight, Rows out, int64_t start, int64_t stop, uint16_t *rounded) {
-    for (int64_t row = start; row < stop; row += MOST_ROWS) {
-        float *from[MOST_ROWS], *to[MOST_ROWS];
-        place(x, row, stop, 0, MOST_ROWS, from);
-        round_rows((const float *const *)from, x.columns, rounded);
-        place(out, row, stop, 0, MOST_ROWS, to);
-        for (int64_t n = 0; n < out.columns; n += PANEL) {
-            int64_t count = out.columns - n < PANEL ? out.columns - n : PANEL;
-            tile_product(rounded, weight + n * x.columns / 2, x.columns, count, to);
-            for (int r = 0; r < MOST_ROWS; r++) to[r] += PANEL;
+/* Bfloat16 values that tile_rows gives of MOST_ROWS tokens of K channels. */
+INLINE int64_t rows_size(int64_t K, int64_t parts) { return MOST_ROWS * K * parts; }
+
+/* The same by TILES. */
+static void tiled(const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
+    int64_t K = x.columns, each = rows_size(K, a->parts);
+    float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
+    for (; start < stop; start += GROUPS * MOST_ROWS) {
+        int64_t left = stop - start, groups = left < GROUPS * MOST_ROWS ? (left + MOST_ROWS - 1) / MOST_ROWS : GROUPS;
+        for (int64_t g = 0; g < groups; g++) {
+            place(x, start + g * MOST_ROWS, stop, 0, MOST_ROWS, from);
+            place(out, start + g * MOST_ROWS, stop, 0, MOST_ROWS, to[g]);
+            tile_rows((const float *const *)from, K, a->parts, a->rows + g * each);
         }
+        for (int64_t n = 0; n < out.columns; n += 32)
+            for (int64_t g = 0; g < groups; g++)
+                tile_columns(a->rows + g * each, left - g * MOST_ROWS, weight + n / 16 * tiled_step(K, a->parts), K, n,
+                             n + 32, a->parts, to[g]);
     }
 }
 
-static void project(int way, Rows x, const float *weight, Rows out, int64_t start, int64_t stop, uint16_t *rounded) {
-    if (way == TILES) tiled_panels(x, weight, out, start, stop, rounded);
-    else if (way == PAIRS) panels(PAIRS, x, weight, out, start, stop);
+static void project(const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
+    if (a->way == TILES) tiled(a, x, weight, out, start, stop);
+    else if (a->way == PAIRS) panels(PAIRS, x, weight, out, start, stop);
     else panels(FLOATS, x, weight, out, start, stop);
 }
 
-/* Floats of rounded tokens for each thread. */
-INLINE int64_t rounded_size(const Blocks *a) { return MOST_ROWS * (a->channels > a->dim ? a->channels : a->dim) / 2; }
-
 /* The samples `first` ... `first + count` through all blocks, by thread `t` of those that do it together. */
-static int pass(const Blocks *a, int way, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size,
-                uint16_t *rounded) {
+static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size,
+                uint16_t *rows) {
     int64_t L = a->length, d = a->dim, E = a->channels, M = a->others, start, stop, context_start, context_stop;
     Inner inner = {.batch = a->batch, .length = L, .channels = E, .state = a->state, .width = a->width, .rank = a->rank,
                    .directions = a->directions, .others = M, .threads = a->threads, .scale = a->scale, .gap = a->gap,
                    .sources = a->sources, .xz_b = size, .xz_l = 2 * E, .y_b = size, .context_b = size, .context_l = E,
-                   .way = way, .rounded = rounded};
+                   .way = way, .parts = a->parts, .rows = rows};
     float *u = scratch, *y = u + (a->directions - 1) * L * E, *xz = u + inner_scratch(&inner), *normed = xz + L * 2 * E;
     float *context = normed + L * d, *unit = context + M * E;
-    Rows tokens = {normed, d, L, size, d}, x = {xz, E, L, size, 2 * E}, z = {xz + E, E, L, size, 2 * E};
-    Rows gated = {y, E, L, size, E};
+    Rows tokens = {normed, d, L, size, d}, gated = {y, E, L, size, E};
+    Rows x = {xz, E, L, size, 2 * E}, z = {xz + E, E, L, size, 2 * E}, both = {xz, 2 * E, L, size, 2 * E};
     Rows seen = {unit, d, M, size, d}, seen_x = {context, E, M, size, E}, out = {a->out + first * L * d, d, L, L * d, d};
-    int64_t weight = E * d, pairs = E / 2 * pair_columns_of(projected(&inner)); /* in floats */
-    if (way != FLOATS) weight /= 2;
+    int64_t weight = weight_size(d, E, way, a->parts);
     /* The samples are counted from `first` here, and from 0 there. */
     inner.xz = xz - first * size, inner.y = y - first * size, inner.context = a->context ? context - first * size : 0;
     int failed = 0;
@@ -94,8 +97,7 @@ static int pass(const Blocks *a, int way, int64_t first, int64_t count, int64_t 
     share(count * M, t, a->threads, &context_start, &context_stop);
     for (int64_t block = 0; block < a->blocks; block++) {
         const float *norm = a->parameters[block], *in = norm + d, *back = in + 2 * weight;
-        inner.parameters = back + weight;
-        if (way != FLOATS) inner.pairs = inner.parameters, inner.parameters += a->directions * pairs;
+        inner.parameters = back + weight_size(E, d, way, a->parts);
         if (block == a->blocks - 1) inner.ungated = a->ungated;
         inner.gap_delta = a->gap_delta ? a->gap_delta + block * a->directions * E : 0;
         for (int64_t row = start; row < stop; row++) {
@@ -106,39 +108,44 @@ static int pass(const Blocks *a, int way, int64_t first, int64_t count, int64_t 
                         .eps = a->eps};
             norm_row(&one, 0, 0, 0);
         }
-        project(way, tokens, in, x, start, stop, rounded);
-        project(way, tokens, in + weight, z, start, stop, rounded);
         for (int64_t row = context_start; row < context_stop; row++)
             for (int64_t c = 0; c < d; c++)
                 unit[row / M * size + row % M * d + c] = a->context[(first * M + row) * d + c] * norm[c];
-        project(way, seen, in, seen_x, context_start, context_stop, rounded);
+        if (way == FLOATS) {
+            project(&inner, tokens, in, x, start, stop);
+            project(&inner, tokens, in + weight, z, start, stop);
+        } else {
+            project(&inner, tokens, in, both, start, stop);
+        }
+        project(&inner, seen, in, seen_x, context_start, context_stop);
 #pragma omp barrier
         failed |= 2 * feed_rows(&inner, first, count, t, scratch, size);
 #pragma omp barrier
         failed |= scan_channels(&inner, first, count, t, scratch, size);
 #pragma omp barrier
-        project(way, gated, back, out, start, stop, rounded);
+        project(&inner, gated, back, out, start, stop);
     }
     return failed;
 }
 
-/* d and E must be multiples of 16, or of 32 with `half`. Returns 0, 1 when memory ran out, or 2 for a source that is not
+/* d and E must be multiples of 16, or of 32 with `parts`. Returns 0, 1 when memory ran out, or 2 for a source that is not
  * there. */
 int mamba_blocks(const Blocks *a) {
     Inner inner = {.length = a->length, .channels = a->channels, .state = a->state, .rank = a->rank,
                    .directions = a->directions};
     int64_t size = inner_scratch(&inner) + a->length * (2 * a->channels + a->dim) + a->others * (a->channels + a->dim);
     int64_t each = size < SHARE ? SHARE / size : 1, together = a->threads * each < a->batch ? a->threads * each : a->batch;
-    int way = !a->half ? FLOATS : tiles_available() ? TILES : PAIRS;
-    float *scratch = aligned_alloc(64, (size_t)(together * size + a->threads * rounded_size(a)) * sizeof(float));
+    int64_t way = !a->parts ? FLOATS : tiles_available() ? TILES : PAIRS;
+    int64_t rows_of_thread = way == TILES ? GROUPS * rows_size(a->channels > a->dim ? a->channels : a->dim, a->parts) / 2 : 0;
+    float *scratch = aligned_alloc(64, (size_t)(together * size + a->threads * rows_of_thread) * sizeof(float));
     int failed = !scratch;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
     {
         if (way == TILES) tiles_begin();
         for (int64_t first = 0; first < a->batch && scratch; first += together) {
             int64_t count = a->batch - first < together ? a->batch - first : together, t = omp_get_thread_num();
-            uint16_t *rounded = (uint16_t *)(scratch + together * size + t * rounded_size(a));
-            failed |= pass(a, way, first, count, t, scratch, size, rounded);
+            uint16_t *rows = (uint16_t *)(scratch + together * size + t * rows_of_thread);
+            failed |= pass(a, way, first, count, t, scratch, size, rows);
 #pragma omp barrier
         }
         if (way == TILES) tiles_end();

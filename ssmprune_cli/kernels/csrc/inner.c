@@ -27,9 +27,12 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
             write_silu(u, t, E, c, 0, y);
         }
     }
-    const float *weight = way == FLOATS ? p.x_weight : a->pairs + g * E / 2 * pair_columns_of(projected(a));
-    if (way == TILES) round_rows(from, E, a->rounded), tile_product(a->rounded, weight, E, projected(a), to);
-    else product(way, from, weight, E, projected(a), to);
+    if (way == TILES) {
+        tile_rows(from, E, a->parts, a->rows);
+        tile_columns(a->rows, stop - row, p.x_weight, E, 0, projected(a), a->parts, to);
+    } else {
+        product(way, from, p.x_weight, E, projected(a), to);
+    }
     return 0;
 }
 

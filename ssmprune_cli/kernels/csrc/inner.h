@@ -17,15 +17,13 @@ typedef struct {
     float *ungated; /* (B, L, E): the sum of the directions before the gate, if it is wanted */
     const float *parameters, *gap, *gap_delta;
     const int64_t *sources;
-    /* For blocks.c: of each direction x_weight in pairs, and room for MOST_ROWS rounded tokens. */
-    const float *pairs;
-    uint16_t *rounded;
+    uint16_t *rows; /* room for what tile_rows gives of E channels, if `way` is TILES */
     int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;
-    int64_t half, threads, way;
+    int64_t half, threads, way, parts;
     double scale;
 } Inner;
 
-/* The parameters of one direction. P = R + 2N. */
+/* The parameters of one direction. P = R + 2N; x_weight as `way` has it. */
 typedef struct {
     const float *taps, *x_weight, *dt_weight, *A; /* (K, E), (E, P), (R, E), (N, E) */
     const float *conv_bias, *dt_bias, *D;         /* (E) */
@@ -34,9 +32,14 @@ typedef struct {
 INLINE int64_t projected(const Inner *a) { return a->rank + 2 * a->state; }
 /* Floats from one token's projection to the next, in whole vectors. */
 INLINE int64_t padded(const Inner *a) { return (projected(a) + W - 1) / W * W; }
-/* Floats of one direction's parameters. */
+/* Floats of a weight (K, P). */
+INLINE int64_t weight_size(int64_t K, int64_t P, int64_t way, int64_t parts) {
+    return way == FLOATS ? K * P : tiled_size(K, P, parts);
+}
+/* Floats of x_weight, and of all parameters of one direction. */
+INLINE int64_t x_weight_size(const Inner *a) { return weight_size(a->channels, projected(a), a->way, a->parts); }
 INLINE int64_t parameter_count(const Inner *a) {
-    return a->channels * (a->width + projected(a) + a->rank + a->state + 3);
+    return a->channels * (a->width + a->rank + a->state + 3) + x_weight_size(a);
 }
 
 INLINE Parameters parameters_of(const Inner *a, int64_t g) {
@@ -44,7 +47,7 @@ INLINE Parameters parameters_of(const Inner *a, int64_t g) {
     Parameters p;
     p.taps = a->parameters + g * parameter_count(a);
     p.x_weight = p.taps + a->width * E;
-    p.dt_weight = p.x_weight + projected(a) * E;
+    p.dt_weight = p.x_weight + x_weight_size(a);
     p.A = p.dt_weight + a->rank * E;
     p.conv_bias = p.A + a->state * E;
     p.dt_bias = p.conv_bias + E;

@@ -1,4 +1,4 @@
-/* Products of bfloat16 matrices by AMX, which Intel's server processors have. Its registers hold tiles of 16 rows of 64
+/* Products of matrices by AMX, which Intel's server processors have. Its registers hold tiles of 16 rows of 64
  * bytes; one instruction multiplies 16 x 32 by 32 x 16 bfloat16 values and adds to 16 x 16 sums in float32. */
 #include "product.h"
 
@@ -28,61 +28,85 @@ TILED void tiles_begin(void) {
 
 TILED void tiles_end(void) { _tile_release(); }
 
+/* Values of bfloat16 as floats. */
+TILED static __m512 widened(__m256i half) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); }
+
 /* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. */
-TILED void round_rows(const float *const *x, int64_t K, uint16_t *rounded) {
-    for (int r = 0; r < MOST_ROWS; r++, rounded += K)
+TILED void tile_rows(const float *const *x, int64_t K, int64_t parts, uint16_t *rows) {
+    for (int r = 0; r < MOST_ROWS; r++)
         for (int64_t k = 0; k < K; k += 32) {
-            __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x[r] + k + 16), _mm512_loadu_ps(x[r] + k));
-            memcpy(rounded + k, &both, sizeof both);
+            uint16_t *to = rows + k * parts * MOST_ROWS + r * 32;
+            __m512 low = _mm512_loadu_ps(x[r] + k), high = _mm512_loadu_ps(x[r] + k + 16);
+            for (int64_t part = 0; part < parts; part++, to += 2 * TILE) {
+                __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+                memcpy(to, &both, sizeof both);
+                low -= widened(_mm512_castsi512_si256(both)), high -= widened(_mm512_extracti64x4_epi64(both, 1));
+            }
         }
 }
 
-/* Floats from each row to the next, or 0 if they are not evenly apart. */
-static int64_t step_of(float *const *out) {
-    int64_t step = out[1] - out[0];
-    for (int r = 2; r < MOST_ROWS; r++)
-        if (out[r] - out[r - 1] != step) return 0;
-    return step;
-}
+#define TOKENS(part)                                                              \
+    do {                                                                          \
+        _tile_loadd(4, tokens + (part) * 2 * TILE, 64);                           \
+        if (tall) _tile_loadd(5, tokens + (part) * 2 * TILE + TILE, 64);          \
+    } while (0)
+#define WEIGHTS(part)                                                             \
+    do {                                                                          \
+        _tile_loadd(6, first + (part) * TILE, 64);                                \
+        if (wide) _tile_loadd(7, second + (part) * TILE, 64);                     \
+    } while (0)
+#define MULTIPLY                                                                  \
+    do {                                                                          \
+        _tile_dpbf16ps(0, 4, 6);                                                  \
+        if (tall) _tile_dpbf16ps(1, 5, 6);                                        \
+        if (wide) _tile_dpbf16ps(2, 4, 7);                                        \
+        if (tall && wide) _tile_dpbf16ps(3, 5, 7);                                \
+    } while (0)
 
-TILED void tile_product(const uint16_t *rounded, const float *weight, int64_t K, int64_t P, float *const *out) {
-    int64_t columns = pair_columns_of(P), step = step_of(out);
-    float block[MOST_ROWS * 32] __attribute__((aligned(64)));
-    for (int64_t n = 0; n < columns; n += 32) {
-        int both = columns - n > 16; /* or the last 16 columns */
-        float *to = step ? out[0] + n : block;
-        int64_t to_bytes = (step ? step : 32) * 4;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t k = 0; k < K; k += 32) {
-            const float *w = weight + k / 2 * columns + n;
-            _tile_loadd(4, rounded + k, K * 2);
-            _tile_loadd(5, rounded + 16 * K + k, K * 2);
-            _tile_loadd(6, w, columns * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-            if (!both) continue;
-            _tile_loadd(7, w + 16, columns * 4);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
+/* Of three parts, the products that are below 24 bits are left out. The order is one in which few tiles are loaded. */
+TILED INLINE void multiply(const uint16_t *tokens, const uint16_t *first, const uint16_t *second, int64_t K, int64_t parts,
+                           int tall, int wide) {
+    for (int64_t k = 0; k < K; k += 32, tokens += parts * 2 * TILE, first += parts * TILE, second += parts * TILE) {
+        if (parts == 1) {
+            TOKENS(0); WEIGHTS(0); MULTIPLY;
+            continue;
         }
-        _tile_stored(0, to, to_bytes);
-        _tile_stored(1, (char *)to + 16 * to_bytes, to_bytes);
-        if (both) {
-            _tile_stored(2, to + 16, to_bytes);
-            _tile_stored(3, (char *)(to + 16) + 16 * to_bytes, to_bytes);
-        }
-        for (int r = 0; r < MOST_ROWS && !step; r++) memcpy(out[r] + n, block + r * 32, both ? 128 : 64);
+        TOKENS(2); WEIGHTS(0); MULTIPLY;
+        TOKENS(1); MULTIPLY;
+        WEIGHTS(1); MULTIPLY;
+        TOKENS(0); MULTIPLY;
+        WEIGHTS(2); MULTIPLY;
+        WEIGHTS(0); MULTIPLY;
     }
+}
+
+TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K,
+                        int64_t parts, float *const *out, int64_t step, int64_t n) {
+    const uint16_t *first = (const uint16_t *)weight, *second = (const uint16_t *)(weight + tiled_step(K, parts));
+    int tall = count > 16, wide = columns > 16;
+    float block[MOST_ROWS * 32] __attribute__((aligned(64)));
+    float *to = step ? out[0] + n : block;
+    int64_t to_bytes = (step ? step : 32) * 4;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (parts == 1) multiply(rows, first, second, K, 1, tall, wide);
+    else if (tall && wide) multiply(rows, first, second, K, 3, 1, 1);
+    else multiply(rows, first, second, K, 3, tall, wide);
+    _tile_stored(0, to, to_bytes);
+    if (tall) _tile_stored(1, (char *)to + 16 * to_bytes, to_bytes);
+    if (wide) _tile_stored(2, to + 16, to_bytes);
+    if (tall && wide) _tile_stored(3, (char *)(to + 16) + 16 * to_bytes, to_bytes);
+    for (int r = 0; r < count && !step; r++) memcpy(out[r] + n, block + r * 32, wide ? 128 : 64);
 }
 #else
 int tiles_available(void) { return 0; }
 void tiles_begin(void) {}
 void tiles_end(void) {}
-void round_rows(const float *const *x, int64_t K, uint16_t *rounded) { (void)x, (void)K, (void)rounded; }
-void tile_product(const uint16_t *rounded, const float *weight, int64_t K, int64_t P, float *const *out) {
-    (void)rounded, (void)weight, (void)K, (void)P, (void)out;
+void tile_rows(const float *const *x, int64_t K, int64_t parts, uint16_t *rows) { (void)x, (void)K, (void)parts, (void)rows; }
+void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K, int64_t parts,
+                  float *const *out, int64_t step, int64_t n) {
+    (void)step, (void)rows, (void)count, (void)weight, (void)columns, (void)K, (void)parts, (void)out, (void)n;
 }
 #endif

@@ -3,14 +3,18 @@
 #define SSMPRUNE_PRODUCT_H
 #include "vectors.h"
 
-/* How a product goes: float32 weights (K, P); bfloat16 weights whose inputs 2k and 2k + 1 lie together, (K / 2, P, 2); or
- * the same weights and the processor's own products of bfloat16 matrices (AMX), which round the tokens to bfloat16 too. */
+/* How a product goes. FLOATS: float32 weights (K, P). The others have weights in bfloat16 as inputs.tiled lays them out,
+ * that is in tiles of 32 inputs and 16 outputs, (P / 16, K / 32, parts, 16, 16, 2): inputs 2k and 2k + 1 lie together, and
+ * both sizes are padded. PAIRS: one part, of which the weights are, by float32 instructions. TILES: by the processor's own
+ * products of bfloat16 matrices (AMX), which round the tokens too. With three parts, weights and tokens are float32: the
+ * values of bfloat16 that are next to them, to what is missing, and to what is missing then (24 bits in all). */
 enum { FLOATS, PAIRS, TILES };
 
 /* Tokens and vectors of outputs that are in registers together. */
 #define TILE_ROWS (W == 16 ? 6 : 4)
 #define TILE_VECTORS (W == 16 ? 4 : 3)
 #define MOST_ROWS 32 /* tokens that are together with TILES */
+#define TILE 512     /* values of bfloat16 in a tile, of 32 inputs and 16 outputs or tokens */
 
 INLINE int rows_together(int way) { return way == TILES ? MOST_ROWS : TILE_ROWS; }
 
@@ -37,18 +41,18 @@ INLINE void float_columns(const float *const *x, const float *weight, int64_t K,
     ROWS VECTORS store(out[r], n + v * W, sum[r][v], W, 0);
 }
 
-/* Columns a pair's weights have room for. */
-INLINE int64_t pair_columns_of(int64_t P) { return (P + 15) / 16 * 16; }
+/* Floats that a weight (K, P) in bfloat16 takes the room of, and those until the next 16 outputs. */
+INLINE int64_t tiled_step(int64_t K, int64_t parts) { return (K + 31) / 32 * parts * TILE / 2; }
+INLINE int64_t tiled_size(int64_t K, int64_t P, int64_t parts) { return (P + 15) / 16 * tiled_step(K, parts); }
 
-/* The same with a weight of pairs, for an even K. */
-INLINE void pair_columns(const float *const *x, const float *weight, int64_t K, int64_t P, int64_t n, int vectors,
-                         float *const *out) {
+/* The same with weights in bfloat16, for an even K. */
+INLINE void pair_columns(const float *const *x, const float *weight, int64_t K, int64_t n, int vectors, float *const *out) {
     vf sum[TILE_ROWS][TILE_VECTORS], first[TILE_VECTORS], second[TILE_VECTORS];
-    int64_t stride = pair_columns_of(P);
     ROWS VECTORS sum[r][v] = (vf){0};
     for (int64_t k = 0; k < K; k += 2) {
         VECTORS {
-            vu both = (vu)load(weight, k / 2 * stride + n + v * W, W, 0);
+            int64_t at = n + v * W;
+            vu both = (vu)load(weight, at / 16 * tiled_step(K, 1) + k / 2 * 16 + at % 16, W, 0);
             first[v] = (vf)(both << 16), second[v] = (vf)(both & 0xFFFF0000);
         }
         ROWS VECTORS sum[r][v] += first[v] * x[r][k];
@@ -64,7 +68,7 @@ INLINE void product(int way, const float *const *x, const float *weight, int64_t
 #define COLUMNS(vectors)                                                            \
     do {                                                                            \
         if (way == FLOATS) float_columns(x, weight, K, P, n, vectors, out);         \
-        else pair_columns(x, weight, K, P, n, vectors, out);                        \
+        else pair_columns(x, weight, K, n, vectors, out);                           \
     } while (0)
     int64_t n = 0;
     for (; P - n > (TILE_VECTORS - 1) * W; n += TILE_VECTORS * W) COLUMNS(TILE_VECTORS);
@@ -78,8 +82,25 @@ INLINE void product(int way, const float *const *x, const float *weight, int64_t
 int tiles_available(void);
 void tiles_begin(void);
 void tiles_end(void);
-/* MOST_ROWS tokens of x[r] (K) in bfloat16, (MOST_ROWS, K), for a K that 32 divides. */
-void round_rows(const float *const *x, int64_t K, uint16_t *rounded);
-/* Their product with a weight of pairs: out[r] (P, rounded up to 16). */
-void tile_product(const uint16_t *rounded, const float *weight, int64_t K, int64_t P, float *const *out);
+/* MOST_ROWS tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), for a K that 32 divides. */
+void tile_rows(const float *const *x, int64_t K, int64_t parts, uint16_t *rows);
+/* Their product with a weight, of which the next 16 or 32 columns are wanted: columns n ... of out[r], which are `step`
+ * floats apart, or 0 if not evenly. `count` of the tokens are wanted, 16 or 32. */
+void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K, int64_t parts,
+                  float *const *out, int64_t step, int64_t n);
+
+INLINE int64_t step_of(float *const *out) {
+    int64_t step = out[1] - out[0];
+    for (int r = 2; r < MOST_ROWS; r++)
+        if (out[r] - out[r - 1] != step) return 0;
+    return step;
+}
+
+/* Columns n ... P of their product with a weight, from those columns on; `left` tokens or fewer are wanted. */
+INLINE void tile_columns(const uint16_t *rows, int64_t left, const float *weight, int64_t K, int64_t n, int64_t P,
+                         int64_t parts, float *const *out) {
+    int64_t step = step_of(out), count = left > 16 ? 32 : 16;
+    for (; n < P; n += 32, weight += 2 * tiled_step(K, parts))
+        tile_product(rows, count, weight, P - n, K, parts, out, step, n);
+}
 #endif
