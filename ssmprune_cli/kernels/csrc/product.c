@@ -10,11 +10,17 @@
 #define REQUEST_PERMISSION 0x1023 /* of arch_prctl, for one part of the processor's state */
 #define TILE_DATA 18
 
-int tiles_available(void) {
+static int ask(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & d >> 24 & 1)) return 0; /* AMX-BF16 and AMX-TILE */
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0;            /* AVX512-BF16 */
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+int tiles_available(void) {
+    static int found = -1; /* asking takes a virtual machine longer than many a product */
+    if (found < 0) found = ask();
+    return found;
 }
 
 TILED void tiles_begin(void) {
