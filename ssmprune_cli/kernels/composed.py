@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.kernels.inputs import (
-    BlocksInputs,
-    BlockSizes,
-    InnerInputs,
-    RoutedInputs,
-    ScanInputs,
-    unpack_block,
-    unpack_inner,
-)
+from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.packing import BlockSizes, unpack_block, unpack_inner
 
 if TYPE_CHECKING:
     from ssmprune_cli.kernels.backend import Backend

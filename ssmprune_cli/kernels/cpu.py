@@ -14,7 +14,8 @@ from ssmprune_cli.kernels import eager
 from ssmprune_cli.kernels.backend import Backend, Gradients
 from ssmprune_cli.kernels.build import load_library
 from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, NormBack, Routed, Scan
-from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.packing import BlockSizes
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c

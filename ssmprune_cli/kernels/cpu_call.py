@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.inputs import (
-    BlocksInputs,
-    BlockSizes,
-    GridConvInputs,
-    InnerInputs,
-    RoutedInputs,
-    ScanInputs,
-)
+from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.packing import BlockSizes
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:

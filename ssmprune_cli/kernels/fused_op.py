@@ -16,11 +16,13 @@ from torch.utils.flop_counter import register_flop_formula
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
 from ssmprune_cli.kernels.conv_op import conv_flops
-from ssmprune_cli.kernels.inputs import BlocksInputs, BlockSizes, InnerInputs
+from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs
 from ssmprune_cli.kernels.library import Expected, check, define, refuse_gradients, three, tracing
 from ssmprune_cli.kernels.op import scan_flops
+from ssmprune_cli.kernels.packing import BlockSizes
 
 _apart = False
+_PARTS = {torch.float32: (0, 3), torch.bfloat16: (0, 1)}  # that a model in this dtype may have its weights in
 
 
 def mamba_inner(
@@ -89,6 +91,8 @@ def mamba_blocks(
     not fit.
     """
     batch, length, dim = three(hidden, "hidden")
+    if sizes.parts not in _PARTS.get(hidden.dtype, (0,)):
+        raise KernelError(f"weights in {sizes.parts} parts are not for {hidden.dtype}")
     size = (sizes.block(dim),)
     expected: Expected = {f"parameters[{n}]": (each, size) for n, each in enumerate(parameters)}
     if residual is not None:
@@ -132,8 +136,6 @@ def _check(
             raise KernelError(f"{name} must be {wide}, not {tensor.dtype}")
     if sizes.directions not in (1, 2):
         raise KernelError(f"there are {sizes.directions} directions")
-    if sizes.parts not in (0, 1, 3):
-        raise KernelError(f"weights are in {sizes.parts} parts")
     if gap_delta is not None and gap is None:
         raise KernelError("gap_delta needs gap")
     if (context is None) != (sources is None):

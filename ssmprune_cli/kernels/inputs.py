@@ -1,4 +1,4 @@
-"""What the ops hand to a backend, and the parameters of Mamba blocks in the form that the fused ops take.
+"""What the ops hand to a backend.
 
 Glossary: as in op.py; G scan directions, R rank of the step projection, M tokens that only convolutions see, d model
 width.
@@ -9,12 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.nn import functional
-
-PANEL = 64  # columns of a weight that lie together in `pack_block`, as in csrc/blocks.c
-_OUTPUTS, _INPUTS = 16, 32  # of a tile, as in csrc/product.h
 
 
 class ScanInputs(NamedTuple):
@@ -46,18 +41,6 @@ class GridConvInputs(NamedTuple):
     columns: int
     positions: Tensor | None
     outputs: int
-
-
-class InnerParameters(NamedTuple):
-    """The parameters of a Mamba block's inside in one scan direction; A is -exp(A_log)."""
-
-    conv_weight: Tensor  # (E, K)
-    x_weight: Tensor  # (R + 2N, E)
-    dt_weight: Tensor  # (E, R)
-    A: Tensor  # (E, N)
-    conv_bias: Tensor  # (E,), as the other two
-    dt_bias: Tensor
-    D: Tensor
 
 
 class InnerInputs(NamedTuple):
@@ -107,155 +90,3 @@ class BlocksInputs(NamedTuple):
     scale: float
     eps: float
     wants_y: bool
-
-
-class BlockSizes(NamedTuple):
-    """Sizes of a Mamba block beside its width: E, N, K, R and G; and in how many values of bfloat16 `pack_block` puts
-    each weight of its products of matrices: 1 that it is, 3 that make up a float32, or 0 to leave them as they are."""
-
-    d_inner: int
-    d_state: int
-    d_conv: int
-    dt_rank: int
-    directions: int
-    parts: int = 0
-
-    @property
-    def projected(self) -> int:
-        """What the scan's inputs are made of, for each token: R + 2N."""
-        return self.dt_rank + 2 * self.d_state
-
-    @property
-    def inner(self) -> int:
-        """Values that `pack_inner` gives for one direction."""
-        return self.d_inner * (self.d_conv + self.projected + self.dt_rank + self.d_state + 3)
-
-    def block(self, dim: int) -> int:
-        """Values that `pack_block` gives for a block of a model `dim` wide."""
-        large = 2 * self.words(self.d_inner, dim) + self.words(dim, self.d_inner)
-        others = self.inner - self.d_inner * self.projected
-        return dim + large + self.directions * (others + self.words(self.projected, self.d_inner))
-
-    def words(self, outputs: int, inputs: int) -> int:
-        """Values of float32, or as much memory, that `pack_block` gives for a weight (outputs, inputs)."""
-        if not self.parts:
-            return outputs * inputs
-        return (outputs + -outputs % _OUTPUTS) * (inputs + -inputs % _INPUTS) * self.parts // 2
-
-
-def pack_inner(directions: Sequence[InnerParameters]) -> Tensor:
-    """The parameters of all directions as `mamba_inner` takes them, (G, n), float32 at least.
-
-    Of each direction the convolution's taps (K, E), x_weight (E, R + 2N), dt_weight (R, E), A (N, E), and conv_bias,
-    dt_bias and D (E,): neighbouring channels side by side, and neighbouring results of a product of matrices.
-    """
-    return torch.stack([_direction(own, parts=0) for own in directions])
-
-
-def unpack_inner(packed: Tensor, sizes: BlockSizes) -> InnerParameters:
-    """One direction's row of what `pack_inner` gives, as views."""
-    E, P = sizes.d_inner, sizes.projected
-    rows = (sizes.d_conv, P, sizes.dt_rank, sizes.d_state, 1, 1, 1)
-    taps, x_weight, dt_weight, A, *vectors = packed.split([E * each for each in rows])
-    return InnerParameters(
-        taps.view(-1, E).t(), x_weight.view(E, P).t(), dt_weight.view(-1, E).t(), A.view(-1, E).t(), *vectors
-    )
-
-
-def pack_routes(dt_weight: Tensor, A: Tensor, bias: Tensor, D: Tensor) -> Tensor:
-    """The parameters of G routes as `routed_scans` takes them, (G, E (R + N + 2)), float32 at least.
-
-    Of each the weight of the step projection (R, E) and A (N, E), given as (G, E, R) and (G, E, N), and the steps' bias
-    and D, (G, E).
-    """
-    parts = [_wide(dt_weight).transpose(1, 2).flatten(1), _wide(A).transpose(1, 2).flatten(1), _wide(bias), _wide(D)]
-    return torch.cat(parts, dim=1)
-
-
-def pack_block(
-    norm: Tensor, in_proj: Tensor, out_proj: Tensor, directions: Sequence[InnerParameters], parts: int = 0
-) -> Tensor:
-    """The parameters of a block as `mamba_blocks` takes them, (`BlockSizes.block`,), float32 at least.
-
-    norm (d,), in_proj (2E, d) and out_proj (d, E) are weights. They follow each other, and then comes what `pack_inner`
-    gives; in_proj's two halves and out_proj are in panels: PANEL outputs at a time, (inputs, PANEL). With `parts`, see
-    `BlockSizes`, these three and each direction's x_weight are `_tiled`.
-    """
-    large = (*in_proj.chunk(2), out_proj)
-    if parts:
-        projections = [_tiled(weight, parts) for weight in large]
-    else:
-        projections = [_transposed(panel) for weight in large for panel in weight.split(PANEL)]
-    return torch.cat([_wide(norm), *projections, *(_direction(own, parts) for own in directions)])
-
-
-def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes) -> tuple[Tensor, ...]:
-    """norm, in_proj, out_proj and inner, as `pack_inner` gives it, of what `pack_block` gives; mostly copies."""
-    E, P, G = sizes.d_inner, sizes.projected, sizes.directions
-    large = [(E, dim), (E, dim), (dim, E)]
-    inner = G * (sizes.inner - E * P + sizes.words(P, E))
-    norm, *projections, directions = packed.split([dim, *(sizes.words(*shape) for shape in large), inner])
-    if sizes.parts:
-        x_proj, z_proj, out_proj = (_untiled(w, *s, sizes.parts) for w, s in zip(projections, large, strict=True))
-    else:
-        x_proj, z_proj, out_proj = (_of_panels(w, *s) for w, s in zip(projections, large, strict=True))
-    rows = []
-    for direction in directions.view(G, -1):
-        before = E * sizes.d_conv
-        taps, x_weight, others = direction.tensor_split([before, before + sizes.words(P, E)])
-        if sizes.parts:
-            x_weight = _transposed(_untiled(x_weight, P, E, sizes.parts))
-        rows.append(torch.cat([taps, x_weight, others]))
-    return norm, torch.cat([x_proj, z_proj]), out_proj, torch.stack(rows)
-
-
-def _direction(own: InnerParameters, parts: int) -> Tensor:
-    """One row of `pack_inner`, or of `pack_block`'s directions."""
-    x_weight = _tiled(own.x_weight, parts) if parts else _transposed(own.x_weight)
-    others = [_transposed(own.dt_weight), _transposed(own.A), *map(_wide, own[4:])]
-    return torch.cat([_transposed(own.conv_weight), x_weight, *others])
-
-
-def _of_panels(panels: Tensor, outputs: int, inputs: int) -> Tensor:
-    """(outputs, inputs) of the panels in a row."""
-    parts = panels.split([inputs * height for height in _heights(outputs)])
-    return torch.cat([part.view(inputs, -1).t() for part in parts])
-
-
-def _tiled(weight: Tensor, parts: int) -> Tensor:
-    """A weight (outputs, inputs) as (outputs / 16, inputs / 32, parts, 16, 16, 2), with zeros up to whole tiles: of
-    each value the nearest one of bfloat16, the nearest one to the rest, and so on. Inputs 2k and 2k + 1 are together,
-    behind them outputs. The result has the type of float32, each of which is two values, only for copying it."""
-    outputs, inputs = weight.shape
-    rest = functional.pad(weight, (0, -inputs % _INPUTS, 0, -outputs % _OUTPUTS))
-    found = []
-    for _ in range(parts):
-        found.append(rest.bfloat16())
-        rest = rest - found[-1].to(rest.dtype)
-    tiles = torch.stack(found).unflatten(2, (-1, _INPUTS // 2, 2)).unflatten(1, (-1, _OUTPUTS))
-    in_order: Tensor = tiles.permute(1, 3, 0, 4, 2, 5)  # from (parts, outputs / 16, 16, inputs / 32, 16, 2)
-    return in_order.flatten().view(torch.float32)
-
-
-def _untiled(tiles: Tensor, outputs: int, inputs: int, parts: int) -> Tensor:
-    """(outputs, inputs) of what `_tiled` gives, float32."""
-    values = tiles.contiguous().view(torch.bfloat16).float()
-    across = (inputs + -inputs % _INPUTS) // _INPUTS
-    each = values.view(-1, across, parts, _INPUTS // 2, _OUTPUTS, 2).permute(2, 0, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    total = each[0]  # the largest first: so that nothing is lost
-    for part in each[1:]:
-        total = total + part
-    return total[:outputs, :inputs]
-
-
-def _heights(outputs: int) -> list[int]:
-    """Outputs of each panel."""
-    return [PANEL] * (outputs // PANEL) + [outputs % PANEL] * (outputs % PANEL > 0)
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    return _wide(weight).t().flatten()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

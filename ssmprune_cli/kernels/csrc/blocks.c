@@ -8,7 +8,7 @@
 
 /* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean
  * square 1; gap (G, B, L); gap_delta (blocks, G, E); sources (G, B, L, K). `parameters` of each block are as
- * inputs.pack_block lays them out for `parts`. */
+ * packing.pack_block lays them out for `parts`. */
 typedef struct {
     const float *hidden, *residual, *context, *gap, *gap_delta;
     float *out, *stream, *ungated;

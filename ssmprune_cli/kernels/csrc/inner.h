@@ -10,7 +10,7 @@
 #include "scan.h"
 
 /* xz is (B, L, 2E), y (B, L, E), context (B, M, E), gap (G, B, L), gap_delta (G, E), sources (G, B, L, K). The second of
- * the G directions scans in reverse. `parameters` are as inputs.pack_inner lays them out. */
+ * the G directions scans in reverse. `parameters` are as packing.pack_inner lays them out. */
 typedef struct {
     const void *xz, *context;
     void *y;

@@ -3,7 +3,7 @@
 #define SSMPRUNE_PRODUCT_H
 #include "vectors.h"
 
-/* How a product goes. FLOATS: float32 weights (K, P). The others have weights in bfloat16 as inputs.tiled lays them out,
+/* How a product goes. FLOATS: float32 weights (K, P). The others have weights in bfloat16 as packing.pack_block lays them out,
  * that is in tiles of 32 inputs and 16 outputs, (P / 16, K / 32, parts, 16, 16, 2): inputs 2k and 2k + 1 lie together, and
  * both sizes are padded. PAIRS: one part, of which the weights are, by float32 instructions. TILES: by the processor's own
  * products of bfloat16 matrices (AMX), which round the tokens too. With three parts, weights and tokens are float32: the
