@@ -195,12 +195,20 @@ class TokenSequence:
             mask = mask | (self.positions == position)
         return mask
 
-    def at(self, values: Tensor, position: int) -> Tensor:
-        """The row of `values` (B, L, c) that belongs to the protected dense `position`: (B, c)."""
+    def protected_stream(self) -> Tensor:
+        """(B, P, d): `stream` of the P protected tokens, of which there must be one, in the order of `protected`."""
         if self.is_dense:
-            return values[:, position]
-        rank = (self.positions == position).int().argmax(dim=1)  # (B,)
-        return values.gather(1, rank[:, None, None].expand(-1, 1, values.shape[-1]))[:, 0]
+            hidden, residual = (
+                None if each is None else torch.stack([each[:, place] for place in self.protected], dim=1)
+                for each in (self.hidden, self.residual)
+            )
+        else:
+            wanted = torch.tensor(self.protected, device=self.positions.device)
+            rows = (self.positions[:, None] == wanted[:, None]).int().argmax(dim=2)  # (B, P)
+            hidden, residual = (
+                None if each is None else gather_tokens(each, rows) for each in (self.hidden, self.residual)
+            )
+        return replace(self, hidden=hidden, residual=residual).stream
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` (B, L, c) over the live tokens, weighted by size: (B, c)."""

@@ -143,16 +143,16 @@ def _of_panels(panels: Tensor, outputs: int, inputs: int) -> Tensor:
 
 def _tiled(weight: Tensor, parts: int) -> Tensor:
     """A weight (outputs, inputs) as (outputs / 16, inputs / 32, parts, 16, 16, 2), with zeros up to whole tiles: of
-    each value the nearest one of bfloat16, the nearest one to the rest, and so on. Inputs 2k and 2k + 1 are together,
-    behind them outputs. The result has the type of float32, each of which is two values, only for copying it."""
+    each value the nearest one of bfloat16, the nearest one to the rest, and so on. Inputs k and k + 16 of 32 are
+    together, behind them outputs. The result is called float32, each of which is two values, only for copying it."""
     outputs, inputs = weight.shape
     rest = functional.pad(weight, (0, -inputs % _INPUTS, 0, -outputs % _OUTPUTS))
     found = []
     for _ in range(parts):
         found.append(rest.bfloat16())
         rest = rest - found[-1].to(rest.dtype)
-    tiles = torch.stack(found).unflatten(2, (-1, _INPUTS // 2, 2)).unflatten(1, (-1, _OUTPUTS))
-    in_order: Tensor = tiles.permute(1, 3, 0, 4, 2, 5)  # from (parts, outputs / 16, 16, inputs / 32, 16, 2)
+    tiles = torch.stack(found).unflatten(2, (-1, 2, _INPUTS // 2)).unflatten(1, (-1, _OUTPUTS))
+    in_order: Tensor = tiles.permute(1, 3, 0, 5, 2, 4)  # from (parts, outputs / 16, 16, inputs / 32, 2, 16)
     return in_order.flatten().view(torch.float32)
 
 
@@ -160,7 +160,7 @@ def _untiled(tiles: Tensor, outputs: int, inputs: int, parts: int) -> Tensor:
     """(outputs, inputs) of what `_tiled` gives, float32."""
     values = tiles.contiguous().view(torch.bfloat16).float()
     across = (inputs + -inputs % _INPUTS) // _INPUTS
-    each = values.view(-1, across, parts, _INPUTS // 2, _OUTPUTS, 2).permute(2, 0, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    each = values.view(-1, across, parts, _INPUTS // 2, _OUTPUTS, 2).permute(2, 0, 4, 1, 5, 3).flatten(3).flatten(1, 2)
     total = each[0]  # the largest first: so that nothing is lost
     for part in each[1:]:
         total = total + part

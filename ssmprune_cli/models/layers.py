@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sized
 from typing import Generic, NamedTuple, TypeVar
 
@@ -71,7 +72,8 @@ class Kept(Generic[T]):
     def __init__(self, compute: Callable[[nn.Module, int], T]) -> None:
         self._compute = compute
         self._how = 0
-        self._entries: list[tuple[Mapping[str, object], str, object]] = []  # of modules' dictionaries, name and value
+        self._slots: list[tuple[Mapping[str, object], str]] = []  # modules' dictionaries, and names in them
+        self._found: list[object] = []  # what is there
         self._hooks: list[Sized] = []
         self._hooked: list[bool] = []
         self._sources: list[_Source] = []
@@ -86,19 +88,19 @@ class Kept(Generic[T]):
     def _watch(self, module: nn.Module) -> None:
         modules = list(module.modules())
         tables: list[Mapping[str, object]] = [table for each in modules for table in (each._modules, each._parameters)]
-        self._entries = [(table, name, value) for table in tables for name, value in table.items()]
+        self._slots = [(table, name) for table in tables for name in table]
+        self._found = [table[name] for table, name in self._slots]
         self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._hooked = list(map(bool, self._hooks))
         self._sources = [_source(each) for each in module.parameters() if not each.is_inference()]
 
     def _unchanged(self) -> bool:
-        for table, name, value in self._entries:
-            if table.get(name) is not value:
-                return False
-        for parameter, _, version, address in self._sources:
-            if parameter._version != version or parameter.data_ptr() != address:
-                return False
-        return self._hooked == list(map(bool, self._hooks))
+        # Asked for at every image, of hundreds of parameters.
+        if not all(map(operator.is_, [table.get(name) for table, name in self._slots], self._found)):
+            return False
+        if any(each._version != version or each.data_ptr() != at for each, _, version, at in self._sources):
+            return False
+        return list(map(bool, self._hooks)) == self._hooked
 
     def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[[nn.Module, int], T]]]:
         return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing

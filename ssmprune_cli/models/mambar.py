@@ -77,8 +77,7 @@ class MambaReg(MambaBackbone):
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, k d / r): the normalised registers one after another, each reduced by the neck."""
-        stream = sequence.stream
-        registers = torch.stack([sequence.at(stream, place) for place in self.protected], dim=1)  # (B, k, d)
+        registers = sequence.protected_stream()  # (B, k, d)
         normalised: Tensor = self.norm_f(registers.to(self.norm_f.weight.dtype))
         if self.config.cls_reduce > 1:
             normalised = self.norm_neck(self.neck(normalised).flatten(1))

@@ -54,7 +54,7 @@ class VideoMamba(MambaBackbone):
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): the normalised class token."""
-        token = sequence.at(sequence.stream, 0)  # (B, d)
+        token = sequence.protected_stream()[:, 0]  # (B, d)
         pooled: Tensor = self.norm_f(token.to(self.norm_f.weight.dtype))
         return pooled
 

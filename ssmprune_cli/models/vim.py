@@ -91,13 +91,11 @@ class Vim(MambaBackbone):
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): the normalised class token, the mean of two, or the mean over tokens."""
-        stream = sequence.stream
         dtype = self.norm_f.weight.dtype
         if not self.protected:
-            return sequence.mean(self.norm_f(stream.to(dtype)))
-        tokens = torch.stack([sequence.at(stream, place) for place in self.protected])  # (1 or 2, B, d)
-        normalised: Tensor = self.norm_f(tokens.to(dtype))
-        return normalised.mean(dim=0)
+            return sequence.mean(self.norm_f(sequence.stream.to(dtype)))
+        normalised: Tensor = self.norm_f(sequence.protected_stream().to(dtype))  # (B, 1 or 2, d)
+        return normalised.mean(dim=1)
 
     @property
     def protected(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ typedef struct {
 
 #define SHARE (1 << 21) /* floats of scratch memory for a thread's samples: more of them read the weights less often */
 #define PANEL 64 /* columns of a weight that lie together: a panel stays in the caches while rows pass by it */
-#define GROUPS 4 /* times MOST_ROWS tokens that pass by a weight's tiles together */
+#define GROUPS 4 /* of tokens that pass by a weight's tiles together */
 
 /* A matrix with the rows of some samples of L: those of one are `l` apart, and samples `b`. */
 typedef struct { float *data; int64_t columns, L, b, l; } Rows;
@@ -54,19 +54,19 @@ INLINE int64_t rows_size(int64_t K, int64_t parts) { return MOST_ROWS * K * part
 
 /* The same by TILES. */
 static void tiled(const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
-    int64_t K = x.columns, each = rows_size(K, a->parts);
+    int64_t K = x.columns, each = rows_size(K, a->parts), count = group_size(start, stop);
     float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
-    for (; start < stop; start += GROUPS * MOST_ROWS) {
-        int64_t left = stop - start, groups = left < GROUPS * MOST_ROWS ? (left + MOST_ROWS - 1) / MOST_ROWS : GROUPS;
-        for (int64_t g = 0; g < groups; g++) {
-            place(x, start + g * MOST_ROWS, stop, 0, MOST_ROWS, from);
-            place(out, start + g * MOST_ROWS, stop, 0, MOST_ROWS, to[g]);
-            tile_rows((const float *const *)from, K, a->parts, a->rows + g * each);
+    if (count) tiles_begin(count);
+    for (int64_t groups = 0; start < stop; start += GROUPS * count) {
+        for (groups = 0; groups < GROUPS && start + groups * count < stop; groups++) {
+            place(x, start + groups * count, stop, 0, (int)count, from);
+            place(out, start + groups * count, stop, 0, (int)count, to[groups]);
+            tile_rows((const float *const *)from, count, K, a->parts, a->rows + groups * each);
         }
         for (int64_t n = 0; n < out.columns; n += 32)
             for (int64_t g = 0; g < groups; g++)
-                tile_columns(a->rows + g * each, left - g * MOST_ROWS, weight + n / 16 * tiled_step(K, a->parts), K, n,
-                             n + 32, a->parts, to[g]);
+                tile_columns(a->rows + g * each, count, weight + n / 16 * tiled_step(K, a->parts), K, n, n + 32, a->parts,
+                             to[g]);
     }
 }
 
@@ -141,7 +141,6 @@ int mamba_blocks(const Blocks *a) {
     int failed = !scratch;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)
     {
-        if (way == TILES) tiles_begin();
         for (int64_t first = 0; first < a->batch && scratch; first += together) {
             int64_t count = a->batch - first < together ? a->batch - first : together, t = omp_get_thread_num();
             uint16_t *rows = (uint16_t *)(scratch + together * size + t * rows_of_thread);

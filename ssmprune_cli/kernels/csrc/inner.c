@@ -1,9 +1,8 @@
 #include <omp.h>
 #include "inner.h"
 
-/* The tokens that are together in direction g, the first at `row` of those of the samples from `first` on; `stop` is past
- * the last. */
-INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int64_t stop, int half, int way,
+/* `together` tokens in direction g, the first at `row` of those of the samples from `first` on; `stop` is past the last. */
+INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int64_t together, int64_t stop, int half, int way,
                      float *scratch, int64_t size) {
     int64_t E = a->channels, K = a->width, L = a->length, stride = padded(a);
     Parameters p = parameters_of(a, g);
@@ -12,7 +11,7 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
                  .others = a->others, .reverse = g};
     const float *from[MOST_ROWS];
     float *to[MOST_ROWS];
-    for (int r = 0; r < rows_together(way); r++) {
+    for (int64_t r = 0; r < together; r++) {
         int64_t at = row + r < stop ? row + r : stop - 1; /* the last one again */
         int64_t b = first + at / L, t = at % L;
         float *u = scratch + at / L * size + g * L * E;
@@ -28,8 +27,8 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
         }
     }
     if (way == TILES) {
-        tile_rows(from, E, a->parts, a->rows);
-        tile_columns(a->rows, stop - row, p.x_weight, E, 0, projected(a), a->parts, to);
+        tile_rows(from, together, E, a->parts, a->rows);
+        tile_columns(a->rows, together, p.x_weight, E, 0, projected(a), a->parts, to);
     } else {
         product(way, from, p.x_weight, E, projected(a), to);
     }
@@ -40,11 +39,13 @@ int feed_rows(const Inner *a, int64_t first, int64_t count, int64_t t, float *sc
     int64_t start, stop;
     int missing = 0, way = (int)a->way;
     share(count * a->length, t, a->threads, &start, &stop);
-    for (int64_t row = start; row < stop; row += rows_together(way))
+    int64_t together = way == TILES ? group_size(start, stop) : TILE_ROWS;
+    if (way == TILES && together) tiles_begin(together);
+    for (int64_t row = start; row < stop; row += together)
         for (int64_t g = 0; g < a->directions; g++) {
-            if (a->half) missing |= feed_tile(a, g, first, row, stop, 1, FLOATS, scratch, size);
-            else if (way == FLOATS) missing |= feed_tile(a, g, first, row, stop, 0, FLOATS, scratch, size);
-            else missing |= feed_tile(a, g, first, row, stop, 0, way, scratch, size);
+            if (a->half) missing |= feed_tile(a, g, first, row, TILE_ROWS, stop, 1, FLOATS, scratch, size);
+            else if (way == FLOATS) missing |= feed_tile(a, g, first, row, TILE_ROWS, stop, 0, FLOATS, scratch, size);
+            else missing |= feed_tile(a, g, first, row, together, stop, 0, way, scratch, size);
         }
     return missing;
 }

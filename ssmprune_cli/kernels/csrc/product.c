@@ -23,30 +23,44 @@ int tiles_available(void) {
     return found;
 }
 
-TILED void tiles_begin(void) {
-    static const struct {
+/* Rows of the first of the two tiles that `count` tokens are in. They share the tokens evenly: a product takes as long as
+ * a tile has rows, but less than 13 are no quicker, as four products side by side then wait for their sums. */
+INLINE int64_t first_rows(int64_t count) { return count > 16 ? (count + 1) / 2 : count; }
+
+TILED void tiles_begin(int64_t count) {
+    uint8_t first = (uint8_t)first_rows(count), second = (uint8_t)(count - first);
+    volatile struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } eight = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    _tile_loadconfig(&eight);
+    } eight = {.palette = 1}; /* volatile: compilers do not know that all of it is read */
+    for (int tile = 0; tile < 8; tile++) {
+        eight.rows[tile] = tile >= 6 ? 16 : tile % 2 ? second : first;
+        eight.row_bytes[tile] = eight.rows[tile] ? 64 : 0;
+    }
+    _tile_loadconfig((const void *)&eight);
 }
 
 TILED void tiles_end(void) { _tile_release(); }
 
-/* Values of bfloat16 as floats. */
-TILED static __m512 widened(__m256i half) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16); }
-
-/* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. */
-TILED void tile_rows(const float *const *x, int64_t K, int64_t parts, uint16_t *rows) {
-    for (int r = 0; r < MOST_ROWS; r++)
+/* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. One part is
+ * rounded; of three, each takes the next bits, so that nothing is left. */
+TILED void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
+    uint16_t alternate[32] __attribute__((aligned(64)));
+    for (int i = 0; i < 32; i++) alternate[i] = (uint16_t)(i / 2 + i % 2 * 16);
+    const __m512i order = _mm512_load_si512(alternate), upper = _mm512_set1_epi32((int)0xFFFF0000);
+    for (int64_t r = 0; r < count; r++)
         for (int64_t k = 0; k < K; k += 32) {
             uint16_t *to = rows + k * parts * MOST_ROWS + r * 32;
-            __m512 low = _mm512_loadu_ps(x[r] + k), high = _mm512_loadu_ps(x[r] + k + 16);
+            __m512i low = _mm512_loadu_si512(x[r] + k), high = _mm512_loadu_si512(x[r] + k + 16);
+            if (parts == 1) {
+                __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+                continue;
+            }
             for (int64_t part = 0; part < parts; part++, to += 2 * TILE) {
-                __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-                memcpy(to, &both, sizeof both);
-                low -= widened(_mm512_castsi512_si256(both)), high -= widened(_mm512_extracti64x4_epi64(both, 1));
+                _mm512_storeu_si512(to, _mm512_srli_epi32(low, 16) | (high & upper));
+                low = (__m512i)((__m512)low - (__m512)(low & upper)), high = (__m512i)((__m512)high - (__m512)(high & upper));
             }
         }
 }
@@ -54,7 +68,7 @@ TILED void tile_rows(const float *const *x, int64_t K, int64_t parts, uint16_t *
 #define TOKENS(part)                                                              \
     do {                                                                          \
         _tile_loadd(4, tokens + (part) * 2 * TILE, 64);                           \
-        if (tall) _tile_loadd(5, tokens + (part) * 2 * TILE + TILE, 64);          \
+        if (tall) _tile_loadd(5, tokens + (part) * 2 * TILE + split, 64);         \
     } while (0)
 #define WEIGHTS(part)                                                             \
     do {                                                                          \
@@ -70,8 +84,8 @@ TILED void tile_rows(const float *const *x, int64_t K, int64_t parts, uint16_t *
     } while (0)
 
 /* Of three parts, the products that are below 24 bits are left out. The order is one in which few tiles are loaded. */
-TILED INLINE void multiply(const uint16_t *tokens, const uint16_t *first, const uint16_t *second, int64_t K, int64_t parts,
-                           int tall, int wide) {
+TILED INLINE void multiply(const uint16_t *tokens, int64_t split, const uint16_t *first, const uint16_t *second, int64_t K,
+                           int64_t parts, int tall, int wide) {
     for (int64_t k = 0; k < K; k += 32, tokens += parts * 2 * TILE, first += parts * TILE, second += parts * TILE) {
         if (parts == 1) {
             TOKENS(0); WEIGHTS(0); MULTIPLY;
@@ -89,28 +103,34 @@ TILED INLINE void multiply(const uint16_t *tokens, const uint16_t *first, const 
 TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K,
                         int64_t parts, float *const *out, int64_t step, int64_t n) {
     const uint16_t *first = (const uint16_t *)weight, *second = (const uint16_t *)(weight + tiled_step(K, parts));
-    int tall = count > 16, wide = columns > 16;
+    int64_t above = first_rows(count), split = above * 32;
+    int tall = count > above, wide = columns > 16;
     float block[MOST_ROWS * 32] __attribute__((aligned(64)));
     float *to = step ? out[0] + n : block;
     int64_t to_bytes = (step ? step : 32) * 4;
+    char *below = (char *)to + above * to_bytes;
     _tile_zero(0);
-    _tile_zero(1);
     _tile_zero(2);
-    _tile_zero(3);
-    if (parts == 1) multiply(rows, first, second, K, 1, tall, wide);
-    else if (tall && wide) multiply(rows, first, second, K, 3, 1, 1);
-    else multiply(rows, first, second, K, 3, tall, wide);
+    if (tall) {
+        _tile_zero(1);
+        _tile_zero(3);
+    }
+    if (parts == 1) multiply(rows, split, first, second, K, 1, tall, wide);
+    else if (tall && wide) multiply(rows, split, first, second, K, 3, 1, 1);
+    else multiply(rows, split, first, second, K, 3, tall, wide);
     _tile_stored(0, to, to_bytes);
-    if (tall) _tile_stored(1, (char *)to + 16 * to_bytes, to_bytes);
+    if (tall) _tile_stored(1, below, to_bytes);
     if (wide) _tile_stored(2, to + 16, to_bytes);
-    if (tall && wide) _tile_stored(3, (char *)(to + 16) + 16 * to_bytes, to_bytes);
-    for (int r = 0; r < count && !step; r++) memcpy(out[r] + n, block + r * 32, wide ? 128 : 64);
+    if (tall && wide) _tile_stored(3, below + 64, to_bytes);
+    for (int64_t r = 0; r < count && !step; r++) memcpy(out[r] + n, block + r * 32, wide ? 128 : 64);
 }
 #else
 int tiles_available(void) { return 0; }
-void tiles_begin(void) {}
+void tiles_begin(int64_t count) { (void)count; }
 void tiles_end(void) {}
-void tile_rows(const float *const *x, int64_t K, int64_t parts, uint16_t *rows) { (void)x, (void)K, (void)parts, (void)rows; }
+void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
+    (void)x, (void)count, (void)K, (void)parts, (void)rows;
+}
 void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K, int64_t parts,
                   float *const *out, int64_t step, int64_t n) {
     (void)step, (void)rows, (void)count, (void)weight, (void)columns, (void)K, (void)parts, (void)out, (void)n;

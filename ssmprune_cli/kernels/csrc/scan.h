@@ -44,11 +44,10 @@ INLINE void read_block(const Scan *a, int64_t c, int lanes, int N, Block *k) {
     k->gap_delta = a->gap_delta ? load(a->gap_delta, c, lanes, 0) : (vf){0};
 }
 
-/* States that go through a chunk together. */
-#define GROUP (W == 16 ? 16 : UNROLL)
-
 /* Up to CHUNK tokens in scan order, `first` being the first one's place and `way` the direction. */
 #define CHUNK 16
+/* States that go through a chunk together, and tokens whose steps are made together: what registers hold. */
+#define GROUP (W == 16 ? 16 : UNROLL)
 typedef struct { vf raw[CHUNK], step[CHUNK], decay[CHUNK], u[CHUNK]; } Tokens;
 
 /* Where state 0 of the chunk from `start` on (in scan order) is in `states`, for channels c ... */
@@ -68,27 +67,41 @@ INLINE int64_t row_of(int64_t first, int way, int size, int j) { return first + 
 /* The row of u, y and `sum` that step `row` of sample b takes. */
 INLINE int64_t visited(const Scan *a, int64_t b, int64_t row) { return a->visits ? a->visits[b * a->length + row] : row; }
 
-/* Steps that UNROLL tokens' rank values give, added to `step`. */
-INLINE void project_steps(const Scan *a, const int64_t *row, int64_t c, int lanes, vf *step) {
-    for (int64_t r = 0; r < a->R; r++) {
-        vf weight = load(a->dt_weight, r * a->channels + c, lanes, 0);
-        STAGE step[i] += weight * a->rank[row[i] * a->rank_l + r];
+/* The rank values of a chunk's tokens, (R, CHUNK). */
+INLINE void gather_ranks(const Scan *a, int64_t first, int way, int size, float *ranks) {
+    for (int j = 0; j < CHUNK; j++)
+        for (int64_t r = 0; r < a->R; r++) ranks[r * CHUNK + j] = a->rank[row_of(first, way, size, j) * a->rank_l + r];
+}
+
+/* The steps that they give for W channels. */
+INLINE void project_steps(const Scan *a, const float *ranks, int64_t c, int lanes, vf bias, vf *step) {
+    for (int from = 0; from < CHUNK; from += GROUP) {
+        vf sum[GROUP];
+#pragma GCC unroll 16
+        for (int j = 0; j < GROUP; j++) sum[j] = bias;
+        for (int64_t r = 0; r < a->R; r++) {
+            vf weight = load(a->dt_weight, r * a->channels + c, lanes, 0);
+#pragma GCC unroll 16
+            for (int j = 0; j < GROUP; j++) sum[j] += weight * ranks[r * CHUNK + from + j];
+        }
+#pragma GCC unroll 16
+        for (int j = 0; j < GROUP; j++) step[from + j] = sum[j];
     }
 }
 
-/* Raw steps, steps, decay times and inputs; places after `size` repeat the last token. Returns whether every exponent is
- * far from overflow. */
+/* Raw steps, steps, decay times and inputs; places after `size` repeat the last token. With `ranks`, they give the steps.
+ * Returns whether every exponent is far from overflow. */
 INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int size, int64_t c, int lanes, int half,
-                       const Block *k, Tokens *x) {
+                       const Block *k, const float *ranks, Tokens *x) {
     vi outside = {0};
+    if (ranks) project_steps(a, ranks, c, lanes, k->bias, x->raw);
     for (int j = 0; j < size; j += UNROLL) {
         vf step[UNROLL];
         int64_t row[UNROLL];
         STAGE row[i] = row_of(first, way, size, j + i);
         STAGE x->u[j + i] = load_ahead(a->u, b * a->u_b + visited(a, b, row[i]) * a->u_l + c, lanes, half);
-        STAGE step[i] = k->bias;
-        if (a->rank) project_steps(a, row, c, lanes, step);
-        else STAGE step[i] += load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half);
+        if (ranks) STAGE step[i] = x->raw[j + i];
+        else STAGE step[i] = k->bias + load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half);
         STAGE x->raw[j + i] = step[i];
         if (a->softplus) softplus(step);
         STAGE x->step[j + i] = step[i];

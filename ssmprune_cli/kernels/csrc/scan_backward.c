@@ -59,7 +59,7 @@ INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, i
     int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
     int64_t first = a->reverse ? a->length - 1 - start : start;
     int64_t at = (b * a->length + first) * a->channels + c, step = way * a->channels;
-    int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
+    int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, 0, &x);
     for (int j = 0; j < size; j++) {
         w.drive[j] = x.step[j] * x.u[j], w.y[j] = k->D * x.u[j];
         w.through[j] = grad[j] = load(a->grad, at + j * step, lanes, half);

@@ -7,19 +7,21 @@
 /* One block of channels, and what it carries from chunk to chunk. */
 typedef struct { Block k; vf h[MAX_INNER]; } Column;
 
-INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, int lanes, int N, int half, int half_out,
+/* Up to CHUNK tokens in scan order, which starts at token `first`. */
+typedef struct { int64_t start, first; int size; const float *ranks; } Chunk;
+
+INLINE void forward_chunk(const Scan *a, int64_t b, Chunk of, int64_t c, int lanes, int N, int half, int half_out,
                           Column *column) {
     const Block *k = &column->k;
     Tokens x;
     vf drive[CHUNK], y[CHUNK];
-    int way = a->reverse ? -1 : 1;
-    int size = a->length - start < CHUNK ? (int)(a->length - start) : CHUNK;
-    int64_t first = a->reverse ? a->length - 1 - start : start;
+    int way = a->reverse ? -1 : 1, size = of.size;
+    int64_t first = of.first;
     if (a->states)
         for (int n = 0; n < N; n++)
-            store(a->states, state_at(a, b, start, c) + n * a->channels, column->h[n], lanes, 0);
+            store(a->states, state_at(a, b, of.start, c) + n * a->channels, column->h[n], lanes, 0);
     const int64_t *slots = a->slots ? a->slots + b * a->length + first : 0;
-    int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, &x);
+    int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, of.ranks, &x);
     for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k->D * x.u[j];
     advance_all(a, k, x.decay, drive, column->h, y, slots, b * a->B_b + first * a->B_l, b * a->C_b + first * a->C_l, way,
                 size, N, safe, half);
@@ -44,23 +46,29 @@ INLINE void forward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, in
 /* All blocks go through one chunk together before any goes on to the next: memory is then read row by row. */
 int scan_forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
     int N = (int)a->state, half = (int)a->half, half_out = (int)a->half_out;
-    Column *columns = aligned_alloc(sizeof(vf), (size_t)(to - from + 1) * sizeof(Column));
+    size_t room = (size_t)(to - from) * sizeof(Column) + (size_t)(a->R + 1) * CHUNK * sizeof(float);
+    Column *columns = aligned_alloc(sizeof(vf), room);
+    float *ranks = (float *)(columns + (to - from));
     if (!columns) return 1;
     for (int64_t i = from; i < to; i++) {
         int64_t left = a->channels - i * W;
         read_block(a, i * W, left < W ? (int)left : W, N, &columns[i - from].k);
         for (int n = 0; n < N; n++) columns[i - from].h[n] = (vf){0};
     }
-    for (int64_t start = 0; start < a->length; start += CHUNK)
+    for (int64_t start = 0; start < a->length; start += CHUNK) {
+        Chunk of = {start, a->reverse ? a->length - 1 - start : start, CHUNK, a->rank ? ranks : 0};
+        if (a->length - start < CHUNK) of.size = (int)(a->length - start);
+        if (a->rank) gather_ranks(a, of.first, a->reverse ? -1 : 1, of.size, ranks);
         for (int64_t i = from; i < to; i++) {
             int64_t c = i * W, left = a->channels - c;
             int lanes = left < W ? (int)left : W;
             Column *column = columns + i - from;
-            if (lanes == W && N == 16 && !half && !half_out) forward_chunk(a, b, start, c, W, 16, 0, 0, column);
-            else if (lanes == W && N == 16 && !half) forward_chunk(a, b, start, c, W, 16, 0, 1, column);
-            else if (lanes == W && N == 16) forward_chunk(a, b, start, c, W, 16, 1, 1, column);
-            else forward_chunk(a, b, start, c, lanes, N, half, half_out, column);
+            if (lanes == W && N == 16 && !half && !half_out) forward_chunk(a, b, of, c, W, 16, 0, 0, column);
+            else if (lanes == W && N == 16 && !half) forward_chunk(a, b, of, c, W, 16, 0, 1, column);
+            else if (lanes == W && N == 16) forward_chunk(a, b, of, c, W, 16, 1, 1, column);
+            else forward_chunk(a, b, of, c, lanes, N, half, half_out, column);
         }
+    }
     free(columns);
     return 0;
 }

@@ -7,7 +7,6 @@ attention, so it is computed.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,8 +16,5 @@ from ssmprune_cli.tokens import TokenSequence
 
 def class_similarity(sequence: TokenSequence, statistics: ScanStatistics, block: int, seed: int) -> Tensor:
     stream = sequence.stream
-    if sequence.protected:
-        centre = torch.stack([sequence.at(stream, position) for position in sequence.protected]).mean(dim=0)  # (B, d)
-    else:
-        centre = sequence.mean(stream)
+    centre = sequence.protected_stream().mean(dim=1) if sequence.protected else sequence.mean(stream)  # (B, d)
     return functional.cosine_similarity(stream, centre[:, None], dim=-1)
