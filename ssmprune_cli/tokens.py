@@ -197,18 +197,13 @@ class TokenSequence:
 
     def protected_stream(self) -> Tensor:
         """(B, P, d): `stream` of the P protected tokens, of which there must be one, in the order of `protected`."""
+        places = torch.tensor(self.protected, device=self.positions.device)
         if self.is_dense:
-            hidden, residual = (
-                None if each is None else torch.stack([each[:, place] for place in self.protected], dim=1)
-                for each in (self.hidden, self.residual)
-            )
+            rows = places.expand(len(self.positions), -1)  # (B, P)
         else:
-            wanted = torch.tensor(self.protected, device=self.positions.device)
-            rows = (self.positions[:, None] == wanted[:, None]).int().argmax(dim=2)  # (B, P)
-            hidden, residual = (
-                None if each is None else gather_tokens(each, rows) for each in (self.hidden, self.residual)
-            )
-        return replace(self, hidden=hidden, residual=residual).stream
+            rows = (self.positions[:, None] == places[:, None]).int().argmax(dim=2)
+        residual = None if self.residual is None else gather_tokens(self.residual, rows)
+        return replace(self, hidden=gather_tokens(self.hidden, rows), residual=residual).stream
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` (B, L, c) over the live tokens, weighted by size: (B, c)."""
