@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add, or_
 from typing import Any, Literal
 
 import torch
@@ -105,10 +107,11 @@ class TokenSequence:
         fates: dict[str, Dropped | None] = {}
         if others != "gone" or self.restorable:
             fates[others] = self._without(index).join(getattr(self, others))
+        rows = _rows(index, self.hidden.shape[1])
         return replace(
             self,
-            hidden=gather_tokens(self.hidden, index),
-            residual=None if self.residual is None else gather_tokens(self.residual, index),
+            hidden=_take(self.hidden, index, rows),
+            residual=None if self.residual is None else _take(self.residual, index, rows),
             positions=self.positions.gather(1, index),
             size=None if self.size is None else self.size.gather(1, index),
             live=None if self.live is None else self.live.gather(1, index),
@@ -190,20 +193,21 @@ class TokenSequence:
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""
-        mask = torch.zeros_like(self.positions, dtype=torch.bool)
-        for position in self.protected:
-            mask = mask | (self.positions == position)
-        return mask
+        masks = [self.positions == place for place in self.protected]
+        return reduce(or_, masks) if masks else torch.zeros_like(self.positions, dtype=torch.bool)
 
     def protected_stream(self) -> Tensor:
         """(B, P, d): `stream` of the P protected tokens, of which there must be one, in the order of `protected`."""
-        places = torch.tensor(self.protected, device=self.positions.device)
+        values = [self.hidden] if self.residual is None else [self.residual, self.hidden]
         if self.is_dense:
-            rows = places.expand(len(self.positions), -1)  # (B, P)
+            found = [torch.stack([each[:, place] for place in self.protected], dim=1) for each in values]
         else:
-            rows = (self.positions[:, None] == places[:, None]).int().argmax(dim=2)
-        residual = None if self.residual is None else gather_tokens(self.residual, rows)
-        return replace(self, hidden=gather_tokens(self.hidden, rows), residual=residual).stream
+            ranks = [(self.positions == place).int().argmax(dim=1) for place in self.protected]  # (B,) each
+            index = torch.stack(ranks, dim=1)
+            rows = _rows(index, self.hidden.shape[1])
+            found = [_take(each, index, rows) for each in values]
+        total = reduce(add, found)
+        return total.to(torch.promote_types(total.dtype, torch.float32))
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` (B, L, c) over the live tokens, weighted by size: (B, c)."""
@@ -218,16 +222,12 @@ class TokenSequence:
         In a reverse scan "before" is the side of higher positions. The first token of a scan gets 0: the state is still
         zero there, so what was skipped cannot matter.
         """
-        key = "gaps in reverse" if reverse else "gaps"
-        if key not in self.memo:
-            self.memo[key] = self._gaps(reverse)
-        gaps: Tensor = self.memo[key]
-        return gaps
-
-    def _gaps(self, reverse: bool) -> Tensor:
-        skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
-        zero = torch.zeros_like(skipped[:, :1]) if skipped.shape[1] else skipped.new_zeros(len(skipped), 1)
-        return torch.cat((skipped, zero), dim=1) if reverse else torch.cat((zero, skipped), dim=1)
+        if "gaps" not in self.memo:
+            skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
+            zero = torch.zeros_like(skipped[:, :1]) if skipped.shape[1] else skipped.new_zeros(len(skipped), 1)
+            self.memo["gaps"] = torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)
+        gaps: tuple[Tensor, Tensor] = self.memo["gaps"]
+        return gaps[reverse]
 
 
 def joined_sizes(sizes: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:
@@ -245,9 +245,13 @@ def _put(values: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
 
 def gather_tokens(values: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, K) of `values` (B, L, c): (B, K, c)."""
+    return _take(values, index, _rows(index, values.shape[1]))
+
+
+def _take(values: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """The same if `rows` are what `_rows` makes of the index."""
     # Whole rows are copied ten times faster than by `gather`, whose index is as large as the result.
-    picked = values.flatten(0, 1).index_select(0, _rows(index, values.shape[1]))
-    return picked.view(*index.shape, values.shape[2])
+    return values.flatten(0, 1).index_select(0, rows).view(*index.shape, values.shape[2])
 
 
 def sum_tokens(values: Tensor, target: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PANEL = 64  # columns of a weight that lie together in `pack_block`, as in csrc/blocks.c
-_OUTPUTS, _INPUTS = 16, 32  # of a tile, as in csrc/product.h
+_OUTPUTS, _INPUTS = 16, 32  # of a tile, as in csrc/tiles.h
 
 
 class InnerParameters(NamedTuple):

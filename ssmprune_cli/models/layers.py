@@ -71,6 +71,7 @@ class Kept(Generic[T]):
 
     def __init__(self, compute: Callable[[nn.Module, int], T]) -> None:
         self._compute = compute
+        self._module: nn.Module | None = None
         self._how = 0
         self._slots: list[tuple[Mapping[str, object], str]] = []  # modules' dictionaries, and names in them
         self._found: list[object] = []  # what is there
@@ -80,9 +81,9 @@ class Kept(Generic[T]):
         self.value: T | None = None
 
     def __call__(self, module: nn.Module, how: int) -> T:
-        if self.value is None or how != self._how or not self._unchanged():
+        if self.value is None or module is not self._module or how != self._how or not self._unchanged():
             self._watch(module)
-            self.value, self._how = self._compute(module, how), how
+            self.value, self._module, self._how = self._compute(module, how), module, how
         return self.value
 
     def _watch(self, module: nn.Module) -> None:

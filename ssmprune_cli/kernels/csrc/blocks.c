@@ -20,18 +20,6 @@ typedef struct {
 
 #define SHARE (1 << 21) /* floats of scratch memory for a thread's samples: more of them read the weights less often */
 #define PANEL 64 /* columns of a weight that lie together: a panel stays in the caches while rows pass by it */
-#define GROUPS 4 /* of tokens that pass by a weight's tiles together */
-
-/* A matrix with the rows of some samples of L: those of one are `l` apart, and samples `b`. */
-typedef struct { float *data; int64_t columns, L, b, l; } Rows;
-
-/* Where rows `row` ... are, from column n on; after `stop` the last one again. */
-INLINE void place(Rows matrix, int64_t row, int64_t stop, int64_t n, int count, float **rows) {
-    for (int r = 0; r < count; r++) {
-        int64_t at = row + r < stop ? row + r : stop - 1;
-        rows[r] = matrix.data + at / matrix.L * matrix.b + at % matrix.L * matrix.l + n;
-    }
-}
 
 /* Rows `start` ... `stop` of out = x . weight, which has panels of PANEL columns. A panel meets all rows. */
 INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
@@ -49,29 +37,8 @@ INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start
         }
 }
 
-/* Bfloat16 values that tile_rows gives of MOST_ROWS tokens of K channels. */
-INLINE int64_t rows_size(int64_t K, int64_t parts) { return MOST_ROWS * K * parts; }
-
-/* The same by TILES. */
-static void tiled(const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
-    int64_t K = x.columns, each = rows_size(K, a->parts), count = group_size(start, stop);
-    float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
-    if (count) tiles_begin(count);
-    for (int64_t groups = 0; start < stop; start += GROUPS * count) {
-        for (groups = 0; groups < GROUPS && start + groups * count < stop; groups++) {
-            place(x, start + groups * count, stop, 0, (int)count, from);
-            place(out, start + groups * count, stop, 0, (int)count, to[groups]);
-            tile_rows((const float *const *)from, count, K, a->parts, a->rows + groups * each);
-        }
-        for (int64_t n = 0; n < out.columns; n += 32)
-            for (int64_t g = 0; g < groups; g++)
-                tile_columns(a->rows + g * each, count, weight + n / 16 * tiled_step(K, a->parts), K, n, n + 32, a->parts,
-                             to[g]);
-    }
-}
-
 static void project(const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
-    if (a->way == TILES) tiled(a, x, weight, out, start, stop);
+    if (a->way == TILES) tiled(x, weight, out, start, stop, a->parts, a->rows);
     else if (a->way == PAIRS) panels(PAIRS, x, weight, out, start, stop);
     else panels(FLOATS, x, weight, out, start, stop);
 }
@@ -136,7 +103,7 @@ int mamba_blocks(const Blocks *a) {
     int64_t size = inner_scratch(&inner) + a->length * (2 * a->channels + a->dim) + a->others * (a->channels + a->dim);
     int64_t each = size < SHARE ? SHARE / size : 1, together = a->threads * each < a->batch ? a->threads * each : a->batch;
     int64_t way = !a->parts ? FLOATS : tiles_available() ? TILES : PAIRS;
-    int64_t rows_of_thread = way == TILES ? GROUPS * rows_size(a->channels > a->dim ? a->channels : a->dim, a->parts) / 2 : 0;
+    int64_t rows_of_thread = way == TILES ? tiled_room(a->channels > a->dim ? a->channels : a->dim, a->parts) : 0;
     float *scratch = aligned_alloc(64, (size_t)(together * size + a->threads * rows_of_thread) * sizeof(float));
     int failed = !scratch;
 #pragma omp parallel num_threads(a->threads) reduction(|: failed)

@@ -1,20 +1,15 @@
 /* Products of rows of tokens with a weight: a few rows and columns at a time in registers, in one of three ways. */
 #ifndef SSMPRUNE_PRODUCT_H
 #define SSMPRUNE_PRODUCT_H
-#include "vectors.h"
+#include "tiles.h"
 
-/* How a product goes. FLOATS: float32 weights (K, P). The others have weights in bfloat16 as packing.pack_block lays them out,
- * that is in tiles of 32 inputs and 16 outputs, (P / 16, K / 32, parts, 16, 16, 2): inputs k and k + 16 of a tile lie
- * together, and both sizes are padded. PAIRS: one part, of which the weights are, by float32 instructions. TILES: by the
- * processor's own products of bfloat16 matrices (AMX), for which the tokens are rounded too. With three parts, weights and
- * tokens are float32: a value of bfloat16 that is near, one for what is missing, and one for what is missing then. */
+/* How a product goes. FLOATS: float32 weights (K, P). PAIRS: weights in bfloat16, in one part, by float32 instructions.
+ * TILES: see tiles.h. */
 enum { FLOATS, PAIRS, TILES };
 
 /* Tokens and vectors of outputs that are in registers together. */
 #define TILE_ROWS (W == 16 ? 6 : 4)
 #define TILE_VECTORS (W == 16 ? 4 : 3)
-#define MOST_ROWS 32 /* tokens that are together with TILES, at most */
-#define TILE 512     /* values of bfloat16 in a tile, of 32 inputs and 16 outputs or tokens */
 
 #define ROWS _Pragma("GCC unroll 8") for (int r = 0; r < TILE_ROWS; r++)
 #define VECTORS _Pragma("GCC unroll 4") for (int v = 0; v < vectors; v++)
@@ -38,10 +33,6 @@ INLINE void float_columns(const float *const *x, const float *weight, int64_t K,
         }
     ROWS VECTORS store(out[r], n + v * W, sum[r][v], W, 0);
 }
-
-/* Floats that a weight (K, P) in bfloat16 takes the room of, and those until the next 16 outputs. */
-INLINE int64_t tiled_step(int64_t K, int64_t parts) { return (K + 31) / 32 * parts * TILE / 2; }
-INLINE int64_t tiled_size(int64_t K, int64_t P, int64_t parts) { return (P + 15) / 16 * tiled_step(K, parts); }
 
 /* The same with weights in bfloat16, for a K that 32 divides. */
 INLINE void pair_columns(const float *const *x, const float *weight, int64_t K, int64_t n, int vectors, float *const *out) {
@@ -75,39 +66,5 @@ INLINE void product(int way, const float *const *x, const float *weight, int64_t
     else if (P - n > W) COLUMNS(2);
     else if (P > n) COLUMNS(1);
 #undef COLUMNS
-}
-
-/* By TILES: whether the processor and the system have them. */
-int tiles_available(void);
-/* Before a thread uses them for groups of `count` tokens, and after it did. */
-void tiles_begin(int64_t count);
-void tiles_end(void);
-
-/* Tokens of a group, if those from `start` to `stop` are in as few groups of one size as there can be. */
-INLINE int64_t group_size(int64_t start, int64_t stop) {
-    int64_t groups = (stop - start + MOST_ROWS - 1) / MOST_ROWS;
-    return groups ? (stop - start + groups - 1) / groups : 0;
-}
-
-/* `count` tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), for a K that 32 divides. */
-void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows);
-/* Their product with a weight, of which the next 16 or 32 columns are wanted: columns n ... of out[r], which are `step`
- * floats apart, or 0 if not evenly. */
-void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K, int64_t parts,
-                  float *const *out, int64_t step, int64_t n);
-
-INLINE int64_t step_of(float *const *out, int64_t count) {
-    int64_t step = count > 1 ? out[1] - out[0] : 0;
-    for (int64_t r = 2; r < count; r++)
-        if (out[r] - out[r - 1] != step) return 0;
-    return step;
-}
-
-/* Columns n ... P of their product with a weight, from those columns on. */
-INLINE void tile_columns(const uint16_t *rows, int64_t count, const float *weight, int64_t K, int64_t n, int64_t P,
-                         int64_t parts, float *const *out) {
-    int64_t step = step_of(out, count);
-    for (; n < P; n += 32, weight += 2 * tiled_step(K, parts))
-        tile_product(rows, count, weight, P - n, K, parts, out, step, n);
 }
 #endif

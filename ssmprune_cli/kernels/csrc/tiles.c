@@ -1,6 +1,6 @@
 /* Products of matrices by AMX, which Intel's server processors have. Its registers hold tiles of 16 rows of 64
  * bytes; one instruction multiplies 16 x 32 by 32 x 16 bfloat16 values and adds to 16 x 16 sums in float32. */
-#include "product.h"
+#include "tiles.h"
 
 #if W == 16 && defined(__AVX512F__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #include <cpuid.h>

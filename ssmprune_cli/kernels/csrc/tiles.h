@@ -1,0 +1,82 @@
+/* Products by the processor's own instructions for bfloat16 matrices (AMX), for which tokens are rounded too.
+ *
+ * Weights lie in tiles of 32 inputs and 16 outputs, (P / 16, K / 32, parts, 16, 16, 2), as packing.pack_block lays them
+ * out: inputs k and k + 16 of a tile are together, and both sizes are padded. With three parts, weights and tokens are
+ * float32: a value of bfloat16 that is near, one for what is missing, and one for what is missing then. */
+#ifndef SSMPRUNE_TILES_H
+#define SSMPRUNE_TILES_H
+#include "vectors.h"
+
+#define TILE 512     /* values of bfloat16 in a tile, of 32 inputs and 16 outputs or tokens */
+#define MOST_ROWS 32 /* tokens that are together, at most */
+#define GROUPS 4     /* of tokens that pass by a weight's tiles together */
+
+/* Floats that a weight (K, P) in bfloat16 takes the room of, and those until the next 16 outputs. */
+INLINE int64_t tiled_step(int64_t K, int64_t parts) { return (K + 31) / 32 * parts * TILE / 2; }
+INLINE int64_t tiled_size(int64_t K, int64_t P, int64_t parts) { return (P + 15) / 16 * tiled_step(K, parts); }
+
+/* Whether the processor and the system can do it. */
+int tiles_available(void);
+/* Before a thread does it for groups of `count` tokens, and after it did. */
+void tiles_begin(int64_t count);
+void tiles_end(void);
+
+/* Tokens of a group, if those from `start` to `stop` are in as few groups of one size as there can be. */
+INLINE int64_t group_size(int64_t start, int64_t stop) {
+    int64_t groups = (stop - start + MOST_ROWS - 1) / MOST_ROWS;
+    return groups ? (stop - start + groups - 1) / groups : 0;
+}
+
+/* `count` tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), for a K that 32 divides. */
+void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows);
+/* Their product with a weight, of which the next 16 or 32 columns are wanted: columns n ... of out[r], which are `step`
+ * floats apart, or 0 if not evenly. */
+void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K, int64_t parts,
+                  float *const *out, int64_t step, int64_t n);
+
+INLINE int64_t step_of(float *const *out, int64_t count) {
+    int64_t step = count > 1 ? out[1] - out[0] : 0;
+    for (int64_t r = 2; r < count; r++)
+        if (out[r] - out[r - 1] != step) return 0;
+    return step;
+}
+
+/* Columns n ... P of their product with a weight, from those columns on. */
+INLINE void tile_columns(const uint16_t *rows, int64_t count, const float *weight, int64_t K, int64_t n, int64_t P,
+                         int64_t parts, float *const *out) {
+    int64_t step = step_of(out, count);
+    for (; n < P; n += 32, weight += 2 * tiled_step(K, parts))
+        tile_product(rows, count, weight, P - n, K, parts, out, step, n);
+}
+
+/* A matrix with the rows of some samples of L: those of one are `l` apart, and samples `b`. */
+typedef struct { float *data; int64_t columns, L, b, l; } Rows;
+
+/* Where rows `row` ... are, from column n on; after `stop` the last one again. */
+INLINE void place(Rows matrix, int64_t row, int64_t stop, int64_t n, int count, float **rows) {
+    for (int r = 0; r < count; r++) {
+        int64_t at = row + r < stop ? row + r : stop - 1;
+        rows[r] = matrix.data + at / matrix.L * matrix.b + at % matrix.L * matrix.l + n;
+    }
+}
+
+/* Floats of scratch memory that `tiled` needs for K channels. */
+INLINE int64_t tiled_room(int64_t K, int64_t parts) { return GROUPS * MOST_ROWS * K * parts / 2; }
+
+/* Rows `start` ... `stop` of out = x . weight. */
+INLINE void tiled(Rows x, const float *weight, Rows out, int64_t start, int64_t stop, int64_t parts, uint16_t *scratch) {
+    int64_t K = x.columns, each = MOST_ROWS * K * parts, count = group_size(start, stop);
+    float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
+    if (count) tiles_begin(count);
+    for (int64_t groups = 0; start < stop; start += GROUPS * count) {
+        for (groups = 0; groups < GROUPS && start + groups * count < stop; groups++) {
+            place(x, start + groups * count, stop, 0, (int)count, from);
+            place(out, start + groups * count, stop, 0, (int)count, to[groups]);
+            tile_rows((const float *const *)from, count, K, parts, scratch + groups * each);
+        }
+        for (int64_t n = 0; n < out.columns; n += 32)
+            for (int64_t g = 0; g < groups; g++)
+                tile_columns(scratch + g * each, count, weight + n / 16 * tiled_step(K, parts), K, n, n + 32, parts, to[g]);
+    }
+}
+#endif
