@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import composed, eager
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import (
+    BlocksInputs,
+    GridConvInputs,
+    InnerInputs,
+    LinearInputs,
+    RoutedInputs,
+    ScanInputs,
+)
 from ssmprune_cli.registry import Registry
 
 Gradients = tuple[Tensor | None, ...]
@@ -124,6 +131,14 @@ class Backend(ABC):
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden state and residual stream (B, L, d) after several Mamba blocks, and the last one's y, see there."""
         return composed.mamba_blocks(self, inputs)
+
+    def suits_linear(self, rows: int, inputs: int, outputs: int) -> bool:
+        """Whether `linear` is faster than PyTorch's for so many rows and so large a weight."""
+        return False
+
+    def linear(self, inputs: LinearInputs) -> Tensor:
+        """A linear layer in float32, (..., outputs)."""
+        return composed.linear(inputs)
 
 
 # In order of preference; `kernels/__init__.py` fills it.

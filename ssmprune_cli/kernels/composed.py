@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, RoutedInputs, ScanInputs
-from ssmprune_cli.kernels.packing import BlockSizes, unpack_block, unpack_inner
+from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, LinearInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.packing import BlockSizes, unpack_block, unpack_inner, unpack_linear
 
 if TYPE_CHECKING:
     from ssmprune_cli.kernels.backend import Backend
@@ -59,6 +59,11 @@ def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor
     assert residual is not None
     y = torch.stack(ys).sum(dim=0) if inputs.wants_y else hidden.new_empty(*hidden.shape[:2], 0)
     return hidden, residual, y
+
+
+def linear(inputs: LinearInputs) -> Tensor:
+    weight = unpack_linear(inputs.weight, inputs.outputs, inputs.x.shape[-1])
+    return functional.linear(inputs.x, weight, inputs.bias)
 
 
 def routed_scans(backend: Backend, inputs: RoutedInputs) -> Tensor:

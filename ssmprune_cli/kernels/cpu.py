@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import eager
-from ssmprune_cli.kernels.backend import Backend, Gradients
-from ssmprune_cli.kernels.build import load_library
-from ssmprune_cli.kernels.cpu_call import Blocks, Call, Conv, Gate, Inner, Norm, NormBack, Routed, Scan
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
-from ssmprune_cli.kernels.packing import BlockSizes
+from ssmprune_cli.kernels.backend import Gradients
+from ssmprune_cli.kernels.cpu_call import Call, Conv, Gate, Norm, NormBack, Scan
+from ssmprune_cli.kernels.cpu_fused import FusedBackend
+from ssmprune_cli.kernels.cpu_library import SOURCE_OUTSIDE, channel_groups
+from ssmprune_cli.kernels.inputs import (
+    GridConvInputs,
+    ScanInputs,
+)
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
-_VECTOR, _TILE = 16, 32  # what widths are multiples of in csrc/blocks.c, the latter for weights in tiles
 CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
-_SOURCE = "a source lies outside the tokens and their context"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
 _WORTH_THREADS = 1 << 16
@@ -32,34 +30,15 @@ def _threads(values: int, worth: int) -> int:
     return torch.get_num_threads() if values > worth else 1
 
 
-def _groups(batch: int) -> int:
-    """Groups of channels that a scan of `batch` samples is cut into: as few as give every thread the same work."""
-    threads = torch.get_num_threads()
-    return threads // math.gcd(batch, threads)
-
-
 def _position(inputs: GridConvInputs) -> str:
     return f"a position lies outside the grid of {inputs.rows} x {inputs.columns}"
 
 
-class CpuBackend(Backend):
-    """Compiles its library when it is first asked for, unless one came with the installation."""
+class CpuBackend(FusedBackend):
+    """All kernels; those of the fused ops come from FusedBackend."""
 
     name = "cpu"
     skips_reading = True
-    fuses = True
-
-    def __init__(self) -> None:
-        self._library: ctypes.CDLL | None = None
-        self._reason: str | None = None
-
-    def missing(self) -> str | None:
-        if self._library is None and self._reason is None:
-            try:
-                self._library = load_library()
-            except OSError as error:
-                self._reason = str(error)
-        return self._reason
 
     def accepts(self, example: Tensor, inner: int) -> bool:
         return example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
@@ -77,7 +56,7 @@ class CpuBackend(Backend):
         batch, length, channels = inputs.u.shape
         outputs = length if inputs.read is None else inputs.read.shape[1]
         y = torch.empty(batch, outputs, channels, dtype=inputs.u.dtype)
-        call = Call(threads=torch.get_num_threads(), groups=_groups(batch), outputs=outputs)
+        call = Call(threads=torch.get_num_threads(), groups=channel_groups(batch), outputs=outputs)
         call.scan(inputs)
         call.set(y=y)
         if states is not None:
@@ -85,14 +64,14 @@ class CpuBackend(Backend):
         if inputs.read is not None:
             places = torch.arange(outputs).expand(batch, -1)
             call.set(slots=torch.full((batch, length), -1).scatter_(1, inputs.read, places))
-        self._run("scan_forward", call.struct(Scan))
+        self.run("scan_forward", call.struct(Scan))
         return y
 
     def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
         batch, length, channels = inputs.u.shape
         if states is None or states.shape[1] != self.kept_states(length):  # another backend went forward
             _, states = self.scan_keeping(inputs)
-        dtype, state, groups = inputs.u.dtype, inputs.A.shape[1], _groups(batch)
+        dtype, state, groups = inputs.u.dtype, inputs.A.shape[1], channel_groups(batch)
         wide, per_sample = (batch, length, channels), (batch, channels)
         found = {name: torch.empty(wide, dtype=dtype) for name in ("du", "ddelta")}
         if inputs.z is not None:
@@ -105,7 +84,7 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads(), groups=groups)
         call.scan(inputs)
         call.set(grad=grad.contiguous(), states=states, **found)
-        self._run("scan_backward", call.struct(Scan))
+        self.run("scan_backward", call.struct(Scan))
 
         def total(name: str, like: Tensor | None, dim: int = 0) -> Tensor | None:
             return None if like is None else found[name].sum(dim=dim).to(like.dtype)
@@ -128,7 +107,7 @@ class CpuBackend(Backend):
         call = Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), reverse=reverse)
         call.convolution(x, weight, bias)
         call.set(y=y)
-        self._run("conv_forward", call.struct(Conv))
+        self.run("conv_forward", call.struct(Conv))
         return y
 
     def conv_backward(
@@ -140,7 +119,7 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads(), reverse=reverse)
         call.convolution(x, weight, bias)
         call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
-        self._run("conv_backward", call.struct(Conv))
+        self.run("conv_backward", call.struct(Conv))
         return d_x, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -149,7 +128,7 @@ class CpuBackend(Backend):
         call.convolution(x, weight, bias)
         call.rows(context=context)
         call.set(y=y, positions=sources.contiguous())
-        self._run("sparse_conv_forward", call.struct(Conv), outside=_SOURCE)
+        self.run("sparse_conv_forward", call.struct(Conv), outside=SOURCE_OUTSIDE)
         return y
 
     def sparse_conv_backward(
@@ -163,7 +142,7 @@ class CpuBackend(Backend):
         call.rows(context=context)
         call.set(grad=grad.contiguous(), positions=sources.contiguous())
         call.set(dx=d_x, dcontext=d_context, dtaps=d_taps, dbias=d_bias)
-        self._run("sparse_conv_backward", call.struct(Conv), outside=_SOURCE)
+        self.run("sparse_conv_backward", call.struct(Conv), outside=SOURCE_OUTSIDE)
         return d_x, d_context, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
 
     def grid_conv(self, inputs: GridConvInputs) -> Tensor:
@@ -172,7 +151,7 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads())
         call.grid_convolution(inputs)
         call.set(y=y)
-        self._run("grid_conv_forward", call.struct(Conv), outside=_position(inputs))
+        self.run("grid_conv_forward", call.struct(Conv), outside=_position(inputs))
         return y
 
     def grid_conv_backward(self, grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
@@ -183,7 +162,7 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads())
         call.grid_convolution(inputs)
         call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
-        self._run("grid_conv_backward", call.struct(Conv), outside=_position(inputs))
+        self.run("grid_conv_backward", call.struct(Conv), outside=_position(inputs))
         d_weight = d_taps.sum(dim=0).t().view(weight.shape).to(weight.dtype)
         return (d_x, d_weight) if bias is None else (d_x, d_weight, d_bias.sum(dim=0).to(bias.dtype))
 
@@ -205,7 +184,7 @@ class CpuBackend(Backend):
         call.set(hidden=hidden, weight=weight.contiguous(), stream=stream, normed=normed)
         if residual is not None:
             call.set(residual=residual.contiguous())
-        self._run("add_rms_norm", call.struct(Norm))
+        self.run("add_rms_norm", call.struct(Norm))
         return normed, stream
 
     def add_rms_norm_backward(
@@ -220,7 +199,7 @@ class CpuBackend(Backend):
         call = Call(rows=rows, channels=channels, half=half, threads=threads, groups=threads, eps=eps)
         call.set(normed=d_normed.contiguous(), weight=weight.contiguous(), d_stream=d_stream.contiguous())
         call.set(stream=stream.contiguous(), d_sum=d_sum, d_weight=d_weight)
-        self._run("add_rms_norm_backward", call.struct(NormBack))
+        self.run("add_rms_norm_backward", call.struct(NormBack))
         return d_sum, d_weight.sum(dim=0).to(weight.dtype)
 
     def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
@@ -231,7 +210,7 @@ class CpuBackend(Backend):
         call.gate(ys, z)
         call.set(out=out)
         call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
-        self._run("gated_sum", call.struct(Gate))
+        self.run("gated_sum", call.struct(Gate))
         return out
 
     def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -242,63 +221,8 @@ class CpuBackend(Backend):
         call.gate(ys, z)
         call.set(grad=grad.contiguous(), dy=d_y, dz=d_z)
         call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
-        self._run("gated_sum_backward", call.struct(Gate))
+        self.run("gated_sum_backward", call.struct(Gate))
         return d_y, d_z
-
-    def mamba_inner(self, inputs: InnerInputs) -> Tensor:
-        batch, length, channels = inputs.xz.shape
-        y = torch.empty(batch, length, channels // 2, dtype=inputs.xz.dtype)
-        call = Call(threads=torch.get_num_threads())
-        call.inner(inputs)
-        call.set(y=y)
-        self._run("mamba_inner", call.struct(Inner), outside=_SOURCE)
-        return y
-
-    def block_parts(self, dim: int, d_inner: int, dtype: torch.dtype) -> int | None:
-        together = math.gcd(dim, d_inner)
-        if dtype == torch.bfloat16:
-            return None if together % _TILE else 1
-        if together % _VECTOR:
-            return None
-        return 0 if together % _TILE or not self._has_tiles() else 3
-
-    def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, dim = inputs.hidden.shape
-        dtype, sizes = inputs.hidden.dtype, BlockSizes(*inputs.sizes)
-        fits = math.gcd(dim, sizes.d_inner) % (_TILE if sizes.parts else _VECTOR) == 0
-        if not fits or (sizes.parts > 1 and not self._has_tiles()):
-            return super().mamba_blocks(inputs)
-        out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
-        y = torch.empty(batch, length, sizes.d_inner if inputs.wants_y else 0)
-        call = Call(threads=torch.get_num_threads())
-        call.blocks(inputs)
-        call.set(out=out, stream=stream)
-        if inputs.wants_y:
-            call.set(ungated=y)
-        self._run("mamba_blocks", call.struct(Blocks), outside=_SOURCE)
-        return out.to(dtype), stream, y.to(dtype)
-
-    def routed_scans(self, inputs: RoutedInputs) -> Tensor:
-        y = torch.empty(inputs.u.shape)
-        call = Call(threads=torch.get_num_threads(), groups=_groups(len(y)))
-        call.routed(inputs)
-        call.set(y=y)
-        self._run("routed_scans", call.struct(Routed), outside="a route visits a token that is not there")
-        return y.to(inputs.u.dtype)
-
-    def _has_tiles(self) -> bool:
-        """Whether the processor multiplies matrices of bfloat16 by itself."""
-        return self._library is not None and bool(self._library.tiles_available())
-
-    def _run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
-        """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""
-        if self._library is None:
-            raise KernelError(f"kernel backend 'cpu' cannot be used: {self._reason}", hint="See `ssmprune env`.")
-        status = int(getattr(self._library, name)(ctypes.byref(struct)))
-        if status & 1:
-            raise KernelError(f"memory ran out in {name}", hint="Use a smaller batch.")
-        if status & 2:
-            raise KernelError(outside)
 
 
 CPU = CpuBackend()

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, RoutedInputs, ScanInputs
-from ssmprune_cli.kernels.packing import BlockSizes
+from ssmprune_cli.kernels.inputs import (
+    BlocksInputs,
+    GridConvInputs,
+    InnerInputs,
+    LinearInputs,
+    RoutedInputs,
+    ScanInputs,
+)
+from ssmprune_cli.kernels.packing import LINEAR_PARTS, BlockSizes
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
@@ -55,6 +62,8 @@ Blocks = _struct(
     "blocks batch length dim channels state width rank directions others threads parts",
     "scale eps",
 )
+
+Linear = _struct("Linear", "x weight bias out", "rows inputs outputs x_l parts threads")
 
 
 class Call:
@@ -157,6 +166,15 @@ class Call:
         self._gaps(inputs)
         self.numbers.update(batch=batch, length=length, channels=channels, routes=routes, slices=slices)
         self.numbers.update(state=inputs.d_state, rank=inputs.projected.shape[3] - 2 * inputs.d_state)
+
+    def linear(self, inputs: LinearInputs) -> None:
+        x = inputs.x.flatten(0, -2) if inputs.x.ndim > 1 else inputs.x[None]
+        x = x if x.stride(1) == 1 else x.contiguous()
+        self.set(x=x, weight=inputs.weight.contiguous())
+        if inputs.bias is not None:
+            self.set(bias=inputs.bias.contiguous())
+        self.numbers.update(rows=x.shape[0], inputs=x.shape[1], outputs=inputs.outputs, x_l=x.stride(0))
+        self.numbers["parts"] = LINEAR_PARTS
 
     def _around(self, inputs: InnerInputs | BlocksInputs) -> None:
         """What pruned tokens leave behind."""

@@ -90,3 +90,12 @@ class BlocksInputs(NamedTuple):
     scale: float
     eps: float
     wants_y: bool
+
+
+class LinearInputs(NamedTuple):
+    """Inputs of a linear layer; shapes as in `linear_op.linear`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    outputs: int

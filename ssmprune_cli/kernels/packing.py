@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PANEL = 64  # columns of a weight that lie together in `pack_block`, as in csrc/blocks.c
+LINEAR_PARTS = 3  # values of bfloat16 that make up a float32
 _OUTPUTS, _INPUTS = 16, 32  # of a tile, as in csrc/tiles.h
 
 
@@ -58,9 +59,7 @@ class BlockSizes(NamedTuple):
 
     def words(self, outputs: int, inputs: int) -> int:
         """Values of float32, or as much memory, that `pack_block` gives for a weight (outputs, inputs)."""
-        if not self.parts:
-            return outputs * inputs
-        return (outputs + -outputs % _OUTPUTS) * (inputs + -inputs % _INPUTS) * self.parts // 2
+        return tiled_words(outputs, inputs, self.parts) if self.parts else outputs * inputs
 
 
 def pack_inner(directions: Sequence[InnerParameters]) -> Tensor:
@@ -104,6 +103,21 @@ def pack_block(
     large = (*in_proj.chunk(2), out_proj)
     projections = [_tiled(weight, parts) if parts else _panels(weight) for weight in large]
     return torch.cat([_wide(norm), *projections, *(_direction(own, parts) for own in directions)])
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """A weight (outputs, inputs) in float32 as `linear` takes it, (`tiled_words`,): in LINEAR_PARTS."""
+    return _tiled(weight, LINEAR_PARTS)
+
+
+def unpack_linear(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """(outputs, inputs) of what `pack_linear` gives."""
+    return _untiled(packed, outputs, inputs, LINEAR_PARTS)
+
+
+def tiled_words(outputs: int, inputs: int, parts: int) -> int:
+    """Values of float32 that a weight (outputs, inputs) in `parts` values of bfloat16 takes the room of."""
+    return (outputs + -outputs % _OUTPUTS) * (inputs + -inputs % _INPUTS) * parts // 2
 
 
 def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes) -> tuple[Tensor, ...]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ssmprune_cli.errors import DataError
+from ssmprune_cli.kernels import linear, pack_linear, suits_linear
 from ssmprune_cli.kernels.library import tracing
 
 T = TypeVar("T")
+PackedLinear = tuple[Tensor, Tensor | None]
 
 
 class _Source(NamedTuple):
@@ -69,10 +71,9 @@ class Kept(Generic[T]):
     inference only, and for parameters made outside of it: others have no version.
     """
 
-    def __init__(self, compute: Callable[[nn.Module, int], T]) -> None:
+    def __init__(self, compute: Callable[..., T]) -> None:
         self._compute = compute
-        self._module: nn.Module | None = None
-        self._how = 0
+        self._arguments: tuple[object, ...] = ()
         self._slots: list[tuple[Mapping[str, object], str]] = []  # modules' dictionaries, and names in them
         self._found: list[object] = []  # what is there
         self._hooks: list[Sized] = []
@@ -80,10 +81,10 @@ class Kept(Generic[T]):
         self._sources: list[_Source] = []
         self.value: T | None = None
 
-    def __call__(self, module: nn.Module, how: int) -> T:
-        if self.value is None or module is not self._module or how != self._how or not self._unchanged():
+    def __call__(self, module: nn.Module, *how: int) -> T:
+        if self.value is None or self._arguments != (module, *how) or not self._unchanged():
             self._watch(module)
-            self.value, self._module, self._how = self._compute(module, how), module, how
+            self.value, self._arguments = self._compute(module, *how), (module, *how)
         return self.value
 
     def _watch(self, module: nn.Module) -> None:
@@ -103,8 +104,27 @@ class Kept(Generic[T]):
             return False
         return list(map(bool, self._hooks)) == self._hooked
 
-    def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[[nn.Module, int], T]]]:
+    def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[..., T]]]:
         return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
+
+
+def project(layer: nn.Module, x: Tensor, packed: Kept[PackedLinear | None]) -> Tensor:
+    """`layer(x)`, a linear layer by `kernels.linear` where that is faster. `packed` is the layer's own, of
+    `packed_linear`."""
+    if isinstance(layer, nn.Linear) and suits_linear(x, layer.out_features):
+        found = packed(layer)
+        if found is not None:
+            return linear(x, *found, layer.out_features)
+    result: Tensor = layer(x)
+    return result
+
+
+def packed_linear(layer: nn.Module) -> PackedLinear | None:
+    """Weight and bias of a linear layer as `linear` takes them; None as in `MambaBlock.packed`."""
+    parameters = list(layer.parameters())
+    if not is_plain(layer, nn.Linear) or any(each.is_inference() or each.dtype != torch.float32 for each in parameters):
+        return None
+    return pack_linear(parameters[0]), parameters[1] if len(parameters) > 1 else None
 
 
 def kept_tensors(model: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import BlockSizes, causal_conv1d, fuses_inner, gated_sum, sparse_conv1d
 from ssmprune_cli.models.causal_sources import conv_sources
 from ssmprune_cli.models.inflow import Inflow, can_align, inflow
-from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates, is_plain
+from ssmprune_cli.models.layers import Derived, Kept, channels_last_taps, decay_rates, is_plain, packed_linear, project
 from ssmprune_cli.models.mamba_fused import fused_inner, packed_inner
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -134,7 +134,11 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(s4d_real(d_inner, d_state))
         if self.directions == 2:
             self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
-        self._packed = Derived(packed_inner)
+        self._packed, self._packed_in, self._packed_out = (
+            Derived(packed_inner),
+            Kept(packed_linear),
+            Kept(packed_linear),
+        )
         self._rates = tuple(Derived(decay_rates) for _ in range(self.directions))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
@@ -153,7 +157,7 @@ class MambaMixer(nn.Module):
         (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
         the scans need of them, the second than what the convolutions need.
         """
-        xz = self.in_proj(x)  # (B, L, 2E)
+        xz = project(self.in_proj, x, self._packed_in)  # (B, L, 2E)
         if context is not None:
             context = self._inner(context)
         mixed, statistics = None, ScanStatistics()
@@ -164,7 +168,7 @@ class MambaMixer(nn.Module):
             flow = inflow(sequence, inner, None if frozen is None else self._inner(frozen), alignment)
             statistics = self._scan(flow, context, wanted)
             mixed = gated_sum(statistics.y, z, self.scale)
-        projected: Tensor = self.out_proj(mixed)
+        projected = project(self.out_proj, mixed, self._packed_out)
         if self.gamma is not None:
             projected = projected * self.gamma
         return projected, statistics

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import fuses_inner, gated_sum, grid_conv2d, pack_routes, routed_scans
 from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates, is_plain
+from ssmprune_cli.models.layers import Derived, Kept, channels_last_taps, decay_rates, is_plain, packed_linear, project
 from ssmprune_cli.models.mamba_mixer import s4d_real
 from ssmprune_cli.models.plainmamba_routes import ROUTES, all_walks, walks
 from ssmprune_cli.models.routes import reorder, steps_of
@@ -39,6 +39,7 @@ class PlainMambaMixer(nn.Module):
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state))
         self._rates, self._taps, self._packed = Derived(decay_rates), Derived(channels_last_taps), Derived(_packed)
+        self._packed_in, self._packed_out = Kept(packed_linear), Kept(packed_linear)
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.direction_Bs = nn.Parameter(nn.init.trunc_normal_(torch.empty(ROUTES + 1, d_state), std=0.02))
         self.out_proj = nn.Linear(self.d_inner, dim)
@@ -58,7 +59,7 @@ class PlainMambaMixer(nn.Module):
         (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
         the scans need of them, the second than what the convolution needs.
         """
-        values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
+        values, gate = project(self.in_proj, x, self._packed_in).chunk(2, dim=-1)  # (B, L, E) each
         flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, self.grid[1])
         u, own = flow.pool(self._convolve(flow, context))
         projected = self.x_proj(u)
@@ -67,7 +68,7 @@ class PlainMambaMixer(nn.Module):
             outputs = [self._scan_at_once(u, projected, flow)]
         else:
             outputs, deltas = self._scan(u, own, projected, flow, wanted)
-        mixed: Tensor = self.out_proj(gated_sum(outputs, gate))
+        mixed = project(self.out_proj, gated_sum(outputs, gate), self._packed_out)
         return mixed, ScanStatistics(tuple(outputs), tuple(deltas))
 
     def _scan_at_once(self, u: Tensor, projected: Tensor, flow: Inflow) -> Tensor:

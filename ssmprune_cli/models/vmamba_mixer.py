@@ -16,7 +16,7 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import fuses_inner, grid_conv2d, pack_routes, routed_scans
 from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates, is_plain
+from ssmprune_cli.models.layers import Derived, Kept, channels_last_taps, decay_rates, is_plain, packed_linear, project
 from ssmprune_cli.models.mamba_mixer import StepProjection, s4d_real
 from ssmprune_cli.models.routes import Visits, reorder, steps_of, visits
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -78,6 +78,7 @@ class VMambaMixer(nn.Module):
             bias.copy_(start.bias.data)
         self.A_logs = nn.Parameter(s4d_real(DIRECTIONS * d_inner, d_state))
         self._rates, self._taps, self._packed = Derived(decay_rates), Derived(channels_last_taps), Derived(_packed)
+        self._packed_in, self._packed_out = Kept(packed_linear), Kept(packed_linear)
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * d_inner))
         self.out_norm = nn.LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
@@ -100,7 +101,7 @@ class VMambaMixer(nn.Module):
         and `context` (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no
         more than what the scans need of them, the second than what the convolution needs.
         """
-        u: Tensor = self.in_proj(x)  # (B, L, E), or (B, L, 2E) with a gate
+        u = project(self.in_proj, x, self._packed_in)  # (B, L, E), or (B, L, 2E) with a gate
         gate = None
         if self.gated:
             u, gate = u.chunk(2, dim=-1)  # (B, L, E) each
@@ -120,7 +121,7 @@ class VMambaMixer(nn.Module):
         mixed: Tensor = self.out_norm(summed)
         if gate is not None:
             mixed = mixed * functional.silu(gate)
-        projected: Tensor = self.out_proj(mixed)
+        projected = project(self.out_proj, mixed, self._packed_out)
         return projected, ScanStatistics(tuple(outputs), tuple(deltas))
 
     def _inner(self, x: Tensor) -> Tensor:

@@ -180,6 +180,10 @@ def swap_block(model: MambaBackbone) -> None:
     model.layers[1] = copy.deepcopy(model.layers[2])
 
 
+def swap_blocks(model: MambaBackbone) -> None:
+    model.layers = nn.ModuleList([*model.layers][::-1])
+
+
 class Adapter(nn.Module):
     """As low-rank adapters do: it has the weight of what it wraps, and adds to it."""
 
@@ -205,7 +209,7 @@ def hook(model: MambaBackbone) -> None:
     block(model, 3).mixer.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
-CHANGES = [double_last, reload, assign, swap_data, swap_layer, swap_block, adapt, hook]
+CHANGES = [double_last, reload, assign, swap_data, swap_layer, swap_block, swap_blocks, adapt, hook]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -38,7 +38,7 @@ INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start
 }
 
 static void project(const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
-    if (a->way == TILES) tiled(x, weight, out, start, stop, a->parts, a->rows);
+    if (a->way == TILES) tiled(x, weight, 0, out, start, stop, a->parts, a->rows);
     else if (a->way == PAIRS) panels(PAIRS, x, weight, out, start, stop);
     else panels(FLOATS, x, weight, out, start, stop);
 }

@@ -28,7 +28,7 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
     }
     if (way == TILES) {
         tile_rows(from, together, E, a->parts, a->rows);
-        tile_columns(a->rows, together, p.x_weight, E, 0, projected(a), a->parts, to);
+        tile_columns(a->rows, together, p.x_weight, 0, E, 0, projected(a), a->parts, to);
     } else {
         product(way, from, p.x_weight, E, projected(a), to);
     }

@@ -100,8 +100,8 @@ TILED INLINE void multiply(const uint16_t *tokens, int64_t split, const uint16_t
     }
 }
 
-TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K,
-                        int64_t parts, float *const *out, int64_t step, int64_t n) {
+TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns,
+                        int64_t K, int64_t parts, float *const *out, int64_t step, int64_t n) {
     const uint16_t *first = (const uint16_t *)weight, *second = (const uint16_t *)(weight + tiled_step(K, parts));
     int64_t above = first_rows(count), split = above * 32;
     int tall = count > above, wide = columns > 16;
@@ -109,11 +109,16 @@ TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight
     float *to = step ? out[0] + n : block;
     int64_t to_bytes = (step ? step : 32) * 4;
     char *below = (char *)to + above * to_bytes;
-    _tile_zero(0);
-    _tile_zero(2);
-    if (tall) {
-        _tile_zero(1);
-        _tile_zero(3);
+    if (bias) { /* one row, again and again */
+        _tile_loadd(0, bias, 0);
+        if (tall) _tile_loadd(1, bias, 0);
+        if (wide) _tile_loadd(2, bias + 16, 0);
+        if (tall && wide) _tile_loadd(3, bias + 16, 0);
+    } else {
+        _tile_zero(0);
+        if (tall) _tile_zero(1);
+        _tile_zero(2);
+        if (tall) _tile_zero(3);
     }
     if (parts == 1) multiply(rows, split, first, second, K, 1, tall, wide);
     else if (tall && wide) multiply(rows, split, first, second, K, 3, 1, 1);
@@ -131,8 +136,8 @@ void tiles_end(void) {}
 void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
     (void)x, (void)count, (void)K, (void)parts, (void)rows;
 }
-void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K, int64_t parts,
-                  float *const *out, int64_t step, int64_t n) {
-    (void)step, (void)rows, (void)count, (void)weight, (void)columns, (void)K, (void)parts, (void)out, (void)n;
+void tile_product(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns, int64_t K,
+                  int64_t parts, float *const *out, int64_t step, int64_t n) {
+    (void)step, (void)rows, (void)count, (void)weight, (void)bias, (void)columns, (void)K, (void)parts, (void)out, (void)n;
 }
 #endif

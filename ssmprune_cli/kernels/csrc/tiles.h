@@ -29,10 +29,10 @@ INLINE int64_t group_size(int64_t start, int64_t stop) {
 
 /* `count` tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), for a K that 32 divides. */
 void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows);
-/* Their product with a weight, of which the next 16 or 32 columns are wanted: columns n ... of out[r], which are `step`
- * floats apart, or 0 if not evenly. */
-void tile_product(const uint16_t *rows, int64_t count, const float *weight, int64_t columns, int64_t K, int64_t parts,
-                  float *const *out, int64_t step, int64_t n);
+/* Their product with a weight, plus a bias if there is one. The next 16 or 32 columns are wanted: columns n ... of out[r],
+ * which are `step` floats apart, or 0 if not evenly. */
+void tile_product(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns, int64_t K,
+                  int64_t parts, float *const *out, int64_t step, int64_t n);
 
 INLINE int64_t step_of(float *const *out, int64_t count) {
     int64_t step = count > 1 ? out[1] - out[0] : 0;
@@ -41,12 +41,12 @@ INLINE int64_t step_of(float *const *out, int64_t count) {
     return step;
 }
 
-/* Columns n ... P of their product with a weight, from those columns on. */
-INLINE void tile_columns(const uint16_t *rows, int64_t count, const float *weight, int64_t K, int64_t n, int64_t P,
-                         int64_t parts, float *const *out) {
+/* Columns n ... P of the same, with weight and bias from those columns on. */
+INLINE void tile_columns(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t K, int64_t n,
+                         int64_t P, int64_t parts, float *const *out) {
     int64_t step = step_of(out, count);
-    for (; n < P; n += 32, weight += 2 * tiled_step(K, parts))
-        tile_product(rows, count, weight, P - n, K, parts, out, step, n);
+    for (; n < P; n += 32, weight += 2 * tiled_step(K, parts), bias += bias ? 32 : 0)
+        tile_product(rows, count, weight, bias, P - n, K, parts, out, step, n);
 }
 
 /* A matrix with the rows of some samples of L: those of one are `l` apart, and samples `b`. */
@@ -63,8 +63,9 @@ INLINE void place(Rows matrix, int64_t row, int64_t stop, int64_t n, int count, 
 /* Floats of scratch memory that `tiled` needs for K channels. */
 INLINE int64_t tiled_room(int64_t K, int64_t parts) { return GROUPS * MOST_ROWS * K * parts / 2; }
 
-/* Rows `start` ... `stop` of out = x . weight. */
-INLINE void tiled(Rows x, const float *weight, Rows out, int64_t start, int64_t stop, int64_t parts, uint16_t *scratch) {
+/* Rows `start` ... `stop` of out = x . weight, plus bias if there is one. */
+INLINE void tiled(Rows x, const float *weight, const float *bias, Rows out, int64_t start, int64_t stop, int64_t parts,
+                  uint16_t *scratch) {
     int64_t K = x.columns, each = MOST_ROWS * K * parts, count = group_size(start, stop);
     float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
     if (count) tiles_begin(count);
@@ -76,7 +77,8 @@ INLINE void tiled(Rows x, const float *weight, Rows out, int64_t start, int64_t 
         }
         for (int64_t n = 0; n < out.columns; n += 32)
             for (int64_t g = 0; g < groups; g++)
-                tile_columns(scratch + g * each, count, weight + n / 16 * tiled_step(K, parts), K, n, n + 32, parts, to[g]);
+                tile_columns(scratch + g * each, count, weight + n / 16 * tiled_step(K, parts), bias ? bias + n : 0, K, n,
+                             n + 32, parts, to[g]);
     }
 }
 #endif

@@ -1,0 +1,26 @@
+/* A linear layer by TILES: out = x . weight + bias. */
+#include <omp.h>
+#include "tiles.h"
+
+/* x (rows, K), whose rows are x_l apart; out (rows, P); weight (K, P) in tiles; bias (P) or none. 32 divides K and P. */
+typedef struct {
+    const float *x, *weight, *bias;
+    float *out;
+    int64_t rows, inputs, outputs, x_l, parts, threads;
+} Linear;
+
+/* Returns 0, or 1 when memory ran out. */
+int linear(const Linear *a) {
+    int64_t room = tiled_room(a->inputs, a->parts);
+    float *scratch = aligned_alloc(64, (size_t)(a->threads * room) * sizeof(float));
+    if (!scratch) return 1;
+#pragma omp parallel num_threads(a->threads)
+    {
+        int64_t t = omp_get_thread_num(), start = a->rows * t / a->threads, stop = a->rows * (t + 1) / a->threads;
+        Rows x = {(float *)a->x, a->inputs, a->rows, 0, a->x_l}, out = {a->out, a->outputs, a->rows, 0, a->outputs};
+        tiled(x, a->weight, a->bias, out, start, stop, a->parts, (uint16_t *)(scratch + t * room));
+        tiles_end();
+    }
+    free(scratch);
+    return 0;
+}
