@@ -67,16 +67,20 @@ INLINE int64_t tiled_room(int64_t K, int64_t parts) { return GROUPS * MOST_ROWS 
 INLINE void tiled(Rows x, const float *weight, const float *bias, Rows out, int64_t start, int64_t stop, int64_t parts,
                   uint16_t *scratch) {
     int64_t K = x.columns, each = MOST_ROWS * K * parts, count = group_size(start, stop);
+    if (!count) return;
+    int64_t groups = (stop - start + count - 1) / count, passes = (groups + GROUPS - 1) / GROUPS;
     float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
-    if (count) tiles_begin(count);
-    for (int64_t groups = 0; start < stop; start += GROUPS * count) {
-        for (groups = 0; groups < GROUPS && start + groups * count < stop; groups++) {
-            place(x, start + groups * count, stop, 0, (int)count, from);
-            place(out, start + groups * count, stop, 0, (int)count, to[groups]);
-            tile_rows((const float *const *)from, count, K, parts, scratch + groups * each);
+    tiles_begin(count);
+    for (int64_t pass = 0; pass < passes; pass++) {
+        int64_t first = groups * pass / passes, together = groups * (pass + 1) / passes - first;
+        for (int64_t g = 0; g < together; g++) {
+            int64_t row = start + (first + g) * count;
+            place(x, row, stop, 0, (int)count, from);
+            place(out, row, stop, 0, (int)count, to[g]);
+            tile_rows((const float *const *)from, count, K, parts, scratch + g * each);
         }
         for (int64_t n = 0; n < out.columns; n += 32)
-            for (int64_t g = 0; g < groups; g++)
+            for (int64_t g = 0; g < together; g++)
                 tile_columns(scratch + g * each, count, weight + n / 16 * tiled_step(K, parts), bias ? bias + n : 0, K, n,
                              n + 32, parts, to[g]);
     }
