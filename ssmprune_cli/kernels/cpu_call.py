@@ -58,8 +58,8 @@ Routed = _struct(
 )
 Blocks = _struct(
     "Blocks",
-    "hidden residual context gap gap_delta out stream ungated parameters sources",
-    "blocks batch length dim channels state width rank directions others threads parts",
+    "hidden residual context gap gap_delta parameters out stream ungated sources",
+    "blocks each batch length dim channels state width rank directions others threads parts",
     "scale eps",
 )
 
@@ -145,11 +145,9 @@ class Call:
         if inputs.context is not None:
             self.set(context=inputs.context.float().contiguous())
         self._around(inputs)
-        parameters = [each.contiguous() for each in inputs.parameters]
-        self._alive += parameters
-        self._addresses = (ctypes.c_void_p * len(parameters))(*(each.data_ptr() for each in parameters))
-        self.numbers.update(parameters=ctypes.addressof(self._addresses), blocks=len(parameters), batch=batch)
-        self.numbers.update(length=length, dim=dim, channels=sizes.d_inner, state=sizes.d_state, width=sizes.d_conv)
+        self.set(parameters=inputs.parameters.contiguous())
+        self.numbers.update(blocks=len(inputs.parameters), each=inputs.parameters.shape[1], batch=batch, length=length)
+        self.numbers.update(dim=dim, channels=sizes.d_inner, state=sizes.d_state, width=sizes.d_conv)
         self.numbers.update(rank=sizes.dt_rank, directions=sizes.directions, scale=inputs.scale, eps=inputs.eps)
         self.numbers["parts"] = sizes.parts
 

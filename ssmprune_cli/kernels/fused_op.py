@@ -67,7 +67,7 @@ def mamba_inner(
 def mamba_blocks(
     hidden: Tensor,
     residual: Tensor | None,
-    parameters: Sequence[Tensor],
+    parameters: Tensor,
     sizes: BlockSizes,
     *,
     gap: Tensor | None = None,
@@ -81,7 +81,7 @@ def mamba_blocks(
     """Several Mamba blocks, one after the other: of each `add_rms_norm`, in_proj, `mamba_inner` and out_proj.
 
     hidden, residual  (B, L, d), the residual in float32 at least; none before the first block
-    parameters        of each block, from `pack_block`
+    parameters        (blocks, n), of each block from `pack_block`
     gap, gap_delta    (G, B, L), (blocks, G, E), as in `selective_scan`
     context           (B, M, d): tokens that only convolutions see, divided by their root mean square
     sources           (G, B, L, K) int64, as in `sparse_conv1d`; both or none
@@ -93,20 +93,18 @@ def mamba_blocks(
     batch, length, dim = three(hidden, "hidden")
     if sizes.parts not in _PARTS.get(hidden.dtype, (0,)):
         raise KernelError(f"weights in {sizes.parts} parts are not for {hidden.dtype}")
-    size = (sizes.block(dim),)
-    expected: Expected = {f"parameters[{n}]": (each, size) for n, each in enumerate(parameters)}
+    blocks = len(parameters)
+    expected: Expected = {"parameters": (parameters, (blocks, sizes.block(dim)))}
     if residual is not None:
         expected["residual"] = (residual, (batch, length, dim))
     if gap_delta is not None:
-        expected["gap_delta"] = (gap_delta, (len(parameters), sizes.directions, sizes.d_inner))
-    if not parameters or hidden.dtype == torch.float16:
-        raise KernelError(f"there are {len(parameters)} blocks, in {hidden.dtype}: one is needed, and no float16")
+        expected["gap_delta"] = (gap_delta, (blocks, sizes.directions, sizes.d_inner))
+    if not blocks or hidden.dtype == torch.float16:
+        raise KernelError(f"there are {blocks} blocks, in {hidden.dtype}: one is needed, and no float16")
     gap = _check(hidden, sizes, expected, gap, gap_delta, context, dim, sources)
-    refuse_gradients(hidden, *parameters)
+    refuse_gradients(hidden, parameters)
     given = (gap, gap_delta, context, sources)
-    found = torch.ops.ssmprune.mamba_blocks(
-        hidden, residual, list(parameters), list(sizes), *given, scale, eps, wants_y
-    )
+    found = torch.ops.ssmprune.mamba_blocks(hidden, residual, parameters, list(sizes), *given, scale, eps, wants_y)
     out, stream, y = found
     return out, stream, y
 
@@ -200,7 +198,7 @@ def _inner_fake(xz: Tensor, *others: Any) -> Tensor:
 def _blocks(
     hidden: Tensor,
     residual: Tensor | None,
-    parameters: Sequence[Tensor],
+    parameters: Tensor,
     sizes: Sequence[int],
     gap: Tensor | None,
     gap_delta: Tensor | None,
@@ -247,4 +245,4 @@ def _(
     batch, length, dim = hidden
     seen = 0 if context is None else context[1]
     projections = batch * (3 * length + seen) * dim * sizes[0]
-    return int(2 * len(parameters) * (projections + _inner_flops(batch, length, BlockSizes(*sizes))))
+    return int(2 * parameters[0] * (projections + _inner_flops(batch, length, BlockSizes(*sizes))))

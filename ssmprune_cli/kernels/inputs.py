@@ -81,7 +81,7 @@ class BlocksInputs(NamedTuple):
 
     hidden: Tensor
     residual: Tensor | None
-    parameters: Sequence[Tensor]
+    parameters: Tensor
     sizes: Sequence[int]
     gap: Tensor | None
     gap_delta: Tensor | None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from ssmprune_cli.kernels import block_parts
 from ssmprune_cli.models.base import Backbone
 from ssmprune_cli.models.inflow import can_align
 from ssmprune_cli.models.layers import Kept, PatchEmbed, RMSNorm
-from ssmprune_cli.models.mamba_block import MambaBlock, packed_blocks, unit_tokens
+from ssmprune_cli.models.mamba_block import MambaBlock, PackedBlocks, packed_blocks, unit_tokens
 from ssmprune_cli.models.mamba_fused import fused_blocks
 from ssmprune_cli.models.mamba_mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
@@ -128,9 +127,9 @@ class MambaBackbone(Backbone):
         sequence, block = self.embed(images), 0
         config = self.config
         parts = None if self.turns else block_parts(sequence.hidden, config.d_state, config.inner_channels)
-        packed = [None] * len(self.layers) if parts is None else self._packed(self.layers, parts)
+        packed = None if parts is None else self._packed(self.layers, parts)
         while block < len(self.layers):
-            if parts is not None and packed[block] is not None:
+            if parts is not None and packed is not None and packed.plain[block]:
                 at_once = self._fused(block, sequence, packed, parts)
                 if at_once is not None:
                     sequence, block = at_once
@@ -143,35 +142,34 @@ class MambaBackbone(Backbone):
         return sequence
 
     def _fused(
-        self, block: int, sequence: TokenSequence, packed: Sequence[Tensor | None], parts: int
+        self, block: int, sequence: TokenSequence, packed: PackedBlocks, parts: int
     ) -> tuple[TokenSequence, int] | None:
         """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
         None if it can do none. The pruner may look at the last one's scans, and prune after it."""
         if sequence.frozen is not None:
             return None
-        parameters, alignments = [], []
+        alignments = []
         wanted: Wanted = "nothing"
-        for number, each in enumerate(packed[block:], block):
+        for number, plain in enumerate(packed.plain[block:], block):
             alignment, asked = self.ask_pruner(number, sequence)
-            if each is None or asked == "delta" or not can_align(alignment):
+            if not plain or asked == "delta" or not can_align(alignment):
                 break
-            parameters.append(each)
             alignments.append(alignment)
             wanted = asked
             if wanted != "nothing":
                 break
-        if not parameters:
+        if not alignments:
             return None
+        stop = block + len(alignments)
         first = self.layers[block]
         assert isinstance(first, MambaBlock) and isinstance(first.norm, RMSNorm)
         norm, mixer = first.norm, first.mixer
         context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
         sizes = mixer.sizes._replace(parts=parts)
         sequence, statistics = fused_blocks(
-            sequence, parameters, sizes, alignments, context, mixer.scale, norm.eps, wanted
+            sequence, packed.run(block, stop), sizes, alignments, context, mixer.scale, norm.eps, wanted
         )
-        block += len(parameters)
-        return self.prune(block - 1, sequence, statistics, wanted), block
+        return self.prune(stop - 1, sequence, statistics, wanted), stop
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))

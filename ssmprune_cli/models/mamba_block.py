@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,26 @@ class MambaBlock(Block):
         return normalised
 
 
-def packed_blocks(layers: nn.Module, parts: int) -> list[Tensor | None]:
-    """Of each block in a list of modules."""
-    return [block.packed(parts) if isinstance(block, MambaBlock) else None for block in layers.children()]
+class PackedBlocks(NamedTuple):
+    """What `fused_blocks` takes of a list's blocks.
+
+    parameters  (n, size), of each plain block
+    plain       for each block, whether it is one
+    """
+
+    parameters: Tensor
+    plain: list[bool]
+
+    def run(self, start: int, stop: int) -> Tensor:
+        """Those of the blocks from `start` to `stop`, all of them plain."""
+        first = sum(self.plain[:start])
+        return self.parameters[first : first + stop - start]
+
+
+def packed_blocks(layers: nn.Module, parts: int) -> PackedBlocks:
+    each = [block.packed(parts) if isinstance(block, MambaBlock) else None for block in layers.children()]
+    found = [packed for packed in each if packed is not None]
+    return PackedBlocks(torch.stack(found) if found else torch.empty(0, 0), [packed is not None for packed in each])
 
 
 def unit_tokens(sequence: TokenSequence, fate: Literal["frozen", "context"], norm: RMSNorm) -> Tensor:

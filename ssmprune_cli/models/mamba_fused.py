@@ -66,7 +66,7 @@ def fused_inner(
 
 def fused_blocks(
     sequence: TokenSequence,
-    parameters: Sequence[Tensor],
+    parameters: Tensor,
     sizes: BlockSizes,
     alignments: Sequence[ScanAlignment | None],
     context: Tensor | None,

@@ -108,7 +108,7 @@ def blocks(
         ]
         packed.append(pack_block(rounded(normal(dim)), scaled(2 * E, dim), scaled(dim, E), inner, parts))
     return backend.mamba_blocks(
-        BlocksInputs(hidden, None, packed, sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
+        BlocksInputs(hidden, None, torch.stack(packed), sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
     )
 
 

@@ -75,9 +75,9 @@ class Case:
             for _ in range(self.blocks)
         ]
 
-    def packed(self, dtype: torch.dtype, parts: int = 0) -> list[Tensor]:
+    def packed(self, dtype: torch.dtype, parts: int = 0) -> Tensor:
         """Of each block, as a model in `dtype` has them."""
-        return [
+        each = [
             pack_block(
                 norm.to(dtype),
                 in_proj.to(dtype),
@@ -87,6 +87,7 @@ class Case:
             )
             for (norm, in_proj, out_proj), directions in zip(self.large, self.directions, strict=True)
         ]
+        return torch.stack(each)
 
     @torch.inference_mode()
     def parts(self, dtype: torch.dtype) -> int | None:
@@ -259,8 +260,8 @@ def test_what_does_not_fit_is_named() -> None:
         "sources must be int64": lambda: mamba_inner(xz, parameters, *sizes, context=context, sources=sources[:1]),
         "a source lies outside": lambda: mamba_inner(xz, parameters, *sizes, context=context, sources=sources + 11),
         "have no gradient": lambda: mamba_inner(xz.requires_grad_(), parameters, *sizes),
-        "there are 0 blocks": lambda: mamba_blocks(hidden, None, [], case.sizes),
-        r"parameters\[1\] has shape": lambda: mamba_blocks(hidden, None, [packed[0], packed[1][1:]], case.sizes),
+        "there are 0 blocks": lambda: mamba_blocks(hidden, None, packed[:0], case.sizes),
+        r"parameters has shape \(1, ": lambda: mamba_blocks(hidden, None, packed[:1, 1:], case.sizes),
         "residual has shape": lambda: mamba_blocks(hidden, hidden[:1], packed, case.sizes),
         "gap_delta has shape": lambda: mamba_blocks(
             hidden, None, packed, case.sizes, gap=torch.ones(2, 2, 5), gap_delta=torch.ones(2, 16)

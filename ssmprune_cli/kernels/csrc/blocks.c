@@ -7,14 +7,13 @@
 #include "rows.h"
 
 /* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean
- * square 1; gap (G, B, L); gap_delta (blocks, G, E); sources (G, B, L, K). `parameters` of each block are as
+ * square 1; gap (G, B, L); gap_delta (blocks, G, E); sources (G, B, L, K). `parameters` (blocks, each) are as
  * packing.pack_block lays them out for `parts`. */
 typedef struct {
-    const float *hidden, *residual, *context, *gap, *gap_delta;
+    const float *hidden, *residual, *context, *gap, *gap_delta, *parameters;
     float *out, *stream, *ungated;
-    const float *const *parameters;
     const int64_t *sources;
-    int64_t blocks, batch, length, dim, channels, state, width, rank, directions, others, threads, parts;
+    int64_t blocks, each, batch, length, dim, channels, state, width, rank, directions, others, threads, parts;
     double scale, eps;
 } Blocks;
 
@@ -63,7 +62,7 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, int6
     share(count * L, t, a->threads, &start, &stop);
     share(count * M, t, a->threads, &context_start, &context_stop);
     for (int64_t block = 0; block < a->blocks; block++) {
-        const float *norm = a->parameters[block], *in = norm + d, *back = in + 2 * weight;
+        const float *norm = a->parameters + block * a->each, *in = norm + d, *back = in + 2 * weight;
         inner.parameters = back + weight_size(E, d, way, a->parts);
         if (block == a->blocks - 1) inner.ungated = a->ungated;
         inner.gap_delta = a->gap_delta ? a->gap_delta + block * a->directions * E : 0;
