@@ -16,7 +16,6 @@ from ssmprune_cli.kernels import linear, pack_linear, suits_linear
 from ssmprune_cli.kernels.library import tracing
 
 T = TypeVar("T")
-PackedLinear = tuple[Tensor, Tensor | None]
 
 
 class _Source(NamedTuple):
@@ -108,23 +107,24 @@ class Kept(Generic[T]):
         return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
 
 
-def project(layer: nn.Module, x: Tensor, packed: Kept[PackedLinear | None]) -> Tensor:
+def project(layer: nn.Module, x: Tensor, packed: Kept[Tensor | None]) -> Tensor:
     """`layer(x)`, a linear layer by `kernels.linear` where that is faster. `packed` is the layer's own, of
     `packed_linear`."""
     if isinstance(layer, nn.Linear) and suits_linear(x, layer.out_features):
-        found = packed(layer)
-        if found is not None:
-            return linear(x, *found, layer.out_features)
+        weight = packed(layer)
+        if weight is not None:
+            return linear(x, weight, layer.bias, layer.out_features)
     result: Tensor = layer(x)
     return result
 
 
-def packed_linear(layer: nn.Module) -> PackedLinear | None:
-    """Weight and bias of a linear layer as `linear` takes them; None as in `MambaBlock.packed`."""
-    parameters = list(layer.parameters())
-    if not is_plain(layer, nn.Linear) or any(each.is_inference() or each.dtype != torch.float32 for each in parameters):
+def packed_linear(layer: nn.Module) -> Tensor | None:
+    """The weight of a linear layer as `linear` takes it; None as in `MambaBlock.packed`."""
+    if not isinstance(layer, nn.Linear) or not is_plain(layer, nn.Linear):
         return None
-    return pack_linear(parameters[0]), parameters[1] if len(parameters) > 1 else None
+    if any(each.is_inference() or each.dtype != torch.float32 for each in layer.parameters()):
+        return None
+    return pack_linear(layer.weight)
 
 
 def kept_tensors(model: nn.Module) -> list[Tensor]:
