@@ -222,12 +222,16 @@ class TokenSequence:
         In a reverse scan "before" is the side of higher positions. The first token of a scan gets 0: the state is still
         zero there, so what was skipped cannot matter.
         """
+        return self.both_gaps()[int(reverse)]
+
+    def both_gaps(self) -> Tensor:
+        """(2, B, L): `gaps` of a scan and of one in reverse."""
         if "gaps" not in self.memo:
             skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
-            zero = torch.zeros_like(skipped[:, :1]) if skipped.shape[1] else skipped.new_zeros(len(skipped), 1)
-            self.memo["gaps"] = torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)
-        gaps: tuple[Tensor, Tensor] = self.memo["gaps"]
-        return gaps[reverse]
+            zero = skipped.new_zeros(len(skipped), 1)
+            self.memo["gaps"] = torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))
+        gaps: Tensor = self.memo["gaps"]
+        return gaps
 
 
 def joined_sizes(sizes: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:

@@ -9,17 +9,17 @@ from torch.nn import functional
 from ssmprune_cli.tokens import TokenSequence
 
 
-def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tensor:
-    """(B, L, K): which row of the live tokens followed by `sequence.context` each tap of a causal convolution meets:
-    that of the token so many places away among both, or -1 beyond the ends."""
-    key = f"sources {width} {reverse}"
+def conv_sources(sequence: TokenSequence, width: int) -> Tensor:
+    """(2, B, L, K): which row of the live tokens followed by `sequence.context` each tap of a causal convolution meets,
+    and of one in reverse: that of the token so many places away among both, or -1 beyond the ends."""
+    key = f"sources {width}"
     if key not in sequence.memo:
         order, rank = _together(sequence)
         beyond = width - 1  # what a tap may meet at either end
         rows = functional.pad(order, (beyond, beyond), value=-1)
         taps = torch.arange(width, device=order.device)
-        wanted = rank[..., None] + (2 * beyond - taps if reverse else taps)  # (B, L, K)
-        sequence.memo[key] = rows.gather(1, wanted.flatten(1)).view_as(wanted)
+        wanted = rank[..., None] + torch.stack((taps, 2 * beyond - taps))[:, None, None]  # (2, B, L, K)
+        sequence.memo[key] = rows.expand(2, -1, -1).gather(2, wanted.flatten(2)).view_as(wanted)
     sources: Tensor = sequence.memo[key]
     return sources
 
@@ -27,11 +27,10 @@ def conv_sources(sequence: TokenSequence, width: int, *, reverse: bool) -> Tenso
 def _together(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
     """Live tokens and `sequence.context` in ascending position: their rows (B, L + M), the live ones first, and the
     place of each live one among them (B, L)."""
-    if "together" not in sequence.memo:
-        assert sequence.context is not None
-        order = torch.cat((sequence.positions, sequence.context.positions), dim=1).argsort(dim=1)
-        places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        rank = torch.empty_like(order).scatter(1, order, places)[:, : sequence.positions.shape[1]]
-        sequence.memo["together"] = (order, rank)
-    order, rank = sequence.memo["together"]
-    return order, rank
+    assert sequence.context is not None
+    positions = torch.cat((sequence.positions, sequence.context.positions), dim=1)
+    places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    if positions.shape[1] == sequence.length:  # none is missing: a position is a place
+        return torch.empty_like(positions).scatter(1, positions, places), sequence.positions
+    order = positions.argsort(dim=1)
+    return order, torch.empty_like(order).scatter(1, order, places)[:, : sequence.positions.shape[1]]

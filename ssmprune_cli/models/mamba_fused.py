@@ -56,10 +56,10 @@ def fused_inner(
         sizes.d_state,
         sizes.d_conv,
         sizes.dt_rank,
-        gap=None if alignment is None else _gaps(sequence, sizes),
+        gap=None if alignment is None else sequence.both_gaps()[: sizes.directions],
         gap_delta=None if alignment is None else alignment.gap_delta,
         context=context,
-        sources=None if context is None else _sources(sequence, sizes),
+        sources=None if context is None else conv_sources(sequence, sizes.d_conv)[: sizes.directions],
         scale=scale,
     )
 
@@ -84,30 +84,12 @@ def fused_blocks(
         sequence.residual,
         parameters,
         sizes,
-        gap=None if alignments[0] is None else _gaps(sequence, sizes),
+        gap=None if alignments[0] is None else sequence.both_gaps()[: sizes.directions],
         gap_delta=torch.stack(steps) if steps else None,
         context=context,
-        sources=None if context is None else _sources(sequence, sizes),
+        sources=None if context is None else conv_sources(sequence, sizes.d_conv)[: sizes.directions],
         scale=scale,
         eps=eps,
         wants_y=wanted == "y",
     )
     return replace(sequence, hidden=hidden, residual=residual), ScanStatistics((y,) if wanted == "y" else ())
-
-
-def _gaps(sequence: TokenSequence, sizes: BlockSizes) -> Tensor:
-    """(G, B, L)"""
-    if "gaps of all" not in sequence.memo:
-        each = [sequence.gaps(reverse=g == 1) for g in range(sizes.directions)]
-        sequence.memo["gaps of all"] = torch.stack(each)
-    gaps: Tensor = sequence.memo["gaps of all"]
-    return gaps
-
-
-def _sources(sequence: TokenSequence, sizes: BlockSizes) -> Tensor:
-    """(G, B, L, K)"""
-    if "sources of all" not in sequence.memo:
-        each = [conv_sources(sequence, sizes.d_conv, reverse=g == 1) for g in range(sizes.directions)]
-        sequence.memo["sources of all"] = torch.stack(each)
-    sources: Tensor = sequence.memo["sources of all"]
-    return sources

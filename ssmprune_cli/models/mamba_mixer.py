@@ -245,7 +245,7 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
         without bias, B and C (B, S, N)."""
-        sources = None if context is None else conv_sources(flow.convolved, self.sizes.d_conv, reverse=reverse)
+        sources = None if context is None else conv_sources(flow.convolved, self.sizes.d_conv)[int(reverse)]
         u, own = flow.pool(branch.conv1d(flow.values, reverse=reverse, context=context, sources=sources))
         rank_values, b, c = branch.x_proj(u).split(self.splits, dim=-1)
         return u, own, branch.dt_proj(rank_values), b, c

@@ -36,7 +36,7 @@ def test_equals_the_dense_convolution_and_its_gradients(backend: str, reverse: b
     x, context, sequence = split(dense, kept)
     assert sequence.context is not None
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, context, weight, bias)]
-    found = sparse_conv1d(leaves[0], leaves[1], conv_sources(sequence, 4, reverse=reverse), leaves[2], leaves[3])
+    found = sparse_conv1d(leaves[0], leaves[1], conv_sources(sequence, 4)[int(reverse)], leaves[2], leaves[3])
     d_x, d_context, *others = torch.autograd.grad(found.float().sin().sum(), leaves)
     gone = sequence.context.positions[..., None].expand(-1, -1, 37)
     pairs = [(found, expected), (d_x, d_dense.gather(1, index)), (d_context, d_dense.gather(1, gone))]
@@ -53,12 +53,24 @@ def test_a_second_drop_remembers_the_first() -> None:
     assert context is not None and second.positions.tolist() == [[2, 3, 9]]
     assert sorted(context.positions[0].tolist()) == [0, 1, 4, 5, 6, 7, 8, 10, 11]
     rows = torch.cat((x, context.stream), dim=1)[0, :, 0]
-    forward, backward = (conv_sources(second, 3, reverse=reverse)[0] for reverse in (False, True))
+    forward, backward = conv_sources(second, 3)[:, 0]
     assert rows[forward].tolist() == [[0, 1, 2], [1, 2, 3], [7, 8, 9]]
     assert rows[backward].tolist() == [[4, 3, 2], [5, 4, 3], [11, 10, 9]]
     edge = TokenSequence.dense(dense).keep(torch.tensor([[0, 11]]), others="context")
-    assert conv_sources(edge, 3, reverse=False)[0, 0, :2].tolist() == [-1, -1]
-    assert conv_sources(edge, 3, reverse=True)[0, 1, :2].tolist() == [-1, -1]
+    assert conv_sources(edge, 3)[0, 0, 0, :2].tolist() == [-1, -1]
+    assert conv_sources(edge, 3)[1, 0, 1, :2].tolist() == [-1, -1]
+
+
+def test_tokens_that_are_gone_are_not_met() -> None:
+    dense = torch.arange(12.0).view(1, 12, 1)
+    left = (
+        TokenSequence.dense(dense).keep(torch.tensor([[1, 4, 5, 9, 11]])).keep(torch.tensor([[1, 3]]), others="context")
+    )
+    assert left.context is not None and left.positions.tolist() == [[4, 9]]
+    rows = torch.cat((left.hidden, left.context.stream), dim=1)[0, :, 0]
+    forward, backward = conv_sources(left, 2)[:, 0]
+    assert rows[forward].tolist() == [[1, 4], [5, 9]]
+    assert rows[backward].tolist() == [[5, 4], [11, 9]]
 
 
 def test_what_does_not_fit_is_named() -> None:

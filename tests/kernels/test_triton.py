@@ -232,7 +232,7 @@ def sources_of(kind: str, kept: tuple[int, int, int], dropped: int, width: int) 
     sequence = TokenSequence.dense(torch.zeros(batch, live + dropped, 1)).keep(ranks, others="context")
     if sequence.context is None:
         sequence = replace(sequence, context=Dropped(torch.zeros(batch, 0, 1), ranks[:, :0]))
-    return conv_sources(sequence, width, reverse=kind == "reverse")
+    return conv_sources(sequence, width)[int(kind == "reverse")]
 
 
 @kernels
