@@ -60,11 +60,6 @@ INLINE int64_t inner_scratch(const Inner *a) {
     return (a->directions * a->length * (a->channels + padded(a)) + 15) / 16 * 16;
 }
 
-/* The part of `count` things that thread `t` of `threads` takes: from *start to *stop. */
-INLINE void share(int64_t count, int64_t t, int64_t threads, int64_t *start, int64_t *stop) {
-    *start = count * t / threads, *stop = count * (t + 1) / threads;
-}
-
 /* Of the samples `first` ... `first + count` the rows that thread `t` takes: their u, and their rank values, B and C, into
  * the samples' scratch memory, `size` floats each. Returns whether a source is missing. */
 int feed_rows(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size);

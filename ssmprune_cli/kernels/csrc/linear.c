@@ -1,4 +1,4 @@
-/* A linear layer by TILES: out = x . weight + bias. */
+/* A linear layer: out = x . weight + bias. */
 #include <omp.h>
 #include "tiles.h"
 
@@ -16,7 +16,8 @@ int linear(const Linear *a) {
     if (!scratch) return 1;
 #pragma omp parallel num_threads(a->threads)
     {
-        int64_t t = omp_get_thread_num(), start = a->rows * t / a->threads, stop = a->rows * (t + 1) / a->threads;
+        int64_t t = omp_get_thread_num(), start, stop;
+        share(a->rows, t, a->threads, &start, &stop);
         Rows x = {(float *)a->x, a->inputs, a->rows, 0, a->x_l}, out = {a->out, a->outputs, a->rows, 0, a->outputs};
         tiled(x, a->weight, a->bias, out, start, stop, a->parts, (uint16_t *)(scratch + t * room));
         tiles_end();

@@ -59,9 +59,9 @@ int routed_scans(const Routed *a) {
     int failed = !steps;
 #pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
     for (int64_t item = 0; item < (steps ? a->batch * a->groups : 0); item++) {
-        int64_t group = item % a->groups;
-        failed |= scan_routes(a, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups,
-                              steps + omp_get_thread_num() * each);
+        int64_t from, to;
+        share(blocks, item % a->groups, a->groups, &from, &to);
+        failed |= scan_routes(a, item / a->groups, from, to, steps + omp_get_thread_num() * each);
     }
     free(steps);
     return failed;

@@ -42,8 +42,10 @@ int add_rms_norm_backward(const NormBack *a) {
 #pragma omp parallel for num_threads(a->threads) schedule(static)
     for (int64_t group = 0; group < a->groups; group++) {
         float *d_weight = a->d_weight + group * a->channels;
+        int64_t start, stop;
+        share(a->rows, group, a->groups, &start, &stop);
         memset(d_weight, 0, (size_t)a->channels * sizeof(float));
-        for (int64_t row = a->rows * group / a->groups; row < a->rows * (group + 1) / a->groups; row++) {
+        for (int64_t row = start; row < stop; row++) {
             if (a->half) norm_back_row(a, row, d_weight, 1);
             else norm_back_row(a, row, d_weight, 0);
         }

@@ -171,8 +171,9 @@ int scan_backward(const Scan *a) {
     int failed = 0;
 #pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
     for (int64_t item = 0; item < a->batch * a->groups; item++) {
-        int64_t group = item % a->groups;
-        failed |= backward_group(a, item, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups);
+        int64_t from, to;
+        share(blocks, item % a->groups, a->groups, &from, &to);
+        failed |= backward_group(a, item, item / a->groups, from, to);
     }
     return failed;
 }

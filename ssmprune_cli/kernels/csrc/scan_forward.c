@@ -79,8 +79,9 @@ int scan_forward(const Scan *a) {
     int failed = 0;
 #pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
     for (int64_t item = 0; item < a->batch * a->groups; item++) {
-        int64_t group = item % a->groups;
-        failed |= scan_forward_group(a, item / a->groups, blocks * group / a->groups, blocks * (group + 1) / a->groups);
+        int64_t from, to;
+        share(blocks, item % a->groups, a->groups, &from, &to);
+        failed |= scan_forward_group(a, item / a->groups, from, to);
     }
     return failed;
 }

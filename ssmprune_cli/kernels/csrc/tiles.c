@@ -46,9 +46,9 @@ TILED void tiles_end(void) { _tile_release(); }
 /* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. One part is
  * rounded; of three, each takes the next bits, so that nothing is left. */
 TILED void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
-    uint16_t alternate[32] __attribute__((aligned(64)));
-    for (int i = 0; i < 32; i++) alternate[i] = (uint16_t)(i / 2 + i % 2 * 16);
-    const __m512i order = _mm512_load_si512(alternate), upper = _mm512_set1_epi32((int)0xFFFF0000);
+    static const uint16_t alternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_loadu_si512(alternate), upper = _mm512_set1_epi32((int)0xFFFF0000);
     for (int64_t r = 0; r < count; r++)
         for (int64_t k = 0; k < K; k += 32) {
             uint16_t *to = rows + k * parts * MOST_ROWS + r * 32;
@@ -117,8 +117,8 @@ TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight
     } else {
         _tile_zero(0);
         if (tall) _tile_zero(1);
-        _tile_zero(2);
-        if (tall) _tile_zero(3);
+        if (wide) _tile_zero(2);
+        if (tall && wide) _tile_zero(3);
     }
     if (parts == 1) multiply(rows, split, first, second, K, 1, tall, wide);
     else if (tall && wide) multiply(rows, split, first, second, K, 3, 1, 1);

@@ -72,15 +72,16 @@ INLINE void tiled(Rows x, const float *weight, const float *bias, Rows out, int6
     float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
     tiles_begin(count);
     for (int64_t pass = 0; pass < passes; pass++) {
-        int64_t first = groups * pass / passes, together = groups * (pass + 1) / passes - first;
-        for (int64_t g = 0; g < together; g++) {
+        int64_t first, last;
+        share(groups, pass, passes, &first, &last);
+        for (int64_t g = 0; g < last - first; g++) {
             int64_t row = start + (first + g) * count;
             place(x, row, stop, 0, (int)count, from);
             place(out, row, stop, 0, (int)count, to[g]);
             tile_rows((const float *const *)from, count, K, parts, scratch + g * each);
         }
         for (int64_t n = 0; n < out.columns; n += 32)
-            for (int64_t g = 0; g < together; g++)
+            for (int64_t g = 0; g < last - first; g++)
                 tile_columns(scratch + g * each, count, weight + n / 16 * tiled_step(K, parts), bias ? bias + n : 0, K, n,
                              n + 32, parts, to[g]);
     }

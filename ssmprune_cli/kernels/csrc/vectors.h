@@ -74,6 +74,11 @@ INLINE void store(void *data, int64_t at, vf v, int lanes, int half) {
     }
 }
 
+/* The part of `count` things that share `t` of `shares` takes: from *start to *stop. */
+INLINE void share(int64_t count, int64_t t, int64_t shares, int64_t *start, int64_t *stop) {
+    *start = count * t / shares, *stop = count * (t + 1) / shares;
+}
+
 #define SLAB (UNROLL * W) /* channels worked on at once */
 
 /* Run `body` for vector i of the slab at channel c of `channels`; `lanes` is a constant where the slab is full, so that
