@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sized
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Derived(Generic[T]):
 
 class Kept(Generic[T]):
     """What inference derives from whole modules, computed again only when something in them has changed: a parameter or
-    its values, a module in the place of another, a hook; or when it is asked for with another `how`. For
+    its values, a module in the place of another, a hook; or when it is asked for of another, or with another `how`. For
     inference only, and for parameters made outside of it: others have no version.
     """
 
@@ -81,10 +81,10 @@ class Kept(Generic[T]):
         self.value: T | None = None
 
     def __call__(self, module: nn.Module, *how: int) -> T:
-        if self.value is None or self._arguments != (module, *how) or not self._unchanged():
+        if self._arguments != (module, *how) or not self._unchanged():
             self._watch(module)
             self.value, self._arguments = self._compute(module, *how), (module, *how)
-        return self.value
+        return cast(T, self.value)  # which may be None
 
     def _watch(self, module: nn.Module) -> None:
         modules = list(module.modules())

@@ -129,8 +129,8 @@ class MambaBackbone(Backbone):
         parts = None if self.turns else block_parts(sequence.hidden, config.d_state, config.inner_channels)
         packed = None if parts is None else self._packed(self.layers, parts)
         while block < len(self.layers):
-            if parts is not None and packed is not None and packed.plain[block]:
-                at_once = self._fused(block, sequence, packed, parts)
+            if packed is not None and packed.plain[block]:
+                at_once = self._fused(block, sequence, packed)
                 if at_once is not None:
                     sequence, block = at_once
                     continue
@@ -141,9 +141,7 @@ class MambaBackbone(Backbone):
             block += 1
         return sequence
 
-    def _fused(
-        self, block: int, sequence: TokenSequence, packed: PackedBlocks, parts: int
-    ) -> tuple[TokenSequence, int] | None:
+    def _fused(self, block: int, sequence: TokenSequence, packed: PackedBlocks) -> tuple[TokenSequence, int] | None:
         """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
         None if it can do none. The pruner may look at the last one's scans, and prune after it."""
         if sequence.frozen is not None:
@@ -161,13 +159,11 @@ class MambaBackbone(Backbone):
         if not alignments:
             return None
         stop = block + len(alignments)
-        first = self.layers[block]
-        assert isinstance(first, MambaBlock) and isinstance(first.norm, RMSNorm)
-        norm, mixer = first.norm, first.mixer
+        norm = self.layers[block].norm
+        assert isinstance(norm, RMSNorm)
         context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
-        sizes = mixer.sizes._replace(parts=parts)
         sequence, statistics = fused_blocks(
-            sequence, packed.run(block, stop), sizes, alignments, context, mixer.scale, norm.eps, wanted
+            sequence, packed.run(block, stop), packed.sizes, alignments, context, packed.scale, packed.eps, wanted
         )
         return self.prune(stop - 1, sequence, statistics, wanted), stop
 

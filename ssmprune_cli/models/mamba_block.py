@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import add_rms_norm
+from ssmprune_cli.kernels import BlockSizes, add_rms_norm
 from ssmprune_cli.models.block import Block
 from ssmprune_cli.models.layers import RMSNorm, is_plain
 from ssmprune_cli.models.mamba_fused import packed_block
@@ -63,12 +63,16 @@ class MambaBlock(Block):
 class PackedBlocks(NamedTuple):
     """What `fused_blocks` takes of a list's blocks.
 
-    parameters  (n, size), of each plain block
-    plain       for each block, whether it is one
+    parameters         (n, size), of each plain block
+    plain              for each block, whether it is one: made of what the op computes, and like the first that is
+    sizes, scale, eps  of all plain blocks
     """
 
     parameters: Tensor
     plain: list[bool]
+    sizes: BlockSizes
+    scale: float
+    eps: float
 
     def run(self, start: int, stop: int) -> Tensor:
         """Those of the blocks from `start` to `stop`, all of them plain."""
@@ -76,10 +80,22 @@ class PackedBlocks(NamedTuple):
         return self.parameters[first : first + stop - start]
 
 
-def packed_blocks(layers: nn.Module, parts: int) -> PackedBlocks:
-    each = [block.packed(parts) if isinstance(block, MambaBlock) else None for block in layers.children()]
-    found = [packed for packed in each if packed is not None]
-    return PackedBlocks(torch.stack(found) if found else torch.empty(0, 0), [packed is not None for packed in each])
+def packed_blocks(layers: nn.Module, parts: int) -> PackedBlocks | None:
+    """Of the blocks in a list of modules, with weights in `parts`; None if no block is plain."""
+    found, plain, like = [], [], None
+    for block in layers.children():
+        packed = block.packed(parts) if isinstance(block, MambaBlock) else None
+        own = None
+        if isinstance(block, MambaBlock) and packed is not None:
+            own = (packed.shape, block.mixer.sizes, block.mixer.scale, block.norm.eps)
+            like = like or own
+        plain.append(own is not None and own == like)
+        if packed is not None and plain[-1]:
+            found.append(packed)
+    if like is None:
+        return None
+    _, sizes, scale, eps = like
+    return PackedBlocks(torch.stack(found), plain, sizes._replace(parts=parts), scale, eps)
 
 
 def unit_tokens(sequence: TokenSequence, fate: Literal["frozen", "context"], norm: RMSNorm) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import fused_ops_apart, use_backend
-from ssmprune_cli.models.layers import Kept
+from ssmprune_cli.models.layers import Kept, RMSNorm
 from ssmprune_cli.models.mamba_backbone import MambaBackbone
 from ssmprune_cli.models.mamba_block import MambaBlock
 from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
@@ -212,6 +212,31 @@ def hook(model: MambaBackbone) -> None:
 CHANGES = [double_last, reload, assign, swap_data, swap_layer, swap_block, swap_blocks, adapt, hook]
 
 
+def other_epsilon(model: MambaBackbone) -> None:
+    norm = block(model, 2).norm
+    assert isinstance(norm, RMSNorm)
+    norm.eps = 1.0
+
+
+def other_scale(model: MambaBackbone) -> None:
+    block(model, 2).mixer.scale = 2.0
+
+
+def other_size(model: MambaBackbone) -> None:
+    model.layers[2] = block(Vim(VimConfig(**{**SIZES, "d_state": 8})), 0)
+
+
+@pytest.mark.parametrize("change", [other_epsilon, other_scale, other_size])
+def test_a_block_unlike_the_others_is_computed_by_itself(
+    change: Callable[[MambaBackbone], None], used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
+    model = make("vim")
+    change(model)
+    found, ops = used(model, images())
+    assert ops["mamba_blocks"] == 2
+    assert_close(found, apart(model, images()))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_model_is_never_missed(
     change: Callable[[MambaBackbone], None], used: Used, apart: Apart, assert_close: AssertClose
@@ -252,6 +277,9 @@ def test_nothing_is_computed_twice_for_a_model_that_stays() -> None:
         first.weight.add_(1)
     assert kept(layer, 3) == 2 == kept(layer, 3)
     assert kept(layer, 0) == 3 and calls == [3, 3, 0]
+    assert kept(nn.Sequential(first), 0) == 4
+    nothing = Kept(lambda module: calls.append(-1))
+    assert nothing(layer) is None is nothing(layer) and calls.count(-1) == 1
 
 
 def test_models_made_in_inference_mode_work_too(apart: Apart, assert_close: AssertClose) -> None:
