@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from operator import add, or_
+from operator import or_
 from typing import Any, Literal
 
 import torch
@@ -96,8 +96,7 @@ class TokenSequence:
     @property
     def stream(self) -> Tensor:
         """(B, L, d), float32 at least: the residual stream with the last block's output added to it."""
-        stream = self.hidden if self.residual is None else self.residual + self.hidden
-        return stream.to(torch.promote_types(stream.dtype, torch.float32))
+        return _stream(self.hidden, self.residual)
 
     def keep(self, index: Tensor, *, others: Fate = "gone") -> TokenSequence:
         """Keep the tokens at `index` (B, K), in that order; `others` says what the rest is still good for.
@@ -198,16 +197,14 @@ class TokenSequence:
 
     def protected_stream(self) -> Tensor:
         """(B, P, d): `stream` of the P protected tokens, of which there must be one, in the order of `protected`."""
-        values = [self.hidden] if self.residual is None else [self.residual, self.hidden]
-        if self.is_dense:
-            found = [torch.stack([each[:, place] for place in self.protected], dim=1) for each in values]
-        else:
-            ranks = [(self.positions == place).int().argmax(dim=1) for place in self.protected]  # (B,) each
-            index = torch.stack(ranks, dim=1)
-            rows = _rows(index, self.hidden.shape[1])
-            found = [_take(each, index, rows) for each in values]
-        total = reduce(add, found)
-        return total.to(torch.promote_types(total.dtype, torch.float32))
+        ranks = [] if self.is_dense else [(self.positions == place).int().argmax(dim=1) for place in self.protected]
+
+        def pick(values: Tensor) -> Tensor:
+            if ranks:
+                return gather_tokens(values, torch.stack(ranks, dim=1))
+            return torch.stack([values[:, place] for place in self.protected], dim=1)
+
+        return _stream(pick(self.hidden), None if self.residual is None else pick(self.residual))
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` (B, L, c) over the live tokens, weighted by size: (B, c)."""
@@ -232,6 +229,11 @@ class TokenSequence:
             self.memo["gaps"] = torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))
         gaps: Tensor = self.memo["gaps"]
         return gaps
+
+
+def _stream(hidden: Tensor, residual: Tensor | None) -> Tensor:
+    stream = hidden if residual is None else residual + hidden
+    return stream.to(torch.promote_types(stream.dtype, torch.float32))
 
 
 def joined_sizes(sizes: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:

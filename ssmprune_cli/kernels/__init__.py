@@ -17,14 +17,7 @@ from ssmprune_cli.kernels.fused_op import block_parts, fused_ops_apart, fuses_in
 from ssmprune_cli.kernels.linear_op import linear, suits_linear
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.op import scan_flops, selective_scan
-from ssmprune_cli.kernels.packing import (
-    BlockSizes,
-    InnerParameters,
-    pack_block,
-    pack_inner,
-    pack_linear,
-    pack_routes,
-)
+from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_inner, pack_linear, pack_routes
 from ssmprune_cli.kernels.pytorch import CHUNKED, REFERENCE
 from ssmprune_cli.kernels.routes_op import routed_scans
 from ssmprune_cli.kernels.row_ops import add_rms_norm, gated_sum

@@ -12,10 +12,7 @@ from ssmprune_cli.kernels.backend import Gradients
 from ssmprune_cli.kernels.cpu_call import Call, Conv, Gate, Norm, NormBack, Scan
 from ssmprune_cli.kernels.cpu_fused import FusedBackend
 from ssmprune_cli.kernels.cpu_library import SOURCE_OUTSIDE, channel_groups
-from ssmprune_cli.kernels.inputs import (
-    GridConvInputs,
-    ScanInputs,
-)
+from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c

@@ -17,7 +17,7 @@ from ssmprune_cli.kernels.inputs import (
     RoutedInputs,
     ScanInputs,
 )
-from ssmprune_cli.kernels.packing import LINEAR_PARTS, BlockSizes
+from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
@@ -172,7 +172,7 @@ class Call:
         if inputs.bias is not None:
             self.set(bias=inputs.bias.contiguous())
         self.numbers.update(rows=x.shape[0], inputs=x.shape[1], outputs=inputs.outputs, x_l=x.stride(0))
-        self.numbers["parts"] = LINEAR_PARTS
+        self.numbers["parts"] = FLOAT_PARTS
 
     def _around(self, inputs: InnerInputs | BlocksInputs) -> None:
         """What pruned tokens leave behind."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmprune_cli.kernels.cpu_call import Blocks, Call, Inner, Linear, Routed
 from ssmprune_cli.kernels.cpu_library import SOURCE_OUTSIDE, LibraryBackend, channel_groups
 from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, LinearInputs, RoutedInputs
-from ssmprune_cli.kernels.packing import BlockSizes
+from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
 
 _VECTOR, _TILE = 16, 32  # what widths are multiples of in csrc/blocks.c, the latter for weights in tiles
 _PRODUCTS_WORTH_TILES = 1 << 26  # multiply-adds; PyTorch starts its linear layers sooner
@@ -36,13 +36,13 @@ class FusedBackend(LibraryBackend):
             return None if together % _TILE else 1
         if together % _VECTOR:
             return None
-        return 0 if together % _TILE or not self.has_tiles() else 3
+        return 0 if together % _TILE or not self.has_tiles() else FLOAT_PARTS
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, dim = inputs.hidden.shape
         dtype, sizes = inputs.hidden.dtype, BlockSizes(*inputs.sizes)
         fits = math.gcd(dim, sizes.d_inner) % (_TILE if sizes.parts else _VECTOR) == 0
-        if not fits or (sizes.parts > 1 and not self.has_tiles()):
+        if not fits or (sizes.parts == FLOAT_PARTS and not self.has_tiles()):
             return super().mamba_blocks(inputs)
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
         y = torch.empty(batch, length, sizes.d_inner if inputs.wants_y else 0)

@@ -31,7 +31,7 @@ class LibraryBackend(Backend):
 
     def has_tiles(self) -> bool:
         """Whether the processor multiplies matrices of bfloat16 by itself."""
-        return self._library is not None and bool(self._library.tiles_available())
+        return self.missing() is None and self._library is not None and bool(self._library.tiles_available())
 
     def run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
         """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""

@@ -19,10 +19,10 @@ from ssmprune_cli.kernels.conv_op import conv_flops
 from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs
 from ssmprune_cli.kernels.library import Expected, check, define, refuse_gradients, three, tracing
 from ssmprune_cli.kernels.op import scan_flops
-from ssmprune_cli.kernels.packing import BlockSizes
+from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
 
 _apart = False
-_PARTS = {torch.float32: (0, 3), torch.bfloat16: (0, 1)}  # that a model in this dtype may have its weights in
+_PARTS = {torch.float32: (0, FLOAT_PARTS), torch.bfloat16: (0, 1)}  # that a model in this dtype may have its weights in
 
 
 def mamba_inner(
@@ -156,10 +156,16 @@ def fuses_inner(example: Tensor, d_state: int) -> bool:
     return pick(example, d_state).fuses
 
 
+def keeps_weights(example: Tensor, d_state: int) -> bool:
+    """The same of an op that takes weights in an order of its own, which models keep. Compiled ones would not: they
+    would bring them into it at every call."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) and fuses_inner(example, d_state)
+
+
 def block_parts(example: Tensor, d_state: int, d_inner: int) -> int | None:
     """The same of `mamba_blocks`: how it takes weights, see `BlockSizes.parts`, or None if a model does not do well to
-    call it. Compiled ones do not: their parameters would be packed at every call."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not fuses_inner(example, d_state):
+    call it."""
+    if not keeps_weights(example, d_state):
         return None
     return pick(example, d_state).block_parts(example.shape[2], d_inner, example.dtype)
 

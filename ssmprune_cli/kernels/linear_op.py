@@ -14,10 +14,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import pick
-from ssmprune_cli.kernels.fused_op import fuses_inner
+from ssmprune_cli.kernels.fused_op import keeps_weights
 from ssmprune_cli.kernels.inputs import LinearInputs
 from ssmprune_cli.kernels.library import Expected, check, define, refuse_gradients
-from ssmprune_cli.kernels.packing import LINEAR_PARTS, tiled_words
+from ssmprune_cli.kernels.packing import FLOAT_PARTS, tiled_words
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
     """
     if x.dtype != torch.float32:
         raise KernelError(f"x must be {torch.float32}, not {x.dtype}")
-    expected: Expected = {"weight": (weight, (tiled_words(outputs, x.shape[-1], LINEAR_PARTS),))}
+    expected: Expected = {"weight": (weight, (tiled_words(outputs, x.shape[-1], FLOAT_PARTS),))}
     if bias is not None:
         expected["bias"] = (bias, (outputs,))
     check(x, {}, expected)
@@ -37,10 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
 
 
 def suits_linear(x: Tensor, outputs: int) -> bool:
-    """Whether a model does well to call `linear` for x (..., inputs): the rules are those of `block_parts`."""
-    if x.dtype != torch.float32 or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """Whether a model does well to call `linear` for x (..., inputs)."""
+    if x.dtype != torch.float32 or not keeps_weights(x, 1):
         return False
-    return fuses_inner(x, 1) and pick(x, 1).suits_linear(x.numel() // x.shape[-1], x.shape[-1], outputs)
+    return pick(x, 1).suits_linear(x.numel() // x.shape[-1], x.shape[-1], outputs)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PANEL = 64  # columns of a weight that lie together in `pack_block`, as in csrc/blocks.c
-LINEAR_PARTS = 3  # values of bfloat16 that make up a float32
+FLOAT_PARTS = 3  # values of bfloat16 that make up a float32
 _OUTPUTS, _INPUTS = 16, 32  # of a tile, as in csrc/tiles.h
 
 
@@ -106,13 +106,13 @@ def pack_block(
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """A weight (outputs, inputs) in float32 as `linear` takes it, (`tiled_words`,): in LINEAR_PARTS."""
-    return _tiled(weight, LINEAR_PARTS)
+    """A weight (outputs, inputs) in float32 as `linear` takes it, (`tiled_words`,): in FLOAT_PARTS."""
+    return _tiled(weight, FLOAT_PARTS)
 
 
 def unpack_linear(packed: Tensor, outputs: int, inputs: int) -> Tensor:
     """(outputs, inputs) of what `pack_linear` gives."""
-    return _untiled(packed, outputs, inputs, LINEAR_PARTS)
+    return _untiled(packed, outputs, inputs, FLOAT_PARTS)
 
 
 def tiled_words(outputs: int, inputs: int, parts: int) -> int:

@@ -134,11 +134,8 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(s4d_real(d_inner, d_state))
         if self.directions == 2:
             self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
-        self._packed, self._packed_in, self._packed_out = (
-            Derived(packed_inner),
-            Kept(packed_linear),
-            Kept(packed_linear),
-        )
+        self._packed = Derived(packed_inner)
+        self._packed_in, self._packed_out = Kept(packed_linear), Kept(packed_linear)
         self._rates = tuple(Derived(decay_rates) for _ in range(self.directions))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
