@@ -71,14 +71,14 @@ class Recipe(Section):
         """
         values = self.to_dict()
         faults = [fault for text in assignments if (fault := _assign(values, text))]
-        if not faults:
-            try:
-                return Recipe.model_validate(values)
-            except ValidationError as error:
-                faults = [f"{'.'.join(map(str, loc)) or 'recipe'}: {text}" for loc, text in explain(error, SECTIONS)]
-        raise UsageError(
-            "\n".join(faults), where="--set", hint="Keys look like pruning.keep=0.7 or calibration.seed=1."
-        )
+        if faults:
+            hint = "Keys look like pruning.keep=0.7 or calibration.seed=1."
+            raise UsageError("\n".join(faults), where="--set", hint=hint)
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:  # of values that may come from other options than --set
+            faults = [f"{'.'.join(map(str, loc)) or 'recipe'}: {text}" for loc, text in explain(error, SECTIONS)]
+            raise UsageError("\n".join(faults)) from error
 
 
 SECTIONS: dict[Location, type[BaseModel]] = {
