@@ -10,7 +10,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-KERNELS = Path("ssmprune_cli") / "kernels"
+KERNELS = Path("ssmprune_cli") / "kernels" / "cpu"
 
 
 class BuildKernels(build_py):

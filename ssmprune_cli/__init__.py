@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from ssmprune_cli.pruning import compress, restore
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compress", "load", "restore"]
+__all__ = [
+    "__version__",
+    "compress",
+    "load",
+    "restore",
+]
 
 _HOMES = {
     "load": "ssmprune_cli.checkpoint",

@@ -1,5 +1,5 @@
 """`python -m ssmprune_cli`."""
 
-from ssmprune_cli.cli.main import main
+from ssmprune_cli.cli import main
 
 main()

@@ -21,21 +21,18 @@ LAYERS = [
     {"checkpoint", "data"},
     {"models", "pruning"},
     {"kernels"},
-    {"interface", "recipe", "recipe_sections", "report", "tokens"},
-    {"preprocessing", "registry", "statistics", "validation", "yaml_text"},
+    {"interface", "recipe", "report", "tokens"},
+    {"preprocessing", "registry", "statistics"},
     {"errors"},
 ]
 FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = (
     "recipe",
-    "recipe_sections",
     "report",
     "registry",
     "errors",
     "preprocessing",
-    "validation",
-    "yaml_text",
     "cli",
 )
 
@@ -111,9 +108,42 @@ def test_no_torch_at_import(path: Path) -> None:
         assert parts[0] != "ssmprune_cli" or len(parts) == 1 or parts[1] not in rooms
 
 
+def package(path: Path) -> tuple[str, ...]:
+    """The package that a module lies in; its own if it is an `__init__`."""
+    return path.relative_to(ROOT).parent.parts
+
+
+# Each module in these packages is a wing, so that a command imports no more than its own.
+STREETS = {("ssmprune_cli",), ("ssmprune_cli", "workflows")}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name)
-def test_modules_are_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 320
+def test_wings_export_through_their_init(path: Path) -> None:
+    """From outside of a package a module imports what its `__init__` exports, and nothing that lies deeper."""
+    here = package(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ssmprune_cli")):
+            continue
+        parts = tuple(node.module.split("."))
+        for length in range(1, len(parts)):
+            wing = parts[:length]
+            inside = here[:length] == wing
+            assert inside or wing in STREETS, f"import from {'.'.join(wing)}, not from {node.module}"
+
+
+def test_imports_have_no_circles() -> None:
+    """While modules load, none needs one that waits for it."""
+    known = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+    needs: dict[str, set[str]] = {}
+    for module, path in known.items():
+        targets = {target.rpartition(".")[0] if target not in known else target for target in top_level_imports(path)}
+        needs[module] = {target for target in targets if target in known} - {module}
+    while free := [module for module, wanted in needs.items() if not wanted]:
+        for module in free:
+            del needs[module]
+        for wanted in needs.values():
+            wanted.difference_update(free)
+    assert not needs, f"these import each other: {', '.join(sorted(needs))}"
 
 
 def test_packages_named_for_setuptools_are_those_on_disk() -> None:

@@ -14,16 +14,16 @@ from torch import nn
 from ssmprune_cli import checkpoint
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import fused_ops_apart
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.breakdown import time_by_part
-from ssmprune_cli.workflows.describe import timed_rounds
-from ssmprune_cli.workflows.floor import Arithmetic, floor
-from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.workflows.finetune.new_model import build
+from ssmprune_cli.workflows.measure.breakdown import time_by_part
+from ssmprune_cli.workflows.measure.floor import Arithmetic, floor
 from ssmprune_cli.workflows.profile import profile
+from ssmprune_cli.workflows.reporting.describe import timed_rounds
 
 SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=3", "num_classes=2"]
 
@@ -139,5 +139,5 @@ def ssmprune_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_floor_takes_fused_ops_where_they_take_less(monkeypatch: pytest.MonkeyPatch) -> None:
     # With a second for each call, fewer calls win: the head's and that of the blocks in one op.
-    monkeypatch.setattr("ssmprune_cli.workflows.floor._least", lambda call, images, rounds: 1.0)
+    monkeypatch.setattr("ssmprune_cli.workflows.measure.floor._least", lambda call, images, rounds: 1.0)
     assert floor(vim(), torch.zeros(2, 3, 16, 16)).multiply_adds_ms == 2000

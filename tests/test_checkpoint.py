@@ -24,9 +24,9 @@ from torch import Tensor
 from ssmprune_cli import checkpoint
 from ssmprune_cli.checkpoint import load, read, save
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import compress
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,7 +15,7 @@ from ssmprune_cli.data import open_dataset
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.interface import Mixers
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
 from ssmprune_cli.workflows.evaluate import evaluate, spread

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 
 def vim(variant: str) -> Backbone:

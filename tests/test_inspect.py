@@ -12,7 +12,7 @@ import torch
 
 from ssmprune_cli.checkpoint import save
 from ssmprune_cli.errors import CheckpointError
-from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.workflows.inspect import inspect
 

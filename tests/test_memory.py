@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.workflows.memory import peak_memory
+from ssmprune_cli.workflows.measure.memory import peak_memory
 
 
 class Chain(nn.Module):

@@ -10,8 +10,8 @@ import torch
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.workflows.new_model import build, start_from, write_checkpoint
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.workflows.finetune.new_model import build, start_from, write_checkpoint
 
 SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=2", "num_classes=2"]
 NAME = "vim_small_midclstok_div2"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssmprune_cli.workflows.plot import FILE, PART, Layout, Series, plot
+from ssmprune_cli.workflows.reporting.plot import FILE, PART, Layout, Series, plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 

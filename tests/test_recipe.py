@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ssmprune_cli.errors import RecipeError, UsageError
-from ssmprune_cli.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
-from ssmprune_cli.recipe_sections import CalibrationPlan, ModelChoice, Pruning
+from ssmprune_cli.recipe.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from ssmprune_cli.recipe.sections import CalibrationPlan, ModelChoice, Pruning
 
 
 def faults(text: str, **options: Any) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
-from ssmprune_cli.workflows.saved_state import SavedState
+from ssmprune_cli.workflows.trials.state import SavedState
 
 
 def never() -> float:

@@ -18,26 +18,27 @@ from PIL import Image
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, choose_alignment, default_points
 from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergence
 from ssmprune_cli.pruning.method import Method, known_methods
-from ssmprune_cli.recipe_sections import CalibrationPlan
-from ssmprune_cli.report import SensitivityFacts
+from ssmprune_cli.recipe.sections import CalibrationPlan
+from ssmprune_cli.report.report import SensitivityFacts
 from ssmprune_cli.workflows.compress import Source
-from ssmprune_cli.workflows.flops import FlopCount, count_flops
-from ssmprune_cli.workflows.profile import Speed
-from ssmprune_cli.workflows.saved_state import SavedState
-from ssmprune_cli.workflows.search import algorithm, latency
+from ssmprune_cli.workflows.measure import Speed
+from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
+from ssmprune_cli.workflows.search import algorithm
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
-from ssmprune_cli.workflows.search.candidates import layouts, neighbours, uniform
-from ssmprune_cli.workflows.search.cost import CostModel, Costs, check_budget, schedule_at, solve
-from ssmprune_cli.workflows.search.measure import Distances, Measurements
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
+from ssmprune_cli.workflows.trials import latency
+from ssmprune_cli.workflows.trials.candidates import layouts, neighbours, uniform
+from ssmprune_cli.workflows.trials.cost import CostModel, Costs, check_budget, schedule_at, solve
+from ssmprune_cli.workflows.trials.measure import Distances, Measurements
+from ssmprune_cli.workflows.trials.state import SavedState
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 CALIBRATED = Method("clip", "drop", "calibrated")
@@ -275,7 +276,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return count_flops(model)
 
     monkeypatch.setattr(Measurements, "prune", prune)
-    monkeypatch.setattr("ssmprune_cli.workflows.search.measure.count_flops", count)
+    monkeypatch.setattr("ssmprune_cli.workflows.trials.measure.count_flops", count)
     return found
 
 

@@ -16,17 +16,17 @@ from ssmprune_cli.data import open_dataset, some_images
 from ssmprune_cli.data.preprocess import preprocess, visible_box
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.videomamba import VideoMamba, VideoMambaConfig
-from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
+from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import TokenPruner, compress
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.kept import stages
-from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.workflows.finetune.new_model import build
+from ssmprune_cli.workflows.reporting.kept import stages
 from ssmprune_cli.workflows.visualize import CAPTION, DROPPED, HEAT, MARGIN, UNSEEN, faded, heat, shade, visualize
 
 SMALL = [

@@ -39,15 +39,15 @@ from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, REDUCTIONS, PruneSettings, choose_alignment, restore
 from ssmprune_cli.pruning.divergence import divergence, paired
 from ssmprune_cli.pruning.method import Method, known_methods
-from ssmprune_cli.recipe_sections import CalibrationPlan
+from ssmprune_cli.recipe.sections import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison, recipe_settings
 from ssmprune_cli.workflows.compress import Source
-from ssmprune_cli.workflows.machine import machine
-from ssmprune_cli.workflows.saved_state import SavedState
+from ssmprune_cli.workflows.measure.machine import machine
 from ssmprune_cli.workflows.search.algorithm import Limits
-from ssmprune_cli.workflows.search.measure import load_images
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
-from ssmprune_cli.workflows.uniform import Budget, Uniform
+from ssmprune_cli.workflows.trials.measure import load_images
+from ssmprune_cli.workflows.trials.state import SavedState
+from ssmprune_cli.workflows.trials.uniform import Budget, Uniform
 from ssmprune_cli.workflows.write import write_text
 
 DEMO = Path(__file__).parent.parent / "demo"

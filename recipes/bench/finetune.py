@@ -30,14 +30,14 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.data import batches, calibration_images, open_dataset
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.recipe import Recipe
-from ssmprune_cli.recipe_sections import Pruning, Training
+from ssmprune_cli.recipe.recipe import Recipe
+from ssmprune_cli.recipe.sections import Pruning, Training
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune import Data, Job, finetune
 from ssmprune_cli.workflows.finetune.plan import some
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 DEMO = Path(__file__).parent.parent / "demo"
 

@@ -27,8 +27,8 @@ from torch import Tensor
 import ssmprune_cli
 from ssmprune_cli.interface import ScanStatistics
 from ssmprune_cli.kernels import available_backends, selective_scan, use_backend
-from ssmprune_cli.kernels.backend import pick
-from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.kernels.choice import pick
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS

@@ -36,14 +36,14 @@ from ssmprune_cli.kernels import (
     selective_scan,
     use_backend,
 )
-from ssmprune_cli.kernels.build import processor_flags
+from ssmprune_cli.kernels.cpu.build import processor_flags
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.workflows.floor import floor
-from ssmprune_cli.workflows.flops import count_flops
-from ssmprune_cli.workflows.machine import machine
+from ssmprune_cli.workflows.measure.floor import floor
+from ssmprune_cli.workflows.measure.flops import count_flops
+from ssmprune_cli.workflows.measure.machine import machine
 from ssmprune_cli.workflows.profile import tokens_per_block
 
 SHAPES = {"Vim-T b1": (1, 197, 384), "Vim-T b8": (8, 197, 384), "Vim-S b1": (1, 197, 768), "L 4096 b1": (1, 4096, 384)}

@@ -25,10 +25,10 @@ from torch.nn import functional
 import ssmprune_cli
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.block import set_recompute
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.common.block import set_recompute
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune.optimiser import optimiser
 
 # title -> keep (None: dense), reduction, recompute

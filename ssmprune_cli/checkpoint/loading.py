@@ -13,8 +13,7 @@ from torch import Tensor
 from ssmprune_cli import pruning
 from ssmprune_cli.checkpoint.reading import Checkpoint, listing, read
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models import FAMILIES, Backbone, Family
-from ssmprune_cli.models.base import Hints, Shapes
+from ssmprune_cli.models import FAMILIES, Backbone, Family, Hints, Shapes
 
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
 _FOREIGN = (

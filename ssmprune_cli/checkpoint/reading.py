@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmprune_cli.checkpoint.artefact import WEIGHTS, Artefact, read_config
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models.base import Hints
+from ssmprune_cli.models import Hints
 
 # Where training codes put the weights and their moving average; the first name that a container has is taken.
 _COPIES = {"model": ("model", "state_dict"), "model_ema": ("model_ema", "state_dict_ema")}

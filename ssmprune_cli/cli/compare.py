@@ -76,10 +76,10 @@ def command(
 
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.pruning.method import Method
+    from ssmprune_cli.pruning import Method
     from ssmprune_cli.workflows.compare import compare, published_table
     from ssmprune_cli.workflows.compress import Source
-    from ssmprune_cli.workflows.uniform import Budget
+    from ssmprune_cli.workflows.trials import Budget
 
     use_backend(backend)
     default = "npz" if data_dir.suffix == ".npz" else "imagenet" if table else "imagefolder"
@@ -176,7 +176,7 @@ def _per_cent(value: float | None, interval: tuple[float, float] | None, sign: s
 
 def _plots(path: Path, rows: list[Row]) -> None:
     """Accuracy, or divergence without labels, against multiply-adds; and against images per second in a second file."""
-    from ssmprune_cli.workflows.plot import Series, write_plot
+    from ssmprune_cli.workflows.reporting import Series, write_plot
 
     labelled = all(row.top1 is not None for row in rows)
     names = list(dict.fromkeys(row.name for row in rows))

@@ -15,8 +15,7 @@ from ssmprune_cli.cli import output
 from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
 from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.recipe import Recipe, load_recipe
-from ssmprune_cli.recipe_sections import Pruning
+from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.report import Report
 
 
@@ -164,9 +163,9 @@ def command(
     if searched and out is not None and calib is not None:
         from ssmprune_cli.checkpoint import check_writable
         from ssmprune_cli.cli.search import run_search
-        from ssmprune_cli.pruning.method import known_methods
-        from ssmprune_cli.workflows.search.algorithm import Limits as SearchLimits
-        from ssmprune_cli.workflows.search.workflow import SearchPlan
+        from ssmprune_cli.pruning import known_methods
+        from ssmprune_cli.workflows.search import Limits as SearchLimits
+        from ssmprune_cli.workflows.search import SearchPlan
 
         check_writable(out, overwrite=overwrite)
         pruning = chosen.pruning

@@ -27,7 +27,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from ssmprune_cli.kernels import available_backends
-    from ssmprune_cli.workflows.machine import processor
+    from ssmprune_cli.workflows.measure import processor
 
     return {
         "ssmprune": __version__,

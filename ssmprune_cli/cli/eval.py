@@ -54,8 +54,7 @@ def command(
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.evaluate import evaluate
-    from ssmprune_cli.workflows.flops import count_flops
-    from ssmprune_cli.workflows.precision import in_precision
+    from ssmprune_cli.workflows.measure import count_flops, in_precision
     from ssmprune_cli.workflows.processes import join_processes
 
     use_backend(backend)

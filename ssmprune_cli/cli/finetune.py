@@ -93,9 +93,7 @@ def command(
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.workflows.finetune import Data, finetune
-    from ssmprune_cli.workflows.finetune.plan import plan, some
-    from ssmprune_cli.workflows.new_model import build, start_from, write_checkpoint
+    from ssmprune_cli.workflows.finetune import Data, build, finetune, plan, some, start_from, write_checkpoint
     from ssmprune_cli.workflows.processes import join_processes, this_process
 
     use_backend(backend)

@@ -37,7 +37,7 @@ def command(
     """
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.workflows.precision import in_precision
+    from ssmprune_cli.workflows.measure import in_precision
     from ssmprune_cli.workflows.profile import profile
 
     use_backend(backend)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ssmprune_cli.workflows.compress import Source
-    from ssmprune_cli.workflows.search.workflow import SearchPlan, SearchResult
+    from ssmprune_cli.workflows.search import SearchPlan, SearchResult
 
 
 def command(
@@ -56,13 +56,11 @@ def command(
         raise UsageError("the folder is not empty", where=str(out), hint="Choose another, or give `--overwrite`.")
 
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.pruning.method import known_methods
-    from ssmprune_cli.recipe_sections import CalibrationPlan
+    from ssmprune_cli.pruning import known_methods
+    from ssmprune_cli.recipe import CalibrationPlan
     from ssmprune_cli.workflows.compress import Source
-    from ssmprune_cli.workflows.plot import write_plot
-    from ssmprune_cli.workflows.search.algorithm import Limits
-    from ssmprune_cli.workflows.search.workflow import SearchPlan
-    from ssmprune_cli.workflows.traces import search_series
+    from ssmprune_cli.workflows.reporting import search_series, write_plot
+    from ssmprune_cli.workflows.search import Limits, SearchPlan
     from ssmprune_cli.workflows.write import write_text
 
     use_backend(backend)
@@ -103,7 +101,7 @@ def command(
 
 def run_search(source: Source, plan: SearchPlan) -> SearchResult:
     """The search with progress and warnings on stderr."""
-    from ssmprune_cli.workflows.search.workflow import search
+    from ssmprune_cli.workflows.search import search
 
     with output.task_progress() as progress:
         result = search(source, plan, progress)

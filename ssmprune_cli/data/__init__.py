@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
 from ssmprune_cli.data.cifar10 import open_cifar10
-from ssmprune_cli.data.datasets import ImageDataset, Joined, Split
+from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.loader import Batch, batches
 from ssmprune_cli.data.npz import open_npz
+from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_side, to_rgb, visible_box
 from ssmprune_cli.registry import Registry
 
 DATASETS: Registry[Callable[[Path, Split], ImageDataset]] = Registry("dataset")
@@ -37,9 +38,15 @@ __all__ = [
     "ImageDataset",
     "Joined",
     "Split",
+    "Subset",
     "batches",
     "calibration_images",
+    "center_crop",
     "fingerprint",
+    "normalised",
     "open_dataset",
+    "resize_short_side",
     "some_images",
+    "to_rgb",
+    "visible_box",
 ]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Gradients = tuple[Tensor | None, ...]  # None where the input is None
+
 
 class ScanInputs(NamedTuple):
     """Inputs of one scan; shapes as in `op.selective_scan`."""

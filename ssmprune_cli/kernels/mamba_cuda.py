@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.backend import Backend, Gradients
-from ssmprune_cli.kernels.eager import conv_gradients, conv_silu
-from ssmprune_cli.kernels.inputs import ScanInputs
-from ssmprune_cli.kernels.pytorch import finish, steps
+from ssmprune_cli.kernels.backend import Backend
+from ssmprune_cli.kernels.inputs import Gradients, ScanInputs
+from ssmprune_cli.kernels.pytorch import eager, finish, steps
 
 MAX_STATE = 256  # what the stock kernel takes
 CONV_WIDTHS = (2, 3, 4)  # what the stock convolution takes
@@ -190,7 +189,7 @@ class MambaCudaBackend(Backend):
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         """By causal-conv1d for the widths it knows, else by PyTorch."""
         if self._conv is None or weight.shape[1] not in CONV_WIDTHS:
-            return conv_silu(x, weight, bias, reverse)
+            return eager.conv_silu(x, weight, bias, reverse)
         given = (x.flip(1) if reverse else x).transpose(1, 2).contiguous()  # (B, E, L)
         y: Tensor = self._conv(given, weight.contiguous(), bias, activation="silu").transpose(1, 2)
         return (y.flip(1) if reverse else y).contiguous()
@@ -199,7 +198,7 @@ class MambaCudaBackend(Backend):
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By PyTorch: the arguments of causal-conv1d's backward pass change from release to release."""
-        return conv_gradients(grad, x, weight, bias, reverse)
+        return eager.conv_gradients(grad, x, weight, bias, reverse)
 
 
 MAMBA_CUDA = MambaCudaBackend()

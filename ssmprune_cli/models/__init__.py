@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.models.base import Backbone, Family
-from ssmprune_cli.models.mambar import MAMBA_REG
-from ssmprune_cli.models.plainmamba_checkpoint import PLAINMAMBA
-from ssmprune_cli.models.videomamba import VIDEOMAMBA
-from ssmprune_cli.models.vim_checkpoint import VIM
-from ssmprune_cli.models.vmamba_checkpoint import VMAMBA
+from ssmprune_cli.models.common import (
+    Backbone,
+    Family,
+    Hints,
+    Shapes,
+    blocks,
+    kept_tensors,
+    set_drop_path,
+    set_recompute,
+)
+from ssmprune_cli.models.mamba import MAMBA_REG, VIDEOMAMBA, VIM
+from ssmprune_cli.models.plainmamba import PLAINMAMBA
+from ssmprune_cli.models.vmamba import VMAMBA
 from ssmprune_cli.registry import Registry
 
 FAMILIES: Registry[Family] = Registry("model family")
@@ -17,4 +24,14 @@ FAMILIES.register(MAMBA_REG.name, MAMBA_REG)
 FAMILIES.register(PLAINMAMBA.name, PLAINMAMBA)
 FAMILIES.register(VMAMBA.name, VMAMBA)
 
-__all__ = ["FAMILIES", "Backbone", "Family"]
+__all__ = [
+    "FAMILIES",
+    "Backbone",
+    "Family",
+    "Hints",
+    "Shapes",
+    "blocks",
+    "kept_tensors",
+    "set_drop_path",
+    "set_recompute",
+]

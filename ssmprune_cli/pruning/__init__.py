@@ -8,7 +8,10 @@ from typing import Any
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
 from ssmprune_cli.pruning.compress import choose_alignment, compress, restore
+from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, soft_divergence
 from ssmprune_cli.pruning.importance import IMPORTANCES
+from ssmprune_cli.pruning.mass import fit_mass
+from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
@@ -24,13 +27,20 @@ __all__ = [
     "IMPORTANCES",
     "REDUCTIONS",
     "Calibration",
+    "Method",
     "PruneSchedule",
     "PruneSettings",
     "TokenPruner",
     "attach",
     "calibrate",
     "choose_alignment",
+    "clearly_less",
     "compress",
     "default_points",
+    "divergence",
+    "fit_mass",
+    "known_methods",
+    "paired",
     "restore",
+    "soft_divergence",
 ]

@@ -13,7 +13,7 @@ from ssmprune_cli.errors import DataError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
-from ssmprune_cli.pruning.reduction.base import rank
+from ssmprune_cli.pruning.reduction import rank
 from ssmprune_cli.tokens import TokenSequence
 
 

@@ -11,29 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import batches, calibration_images
-from ssmprune_cli.data.datasets import ImageDataset, Subset
+from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
     IMPORTANCES,
     REDUCTIONS,
+    Method,
     PruneSchedule,
     PruneSettings,
     choose_alignment,
     compress,
+    divergence,
     restore,
 )
-from ssmprune_cli.pruning.divergence import divergence
-from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.statistics import paired_interval, wilson_interval
 from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.evaluate import spread
-from ssmprune_cli.workflows.flops import count_flops
-from ssmprune_cli.workflows.profile import interleaved_speeds, resolve_device
-from ssmprune_cli.workflows.search.measure import load_images, run
-from ssmprune_cli.workflows.uniform import Budget, Uniform
+from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
+from ssmprune_cli.workflows.trials import Budget, Uniform, load_images, run
 
 Progress = Callable[[str], Callable[[int, int], None]]
 

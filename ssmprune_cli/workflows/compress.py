@@ -11,24 +11,23 @@ from typing import Any
 from torch import Tensor
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.data import batches, calibration_images, fingerprint
-from ssmprune_cli.data.datasets import ImageDataset
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, SearchTrial
-from ssmprune_cli.workflows.describe import (
+from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.measure import resolve_device
+from ssmprune_cli.workflows.reporting import (
     accuracy_facts,
     calibration_facts,
     figures,
     pruning_facts,
+    report_files,
+    samples,
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.evaluate import evaluate
-from ssmprune_cli.workflows.profile import resolve_device
-from ssmprune_cli.workflows.reporting import report_files
-from ssmprune_cli.workflows.samples import samples
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import batches
-from ssmprune_cli.data.datasets import ImageDataset, Subset
+from ssmprune_cli.data import ImageDataset, Subset, batches
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import ClassChange
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
+from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.processes import gathered, this_process
-from ssmprune_cli.workflows.profile import resolve_device
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 

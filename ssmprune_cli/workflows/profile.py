@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.kernels import active_backend, refused_backends
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
-from ssmprune_cli.workflows.breakdown import time_by_part
-from ssmprune_cli.workflows.floor import Floor, floor
-from ssmprune_cli.workflows.flops import count_flops
-from ssmprune_cli.workflows.memory import peak_memory
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of one batch: milliseconds at the median, at the quartiles and in each round; images per second at the median."""
-
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    images_per_second: float
-    rounds: int
-    rounds_ms: tuple[float, ...]
+from ssmprune_cli.workflows.measure import (
+    Floor,
+    Progress,
+    Speed,
+    count_flops,
+    floor,
+    interleaved_speeds,
+    peak_memory,
+    resolve_device,
+    time_by_part,
+)
 
 
 @dataclass(frozen=True)
@@ -122,47 +112,3 @@ def profile(
         )
         for model, count, speed in zip(models, flops, speeds, strict=True)
     ]
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device called `name`. Raises UsageError if it is unknown or not on this machine."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used: {reason}", hint="See `ssmprune env`.") from error
-    return device
-
-
-def interleaved_speeds(
-    models: list[Backbone], images: Tensor, rounds: int, progress: Progress | None = None
-) -> list[Speed]:
-    """Of a forward pass of each model on `images` (B, 3, H, W): `rounds` turns each, after two that are left out."""
-    seconds: list[list[float]] = [[] for _ in models]
-    with torch.inference_mode():
-        for round_number in range(-2, rounds):
-            for model, times in zip(models, seconds, strict=True):
-                start = time.perf_counter()
-                model(images)
-                if images.is_cuda:
-                    torch.cuda.synchronize(images.device)
-                if round_number >= 0:
-                    times.append(time.perf_counter() - start)
-            if progress is not None and round_number >= 0:
-                progress(round_number + 1, rounds)
-    return [_speed(times, len(images)) for times in seconds]
-
-
-def _speed(times: list[float], batch_size: int) -> Speed:
-    median = statistics.median(times)
-    low, high = quartiles(times)
-    return Speed(
-        1e3 * median, (1e3 * low, 1e3 * high), batch_size / median, len(times), tuple(1e3 * each for each in times)
-    )
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    return low, high

@@ -19,16 +19,13 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.data import calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.pruning import PruneSchedule, PruneSettings, TokenPruner, choose_alignment
-from ssmprune_cli.pruning.divergence import divergence
-from ssmprune_cli.pruning.method import Method
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings, TokenPruner, choose_alignment, divergence
 from ssmprune_cli.report import SensitivityFacts
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.compress import Source
-from ssmprune_cli.workflows.profile import resolve_device
-from ssmprune_cli.workflows.saved_state import SavedState
-from ssmprune_cli.workflows.search.measure import Measurements, load_images
+from ssmprune_cli.workflows.measure import resolve_device
+from ssmprune_cli.workflows.trials import Measurements, SavedState, load_images
 
 Progress = Callable[[int, int], None]
 BATCH_SIZE = 16

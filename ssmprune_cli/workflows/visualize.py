@@ -15,12 +15,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ssmprune_cli.data import batches
-from ssmprune_cli.data.datasets import ImageDataset
-from ssmprune_cli.data.preprocess import to_rgb, visible_box
+from ssmprune_cli.data import ImageDataset, batches, to_rgb, visible_box
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.workflows.kept import Stage, pixels, stages
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.workflows.reporting import Stage, pixels, stages
 
 TILE = 192  # about the side of one image in the overview, pixels; rounded to whole cells
 LEAST = 384  # smaller images are enlarged to this, by a whole factor

@@ -12,7 +12,7 @@ import torch
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.workflows.precision import in_precision
+from ssmprune_cli.workflows.measure.precision import in_precision
 from ssmprune_cli.workflows.profile import profile
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from ssmprune_cli import report as facts
+from ssmprune_cli.report import report as facts
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.recipe import load_recipe, shipped_recipes
-from ssmprune_cli.report import SearchTrial
+from ssmprune_cli.recipe.recipe import load_recipe, shipped_recipes
+from ssmprune_cli.report.report import SearchTrial
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]

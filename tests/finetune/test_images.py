@@ -18,10 +18,10 @@ from torch import Tensor
 from ssmprune_cli.data import open_dataset
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune import images as images_of_training
 from ssmprune_cli.workflows.finetune.images import default_workers, epoch_parts
-from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.workflows.finetune.new_model import build
 from ssmprune_cli.workflows.processes import Share
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there are fewer cores
@@ -98,9 +98,9 @@ DYING = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
 from ssmprune_cli.data import open_dataset
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune.images import epoch_parts
-from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.workflows.finetune.new_model import build
 from ssmprune_cli.workflows.processes import Share
 
 model = build("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "num_classes=2"], name="vim", seed=0)

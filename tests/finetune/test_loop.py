@@ -18,13 +18,13 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.data import open_dataset
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import CheckpointError, DataError, SsmpruneError, UsageError
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.block import blocks, set_recompute
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.common.block import blocks, set_recompute
 from ssmprune_cli.pruning import TokenPruner, compress
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune import Data, Job, finetune, run
 from ssmprune_cli.workflows.finetune.loop import Trainer
-from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.workflows.finetune.new_model import build
 
 VIM = ("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"])
 PLAINMAMBA = ("plainmamba", ["image_size=[16, 16]", "patch_size=4", "embed_dim=16", "depth=4", "num_classes=2"])

@@ -15,16 +15,16 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.recipe import load_recipe
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe.recipe import load_recipe
+from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune.augment import erase, mix, rand_augment, shifted, soft_targets, training_image
 from ssmprune_cli.workflows.finetune.images import order
 from ssmprune_cli.workflows.finetune.loss import Outputs, WithTokens, taught, teach, token_error, total_loss
+from ssmprune_cli.workflows.finetune.new_model import build
 from ssmprune_cli.workflows.finetune.optimiser import learning_rate, parameter_groups
-from ssmprune_cli.workflows.new_model import build
 
 SMALL = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=2", "num_classes=2"]
 

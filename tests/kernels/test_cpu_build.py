@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmprune_cli.kernels import build
-from ssmprune_cli.kernels.backend import Backend
-from ssmprune_cli.kernels.cpu import CpuBackend
+from ssmprune_cli.kernels.backend import REFERENCE, Backend
+from ssmprune_cli.kernels.cpu import build
+from ssmprune_cli.kernels.cpu.backend import CpuBackend
 from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, RoutedInputs, ScanInputs
 from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_routes
-from ssmprune_cli.kernels.pytorch import REFERENCE
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
 

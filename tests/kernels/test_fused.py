@@ -24,7 +24,7 @@ from ssmprune_cli.kernels import (
     pack_inner,
     use_backend,
 )
-from ssmprune_cli.kernels.cpu import CPU
+from ssmprune_cli.kernels.cpu.backend import CPU
 from ssmprune_cli.kernels.packing import unpack_block, unpack_inner
 
 AVAILABLE = [name for name in backends_for(torch.zeros(1)) if name != "reference"]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import backends_for, linear, pack_linear, suits_linear, use_backend
-from ssmprune_cli.kernels.cpu import CPU
+from ssmprune_cli.kernels.cpu.backend import CPU
 from ssmprune_cli.kernels.packing import unpack_linear
 
 AVAILABLE = backends_for(torch.zeros(1))

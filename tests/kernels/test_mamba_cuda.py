@@ -156,7 +156,7 @@ def test_the_convolution_goes_through_the_package_for_its_widths(monkeypatch: py
 
     monkeypatch.setattr(MAMBA_CUDA, "_conv", causal_conv1d_fn)
     x, bias = torch.randn(2, 7, 3), torch.randn(3)
-    from ssmprune_cli.kernels.eager import conv_silu
+    from ssmprune_cli.kernels.pytorch.eager import conv_silu
 
     for width, reverse in itertools.product((1, 2, 4, 5), (False, True)):
         weight = torch.randn(3, width)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import backends_for, causal_conv1d, sparse_conv1d, use_backend
-from ssmprune_cli.models.causal_sources import conv_sources
+from ssmprune_cli.models.mamba.causal_sources import conv_sources
 from ssmprune_cli.tokens import TokenSequence
 
 AVAILABLE = backends_for(torch.zeros(1))

@@ -22,14 +22,14 @@ from ssmprune_cli.kernels import (
     active_backend,
     causal_conv1d,
     selective_scan,
-    triton_backend,
-    triton_conv_launch,
     use_backend,
 )
-from ssmprune_cli.kernels.backend import BACKENDS, pick
+from ssmprune_cli.kernels.choice import BACKENDS, pick
 from ssmprune_cli.kernels.inputs import ScanInputs
-from ssmprune_cli.kernels.triton_backend import TRITON, interpreted
-from ssmprune_cli.models.causal_sources import conv_sources
+from ssmprune_cli.kernels.triton import backend as triton_backend
+from ssmprune_cli.kernels.triton import conv_launch as triton_conv_launch
+from ssmprune_cli.kernels.triton.backend import TRITON, interpreted
+from ssmprune_cli.models.mamba.causal_sources import conv_sources
 from ssmprune_cli.tokens import Dropped, TokenSequence
 
 ROOT = Path(__file__).parents[2]
@@ -393,7 +393,7 @@ def test_tensors_with_more_entries_than_int32_counts() -> None:
 @gpu
 @pytest.mark.slow
 def test_a_pruned_model_is_captured_in_a_cuda_graph() -> None:
-    from ssmprune_cli.models.vim import Vim, VimConfig
+    from ssmprune_cli.models.mamba.vim import Vim, VimConfig
     from ssmprune_cli.pruning import compress
 
     use_backend("triton")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ssmprune_cli.kernels.triton_backend import SEGMENT, interpreted
-from ssmprune_cli.kernels.triton_conv_launch import BLOCK, BLOCK_E, BLOCK_L
+from ssmprune_cli.kernels.triton.backend import SEGMENT, interpreted
+from ssmprune_cli.kernels.triton.conv_launch import BLOCK, BLOCK_E, BLOCK_L
 
 triton = pytest.importorskip("triton")
 
@@ -77,10 +77,10 @@ def test_kernels_compile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from ssmprune_cli.kernels.triton_conv import conv_backward, conv_backward_input, conv_forward
-    from ssmprune_cli.kernels.triton_scan import chain, group_ends, scan_forward
-    from ssmprune_cli.kernels.triton_scan_backward import scan_backward
-    from ssmprune_cli.kernels.triton_sparse_conv import (
+    from ssmprune_cli.kernels.triton.conv import conv_backward, conv_backward_input, conv_forward
+    from ssmprune_cli.kernels.triton.scan import chain, group_ends, scan_forward
+    from ssmprune_cli.kernels.triton.scan_backward import scan_backward
+    from ssmprune_cli.kernels.triton.sparse_conv import (
         list_meetings,
         sparse_conv_backward,
         sparse_conv_backward_rows,
@@ -117,7 +117,7 @@ def test_kernels_compile(
 @pytest.mark.skipif(interpreted(), reason="Triton compiles nothing while it interprets")
 def test_row_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from ssmprune_cli.kernels.triton_rows import gate_backward, gate_forward, norm_backward, norm_forward
+    from ssmprune_cli.kernels.triton.rows import gate_backward, gate_forward, norm_backward, norm_forward
 
     for kernel in (norm_forward, norm_backward, gate_forward, gate_backward):
         for dtype, count in (("bf16", 1), ("fp32", 4)):

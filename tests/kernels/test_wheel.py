@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ssmprune_cli.kernels import build
+from ssmprune_cli.kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
 USE = """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.kernels import fused_ops_apart
-from ssmprune_cli.workflows.every_op import EveryOp, op_name
+from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 
 
 class _Ops(EveryOp):

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import fused_ops_apart, use_backend
-from ssmprune_cli.models.layers import Kept, RMSNorm
-from ssmprune_cli.models.mamba_backbone import MambaBackbone
-from ssmprune_cli.models.mamba_block import MambaBlock
-from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
-from ssmprune_cli.models.videomamba import VideoMamba, VideoMambaConfig
-from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.common.layers import Kept, RMSNorm
+from ssmprune_cli.models.mamba.backbone import MambaBackbone
+from ssmprune_cli.models.mamba.block import MambaBlock
+from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
+from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.tokens import TokenSequence
 

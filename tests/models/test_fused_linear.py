@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.kernels.cpu import CPU
+from ssmprune_cli.kernels.cpu.backend import CPU
 from ssmprune_cli.kernels.inputs import LinearInputs
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.layers import Kept, packed_linear, project
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.common.layers import Kept, packed_linear, project
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 
 Apart = Callable[[nn.Module, Tensor], Tensor]
 AssertClose = Callable[[Tensor, Tensor], None]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmprune_cli.kernels import fused_ops_apart, use_backend
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import compress
 
 Counted = Callable[[Callable[[], Any]], tuple[Any, Counter[str]]]

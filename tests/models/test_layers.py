@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.models.layers import Derived, channels_last_taps, decay_rates
-from ssmprune_cli.workflows.new_model import build
+from ssmprune_cli.models.common.layers import Derived, channels_last_taps, decay_rates
+from ssmprune_cli.workflows.finetune.new_model import build
 
 
 class Counted:

@@ -18,12 +18,12 @@ from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Hints, Shapes
-from ssmprune_cli.models.mambar import MAMBA_REG, MambaReg, MambaRegConfig, register_positions
+from ssmprune_cli.models.common.backbone import Hints, Shapes
+from ssmprune_cli.models.mamba.mambar import MAMBA_REG, MambaReg, MambaRegConfig, register_positions
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.flops import count_flops
 from ssmprune_cli.workflows.inspect import inspect
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MINI = MambaRegConfig((64, 64), 8, 8, embed_dim=48, depth=4, num_classes=10, num_cls_tokens=6, cls_reduce=2)

@@ -20,10 +20,10 @@ from ssmprune_cli import load
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Hints, Shapes
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.plainmamba_checkpoint import PLAINMAMBA
-from ssmprune_cli.models.plainmamba_routes import moves, snakes
+from ssmprune_cli.models.common.backbone import Hints, Shapes
+from ssmprune_cli.models.plainmamba.checkpoint import PLAINMAMBA
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.plainmamba.routes import moves, snakes
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import TokenSequence
 

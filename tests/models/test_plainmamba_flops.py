@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.plainmamba_checkpoint import VARIANTS
+from ssmprune_cli.models.plainmamba.checkpoint import VARIANTS
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.recipe import load_recipe
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.recipe.recipe import load_recipe
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 SMALL = PlainMambaConfig(image_size=(32, 48), patch_size=8, embed_dim=32, depth=4, num_classes=7)
 

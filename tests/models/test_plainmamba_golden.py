@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ssmprune_cli import load
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.base import Hints
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.plainmamba_checkpoint import PLAINMAMBA
+from ssmprune_cli.models.common.backbone import Hints
+from ssmprune_cli.models.plainmamba.checkpoint import PLAINMAMBA
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.tokens import TokenSequence
 
 GOLDEN = Path(__file__).parent.parent / "golden"

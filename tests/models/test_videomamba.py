@@ -17,15 +17,14 @@ from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Hints, Shapes
-from ssmprune_cli.models.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
-from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.models.vim_checkpoint import VIM
+from ssmprune_cli.models.common.backbone import Hints, Shapes
+from ssmprune_cli.models.mamba.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
+from ssmprune_cli.models.mamba.vim import VIM, Vim, VimConfig
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.finetune.new_model import build as build_new
 from ssmprune_cli.workflows.inspect import inspect
-from ssmprune_cli.workflows.new_model import build as build_new
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MINI = VideoMambaConfig((64, 64), 8, 8, embed_dim=48, depth=4, num_classes=10)

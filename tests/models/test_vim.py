@@ -18,11 +18,10 @@ from torch.nn import functional
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.base import Hints, Shapes
-from ssmprune_cli.models.layers import RotaryEmbedding
-from ssmprune_cli.models.mamba_mixer import MambaMixer
-from ssmprune_cli.models.vim import Vim, VimConfig, class_positions
-from ssmprune_cli.models.vim_checkpoint import VIM
+from ssmprune_cli.models.common.backbone import Hints, Shapes
+from ssmprune_cli.models.common.layers import RotaryEmbedding
+from ssmprune_cli.models.mamba.mixer import MambaMixer
+from ssmprune_cli.models.mamba.vim import VIM, Vim, VimConfig, class_positions
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import TokenSequence
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.tokens import TokenSequence
 
 GOLDEN = Path(__file__).parent.parent / "golden"

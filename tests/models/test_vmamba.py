@@ -16,13 +16,13 @@ from torch.nn import functional
 from ssmprune_cli import load
 from ssmprune_cli.checkpoint import Checkpoint, resolve, save, variant_name
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
-from ssmprune_cli.models.base import Hints
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
-from ssmprune_cli.models.vmamba_checkpoint import VMAMBA
-from ssmprune_cli.models.vmamba_layers import DownsampleV1
-from ssmprune_cli.models.vmamba_mixer import VMambaMixer
+from ssmprune_cli.models.common.backbone import Hints
+from ssmprune_cli.models.vmamba.checkpoint import VMAMBA
+from ssmprune_cli.models.vmamba.layers import DownsampleV1
+from ssmprune_cli.models.vmamba.mixer import VMambaMixer
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 SHAPES = Path(__file__).parent.parent / "golden" / "shapes"
 PUBLISHED = sorted(path.stem for path in SHAPES.glob("*vmamba_*.json") if not path.stem.startswith("efficient"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssmprune_cli import load
-from ssmprune_cli.models.vmamba import VMamba
+from ssmprune_cli.models.vmamba.model import VMamba
 from ssmprune_cli.tokens import TokenSequence
 
 GOLDEN = Path(__file__).parent.parent / "golden"

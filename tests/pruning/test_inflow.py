@@ -11,18 +11,18 @@ from torch.nn import functional
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.inflow import Inflow, inflow
-from ssmprune_cli.models.mambar import MambaReg, MambaRegConfig
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.videomamba import VideoMamba, VideoMambaConfig
-from ssmprune_cli.models.vim import Vim, VimConfig
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
+from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.common.inflow import Inflow, inflow
+from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
+from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, TokenPruner, compress, restore
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.mass import MASSES
 from ssmprune_cli.tokens import Dropped, TokenSequence
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 SIZE, PATCH, DIM, DEPTH = 16, 4, 8, 3
 FAMILIES = ("vim", "videomamba", "mambar", "plainmamba", "vmamba")

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 from ssmprune_cli.checkpoint import load, save
 from ssmprune_cli.cli.app import app
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
-from ssmprune_cli.models.mamba_backbone import MambaBackbone
-from ssmprune_cli.models.mambar import MAMBA_REG, MambaReg, MambaRegConfig
-from ssmprune_cli.models.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
+from ssmprune_cli.models.mamba.backbone import MambaBackbone
+from ssmprune_cli.models.mamba.mambar import MAMBA_REG, MambaReg, MambaRegConfig
+from ssmprune_cli.models.mamba.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
-from ssmprune_cli.recipe import load_recipe, shipped_recipes
+from ssmprune_cli.recipe.recipe import load_recipe, shipped_recipes
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.flops import count_flops
+from ssmprune_cli.workflows.measure.flops import count_flops
 
 REGISTERS = MambaRegConfig((32, 32), 8, 8, embed_dim=16, depth=4, num_classes=5, num_cls_tokens=4, cls_reduce=2)
 VIDEO = VideoMambaConfig((32, 32), 8, 8, embed_dim=16, depth=4, num_classes=5)

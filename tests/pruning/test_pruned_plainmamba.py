@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.kernels import selective_scan
-from ssmprune_cli.models.plainmamba import PlainMamba, PlainMambaConfig
-from ssmprune_cli.models.plainmamba_routes import walks
-from ssmprune_cli.models.routes import reorder
+from ssmprune_cli.models.common.routes import reorder
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.plainmamba.routes import walks
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
 from ssmprune_cli.tokens import TokenSequence
 

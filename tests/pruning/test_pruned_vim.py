@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
-from ssmprune_cli.models.vim import Vim, VimConfig
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
 from ssmprune_cli.tokens import TokenSequence
 

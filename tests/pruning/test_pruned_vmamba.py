@@ -14,14 +14,14 @@ from ssmprune_cli.checkpoint import save
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.vmamba import VMamba, VMambaConfig
-from ssmprune_cli.models.vmamba_mixer import VMambaMixer
+from ssmprune_cli.models.vmamba.mixer import VMambaMixer
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, TokenPruner, compress, restore
-from ssmprune_cli.recipe import load_recipe, shipped_recipes
+from ssmprune_cli.recipe.recipe import load_recipe, shipped_recipes
 from ssmprune_cli.tokens import Fate, TokenSequence
-from ssmprune_cli.workflows.flops import count_flops
-from ssmprune_cli.workflows.kept import stages
+from ssmprune_cli.workflows.measure.flops import count_flops
 from ssmprune_cli.workflows.profile import tokens_per_block
+from ssmprune_cli.workflows.reporting.kept import stages
 from ssmprune_cli.workflows.visualize import picture
 
 # Grids of 8 x 6, 4 x 3 and 2 x 2: the last two are rounded up.

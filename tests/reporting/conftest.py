@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from PIL import Image
 
-from ssmprune_cli.report import (
+from ssmprune_cli.report.report import (
     AccuracyFacts,
     CalibrationFacts,
     ClassChange,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,16 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.report import Report, SampleStage
-from ssmprune_cli.workflows.plot import COLOURS
-from ssmprune_cli.workflows.reporting import Entry, figures, page, read_entries, summary
+from ssmprune_cli.report.report import Report, SampleStage
+from ssmprune_cli.workflows.reporting import Entry, page, read_entries, summary
 from ssmprune_cli.workflows.reporting.facts import side_by_side, unlike
 from ssmprune_cli.workflows.reporting.figures import front_figures, pareto
 from ssmprune_cli.workflows.reporting.page import _dropped_path
+from ssmprune_cli.workflows.reporting.plot import COLOURS
 
 MakeEntry = Callable[[str], Entry]
 VOID = {"meta", "link", "br", "img"}
-CSS = Path(figures.__file__).with_name("page.css")
+CSS = Path(sys.modules[Entry.__module__].__file__ or "").with_name("page.css")
 LANDMARKS = {"header", "nav", "main", "footer"}
 
 

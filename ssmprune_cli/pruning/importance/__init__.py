@@ -22,4 +22,7 @@ IMPORTANCES.register("hidden-norm", Importance(hidden_norm, needs="tokens"))
 IMPORTANCES.register("class-similarity", Importance(class_similarity, needs="tokens"))
 IMPORTANCES.register("random", Importance(random, needs="tokens"))
 
-__all__ = ["IMPORTANCES", "Importance"]
+__all__ = [
+    "IMPORTANCES",
+    "Importance",
+]

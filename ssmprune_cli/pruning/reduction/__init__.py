@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.pruning.reduction.base import Reduction
+from ssmprune_cli.pruning.reduction.base import Reduction, rank
 from ssmprune_cli.pruning.reduction.context import CONTEXT
 from ssmprune_cli.pruning.reduction.drop import DROP
 from ssmprune_cli.pruning.reduction.drop_unsorted import DROP_UNSORTED
@@ -31,4 +31,8 @@ REDUCTIONS.register("fuse", FUSE)
 REDUCTIONS.register("drop-unsorted", DROP_UNSORTED)
 REDUCTIONS.register("mask", MASK)
 
-__all__ = ["REDUCTIONS", "Reduction"]
+__all__ = [
+    "REDUCTIONS",
+    "Reduction",
+    "rank",
+]

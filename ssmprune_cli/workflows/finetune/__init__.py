@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from ssmprune_cli.workflows.finetune.new_model import build, start_from, write_checkpoint
+from ssmprune_cli.workflows.finetune.plan import plan, some
 from ssmprune_cli.workflows.finetune.run import Data, Finetuned, Job, finetune
 
-__all__ = ["Data", "Finetuned", "Job", "finetune"]
+__all__ = [
+    "Data",
+    "Finetuned",
+    "Job",
+    "build",
+    "finetune",
+    "plan",
+    "some",
+    "start_from",
+    "write_checkpoint",
+]

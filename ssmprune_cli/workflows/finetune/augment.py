@@ -17,9 +17,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_side, to_rgb
+from ssmprune_cli.data import center_crop, normalised, resize_short_side, to_rgb
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe import Training
 
 _FILL = (124, 116, 104)  # the mean colour of ImageNet
 _BICUBIC = Image.Resampling.BICUBIC

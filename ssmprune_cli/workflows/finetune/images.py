@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.data import ImageDataset
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
-from ssmprune_cli.models.base import Backbone
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe import Training
 from ssmprune_cli.workflows.finetune.augment import mix, soft_targets, training_image
 from ssmprune_cli.workflows.processes import Share
 

@@ -15,12 +15,11 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.data import ImageDataset
 from ssmprune_cli.errors import SsmpruneError, UsageError
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.block import set_drop_path, set_recompute
+from ssmprune_cli.models import Backbone, set_drop_path, set_recompute
 from ssmprune_cli.pruning import TokenPruner
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.recipe import Training
 from ssmprune_cli.workflows.finetune.guard import PATIENCE, first_non_finite
 from ssmprune_cli.workflows.finetune.images import default_workers, epoch_parts, mixed_seed, part_size, steps_per_epoch
 from ssmprune_cli.workflows.finetune.loss import Outputs, WithTokens, taught, total_loss

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.models.block import blocks
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.models import Backbone, blocks
+from ssmprune_cli.recipe import Training
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 

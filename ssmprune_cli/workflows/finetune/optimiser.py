@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssmprune_cli.models.block import blocks
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.models import blocks
+from ssmprune_cli.recipe import Training
 
 # Weight decay pulls a matrix towards "no effect". These are no such matrices: A_log 0 is a decay rate of 1, and tokens
 # and positions are inputs. The Mamba authors exclude A_log and D too.

@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from ssmprune_cli.data.datasets import ImageDataset, Subset
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.recipe import Recipe, load_recipe
-from ssmprune_cli.recipe_sections import Pruning, Training
+from ssmprune_cli.data import ImageDataset, Subset
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.recipe import Pruning, Recipe, Training, load_recipe
 from ssmprune_cli.report import read_report
 from ssmprune_cli.workflows.finetune.run import Job
 

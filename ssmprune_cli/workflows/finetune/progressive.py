@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.pruning.schedule import PruneSchedule
+from ssmprune_cli.pruning import PruneSchedule
 
 
 class ProgressiveSchedule:

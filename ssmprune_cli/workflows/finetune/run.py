@@ -17,21 +17,19 @@ import torch
 
 import ssmprune_cli
 from ssmprune_cli import checkpoint
-from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.data import ImageDataset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models.base import Backbone
-from ssmprune_cli.recipe_sections import Training
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.recipe import Training
 from ssmprune_cli.report import EpochFacts, FinetuningFacts, Report
-from ssmprune_cli.workflows.describe import describe
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
 from ssmprune_cli.workflows.finetune.loss import teach
 from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
-from ssmprune_cli.workflows.machine import machine
+from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process
-from ssmprune_cli.workflows.profile import resolve_device
-from ssmprune_cli.workflows.reporting import report_files
+from ssmprune_cli.workflows.reporting import describe, report_files
 
 
 @dataclass(frozen=True)

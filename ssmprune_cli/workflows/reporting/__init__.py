@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssmprune_cli.report import REPORT, Report
+from ssmprune_cli.workflows.reporting.describe import (
+    accuracy_facts,
+    calibration_facts,
+    describe,
+    figures,
+    pruning_facts,
+    speed_facts,
+    versions,
+)
+from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
+from ssmprune_cli.workflows.reporting.plot import Series, write_plot
+from ssmprune_cli.workflows.reporting.samples import samples
 from ssmprune_cli.workflows.reporting.summary import summary
+from ssmprune_cli.workflows.reporting.traces import search_series, sensitivity_series
 
 PAGE, CARD = "report.html", "README.md"
 
@@ -20,4 +33,26 @@ def report_files(report: Report, images: Mapping[str, bytes]) -> dict[str, str]:
     }
 
 
-__all__ = ["PAGE", "Entry", "page", "read_entries", "report_files", "summary"]
+__all__ = [
+    "PAGE",
+    "Entry",
+    "Series",
+    "Stage",
+    "accuracy_facts",
+    "calibration_facts",
+    "describe",
+    "figures",
+    "page",
+    "pixels",
+    "pruning_facts",
+    "read_entries",
+    "report_files",
+    "samples",
+    "search_series",
+    "sensitivity_series",
+    "speed_facts",
+    "stages",
+    "summary",
+    "versions",
+    "write_plot",
+]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from ssmprune_cli.report import AccuracyFacts, Report
-from ssmprune_cli.workflows.plot import PART, Series, mark, plot
 from ssmprune_cli.workflows.reporting.facts import same_input
-from ssmprune_cli.workflows.traces import search_series, sensitivity_series
+from ssmprune_cli.workflows.reporting.plot import PART, Series, mark, plot
+from ssmprune_cli.workflows.reporting.traces import search_series, sensitivity_series
 
 Point = tuple[float, float]
 

@@ -23,12 +23,18 @@ from itertools import islice
 import torch
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.pruning import PruneSettings, choose_alignment, default_points
-from ssmprune_cli.pruning.divergence import clearly_less, paired
-from ssmprune_cli.pruning.method import Method
-from ssmprune_cli.workflows.search.candidates import Candidate, layouts, neighbours, uniform
-from ssmprune_cli.workflows.search.cost import Costs, schedule_at, solve
-from ssmprune_cli.workflows.search.measure import Distances, Measurements
+from ssmprune_cli.pruning import Method, PruneSettings, choose_alignment, clearly_less, default_points, paired
+from ssmprune_cli.workflows.trials import (
+    Candidate,
+    Costs,
+    Distances,
+    Measurements,
+    layouts,
+    neighbours,
+    schedule_at,
+    solve,
+    uniform,
+)
 
 FINALISTS = 6
 _STARTS = 3

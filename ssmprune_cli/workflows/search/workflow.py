@@ -8,21 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.data import calibration_images, fingerprint
-from ssmprune_cli.data.datasets import Subset
+from ssmprune_cli.data import Subset, calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, SsmpruneError
-from ssmprune_cli.pruning import PruneSchedule
-from ssmprune_cli.pruning.method import Method
-from ssmprune_cli.recipe import Recipe
-from ssmprune_cli.recipe_sections import CalibrationPlan, Pruning
+from ssmprune_cli.pruning import Method, PruneSchedule
+from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.compress import Source
-from ssmprune_cli.workflows.profile import resolve_device
-from ssmprune_cli.workflows.saved_state import SavedState
+from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
-from ssmprune_cli.workflows.search.cost import Costs, check_budget
-from ssmprune_cli.workflows.search.latency import LatencyBudget, check_latency
-from ssmprune_cli.workflows.search.measure import Measurements, load_images
+from ssmprune_cli.workflows.trials import (
+    Costs,
+    LatencyBudget,
+    Measurements,
+    SavedState,
+    check_budget,
+    check_latency,
+    load_images,
+)
 
 Progress = Callable[[str], Callable[[int, int], None]]
 

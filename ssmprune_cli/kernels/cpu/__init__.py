@@ -1,0 +1,9 @@
+"""Backend `cpu`: kernels in C, compiled for the level of the processor."""
+
+from __future__ import annotations
+
+from ssmprune_cli.kernels.cpu.backend import CPU
+
+__all__ = [
+    "CPU",
+]

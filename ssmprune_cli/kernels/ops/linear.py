@@ -1,0 +1,63 @@
+"""The public op `linear`: a linear layer in float32, made of products of bfloat16 matrices; for inference.
+
+Processors that have such products do them many times as fast as products in float32, and three values of bfloat16 have
+the 24 bits of a float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels.choice import pick
+from ssmprune_cli.kernels.inputs import LinearInputs
+from ssmprune_cli.kernels.ops.blocks import keeps_weights
+from ssmprune_cli.kernels.ops.library import Expected, check, define, refuse_gradients
+from ssmprune_cli.kernels.packing import FLOAT_PARTS, tiled_words
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """x (..., inputs) times a weight (outputs, inputs), given as `pack_linear` packs it, plus bias (outputs,), if any.
+
+    All in float32. Returns (..., outputs). Has no gradient. Raises KernelError for what does not fit.
+    """
+    if x.dtype != torch.float32:
+        raise KernelError(f"x must be {torch.float32}, not {x.dtype}")
+    expected: Expected = {"weight": (weight, (tiled_words(outputs, x.shape[-1], FLOAT_PARTS),))}
+    if bias is not None:
+        expected["bias"] = (bias, (outputs,))
+    check(x, {}, expected)
+    refuse_gradients(x, weight, *(() if bias is None else (bias,)))
+    result: Tensor = torch.ops.ssmprune.linear(x, weight, bias, outputs)
+    return result
+
+
+def suits_linear(x: Tensor, outputs: int) -> bool:
+    """Whether a model does well to call `linear` for x (..., inputs)."""
+    if x.dtype != torch.float32 or not keeps_weights(x, 1):
+        return False
+    return pick(x, 1).suits_linear(x.numel() // x.shape[-1], x.shape[-1], outputs)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return pick(x, 1).linear(LinearInputs(x, weight, bias, outputs))
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+define("linear", _linear, _linear_fake)
+
+
+# torch's counter counts a multiply-add as two floating-point operations.
+@register_flop_formula(torch.ops.ssmprune.linear)
+def _(x: Any, weight: Any, bias: Any, outputs: int, *_: Any, **__: Any) -> int:
+    count = 2 * outputs
+    for size in x:
+        count *= size
+    return count

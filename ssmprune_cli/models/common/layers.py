@@ -1,0 +1,245 @@
+"""Layers that several model families share."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sized
+from typing import Generic, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ssmprune_cli.errors import DataError
+from ssmprune_cli.kernels import linear, pack_linear, suits_linear, tracing
+
+T = TypeVar("T")
+
+
+class _Source(NamedTuple):
+    """A parameter when something was computed from it. Its values are kept, so that no others can come to lie there."""
+
+    parameter: Tensor
+    values: Tensor
+    version: int
+    address: int
+
+
+def _source(parameter: Tensor) -> _Source:
+    return _Source(parameter, parameter.detach(), parameter._version, parameter.data_ptr())
+
+
+class Derived(Generic[T]):
+    """Parameters in the form that inference needs, computed again only when one of them has changed.
+
+    While gradients are recorded, and while the model is traced or compiled, it is computed each time.
+    """
+
+    def __init__(self, compute: Callable[..., T]) -> None:
+        self._compute = compute
+        self._sources: list[_Source] = []
+        self.value: T | None = None
+
+    def __call__(self, *parameters: Tensor) -> T:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing():
+            return self._compute(*parameters)
+        if self.value is None or not self._unchanged(parameters):
+            self.value = self._compute(*parameters)
+            self._sources = []
+            if not any(parameter.is_inference() for parameter in parameters):  # which have no version
+                self._sources = [_source(parameter) for parameter in parameters]
+        return self.value
+
+    def _unchanged(self, parameters: tuple[Tensor, ...]) -> bool:
+        if len(parameters) != len(self._sources):
+            return False
+        for parameter, (source, _, version, address) in zip(parameters, self._sources, strict=True):
+            if parameter is not source or parameter._version != version or parameter.data_ptr() != address:
+                return False
+        return True
+
+    def __reduce__(self) -> tuple[type[Derived[T]], tuple[Callable[..., T]]]:
+        return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
+
+
+class Kept(Generic[T]):
+    """What inference derives from whole modules, computed again only when something in them has changed: a parameter or
+    its values, a module in the place of another, a hook; or when it is asked for of another, or with another `how`. For
+    inference only, and for parameters made outside of it: others have no version.
+    """
+
+    def __init__(self, compute: Callable[..., T]) -> None:
+        self._compute = compute
+        self._arguments: tuple[object, ...] = ()
+        self._slots: list[tuple[Mapping[str, object], str]] = []  # modules' dictionaries, and names in them
+        self._found: list[object] = []  # what is there
+        self._hooks: list[Sized] = []
+        self._hooked: list[bool] = []
+        self._sources: list[_Source] = []
+        self.value: T | None = None
+
+    def __call__(self, module: nn.Module, *how: int) -> T:
+        if self._arguments != (module, *how) or not self._unchanged():
+            self._watch(module)
+            self.value, self._arguments = self._compute(module, *how), (module, *how)
+        return cast(T, self.value)  # which may be None
+
+    def _watch(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        tables: list[Mapping[str, object]] = [table for each in modules for table in (each._modules, each._parameters)]
+        self._slots = [(table, name) for table in tables for name in table]
+        self._found = [table[name] for table, name in self._slots]
+        self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._hooked = list(map(bool, self._hooks))
+        self._sources = [_source(each) for each in module.parameters() if not each.is_inference()]
+
+    def _unchanged(self) -> bool:
+        # Asked for at every image, of hundreds of parameters.
+        if not all(map(operator.is_, [table.get(name) for table, name in self._slots], self._found)):
+            return False
+        if any(each._version != version or each.data_ptr() != at for each, _, version, at in self._sources):
+            return False
+        return list(map(bool, self._hooks)) == self._hooked
+
+    def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[..., T]]]:
+        return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
+
+
+def project(layer: nn.Module, x: Tensor, packed: Kept[Tensor | None]) -> Tensor:
+    """`layer(x)`, a linear layer by `kernels.linear` where that is faster. `packed` is the layer's own, of
+    `packed_linear`."""
+    if isinstance(layer, nn.Linear) and suits_linear(x, layer.out_features):
+        weight = packed(layer)
+        if weight is not None:
+            return linear(x, weight, layer.bias, layer.out_features)
+    result: Tensor = layer(x)
+    return result
+
+
+def packed_linear(layer: nn.Module) -> Tensor | None:
+    """The weight of a linear layer as `linear` takes it; None as in `MambaBlock.packed`."""
+    if not isinstance(layer, nn.Linear) or not is_plain(layer, nn.Linear):
+        return None
+    if any(each.is_inference() or each.dtype != torch.float32 for each in layer.parameters()):
+        return None
+    return pack_linear(layer.weight)
+
+
+def kept_tensors(model: nn.Module) -> list[Tensor]:
+    """What inference keeps beside the weights of `model`."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    kept = [each.value for each in tree_leaves(values) if isinstance(each, Derived | Kept)]
+    return [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 at least, as the authors compute it."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether nothing but `kind` itself happens when `module` is called: no adapter, no quantised layer, no hook."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def channels_last_taps(weight: Tensor) -> Tensor:
+    """Taps (E, K) or (E, K, K) of a depthwise convolution's weight (E, 1, ...), neighbouring channels side by side."""
+    return weight[:, 0].movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over channels, then scale. In the input's precision, as the authors."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unit(x).to(self.weight.dtype) * self.weight
+
+    def unit(self, x: Tensor) -> Tensor:
+        """`x` (..., d) with a root mean square of 1."""
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, 3, H, W) to embedded patches (B, rows * columns, d), which overlap if stride < patch_size."""
+
+    def __init__(self, image_size: tuple[int, int], patch_size: int, stride: int, dim: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.grid = patch_grid(image_size, patch_size, stride)
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=stride)
+        # LeCun normal, truncated at two standard deviations; the constant makes up for what truncation takes away.
+        deviation = math.sqrt(1 / (3 * patch_size**2)) / 0.87962566103423978
+        nn.init.trunc_normal_(self.proj.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != (3, *self.image_size):
+            raise DataError(
+                f"the model takes images of shape {(3, *self.image_size)}, not {tuple(images.shape[1:])}",
+                hint="Resize the images, or load the checkpoint for another size (`--image-size`).",
+            )
+        embedded: Tensor = self.proj(images)
+        return embedded.flatten(2).transpose(1, 2)
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    return (image_size[0] - patch_size) // stride + 1, (image_size[1] - patch_size) // stride + 1
+
+
+class RotaryEmbedding(nn.Module):
+    """2-D rotary position embedding of whole tokens, as EVA-02 and the first Vim release use it.
+
+    The first half of the channels turns with the patch's row, the second half with its column. Positions are scaled
+    to a grid of 14 x 14, the authors' training resolution. With a class token, dense position 0 is not turned and
+    position p > 0 takes row p - 1 of the table, wherever the class token itself sits: that is what the authors compute.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, dim: int, grid: tuple[int, int], *, class_token: bool) -> None:
+        super().__init__()
+        self.class_token = class_token
+        cos, sin = rotary_tables(dim, grid)
+        self.register_buffer("freqs_cos", cos)  # (rows * columns, d)
+        self.register_buffer("freqs_sin", sin)
+
+    def forward(self, values: Tensor, positions: Tensor | None) -> Tensor:
+        """Rotate `values` (B, L, d), each by its own of `positions` (B, L); None is all of them in order."""
+        cos, sin = self.freqs_cos, self.freqs_sin
+        if self.class_token:
+            cos = torch.cat((torch.ones_like(cos[:1]), cos))
+            sin = torch.cat((torch.zeros_like(sin[:1]), sin))
+        if positions is not None:
+            cos, sin = cos[positions], sin[positions]  # (B, L, d)
+        pairs = values.unflatten(-1, (-1, 2))
+        turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
+        return values * cos + turned * sin
+
+
+def rotary_tables(dim: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (rows * columns, dim) each, for `dim` channels: half for rows, half for columns."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(0, half, 2).float() / half)  # (dim / 4,)
+
+    def angles(count: int) -> Tensor:
+        steps = torch.arange(count) / count * 14
+        return (steps[:, None] * frequencies).repeat_interleave(2, dim=-1)  # (count, dim / 2)
+
+    rows, columns = angles(grid[0]), angles(grid[1])
+    shape = (*grid, rows.shape[-1])
+    table = torch.cat((rows[:, None].expand(shape), columns[None].expand(shape)), dim=-1).flatten(0, 1)
+    return table.cos(), table.sin()
+
+
+def resize_grid(patches: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings of patches, (1, rows * columns, d), from the grid `old` to `new` by bicubic interpolation."""
+    image = patches.unflatten(1, old).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).flatten(1, 2).contiguous()

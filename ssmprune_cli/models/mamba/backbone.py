@@ -1,0 +1,199 @@
+"""What Vim, VideoMamba and Mamba-Reg have in common: patches and a few more tokens in one sequence of Mamba blocks.
+
+The families differ in which tokens join the patches, where, and what the head sees of them. Letters: B batch, L tokens,
+d model width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import Mixers, Wanted
+from ssmprune_cli.kernels import block_parts
+from ssmprune_cli.models.common import Backbone, Kept, PatchEmbed, RMSNorm, can_align
+from ssmprune_cli.models.mamba.block import MambaBlock, PackedBlocks, packed_blocks, unit_tokens
+from ssmprune_cli.models.mamba.fused import fused_blocks
+from ssmprune_cli.models.mamba.mixer import MambaMixer, MixerKind, init_output_projection
+from ssmprune_cli.tokens import TokenSequence
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of a sequence of Mamba blocks. An int for `image_size` is a square. UsageError for what does not fit.
+
+    stride           patches overlap when it is smaller than `patch_size`
+    d_inner          channels of the scans; None is twice `embed_dim`
+    dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
+    eval_crop_ratio  part of the resized image that the centre crop keeps
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    stride: int = 16
+    embed_dim: int = 192
+    depth: int = 24
+    num_classes: int = 1000
+    d_state: int = 16
+    d_conv: int = 4
+    d_inner: int | None = None
+    dt_rank: int | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    eval_crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        given: Any = self.image_size  # an int, or a list from JSON
+        size = (given, given) if isinstance(given, int) else tuple(given)
+        object.__setattr__(self, "image_size", size)
+        if len(size) != 2 or min(size) < self.patch_size:
+            raise UsageError(f"an image of size {size} has no room for a patch of {self.patch_size} pixels")
+        for name in ("patch_size", "stride", "embed_dim", "depth", "num_classes", "d_state", "d_conv"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def inner_channels(self) -> int:
+        """Channels of the scans."""
+        return self.d_inner or 2 * self.embed_dim
+
+
+class MambaBackbone(Backbone):
+    """A family makes its own tokens and `head`, calls `add_blocks` between them, and says `embed`, `pool`, `protected`.
+
+    `features` are the tokens after the last block, before the final norm.
+    """
+
+    config: MambaConfig
+    layers: nn.ModuleList
+    norm_f: nn.LayerNorm | RMSNorm
+    head: nn.Linear
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, config.stride, config.embed_dim)
+
+    def add_blocks(self, *, kind: MixerKind, halve: bool, gamma: float | None = None) -> None:
+        """Make `layers` and `norm_f`; the options are those of MambaMixer."""
+        config = self.config
+
+        def block() -> MambaBlock:
+            mixer = MambaMixer(
+                config.embed_dim,
+                d_inner=config.inner_channels,
+                d_state=config.d_state,
+                d_conv=config.d_conv,
+                dt_rank=config.dt_rank or math.ceil(config.embed_dim / 16),
+                kind=kind,
+                halve=halve,
+                gamma=gamma,
+            )
+            init_output_projection(mixer.out_proj, config.depth)
+            return MambaBlock(make_norm(config, config.embed_dim), mixer)
+
+        self.layers = nn.ModuleList(block() for _ in range(config.depth))
+        self.norm_f = make_norm(config, config.embed_dim)
+        self._packed = Kept(packed_blocks)
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> TokenSequence:
+        """Images (B, 3, H, W) to the dense sequence with class tokens and position embeddings."""
+
+    @abstractmethod
+    def pool(self, sequence: TokenSequence) -> Tensor:
+        """(B, features): what the head sees of the tokens that are left."""
+
+    @property
+    def turns(self) -> bool:
+        """Whether `before_block` does anything."""
+        return False
+
+    def before_block(self, sequence: TokenSequence) -> TokenSequence:
+        """What a block is given; the sequence itself unless a family turns it."""
+        return sequence
+
+    def features(self, images: Tensor) -> TokenSequence:
+        """The tokens that are left after all blocks; their output is `hidden + residual`."""
+        sequence, block = self.embed(images), 0
+        config = self.config
+        parts = None if self.turns else block_parts(sequence.hidden, config.d_state, config.inner_channels)
+        packed = None if parts is None else self._packed(self.layers, parts)
+        while block < len(self.layers):
+            if packed is not None and packed.plain[block]:
+                at_once = self._fused(block, sequence, packed)
+                if at_once is not None:
+                    sequence, block = at_once
+                    continue
+            sequence = self.before_block(sequence)
+            alignment, wanted = self.ask_pruner(block, sequence)
+            sequence, statistics = self.layers[block](sequence, alignment, wanted)
+            sequence = self.prune(block, sequence, statistics, wanted)
+            block += 1
+        return sequence
+
+    def _fused(self, block: int, sequence: TokenSequence, packed: PackedBlocks) -> tuple[TokenSequence, int] | None:
+        """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
+        None if it can do none. The pruner may look at the last one's scans, and prune after it."""
+        if sequence.frozen is not None:
+            return None
+        alignments = []
+        wanted: Wanted = "nothing"
+        for number, plain in enumerate(packed.plain[block:], block):
+            alignment, asked = self.ask_pruner(number, sequence)
+            if not plain or asked == "delta" or not can_align(alignment):
+                break
+            alignments.append(alignment)
+            wanted = asked
+            if wanted != "nothing":
+                break
+        if not alignments:
+            return None
+        stop = block + len(alignments)
+        norm = self.layers[block].norm
+        assert isinstance(norm, RMSNorm)
+        context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
+        sequence, statistics = fused_blocks(
+            sequence, packed.run(block, stop), packed.sizes, alignments, context, packed.scale, packed.eps, wanted
+        )
+        return self.prune(stop - 1, sequence, statistics, wanted), stop
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.pool(self.features(images)))
+        return logits
+
+    @property
+    def mixers(self) -> Mixers:
+        return [layer.mixer for layer in self.layers]  # type: ignore[misc]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.patch_embed.grid
+
+
+def make_norm(config: MambaConfig, dim: int) -> nn.LayerNorm | RMSNorm:
+    """The kind of norm that all of a model's norms are, over `dim` channels."""
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(dim, eps=NORM_EPS)
+
+
+def embedding(count: int, dim: int) -> nn.Parameter:
+    """`count` learned tokens or positions, (1, count, dim), as the authors start them."""
+    values = nn.Parameter(torch.empty(1, count, dim))
+    nn.init.trunc_normal_(values, std=0.02)
+    return values
+
+
+def classifier(dim: int, num_classes: int) -> nn.Linear:
+    """The head, as the authors start it."""
+    head = nn.Linear(dim, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head

@@ -1,0 +1,211 @@
+"""Vision Mamba (Vim): arXiv 2401.09417, hustvl/Vim at dd0358a, with the authors' parameter names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.models.common import Family, Hints, RotaryEmbedding, Shapes, patch_grid, rotary_tables
+from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, classifier, embedding
+from ssmprune_cli.models.mamba.checkpoint import (
+    as_published,
+    is_mamba,
+    mixer_has,
+    named_families,
+    read_sizes,
+    resize_positions,
+)
+from ssmprune_cli.models.mamba.mixer import MixerKind
+from ssmprune_cli.tokens import TokenSequence
+
+ClassToken = Literal["middle", "head", "double", "none"]
+
+
+@dataclass(frozen=True)
+class VimConfig(MambaConfig):
+    """Everything that defines a Vim; patches overlap (`stride` 8) in the "+" models. See MambaConfig.
+
+    class_token  in the middle of the patches (released models), before them, at both ends, or none (mean pooling)
+    mixer        "v2" (released models), "v1" or "none": see MambaMixer
+    divide_out   halve the sum of both directions (all released models but the first)
+    layer_scale  start of the mixers' gamma; None for no gamma
+    rope         turn the hidden states before every block, and with `rope_residual` the residuals too
+    """
+
+    class_token: ClassToken = "middle"
+    mixer: MixerKind = "v2"
+    divide_out: bool = True
+    layer_scale: float | None = None
+    rope: bool = False
+    rope_residual: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rope and (self.class_token == "double" or self.embed_dim % 4):
+            raise UsageError("rope needs an embed_dim that 4 divides, and at most one class token")
+
+
+class Vim(MambaBackbone):
+    """See VimConfig."""
+
+    family = "vim"
+    config: VimConfig
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__(config)
+        dim = config.embed_dim
+        for name in CLASS_TOKENS[config.class_token]:
+            self.register_parameter(name, embedding(1, dim))
+        self.pos_embed = embedding(self.num_tokens, dim)
+        self.rope = RotaryEmbedding(dim, self.grid, class_token=bool(self.protected)) if config.rope else None
+        self.add_blocks(kind=config.mixer, halve=config.divide_out, gamma=config.layer_scale)
+        self.head = classifier(dim, config.num_classes)
+
+    def embed(self, images: Tensor) -> TokenSequence:
+        patches = self.patch_embed(images)
+        names = CLASS_TOKENS[self.config.class_token]
+        tokens = [getattr(self, name).expand(patches.shape[0], -1, -1) for name in names]  # (B, 1, d) each
+        if self.config.class_token == "double":
+            patches = torch.cat((tokens[0], patches, tokens[1]), dim=1)
+        elif tokens:
+            (place,) = self.protected
+            patches = torch.cat((patches[:, :place], tokens[0], patches[:, place:]), dim=1)
+        return TokenSequence.dense(patches + self.pos_embed, self.protected)
+
+    @property
+    def turns(self) -> bool:
+        return self.rope is not None
+
+    def before_block(self, sequence: TokenSequence) -> TokenSequence:
+        if self.rope is None:
+            return sequence
+        rope = self.rope
+        residual, frozen, context = sequence.residual, sequence.frozen, sequence.context
+        positions = None if sequence.is_dense else sequence.positions
+        if self.config.rope_residual:
+            residual = None if residual is None else rope(residual, positions)
+            frozen, context = (
+                None if dropped is None else replace(dropped, stream=rope(dropped.stream, dropped.positions))
+                for dropped in (frozen, context)
+            )
+        hidden = rope(sequence.hidden, positions)
+        return replace(sequence, hidden=hidden, residual=residual, frozen=frozen, context=context)
+
+    def pool(self, sequence: TokenSequence) -> Tensor:
+        """(B, d): the normalised class token, the mean of two, or the mean over tokens."""
+        dtype = self.norm_f.weight.dtype
+        if not self.protected:
+            return sequence.mean(self.norm_f(sequence.stream.to(dtype)))
+        normalised: Tensor = self.norm_f(sequence.protected_stream().to(dtype))  # (B, 1 or 2, d)
+        return normalised.mean(dim=1)
+
+    @property
+    def protected(self) -> tuple[int, ...]:
+        return class_positions(self.config.class_token, math.prod(self.grid))
+
+
+CLASS_TOKENS: Mapping[ClassToken, tuple[str, ...]] = {
+    "middle": ("cls_token",),
+    "head": ("cls_token",),
+    "double": ("cls_token_head", "cls_token_tail"),
+    "none": (),
+}
+
+
+def class_positions(kind: ClassToken, patches: int) -> tuple[int, ...]:
+    """Dense positions of the class tokens among `patches` patches."""
+    return {"middle": (patches // 2,), "head": (0,), "double": (0, patches + 1), "none": ()}[kind]
+
+
+# Checkpoints: which configuration a file holds, and how its position embeddings are resized.
+
+TINY = VimConfig(embed_dim=192)
+SMALL = VimConfig(embed_dim=384)
+BASE = VimConfig(embed_dim=768)
+VARIANTS = {
+    "vim_tiny": TINY,
+    "vim_small": SMALL,
+    "vim_base": BASE,
+    "vim_tiny_plus": replace(TINY, stride=8),
+    "vim_small_plus": replace(SMALL, stride=8),
+    "vim_base_plus": replace(BASE, stride=8),
+    "vim_tiny_73p1": replace(TINY, class_token="head", divide_out=False, rope=True),
+}
+
+
+def matches(shapes: Shapes, hints: Hints) -> bool:
+    """Whether these are Vim's keys, and no name says that they are those of VideoMamba, which has the same ones."""
+    return is_mamba(shapes) and "pos_embed_cls" not in shapes and named_families(hints) != {"videomamba"}
+
+
+def configure(shapes: Shapes, hints: Hints) -> VimConfig:
+    """The configuration that fits `shapes`; with `hints.variant` that one, for the classes and image size of the file.
+
+    What keys cannot tell is taken from the authors' model name if the file has it, else as in the released models (the
+    first release if there are rope tables). Raises CheckpointError.
+    """
+    if hints.variant:
+        return as_published(VARIANTS[hints.variant], shapes, hints, "Vim")
+    token, divide_out = _hidden_choices(shapes, hints.model_name)
+    return VimConfig(
+        **read_sizes(shapes, hints, TINY, "Vim", extra_positions=len(CLASS_TOKENS[token])),
+        class_token=token,
+        mixer="v2" if mixer_has(shapes, "D_b") else "v1" if mixer_has(shapes, "A_b_log") else "none",
+        divide_out=divide_out,
+        layer_scale=1.0 if mixer_has(shapes, "gamma") else None,  # only where training starts, which is over
+        rope="rope.freqs_cos" in shapes,
+        # The authors' names say "rope_also_residual" when residuals are turned too, as in the first release.
+        rope_residual="rope" not in hints.model_name or "also_residual" in hints.model_name,
+    )
+
+
+def _hidden_choices(shapes: Shapes, model_name: str) -> tuple[ClassToken, bool]:
+    """Place of the class token and whether outputs are halved: no shape depends on them where there is one token."""
+    place: ClassToken
+    if any(word in model_name for word in ("clstok", "cls_token", "div2")):
+        place, divide_out = "middle" if "mid" in model_name else "head", "div2" in model_name
+    elif "rope.freqs_cos" in shapes:
+        place, divide_out = "head", False
+    else:
+        place, divide_out = "middle", True
+    if "cls_token_head" in shapes:
+        place = "double"
+    elif "cls_token" not in shapes:
+        place = "none"
+    return place, divide_out
+
+
+def resize(state: dict[str, Tensor], config: VimConfig, image_size: int) -> tuple[dict[str, Tensor], VimConfig]:
+    """For images of another size: bicubic for the patches' positions, class tokens taken from their true index."""
+    new = patch_grid((image_size, image_size), config.patch_size, config.stride)
+    old = patch_grid(config.image_size, config.patch_size, config.stride)
+    old_class, new_class = (class_positions(config.class_token, math.prod(grid)) for grid in (old, new))
+    moved, resized = resize_positions(state["pos_embed"], config, image_size, old_class=old_class, new_class=new_class)
+    changed = {**state, "pos_embed": moved}
+    if config.rope:
+        changed["rope.freqs_cos"], changed["rope.freqs_sin"] = rotary_tables(config.embed_dim, new)
+    return changed, resized
+
+
+def _remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every key of a Vim file is a weight, under the name that we use too."""
+    return state
+
+
+VIM: Family = Family(
+    name="vim",
+    title="Vision Mamba (Vim)",
+    matches=matches,
+    configure=configure,
+    build=Vim,
+    config_class=VimConfig,
+    remap=_remap,
+    variants=VARIANTS,
+    resize=resize,
+)

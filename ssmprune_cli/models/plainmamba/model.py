@@ -1,0 +1,238 @@
+"""PlainMamba: arXiv 2403.17695, ChenhongyiYang/PlainMamba at 0975a1d, with the authors' parameter names.
+
+Glossary: B batch, L tokens now, G = rows * columns places of the grid, d model width. There is no class token; a
+token's position is its raster index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.models.common import Backbone, Block
+from ssmprune_cli.models.plainmamba.mixer import PlainMambaMixer
+from ssmprune_cli.tokens import TokenSequence
+
+BLOCK_NORM_EPS = 1e-5
+FINAL_NORM_EPS = 1e-6
+STEM_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class PlainMambaConfig:
+    """Everything that defines a PlainMamba. An int for `image_size` is a square. UsageError for what does not fit.
+
+    patch_size       even: a stem halves the image, then patches of half this size meet; sides are padded to fill them
+    stem_convs       3 x 3 convolutions between the stem and the patches
+    dw_layers        blocks that end in a depthwise 3 x 3 convolution
+    out_indices      blocks whose outputs `feature_maps` returns, in rising order; all but the last (-1) have a norm of
+                     their own
+    d_inner          channels of the scans; None is twice `embed_dim`
+    dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
+    eval_crop_ratio  part of the resized image that the centre crop keeps
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    embed_dim: int = 192
+    depth: int = 24
+    stem_convs: int = 1
+    dw_layers: tuple[int, ...] = ()
+    out_indices: tuple[int, ...] = (-1,)
+    num_classes: int = 1000
+    d_state: int = 16
+    d_conv: int = 7
+    d_inner: int | None = None
+    dt_rank: int | None = None
+    eval_crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        given: Any = self.image_size  # an int, or a list from JSON
+        size = (given, given) if isinstance(given, int) else tuple(given)
+        object.__setattr__(self, "image_size", size)
+        for name in ("patch_size", "embed_dim", "depth", "num_classes", "d_state", "d_conv"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if len(size) != 2 or min(size) < 1:
+            raise UsageError(f"an image cannot have the size {size}")
+        if self.patch_size % 2 or not self.d_conv % 2:
+            raise UsageError("patch_size must be even and d_conv odd")
+        for name in ("dw_layers", "out_indices"):
+            blocks = {index + self.depth if index < 0 else index for index in getattr(self, name)}
+            if any(not 0 <= block < self.depth for block in blocks):
+                raise UsageError(f"{name} {list(getattr(self, name))} must be blocks of {self.depth}")
+            object.__setattr__(self, name, tuple(sorted(blocks)))
+        # In one form, which another depth does not change: the last block is -1.
+        outputs = tuple(-1 if block == self.depth - 1 else block for block in self.out_indices)
+        object.__setattr__(self, "out_indices", outputs)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = (math.ceil(math.ceil(side / 2) / (self.patch_size // 2)) for side in self.image_size)
+        return rows, columns
+
+
+class ConvPatchEmbed(nn.Module):
+    """Images (B, 3, H, W) to embedded patches (B, G, d)."""
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        half, width = config.patch_size // 2, STEM_CHANNELS
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        layers: list[nn.Module] = []
+        for _ in range(config.stem_convs):
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        self.convs = nn.Sequential(*layers)
+        self.projection = nn.Conv2d(width, config.embed_dim, half, stride=half)
+        self.padded = tuple(half * count for count in config.grid)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != (3, *self.image_size):
+            raise DataError(
+                f"the model takes images of shape {(3, *self.image_size)}, not {tuple(images.shape[1:])}",
+                hint="Resize the images, or load the checkpoint for another size (`--image-size`).",
+            )
+        pixels = self.convs(self.stem(images))  # (B, 64, H / 2, W / 2), rounded up
+        bottom, right = (want - have for want, have in zip(self.padded, pixels.shape[2:], strict=True))
+        embedded: Tensor = self.projection(functional.pad(pixels, (0, right, 0, bottom)))
+        return embedded.flatten(2).transpose(1, 2)
+
+
+class PlainMambaLayer(Block):
+    """x + mixer(norm(x)); with `dw`, a depthwise convolution then takes the place of the result: no skip around it."""
+
+    def __init__(self, config: PlainMambaConfig, *, dw: bool) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.grid = config.grid
+        self.norm = nn.LayerNorm(dim, eps=BLOCK_NORM_EPS)
+        self.dw = None
+        if dw:
+            conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+            self.dw = nn.Sequential(conv, nn.BatchNorm2d(dim), nn.GELU())
+        self.mamba = PlainMambaMixer(
+            dim,
+            grid=config.grid,
+            d_inner=config.d_inner or 2 * dim,
+            d_state=config.d_state,
+            d_conv=config.d_conv,
+            dt_rank=config.dt_rank or math.ceil(dim / 16),
+        )
+
+    def run(
+        self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
+    ) -> tuple[TokenSequence, ScanStatistics]:
+        x = sequence.hidden
+        frozen, context = (
+            None if dropped is None else self.norm(dropped.stream.to(x.dtype))
+            for dropped in (sequence.frozen, sequence.context)
+        )
+        mixed, statistics = self.mamba(self.norm(x), sequence, alignment, wanted, frozen, context)
+        x = x + self.drop(mixed)
+        if self.dw is not None:
+            x = self._convolve(x, sequence, self.dw)
+        return replace(sequence, hidden=x), statistics
+
+    def _convolve(self, x: Tensor, sequence: TokenSequence, dw: nn.Sequential) -> Tensor:
+        """`dw` at the places of the tokens x (B, L, d). Missing tokens are zero, and in no statistics of the norm."""
+        convolution, norm, activation = dw
+        x = x.transpose(1, 2)  # (B, d, L)
+        if sequence.is_dense:
+            x = convolution(x.unflatten(2, self.grid)).flatten(2)
+        else:
+            index = sequence.positions[:, None].expand(-1, x.shape[1], -1)  # (B, d, L)
+            image = x.new_zeros(*x.shape[:2], sequence.length).scatter(2, index, x)
+            x = convolution(image.unflatten(2, self.grid)).flatten(2).gather(2, index)
+        result: Tensor = activation(norm(x[..., None]))[..., 0].transpose(1, 2)
+        return result  # (B, L, d)
+
+
+class _Trunk(nn.Module):
+    """The weights that the authors' checkpoints hold under `backbone.`."""
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.patch_embed = ConvPatchEmbed(config)
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(config.grid), dim), std=0.02))
+        self.layers = nn.ModuleList(PlainMambaLayer(config, dw=i in config.dw_layers) for i in range(config.depth))
+        self.ln1 = nn.LayerNorm(dim, eps=FINAL_NORM_EPS)
+        for index in config.out_indices:
+            if index != -1:
+                self.add_module(f"norm_layer{index}", nn.LayerNorm(dim, eps=FINAL_NORM_EPS))
+
+    def forward(self, images: Tensor) -> Tensor:
+        embedded: Tensor = self.patch_embed(images) + self.pos_embed
+        return embedded  # (B, G, d)
+
+
+class PlainMamba(Backbone):
+    """See PlainMambaConfig. `features` are the tokens after the last block, before the final norm."""
+
+    family = "plainmamba"
+
+    def __init__(self, config: PlainMambaConfig) -> None:
+        super().__init__()
+        self.config: PlainMambaConfig = config
+        self.backbone = _Trunk(config)
+        self.head = nn.ModuleDict({"fc": nn.Linear(config.embed_dim, config.num_classes)})
+        for name, module in self.named_modules():
+            # As the authors' training configuration, which also overrides what their code does with dt_proj.
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.01 if name == "head.fc" else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def features(self, images: Tensor) -> TokenSequence:
+        """The tokens that are left after all blocks."""
+        return deque(self._blocks(images), maxlen=1).pop()
+
+    def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Normed outputs of the blocks `out_indices`, (B, d, rows, columns) each. UsageError if tokens are missing."""
+        maps = []
+        for block, sequence in enumerate(self._blocks(images)):
+            index = -1 if block == self.config.depth - 1 else block
+            if index in self.config.out_indices:
+                if not sequence.is_dense:
+                    raise UsageError("feature maps need all tokens", hint="Call `restore(model)` first.")
+                norm = self.backbone.get_submodule("ln1" if index == -1 else f"norm_layer{index}")
+                maps.append(norm(sequence.hidden).transpose(1, 2).unflatten(2, self.grid))
+        return tuple(maps)
+
+    def _blocks(self, images: Tensor) -> Iterator[TokenSequence]:
+        """The tokens after each block."""
+        sequence = TokenSequence.dense(self.backbone(images))
+        for block, layer in enumerate(self.backbone.layers):
+            alignment, wanted = self.ask_pruner(block, sequence)
+            sequence, statistics = layer(sequence, alignment, wanted)
+            sequence = self.prune(block, sequence, statistics, wanted)
+            yield sequence
+
+    def pool(self, sequence: TokenSequence) -> Tensor:
+        """(B, d): what the head sees, the mean of the normalised tokens."""
+        return sequence.mean(self.backbone.ln1(sequence.hidden))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head["fc"](self.pool(self.features(images)))
+        return logits
+
+    @property
+    def mixers(self) -> Mixers:
+        return [layer.mamba for layer in self.backbone.layers]  # type: ignore[misc]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.config.grid

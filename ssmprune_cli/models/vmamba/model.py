@@ -1,0 +1,192 @@
+"""VMamba: arXiv 2401.10166, MzeroMiko/VMamba at 2ed52ea, with the authors' parameter names.
+
+Four stages of blocks; between two of them a downsampling halves the grid and doubles the width. Tokens are dropped
+within a stage. Before a downsampling, and before the classifier, the grid is made whole again: a dropped token comes
+back with the value that it had when it left, so that both see what they see in the dense model, every place of the
+grid. Letters: B batch, L tokens now, d model width of a stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
+from ssmprune_cli.models.common import Backbone, Block
+from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
+from ssmprune_cli.models.vmamba.mixer import VMambaMixer
+from ssmprune_cli.tokens import TokenSequence
+
+
+@dataclass(frozen=True)
+class VMambaConfig:
+    """Everything that defines a VMamba. An int for `image_size` is a square. Raises UsageError for what does not fit.
+
+    image_size   what tokens are counted for; the dense model takes images of any size
+    patch_embed  "v2": two overlapping convolutions (v2 models). "v1": 4x4 patches (v0 models)
+    downsample   "v3": an overlapping convolution (v2 models). "v1": patch merging (v0 models)
+    embed_dim    width of the first stage; every later stage doubles it
+    depths       blocks of each stage
+    num_classes  0 for a model without classifier, whose output is the mean over the last feature map
+    ssm_ratio    channels of the scans for each channel of the width
+    gated        the scans' output is multiplied by a gate (v0 models)
+    conv_bias    the 3x3 convolutions have a bias (v0 models)
+    mlp_ratio    hidden channels of the MLP for each channel of the width; 0 for blocks without MLP (v0 models)
+    out_stages   stages, counted from 0, that end in a norm of their own: the feature maps of detection backbones
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_embed: Literal["v1", "v2"] = "v2"
+    downsample: Literal["v1", "v3"] = "v3"
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 8, 2)
+    num_classes: int = 1000
+    d_state: int = 1
+    ssm_ratio: float = 1.0
+    gated: bool = False
+    conv_bias: bool = False
+    mlp_ratio: float = 4.0
+    out_stages: tuple[int, ...] = ()
+    eval_crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        given: Any = self.image_size  # an int, or a list from JSON
+        object.__setattr__(self, "image_size", (given, given) if isinstance(given, int) else tuple(given))
+        for name in ("depths", "out_stages"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        size: tuple[int, ...] = self.image_size
+        if len(size) != 2 or min(size) < 4:
+            raise UsageError(f"an image of size {size} has no room for a patch of 4 pixels")
+        if self.embed_dim < 2 or self.embed_dim % 2:
+            raise UsageError(f"embed_dim must be even, not {self.embed_dim}")
+        if not self.depths or min(self.depths) < 1:
+            raise UsageError(f"every stage needs a block: depths {self.depths}")
+        if self.d_state < 1 or self.num_classes < 0 or self.ssm_ratio * self.embed_dim < 1 or self.mlp_ratio < 0:
+            raise UsageError("d_state and ssm_ratio must be positive, num_classes and mlp_ratio not negative")
+        if self.out_stages != tuple(stage for stage in range(len(self.depths)) if stage in self.out_stages):
+            raise UsageError(f"out_stages must be stages from 0 to {len(self.depths) - 1}, not {self.out_stages}")
+
+    def width(self, stage: int) -> int:
+        return self.embed_dim << stage
+
+
+class VMambaBlock(Block):
+    """Tokens plus the mixer of their norm, plus the MLP of their norm. Tokens that are gone cost nothing."""
+
+    def __init__(self, config: VMambaConfig, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.op = VMambaMixer(
+            dim,
+            d_inner=int(config.ssm_ratio * dim),
+            d_state=config.d_state,
+            dt_rank=math.ceil(dim / 16),
+            gated=config.gated,
+            conv_bias=config.conv_bias,
+        )
+        self.norm2 = nn.LayerNorm(dim) if config.mlp_ratio else None
+        self.mlp = MLP(dim, int(config.mlp_ratio * dim)) if config.mlp_ratio else None
+
+    def run(
+        self, sequence: TokenSequence, grid: tuple[int, int], alignment: ScanAlignment | None, wanted: Wanted
+    ) -> tuple[TokenSequence, ScanStatistics]:
+        frozen, context = (
+            None if dropped is None else self.norm(dropped.stream.to(self.norm.weight.dtype))
+            for dropped in (sequence.frozen, sequence.context)
+        )
+        normalised = self.norm(sequence.hidden)
+        mixed, statistics = self.op(normalised, sequence, grid, alignment, wanted, frozen, context)
+        hidden = sequence.hidden + self.drop(mixed)
+        if self.mlp is not None and self.norm2 is not None:
+            hidden = hidden + self.drop(self.mlp(self.norm2(hidden)))
+        return replace(sequence, hidden=hidden), statistics
+
+
+class VMambaStage(nn.Module):
+    """The blocks of a stage, and the downsampling after them; the last stage has none."""
+
+    def __init__(self, config: VMambaConfig, number: int) -> None:
+        super().__init__()
+        dim = config.width(number)
+        self.blocks = nn.ModuleList(VMambaBlock(config, dim) for _ in range(config.depths[number]))
+        downsample = DownsampleV1 if config.downsample == "v1" else DownsampleV3
+        self.downsample = downsample(dim, 2 * dim) if number + 1 < len(config.depths) else None
+
+
+class VMamba(Backbone):
+    """See VMambaConfig."""
+
+    family = "vmamba"
+
+    def __init__(self, config: VMambaConfig) -> None:
+        super().__init__()
+        if not (config.num_classes or config.out_stages):
+            raise UsageError("a model without classes needs out_stages")
+        self.config: VMambaConfig = config
+        self.patch_embed = (PatchEmbedV1 if config.patch_embed == "v1" else PatchEmbedV2)(config.embed_dim)
+        self.layers = nn.ModuleList(VMambaStage(config, number) for number in range(len(config.depths)))
+        for number in config.out_stages:
+            self.add_module(f"outnorm{number}", nn.LayerNorm(config.width(number)))
+        if config.num_classes:
+            dim = config.width(len(config.depths) - 1)
+            head = nn.Linear(dim, config.num_classes)
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+            self.classifier = nn.ModuleDict({"norm": nn.LayerNorm(dim), "head": head})
+
+    def stage_outputs(self, images: Tensor) -> Iterator[Tensor]:
+        """The whole grid after each stage, before its downsampling: (B, rows, columns, d)."""
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 4:
+            raise DataError(f"the model takes images (B, 3, H, W) of 4 pixels or more, not {tuple(images.shape)}")
+        block = 0
+        x = self.patch_embed(images)
+        for layer in self.layers:
+            assert isinstance(layer, VMambaStage)
+            grid = (x.shape[1], x.shape[2])
+            sequence = TokenSequence.dense(x.flatten(1, 2), restorable=True)  # (B, rows * columns, d)
+            for each in layer.blocks:
+                alignment, wanted = self.ask_pruner(block, sequence)
+                sequence, statistics = each(sequence, grid, alignment, wanted)
+                sequence = self.prune(block, sequence, statistics, wanted)
+                block += 1
+            x = sequence.restored().unflatten(1, grid)
+            yield x
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+
+    def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The normalised outputs of `out_stages`, (B, d, rows, columns) each, as detectors take them."""
+        maps = []
+        for number, x in enumerate(self.stage_outputs(images)):
+            if number in self.config.out_stages:
+                maps.append(getattr(self, f"outnorm{number}")(x).permute(0, 3, 1, 2))
+        return tuple(maps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of normalised images (B, 3, H, W); without classes the last map's mean (B, d)."""
+        if not self.config.num_classes:
+            return self.feature_maps(images)[-1].mean(dim=(2, 3))
+        *_, x = self.stage_outputs(images)
+        logits: Tensor = self.classifier["head"](self.classifier["norm"](x).mean(dim=(1, 2)))
+        return logits
+
+    @property
+    def mixers(self) -> Mixers:
+        return [block.op for layer in self.layers for block in layer.blocks]  # type: ignore[union-attr]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        found, start, grid = [], 0, self.grid
+        for depth in self.config.depths:
+            found.append(Stage(start, start + depth, grid))
+            start, grid = start + depth, half_grid(grid)
+        return tuple(found)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.patch_embed.grid(self.image_size)

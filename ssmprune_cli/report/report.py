@@ -1,0 +1,284 @@
+"""What a compression did: plain figures before and after, written as report.json. Knows no torch.
+
+The published schema, `report.schema.json` beside this file, is made from these classes by `schema()`; a change that an
+old reader would not understand raises `Report.format_version`. Shares and accuracies are fractions, times are in
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+
+from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.recipe import Section
+
+REPORT, SENSITIVITY = "report.json", "sensitivity.json"  # names in an artefact folder
+MULTIPLY_ADD_CONVENTION = (
+    "for one image; one multiply-add counts as one (fvcore, the papers); "
+    "all_directions counts every scan direction, one_direction counts one of them, as the Vim papers do"
+)
+Interval = tuple[float, float]  # 95 %
+
+
+class Figures(Section):
+    """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included."""
+
+    multiply_adds_all_directions: int
+    multiply_adds_one_direction: int
+    tokens_per_block: tuple[int, ...]
+    multiply_adds_per_block: tuple[int, ...]
+
+
+class PruningFacts(Section):
+    """The settings as resolved for this model: after `points` blocks, `tokens` patch tokens stay."""
+
+    points: tuple[int, ...]
+    keep: float | tuple[float, ...] | None
+    tokens: tuple[int, ...]
+    importance: str
+    reduction: str
+    alignment: str
+
+
+class ModelAccuracy(Section):
+    """Shares of right answers; top5 is None below 5 classes."""
+
+    top1: float
+    top5: float | None
+    interval: Interval
+
+
+class ClassChange(Section):
+    """One class: its images, and how many of them the dense and the pruned model name rightly."""
+
+    index: int
+    name: str | None
+    images: int
+    right_dense: int
+    right_pruned: int
+
+
+class AccuracyFacts(ModelAccuracy):
+    """The pruned model and the `dense` one on the same `count` images; `difference` is pruned less dense.
+
+    p_value  exact McNemar test
+    classes  those with images, the greatest loss first
+    """
+
+    count: int
+    dense: ModelAccuracy
+    difference: float
+    difference_interval: Interval
+    p_value: float
+    classes: tuple[ClassChange, ...] = ()
+
+
+class ModelSpeed(Section):
+    """Of one batch. `time_ms` says where the time goes; the floor is what arithmetic and bytes need here at least."""
+
+    median_ms: float
+    quartiles_ms: tuple[float, float]
+    images_per_second: float
+    peak_memory_bytes: int
+    time_ms: dict[str, float]
+    floor_ms: float
+
+
+class SpeedFacts(Section):
+    """Dense and pruned model, timed in turns: `rounds` of one batch each.
+
+    latency_ratio            pruned over dense: the median of the rounds' ratios, which a slow minute changes least
+    latency_ratio_quartiles  of the same ratios
+    """
+
+    batch_size: int
+    rounds: int
+    device: str
+    threads: int
+    backend: str
+    dense: ModelSpeed
+    pruned: ModelSpeed
+    latency_ratio: float
+    latency_ratio_quartiles: tuple[float, float]
+
+
+class PointFacts(Section):
+    """The score of the patch tokens at one prune point, on the calibration images (see `pruning.calibration`)."""
+
+    point: int
+    importance_mean: float
+    importance_std: float
+    importance_mass_kept: float | None
+
+
+class CalibrationFacts(Section):
+    images: int
+    points: tuple[PointFacts, ...]
+
+
+class SearchTrial(Section):
+    """What a search tried for `budget`: a share of the dense multiply-adds, or milliseconds. Divergences in nats."""
+
+    budget: float
+    multiply_adds: float
+    divergence: float | None
+    divergence_held_back: float | None
+    recipe: str
+    pruning: dict[str, JsonValue]
+    chosen: bool
+
+
+class SensitivityFacts(Section):
+    """Pruning after `point` blocks only, so that the share `keep` of the patch tokens stays.
+
+    divergence     mean KL(dense || pruned) in nats, with its standard error over images; None if not finite
+    token_error    mean over images of |pruned - dense| / |dense|, of the tokens left after the last block
+    multiply_adds  share of the dense model's that is left
+    """
+
+    point: int
+    keep: float
+    divergence: float | None
+    divergence_se: float | None
+    token_error: float | None
+    multiply_adds: float
+
+
+class SampleStage(Section):
+    """Of one image: the patches (indices into the `grid` of rows and columns) that stay after `after_block` blocks."""
+
+    after_block: int
+    grid: tuple[int, int]
+    kept: tuple[int, ...]
+
+
+class Sample(Section):
+    """One image, its file in the artefact (as the model sees it), and what is left of it after each prune point.
+
+    label  its class, or None if that is not known
+    """
+
+    name: str
+    file: str
+    label: int | None = None
+    predicted_dense: int
+    predicted_pruned: int
+    stages: tuple[SampleStage, ...]
+
+
+class EpochFacts(Section):
+    """loss is None if no update was made, top1 (of the validation images) if there were none."""
+
+    epoch: int
+    loss: float | None
+    top1: float | None
+
+
+class FinetuningFacts(Section):
+    """A training of this model, up to the epoch that these weights are of, and what it ran on."""
+
+    command: str
+    settings: dict[str, JsonValue]
+    seed: int
+    distilled: bool
+    epochs: tuple[EpochFacts, ...]
+    skipped_updates: int
+    ssmprune: str
+    python: str
+    torch: str
+    accelerate: str
+    kernel: str
+    processes: int
+    threads: int
+    machine: str
+
+
+class Report(Section):
+    """Dense and pruned model side by side, and where both come from. A model that drops nothing has no `pruned`.
+
+    accuracy     both models on the same images, or None if they were not evaluated
+    calibration  what calibration saw, or None without it
+    search       what a search tried, if it chose the settings
+    finetuning   what was trained since, if anything
+    warnings     what a reader must know before trusting the figures
+    provenance   input file and its SHA-256, command, machine, versions, calibration images
+    """
+
+    format_version: Literal[1] = 1
+    multiply_add_convention: str = MULTIPLY_ADD_CONVENTION
+    family: str
+    image_size: tuple[int, int]
+    parameters: int
+    pruning: PruningFacts | None = None
+    dense: Figures
+    pruned: Figures | None = None
+    accuracy: AccuracyFacts | None = None
+    speed: SpeedFacts | None = None
+    calibration: CalibrationFacts | None = None
+    search: tuple[SearchTrial, ...] | None = None
+    sensitivity: tuple[SensitivityFacts, ...] | None = None
+    samples: tuple[Sample, ...] = ()
+    finetuning: FinetuningFacts | None = None
+    warnings: tuple[str, ...] = ()
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_json(self) -> str:
+        """JSON text: the same report gives the same bytes."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def schema() -> str:
+    """The JSON schema (draft 2020-12) of report.json, as text."""
+    described = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Report.model_json_schema(mode="serialization"),
+    }
+    return json.dumps(described, indent=2) + "\n"
+
+
+def read_report(folder: Path) -> Report:
+    """The report of an artefact folder, with the sensitivity.json that lies there, if one does.
+
+    Raises SsmpruneError naming the file and its first fault.
+    """
+    path = folder / REPORT
+    try:
+        report = Report.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        inside = [str(each.parent) for each in sorted(folder.glob(f"*/{REPORT}"))]
+        one = (
+            f"Give one of {', '.join(inside)}." if inside else "Give one that `ssmprune compress` or `finetune` wrote."
+        )
+        raise SsmpruneError(f"is no folder with a {REPORT}", where=str(folder), hint=one) from error
+    except OSError as error:
+        raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except ValidationError as error:
+        hint = "Make it again with `ssmprune compress`, or read it with the ssmprune that wrote it."
+        raise SsmpruneError(f"is no report of this ssmprune: {_fault(error)}", where=str(path), hint=hint) from error
+    path = folder / SENSITIVITY
+    if not path.exists():
+        return report
+    try:
+        found = TypeAdapter(tuple[SensitivityFacts, ...]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except ValidationError as error:
+        hint = "Make it again with `ssmprune sensitivity`, or delete it."
+        raise SsmpruneError(f"is no result of a sensitivity: {_fault(error)}", where=str(path), hint=hint) from error
+    return report.model_copy(update={"sensitivity": found})
+
+
+def _fault(error: ValidationError) -> str:
+    """The first fault, and where it is. Another format comes before what is different in it."""
+    faults = error.errors(include_url=False)
+    for fault in faults:
+        if fault["loc"] == ("format_version",):
+            return f"it has the format {fault['input']!r}, and this one reads 1"
+    return f"{'.'.join(map(str, faults[0]['loc'])) or 'its text'}: {faults[0]['msg']}"

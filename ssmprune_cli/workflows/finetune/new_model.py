@@ -1,0 +1,112 @@
+"""A model from scratch: built with random weights from settings, and its checkpoint written."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.models import FAMILIES, Backbone, Hints
+
+_GRID = {"image_size", "stride"}  # settings that change how many tokens there are, and no weight but their positions
+
+
+def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Backbone:
+    """A new backbone of `family` with random weights: its default configuration, changed by "key=value" `overrides`.
+
+    Values are YAML. Raises UsageError for a key or value that the configuration does not take, and when a checkpoint
+    of the model's `name` would be read as another configuration (see `write_checkpoint`).
+    """
+    known = FAMILIES.get(family)
+    names = [field.name for field in fields(known.config_class)]
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or key not in names:
+            raise UsageError(
+                f"`--set {override}` is no setting of {family}", hint=f"Give key=value with one of: {', '.join(names)}."
+            )
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"`--set {override}` is not a value: {text}") from error
+    try:
+        config = TypeAdapter(known.config_class).validate_python(values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise UsageError(f"the settings of {family} are not valid: {'; '.join(faults)}") from error
+    torch.manual_seed(seed)
+    model = known.build(config)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    hints = Hints(model_name=name, image_size=model.image_size[0], eval_crop_ratio=config.eval_crop_ratio)
+    if any(each.matches(shapes, hints) != (each is known) for _, each in FAMILIES.items()):
+        raise UsageError(
+            f"a checkpoint of the name {name!r} would not be recognised as {known.title}",
+            hint="Another family has the same keys: put the name of the family into `--name`.",
+        )
+    read = known.configure(shapes, hints)
+    different = [field for field in names if getattr(read, field) != getattr(config, field)]
+    if different:
+        raise UsageError(
+            f"a checkpoint of the name {name!r} would be read with another {', '.join(different)}",
+            hint='The name tells the place of the class token ("midclstok") and halved outputs ("div2"): see `--name`.',
+        )
+    return model
+
+
+def start_from(model: Backbone, path: Path) -> None:
+    """Copy the weights of the checkpoint at `path` into `model`; for another grid position embeddings are resized.
+
+    Raises UsageError if it is another configuration in more than the image's size and the patches' stride.
+    """
+    start = checkpoint.load(path, family=model.family)
+    names = {field.name for field in fields(model.config)}
+    pairs = [(name, getattr(start.config, name), getattr(model.config, name)) for name in sorted(names - _GRID)]
+    different = "; ".join(f"{name} is {own}, not {wanted}" for name, own, wanted in pairs if own != wanted)
+    if different:
+        raise UsageError(f"holds another configuration: {different}", where=str(path), hint="See `--set`.")
+    if any(getattr(start.config, name) != getattr(model.config, name) for name in names & _GRID):
+        # Of the checkpoint's own stride, the image whose grid is the new model's.
+        side = model.image_size[0]
+        if "stride" in names:
+            side = (model.stages[0].grid[0] - 1) * start.config.stride + start.config.patch_size
+        start = checkpoint.load(path, family=model.family, image_size=side)
+    model.load_state_dict(start.state_dict())
+
+
+def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> None:
+    """Write `model` in the container of the Vim authors, weights in float16, through a temporary file.
+
+    `name` becomes `args.model`, from which a loader tells layouts with equal keys apart. Raises CheckpointError.
+    """
+    container = {
+        "model": {
+            key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()
+        },
+        "epoch": epoch,
+        "args": argparse.Namespace(
+            model=name,
+            input_size=model.image_size[0],
+            eval_crop_ratio=model.config.eval_crop_ratio,
+            nb_classes=model.num_classes,
+        ),
+    }
+    content = io.BytesIO()  # saved in memory first: torch.save to a path would put that path's name into the bytes
+    torch.save(container, content)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot be written: {error.strerror}", where=str(path)) from error

@@ -1,0 +1,147 @@
+"""The parts of a report that are read off a model or measured on it."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+import ssmprune_cli
+from ssmprune_cli.kernels import active_backend, refused_backends
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import Calibration, TokenPruner
+from ssmprune_cli.report import (
+    AccuracyFacts,
+    CalibrationFacts,
+    Figures,
+    ModelAccuracy,
+    ModelSpeed,
+    PointFacts,
+    PruningFacts,
+    Report,
+    SpeedFacts,
+)
+from ssmprune_cli.workflows.evaluate import Accuracy, Evaluation
+from ssmprune_cli.workflows.measure import Progress, count_flops, machine, quartiles, resolve_device
+from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
+
+
+def describe(model: Backbone) -> Report:
+    """What can be said of `model` without its source: a pruned one is compared with itself without its pruner."""
+    inner = model.pruner
+    pruned = figures(model) if inner is not None else None
+    model.pruner = None
+    dense = figures(model)
+    model.pruner = inner
+    return Report(
+        family=model.family,
+        image_size=model.image_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
+        dense=dense,
+        pruned=pruned,
+        provenance=versions(next(model.parameters()).device),
+    )
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What a report's figures were made with, on `device`."""
+    return {
+        "ssmprune": ssmprune_cli.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": machine(device),
+        "backend": active_backend(device),
+        "backends_refused": refused_backends(device),
+    }
+
+
+def figures(model: Backbone) -> Figures:
+    count = count_flops(model)
+    return Figures(
+        multiply_adds_all_directions=count.all_directions,
+        multiply_adds_one_direction=count.one_direction,
+        tokens_per_block=tokens_per_block(model),
+        multiply_adds_per_block=count.per_block,
+    )
+
+
+def pruning_facts(pruner: TokenPruner, keep: float | tuple[float, ...] | None = None) -> PruningFacts:
+    settings = pruner.settings
+    return PruningFacts(
+        points=settings.schedule.points,
+        keep=keep,
+        tokens=settings.schedule.tokens,
+        importance=settings.importance,
+        reduction=settings.reduction,
+        alignment=settings.alignment,
+    )
+
+
+def accuracy_facts(evaluation: Evaluation) -> AccuracyFacts:
+    """Of an evaluation against the dense model. Its speeds are left out: `speed_facts` measures them better."""
+    comparison = evaluation.comparison
+    assert comparison is not None
+
+    def plain(accuracy: Accuracy) -> dict[str, Any]:
+        return {"top1": accuracy.top1, "top5": accuracy.top5, "interval": accuracy.interval}
+
+    return AccuracyFacts(
+        **plain(evaluation.accuracy),
+        count=evaluation.count,
+        dense=ModelAccuracy(**plain(comparison.dense)),
+        difference=comparison.difference,
+        difference_interval=comparison.difference_interval,
+        p_value=comparison.p_value,
+        classes=comparison.classes,
+    )
+
+
+def calibration_facts(calibration: Calibration) -> CalibrationFacts:
+    points = []
+    for point in calibration.points:
+        values = point.to_dict()
+        del values["kept_positions"]  # in calibration.json
+        points.append(PointFacts(**values))
+    return CalibrationFacts(images=calibration.images, points=tuple(points))
+
+
+def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progress | None = None) -> SpeedFacts:
+    """Both models timed in turns on batches of 8: ten rounds, or fewer where a forward pass takes more than 2 s."""
+    images = torch.zeros(8, 3, *dense.image_size, device=resolve_device(device))
+    start = time.perf_counter()
+    with torch.inference_mode():
+        dense.to(images.device).eval()(images)
+    rounds = timed_rounds(time.perf_counter() - start)
+    first, second = profile([dense, pruned], batch_size=8, device=device, rounds=rounds, progress=progress)
+    ratios = [after / before for before, after in zip(first.speed.rounds_ms, second.speed.rounds_ms, strict=True)]
+    return SpeedFacts(
+        batch_size=first.batch_size,
+        rounds=first.speed.rounds,
+        device=first.device,
+        threads=first.threads,
+        backend=first.backend,
+        dense=_model_speed(first),
+        pruned=_model_speed(second),
+        latency_ratio=statistics.median(ratios),
+        latency_ratio_quartiles=quartiles(ratios),
+    )
+
+
+def timed_rounds(seconds: float) -> int:
+    """Rounds for a forward pass of so many seconds: ten, as long as that is 20 s a model, and three at least."""
+    return max(3, min(10, int(20 / seconds)))
+
+
+def _model_speed(figures: Profile) -> ModelSpeed:
+    return ModelSpeed(
+        median_ms=figures.speed.median_ms,
+        quartiles_ms=figures.speed.quartiles_ms,
+        images_per_second=figures.speed.images_per_second,
+        peak_memory_bytes=figures.peak_memory_bytes,
+        time_ms=figures.time_ms,
+        floor_ms=figures.floor.total_ms,
+    )

@@ -1,0 +1,125 @@
+"""Which patches of an image a pruned model keeps, and how it scores them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted, at_least_tokens
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.pruning import TokenPruner
+from ssmprune_cli.tokens import TokenSequence
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is left after one prune point, as patches of the raster grid.
+
+    kept   (images, rows, columns) bool
+    score  (images, rows, columns) float, the score that decided; NaN for patches that were gone before
+    """
+
+    block: int  # pruned after this many blocks
+    kept: NDArray[np.bool_]
+    score: NDArray[np.float32]
+
+    @property
+    def patches(self) -> int:
+        return int(self.kept[0].size)
+
+    @property
+    def count(self) -> int:
+        """Patches kept, the same number in every image."""
+        return int(self.kept[0].sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"after_block": self.block, "kept": self.count, "patches": self.patches}
+
+
+class _Recorder:
+    """Implements `tokens.Pruner`: hands on to `inner` and remembers which tokens were left after each block."""
+
+    def __init__(self, inner: Pruner) -> None:
+        self.inner = inner
+        self.left: list[Tensor] = []  # for each block (B, dense length) bool
+        self.scores: list[Tensor] = []  # for each block (B, dense length), NaN where there is none
+
+    def wants(self, block: int) -> Wanted:
+        return at_least_tokens(self.inner.wants(block))
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        return self.inner.alignment(block)
+
+    def __call__(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        given = sequence
+        sequence = self.inner(block, sequence, statistics)
+        self.left.append(_dense(sequence, _live(sequence), False))
+        scores = torch.full(given.positions.shape, math.nan, device=given.positions.device)
+        dropped = not torch.equal(self.left[-1], _dense(given, _live(given), False))
+        if dropped and isinstance(self.inner, TokenPruner):
+            scores = self.inner.score(block, given, statistics).float().where(_live(given), math.nan)
+        self.scores.append(_dense(given, scores, math.nan))
+        return sequence
+
+
+def _live(sequence: TokenSequence) -> Tensor:
+    """(B, L) bool"""
+    return torch.ones_like(sequence.positions, dtype=torch.bool) if sequence.live is None else sequence.live
+
+
+def _dense(sequence: TokenSequence, values: Tensor, rest: float) -> Tensor:
+    """`values` (B, L) of the tokens at their dense positions (B, dense length), `rest` elsewhere."""
+    dense = torch.full((len(values), sequence.length), rest, dtype=values.dtype, device=values.device)
+    return dense.scatter(1, sequence.positions, values)
+
+
+def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
+    """Run `model` on normalised `images` (B, 3, H, W): what is left after each prune point, and the logits.
+
+    Raises UsageError if the model drops no tokens.
+    """
+    inner = model.pruner
+    if inner is None:
+        raise UsageError("this model drops no tokens", hint="Give the folder that `ssmprune compress` wrote.")
+    recorder = _Recorder(inner)
+    del model.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
+    model.pruner = recorder
+    try:
+        with torch.inference_mode():
+            logits: Tensor = model(images)
+    finally:
+        del model.pruner
+        model.pruner = inner
+    found: list[Stage] = []
+    for grid in model.stages:  # each begins with all of its tokens
+        patches = [position for position in range(grid.num_tokens) if position not in grid.protected]
+        before = grid.num_tokens
+        for block in range(grid.start, grid.stop):
+            left = recorder.left[block]
+            count = int(left[0].sum())
+            if count != before:
+                kept, score = (
+                    dense[:, patches].reshape(len(images), *grid.grid).cpu().numpy()  # (B, rows, columns)
+                    for dense in (left, recorder.scores[block])
+                )
+                found.append(Stage(block + 1, kept, score))
+            before = count
+    if not found:
+        raise UsageError("this model drops no tokens", hint="Compress it with a `--keep` below 1.")
+    return found, logits
+
+
+def pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3)."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    scaled = ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    result: NDArray[np.uint8] = scaled.permute(0, 2, 3, 1).numpy()
+    return result

@@ -1,0 +1,55 @@
+"""Sample images of a report: as the model sees them, with the patches that stay after each prune point."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ssmprune_cli.data import ImageDataset, Subset, batches
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.report import Sample, SampleStage
+from ssmprune_cli.workflows.evaluate import spread
+from ssmprune_cli.workflows.reporting.kept import pixels, stages
+
+
+def samples(
+    pruned: Backbone, dense: Backbone, dataset: ImageDataset, count: int, device: torch.device
+) -> tuple[tuple[Sample, ...], dict[str, bytes]]:
+    """`count` images from all over `dataset`, and the PNG files of an artefact that they name."""
+    count = min(count, len(dataset))
+    if count == 0:
+        return (), {}
+    chosen = Subset(dataset, spread(len(dataset), count))
+    (batch,) = batches(chosen, pruned.preprocessing, count)
+    images = batch.images.to(device)
+    found, logits = stages(pruned, images)
+    with torch.inference_mode():
+        reference = dense(images)
+    files: dict[str, bytes] = {}
+    described = []
+    for index, shown in enumerate(pixels(images, pruned.preprocessing)):
+        buffer = io.BytesIO()
+        Image.fromarray(shown).save(buffer, format="png")
+        file = f"sample_{index + 1}.png"
+        files[file] = buffer.getvalue()
+        described.append(
+            Sample(
+                name=batch.names[index],
+                file=file,
+                label=None if batch.labels is None else int(batch.labels[index]),
+                predicted_dense=int(reference[index].argmax()),
+                predicted_pruned=int(logits[index].argmax()),
+                stages=tuple(
+                    SampleStage(
+                        after_block=stage.block,
+                        grid=(stage.kept.shape[1], stage.kept.shape[2]),
+                        kept=tuple(np.flatnonzero(stage.kept[index]).tolist()),
+                    )
+                    for stage in found
+                ),
+            )
+        )
+    return tuple(described), files
