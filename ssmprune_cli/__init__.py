@@ -1,6 +1,6 @@
 """ssmprune: make pretrained vision state space models cheaper by dropping tokens.
 
-`load`, `compress` and `restore` are imported when they are first used, so that `import ssmprune_cli` needs no torch.
+The verbs are imported when they are first used, so that `import ssmprune_cli` needs no torch.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssmprune_cli.checkpoint import load
+    from ssmprune_cli.inference import prepare
     from ssmprune_cli.pruning import compress, restore
 
 __version__ = "0.1.0"
-__all__ = [
-    "__version__",
-    "compress",
-    "load",
-    "restore",
-]
+__all__ = ["__version__", "compress", "load", "prepare", "restore"]
 
 _HOMES = {
     "load": "ssmprune_cli.checkpoint",
     "compress": "ssmprune_cli.pruning",
+    "prepare": "ssmprune_cli.inference",
     "restore": "ssmprune_cli.pruning",
 }
 

@@ -6,11 +6,11 @@ A token's *position* is its index in the dense sequence. It never changes; gaps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,51 @@ class Dropped:
 
 
 Fate = Literal["gone", "context", "frozen"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Derivation(Generic[T]):
+    """Names one kind of thing that is derived from the tokens of a sequence: a T."""
+
+    name: str
+
+
+class Geometry:
+    """What has been derived from the positions of a sequence's tokens. All blocks between two prune points share it."""
+
+    def __init__(self) -> None:
+        self._derived: dict[Hashable, Any] = {}
+
+    def once(self, derivation: Derivation[T], compute: Callable[[], T], *parameters: Hashable) -> T:
+        """What `compute` gave when `derivation` was first asked for with these `parameters`."""
+        key = (derivation, *parameters)
+        if key not in self._derived:
+            self._derived[key] = compute()
+        result: T = self._derived[key]
+        return result
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Live and frozen tokens in ascending position.
+
+    order      (B, L + F) row of each in the live ones followed by the frozen ones
+    rows       (B, L) row of each live token among both
+    positions  (B, L + F)
+    size       (B, L + F) or None
+    geometry   of the joined sequence
+    """
+
+    order: Tensor
+    rows: Tensor
+    positions: Tensor
+    size: Tensor | None
+    geometry: Geometry
+
+
+_GAPS = Derivation[Tensor]("gaps")
+_JOINED = Derivation[_Joined]("joined")
 
 
 @dataclass(frozen=True)
@@ -64,7 +109,7 @@ class TokenSequence:
     pooled    whether frozen tokens reach the scans through the live token nearest to each, in its step
     gone      dropped tokens that wait for `restored`
     restorable  whether `restored` will be asked for, in models that make the grid whole again
-    memo      what has been derived from the positions, by name: all blocks between two prune points share it
+    geometry  what has been derived from the positions
     """
 
     hidden: Tensor
@@ -79,7 +124,7 @@ class TokenSequence:
     pooled: bool = False
     gone: Dropped | None = None
     restorable: bool = False
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    geometry: Geometry = field(default_factory=Geometry, compare=False, repr=False)
 
     @classmethod
     def dense(cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False) -> TokenSequence:
@@ -114,14 +159,14 @@ class TokenSequence:
             positions=self.positions.gather(1, index),
             size=None if self.size is None else self.size.gather(1, index),
             live=None if self.live is None else self.live.gather(1, index),
-            memo={},
+            geometry=Geometry(),
             **fates,  # type: ignore[arg-type]
         )
 
     def retire(self) -> TokenSequence:
         """Frozen tokens stop feeding anything."""
         gone = self.frozen.join(self.gone) if self.frozen is not None and self.restorable else self.gone
-        return replace(self, frozen=None, gone=gone, memo={})
+        return replace(self, frozen=None, gone=gone, geometry=Geometry())
 
     def _without(self, index: Tensor) -> Dropped:
         """The tokens that are not at `index` (B, K), in ascending order of theirs."""
@@ -166,16 +211,26 @@ class TokenSequence:
         `values` (B, L, c) of the live and `frozen` (B, F, c) of the frozen tokens become its hidden state.
         """
         assert self.frozen is not None
-        if "joined" not in self.memo:
-            positions = torch.cat((self.positions, self.frozen.positions), dim=1)
-            positions, order = positions.sort(dim=1)  # (B, L + F)
-            size = joined_sizes((self.size, self.frozen.size), (self.positions, self.frozen.positions))
-            size = None if size is None else size.gather(1, order)
-            self.memo["joined"] = (order, order.argsort(dim=1)[:, : values.shape[1]], positions, size, {})
-        order, rows, positions, size, memo = self.memo["joined"]
-        hidden = gather_tokens(torch.cat((values, frozen), dim=1), order)
-        whole = replace(self, hidden=hidden, residual=None, positions=positions, size=size, frozen=None, memo=memo)
-        return whole, rows
+        both = self.geometry.once(_JOINED, self._join)
+        hidden = gather_tokens(torch.cat((values, frozen), dim=1), both.order)
+        whole = replace(
+            self,
+            hidden=hidden,
+            residual=None,
+            positions=both.positions,
+            size=both.size,
+            frozen=None,
+            geometry=both.geometry,
+        )
+        return whole, both.rows
+
+    def _join(self) -> _Joined:
+        assert self.frozen is not None
+        positions = torch.cat((self.positions, self.frozen.positions), dim=1)
+        positions, order = positions.sort(dim=1)  # (B, L + F)
+        size = joined_sizes((self.size, self.frozen.size), (self.positions, self.frozen.positions))
+        size = None if size is None else size.gather(1, order)
+        return _Joined(order, order.argsort(dim=1)[:, : self.positions.shape[1]], positions, size, Geometry())
 
     def restored(self) -> Tensor:
         """(B, length, d): the dense sequence, dropped tokens as they were when they left. For `restorable` sequences.
@@ -223,12 +278,13 @@ class TokenSequence:
 
     def both_gaps(self) -> Tensor:
         """(2, B, L): `gaps` of a scan and of one in reverse."""
-        if "gaps" not in self.memo:
+
+        def compute() -> Tensor:
             skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
             zero = skipped.new_zeros(len(skipped), 1)
-            self.memo["gaps"] = torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))
-        gaps: Tensor = self.memo["gaps"]
-        return gaps
+            return torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))
+
+        return self.geometry.once(_GAPS, compute)
 
 
 def _stream(hidden: Tensor, residual: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__"},
     {"workflows"},
-    {"checkpoint", "data"},
+    {"checkpoint", "data", "inference"},
     {"models", "pruning"},
     {"kernels"},
     {"interface", "recipe", "report", "tokens"},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.kernels.backend import CHUNKED, REFERENCE
+from ssmprune_cli.kernels.backend import CHUNKED, REFERENCE, Backend
 from ssmprune_cli.kernels.choice import (
     BACKENDS,
     active_backend,
     available_backends,
     backend_from_environment,
     backends_for,
+    pick,
     refused_backends,
     use_backend,
 )
@@ -16,11 +17,8 @@ from ssmprune_cli.kernels.cpu import CPU
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.ops import (
     add_rms_norm,
-    block_parts,
     causal_conv1d,
     conv_flops,
-    fused_ops_apart,
-    fuses_inner,
     gated_sum,
     grid_conv2d,
     linear,
@@ -30,8 +28,6 @@ from ssmprune_cli.kernels.ops import (
     scan_flops,
     selective_scan,
     sparse_conv1d,
-    suits_linear,
-    tracing,
 )
 from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_inner, pack_linear, pack_routes
 from ssmprune_cli.kernels.triton import TRITON
@@ -44,17 +40,15 @@ BACKENDS.register("reference", REFERENCE)
 backend_from_environment()
 
 __all__ = [
+    "Backend",
     "BlockSizes",
     "InnerParameters",
     "active_backend",
     "add_rms_norm",
     "available_backends",
     "backends_for",
-    "block_parts",
     "causal_conv1d",
     "conv_flops",
-    "fused_ops_apart",
-    "fuses_inner",
     "gated_sum",
     "grid_conv2d",
     "linear",
@@ -64,12 +58,11 @@ __all__ = [
     "pack_inner",
     "pack_linear",
     "pack_routes",
+    "pick",
     "refused_backends",
     "routed_scans",
     "scan_flops",
     "selective_scan",
     "sparse_conv1d",
-    "suits_linear",
-    "tracing",
     "use_backend",
 ]

@@ -6,15 +6,30 @@ from ssmprune_cli.models.common import (
     Backbone,
     Family,
     Hints,
+    Inflow,
+    RMSNorm,
     Shapes,
+    Visits,
     blocks,
-    kept_tensors,
+    channels_last_taps,
+    decay_rates,
     set_drop_path,
     set_recompute,
 )
-from ssmprune_cli.models.mamba import MAMBA_REG, VIDEOMAMBA, VIM
-from ssmprune_cli.models.plainmamba import PLAINMAMBA
-from ssmprune_cli.models.vmamba import VMAMBA
+from ssmprune_cli.models.mamba import (
+    MAMBA_REG,
+    VIDEOMAMBA,
+    VIM,
+    CausalConv1d,
+    MambaBackbone,
+    MambaBlock,
+    MambaMixer,
+    StepProjection,
+    conv_sources,
+    unit_tokens,
+)
+from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
+from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
 from ssmprune_cli.registry import Registry
 
 FAMILIES: Registry[Family] = Registry("model family")
@@ -27,11 +42,27 @@ FAMILIES.register(VMAMBA.name, VMAMBA)
 __all__ = [
     "FAMILIES",
     "Backbone",
+    "CausalConv1d",
+    "DirectionProjections",
     "Family",
     "Hints",
+    "Inflow",
+    "MambaBackbone",
+    "MambaBlock",
+    "MambaMixer",
+    "PlainMambaMixer",
+    "RMSNorm",
     "Shapes",
+    "StepProjection",
+    "VMambaMixer",
+    "Visits",
     "blocks",
-    "kept_tensors",
+    "channels_last_taps",
+    "column_gaps",
+    "conv_sources",
+    "decay_rates",
     "set_drop_path",
     "set_recompute",
+    "unit_tokens",
+    "walks",
 ]

@@ -5,8 +5,7 @@ Glossary: as in inputs.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs
 from ssmprune_cli.kernels.ops.conv import conv_flops
-from ssmprune_cli.kernels.ops.library import Expected, check, define, refuse_gradients, three, tracing
+from ssmprune_cli.kernels.ops.library import Expected, check, define, refuse_gradients, three
 from ssmprune_cli.kernels.ops.scan import scan_flops
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
 
-_apart = False
 _PARTS = {torch.float32: (0, FLOAT_PARTS), torch.bfloat16: (0, 1)}  # that a model in this dtype may have its weights in
 
 
@@ -142,43 +140,6 @@ def _check(
     if sources is not None and (sources.shape != wanted or sources.dtype != torch.int64):
         raise KernelError(f"sources must be int64 of shape {wanted}")
     return gap
-
-
-def fuses_inner(example: Tensor, d_state: int) -> bool:
-    """Whether a model does well to call `mamba_inner` or `routed_scans` for tokens like `example`.
-
-    No where gradients are recorded, and for a trace, which is there to see what is inside.
-    """
-    if _apart or tracing() or torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling():
-        return example.device.type == "cpu"  # the compiler cannot look for a backend; each of them has the op
-    return pick(example, d_state).fuses
-
-
-def keeps_weights(example: Tensor, d_state: int) -> bool:
-    """The same of an op that takes weights in an order of its own, which models keep. Compiled ones would not: they
-    would bring them into it at every call."""
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")) and fuses_inner(example, d_state)
-
-
-def block_parts(example: Tensor, d_state: int, d_inner: int) -> int | None:
-    """The same of `mamba_blocks`: how it takes weights, see `BlockSizes.parts`, or None if a model does not do well to
-    call it."""
-    if not keeps_weights(example, d_state):
-        return None
-    return pick(example, d_state).block_parts(example.shape[2], d_inner, example.dtype)
-
-
-@contextmanager
-def fused_ops_apart() -> Iterator[None]:
-    """Inside, models call the ops that fused ones are made of instead: for what watches or measures each of them."""
-    global _apart
-    before, _apart = _apart, True
-    try:
-        yield
-    finally:
-        _apart = before
 
 
 def _inner(

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import register_flop_formula
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import LinearInputs
-from ssmprune_cli.kernels.ops.blocks import keeps_weights
 from ssmprune_cli.kernels.ops.library import Expected, check, define, refuse_gradients
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, tiled_words
 
@@ -34,13 +33,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
     refuse_gradients(x, weight, *(() if bias is None else (bias,)))
     result: Tensor = torch.ops.ssmprune.linear(x, weight, bias, outputs)
     return result
-
-
-def suits_linear(x: Tensor, outputs: int) -> bool:
-    """Whether a model does well to call `linear` for x (..., inputs)."""
-    if x.dtype != torch.float32 or not keeps_weights(x, 1):
-        return False
-    return pick(x, 1).suits_linear(x.numel() // x.shape[-1], x.shape[-1], outputs)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

@@ -15,12 +15,7 @@ from torch import Tensor
 
 from ssmprune_cli.interface import ScanAlignment
 from ssmprune_cli.kernels import selective_scan
-from ssmprune_cli.tokens import TokenSequence, gather_tokens, sum_tokens
-
-
-def can_align(alignment: ScanAlignment | None) -> bool:
-    """Whether the fused ops have this kind of alignment."""
-    return alignment is None or alignment.mass is None
+from ssmprune_cli.tokens import Derivation, TokenSequence, gather_tokens, sum_tokens
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,9 @@ class Cells:
         frozen = torch.ones_like(self.owner, dtype=torch.promote_types(dtype, torch.float32)).scatter(1, self.live, 0.0)
         whole = (1 + mass * (self.size.to(frozen.dtype) - 1)).gather(1, self.owner)
         return ((1 + (mass - 1) * frozen) / whole).to(dtype)
+
+
+_CELLS = Derivation[Cells]("cells")
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,6 @@ class Inflow:
             return u, None
         mean = sum_tokens(u * self.weights[..., None], self.cells.owner, self.cells.size.shape[1])
         return mean, gather_tokens(u, self.cells.live)
-
-    @property
-    def plain(self) -> bool:
-        """Whether scans step over live tokens alone, one step each, in a way that fused ops have."""
-        return self.read is None and self.cells is None and can_align(self.alignment)
 
     def scan(
         self,
@@ -145,9 +138,7 @@ def inflow(
     joined, live = sequence.joined(values, frozen)
     if not sequence.pooled:  # with all tokens there, nothing is to be made up for
         return Inflow(joined.hidden, joined, joined, live, None if joined.is_dense else alignment)
-    if "cells" not in sequence.memo:
-        sequence.memo["cells"] = _cells(sequence.positions, joined.positions, live, columns)
-    cells: Cells = sequence.memo["cells"]
+    cells = sequence.geometry.once(_CELLS, lambda: _cells(sequence.positions, joined.positions, live, columns), columns)
     mass = 1.0 if alignment is None or alignment.mass is None else alignment.mass
     return Inflow(joined.hidden, joined, sequence, None, alignment, cells, cells.weights(mass, values.dtype))
 

@@ -3,144 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping, Sized
-from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.kernels import linear, pack_linear, suits_linear, tracing
-
-T = TypeVar("T")
-
-
-class _Source(NamedTuple):
-    """A parameter when something was computed from it. Its values are kept, so that no others can come to lie there."""
-
-    parameter: Tensor
-    values: Tensor
-    version: int
-    address: int
-
-
-def _source(parameter: Tensor) -> _Source:
-    return _Source(parameter, parameter.detach(), parameter._version, parameter.data_ptr())
-
-
-class Derived(Generic[T]):
-    """Parameters in the form that inference needs, computed again only when one of them has changed.
-
-    While gradients are recorded, and while the model is traced or compiled, it is computed each time.
-    """
-
-    def __init__(self, compute: Callable[..., T]) -> None:
-        self._compute = compute
-        self._sources: list[_Source] = []
-        self.value: T | None = None
-
-    def __call__(self, *parameters: Tensor) -> T:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing():
-            return self._compute(*parameters)
-        if self.value is None or not self._unchanged(parameters):
-            self.value = self._compute(*parameters)
-            self._sources = []
-            if not any(parameter.is_inference() for parameter in parameters):  # which have no version
-                self._sources = [_source(parameter) for parameter in parameters]
-        return self.value
-
-    def _unchanged(self, parameters: tuple[Tensor, ...]) -> bool:
-        if len(parameters) != len(self._sources):
-            return False
-        for parameter, (source, _, version, address) in zip(parameters, self._sources, strict=True):
-            if parameter is not source or parameter._version != version or parameter.data_ptr() != address:
-                return False
-        return True
-
-    def __reduce__(self) -> tuple[type[Derived[T]], tuple[Callable[..., T]]]:
-        return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
-
-
-class Kept(Generic[T]):
-    """What inference derives from whole modules, computed again only when something in them has changed: a parameter or
-    its values, a module in the place of another, a hook; or when it is asked for of another, or with another `how`. For
-    inference only, and for parameters made outside of it: others have no version.
-    """
-
-    def __init__(self, compute: Callable[..., T]) -> None:
-        self._compute = compute
-        self._arguments: tuple[object, ...] = ()
-        self._slots: list[tuple[Mapping[str, object], str]] = []  # modules' dictionaries, and names in them
-        self._found: list[object] = []  # what is there
-        self._hooks: list[Sized] = []
-        self._hooked: list[bool] = []
-        self._sources: list[_Source] = []
-        self.value: T | None = None
-
-    def __call__(self, module: nn.Module, *how: int) -> T:
-        if self._arguments != (module, *how) or not self._unchanged():
-            self._watch(module)
-            self.value, self._arguments = self._compute(module, *how), (module, *how)
-        return cast(T, self.value)  # which may be None
-
-    def _watch(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        tables: list[Mapping[str, object]] = [table for each in modules for table in (each._modules, each._parameters)]
-        self._slots = [(table, name) for table in tables for name in table]
-        self._found = [table[name] for table, name in self._slots]
-        self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self._hooked = list(map(bool, self._hooks))
-        self._sources = [_source(each) for each in module.parameters() if not each.is_inference()]
-
-    def _unchanged(self) -> bool:
-        # Asked for at every image, of hundreds of parameters.
-        if not all(map(operator.is_, [table.get(name) for table, name in self._slots], self._found)):
-            return False
-        if any(each._version != version or each.data_ptr() != at for each, _, version, at in self._sources):
-            return False
-        return list(map(bool, self._hooks)) == self._hooked
-
-    def __reduce__(self) -> tuple[type[Kept[T]], tuple[Callable[..., T]]]:
-        return type(self), (self._compute,)  # a copy, or what is read from a file, keeps nothing
-
-
-def project(layer: nn.Module, x: Tensor, packed: Kept[Tensor | None]) -> Tensor:
-    """`layer(x)`, a linear layer by `kernels.linear` where that is faster. `packed` is the layer's own, of
-    `packed_linear`."""
-    if isinstance(layer, nn.Linear) and suits_linear(x, layer.out_features):
-        weight = packed(layer)
-        if weight is not None:
-            return linear(x, weight, layer.bias, layer.out_features)
-    result: Tensor = layer(x)
-    return result
-
-
-def packed_linear(layer: nn.Module) -> Tensor | None:
-    """The weight of a linear layer as `linear` takes it; None as in `MambaBlock.packed`."""
-    if not isinstance(layer, nn.Linear) or not is_plain(layer, nn.Linear):
-        return None
-    if any(each.is_inference() or each.dtype != torch.float32 for each in layer.parameters()):
-        return None
-    return pack_linear(layer.weight)
-
-
-def kept_tensors(model: nn.Module) -> list[Tensor]:
-    """What inference keeps beside the weights of `model`."""
-    values = [value for module in model.modules() for value in vars(module).values()]
-    kept = [each.value for each in tree_leaves(values) if isinstance(each, Derived | Kept)]
-    return [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
 
 
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least, as the authors compute it."""
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether nothing but `kind` itself happens when `module` is called: no adapter, no quantised layer, no hook."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def channels_last_taps(weight: Tensor) -> Tensor:

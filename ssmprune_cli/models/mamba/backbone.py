@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.interface import Mixers, Wanted
-from ssmprune_cli.kernels import block_parts
-from ssmprune_cli.models.common import Backbone, Kept, PatchEmbed, RMSNorm, can_align
-from ssmprune_cli.models.mamba.block import MambaBlock, PackedBlocks, packed_blocks, unit_tokens
-from ssmprune_cli.models.mamba.fused import fused_blocks
+from ssmprune_cli.interface import Mixers
+from ssmprune_cli.models.common import Backbone, PatchEmbed, RMSNorm
+from ssmprune_cli.models.mamba.block import MambaBlock
 from ssmprune_cli.models.mamba.mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
 
@@ -101,7 +99,6 @@ class MambaBackbone(Backbone):
 
         self.layers = nn.ModuleList(block() for _ in range(config.depth))
         self.norm_f = make_norm(config, config.embed_dim)
-        self._packed = Kept(packed_blocks)
 
     @abstractmethod
     def embed(self, images: Tensor) -> TokenSequence:
@@ -111,59 +108,19 @@ class MambaBackbone(Backbone):
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, features): what the head sees of the tokens that are left."""
 
-    @property
-    def turns(self) -> bool:
-        """Whether `before_block` does anything."""
-        return False
-
     def before_block(self, sequence: TokenSequence) -> TokenSequence:
-        """What a block is given; the sequence itself unless a family turns it."""
+        """What a block is given: the sequence itself, unless a family turns tokens before every block."""
         return sequence
 
     def features(self, images: Tensor) -> TokenSequence:
         """The tokens that are left after all blocks; their output is `hidden + residual`."""
-        sequence, block = self.embed(images), 0
-        config = self.config
-        parts = None if self.turns else block_parts(sequence.hidden, config.d_state, config.inner_channels)
-        packed = None if parts is None else self._packed(self.layers, parts)
-        while block < len(self.layers):
-            if packed is not None and packed.plain[block]:
-                at_once = self._fused(block, sequence, packed)
-                if at_once is not None:
-                    sequence, block = at_once
-                    continue
+        sequence = self.embed(images)
+        for block, layer in enumerate(self.layers):
             sequence = self.before_block(sequence)
             alignment, wanted = self.ask_pruner(block, sequence)
-            sequence, statistics = self.layers[block](sequence, alignment, wanted)
+            sequence, statistics = layer(sequence, alignment, wanted)
             sequence = self.prune(block, sequence, statistics, wanted)
-            block += 1
         return sequence
-
-    def _fused(self, block: int, sequence: TokenSequence, packed: PackedBlocks) -> tuple[TokenSequence, int] | None:
-        """The sequence after as many blocks as one op can do, from `block` on, and the first of those that are left;
-        None if it can do none. The pruner may look at the last one's scans, and prune after it."""
-        if sequence.frozen is not None:
-            return None
-        alignments = []
-        wanted: Wanted = "nothing"
-        for number, plain in enumerate(packed.plain[block:], block):
-            alignment, asked = self.ask_pruner(number, sequence)
-            if not plain or asked == "delta" or not can_align(alignment):
-                break
-            alignments.append(alignment)
-            wanted = asked
-            if wanted != "nothing":
-                break
-        if not alignments:
-            return None
-        stop = block + len(alignments)
-        norm = self.layers[block].norm
-        assert isinstance(norm, RMSNorm)
-        context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
-        sequence, statistics = fused_blocks(
-            sequence, packed.run(block, stop), packed.sizes, alignments, context, packed.scale, packed.eps, wanted
-        )
-        return self.prune(stop - 1, sequence, statistics, wanted), stop
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))

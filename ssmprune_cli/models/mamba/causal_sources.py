@@ -6,22 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Derivation, TokenSequence
+
+_SOURCES = Derivation[Tensor]("sources of a causal convolution")
 
 
 def conv_sources(sequence: TokenSequence, width: int) -> Tensor:
     """(2, B, L, K): which row of the live tokens followed by `sequence.context` each tap of a causal convolution meets,
     and of one in reverse: that of the token so many places away among both, or -1 beyond the ends."""
-    key = f"sources {width}"
-    if key not in sequence.memo:
+
+    def compute() -> Tensor:
         order, rank = _together(sequence)
         beyond = width - 1  # what a tap may meet at either end
         rows = functional.pad(order, (beyond, beyond), value=-1)
         taps = torch.arange(width, device=order.device)
         wanted = rank[..., None] + torch.stack((taps, 2 * beyond - taps))[:, None, None]  # (2, B, L, K)
-        sequence.memo[key] = rows.expand(2, -1, -1).gather(2, wanted.flatten(2)).view_as(wanted)
-    sources: Tensor = sequence.memo[key]
-    return sources
+        return rows.expand(2, -1, -1).gather(2, wanted.flatten(2)).view_as(wanted)
+
+    return sequence.geometry.once(_SOURCES, compute, width)
 
 
 def _together(sequence: TokenSequence) -> tuple[Tensor, Tensor]:

@@ -14,21 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import BlockSizes, causal_conv1d, fuses_inner, gated_sum, sparse_conv1d
+from ssmprune_cli.kernels import causal_conv1d, gated_sum, sparse_conv1d
 from ssmprune_cli.models.common import (
-    Derived,
     Inflow,
-    Kept,
-    can_align,
     channels_last_taps,
     decay_rates,
     inflow,
-    is_plain,
-    packed_linear,
-    project,
 )
 from ssmprune_cli.models.mamba.causal_sources import conv_sources
-from ssmprune_cli.models.mamba.fused import fused_inner, packed_inner
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 MixerKind = Literal["v2", "v1", "none"]
@@ -42,15 +35,15 @@ class CausalConv1d(nn.Module):
         bound = width**-0.5  # nn.Conv1d's own initialisation, which the authors leave as it is
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
-        self._taps = Derived(channels_last_taps)
 
     def forward(
         self, x: Tensor, *, reverse: bool = False, context: Tensor | None = None, sources: Tensor | None = None
     ) -> Tensor:
         """With `context` (B, M, E) too, taps meet the rows `sources` of both: see kernels.sparse_conv1d."""
+        taps = channels_last_taps(self.weight)  # (E, K)
         if context is None or sources is None:
-            return causal_conv1d(x, self._taps(self.weight), self.bias, reverse=reverse)
-        return sparse_conv1d(x, context, sources, self._taps(self.weight), self.bias)
+            return causal_conv1d(x, taps, self.bias, reverse=reverse)
+        return sparse_conv1d(x, context, sources, taps, self.bias)
 
 
 def s4d_real(channels: int, d_state: int) -> Tensor:
@@ -128,7 +121,7 @@ class MambaMixer(nn.Module):
         self.scale = 0.5 if halve and kind == "v2" else 1.0
         self.d_inner = d_inner
         self.directions = 1 if kind == "none" else 2
-        self.sizes = BlockSizes(d_inner, d_state, d_conv, dt_rank, self.directions)
+        self.d_state, self.d_conv = d_state, d_conv
         self.per_direction: tuple[str, ...] = ()
         self.splits = [dt_rank, d_state, d_state]
         self.gamma = None if gamma is None else nn.Parameter(torch.full((dim,), gamma))
@@ -144,9 +137,6 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(s4d_real(d_inner, d_state))
         if self.directions == 2:
             self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
-        self._packed = Derived(packed_inner)
-        self._packed_in, self._packed_out = Kept(packed_linear), Kept(packed_linear)
-        self._rates = tuple(Derived(decay_rates) for _ in range(self.directions))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
     def forward(
@@ -164,49 +154,35 @@ class MambaMixer(nn.Module):
         (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
         the scans need of them, the second than what the convolutions need.
         """
-        xz = project(self.in_proj, x, self._packed_in)  # (B, L, 2E)
+        xz = self.in_proj(x)  # (B, L, 2E)
+        if frozen is not None:
+            frozen = self._inner(frozen)
         if context is not None:
             context = self._inner(context)
-        mixed, statistics = None, ScanStatistics()
-        if wanted == "nothing" and frozen is None:
-            mixed = self._fused(xz, sequence, alignment, context)
-        if mixed is None:
-            inner, z = xz.chunk(2, dim=-1)  # (B, L, E) each
-            flow = inflow(sequence, inner, None if frozen is None else self._inner(frozen), alignment)
-            statistics = self._scan(flow, context, wanted)
-            mixed = gated_sum(statistics.y, z, self.scale)
-        projected = project(self.out_proj, mixed, self._packed_out)
+        mixed, statistics = self.mix(xz, sequence, alignment, wanted, frozen, context)
+        projected: Tensor = self.out_proj(mixed)
         if self.gamma is not None:
             projected = projected * self.gamma
         return projected, statistics
 
-    def _fused(
-        self, xz: Tensor, sequence: TokenSequence, alignment: ScanAlignment | None, context: Tensor | None
-    ) -> Tensor | None:
-        """What `_scan` and the gate give, (B, L, E), by one op for inference; None where that op will not do."""
-        if not can_align(alignment) or not fuses_inner(xz, self.sizes.d_state):
-            return None
-        parameters = self.inner_parameters()
-        if parameters is None:
-            return None
-        return fused_inner(sequence, xz, self._packed(*parameters), self.sizes, alignment, context, self.scale)
-
-    def inner_parameters(self) -> list[Tensor] | None:
-        """What `packed_inner` takes; None if layers do more than they came with, or directions share a convolution."""
-        if self.kind == "v1":
-            return None
-        parameters: list[Tensor] = []
-        for conv, projection, step, A_log, D in self._branches():
-            plain = is_plain(conv, CausalConv1d) and is_plain(projection, nn.Linear) and is_plain(step, StepProjection)
-            if not plain:
-                return None
-            parameters += (conv.weight, projection.weight, step.weight, A_log, conv.bias, step.bias, D)
-        return parameters
+    def mix(
+        self,
+        xz: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        frozen: Tensor | None,
+        context: Tensor | None,
+    ) -> tuple[Tensor, ScanStatistics]:
+        """All between the two projections: xz (B, L, 2E), frozen (B, F, E) and context (B, M, E) to (B, L, E)."""
+        x, z = xz.chunk(2, dim=-1)  # (B, L, E) each
+        statistics = self._scan(inflow(sequence, x, frozen, alignment), context, wanted)
+        return gated_sum(statistics.y, z, self.scale), statistics
 
     def _scan(self, flow: Inflow, context: Tensor | None, wanted: Wanted) -> ScanStatistics:
         """The outputs of all directions and, if wanted, their step sizes."""
         outputs, deltas = [], []
-        branches = self._branches()
+        branches = self.branches()
         projected = self._project(flow, context, branches[0], reverse=False)
         for direction, branch in enumerate(branches):
             reverse, bias = direction == 1, branch.dt_proj.bias
@@ -217,7 +193,7 @@ class MambaMixer(nn.Module):
                 direction,
                 u,
                 raw_delta,
-                self._rates[direction](branch.A_log),
+                decay_rates(branch.A_log),
                 b,
                 c,
                 branch.D,
@@ -234,7 +210,7 @@ class MambaMixer(nn.Module):
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
         return ScanStatistics(tuple(outputs), tuple(deltas))
 
-    def _branches(self) -> list[Branch]:
+    def branches(self) -> list[Branch]:
         """One for each direction."""
         first = Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         if self.directions == 1:
@@ -252,7 +228,7 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
         without bias, B and C (B, S, N)."""
-        sources = None if context is None else conv_sources(flow.convolved, self.sizes.d_conv)[int(reverse)]
+        sources = None if context is None else conv_sources(flow.convolved, self.d_conv)[int(reverse)]
         u, own = flow.pool(branch.conv1d(flow.values, reverse=reverse, context=context, sources=sources))
         rank_values, b, c = branch.x_proj(u).split(self.splits, dim=-1)
         return u, own, branch.dt_proj(rank_values), b, c
@@ -260,7 +236,7 @@ class MambaMixer(nn.Module):
     def null_delta(self) -> Tensor:
         """(directions, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
         steps = []
-        for branch in self._branches():
+        for branch in self.branches():
             rank_values = branch.x_proj(functional.silu(branch.conv1d.bias))[: self.splits[0]]
             steps.append(functional.softplus(branch.dt_proj(rank_values) + branch.dt_proj.bias))
         return torch.stack(steps)

@@ -78,10 +78,6 @@ class Vim(MambaBackbone):
             patches = torch.cat((patches[:, :place], tokens[0], patches[:, place:]), dim=1)
         return TokenSequence.dense(patches + self.pos_embed, self.protected)
 
-    @property
-    def turns(self) -> bool:
-        return self.rope is not None
-
     def before_block(self, sequence: TokenSequence) -> TokenSequence:
         if self.rope is None:
             return sequence

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from ssmprune_cli.models.plainmamba.checkpoint import PLAINMAMBA
+from ssmprune_cli.models.plainmamba.mixer import PlainMambaMixer
+from ssmprune_cli.models.plainmamba.routes import walks
 
 __all__ = [
     "PLAINMAMBA",
+    "PlainMambaMixer",
+    "walks",
 ]

@@ -11,22 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import fuses_inner, gated_sum, grid_conv2d, pack_routes, routed_scans
+from ssmprune_cli.kernels import gated_sum, grid_conv2d
 from ssmprune_cli.models.common import (
-    Derived,
     Inflow,
-    Kept,
     channels_last_taps,
     decay_rates,
     inflow,
-    is_plain,
-    packed_linear,
-    project,
     reorder,
     steps_of,
 )
 from ssmprune_cli.models.mamba import s4d_real
-from ssmprune_cli.models.plainmamba.routes import ROUTES, all_walks, walks
+from ssmprune_cli.models.plainmamba.routes import ROUTES, walks
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 
@@ -48,8 +43,6 @@ class PlainMambaMixer(nn.Module):
         self.x_proj = nn.Linear(self.d_inner, sum(self.splits), bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state))
-        self._rates, self._taps, self._packed = Derived(decay_rates), Derived(channels_last_taps), Derived(_packed)
-        self._packed_in, self._packed_out = Kept(packed_linear), Kept(packed_linear)
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.direction_Bs = nn.Parameter(nn.init.trunc_normal_(torch.empty(ROUTES + 1, d_state), std=0.02))
         self.out_proj = nn.Linear(self.d_inner, dim)
@@ -69,45 +62,22 @@ class PlainMambaMixer(nn.Module):
         (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
         the scans need of them, the second than what the convolution needs.
         """
-        values, gate = project(self.in_proj, x, self._packed_in).chunk(2, dim=-1)  # (B, L, E) each
+        values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
         flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, self.grid[1])
         u, own = flow.pool(self._convolve(flow, context))
-        projected = self.x_proj(u)
-        deltas: list[Tensor] = []
-        if wanted != "delta" and flow.plain and is_plain(self.dt_proj, nn.Linear) and fuses_inner(u, self.splits[1]):
-            outputs = [self._scan_at_once(u, projected, flow)]
-        else:
-            outputs, deltas = self._scan(u, own, projected, flow, wanted)
-        mixed = project(self.out_proj, gated_sum(outputs, gate), self._packed_out)
-        return mixed, ScanStatistics(tuple(outputs), tuple(deltas))
+        statistics = self.scan(u, own, flow, wanted)
+        mixed: Tensor = self.out_proj(gated_sum(statistics.y, gate))
+        return mixed, statistics
 
-    def _scan_at_once(self, u: Tensor, projected: Tensor, flow: Inflow) -> Tensor:
-        """The sum of the outputs of all directions (B, L, E), by one op for inference."""
-        routes, alignment = all_walks(flow.scanned, self.grid), flow.alignment
-        return routed_scans(
-            u,
-            projected[:, :, None],
-            self._packed(self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D),
-            self.splits[1],
-            routes.order,
-            rows=routes.rows,
-            extra_B=self.direction_Bs[routes.moves],
-            gap=None if alignment is None else routes.gap,
-            gap_delta=None if alignment is None or routes.gap is None else alignment.gap_delta,
-        )
-
-    def _scan(
-        self, u: Tensor, own: Tensor | None, projected: Tensor, flow: Inflow, wanted: Wanted
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def scan(self, u: Tensor, own: Tensor | None, flow: Inflow, wanted: Wanted) -> ScanStatistics:
         """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places.
 
-        u, own     as `Inflow.pool` gives them
-        projected  (B, L, R + 2N)
+        u, own  as `Inflow.pool` gives them
         """
-        rank_values, b, c = projected.split(self.splits, dim=-1)
+        rank_values, b, c = self.x_proj(u).split(self.splits, dim=-1)
         # The authors add the bias of dt_proj twice: in the projection, and once more in the scan.
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
-        decay = self._rates(self.A_log)
+        decay = decay_rates(self.A_log)
         outputs, deltas = [], []
         for direction, walk in enumerate(walks(flow.scanned, self.grid)):
             # Only u is brought into the order of the route, not dt, B and C: so the authors trained it. See Walk.rows.
@@ -133,7 +103,7 @@ class PlainMambaMixer(nn.Module):
             if wanted == "delta":
                 delta = reorder(functional.softplus(rows[0] + bias), back)
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
-        return outputs, deltas
+        return ScanStatistics(tuple(outputs), tuple(deltas))
 
     def _convolve(self, flow: Inflow, context: Tensor | None) -> Tensor:
         """(B, L, E) or (B, L + F, E): the values of `flow`, convolved; `context` (B, M, d) as in `forward`."""
@@ -142,8 +112,8 @@ class PlainMambaMixer(nn.Module):
         if convolved.context is not None and context is not None:
             values = torch.cat((values, self._inner(context)), dim=1)
             places = torch.cat((convolved.positions, convolved.context.positions), dim=1)
-        outputs = flow.values.shape[1]
-        return grid_conv2d(values, self._taps(self.conv2d.weight), self.conv2d.bias, self.grid, places, outputs=outputs)
+        outputs, taps = flow.values.shape[1], channels_last_taps(self.conv2d.weight)  # (E, K, K)
+        return grid_conv2d(values, taps, self.conv2d.bias, self.grid, places, outputs=outputs)
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
@@ -154,9 +124,3 @@ class PlainMambaMixer(nn.Module):
         u = functional.silu(self.conv2d.bias)  # type: ignore[arg-type]
         raw = self.dt_proj(self.x_proj(u)[: self.splits[0]])
         return functional.softplus(raw + self.dt_proj.bias).expand(ROUTES, -1)
-
-
-def _packed(dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor) -> Tensor:
-    """For `routed_scans`: all routes are alike. The authors add the bias of dt_proj twice, see `_scan`."""
-    each = pack_routes(dt_weight[None], decay_rates(A_log)[None], 2 * dt_bias[None], D[None])
-    return each.repeat(ROUTES, 1)

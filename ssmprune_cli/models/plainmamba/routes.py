@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.models.common import Visits, visits
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Derivation, TokenSequence
 
 ROUTES = 4
 START, RIGHT, LEFT, UP, DOWN = range(5)  # rows of the weight `direction_Bs`
@@ -40,42 +40,17 @@ class Walk:
     rows: Tensor | None
 
 
+_WALKS = Derivation[tuple[Walk, ...]]("walks")
+
+
 def walks(sequence: TokenSequence, grid: tuple[int, int]) -> tuple[Walk, ...]:
     """The four walks through `sequence`, whose positions are raster indices into `grid` (rows, columns)."""
-    if "walks" not in sequence.memo:
+
+    def compute() -> tuple[Walk, ...]:
         routes = snakes(grid, sequence.positions.device)
-        sequence.memo["walks"] = tuple(_walk(sequence, route, grid) for route in routes)
-    found: tuple[Walk, ...] = sequence.memo["walks"]
-    return found
+        return tuple(_walk(sequence, route, grid) for route in routes)
 
-
-@dataclass(frozen=True)
-class Walks:
-    """The four walks as `routed_scans` takes them: (4, 1, L) where all samples are alike, or (4, B, L).
-
-    order, moves, rows, gap  see Walk and Visits; the last two are None when no token is missing
-    """
-
-    order: Tensor
-    moves: Tensor
-    rows: Tensor | None
-    gap: Tensor | None
-
-
-def all_walks(sequence: TokenSequence, grid: tuple[int, int]) -> Walks:
-    """`walks` side by side."""
-    if "all walks" not in sequence.memo:
-        each = walks(sequence, grid)
-        order, made = torch.stack([walk.visits.order for walk in each]), torch.stack([walk.moves for walk in each])
-        if order.ndim == 2:
-            order, made = order[:, None], made[:, None]
-        rows = [walk.rows for walk in each if walk.rows is not None]
-        gaps = [walk.visits.gap for walk in each if walk.visits.gap is not None]
-        sequence.memo["all walks"] = Walks(
-            order, made, torch.stack(rows) if rows else None, torch.stack(gaps) if gaps else None
-        )
-    found: Walks = sequence.memo["all walks"]
-    return found
+    return sequence.geometry.once(_WALKS, compute, grid)
 
 
 def snakes(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:

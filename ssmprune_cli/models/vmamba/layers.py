@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.models.common import Kept, packed_linear, project
-
 Grid = tuple[int, int]
 
 
@@ -85,14 +83,13 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
-        self._packed_1, self._packed_2 = Kept(packed_linear), Kept(packed_linear)
         for layer in (self.fc1, self.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.gelu(project(self.fc1, x, self._packed_1))
-        return project(self.fc2, y, self._packed_2)
+        result: Tensor = self.fc2(functional.gelu(self.fc1(x)))
+        return result
 
 
 def half_grid(grid: Grid) -> Grid:

@@ -8,30 +8,26 @@ projection. Parameters of the four directions are stacked: (4, ...), or (4 E, ..
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import fuses_inner, grid_conv2d, pack_routes, routed_scans
+from ssmprune_cli.kernels import grid_conv2d
 from ssmprune_cli.models.common import (
-    Derived,
     Inflow,
-    Kept,
     Visits,
     channels_last_taps,
     decay_rates,
     inflow,
-    is_plain,
-    packed_linear,
-    project,
     reorder,
     steps_of,
     visits,
 )
 from ssmprune_cli.models.mamba import StepProjection, s4d_real
-from ssmprune_cli.tokens import TokenSequence, gather_tokens
+from ssmprune_cli.tokens import Derivation, TokenSequence, gather_tokens
 
 DIRECTIONS = 4  # rows, columns, rows from the end, columns from the end
 
@@ -89,8 +85,6 @@ class VMambaMixer(nn.Module):
             weight.copy_(start.weight.data)
             bias.copy_(start.bias.data)
         self.A_logs = nn.Parameter(s4d_real(DIRECTIONS * d_inner, d_state))
-        self._rates, self._taps, self._packed = Derived(decay_rates), Derived(channels_last_taps), Derived(_packed)
-        self._packed_in, self._packed_out = Kept(packed_linear), Kept(packed_linear)
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * d_inner))
         self.out_norm = nn.LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
@@ -113,7 +107,7 @@ class VMambaMixer(nn.Module):
         and `context` (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no
         more than what the scans need of them, the second than what the convolution needs.
         """
-        u = project(self.in_proj, x, self._packed_in)  # (B, L, E), or (B, L, 2E) with a gate
+        u = self.in_proj(x)  # (B, L, E), or (B, L, 2E) with a gate
         gate = None
         if self.gated:
             u, gate = u.chunk(2, dim=-1)  # (B, L, E) each
@@ -121,20 +115,12 @@ class VMambaMixer(nn.Module):
             context = self._inner(context)
         flow = inflow(sequence, u, None if frozen is None else self._inner(frozen), alignment, grid[1])
         u, own = flow.pool(self._convolve(flow.values, context, flow.convolved, grid))
-        columns = column_visits(flow.scanned, grid)
-        deltas: list[Tensor] = []
-        if wanted != "delta" and flow.plain and self._fuses(u):
-            summed = self._scan_at_once(u, flow, columns)
-            outputs = [summed]
-        else:
-            outputs, deltas = self._scan(u, own, flow, columns, wanted)
-            # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
-            summed = (outputs[0] + outputs[2]) + (outputs[1] + outputs[3])
-        mixed: Tensor = self.out_norm(summed)
+        statistics = self.scan(u, own, flow, column_visits(flow.scanned, grid), wanted)
+        mixed: Tensor = self.out_norm(cross_merge(statistics.y))
         if gate is not None:
             mixed = mixed * functional.silu(gate)
-        projected = project(self.out_proj, mixed, self._packed_out)
-        return projected, ScanStatistics(tuple(outputs), tuple(deltas))
+        projected: Tensor = self.out_proj(mixed)
+        return projected, statistics
 
     def _inner(self, x: Tensor) -> Tensor:
         """The part of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
@@ -149,34 +135,14 @@ class VMambaMixer(nn.Module):
                 torch.cat((sequence.positions, sequence.context.positions), 1),
             )
         kept = sequence.positions.shape[1]
-        return grid_conv2d(x, self._taps(self.conv2d.weight), self.conv2d.bias, grid, positions, outputs=kept)
+        return grid_conv2d(x, channels_last_taps(self.conv2d.weight), self.conv2d.bias, grid, positions, outputs=kept)
 
-    def _fuses(self, u: Tensor) -> bool:
-        return is_plain(self.projections, DirectionProjections) and fuses_inner(u, self.A_logs.shape[1])
-
-    def _scan_at_once(self, u: Tensor, flow: Inflow, columns: Visits) -> Tensor:
-        """The sum of the outputs of all directions (B, L, E), by one op for inference."""
-        (order, gap), alignment = _routes(flow.scanned, columns), flow.alignment
-        projected = functional.linear(u, self.x_proj_weight.flatten(0, 1)).unflatten(2, (DIRECTIONS, -1))
-        return routed_scans(
-            u,
-            projected,
-            self._packed(self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds),
-            self.A_logs.shape[1],
-            order,
-            rows=order,
-            gap=None if alignment is None else gap,
-            gap_delta=None if alignment is None or gap is None else alignment.gap_delta,
-        )
-
-    def _scan(
-        self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, wanted: Wanted
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def scan(self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, wanted: Wanted) -> ScanStatistics:
         """Outputs and, if wanted, step sizes of all directions, (B, L, E) each, at the tokens' own places.
 
         u, own  as `Inflow.pool` gives them
         """
-        a = self._rates(self.A_logs).unflatten(0, (DIRECTIONS, -1))  # (4, E, N)
+        a = decay_rates(self.A_logs).unflatten(0, (DIRECTIONS, -1))  # (4, E, N)
         d = self.Ds.unflatten(0, (DIRECTIONS, -1))  # (4, E)
         inputs = (u, reorder(u, columns.order))
         owns = (None, None) if own is None else (own, reorder(own, columns.order))
@@ -196,7 +162,7 @@ class VMambaMixer(nn.Module):
                 d[direction],
                 own=owns[by_column],
                 delta_bias=self.dt_projs_bias[direction],
-                gap=_gaps(columns, reverse=reverse) if by_column else flow.scanned.gaps(reverse=reverse),
+                gap=column_gaps(columns, reverse=reverse) if by_column else flow.scanned.gaps(reverse=reverse),
                 size=sizes[by_column],
                 read=reads[by_column],
                 reverse=reverse,
@@ -206,7 +172,7 @@ class VMambaMixer(nn.Module):
                 delta = functional.softplus(raw_delta + self.dt_projs_bias[direction])
                 delta = reorder(delta, columns.back) if by_column else delta
                 deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
-        return outputs, deltas
+        return ScanStatistics(tuple(outputs), tuple(deltas))
 
     def null_delta(self) -> Tensor:
         """(4, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
@@ -219,39 +185,29 @@ class VMambaMixer(nn.Module):
         return functional.softplus(raw + self.dt_projs_bias)
 
 
+_COLUMNS = Derivation[Visits]("columns")
+
+
 def column_visits(sequence: TokenSequence, grid: tuple[int, int]) -> Visits:
     """How a scan visits the tokens of `sequence` by the columns of `grid`, left to right and each downwards."""
-    if "columns" not in sequence.memo:
+
+    def compute() -> Visits:
         raster = torch.arange(math.prod(grid), device=sequence.positions.device).view(grid)
-        sequence.memo["columns"] = visits(raster.t().flatten(), sequence)
-    found: Visits = sequence.memo["columns"]
-    return found
+        return visits(raster.t().flatten(), sequence)
+
+    return sequence.geometry.once(_COLUMNS, compute, grid)
 
 
-def _gaps(route: Visits, *, reverse: bool) -> Tensor | None:
+def cross_merge(ys: Sequence[Tensor]) -> Tensor:
+    """The sum of all directions' outputs (B, L, E); of one, which is that sum, itself."""
+    if len(ys) == 1:
+        return ys[0]
+    # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
+    return (ys[0] + ys[2]) + (ys[1] + ys[3])
+
+
+def column_gaps(route: Visits, *, reverse: bool) -> Tensor | None:
     """How many tokens a scan skips at each step of `route`, or at each step of a scan from its end."""
     if route.gap is None or not reverse:
         return route.gap
     return functional.pad(route.gap[:, 1:], (0, 1))
-
-
-def _routes(sequence: TokenSequence, columns: Visits) -> tuple[Tensor, Tensor | None]:
-    """Of all directions the token that each step visits, (4, 1, L) or (4, B, L), and the gap before each step
-    (4, B, L), None when no token is missing."""
-    if "routes" not in sequence.memo:
-        rows = torch.arange(columns.order.shape[-1], device=columns.order.device).expand(columns.order.shape)
-        order = torch.stack([rows, columns.order, rows.flip(-1), columns.order.flip(-1)])  # (4, L) or (4, B, L)
-        order = order[:, None] if order.ndim == 2 else order
-        gap, down, up = None, _gaps(columns, reverse=False), _gaps(columns, reverse=True)
-        if down is not None and up is not None:
-            across, back = sequence.gaps(reverse=False), sequence.gaps(reverse=True)
-            gap = torch.stack([across, down, back.flip(1), up.flip(1)])
-        sequence.memo["routes"] = order, gap
-    routes: tuple[Tensor, Tensor | None] = sequence.memo["routes"]
-    return routes
-
-
-def _packed(dt_weights: Tensor, dt_biases: Tensor, A_logs: Tensor, Ds: Tensor) -> Tensor:
-    """For `routed_scans`."""
-    rates, skips = (each.unflatten(0, (DIRECTIONS, -1)) for each in (decay_rates(A_logs), Ds))
-    return pack_routes(dt_weights, rates, dt_biases, skips)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.kernels import fused_ops_apart
+from ssmprune_cli.inference import Session
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 
@@ -60,21 +60,23 @@ class _Stopwatch(EveryOp):
         return result
 
 
-def time_by_part(model: Backbone, images: Tensor, total_ms: float, rounds: int = 3) -> dict[str, float]:
+def time_by_part(session: Session, images: Tensor, total_ms: float, rounds: int = 3) -> dict[str, float]:
     """Milliseconds of a forward pass on `images` (B, 3, H, W) that each part takes; they add up to `total_ms`.
 
     total_ms  what the pass takes when nobody watches. What the ops of `rounds` watched passes do not account for, such
               as Python between them, is "other"; if they took longer than that, all are scaled. So it is where fused
-              ops do the work: what they are made of is watched instead.
+              ops do the work: the model's definition is watched, op by op.
 
     "gather" is the pruner (scoring, choosing, taking tokens out) and all moving of tokens in blocks, "projections" are
     the matrix products in blocks, "outside the blocks" patch embedding, downsampling and head.
     """
+    model = session.definition
+    assert isinstance(model, Backbone)
     found: list[defaultdict[str, float]] = []
     with torch.inference_mode():
         for _ in range(rounds):
             watch = _Stopwatch(images.device)
-            with fused_ops_apart(), _places(model, watch), watch:
+            with _places(model, watch), watch:
                 model(images)
             found.append(watch.seconds)
     parts = (PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER)

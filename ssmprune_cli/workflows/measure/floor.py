@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ssmprune_cli.kernels import fused_ops_apart
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.inference import Session
 from ssmprune_cli.workflows.measure.breakdown import MATRIX_PRODUCTS
 from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 
@@ -68,13 +67,13 @@ class Arithmetic(EveryOp):
         return result
 
 
-def floor(model: Backbone, images: Tensor, rounds: int = 5) -> Floor:
-    """The floor of a forward pass of `model` on `images` (B, 3, H, W)."""
+def floor(session: Session, images: Tensor, rounds: int = 5) -> Floor:
+    """The floor of a forward pass of a session's model on `images` (B, 3, H, W)."""
     with torch.inference_mode():
-        with fused_ops_apart(), Arithmetic() as found:
-            model(images)
+        with Arithmetic() as found:
+            session.definition(images)
         with Arithmetic() as joined:  # what is done in one op does not leave the caches in between
-            model(images)
+            session.observed(images)
         # of a small model the calls of single ops take longer than a fused op in all
         seconds = min(_least_of_all(each, images, rounds) for each in (found, joined))
         source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=images.device)

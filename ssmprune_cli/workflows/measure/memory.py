@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ssmprune_cli.kernels import fused_ops_apart
-from ssmprune_cli.models import kept_tensors
+from ssmprune_cli.inference import Session
 from ssmprune_cli.workflows.measure.every_op import EveryOp
 
 
@@ -46,19 +44,17 @@ class _LiveTensors(EveryOp):
         return result
 
 
-def peak_memory(model: nn.Module, images: Tensor) -> int:
-    """Bytes of the largest set of tensors alive at once in a forward pass, weights and input included.
+def peak_memory(session: Session, images: Tensor) -> int:
+    """Bytes of the largest set of tensors alive at once in a forward pass, what the session holds and input included.
 
     On a CPU the ops that fused ones are made of stand for what those hold inside.
     """
 
     def forward() -> None:
-        with torch.no_grad(), fused_ops_apart() if images.device.type == "cpu" else nullcontext():
-            model(images)
+        with torch.no_grad():
+            session.definition(images) if images.device.type == "cpu" else session(images)
 
-    with torch.no_grad():
-        model(images)  # after the first pass there is also what inference keeps of the weights
-    return peak_memory_of(forward, [*model.parameters(), *model.buffers(), *kept_tensors(model), images])
+    return peak_memory_of(forward, [*session.tensors(), images])
 
 
 def peak_memory_of(work: Callable[[], None], tensors: Sequence[Tensor]) -> int:

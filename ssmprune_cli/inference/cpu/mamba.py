@@ -1,0 +1,256 @@
+"""Vim, VideoMamba and Mamba-Reg: all blocks between two prune points in one call, or the inside of a block in one.
+
+Letters: B batch, L tokens now, M tokens that only convolutions see, d model width, E inner channels, G directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.inference.behaviour import first_unlike
+from ssmprune_cli.inference.copying import as_kind
+from ssmprune_cli.inference.explain import BY_OP, Journal
+from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.kernels import (
+    BlockSizes,
+    InnerParameters,
+    mamba_blocks,
+    mamba_inner,
+    pack_block,
+    pack_inner,
+    pick,
+)
+from ssmprune_cli.models import (
+    CausalConv1d,
+    MambaBackbone,
+    MambaBlock,
+    MambaMixer,
+    RMSNorm,
+    StepProjection,
+    conv_sources,
+    decay_rates,
+    unit_tokens,
+)
+from ssmprune_cli.tokens import TokenSequence
+
+ONE_CALL = "one call"
+INSIDE = "the inside of each block in one call"
+
+
+def sizes_of(mixer: MambaMixer, parts: int = 0) -> BlockSizes:
+    return BlockSizes(mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.splits[0], mixer.directions, parts)
+
+
+def inside_refused(mixer: nn.Module) -> str | None:
+    """Why `mamba_inner` cannot stand for the inside of `mixer`; None if it can."""
+    reason = first_unlike((mixer, MambaMixer))
+    if reason is not None or not isinstance(mixer, MambaMixer):
+        return reason
+    if mixer.kind == "v1":
+        return "its directions share a convolution"
+    for branch in mixer.branches():
+        reason = first_unlike(
+            (branch.conv1d, CausalConv1d), (branch.x_proj, nn.Linear), (branch.dt_proj, StepProjection)
+        )
+        if reason is not None:
+            return reason
+    return None
+
+
+def block_refused(block: nn.Module) -> str | None:
+    """Why `mamba_blocks` cannot stand for `block`; None if it can."""
+    reason = first_unlike((block, MambaBlock))
+    if reason is not None or not isinstance(block, MambaBlock):
+        return reason
+    if isinstance(block.norm, nn.LayerNorm):
+        return "its norm is a LayerNorm"
+    mixer = block.mixer
+    reason = first_unlike((block.norm, RMSNorm)) or inside_refused(mixer)
+    return reason or first_unlike((mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear))
+
+
+def alignment_refused(alignment: ScanAlignment | None) -> str | None:
+    """Why the fused ops have not this kind of alignment; None if they have."""
+    return None if alignment is None or alignment.mass is None else "steps grow with the size of tokens"
+
+
+def directions_of(mixer: MambaMixer) -> list[InnerParameters]:
+    """The parameters of the inside of `mixer`, direction by direction."""
+    return [
+        InnerParameters(
+            branch.conv1d.weight[:, 0],
+            branch.x_proj.weight,
+            branch.dt_proj.weight,
+            decay_rates(branch.A_log),
+            branch.conv1d.bias,
+            branch.dt_proj.bias,
+            branch.D,
+        )
+        for branch in mixer.branches()
+    ]
+
+
+class FusedMambaMixer(MambaMixer):
+    """A mixer whose inside is one call of `mamba_inner`, where nothing looks at its scans."""
+
+    packed: Tensor
+    block: int
+    journal: Journal
+    why: str
+
+    @classmethod
+    def of(cls, mixer: MambaMixer, block: int, journal: Journal, why: str) -> FusedMambaMixer:
+        """`why`: what stands in the way of computing the whole block in one call."""
+        made = as_kind(mixer, cls, block=block, journal=journal, why=why)
+        made.register_buffer("packed", pack_inner(directions_of(mixer)), persistent=False)
+        return made
+
+    def mix(
+        self,
+        xz: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        frozen: Tensor | None,
+        context: Tensor | None,
+    ) -> tuple[Tensor, ScanStatistics]:
+        reason = alignment_refused(alignment)
+        if wanted not in ("nothing", "tokens"):
+            reason = "the pruner looks at its scans"
+        if frozen is not None:
+            reason = "frozen tokens feed its scans"
+        if reason is not None:
+            self.journal.write(self.block, self.block, BY_OP, reason)
+            return super().mix(xz, sequence, alignment, wanted, frozen, context)
+        self.journal.write(self.block, self.block, INSIDE, self.why)
+        mixed = mamba_inner(
+            xz,
+            self.packed,
+            self.d_state,
+            self.d_conv,
+            self.splits[0],
+            gap=None if alignment is None else sequence.both_gaps()[: self.directions],
+            gap_delta=None if alignment is None else alignment.gap_delta,
+            context=context,
+            sources=None if context is None else conv_sources(sequence, self.d_conv)[: self.directions],
+            scale=self.scale,
+        )
+        return mixed, ScanStatistics()
+
+
+@dataclass(frozen=True)
+class PackedBlocks:
+    """What `mamba_blocks` takes of the blocks that it can compute.
+
+    parameters  (n, size) float32, of each such block
+    rows        of a block's number in `parameters`, for those that are there
+    sizes, scale, eps  of all of them
+    """
+
+    parameters: Tensor
+    rows: dict[int, int]
+    sizes: BlockSizes
+    scale: float
+    eps: float
+
+    def run(self, start: int, stop: int) -> Tensor:
+        """Parameters of the blocks from `start` to `stop`, all of which are there."""
+        return self.parameters[self.rows[start] : self.rows[stop - 1] + 1]
+
+
+def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, str]]:
+    """The blocks of `model` that go into one call, and for every one of the rest the reason why not."""
+    reasons: dict[int, str] = {}
+    packed: list[Tensor] = []
+    rows: dict[int, int] = {}
+    like: tuple[BlockSizes, int, float, float] | None = None
+    for number, block in enumerate(model.layers):
+        reason = block_refused(block)
+        if reason is None:
+            assert isinstance(block, MambaBlock) and isinstance(block.norm, RMSNorm)
+            mixer, dim = block.mixer, block.norm.weight.numel()
+            weight = mixer.in_proj.weight
+            parts = pick(weight, mixer.d_state).block_parts(dim, mixer.d_inner, weight.dtype)
+            own = (sizes_of(mixer, parts or 0), dim, mixer.scale, block.norm.eps)
+            if parts is None:
+                reason = f"no kernel for blocks of width {dim} in {weight.dtype}"
+            elif like not in (None, own):
+                reason = "its sizes, scale or epsilon are not those of the first block"
+            else:
+                like = own
+                rows[number] = len(packed)
+                packed.append(_pack(block, parts))
+        if reason is not None:
+            reasons[number] = reason
+    if like is None:
+        return None, reasons
+    sizes, _, scale, eps = like
+    return PackedBlocks(torch.stack(packed), rows, sizes, scale, eps), reasons
+
+
+def _pack(block: MambaBlock, parts: int) -> Tensor:
+    mixer, out_proj = block.mixer, block.mixer.out_proj.weight
+    if mixer.gamma is not None:
+        out_proj = out_proj * mixer.gamma[:, None]
+    return pack_block(block.norm.weight, mixer.in_proj.weight, out_proj, directions_of(mixer), parts)
+
+
+def run_features(model: MambaBackbone, packed: PackedBlocks, journal: Journal, images: Tensor) -> TokenSequence:
+    """`model.features`, with as many blocks in one call as `packed` and the pruner allow."""
+    sequence, block = model.embed(images), 0
+    while block < len(model.layers):
+        turned = model.before_block(sequence)
+        if turned is sequence and block in packed.rows:
+            run = _run(model, packed, block, sequence, journal)
+            if run is not None:
+                sequence, block = run
+                continue
+        alignment, wanted = model.ask_pruner(block, turned)
+        sequence, statistics = model.layers[block](turned, alignment, wanted)
+        sequence = model.prune(block, sequence, statistics, wanted)
+        block += 1
+    return sequence
+
+
+def _run(
+    model: MambaBackbone, packed: PackedBlocks, block: int, sequence: TokenSequence, journal: Journal
+) -> tuple[TokenSequence, int] | None:
+    """The sequence after as many blocks as one call can do, from `block` on, and the first of those that are left;
+    None if it can do none. The pruner may look at the last one's output, and prune after it."""
+    if sequence.frozen is not None:
+        return None
+    alignments: list[ScanAlignment | None] = []
+    wanted: Wanted = "nothing"
+    while (stop := block + len(alignments)) in packed.rows and wanted == "nothing":
+        alignment, asked = model.ask_pruner(stop, sequence)
+        if asked == "delta" or alignment_refused(alignment):
+            break
+        alignments.append(alignment)
+        wanted = asked
+    if not alignments:
+        return None
+    journal.write(block, stop - 1, ONE_CALL)
+    norm = model.layers[block].norm
+    assert isinstance(norm, RMSNorm)
+    directions, width = packed.sizes.directions, packed.sizes.d_conv
+    steps = [each.gap_delta for each in alignments if each is not None and each.gap_delta is not None]
+    context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
+    hidden, residual, y = mamba_blocks(
+        sequence.hidden,
+        sequence.residual,
+        packed.run(block, stop),
+        packed.sizes,
+        gap=None if alignments[0] is None else sequence.both_gaps()[:directions],
+        gap_delta=torch.stack(steps) if steps else None,
+        context=context,
+        sources=None if context is None else conv_sources(sequence, width)[:directions],
+        scale=packed.scale,
+        eps=packed.eps,
+        wants_y=wanted == "y",
+    )
+    sequence = replace(sequence, hidden=hidden, residual=residual)
+    statistics = ScanStatistics((y,) if wanted == "y" else ())
+    return model.prune(stop - 1, sequence, statistics, wanted), stop
