@@ -56,11 +56,11 @@ class Derivation(Generic[T]):
     name: str
 
 
+@dataclass(frozen=True)
 class Geometry:
     """What has been derived from the positions of a sequence's tokens. All blocks between two prune points share it."""
 
-    def __init__(self) -> None:
-        self._derived: dict[Hashable, Any] = {}
+    _derived: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, derivation: Derivation[T], compute: Callable[[], T], *parameters: Hashable) -> T:
         """What `compute` gave when `derivation` was first asked for with these `parameters`."""
@@ -124,7 +124,8 @@ class TokenSequence:
     pooled: bool = False
     gone: Dropped | None = None
     restorable: bool = False
-    geometry: Geometry = field(default_factory=Geometry, compare=False, repr=False)
+    # A function, since torch.compile (2.13) cannot call the class from here.
+    geometry: Geometry = field(default_factory=lambda: Geometry(), compare=False, repr=False)
 
     @classmethod
     def dense(cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False) -> TokenSequence:

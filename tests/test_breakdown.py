@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ssmprune_cli import checkpoint
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import fused_ops_apart
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
@@ -76,10 +76,10 @@ def test_what_the_pruner_does_is_gather_whatever_op_it_is() -> None:
     model = vim()
     model.pruner = Slow()
     images = torch.zeros(1, 3, 16, 16)
-    times = time_by_part(model, images, total_ms=1000.0, rounds=1)
+    times = time_by_part(prepare(model), images, total_ms=1000.0, rounds=1)
     # Three blocks of 30 ms; ops take most of it, whatever else the machine does.
     assert 30 < times["gather"] < 1000
-    squeezed = time_by_part(model, images, total_ms=1.0, rounds=1)  # watched ops took longer than that: scaled
+    squeezed = time_by_part(prepare(model), images, total_ms=1.0, rounds=1)  # watched ops took longer than that: scaled
     assert sum(squeezed.values()) == pytest.approx(1.0) and squeezed["gather"] > 0.5
     assert all(not hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks))
 
@@ -102,15 +102,16 @@ def test_arithmetic_is_counted_by_kind_and_shape() -> None:
 def test_the_floor_of_a_model_has_its_products_and_scans() -> None:
     model = vim()
     images = torch.zeros(2, 3, 16, 16)
-    with torch.inference_mode(), fused_ops_apart(), Arithmetic() as found:
+    with torch.inference_mode(), Arithmetic() as found:
         model(images)
     kinds = {kind: sum(n for key, n in found.counts.items() if key.startswith(kind)) for kind in ("selective_scan",)}
     assert kinds == {"selective_scan": 6}  # two directions in three blocks
     # For each block: in_proj, x_proj and dt_proj for two directions, out_proj; and the head.
     assert sum(found.counts.values()) - 6 == 3 * (1 + 2 * 2 + 1) + 1
-    assert floor(model, images, rounds=1).total_ms > 0
+    session = prepare(model)
+    assert floor(session, images, rounds=1).total_ms > 0
     with torch.inference_mode(), Arithmetic() as joined:
-        model(images)
+        session(images)
     # The blocks are one op, which the head follows; what stays inside it is not read or written.
     assert sum(joined.counts.values()) == 2 and joined.bytes < found.bytes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.workflows.measure.memory import peak_memory
 
 
@@ -24,7 +25,7 @@ class Chain(nn.Module):
 def test_peak_is_weights_input_and_two_intermediates() -> None:
     size = 256 * 256 * 4
     # weight + the caller's input + (old x, new x)
-    assert peak_memory(Chain(), torch.ones(256, 256)) == 4 * size
+    assert peak_memory(prepare(Chain()), torch.ones(256, 256)) == 4 * size
 
 
 def test_views_are_not_counted_twice() -> None:
@@ -32,4 +33,4 @@ def test_views_are_not_counted_twice() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.view(-1)[:10].unsqueeze(0)
 
-    assert peak_memory(View(), torch.ones(64, 64)) == 64 * 64 * 4
+    assert peak_memory(prepare(View()), torch.ones(64, 64)) == 64 * 64 * 4

@@ -1,57 +1,14 @@
-"""What inference derives from parameters once is never out of date."""
+"""Layers that several families share."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from ssmprune_cli.models.common.layers import Derived, channels_last_taps, decay_rates
+from ssmprune_cli.models.common.layers import channels_last_taps, decay_rates
 from ssmprune_cli.workflows.finetune.new_model import build
-
-
-class Counted:
-    """decay_rates that counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, parameter: Tensor) -> Tensor:
-        self.calls += 1
-        return decay_rates(parameter)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_computed_once_until_the_parameter_changes(mode: Callable[[], torch.no_grad]) -> None:
-    count, parameter = Counted(), nn.Parameter(torch.zeros(3, 2))
-    derived = Derived(count)
-    with mode():
-        assert torch.equal(derived(parameter), torch.full((3, 2), -1.0))
-        assert derived(parameter) is derived(parameter)
-    assert count.calls == 1
-    with torch.no_grad():
-        parameter.fill_(1.0)
-    with mode():
-        assert derived(parameter)[0, 0].item() == pytest.approx(-2.7182817)
-    parameter.data = torch.zeros(3, 2)  # as nn.Module.to does
-    with mode():
-        assert torch.equal(derived(parameter), torch.full((3, 2), -1.0))
-    assert count.calls == 3
-
-
-def test_gradients_and_traces_see_the_computation() -> None:
-    count, parameter = Counted(), nn.Parameter(torch.zeros(3, 2))
-    derived = Derived(count)
-    with torch.no_grad():
-        derived(parameter)
-    derived(parameter).sum().backward()
-    assert parameter.grad is not None and torch.equal(parameter.grad, torch.full((3, 2), -1.0))
-    with torch.no_grad():
-        traced = torch.jit.trace(derived.__call__, (parameter,))
-        assert torch.equal(traced(torch.ones(3, 2)), decay_rates(torch.ones(3, 2)))
 
 
 def test_half_precision_rates_are_computed_in_float32() -> None:

@@ -1,4 +1,4 @@
-"""Linear layers by the op `linear`: in which models, that it changes nothing, and that no change of them is missed."""
+"""Linear layers of sessions by the op `linear`: in which models, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.inference.cpu.linear import packs
+from ssmprune_cli.kernels import use_backend
 from ssmprune_cli.kernels.cpu.backend import CPU
 from ssmprune_cli.kernels.inputs import LinearInputs
 from ssmprune_cli.models.common.backbone import Backbone
-from ssmprune_cli.models.common.layers import Kept, packed_linear, project
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
@@ -49,55 +51,30 @@ def test_models_use_it_and_stay_the_same(
     torch.manual_seed(0)
     model = make().eval()
     images = torch.randn(2, 3, *model.image_size)
-    with torch.inference_mode():
-        logits = model(images)
+    session = prepare(model)
+    logits = session(images)
     assert len(calls) == layers
     assert_close(logits, apart(model, images))
-    with torch.inference_mode():
-        model.bfloat16()(images.bfloat16())
+    assert len(calls) == layers
+    prepare(model, dtype=torch.bfloat16)(images)
     assert len(calls) == layers
 
 
-def double(layer: nn.Linear) -> None:
-    with torch.no_grad():
-        layer.weight.mul_(2)
-
-
-def replace_bias(layer: nn.Linear) -> None:
-    layer.bias = nn.Parameter(torch.ones(64))
-
-
-def swap_data(layer: nn.Linear) -> None:
-    layer.weight.data = layer.weight.data + 1
-
-
-def hook(layer: nn.Linear) -> None:
-    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
-
-
-@pytest.mark.parametrize("change", [double, replace_bias, swap_data, hook])
-def test_a_change_of_the_layer_is_never_missed(change: Callable[[nn.Linear], None], calls: list[LinearInputs]) -> None:
-    torch.manual_seed(0)
-    layer, packed, x = nn.Linear(32, 64), Kept(packed_linear), torch.randn(3, 5, 32)
-    with torch.inference_mode():
-        before = project(layer, x, packed)
-    change(layer)
-    with torch.inference_mode():
-        after = project(layer, x, packed)
-        torch.testing.assert_close(after, layer(x), rtol=0, atol=1e-5)
-        assert not torch.allclose(after, before, rtol=0, atol=1e-2)
-        other = nn.Linear(32, 64)
-        torch.testing.assert_close(project(other, x, packed), other(x), rtol=0, atol=1e-5)
-    assert calls
-
-
-def test_layers_of_other_kinds_are_called(calls: list[LinearInputs]) -> None:
+def test_layers_of_other_kinds_stay() -> None:
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 100
 
-    layer, x = Own(32, 64), torch.randn(5, 32)
-    with torch.inference_mode():
-        assert torch.equal(project(layer, x, Kept(packed_linear)), layer(x)) and not calls
-        with pytest.raises(RuntimeError, match="same dtype"):  # as the layer says it
-            project(nn.Linear(32, 64).double(), x, Kept(packed_linear))
+    hooked = nn.Linear(32, 64)
+    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert packs(nn.Linear(32, 64)) and not packs(nn.Linear(32, 44))
+    for layer in (Own(32, 64), hooked, nn.Linear(32, 64).double(), nn.Linear(32, 64).bfloat16()):
+        assert not packs(layer)
+
+
+def test_where_it_is_faster() -> None:
+    use_backend("chunked")
+    try:
+        assert not packs(nn.Linear(192, 768))
+    finally:
+        use_backend("auto")

@@ -1,0 +1,154 @@
+"""Sessions of CUDA graphs, with a stand-in for the GPU: what is recorded, when it is replayed, and what falls back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.inference import cuda_graph
+from ssmprune_cli.inference.cuda_graph import MAX_GRAPHS, CudaGraphSession, Graph, capture
+
+
+class Recorded:
+    """What `capture` was asked for; a graph that runs the model again, into the same memory."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.replays = 0
+
+    def __call__(self, run: Callable[[Tensor], Tensor], images: Tensor) -> Graph:
+        self.shapes.append(tuple(images.shape))
+        static, output = images.clone(), run(images).clone()
+
+        def replay() -> None:
+            self.replays += 1
+            output.copy_(run(static))
+
+        return Graph(static, output, replay)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    recorder = Recorded()
+    monkeypatch.setattr(cuda_graph, "capture", recorder)
+    return recorder
+
+
+def session() -> CudaGraphSession:
+    torch.manual_seed(0)
+    return CudaGraphSession(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval().requires_grad_(False), {})
+
+
+def test_a_graph_for_each_batch_size_recorded_once(recorded: Recorded) -> None:
+    graphs = session()
+    for size in (1, 4, 1, 4, 1):
+        images = torch.randn(size, 3, 2, 2)
+        assert torch.equal(graphs(images), graphs.definition(images))
+    assert recorded.shapes == [(1, 3, 2, 2), (4, 3, 2, 2)] and recorded.replays == 5
+    assert graphs.explain().notes == (
+        f"graphs of whole forward passes, for batches 1x3x2x2, 4x3x2x2; at most {MAX_GRAPHS} shapes",
+    )
+
+
+def test_results_are_not_overwritten_by_the_next_call(recorded: Recorded) -> None:
+    graphs = session()
+    first, second = (torch.randn(2, 3, 2, 2) for _ in range(2))
+    kept = graphs(first)
+    graphs(second)
+    assert torch.equal(kept, graphs.definition(first))
+
+
+def test_no_more_graphs_than_stated(recorded: Recorded) -> None:
+    graphs = session()
+    for size in range(1, MAX_GRAPHS + 3):
+        images = torch.randn(size, 3, 2, 2)
+        assert torch.equal(graphs(images), graphs.definition(images))
+    assert len(recorded.shapes) == MAX_GRAPHS and "op by op for 2 more shapes" in graphs.explain().notes[1]
+
+
+def test_what_cannot_be_recorded_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def refuse(run: Any, images: Tensor) -> Graph:
+        tries.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(cuda_graph, "capture", refuse)
+    graphs, images = session(), torch.randn(2, 3, 2, 2)
+    assert torch.equal(graphs(images), graphs.definition(images)) and torch.equal(
+        graphs(images), graphs.definition(images)
+    )
+    assert len(tries) == 1
+    (note,) = graphs.explain().notes
+    assert note == "op by op: a graph could not be recorded (operation not permitted when stream is capturing)"
+
+
+def test_threads_take_turns(recorded: Recorded) -> None:
+    graphs, wrong = session(), []
+
+    def work(seed: int) -> None:
+        for number in range(50):
+            images = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(100 * seed + number))
+            if not torch.equal(graphs(images), graphs.definition(images)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_capture_warms_up_on_a_side_stream_and_records_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls that PyTorch asks for, with stand-ins for its streams and graphs."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits")
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    @contextmanager
+    def inside(name: str) -> Iterator[None]:
+        log.append(f"{name} begins")
+        yield
+        log.append(f"{name} ends")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside("stream"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: inside("graph"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+
+    def run(images: Tensor) -> Tensor:
+        log.append("run")
+        return images + 1
+
+    images = torch.zeros(2)
+    graph = capture(run, images)
+    assert graph.images is not images and torch.equal(graph.output, torch.ones(2))
+    graph.replay()
+    assert log == [
+        "side waits",
+        "stream begins",
+        *["run"] * 3,
+        "stream ends",
+        "main waits",
+        "graph begins",
+        "run",
+        "graph ends",
+        "replay",
+    ]
