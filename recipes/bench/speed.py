@@ -10,7 +10,6 @@ memory, for all contestants alike, as a warm server would. Weights and inputs ar
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
 import math
 import os
@@ -25,12 +24,12 @@ import torch
 
 import ssmprune_cli
 from ssmprune_cli.cli.allocator import keep_freed_memory
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.kernels import (
     active_backend,
     add_rms_norm,
     backends_for,
     causal_conv1d,
-    fused_ops_apart,
     gated_sum,
     grid_conv2d,
     selective_scan,
@@ -38,7 +37,6 @@ from ssmprune_cli.kernels import (
 )
 from ssmprune_cli.kernels.cpu.build import processor_flags
 from ssmprune_cli.models import FAMILIES
-from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.workflows.measure.floor import floor
@@ -224,25 +222,21 @@ def floor_table(seconds: float) -> None:
     """
     titles = "ms a batch | images/s | op by op, ms | reference scan, ms | reference / this | floor, ms | floor / this"
     print(f"| Vim-T, 224 x 224, dense | {titles} |\n" + "|---" * 8 + "|")
-    with torch.inference_mode(False):  # nothing could be kept of weights made in inference mode
-        model = Vim(VimConfig()).eval()
+    model = Vim(VimConfig()).eval()
+    session = prepare(model)
 
     def on(name: str, images: torch.Tensor) -> None:
         use_backend(name)
         model(images)
 
-    def apart(images: torch.Tensor) -> None:
-        with fused_ops_apart():
-            on(best, images)
-
     best = active_backend()
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224)
-        times = race({"fast": partial(on, best, images), "apart": partial(apart, images)}, seconds)
+        times = race({"fast": partial(session, images), "apart": partial(on, best, images)}, seconds)
         times |= race({"reference": partial(on, "reference", images)}, seconds)
         fast, slow = statistics.median(times["fast"]), statistics.median(times["reference"])
         use_backend(best)
-        least = floor(model, images, rounds=20).multiply_adds_ms
+        least = floor(session, images, rounds=20).multiply_adds_ms
         row = [f"batch {batch}", cell(times["fast"]), f"{1e3 * batch / fast:.1f}", cell(times["apart"])]
         row += [cell(times["reference"]), f"{slow / fast:.1f}x", f"{least:.1f}", f"{100 * least / fast:.0f} %"]
         print(f"| {' | '.join(row)} |")
@@ -252,9 +246,8 @@ def floor_table(seconds: float) -> None:
 def model_table(seconds: float) -> None:
     """Pruned right after the first block, so that nearly every block has the same share of the tokens.
 
-    "Ideal" is 1 / (mean kept fraction): what dropped tokens would save if they cost nothing at all. At batch 1, where
-    Python's share is largest, also as torch.compile makes it: compiling takes half a minute each. In bfloat16 where the
-    processor has it.
+    "Ideal" is 1 / (mean kept fraction): what dropped tokens would save if they cost nothing at all. In bfloat16
+    where the processor has it.
     """
     print("| Vim-T, 224 x 224 | keep, reduction | ms a batch | images/s | faster than dense | ideal | of ideal |")
     print("|---" * 7 + "|")
@@ -262,25 +255,19 @@ def model_table(seconds: float) -> None:
     variants |= {"0.5, drop": (0.5, "drop"), "0.5, context": (0.5, "context")}
     for batch in (1, 8):
         images = torch.randn(batch, 3, 224, 224)
-        with torch.inference_mode(False):  # nothing could be kept of weights made in inference mode
-            models = {title: Vim(VimConfig()).eval() for title in variants}
-            for title, (keep, reduction) in variants.items():
-                compress(models[title], keep, points=[1], reduction=reduction, alignment="null")
-        runs: Contestants = {title: partial(model, images) for title, model in models.items()}
+        models = {title: Vim(VimConfig()).eval() for title in variants}
+        for title, (keep, reduction) in variants.items():
+            compress(models[title], keep, points=[1], reduction=reduction, alignment="null")
+        runs: Contestants = {title: partial(prepare(model), images) for title, model in models.items()}
         if processor_flags() & {"avx512_bf16", "amx_bf16"}:
             for title in ("1", "0.5, drop"):
-                with torch.inference_mode(False):
-                    models[f"{title}, bfloat16"] = copy.deepcopy(models[title]).bfloat16()
-                runs[f"{title}, bfloat16"] = partial(models[f"{title}, bfloat16"], images.bfloat16())
-        if batch == 1:
-            for title in ("1", "0.5, drop"):
-                models[f"{title}, compiled"] = models[title]
-                runs[f"{title}, compiled"] = partial(torch.compile(models[title], fullgraph=True), images)
+                models[f"{title}, bfloat16"] = models[title]
+                half = prepare(models[title], dtype=torch.bfloat16)
+                runs[f"{title}, bfloat16"] = partial(half, images.bfloat16())
         times = race(runs, seconds)
         for title, model in models.items():
             median = statistics.median(times[title])
-            special = next((name for name in ("compiled", "bfloat16") if title.endswith(name)), None)
-            dense = statistics.median(times[f"1, {special}" if special else "1"])
+            dense = statistics.median(times["1, bfloat16" if title.endswith("bfloat16") else "1"])
             ideal = 24 * 197 / sum(tokens_per_block(model))
             row = (f"batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
             share = f"{100 * dense / median / ideal:.0f} %"
@@ -295,23 +282,20 @@ def families_table(seconds: float) -> None:
         + "|"
     )
 
-    def apart(model: Backbone, images: torch.Tensor) -> None:
-        with fused_ops_apart():
-            model(images)
-
     for family, variant in (("plainmamba", "plainmamba_l1"), ("vmamba", "vmamba_tiny_s1l8")):
         found = FAMILIES.get(family)
-        with torch.inference_mode(False):
-            models = {title: found.build(found.variants[variant]).eval() for title in ("1", "0.5", "1, bfloat16")}
-            compress(models["0.5"], 0.5, alignment="null")
-            work = {title: count_flops(model).all_directions for title, model in models.items()}
-            models["1, bfloat16"].bfloat16()
+        models = {title: found.build(found.variants[variant]).eval() for title in ("1", "0.5", "1, bfloat16")}
+        compress(models["0.5"], 0.5, alignment="null")
+        work = {title: count_flops(model).all_directions for title, model in models.items()}
+        models["1, bfloat16"].bfloat16()
         if not processor_flags() & {"avx512_bf16", "amx_bf16"}:
             del models["1, bfloat16"]
         for batch in (1, 8):
             images = torch.randn(batch, 3, 224, 224)
-            runs: Contestants = {title: partial(model, images.to(model.dtype)) for title, model in models.items()}
-            single: Contestants = {title: partial(apart, each, images.to(each.dtype)) for title, each in models.items()}
+            runs: Contestants = {
+                title: partial(prepare(model), images.to(model.dtype)) for title, model in models.items()
+            }
+            single: Contestants = {title: partial(each, images.to(each.dtype)) for title, each in models.items()}
             times, slower = race(runs, seconds), race(single, seconds)
             dense = statistics.median(times["1"])
             for title in models:

@@ -49,7 +49,13 @@ def command(
     names = [each.name for each in paths]
     data = {"models": [{"path": str(each), **one.to_dict()} for each, one in zip(paths, profiles, strict=True)]}
     output.emit(
-        Group(_summary(names, profiles), _time(names, profiles), *_floors(names, profiles), _blocks(names, profiles)),
+        Group(
+            _summary(names, profiles),
+            _time(names, profiles),
+            *_floors(names, profiles),
+            *_sessions(names, profiles),
+            _blocks(names, profiles),
+        ),
         data,
         as_json=as_json,
     )
@@ -110,6 +116,11 @@ def _floors(names: list[str], profiles: list[Profile]) -> list[str]:
         f"{100 * p.floor.total_ms / p.speed.median_ms:.0f} % of what this machine can do."
         for name, p in zip(names, profiles, strict=True)
     ]
+
+
+def _sessions(names: list[str], profiles: list[Profile]) -> list[str]:
+    """How each model was run."""
+    return [f"{name}, {p.session}" for name, p in zip(names, profiles, strict=True)]
 
 
 def _blocks(names: list[str], profiles: list[Profile]) -> Table:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
     IMPORTANCES,
@@ -109,9 +110,8 @@ class Comparison:
             raise DataError("a comparison needs at least two images")
         self.device = resolve_device(device)
         self.model = source.load().to(self.device).eval()
-        self.reference = source.load().to(self.device).eval()
         restore(self.model)
-        restore(self.reference)
+        self.reference = prepare(self.model)  # its variants share its weights
         self.batch_size, self.rounds = batch_size, rounds
         self.images = EvaluationImages(dataset, self.model, limit, batch_size)
         self.name = source.path.name
@@ -125,9 +125,10 @@ class Comparison:
         """Another dense model on the same images, prepared its own way."""
         model = source.load().to(self.device).eval()
         restore(model)
-        logits = run(model, EvaluationImages(dataset, model, limit, self.batch_size))
+        session = prepare(model)
+        logits = run(session, EvaluationImages(dataset, model, limit, self.batch_size))
         cost = count_flops(model).all_directions
-        row = self._row(source.path.name, "", logits, cost, self._time(model), None)
+        row = self._row(source.path.name, "", logits, cost, self._time(session, model.image_size), None)
         return replace(row, divergence=None, divergence_se=None)
 
     def pruned(self, name: str, budget: str, settings: PruneSettings, calibration: Tensor | None) -> Row:
@@ -152,7 +153,7 @@ class Comparison:
 
     def logits(self, name: str) -> Tensor:
         """(N, classes) float64, on the CPU. Raises DataError, calling the model `name`, if they are not finite."""
-        logits = run(self.model, self.images)
+        logits = run(self._session(), self.images)
         if not bool(logits.isfinite().all()):
             raise DataError(f"{name} gives logits that are not finite", hint="`ssmprune inspect` looks at the weights.")
         return logits
@@ -163,15 +164,19 @@ class Comparison:
 
     def speed(self) -> tuple[float, float]:
         """Images per second, and how many times as fast as the dense model."""
-        return self._time(self.model)
+        return self._time(self._session(), self.model.image_size)
 
-    def _time(self, model: Backbone) -> tuple[float, float]:
-        batch = torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
-        if model.image_size == self.reference.image_size:
-            dense, own = interleaved_speeds([self.reference, model], batch, self.rounds)
+    def _session(self) -> Session:
+        """Of what `model` is now."""
+        return self.reference.with_pruner(self.model.pruner)
+
+    def _time(self, session: Session, image_size: tuple[int, int]) -> tuple[float, float]:
+        batch = torch.zeros(self.batch_size, 3, *image_size, device=self.device)
+        if image_size == self.model.image_size:
+            dense, own = interleaved_speeds([self.reference, session], batch, self.rounds)
             return own.images_per_second, dense.median_ms / own.median_ms
-        (own,) = interleaved_speeds([model], batch, self.rounds)
-        dense_batch = torch.zeros(self.batch_size, 3, *self.reference.image_size, device=self.device)
+        (own,) = interleaved_speeds([session], batch, self.rounds)
+        dense_batch = torch.zeros(self.batch_size, 3, *self.model.image_size, device=self.device)
         (dense,) = interleaved_speeds([self.reference], dense_batch, self.rounds)
         return own.images_per_second, dense.median_ms / own.median_ms
 

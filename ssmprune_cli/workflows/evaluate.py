@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssmprune_cli.data import ImageDataset, Subset, batches
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import ClassChange
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
@@ -88,7 +89,8 @@ class _Score:
     """Counts one model's right answers and the time it takes."""
 
     def __init__(self, model: Backbone, device: torch.device, role: str) -> None:
-        self._model = model.to(device).eval()
+        self._session = prepare(model, device=device)
+        self._num_classes = model.num_classes
         self._device = device
         self._role = role
         self._seconds: list[float] = []
@@ -96,10 +98,10 @@ class _Score:
         self._ranks: list[Tensor] = []  # (B,) rank of the right class, 0 for a right answer
 
     def add(self, images: Tensor, labels: Tensor, names: tuple[str, ...]) -> None:
-        images = images.to(self._device, self._model.dtype)
+        images = images.to(self._device, self._session.dtype)
         self._synchronize()
         start = time.perf_counter()
-        logits = self._model(images)
+        logits = self._session(images)
         self._synchronize()
         self._seconds.append(time.perf_counter() - start)
         self._sizes.append(len(images))
@@ -134,7 +136,7 @@ class _Score:
         right = int((ranks == 0).sum())
         return Accuracy(
             top1=right / len(ranks),
-            top5=int((ranks < 5).sum()) / len(ranks) if self._model.num_classes >= 5 else None,
+            top5=int((ranks < 5).sum()) / len(ranks) if self._num_classes >= 5 else None,
             interval=wilson_interval(right, len(ranks)),
             images_per_second=self._speed,
         )
@@ -158,7 +160,7 @@ def evaluate(
 
     limit  use so many images, always the same ones, drawn from the whole dataset (see `spread`)
 
-    Each model gets images prepared its own way. Both are moved to `device` and left in evaluation mode. Started by
+    Each model gets images prepared its own way, and is computed by a session on `device`. Started by
     `torchrun` or `accelerate launch`, every process takes a share of the images, and all get the same result.
     Raises DataError if the images have no labels or their classes do not fit the model; SsmpruneError, naming the
     image, for logits that are not finite.

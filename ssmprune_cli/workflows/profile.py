@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.inference import Explanation, prepare
 from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
@@ -31,6 +32,7 @@ class Profile:
     backend           what the kernels ran on; `backends_refused` says why not on a better one
     time_ms           where the median goes, by part (see `breakdown`)
     floor             what its arithmetic and bytes need at least on this machine
+    session           how the timed session computes each block
     """
 
     family: str
@@ -50,6 +52,7 @@ class Profile:
     peak_memory_bytes: int
     time_ms: dict[str, float]
     floor: Floor
+    session: Explanation
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "floor": self.floor.to_dict()}
@@ -87,9 +90,8 @@ def profile(
     images = torch.randn(batch_size, 3, *models[0].image_size, generator=torch.Generator().manual_seed(seed))
     images = images.to(target, models[0].dtype)
     flops = [count_flops(model) for model in models]
-    for model in models:
-        model.to(target).eval()
-    speeds = interleaved_speeds(models, images, rounds, progress)
+    sessions = [prepare(model, device=target) for model in models]
+    speeds = interleaved_speeds(sessions, images, rounds, progress)
     return [
         Profile(
             family=model.family,
@@ -106,9 +108,10 @@ def profile(
             backends_refused=refused_backends(target, model.dtype),
             threads=torch.get_num_threads(),
             speed=speed,
-            peak_memory_bytes=peak_memory(model, images),
-            time_ms=time_by_part(model, images, speed.median_ms),
-            floor=floor(model, images),
+            peak_memory_bytes=peak_memory(session, images),
+            time_ms=time_by_part(session, images, speed.median_ms),
+            floor=floor(session, images),
+            session=session.explain(),
         )
-        for model, count, speed in zip(models, flops, speeds, strict=True)
+        for model, session, count, speed in zip(models, sessions, flops, speeds, strict=True)
     ]

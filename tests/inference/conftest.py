@@ -30,7 +30,7 @@ class _Flops(EveryOp):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total: int = 0
 
     def around(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func._overloadpacket not in flop_registry:

@@ -17,11 +17,11 @@ from ssmprune_cli.kernels import (
     BlockSizes,
     InnerParameters,
     backends_for,
-    block_parts,
     mamba_blocks,
     mamba_inner,
     pack_block,
     pack_inner,
+    pick,
     use_backend,
 )
 from ssmprune_cli.kernels.cpu.backend import CPU
@@ -93,7 +93,7 @@ class Case:
     @torch.inference_mode()
     def parts(self, dtype: torch.dtype) -> int | None:
         """In which a model in `dtype` has its weights."""
-        return block_parts(torch.empty(1, 1, self.dim, dtype=dtype), self.sizes.d_state, self.sizes.d_inner)
+        return pick(torch.empty(0, dtype=dtype), self.sizes.d_state).block_parts(self.dim, self.sizes.d_inner, dtype)
 
     def normal(self, *size: int) -> Tensor:
         return torch.randn(*size, dtype=torch.float64, generator=self.generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import numpy as np
@@ -71,13 +70,11 @@ class LatencyBudget:
 
     def _time(self, settings: list[PruneSettings]) -> list[float]:
         """Median milliseconds of a batch of the dense model and of its pruned variants."""
-        models = [self._measurements.model]
-        for each in settings:
-            models.append(copy.deepcopy(self._measurements.model))
-            models[-1].pruner = self._measurements.pruner(each)
+        dense = self._measurements.session
+        sessions = [dense, *(dense.with_pruner(self._measurements.pruner(each)) for each in settings)]
         images = self._measurements.images
         batch = images.repeat(-(-self._batch_size // len(images)), 1, 1, 1)[: self._batch_size]
-        return [speed.median_ms for speed in interleaved_speeds(models, batch, _ROUNDS)]
+        return [speed.median_ms for speed in interleaved_speeds(sessions, batch, _ROUNDS)]
 
 
 def check_latency(budget: LatencyBudget, milliseconds: float, fastest: PruneSettings) -> None:

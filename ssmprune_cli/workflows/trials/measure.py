@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmprune_cli.data import ImageDataset, batches
 from ssmprune_cli.errors import DataError
+from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
     ALIGNMENTS,
@@ -33,10 +34,10 @@ def load_images(model: Backbone, dataset: ImageDataset) -> Tensor:
     return torch.cat([batch.images for batch in batches(dataset, model.preprocessing, 64)]).to(device)
 
 
-def run(model: Backbone, batches: Iterable[Tensor]) -> Tensor:
+def run(session: Session, batches: Iterable[Tensor]) -> Tensor:
     """(images, classes) float64 logits, on the CPU, of batches (B, 3, H, W)."""
     with torch.inference_mode():
-        return torch.cat([model(batch).double().cpu() for batch in batches])
+        return torch.cat([session(batch).double().cpu() for batch in batches])
 
 
 class Distances(NamedTuple):
@@ -70,7 +71,8 @@ class Measurements:
         self._batch_size = batch_size
         self._pruners: dict[PruneSettings, TokenPruner] = {}
         restore(model)
-        self.dense = run(model, images.split(batch_size))
+        self.session = prepare(model)  # of the dense model; pruned ones share its weights
+        self.dense = run(self.session, images.split(batch_size))
         bad = (~self.dense.isfinite().all(dim=1)).nonzero()
         if len(bad):
             raise DataError(
@@ -117,7 +119,8 @@ class Measurements:
         def compute() -> list[list[float]] | None:
             self.prune(settings)
             rows = slice(part.start, part.stop)
-            logits = run(self.model, self.images[rows].split(self._batch_size))
+            session = self.session.with_pruner(self.model.pruner)
+            logits = run(session, self.images[rows].split(self._batch_size))
             restore(self.model)
             if not bool(logits.isfinite().all()):
                 return None
