@@ -131,6 +131,20 @@ def test_wings_export_through_their_init(path: Path) -> None:
             assert inside or wing in STREETS, f"import from {'.'.join(wing)}, not from {node.module}"
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name == "__init__.py"], ids=name)
+def test_no_module_takes_the_place_of_an_exported_name(path: Path) -> None:
+    """A submodule becomes an attribute of its package when it is imported: an export from another one would be lost."""
+    rooms = {each.parent.name for each in path.parent.glob("*/__init__.py")}
+    modules = {each.stem for each in path.parent.glob("*.py")} | rooms
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                exported = alias.asname or alias.name
+                home = (node.module or "").rpartition(".")[2]
+                message = f"{exported} comes from {node.module}, and a module here has that name"
+                assert exported not in modules or home in (exported, path.parent.name), message
+
+
 def test_imports_have_no_circles() -> None:
     """While modules load, none needs one that waits for it."""
     known = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}

@@ -312,7 +312,7 @@ def test_a_pickle_that_could_run_code_is_refused_by_name(tmp_path: Path, model: 
     assert not marker.exists()
     with pytest.raises(CheckpointError, match=r"refers to `\S*Opaque`"):
         load(write(tmp_path / "object.pth", {"model": model.state_dict(), "x": Opaque()}))
-    with pytest.raises(CheckpointError, match=r"refers to `ssmprune_cli\.models\.vim\.Vim`"):
+    with pytest.raises(CheckpointError, match=r"refers to `ssmprune_cli\.models\.mamba\.vim\.Vim`"):
         load(write(tmp_path / "whole.pth", model))
 
 

@@ -23,6 +23,13 @@ from ssmprune_cli.workflows.evaluate import evaluate, spread
 PLAIN = Preprocessing(resize=4, crop=4, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
 
 
+class Seen(list[tuple[int, ...]]):
+    """Stays one list when a model is copied: what a session of it is given comes here too."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Seen:
+        return self
+
+
 class Reader(Backbone):
     """Logits as `answer` gives them for the preprocessed images. What evaluation does not need is left out."""
 
@@ -33,7 +40,7 @@ class Reader(Backbone):
         self._answer = answer
         self._classes = classes
         self._preprocessing = preprocessing
-        self.sizes: list[tuple[int, ...]] = []
+        self.sizes = Seen()
 
     def forward(self, images: Tensor) -> Tensor:
         assert not self.training

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.inference import Session
 from ssmprune_cli.interface import Stage
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -346,7 +347,8 @@ def test_a_tight_target_time_is_used_up_and_not_overrun(calib: Path, monkeypatch
     def milliseconds(model: Backbone) -> float:
         return 2 + count_flops(model).all_directions / 1e6
 
-    def speeds(models: list[Backbone], images: torch.Tensor, rounds: int) -> list[Speed]:
+    def speeds(sessions: list[Session], images: torch.Tensor, rounds: int) -> list[Speed]:
+        models = [each.definition for each in sessions if isinstance(each.definition, Backbone)]
         return [Speed(milliseconds(each), (0.0, 0.0), 1.0, rounds, ()) for each in models]
 
     monkeypatch.setattr(latency, "interleaved_speeds", speeds)

@@ -45,9 +45,9 @@ from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.measure.machine import machine
 from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
 from ssmprune_cli.workflows.trials.measure import load_images
 from ssmprune_cli.workflows.trials.state import SavedState
-from ssmprune_cli.workflows.trials.uniform import Budget, Uniform
 from ssmprune_cli.workflows.write import write_text
 
 DEMO = Path(__file__).parent.parent / "demo"

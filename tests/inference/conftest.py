@@ -51,7 +51,8 @@ def flops() -> Callable[[Callable[[], Any]], int]:
     def run(call: Callable[[], Any]) -> int:
         with _Flops() as counter:
             call()
-        return counter.total
+        total: int = counter.total
+        return total
 
     return run
 

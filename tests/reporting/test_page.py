@@ -18,8 +18,8 @@ from hypothesis.extra.numpy import arrays
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.report.report import Report, SampleStage
 from ssmprune_cli.workflows.reporting import Entry, page, read_entries, summary
+from ssmprune_cli.workflows.reporting.drawn import front_figures, pareto
 from ssmprune_cli.workflows.reporting.facts import side_by_side, unlike
-from ssmprune_cli.workflows.reporting.figures import front_figures, pareto
 from ssmprune_cli.workflows.reporting.page import _dropped_path
 from ssmprune_cli.workflows.reporting.plot import COLOURS
 

@@ -39,7 +39,9 @@ class CpuSession(Session):
     def refuses(cls, definition: nn.Module) -> str | None:
         if not isinstance(definition, Backbone):
             return "is for our own backbones"
-        weight = next(definition.parameters())
+        weight = next(definition.parameters(), None)
+        if weight is None:
+            return "the model has no weights"
         if weight.device.type != "cpu":
             return "is for CPUs"
         backend = pick(weight.new_empty(0, dtype=definition.dtype), 1)

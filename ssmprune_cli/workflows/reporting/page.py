@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.report import Report, Sample, SampleStage, read_report
 from ssmprune_cli.workflows.reporting import facts
-from ssmprune_cli.workflows.reporting.figures import front_figures, search_figure, sensitivity_figure
+from ssmprune_cli.workflows.reporting.drawn import front_figures, search_figure, sensitivity_figure
 from ssmprune_cli.workflows.reporting.rows import rows
 
 _WORST_CLASSES = 10

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
 from ssmprune_cli.workflows.trials.candidates import Candidate, layouts, neighbours, uniform
 from ssmprune_cli.workflows.trials.cost import Costs, check_budget, schedule_at, solve
 from ssmprune_cli.workflows.trials.latency import LatencyBudget, check_latency
 from ssmprune_cli.workflows.trials.measure import Distances, Measurements, load_images, run
 from ssmprune_cli.workflows.trials.state import SavedState
-from ssmprune_cli.workflows.trials.uniform import Budget, Uniform
 
 __all__ = [
     "Budget",
