@@ -124,7 +124,7 @@ def command(
                 others=[Source(path) for path in dense or []],
                 progress=progress,
             )
-    for note in notes:
+    for note in dict.fromkeys(notes):
         output.warn(note)
     if plot is not None:
         _plots(plot, rows)

@@ -73,6 +73,8 @@ def command(
             device=device,
             progress=advance,
         )
+    for note in result.notes:
+        output.warn(note)
     flops = None
     if max_flops is not None:
         own, dense = (count_flops(model).all_directions for model in models)

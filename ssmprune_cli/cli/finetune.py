@@ -121,6 +121,10 @@ def command(
         None if val_dir is None else open_dataset(dataset, val_dir),
     )
 
+    notes = [note for each in (data.training, data.validation) if each is not None for note in each.notes]
+    for note in dict.fromkeys(notes):
+        output.warn(note)
+
     def report(line: dict[str, Any]) -> None:
         if "top1" in line:
             top1 = "" if line["top1"] is None else f", top-1 {100 * line['top1']:.2f} %"

@@ -102,6 +102,9 @@ def compress_checkpoint(
         images = calibration_images(calib, recipe.calibration.images, recipe.calibration.seed)
         if len(images) < recipe.calibration.images:
             warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
+        warnings += images.notes
+    if evaluation is not None:
+        warnings += evaluation.notes
 
     def calibration_batches(dataset: ImageDataset) -> Iterator[Tensor]:
         done = progress("Calibrating") if progress else None

@@ -105,6 +105,8 @@ def sensitivity(
     if announce is not None:
         # Two dense passes and a count have run; a case is a calibration, a pruned pass and a count.
         seconds = (time.perf_counter() - start) * len(cases)
+        for note in dataset.notes:
+            announce(note)
         announce(f"{len(cases)} measurements, about {_duration(seconds)}; {state.found} results are known already.")
     found = []
     for number, (point, ratio) in enumerate(cases, start=1):

@@ -109,7 +109,7 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
             f"a search needs at least {MIN_IMAGES} calibration images, and there are {len(dataset)}",
             where=str(plan.calib),
         )
-    warnings = []
+    warnings = list(dataset.notes)
     if len(dataset) < plan.calibration.images:
         warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration images were found.")
     if len(dataset) < FEW_IMAGES:
