@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
+from ssmprune_cli.errors import MAX_MESSAGE, shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, SearchTrial
 from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.identity import weights_sha256
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.reporting import (
     accuracy_facts,
@@ -133,7 +135,7 @@ def compress_checkpoint(
     assert isinstance(model.pruner, TokenPruner)
     left = model.pruner.settings.schedule.patches_per_block(model.stages)
     drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
-    shown, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
+    sampled, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
     provenance = {
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
@@ -144,14 +146,14 @@ def compress_checkpoint(
             "speed": speed,
             "calibration": calibration_facts(seen) if seen else None,
             "search": search,
-            "samples": shown,
-            "warnings": tuple(warnings),
+            "samples": sampled,
+            "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
         }
     )
     assert report.pruning is not None
     final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
     if command:
-        report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
+        report = report.model_copy(update={"provenance": {**report.provenance, "command": shown(command, MAX_MESSAGE)}})
     contents: dict[str, bytes | str] = {
         "recipe.yaml": final.to_yaml(),
         **files,
@@ -187,8 +189,9 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         dense=dense,
         pruned=figures(model),
         provenance={
-            "input": source.path.name,
+            "input": shown(source.path.name),
             "input_sha256": checkpoint.sha256(source.path),
+            "weights_sha256": weights_sha256(model),
             **versions(next(model.parameters()).device),
             **provenance,
         },

@@ -65,24 +65,20 @@ def test_names_that_are_no_utf8_come_through(ssmprune: Run, model: Path, tmp_pat
     def named(name: bytes) -> Path:
         return Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
 
-    dense, calib, out = named(b"mod\xe8le"), named(b"calib\xe9"), named(b"sortie\xff")
-    model_again = checkpoint.load(model)
-    checkpoint.save(dense, model_again)
+    calib, out = named(b"calib\xe9"), named(b"sortie\xff")
     calib.mkdir()
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(calib / os.fsdecode(b"\xe9%d.png" % number))
     for extra in ((), ("--overwrite",), ("--overwrite", "--json")):
-        done = ssmprune("compress", dense, "--keep", "0.6", "--calib", calib, "--out", out, *extra)
+        done = ssmprune("compress", model, "--keep", "0.6", "--calib", calib, "--out", out, *extra)
         assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert json.loads((out / "report.json").read_text(encoding="utf-8"))["samples"] == report["samples"]
     assert report["samples"][0]["name"] == "\\udce90.png"
     for arguments in (
         ("report", out),
-        ("inspect", out),
-        ("visualize", out, calib, "--out", named(b"images\xfe")),
-        ("sensitivity", dense, "--calib", calib, "--keep", "0.5", "--out", out),
+        ("sensitivity", model, "--calib", calib, "--keep", "0.5", "--out", named(b"mesures\xfe")),
     ):
         done = ssmprune(*arguments)
         assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ import torch
 import ssmprune_cli
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset
-from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.errors import MAX_MESSAGE, DataError, UsageError, shown
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe import Training
@@ -27,6 +27,7 @@ from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
 from ssmprune_cli.workflows.finetune.loss import teach
 from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
+from ssmprune_cli.workflows.identity import dataset_identity, model_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process
 from ssmprune_cli.workflows.reporting import describe, report_files
@@ -106,7 +107,14 @@ def finetune(
     job = replace(job, report=job.report or describe(model))
     if job.teacher is not None:
         teach(model, job.teacher)
-    made_with = {**settings.model_dump(mode="json"), "seed": job.seed, "images": len(data.training)}
+    made_with = {
+        **settings.model_dump(mode="json"),
+        "seed": job.seed,
+        "start": model_identity(model),
+        "teacher": None if job.teacher is None else model_identity(job.teacher),
+        "images": dataset_identity(data.training),
+        "validation images": None if data.validation is None else dataset_identity(data.validation),
+    }
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     first = this_process().rank == 0
     if first:
@@ -213,7 +221,7 @@ def artefact_files(job: Job, epochs: list[dict[str, Any]], skipped: int) -> dict
 def provenance(job: Job) -> dict[str, Any]:
     """The first line of a log: what ran where."""
     return {
-        "command": job.command,
+        "command": shown(job.command, MAX_MESSAGE),
         "settings": job.settings.model_dump(mode="json"),
         "seed": job.seed,
         "distilled": job.teacher is not None,
