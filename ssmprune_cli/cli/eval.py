@@ -9,7 +9,7 @@ import typer
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
-from ssmprune_cli.cli.options import BackendName, PrecisionName
+from ssmprune_cli.cli.options import BackendName, PeerTimeout, PrecisionName
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,6 +37,7 @@ def command(
     variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
     weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
     precision: PrecisionName = "fp32",
+    peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -58,7 +59,7 @@ def command(
     from ssmprune_cli.workflows.processes import join_processes
 
     use_backend(backend)
-    device = join_processes(device)
+    device = join_processes(device, peer_timeout)
     images = open_dataset(dataset, data_dir)
     paths = [path] if compare is None else [path, compare]
     loaded = [checkpoint.load(each, family=family, variant=variant, weights=weights) for each in paths]

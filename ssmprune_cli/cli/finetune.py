@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName
+from ssmprune_cli.cli.options import BackendName, PeerTimeout
 from ssmprune_cli.errors import UsageError
 
 
@@ -62,6 +62,7 @@ def command(
         Path | None,
         typer.Option("--checkpoint", help="From scratch: write the last weights to this file too, in float16."),
     ] = None,
+    peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -110,7 +111,7 @@ def command(
         assignments=[text for text in texts if text.startswith("training.")],
         seed=seed,
         command=shlex.join(["ssmprune", *sys.argv[1:]]),
-        device=join_processes(device),
+        device=join_processes(device, peer_timeout),
         teacher=None if distill is None else checkpoint.load(distill, family=model.family),
         save_every=save_every,
         tensorboard=tensorboard,
@@ -147,4 +148,4 @@ def command(
     )
     if result.interrupted:
         output.note(f"The state is saved. To go on: the same command with --resume (it is in {out}).")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + result.interrupted)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ssmprune_cli.errors import MAX_MESSAGE, SsmpruneError, shown
@@ -110,6 +111,17 @@ def progress(description: str) -> Iterator[Advance]:
     """One progress bar: gives its (done, total) callback."""
     with task_progress() as start:
         yield start(description)
+
+
+@contextmanager
+def kept_for_the_next_run(state: Path | None) -> Iterator[None]:
+    """Around work that saves its results to `state`: whoever interrupts it is told how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state is not None and state.is_file():
+            warn(f"What was found so far is kept in {state}. To go on, give the same command again.")
+        raise
 
 
 def _lines(description: str) -> Advance:

@@ -54,7 +54,7 @@ def command(
     if state is None and out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         state = out.with_name(f"{out.name}.sensitivity-state.json")
-    with output.progress("Measuring") as advance:
+    with output.progress("Measuring") as advance, output.kept_for_the_next_run(state):
         found, saved = sensitivity(
             Source(ckpt, family, variant),
             calib,

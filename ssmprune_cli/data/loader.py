@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ _AHEAD = 2  # batches read while the model works on one
 class Batch:
     """`images` (B, 3, crop, crop) float32, `labels` (B,) int64 or None if the dataset has none, and a name for each."""
 
-    images: Tensor
-    labels: Tensor | None
+    images: Tensor = field(repr=False)
+    labels: Tensor | None = field(repr=False)
     names: tuple[str, ...]
 
 

@@ -29,7 +29,7 @@ from ssmprune_cli.workflows.finetune.loss import teach
 from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
 from ssmprune_cli.workflows.identity import dataset_identity, model_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
-from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process
+from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process, together
 from ssmprune_cli.workflows.reporting import describe, report_files
 
 
@@ -68,11 +68,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What was done: a line for each epoch, updates skipped, whether a signal stopped it, and where the models are."""
+    """What was done: a line for each epoch, updates skipped, the signal that stopped it, and where the models are.
+
+    interrupted  0 if the training came to its end, else the number of the signal: SIGINT or SIGTERM
+    """
 
     epochs: list[dict[str, Any]]
     skipped: int
-    interrupted: bool
+    interrupted: int
     last: Path | None
     best: Path | None
 
@@ -120,7 +123,7 @@ def finetune(
     if first:
         # The state holds weights, two moments and a mean of the weights; twice, for the old one goes last. Two models.
         prepare_folder(out, weights * (2 * (3 + (settings.ema is not None)) + 4), resume=resume)
-    with stop_signals() as asked:
+    with stop_signals() as asked, together():
         trainer = Trainer(
             model,
             data.training,
@@ -174,7 +177,9 @@ def finetune(
             save()
         found = [folder if folder.exists() else None for folder in (out / LAST, out / BEST)]
         model.eval()
-        return Finetuned(done.epochs, done.skipped, done.epoch < settings.epochs, *found)
+        # Where another process got the signal, this one stopped as for Ctrl-C.
+        number = next(iter(asked), signal.SIGINT) if done.epoch < settings.epochs else 0
+        return Finetuned(done.epochs, done.skipped, int(number), *found)
 
 
 def _end_epoch(
