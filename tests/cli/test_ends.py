@@ -130,12 +130,11 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
     assert (done.stdout, done.stderr) == ("{", "")
 
 
-@pytest.mark.parametrize("columns", ["0", "-1", "many", "9" * 5000])
+@pytest.mark.parametrize("columns", ["0", "-1", "many"])
 def test_columns_that_are_none_are_80(ssmprune: Run, columns: str) -> None:
     done = ssmprune("recipes", "list", COLUMNS=columns)
     assert done.returncode == 0, done.stderr
-    if columns != "9" * 5000:
-        assert done.stdout == ssmprune("recipes", "list").stdout
+    assert done.stdout == ssmprune("recipes", "list").stdout
 
 
 def test_long_work_writes_a_line_now_and_then_without_a_terminal(
