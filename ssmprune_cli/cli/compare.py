@@ -26,7 +26,7 @@ def command(
     data_dir: Annotated[Path, typer.Option(help="Images to compare on, labelled or not.")],
     ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Layout of --data-dir: imagenet, imagefolder, cifar10 or npz.")
+        str | None, typer.Option(help="Layout of --data-dir: imagenet, imagefolder, cifar10, cifar100 or npz.")
     ] = None,
     methods: Annotated[
         str, typer.Option(help="importance/reduction/alignment, separated by commas; recipes by file or name too.")

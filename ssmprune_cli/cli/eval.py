@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
-    dataset: Annotated[str, typer.Option(help="Layout of the data: imagenet, imagefolder, cifar10 or npz.")],
+    dataset: Annotated[str, typer.Option(help="Layout of the data: imagenet, imagefolder, cifar10, cifar100 or npz.")],
     data_dir: Annotated[Path, typer.Option(help="Where the images are; for npz, the file.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, such as the dense one, judged on the same images.")

@@ -18,9 +18,9 @@ def command(
     data_dir: Annotated[Path, typer.Option(help="Training images: a folder, or an .npz.")],
     out: Annotated[Path, typer.Option(help="Folder to write: the models last and best, the log, the state to resume.")],
     path: Annotated[Path | None, typer.Argument(help="Artefact folder or dense checkpoint.")] = None,
-    dataset: Annotated[str, typer.Option(help="Layout of the images: imagenet, imagefolder, cifar10 or npz.")] = (
-        "imagefolder"
-    ),
+    dataset: Annotated[
+        str, typer.Option(help="Layout of the images: imagenet, imagefolder, cifar10, cifar100 or npz.")
+    ] = ("imagefolder"),
     val_dir: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
     distill: Annotated[Path | None, typer.Option(help="Dense checkpoint to distil from.")] = None,
     recipe: Annotated[

@@ -78,7 +78,7 @@ def sensitivity(
     Raises UsageError for a ratio that is none, DataError for images or logits that cannot be used.
     """
     if any(not 0 < ratio < 1 for ratio in ratios):
-        raise UsageError("ratios of tokens kept lie between 0 and 1")
+        raise UsageError("ratios of tokens kept lie between 0 and 1", where="--keep")
     model = source.load().to(resolve_device(device))
     method = Method(importance, reduction, choose_alignment(alignment, reduction, calibrated=True))
     dataset = calibration_images(calib, images, seed)
