@@ -102,7 +102,7 @@ def _tables(names: list[str], result: Evaluation) -> Group:
     table = Table(title=f"{result.count:,} images, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_row("top-1 (%)", *(f"{100 * one.top1:.2f}" for one in models))
     table.add_row("  95 % interval", *(_interval(one.interval, "{:.2f}") for one in models))
     table.add_row("top-5 (%)", *("-" if one.top5 is None else f"{100 * one.top5:.2f}" for one in models))

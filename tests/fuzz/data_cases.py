@@ -29,6 +29,7 @@ from ssmprune_cli.preprocessing import Preprocessing
 SEEDS = sorted((Path(__file__).parent / "data_seeds").iterdir())
 MOST_SECONDS, MOST_BYTES = 10, 2 << 30
 _PREPROCESSING = Preprocessing(resize=10, crop=8)
+_WAIT = 120  # seconds, on a busy machine, after which a case hangs
 _CHUNK = 250  # cases of one process
 _NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _WORDS = (
@@ -219,7 +220,8 @@ def _work(first: int, last: int) -> None:
     for number in range(first, last):
         sys.stdout.write(f"{number} ")
         sys.stdout.flush()
-        signal.alarm(MOST_SECONDS)  # ends the process
+        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)  # of computing: ends the process
+        signal.alarm(_WAIT)
         with tempfile.TemporaryDirectory() as folder:
             outcome = run(number, Path(folder))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
