@@ -125,8 +125,9 @@ def _choose(path: Path, names: set[str], split: Split) -> tuple[str, tuple[str, 
 def _array(archive: zipfile.ZipFile, name: str, path: Path) -> NDArray[Any]:
     """One array, after its header has shown that it is plain numbers and not too large."""
     member = archive.getinfo(f"{name}.npy")
-    if member.flag_bits & 1:
-        raise DataError("is encrypted", where=str(path), hint="Unpack it and save it again with numpy.savez.")
+    if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        what = "is encrypted" if member.flag_bits & 1 else "is packed in a way that NumPy does not use"
+        raise DataError(what, where=str(path), hint="Unpack it and save it again with numpy.savez.")
     with archive.open(member) as content:
         version = npy.read_magic(content)
         header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -136,9 +137,10 @@ def _array(archive: zipfile.ZipFile, name: str, path: Path) -> NDArray[Any]:
         raise DataError(f"`{name}` holds {dtype}, not numbers", where=str(path), hint=_HINT)
     if any(length < 0 for length in shape) or size > member.file_size:
         raise DataError(f"`{name}` says that it is {shape}, more than the file has: it is damaged", where=str(path))
-    if size > max(_MOST_BYTES, _MOST_RATIO * member.compress_size):
+    packed = min(member.compress_size, path.stat().st_size)  # what the archive says may be too much
+    if size > max(_MOST_BYTES, _MOST_RATIO * packed):
         raise DataError(
-            f"`{name}` has {size:,} bytes, packed in {member.compress_size:,}: too many to be images",
+            f"`{name}` has {size:,} bytes, packed in {packed:,}: too many to be images",
             where=str(path),
             hint="Save it with numpy.savez, which does not pack.",
         )

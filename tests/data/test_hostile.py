@@ -159,6 +159,24 @@ def test_an_array_that_unpacks_to_very_much_is_refused(tmp_path: Path, monkeypat
     assert len(open_dataset("npz", archive(path, content))) == 32  # what is not packed has the size that it seems
 
 
+def test_a_way_of_packing_that_may_need_gigabytes_is_refused(tmp_path: Path) -> None:
+    """LZMA says itself how much memory it takes."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("images.npy", header("(1, 8, 8)") + bytes(64))
+    with pytest.raises(DataError, match="packed in a way that NumPy does not use"):
+        open_dataset("npz", tmp_path / "a.npz")
+
+
+def test_sizes_that_an_archive_makes_up_are_not_believed(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.npz", header("(65000, 256, 256)") + bytes(64))
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 20 : entry + 28] = struct.pack("<II", 4_294_967_000, 4_294_967_000)  # packed, and unpacked
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"4,259,840,000 bytes, packed in \d{3}: too many"):
+        open_dataset("npz", path)
+
+
 def test_an_encrypted_archive_is_named(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.npz", header("(1, 8, 8)") + bytes(64))
     content = bytearray(path.read_bytes())
@@ -198,3 +216,10 @@ def test_messages_show_control_characters_and_are_cut(tmp_path: Path) -> None:
         open_dataset("npz", tmp_path / name)
     text = str(caught.value)
     assert "\\x1b[31mred\\n.npz" in text and "\x1b" not in text and "\x07" not in text and len(text) < 1500
+
+
+def test_a_photograph_with_a_second_picture_in_it_is_read(tmp_path: Path) -> None:
+    """As telephones write .jpg: Multi-Picture Format."""
+    first, second = (Image.new("RGB", (12, 10), colour) for colour in ("white", "black"))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    assert some_images(tmp_path, 1, 0).image(0).getpixel((0, 0)) == (255, 255, 255)

@@ -167,7 +167,7 @@ def _member(content: bytes, draw: random.Random) -> bytes:
     else:
         array = draw.choice((_bits, _number, _cut, _removed, _inserted))(array, draw)
     members[name] = array
-    packing = draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    packing = draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", packing) as archive:
         for each, value in members.items():
