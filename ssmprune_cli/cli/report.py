@@ -31,7 +31,7 @@ def command(
     if as_json and (out is not None or form == "markdown"):
         raise UsageError("--json goes to stdout, so it takes no --out and no other --format")
     kinds = _SUFFIXES[form]
-    if out is not None and out.suffix.lower() not in kinds:
+    if out is not None and not out.is_dir() and out.suffix.lower() not in kinds:
         raise UsageError(
             f"{form} is not written to {out.name}",
             where="--out",
