@@ -43,6 +43,9 @@ TILED void tiles_begin(int64_t count) {
 
 TILED void tiles_end(void) { _tile_release(); }
 
+/* The first `count` of 16 values. */
+INLINE __mmask16 some(int64_t count) { return count >= 16 ? 0xFFFF : count > 0 ? (__mmask16)((1 << count) - 1) : 0; }
+
 /* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. One part is
  * rounded; of three, each takes the next bits, so that nothing is left. */
 TILED void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
@@ -52,7 +55,8 @@ TILED void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t pa
     for (int64_t r = 0; r < count; r++)
         for (int64_t k = 0; k < K; k += 32) {
             uint16_t *to = rows + k * parts * MOST_ROWS + r * 32;
-            __m512i low = _mm512_loadu_si512(x[r] + k), high = _mm512_loadu_si512(x[r] + k + 16);
+            __mmask16 in_low = some(K - k), in_high = some(K - k - 16);
+            __m512i low = _mm512_maskz_loadu_epi32(in_low, x[r] + k), high = _mm512_maskz_loadu_epi32(in_high, x[r] + k + 16);
             if (parts == 1) {
                 __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
                 _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
@@ -105,7 +109,11 @@ TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight
     const uint16_t *first = (const uint16_t *)weight, *second = (const uint16_t *)(weight + tiled_step(K, parts));
     int64_t above = first_rows(count), split = above * 32;
     int tall = count > above, wide = columns > 16;
-    float block[MOST_ROWS * 32] __attribute__((aligned(64)));
+    float block[MOST_ROWS * 32] __attribute__((aligned(64))), last[32] = {0};
+    if (columns < 32 && columns != 16) { /* a tile in part: only what is there may be read and written */
+        step = 0;
+        if (bias) bias = memcpy(last, bias, (size_t)columns * sizeof(float));
+    }
     float *to = step ? out[0] + n : block;
     int64_t to_bytes = (step ? step : 32) * 4;
     char *below = (char *)to + above * to_bytes;
@@ -127,7 +135,8 @@ TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight
     if (tall) _tile_stored(1, below, to_bytes);
     if (wide) _tile_stored(2, to + 16, to_bytes);
     if (tall && wide) _tile_stored(3, below + 64, to_bytes);
-    for (int64_t r = 0; r < count && !step; r++) memcpy(out[r] + n, block + r * 32, wide ? 128 : 64);
+    size_t bytes = (size_t)(columns < 32 ? columns : 32) * sizeof(float);
+    for (int64_t r = 0; r < count && !step; r++) memcpy(out[r] + n, block + r * 32, bytes);
 }
 #else
 int tiles_available(void) { return 0; }
