@@ -13,7 +13,7 @@ from ssmprune_cli.kernels.choice import (
     refused_backends,
     use_backend,
 )
-from ssmprune_cli.kernels.cpu import CPU
+from ssmprune_cli.kernels.cpu import CPU, cpu_facts
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.ops import (
     add_rms_norm,
@@ -49,6 +49,7 @@ __all__ = [
     "backends_for",
     "causal_conv1d",
     "conv_flops",
+    "cpu_facts",
     "gated_sum",
     "grid_conv2d",
     "linear",

@@ -13,7 +13,7 @@ from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
 
 # As further backends, which "auto" never comes to: what is tested of all that are available is tested of them. Each has
 # a library of its own in this process.
-for level in CPU.facts().get("possible", ()):
+for level in CPU.facts().get("processor_has", ()):
     if level != CPU.facts()["level"]:
         BACKENDS.register(f"cpu at {level}", CpuBackend(level))
 

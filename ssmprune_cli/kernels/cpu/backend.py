@@ -100,7 +100,9 @@ class CpuBackend(Backend):
         if self._library is None and self._reason is None:
             try:
                 self._load()
-            except (OSError, KernelError) as error:
+            except KernelError as error:
+                self._reason = error.what
+            except OSError as error:
                 self._reason = str(error)
         return self._reason
 
@@ -124,11 +126,11 @@ class CpuBackend(Backend):
         return level
 
     def facts(self) -> dict[str, Any]:
-        """The level in use and those possible, best first, and whether there are threads; empty if it is missing."""
+        """The level in use, those that the processor has, and whether there are threads; empty if it is missing."""
         if self.missing() is not None or self._library is None:
             return {}
-        possible = [level for level in levels() if level != TILES or self._library.tiles_available()]
-        return {"level": self._level, "possible": possible, "threads": bool(self._library.has_threads())}
+        threads = bool(self._library.has_threads())
+        return {"level": self._level, "processor_has": list(levels()), "threads": threads}
 
     def has_tiles(self) -> bool:
         """Whether the processor multiplies matrices of bfloat16 by itself."""
@@ -401,3 +403,8 @@ class CpuBackend(Backend):
 
 
 CPU = CpuBackend()
+
+
+def cpu_facts() -> dict[str, Any]:
+    """What `ssmprune env` shows of the C kernels."""
+    return CPU.facts()
