@@ -29,10 +29,14 @@ INLINE int64_t group_size(int64_t start, int64_t stop) {
 
 /* `count` tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), with zeros up to whole tiles. */
 void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows);
-/* Their product with a weight, plus a bias if there is one. At most 32 of the `columns` that are left are written, from
- * column n on of out[r], which are `step` floats apart, or 0 if not evenly. */
+/* Their product with a weight, plus a bias if there is one. The next 16 or 32 columns are wanted: columns n ... of out[r],
+ * which are `step` floats apart, or 0 if not evenly. */
 void tile_product(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns, int64_t K,
                   int64_t parts, float *const *out, int64_t step, int64_t n);
+
+/* The same of a few columns that fill no tile: nothing else is read or written. */
+void tile_product_in_part(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns,
+                          int64_t K, int64_t parts, float *const *out, int64_t n);
 
 INLINE int64_t step_of(float *const *out, int64_t count) {
     int64_t step = count > 1 ? out[1] - out[0] : 0;
@@ -46,7 +50,8 @@ INLINE void tile_columns(const uint16_t *rows, int64_t count, const float *weigh
                          int64_t P, int64_t parts, float *const *out) {
     int64_t step = step_of(out, count);
     for (; n < P; n += 32, weight += 2 * tiled_step(K, parts), bias += bias ? 32 : 0)
-        tile_product(rows, count, weight, bias, P - n, K, parts, out, step, n);
+        if (P - n >= 32 || P - n == 16) tile_product(rows, count, weight, bias, P - n, K, parts, out, step, n);
+        else tile_product_in_part(rows, count, weight, bias, P - n, K, parts, out, n);
 }
 
 /* A matrix with the rows of some samples of L: those of one are `l` apart, and samples `b`. */
