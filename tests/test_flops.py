@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.kernels import fused_ops_apart
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -108,3 +111,44 @@ def test_counting_leaves_the_model_alone() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     count_flops(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "vim": {"image_size": (32, 32), "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
+    "plainmamba": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
+    "vmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1)},
+    "vmamba, gated": {
+        "image_size": (64, 64),
+        "patch_embed": "v1",
+        "downsample": "v1",
+        "embed_dim": 16,
+        "depths": (2, 1),
+        "d_state": 4,
+        "ssm_ratio": 2.0,
+        "gated": True,
+        "conv_bias": True,
+        "mlp_ratio": 0.0,
+    },
+    "videomamba": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
+    "mambar": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_cls_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "reduction", [None, "drop", "context", "frozen", "frozen-once", "pool", "local-merge", "merge", "mask"]
+)
+def test_torchs_counter_finds_twice_the_number(name: str, reduction: str | None) -> None:
+    """Whether fused ops run, or what they are made of."""
+    family = FAMILIES.get(name.partition(",")[0])
+    kind = type(next(iter(family.variants.values())))
+    model = family.build(kind(**SIZES[name], num_classes=7)).eval()
+    if reduction is not None:
+        alignment = "none" if reduction == "mask" else "neighbour"
+        compress(model, 0.6, points=[1], reduction=reduction, alignment=alignment)
+    expected = count_flops(model).all_directions
+    images = torch.zeros(1, 3, *model.image_size)
+    for way in (nullcontext, fused_ops_apart):
+        with torch.no_grad(), way(), FlopCounterMode(display=False) as counter:
+            model(images)
+        assert counter.get_total_flops() == 2 * expected

@@ -16,6 +16,7 @@ from ssmprune_cli.kernels.choice import (
 from ssmprune_cli.kernels.cpu import CPU, cpu_facts
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.ops import (
+    FORMULAS,
     add_rms_norm,
     causal_conv1d,
     conv_flops,
@@ -40,6 +41,7 @@ BACKENDS.register("reference", REFERENCE)
 backend_from_environment()
 
 __all__ = [
+    "FORMULAS",
     "Backend",
     "BlockSizes",
     "InnerParameters",

@@ -18,10 +18,17 @@ from torch import Tensor
 from ssmprune_cli.kernels import backends_for
 from ssmprune_cli.kernels.backend import REFERENCE, Backend
 from ssmprune_cli.kernels.choice import BACKENDS
-from ssmprune_cli.kernels.cpu import build
 from ssmprune_cli.kernels.cpu import backend as cpu_backend
+from ssmprune_cli.kernels.cpu import build
 from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, InnerInputs, LinearInputs, RoutedInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import (
+    BlocksInputs,
+    GridConvInputs,
+    InnerInputs,
+    LinearInputs,
+    RoutedInputs,
+    ScanInputs,
+)
 from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_inner, pack_linear, pack_routes
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +222,9 @@ def is_exact(backend: Backend) -> None:
 
 def everything(backend: Backend, channels: int) -> list[Tensor]:
     found = [each for ops in OPS for each in ops(backend, channels, torch.float32) if each is not None]
-    found += [each for ops in (scan, convolutions) for each in ops(backend, channels, torch.bfloat16) if each is not None]
+    found += [
+        each for ops in (scan, convolutions) for each in ops(backend, channels, torch.bfloat16) if each is not None
+    ]
     return [*found, backend.mamba_inner(_half_inner(channels))]
 
 

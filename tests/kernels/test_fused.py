@@ -162,7 +162,9 @@ def _only(sample: int, lost: dict[str, Any]) -> dict[str, Any]:
     """One sample's part of what `Case.lost` gives."""
     one = slice(sample, sample + 1)
     axes = {"gap": 1, "sources": 1, "context": 0}
-    return {name: value[(slice(None),) * axes[name] + (one,)] if name in axes else value for name, value in lost.items()}
+    return {
+        name: value[(slice(None),) * axes[name] + (one,)] if name in axes else value for name, value in lost.items()
+    }
 
 
 def error(found: Tensor, truth: Tensor) -> float:

@@ -118,7 +118,7 @@ def _loaded(
 
 
 def cache_folders() -> list[Path]:
-    """Where compiled kernels may lie, best first: the user's cache, or where there is none a folder of temporary ones."""
+    """Where compiled kernels may lie, best first: the user's cache, or where there is none a temporary folder."""
     folders = []
     with contextlib.suppress(RuntimeError):  # no home
         folders.append(Path.home() / ".cache" / "ssmprune")
@@ -135,7 +135,9 @@ def secure(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or not _trusted(state):
-        raise OSError(f"others could put code into {folder}: it must be a folder, not a link, that only you can write to")
+        raise OSError(
+            f"others could put code into {folder}: it must be a folder, not a link, that only you can write to"
+        )
     if state.st_uid == os.geteuid() and stat.S_IMODE(state.st_mode) != 0o700:
         folder.chmod(0o700)
 

@@ -241,7 +241,11 @@ class Call:
         self.rows("u", inputs.u.float(), (batch, length, channels), torch.float32)
         self.floats("projected", inputs.projected, (batch, length, slices, rank + 2 * state))
         self.values("parameters", inputs.parameters, (routes, channels * (rank + state + 2)), torch.float32)
-        for name, given, own in (("order", inputs.order, ()), ("rows", inputs.rows, ()), ("extra", inputs.extra_B, (state,))):
+        for name, given, own in (
+            ("order", inputs.order, ()),
+            ("rows", inputs.rows, ()),
+            ("extra", inputs.extra_B, (state,)),
+        ):
             if given is not None:
                 samples = 1 if given.shape[1:2] == (1,) else batch
                 shape = (routes, samples, length, *own)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import GridConvInputs
-from ssmprune_cli.kernels.ops.library import Expected, check, define, three
+from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, three
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
@@ -66,9 +65,7 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, **outputs: Tensor) -> t
     return size
 
 
-def _check_sparse(
-    x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor, **outputs: Tensor
-) -> None:
+def _check_sparse(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor, **outputs: Tensor) -> None:
     batch, length, channels = _check_conv(x, weight, bias, **outputs)
     check(x, {"context": (context, (batch, three(context, "context")[1], channels))}, {})
     width = weight.shape[1]
@@ -219,19 +216,16 @@ define("grid_conv2d", _grid_conv, _grid_conv_fake, backward=_grid_conv_backward,
 define("grid_conv2d_backward", _grid_conv_backward_op, _grid_conv_backward_fake)
 
 
-# torch's counter counts a multiply-add as two floating-point operations.
-@register_flop_formula(torch.ops.ssmprune.causal_conv1d)
-def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    batch, length, channels = x
-    return 2 * conv_flops(batch, length, channels, weight[1])
+@counted("causal_conv1d")
+def _(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return conv_flops(*x, weight[1])
 
 
-@register_flop_formula(torch.ops.ssmprune.sparse_conv1d)
-def _(x: Any, context: Any, sources: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    batch, length, channels = x
-    return 2 * conv_flops(batch, length, channels, weight[1])
+@counted("sparse_conv1d")
+def _(x: Any, context: Any, sources: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return conv_flops(*x, weight[1])
 
 
-@register_flop_formula(torch.ops.ssmprune.grid_conv2d)
-def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    return 2 * conv_flops(x[0], others[-1], x[2], weight[1] ** 2)
+@counted("grid_conv2d")
+def _(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flops(*out_shape, weight[1] ** 2)

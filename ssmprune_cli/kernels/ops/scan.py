@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import ScanInputs
-from ssmprune_cli.kernels.ops.library import Expected, check, define, three
+from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, three
 
 
 def selective_scan(
@@ -67,14 +66,23 @@ def selective_scan(
 
 
 def scan_flops(
-    batch: int, length: int, channels: int, state: int, *, has_D: bool, has_z: bool, read: int | None = None
+    batch: int,
+    length: int,
+    channels: int,
+    state: int,
+    *,
+    has_D: bool,
+    has_z: bool = False,
+    aligned: bool = False,
+    read: int | None = None,
 ) -> int:
-    """Multiply-adds of a scan, 9 B L E N and B L E each for D and the gate (state-spaces/mamba issue 110; VMamba).
+    """Multiply-adds of a scan: 9 B L E N, and B L E each for D and the gate (state-spaces/mamba issue 110; VMamba) and
+    for alignment, delta + gap * gap_delta.
 
     Two of the nine, and D, are the reading of the state: only `read` of the tokens cost them if it is given.
     """
     skipped = 0 if read is None else length - read
-    return batch * channels * (length * (9 * state + has_D + has_z) - skipped * (2 * state + has_D))
+    return batch * channels * (length * (9 * state + has_D + has_z + aligned) - skipped * (2 * state + has_D))
 
 
 def _check(inputs: ScanInputs, **outputs: Tensor) -> None:
@@ -203,9 +211,25 @@ define("selective_scan", _scan_op, _scan_fake, backward=_scan_backward, setup=_s
 define("selective_scan_backward", _scan_backward_op, _scan_backward_fake)
 
 
-# torch's counter counts a multiply-add as two floating-point operations.
-@register_flop_formula(torch.ops.ssmprune.selective_scan)
-def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *others: Any, **kwargs: Any) -> int:
-    batch, length, channels = u
-    read = others[-2][1] if others[-2] is not None else None
-    return 2 * scan_flops(batch, length, channels, A[1], has_D=D is not None, has_z=z is not None, read=read)
+@counted("selective_scan")
+def _(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any,
+    delta_bias: Any,
+    delta_softplus: Any,
+    shift: Any,
+    gap: Any,
+    gap_delta: Any,
+    reverse: Any,
+    read: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    aligned = shift is not None or gap is not None
+    count = None if read is None else read[1]
+    return scan_flops(*u, A[1], has_D=D is not None, has_z=z is not None, aligned=aligned, read=count)
