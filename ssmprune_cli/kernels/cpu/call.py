@@ -137,7 +137,8 @@ class Call:
             self.numbers[f"{name}_b"], self.numbers[f"{name}_l"], _ = dense.stride()
 
     def scan(self, inputs: ScanInputs) -> None:
-        _dimensions("u", inputs.u, 3), _dimensions("A", inputs.A, 2)
+        _dimensions("u", inputs.u, 3)
+        _dimensions("A", inputs.A, 2)
         batch, length, channels = inputs.u.shape
         dtype, state = inputs.u.dtype, inputs.A.shape[1]
         for name in ("u", "delta", "z", "shift"):
@@ -232,7 +233,8 @@ class Call:
         self.numbers.update(scale=inputs.scale, eps=inputs.eps)
 
     def routed(self, inputs: RoutedInputs) -> None:
-        _dimensions("u", inputs.u, 3), _dimensions("projected", inputs.projected, 4)
+        _dimensions("u", inputs.u, 3)
+        _dimensions("projected", inputs.projected, 4)
         batch, length, channels = inputs.u.shape
         routes, slices, state = len(inputs.parameters), inputs.projected.shape[2], inputs.d_state
         rank = inputs.projected.shape[3] - 2 * state

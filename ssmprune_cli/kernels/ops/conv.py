@@ -218,14 +218,14 @@ define("grid_conv2d_backward", _grid_conv_backward_op, _grid_conv_backward_fake)
 
 @counted("causal_conv1d")
 def _(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return conv_flops(*x, weight[1])
+    return conv_flops(x[0], x[1], x[2], weight[1])
 
 
 @counted("sparse_conv1d")
 def _(x: Any, context: Any, sources: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return conv_flops(*x, weight[1])
+    return conv_flops(x[0], x[1], x[2], weight[1])
 
 
 @counted("grid_conv2d")
 def _(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    return conv_flops(*out_shape, weight[1] ** 2)
+    return conv_flops(out_shape[0], out_shape[1], out_shape[2], weight[1] ** 2)

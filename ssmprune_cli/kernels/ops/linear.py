@@ -48,4 +48,4 @@ define("linear", _linear, _linear_fake)
 
 @counted("linear")
 def _(x: Any, weight: Any, bias: Any, outputs: int, *_: Any, **__: Any) -> int:
-    return math.prod(x) * outputs
+    return int(math.prod(x) * outputs)

@@ -232,4 +232,6 @@ def _(
 ) -> int:
     aligned = shift is not None or gap is not None
     count = None if read is None else read[1]
-    return scan_flops(*u, A[1], has_D=D is not None, has_z=z is not None, aligned=aligned, read=count)
+    batch, length, channels = u
+    has_D, has_z = D is not None, z is not None
+    return scan_flops(batch, length, channels, A[1], has_D=has_D, has_z=has_z, aligned=aligned, read=count)
