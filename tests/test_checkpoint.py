@@ -49,6 +49,11 @@ def model() -> Vim:
     return make()
 
 
+def opened(path: Path, **options: Any) -> Backbone:
+    """`path` loaded, where nothing in the file says what images it is for."""
+    return load(path, **{"image_size": 32, **options})
+
+
 def write(path: Path, content: Any) -> Path:
     torch.save(content, path)
     return path
@@ -81,8 +86,8 @@ def test_published_container_gives_the_golden_logits() -> None:
 def test_either_copy_of_the_weights_is_taken(tmp_path: Path, model: Vim) -> None:
     average = {key: value + 1 for key, value in model.state_dict().items()}
     path = write(tmp_path / "vim_both.pth", {"model": model.state_dict(), "model_ema": average, "epoch": 1})
-    assert same_weights(load(path), model)
-    assert torch.equal(load(path, weights="model_ema").state_dict()["cls_token"], average["cls_token"])
+    assert same_weights(opened(path), model)
+    assert torch.equal(opened(path, weights="model_ema").state_dict()["cls_token"], average["cls_token"])
     alone = write(tmp_path / "vim_one.pth", {"model": model.state_dict()})
     with pytest.raises(CheckpointError, match="has no model_ema weights, only model"):
         load(alone, weights="model_ema")
@@ -114,18 +119,18 @@ def test_containers(tmp_path: Path, model: Vim, wrap: Callable[[Any], Any], new_
     path = tmp_path / "vim.pth"
     torch.save(wrap(model.state_dict()), path, _use_new_zipfile_serialization=new_format)
     assert checkpoint.read(path).kind == ("torch" if new_format else "torch (legacy)")
-    assert same_weights(load(path), model)
+    assert same_weights(opened(path), model)
 
 
 def test_safetensors_whatever_the_name(tmp_path: Path, model: Vim) -> None:
     save_file(model.state_dict(), tmp_path / "vim.bin")
-    assert same_weights(load(str(tmp_path / "vim.bin")), model)
+    assert same_weights(load(str(tmp_path / "vim.bin"), image_size=32), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(tmp_path: Path, model: Vim, dtype: torch.dtype) -> None:
     path = write(tmp_path / "vim.pth", {key: value.to(dtype) for key, value in model.state_dict().items()})
-    loaded = load(path)
+    loaded = opened(path)
     for key, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, model.state_dict()[key].to(dtype).float())
@@ -134,7 +139,7 @@ def test_other_precisions_become_float32(tmp_path: Path, model: Vim, dtype: torc
 def test_loaded_weights_do_not_hang_on_the_file(tmp_path: Path, model: Vim) -> None:
     """Files are mapped while they are read; the model must outlive a change of the file, and be trainable."""
     path = write(tmp_path / "vim.pth", model.state_dict())
-    loaded = load(path)
+    loaded = opened(path)
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
     assert same_weights(loaded, model)
@@ -169,7 +174,7 @@ def test_a_name_that_the_keys_contradict(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weights of Vision Mamba \(Vim\), but its name says") as caught:
         load(path)
     assert caught.value.hint is not None and "--family vim" in caught.value.hint
-    assert load(path, family="vim").family == "vim"
+    assert opened(path, family="vim").family == "vim"
 
 
 def load_message(path: Path, **options: Any) -> None:
@@ -227,7 +232,7 @@ def test_a_mixture_of_families_is_refused_with_what_does_not_fit(tmp_path: Path,
     one = {**vmamba, "layers.0.mixer.A_log": torch.zeros(1)}  # too little for Vim: what is left over is named
     message = r"do not fit VMamba: layers\.0\.mixer\.A_log is unknown\n.*Known families: vim, .*vmamba"
     with pytest.raises(CheckpointError, match=message):
-        load(write(tmp_path / "one.pth", one))
+        opened(write(tmp_path / "one.pth", one))
 
 
 def test_a_yacs_configuration_is_read_as_plain_settings(
@@ -272,12 +277,13 @@ def test_missing_file(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html>\n", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer.*\n.*git lfs pull"),
         (b"\x1f\x8b\x08\x00" + bytes(100), "is a packed archive"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "not a checkpoint of a known format"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "is an HDF5 file"),
+        (b"\x01\x02" + bytes(100), "not a checkpoint of a known format"),
         (b"\x80\x02}q\x00X\x05\x00", "cut off or damaged"),
         (b"\xff\x00\x00\x00\x00\x00\x00\x00{", "cut off or damaged"),
         (b"PK\x03\x04" + bytes(100), "cut off or damaged"),
     ],
-    ids=["empty", "text", "html", "lfs", "gzip", "hdf5", "pickle", "safetensors", "zip"],
+    ids=["empty", "text", "html", "lfs", "gzip", "hdf5", "unknown", "pickle", "safetensors", "zip"],
 )
 def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "file.pth"
@@ -350,19 +356,19 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, model: Vim) -> No
     state["layers.2.mixer.D"][0] = torch.inf
     path = write(tmp_path / "vim.pth", state)
     with pytest.raises(CheckpointError, match=r"2 weights have values that are not finite: .*D, head\.bias"):
-        load(path)
+        opened(path)
 
 
 def test_a_partial_or_foreign_weight_is_never_loaded(tmp_path: Path, model: Vim) -> None:
     state = model.state_dict()
     short = {key: value for key, value in state.items() if key != "layers.3.norm.weight"}
     with pytest.raises(CheckpointError, match=r"layers\.3\.norm\.weight is missing"):
-        load(write(tmp_path / "vim_a.pth", short))
+        opened(write(tmp_path / "vim_a.pth", short))
     with pytest.raises(CheckpointError, match=r"extra\.bias is unknown"):
-        load(write(tmp_path / "vim_b.pth", {**state, "extra.bias": torch.zeros(1)}))
+        opened(write(tmp_path / "vim_b.pth", {**state, "extra.bias": torch.zeros(1)}))
     whole = {**state, "head.bias": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(CheckpointError, match=r"head\.bias is of type torch\.int64"):
-        load(write(tmp_path / "vim_c.pth", whole))
+        opened(write(tmp_path / "vim_c.pth", whole))
 
 
 # --- our own folders
@@ -520,8 +526,8 @@ def test_a_folder_knows_what_it_is(tmp_path: Path) -> None:
 
 def test_resizing_on_request(tmp_path: Path, model: Vim) -> None:
     path = write(tmp_path / "vim.pth", model.state_dict())
-    resized = load(path, image_size=48)
-    assert resized.config == replace(CONFIG, image_size=(48, 48))
+    resized = load(path, image_size=48, stride=8)
+    assert resized.config == replace(CONFIG, image_size=(48, 48), eval_crop_ratio=None)
     old, new = model.state_dict(), resized.state_dict()
     assert torch.equal(new["pos_embed"][:, 18], old["pos_embed"][:, 8])  # the class token: 16 // 2 to 36 // 2
     assert all(torch.equal(value, old[key]) for key, value in new.items() if key != "pos_embed")

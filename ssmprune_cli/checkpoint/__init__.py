@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.checkpoint.artefact import check_writable, save, sha256
-from ssmprune_cli.checkpoint.loading import build_empty, load, non_finite, resolve, variant_name
+from ssmprune_cli.checkpoint.artefact import check_writable, save
+from ssmprune_cli.checkpoint.files import sha256
+from ssmprune_cli.checkpoint.loading import build_empty, load, load_as, non_finite, resolve, variant_name
 from ssmprune_cli.checkpoint.reading import Checkpoint, read
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "build_empty",
     "check_writable",
     "load",
+    "load_as",
     "non_finite",
     "read",
     "resolve",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from typing import Any
 
 from safetensors.torch import save as serialize
 
+from ssmprune_cli.checkpoint.files import CONFIG, WEIGHTS, read_json
 from ssmprune_cli.errors import CheckpointError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
 
 FORMAT, FORMAT_VERSION = "ssmprune", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,13 @@ class Artefact:
 def read_config(folder: Path) -> Artefact:
     """The config.json of an artefact folder. Raises CheckpointError if it is none of ours."""
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise CheckpointError(
             f"a folder without {CONFIG} is no output of ssmprune",
             where=str(folder),
             hint="Give the checkpoint file itself.",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+        )
+    values = read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(
             f"is not a {CONFIG} of ssmprune", where=str(path), hint="Give the checkpoint file in the folder itself."
@@ -134,16 +131,3 @@ def _replace(folder: Path, new: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a checkpoint file, in hex; of an artefact folder, that of its config.json followed by its weights."""
-    digest = hashlib.sha256()
-    for part in (path / CONFIG, path / WEIGHTS) if path.is_dir() else (path,):
-        try:
-            with part.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(part)) from error
-    return digest.hexdigest()

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, SearchTrial
@@ -34,22 +35,13 @@ Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> 
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint to compress, and how to read it (see `checkpoint.load`)."""
+    """The checkpoint to compress, and how to read it."""
 
     path: Path
-    family: str | None = None
-    variant: str | None = None
-    weights: str = "model"
-    image_size: int | None = None
+    reading: Reading = NOTHING_SAID
 
     def load(self) -> Backbone:
-        return checkpoint.load(
-            self.path,
-            family=self.family,
-            variant=self.variant,
-            weights=self.weights,
-            image_size=self.image_size,
-        )
+        return checkpoint.load_as(self.path, self.reading)
 
 
 def plan(source: Source, recipe: Recipe) -> Report:
