@@ -27,7 +27,11 @@ from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+from ssmprune_cli.preprocessing import Reading
 from ssmprune_cli.pruning import compress
+from ssmprune_cli.recipe import Pruning, Recipe
+from ssmprune_cli.workflows.compress import Source, plan
+from ssmprune_cli.workflows.reporting import figures
 
 GOLDEN = Path(__file__).parent / "golden"
 VIM_LIKE = GOLDEN / "containers" / "vim_like.pth"
@@ -493,6 +497,16 @@ def test_folders_that_are_not_ours(tmp_path: Path, model: Vim) -> None:
         ({"config": {"depth": 0}}, "configuration is not valid: depth"),
         ({"family": "vimm"}, "unknown model family 'vimm'"),
         ({"pruning": {"points": [1]}}, "pruning settings are not valid"),
+        ({"pruning": {"schedule": {"points": [1, 2, 3], "tokens": [16, 0, 0]}}}, "cannot keep 0 of 16 patch tokens"),
+        ({"pruning": {"schedule": {"points": [1, 2, 3], "tokens": [9, -5, 3]}}}, "cannot keep -5 of 9 patch tokens"),
+        ({"pruning": {"schedule": {"points": [1, 2, 3], "tokens": [10**9, 6, 3]}}}, "cannot keep 1000000000 of 16"),
+        ({"pruning": {"schedule": {"points": [2, 1, 3], "tokens": [9, 6, 3]}}}, "in rising order"),
+        ({"pruning": {"schedule": {"points": [1, 2], "tokens": [9, 6, 3]}}}, "3 values for 2 points"),
+        ({"pruning": {"schedule": {"points": [1.5], "tokens": [9]}}}, r"schedule\.points\.0: .*integer"),
+        ({"pruning": {"schedule": {"points": [1], "tokens": [9]}, "importanse": "clip"}}, "importanse is unknown"),
+        ({"config": {"depth": 10**9}}, "depth is larger than 78 weights can be"),
+        ({"config": {"depth": "4"}}, "depth: Input should be a valid integer"),
+        ({"config": {"image_size": [1 << 30, 32]}}, "image_size is larger than"),
         ({"pruning": None}, r"pruner\.alignment_1 is unknown"),
     ],
 )
@@ -502,6 +516,20 @@ def test_a_damaged_config_is_named(tmp_path: Path, change: dict[str, Any], messa
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises((CheckpointError, UsageError), match=message):
         load(tmp_path / "out")
+
+
+def test_a_compressed_model_is_compressed_anew_from_its_dense_weights(tmp_path: Path) -> None:
+    dense, folder = make(), tmp_path / "out"
+    save(folder, pruned())
+    assert checkpoint.is_compressed(folder) and not checkpoint.is_compressed(VIM_LIKE)
+    source = Source(folder)
+    loaded = source.load()
+    assert loaded.pruner is None and same_weights(loaded, dense)
+    report = plan(source, Recipe(pruning=Pruning(keep=0.8)))
+    (warning,) = report.warnings
+    assert warning.startswith("The input is compressed already: its dense weights are compressed anew")
+    assert report.dense is not None and report.dense == figures(dense)
+    assert Source(folder, Reading(image_size=48)).load().image_size == (48, 48)  # its pruner is gone
 
 
 def test_weights_without_their_config_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import save as serialize
 
-from ssmprune_cli.checkpoint.files import CONFIG, WEIGHTS, read_json
+from ssmprune_cli.checkpoint.files import CONFIG, WEIGHTS, locate, read_json
 from ssmprune_cli.errors import CheckpointError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
@@ -55,6 +55,17 @@ def read_config(folder: Path) -> Artefact:
     if not (isinstance(family, str) and isinstance(config, dict) and isinstance(pruning, dict | None)):
         raise CheckpointError("`family`, `config` or `pruning` is missing or damaged", where=str(path))
     return Artefact(family, config, pruning)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether `path` is an artefact folder with a pruner. Raises CheckpointError if its config.json is damaged."""
+    path = locate(path)
+    return (path / CONFIG).is_file() and _is_ours(path) and read_config(path).pruning is not None
+
+
+def _is_ours(folder: Path) -> bool:
+    values = read_json(folder / CONFIG)
+    return isinstance(values, dict) and values.get("format") == FORMAT
 
 
 def check_writable(folder: Path, *, overwrite: bool = False) -> None:

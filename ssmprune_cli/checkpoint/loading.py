@@ -34,6 +34,7 @@ _NOT_OF_A_VARIANT = (
     *("image_size", "num_classes", "out_indices", "out_stages"),
 )
 MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
+_PRUNER = "pruner."  # what the names of a pruner's buffers begin with
 _GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
 
@@ -70,13 +71,16 @@ def load(
 
 
 @torch.inference_mode(False)  # weights made in inference mode have no version, and nothing could be kept of them
-def load_as(path: Path | str, reading: Reading) -> Backbone:
-    """See `load`."""
+def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backbone:
+    """See `load`. With `dense`, a compressed model comes without its pruner, as it was before."""
     path = Path(path)
     checkpoint = read(path, weights=reading.weights)
     resolved = resolve(checkpoint, reading)
     settings = checkpoint.artefact.pruning if checkpoint.artefact else None
     state = resolved.state
+    if dense and settings is not None:
+        settings = None
+        state = {name: value for name, value in state.items() if not name.startswith(_PRUNER)}
     model = build_empty(resolved.family, resolved.config, settings, state, path)
     broken = non_finite(state)
     if broken:
@@ -223,7 +227,7 @@ def _faults(model: Backbone, state: dict[str, Tensor]) -> list[str]:
 
 
 def _is_compressed(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith("pruner.") for name in state)
+    return any(name.startswith(_PRUNER) for name in state)
 
 
 def _requested(family: str | None, variant: str | None) -> Family | None:

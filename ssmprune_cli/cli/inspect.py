@@ -19,10 +19,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in a checkpoint: family, size, tokens, scan directions, contents, dtype, checksum, preprocessing."""
+    from rich.console import Group
+
     from ssmprune_cli.cli.tables import facts_table
     from ssmprune_cli.workflows.inspect import inspect
 
     facts = inspect(path, reading).to_dict()
     if facts["non_finite"]:
         output.warn(f"{len(facts['non_finite'])} weights hold infinite values or NaN; the file would not be loaded")
-    output.emit(facts_table(facts), facts, as_json=as_json)
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    # On a line of its own, so that it can be compared and copied whole.
+    output.emit(Group(facts_table(rest), f"SHA-256 {facts['sha256']}"), facts, as_json=as_json)

@@ -41,7 +41,14 @@ class Source:
     reading: Reading = NOTHING_SAID
 
     def load(self) -> Backbone:
-        return checkpoint.load_as(self.path, self.reading)
+        """The dense model, also of an artefact that is compressed already."""
+        return checkpoint.load_as(self.path, self.reading, dense=True)
+
+    def warnings(self) -> list[str]:
+        """What is to be known of the checkpoint before it is compressed."""
+        if not checkpoint.is_compressed(self.path):
+            return []
+        return ["The input is compressed already: its dense weights are compressed anew, and compared with."]
 
 
 def plan(source: Source, recipe: Recipe) -> Report:
@@ -52,7 +59,7 @@ def plan(source: Source, recipe: Recipe) -> Report:
     # Every alignment source costs the same, so an uncalibrated one stands in for the calibrated one.
     alignment = "auto" if pruning.alignment == "calibrated" else pruning.alignment
     compress(model, **_arguments(recipe), alignment=alignment)
-    return _report(source, model, recipe, dense, {})
+    return _report(source, model, recipe, dense, {}).model_copy(update={"warnings": tuple(source.warnings())})
 
 
 def compress_checkpoint(
@@ -84,7 +91,7 @@ def compress_checkpoint(
     target = resolve_device(device)
     model = source.load().to(target)
     dense = figures(model)
-    warnings: list[str] = []
+    warnings = source.warnings()
     pruning = recipe.pruning
     alignment = choose_alignment(pruning.alignment, pruning.reduction, calibrated=calib is not None)
     if calib is None:
