@@ -19,10 +19,13 @@ def shown(text: str, limit: int = MAX_NAME, *, lines: bool = False) -> str:
 
 
 def listing(items: Iterable[object], limit: int = 5) -> str:
-    """The first `limit` of `items` and how many more there are, for a message."""
+    """The first `limit` of `items` and how many more there are, for a message.
+
+    An item may be more than one name, such as a name and what is wrong with it.
+    """
     names = list(items)
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(shown(str(name)) for name in names[:limit]) + more
+    return ", ".join(shown(str(name), 2 * MAX_NAME) for name in names[:limit]) + more
 
 
 class SsmpruneError(Exception):

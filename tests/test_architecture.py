@@ -22,7 +22,7 @@ LAYERS = [
     {"models", "pruning"},
     {"kernels"},
     {"interface", "recipe", "report", "tokens"},
-    {"preprocessing", "registry", "statistics"},
+    {"files", "preprocessing", "registry", "statistics"},
     {"errors"},
 ]
 FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.checkpoint import load, read, save
+from ssmprune_cli.checkpoint import load, read, replacing, save
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -443,11 +443,12 @@ def test_what_is_overwritten(tmp_path: Path, model: Vim) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["write", "rename"])
+@pytest.mark.parametrize("step", ["write", "rename", "exchange"])
 def test_a_failed_save_leaves_everything_as_it_was(
     tmp_path: Path, model: Vim, monkeypatch: pytest.MonkeyPatch, overwrite: bool, stop: BaseException, step: str
 ) -> None:
     folder = tmp_path / "out"
+    overwrite = overwrite or step == "exchange"  # of two folders
     if overwrite:
         save(folder, model)
     before = tree(tmp_path)
@@ -464,6 +465,13 @@ def test_a_failed_save_leaves_everything_as_it_was(
             raise stop
         return rename(path, target)
 
+    def failing_exchange(first: Path, second: Path) -> bool:
+        if step == "exchange":
+            raise stop
+        return step != "rename" and exchange(first, second)
+
+    exchange = replacing._exchange
+    monkeypatch.setattr(replacing, "_exchange", failing_exchange)
     monkeypatch.setattr(Path, "write_bytes", failing_write)
     monkeypatch.setattr(Path, "rename", failing_rename)
     if isinstance(stop, OSError):
@@ -528,7 +536,7 @@ def test_a_compressed_model_is_compressed_anew_from_its_dense_weights(tmp_path: 
     report = plan(source, Recipe(pruning=Pruning(keep=0.8)))
     (warning,) = report.warnings
     assert warning.startswith("The input is compressed already: its dense weights are compressed anew")
-    assert report.dense is not None and report.dense == figures(dense)
+    assert report.dense == figures(dense)
     assert Source(folder, Reading(image_size=48)).load().image_size == (48, 48)  # its pruner is gone
 
 

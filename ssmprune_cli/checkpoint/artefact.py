@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from safetensors.torch import save as serialize
 
 from ssmprune_cli.checkpoint.files import CONFIG, WEIGHTS, locate, read_json
+from ssmprune_cli.checkpoint.replacing import probe, recover, write_folder
 from ssmprune_cli.errors import CheckpointError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
@@ -69,7 +68,12 @@ def _is_ours(folder: Path) -> bool:
 
 
 def check_writable(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise CheckpointError unless `save` may write `folder`: only an earlier output of ours is ever replaced."""
+    """CheckpointError unless `save` can and may write `folder`: only an earlier output of ours is ever replaced."""
+    recover(folder)
+    try:
+        probe(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error.strerror or error}", where=str(folder)) from error
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -113,32 +117,10 @@ def save(
         WEIGHTS: serialize(state, metadata={"format": "pt"}),
     }
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
-    folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        for name, content in contents.items():
-            (temporary / name).write_bytes(content)
-        _replace(folder, temporary)
+        write_folder(folder, contents)
     except OSError as error:
         what = f"cannot be written: {error.strerror or error}"
         if error.errno == errno.ENOSPC:
             what = f"the disk is full; writing needs {sum(map(len, contents.values())) / 1e6:.1f} MB"
         raise CheckpointError(what, where=str(folder)) from error
-    finally:  # on Ctrl-C too
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Rename `new` to `folder`; an old `folder` is set aside and removed last, and comes back if that fails."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_suffix(".old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)

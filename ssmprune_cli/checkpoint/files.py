@@ -1,15 +1,15 @@
-"""Opening what a user names: regular files only, where they are, and which files make up a checkpoint."""
+"""Where a checkpoint is, which files it is made of, and their checksum."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ssmprune_cli.errors import CheckpointError, shown
+from ssmprune_cli.files import open_regular
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -33,31 +33,9 @@ def locate(path: Path) -> Path:
     return path
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """The file at `path`, opened to read. CheckpointError for what is missing or is no regular file.
-
-    A pipe would wait for its writer, and a device may have no end: neither is opened.
-    """
-    try:
-        # Not to wait for a writer if it is a pipe after all; of a regular file it means nothing.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError as error:
-        raise CheckpointError("there is no such file or folder", where=str(path)) from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"cannot be read: {reason}", where=str(path)) from error
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-    kind = next((name for matches, name in kinds if matches(mode)), "a device")
-    raise CheckpointError(f"is {kind}, not a file", where=str(path))
-
-
 def read_json(path: Path) -> Any:
     """The value in a JSON file. CheckpointError for whatever keeps it from being read."""
-    with open_regular(path) as file:
+    with open_regular(path, CheckpointError) as file:
         content = file.read(MAX_JSON + 1)
     if len(content) > MAX_JSON:
         raise CheckpointError(f"is larger than {MAX_JSON:,} bytes, too large for its kind", where=str(path))
@@ -97,7 +75,7 @@ def sha256(path: Path) -> str:
     """SHA-256 in hex of the files of a checkpoint, one after another: of an artefact, config.json and the weights."""
     digest = hashlib.sha256()
     for part in parts(path):
-        with open_regular(part) as file:
+        with open_regular(part, CheckpointError) as file:
             try:
                 while block := file.read(1 << 20):
                     digest.update(block)

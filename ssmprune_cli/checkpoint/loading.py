@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmprune_cli import pruning
 from ssmprune_cli.checkpoint.reading import Checkpoint, read
 from ssmprune_cli.checkpoint.stated import plain
-from ssmprune_cli.errors import CheckpointError, UsageError, listing
+from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
 from ssmprune_cli.models import FAMILIES, MAX_SIDE, SMALL_SIDE, Backbone, Family, Hints, ImageConfig, Shapes
 from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
@@ -215,14 +215,14 @@ def build_empty(
 def _faults(model: Backbone, state: dict[str, Tensor]) -> list[str]:
     """What keeps `state` from being all of the weights of `model` and nothing else."""
     expected = model.state_dict()
-    faults = [f"{name} is missing" for name in expected if name not in state]
+    faults = [f"{shown(name)} is missing" for name in expected if name not in state]
     for name, value in state.items():
         if name not in expected:
-            faults.append(f"{name} is unknown")
+            faults.append(f"{shown(name)} is unknown")
         elif value.shape != expected[name].shape:
-            faults.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
+            faults.append(f"{shown(name)} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
         elif value.is_floating_point() != expected[name].is_floating_point():
-            faults.append(f"{name} is of type {value.dtype}")
+            faults.append(f"{shown(name)} is of type {value.dtype}")
     return faults
 
 

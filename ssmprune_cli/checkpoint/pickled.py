@@ -35,6 +35,11 @@ DTYPES = {
     "ComplexFloat": torch.complex64,
     "ComplexDouble": torch.complex128,
 }
+_CONSTANTS_OF_TORCH = {
+    f"torch.{name}"
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype | torch.layout | torch.qscheme | torch.memory_format)
+}
 _NAMED_DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 # Classes that are read as the dict of their attributes, and those that are dicts themselves.
@@ -329,7 +334,7 @@ def _known(name: str) -> Any:
         raise ForeignGlobal(name)
     name = re.sub(r"^__builtin__\.", "builtins.", name)
     module, _, last = name.rpartition(".")
-    if name in _NAMED_DTYPES:
+    if name in _CONSTANTS_OF_TORCH:
         return name
     is_storage = last.endswith("Storage") and module in ("torch", "torch.cuda", "torch.storage")
     is_tensor = module in ("torch._utils", "torch._tensor") and last.startswith("_rebuild_")

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ssmprune_cli.checkpoint import stated
 from ssmprune_cli.checkpoint.artefact import FORMAT, Artefact, read_config
-from ssmprune_cli.checkpoint.files import CONFIG, INDEXES, WEIGHTS, locate, open_regular, parts, read_json, shards
+from ssmprune_cli.checkpoint.files import CONFIG, INDEXES, WEIGHTS, locate, parts, read_json, shards
 from ssmprune_cli.checkpoint.pickled import OtherTensor
+from ssmprune_cli.checkpoint.replacing import recover
 from ssmprune_cli.checkpoint.stored import damaged, protocol_of, read_legacy, read_safetensors, read_zip
 from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
+from ssmprune_cli.files import open_regular
 from ssmprune_cli.models import Hints
 
 # Where training codes put the weights and their moving average.
@@ -59,6 +61,7 @@ def read(path: Path, *, weights: str = "model") -> Checkpoint:
     Raises CheckpointError for whatever is not a checkpoint or not safe to read, UsageError for unknown `weights`.
     """
     path = locate(path)
+    recover(path)
     statements: dict[str, Any] = {}
     if path.is_dir():
         folder = _transformers(path)
@@ -129,7 +132,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 def _sniff(path: Path) -> str:
     """The kind of a file from its first bytes. Raises CheckpointError for what is no checkpoint."""
-    with open_regular(path) as file:
+    with open_regular(path, CheckpointError) as file:
         try:
             head = file.read(512)
             size = file.seek(0, 2)

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ssmprune_cli.checkpoint.files import open_regular
 from ssmprune_cli.checkpoint.pickled import (
     MAX_BYTES,
     MAX_DIMENSIONS,
@@ -31,6 +30,7 @@ from ssmprune_cli.checkpoint.pickled import (
     unpickle,
 )
 from ssmprune_cli.errors import CheckpointError, shown
+from ssmprune_cli.files import open_regular
 
 MAX_DIRECTORY = 1 << 23  # bytes of a zip's directory
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -78,7 +78,7 @@ class Mapped:
 
 def read_zip(path: Path) -> Any:
     """The content of a zip written by torch.save. Raises CheckpointError."""
-    with open_regular(path) as file:
+    with open_regular(path, CheckpointError) as file:
         try:
             with zipfile.ZipFile(_Bounded(file)) as archive:
                 return _from_zip(path, file, archive)
@@ -92,7 +92,7 @@ def read_zip(path: Path) -> Any:
 
 def read_legacy(path: Path) -> Any:
     """The content of a file of torch.save before version 1.6. Raises CheckpointError."""
-    with open_regular(path) as file:
+    with open_regular(path, CheckpointError) as file:
         try:
             return _from_legacy(path, file)
         except CheckpointError:
@@ -103,7 +103,7 @@ def read_legacy(path: Path) -> Any:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a safetensors file and its metadata. Raises CheckpointError."""
-    with open_regular(path) as file:
+    with open_regular(path, CheckpointError) as file:
         try:
             return _from_safetensors(path, file)
         except CheckpointError:

@@ -38,7 +38,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
             )
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except Exception as error:  # a tag raises nearly anything for a value that it does not expect
             raise UsageError(f"`--set {override}` is not a value: {text}") from error
     try:
         config = TypeAdapter(known.config_class).validate_python(values)
