@@ -170,7 +170,7 @@ def test_file_faults_name_the_file(tmp_path: Path) -> None:
             load_recipe(file)
         assert (caught.value.where, caught.value.what) == (str(file), expected)
     for missing in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(RecipeError, match="there is no such file|is a folder, not a file"):
+        with pytest.raises(RecipeError, match=r"there is no such file|is a folder, not a file"):
             load_recipe(missing)
 
 

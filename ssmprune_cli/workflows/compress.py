@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
+from ssmprune_cli.errors import MAX_MESSAGE, shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
@@ -129,7 +130,7 @@ def compress_checkpoint(
     assert isinstance(model.pruner, TokenPruner)
     left = model.pruner.settings.schedule.patches_per_block(model.stages)
     drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
-    shown, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
+    drawn, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
     provenance = {
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
@@ -140,14 +141,14 @@ def compress_checkpoint(
             "speed": speed,
             "calibration": calibration_facts(seen) if seen else None,
             "search": search,
-            "samples": shown,
+            "samples": drawn,
             "warnings": tuple(warnings),
         }
     )
     assert report.pruning is not None
     final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
     if command:
-        report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
+        report = report.model_copy(update={"provenance": {**report.provenance, "command": shown(command, MAX_MESSAGE)}})
     contents: dict[str, bytes | str] = {
         "recipe.yaml": final.to_yaml(),
         **files,
@@ -183,7 +184,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         dense=dense,
         pruned=figures(model),
         provenance={
-            "input": source.path.name,
+            "input": shown(source.path.name),
             "input_sha256": checkpoint.sha256(source.path),
             **versions(next(model.parameters()).device),
             **provenance,
