@@ -22,7 +22,7 @@ LAYERS = [
     {"models", "pruning"},
     {"kernels"},
     {"interface", "recipe", "report", "tokens"},
-    {"preprocessing", "registry", "statistics"},
+    {"files", "preprocessing", "registry", "statistics"},
     {"errors"},
 ]
 FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
@@ -224,7 +224,7 @@ def test_loading_does_not_import_the_compiler(file: str) -> None:
 import sys
 from pathlib import Path
 import ssmprune_cli
-ssmprune_cli.load(Path("tests/golden/containers/{file}"))
+ssmprune_cli.load(Path("tests/golden/containers/{file}"), image_size=64)
 print("torch._dynamo" in sys.modules)
 """
     assert run(code) == "False\n"

@@ -13,12 +13,14 @@ from rich.table import Table
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
+from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.report import Report
 
 
+@reads_checkpoints
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     keep: Annotated[
@@ -87,10 +89,7 @@ def command(
     max_latency_ratio: MaxLatencyRatio = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artefact.")] = False,
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
-    weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
-    image_size: Annotated[int | None, typer.Option(help="Resize the position embeddings to this image side.")] = None,
+    reading: Reading = NOTHING_SAID,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int | None, typer.Option(help="Seed of the random score and of the choice of images.")] = None,
     dry_run: Annotated[
@@ -158,7 +157,7 @@ def command(
     from ssmprune_cli.workflows.compress import Source, compress_checkpoint, plan
 
     use_backend(backend)
-    source = Source(ckpt, family, variant, weights, image_size)
+    source = Source(ckpt, reading)
     trace = None
     if searched and out is not None and calib is not None:
         from ssmprune_cli.checkpoint import check_writable

@@ -9,7 +9,8 @@ import typer
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
-from ssmprune_cli.cli.options import BackendName, PrecisionName
+from ssmprune_cli.cli.options import BackendName, PrecisionName, reads_checkpoints
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ssmprune_cli.workflows.evaluate import Evaluation
 
 
+@reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
     dataset: Annotated[str, typer.Option(help="Layout of the data: imagenet, imagefolder, cifar10 or npz.")],
@@ -33,17 +35,15 @@ def command(
     max_latency_ratio: MaxLatencyRatio = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
-    weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
+    reading: Reading = NOTHING_SAID,
     precision: PrecisionName = "fp32",
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on labelled images: top-1 and top-5 with 95 % intervals.
 
-    With --compare, also the difference on the same images, its interval and a paired test. --family, --variant,
-    --weights and --precision hold for both files. Limits are checked after the result is printed; those on drop,
+    With --compare, also the difference on the same images, its interval and a paired test. --precision and how a
+    checkpoint is read hold for both files. Limits are checked after the result is printed; those on drop,
     multiply-adds and latency are against the --compare model.
     """
     limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio)
@@ -61,7 +61,7 @@ def command(
     device = join_processes(device)
     images = open_dataset(dataset, data_dir)
     paths = [path] if compare is None else [path, compare]
-    loaded = [checkpoint.load(each, family=family, variant=variant, weights=weights) for each in paths]
+    loaded = [checkpoint.load_as(each, reading) for each in paths]
     models = [in_precision(each, precision) for each in loaded]
     with output.progress("Evaluating") as advance:
         result = evaluate(

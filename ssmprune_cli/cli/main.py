@@ -22,8 +22,10 @@ def main() -> NoReturn:
     """Run `ssmprune` with the arguments of this process, and exit."""
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
-            stream.reconfigure(errors="replace")  # a name or a sign that a narrow encoding lacks ends no run
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that is no text, or a sign that a narrow encoding lacks, ends no run.
+            wide = stream.encoding.lower().startswith("utf")
+            stream.reconfigure(errors="backslashreplace" if wide else "replace")
     try:
         app(prog_name="ssmprune")
     except SystemExit as end:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
+from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ssmprune_cli.workflows.search import SearchPlan, SearchResult
 
 
+@reads_checkpoints
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     calib: Annotated[
@@ -37,8 +39,7 @@ def command(
     time_limit: TimeLimit = None,
     state: StateFile = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search and of the choice of images.")] = 0,
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    reading: Reading = NOTHING_SAID,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier search.")] = False,
     backend: BackendName = "auto",
@@ -65,7 +66,7 @@ def command(
 
     use_backend(backend)
     result = run_search(
-        Source(ckpt, family, variant),
+        Source(ckpt, reading),
         SearchPlan(
             calib=calib,
             methods=list(known_methods(importance, reduction, alignment)),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ssmprune_cli.models.common import (
+    MAX_SIDE,
+    SMALL_SIDE,
     Backbone,
     Family,
     Hints,
+    ImageConfig,
     Inflow,
     RMSNorm,
     Shapes,
@@ -41,11 +44,14 @@ FAMILIES.register(VMAMBA.name, VMAMBA)
 
 __all__ = [
     "FAMILIES",
+    "MAX_SIDE",
+    "SMALL_SIDE",
     "Backbone",
     "CausalConv1d",
     "DirectionProjections",
     "Family",
     "Hints",
+    "ImageConfig",
     "Inflow",
     "MambaBackbone",
     "MambaBlock",

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
+from ssmprune_cli.errors import MAX_MESSAGE, shown
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, SearchTrial
@@ -34,22 +36,20 @@ Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> 
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint to compress, and how to read it (see `checkpoint.load`)."""
+    """The checkpoint to compress, and how to read it."""
 
     path: Path
-    family: str | None = None
-    variant: str | None = None
-    weights: str = "model"
-    image_size: int | None = None
+    reading: Reading = NOTHING_SAID
 
     def load(self) -> Backbone:
-        return checkpoint.load(
-            self.path,
-            family=self.family,
-            variant=self.variant,
-            weights=self.weights,
-            image_size=self.image_size,
-        )
+        """The dense model, also of an artefact that is compressed already."""
+        return checkpoint.load_as(self.path, self.reading, dense=True)
+
+    def warnings(self) -> list[str]:
+        """What is to be known of the checkpoint before it is compressed."""
+        if not checkpoint.is_compressed(self.path):
+            return []
+        return ["The input is compressed already: its dense weights are compressed anew, and compared with."]
 
 
 def plan(source: Source, recipe: Recipe) -> Report:
@@ -60,7 +60,7 @@ def plan(source: Source, recipe: Recipe) -> Report:
     # Every alignment source costs the same, so an uncalibrated one stands in for the calibrated one.
     alignment = "auto" if pruning.alignment == "calibrated" else pruning.alignment
     compress(model, **_arguments(recipe), alignment=alignment)
-    return _report(source, model, recipe, dense, {})
+    return _report(source, model, recipe, dense, {}).model_copy(update={"warnings": tuple(source.warnings())})
 
 
 def compress_checkpoint(
@@ -92,7 +92,7 @@ def compress_checkpoint(
     target = resolve_device(device)
     model = source.load().to(target)
     dense = figures(model)
-    warnings: list[str] = []
+    warnings = source.warnings()
     pruning = recipe.pruning
     alignment = choose_alignment(pruning.alignment, pruning.reduction, calibrated=calib is not None)
     if calib is None:
@@ -130,7 +130,7 @@ def compress_checkpoint(
     assert isinstance(model.pruner, TokenPruner)
     left = model.pruner.settings.schedule.patches_per_block(model.stages)
     drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
-    shown, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
+    drawn, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
     provenance = {
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
@@ -141,14 +141,14 @@ def compress_checkpoint(
             "speed": speed,
             "calibration": calibration_facts(seen) if seen else None,
             "search": search,
-            "samples": shown,
+            "samples": drawn,
             "warnings": tuple(warnings),
         }
     )
     assert report.pruning is not None
     final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
     if command:
-        report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
+        report = report.model_copy(update={"provenance": {**report.provenance, "command": shown(command, MAX_MESSAGE)}})
     contents: dict[str, bytes | str] = {
         "recipe.yaml": final.to_yaml(),
         **files,
@@ -184,7 +184,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         dense=dense,
         pruned=figures(model),
         provenance={
-            "input": source.path.name,
+            "input": shown(source.path.name),
             "input_sha256": checkpoint.sha256(source.path),
             **versions(next(model.parameters()).device),
             **provenance,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers
-from ssmprune_cli.models.common import Backbone, PatchEmbed, RMSNorm
+from ssmprune_cli.models.common import Backbone, ImageConfig, PatchEmbed, RMSNorm
 from ssmprune_cli.models.mamba.block import MambaBlock
 from ssmprune_cli.models.mamba.mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
@@ -25,13 +25,12 @@ NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class MambaConfig:
+class MambaConfig(ImageConfig):
     """Sizes of a sequence of Mamba blocks. An int for `image_size` is a square. UsageError for what does not fit.
 
-    stride           patches overlap when it is smaller than `patch_size`
-    d_inner          channels of the scans; None is twice `embed_dim`
-    dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
-    eval_crop_ratio  part of the resized image that the centre crop keeps
+    stride   patches overlap when it is smaller than `patch_size`
+    d_inner  channels of the scans; None is twice `embed_dim`
+    dt_rank  rank of the step projection; None is `embed_dim / 16`, rounded up
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -45,9 +44,9 @@ class MambaConfig:
     d_inner: int | None = None
     dt_rank: int | None = None
     norm: Literal["rms", "layer"] = "rms"
-    eval_crop_ratio: float = 0.875
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: Any = self.image_size  # an int, or a list from JSON
         size = (given, given) if isinstance(given, int) else tuple(given)
         object.__setattr__(self, "image_size", size)

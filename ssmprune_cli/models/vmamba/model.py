@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.models.common import Backbone, Block
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig
 from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
 
 @dataclass(frozen=True)
-class VMambaConfig:
+class VMambaConfig(ImageConfig):
     """Everything that defines a VMamba. An int for `image_size` is a square. Raises UsageError for what does not fit.
 
     image_size   what tokens are counted for; the dense model takes images of any size
@@ -52,9 +52,9 @@ class VMambaConfig:
     conv_bias: bool = False
     mlp_ratio: float = 4.0
     out_stages: tuple[int, ...] = ()
-    eval_crop_ratio: float = 0.875
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: Any = self.image_size  # an int, or a list from JSON
         object.__setattr__(self, "image_size", (given, given) if isinstance(given, int) else tuple(given))
         for name in ("depths", "out_stages"):
