@@ -129,7 +129,7 @@ def test_top1_and_top5() -> None:
     assert result.accuracy.interval == wilson_interval(4, 10)
     assert result.accuracy.images_per_second > 0
     assert result.comparison is None
-    assert list(result.to_dict()) == ["count", "dtype", "top1", "top5", "interval", "images_per_second"]
+    assert list(result.to_dict()) == ["count", "dtype", "notes", "top1", "top5", "interval", "images_per_second"]
 
 
 def test_batch_size_changes_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,35 @@ def test_the_state_of_another_run_is_refused_by_what_differs(tmp_path: Path) -> 
     assert json.loads(file.read_text())["results"] == {"a": 1}, "and left as it is"
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"identity": {}}', "\x00"])
+def test_what_json_writes_otherwise_is_the_same_identity(tmp_path: Path) -> None:
+    SavedState(tmp_path / "s.json", {"size": (32, 32), "more": {"mean": (0.5,)}}).get("a", lambda: 1)
+    assert SavedState(tmp_path / "s.json", {"size": (32, 32), "more": {"mean": (0.5,)}}).found == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"identity": {}}',
+        "\x00",
+        '{"identity": [], "results": {}}',
+        '{"identity": "seed", "results": {}}',
+        '{"identity": {}, "results": [1]}',
+        '{"identity": null, "results": null}',
+        "[" * 100_000,
+        "9" * 5000,
+    ],
+)
 def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "state.json"
     file.write_text(text)
-    with pytest.raises(SsmpruneError, match="cannot be read as the state"):
-        SavedState(file, {})
+    with pytest.raises(SsmpruneError, match=r"state\.json: cannot be read as the state(.|\n)*--state"):
+        SavedState(file, {"seed": 0})
+
+
+def test_a_state_that_is_a_folder_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(SsmpruneError, match="is no file"):
+            SavedState(path, {})

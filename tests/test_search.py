@@ -27,7 +27,7 @@ from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, choos
 from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergence
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe.sections import CalibrationPlan
-from ssmprune_cli.report.report import SensitivityFacts
+from ssmprune_cli.report.report import Sensitivity
 from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
@@ -377,7 +377,7 @@ def test_images_that_cannot_be_used_end_a_search(tmp_path: Path) -> None:
 
 
 def test_a_sensitivity_that_was_cut_off_continues(calib: Path, tmp_path: Path, measured: list[str]) -> None:
-    def sensitive(state: Path | None) -> tuple[list[SensitivityFacts], SavedState]:
+    def sensitive(state: Path | None) -> tuple[Sensitivity, SavedState]:
         return sensitivity(Source(CHECKPOINT), calib, ratios=[0.7, 0.5], images=10, state_path=state)
 
     whole, _ = sensitive(None)

@@ -36,7 +36,12 @@ class Settings:
 settings = Settings()
 
 # Plain help: it is twice as quick as rich's, and shows brackets as they are written.
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit it
+)
 
 
 def _version(wanted: bool) -> None:

@@ -29,7 +29,7 @@ def command(
     data_dir: Annotated[Path, typer.Option(help="Images to compare on, labelled or not.")],
     ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Layout of --data-dir: imagenet, imagefolder, cifar10 or npz.")
+        str | None, typer.Option(help="Layout of --data-dir: imagenet, imagefolder, cifar10, cifar100 or npz.")
     ] = None,
     methods: Annotated[
         str, typer.Option(help="importance/reduction/alignment, separated by commas; recipes by file or name too.")
@@ -126,7 +126,7 @@ def command(
                 others=[Source(path, reading) for path in dense or []],
                 progress=progress,
             )
-    for note in notes:
+    for note in dict.fromkeys(notes):
         output.warn(note)
     if plot is not None:
         _plots(plot, rows)
@@ -141,12 +141,14 @@ def _data(row: Row, recipes: dict[str, Recipe]) -> dict[str, Any]:
 
 
 def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="± is one standard error; other second lines are 95 % intervals", title_justify="left")
+    title = "± is one standard error; other second lines are 95 % intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model or method", overflow="fold")
-    for column in ("multiply-adds", "images/s", "nats", "top-1 %", "change, points"):
-        table.add_column(column, justify="right")
+    for column in ("multiply-\nadds", "images/s", "nats", "top-1 %", "change,\npoints"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         recipe = recipes.get(row.name)
         published = _published(recipe) if recipe else ""

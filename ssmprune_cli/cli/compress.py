@@ -75,7 +75,7 @@ def command(
         Path | None, typer.Option(help="Labelled images: accuracy before and after, on the same images.")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10 or npz.")
+        str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10, cifar100 or npz.")
     ] = None,
     samples: Annotated[
         int,

@@ -9,7 +9,7 @@ import typer
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
-from ssmprune_cli.cli.options import BackendName, PrecisionName, reads_checkpoints
+from ssmprune_cli.cli.options import BackendName, PeerTimeout, PrecisionName, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
-    dataset: Annotated[str, typer.Option(help="Layout of the data: imagenet, imagefolder, cifar10 or npz.")],
+    dataset: Annotated[str, typer.Option(help="Layout of the data: imagenet, imagefolder, cifar10, cifar100 or npz.")],
     data_dir: Annotated[Path, typer.Option(help="Where the images are; for npz, the file.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, such as the dense one, judged on the same images.")
@@ -37,6 +37,7 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     reading: Reading = NOTHING_SAID,
     precision: PrecisionName = "fp32",
+    peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -58,7 +59,7 @@ def command(
     from ssmprune_cli.workflows.processes import join_processes
 
     use_backend(backend)
-    device = join_processes(device)
+    device = join_processes(device, peer_timeout)
     images = open_dataset(dataset, data_dir)
     paths = [path] if compare is None else [path, compare]
     loaded = [checkpoint.load_as(each, reading) for each in paths]
@@ -73,6 +74,8 @@ def command(
             device=device,
             progress=advance,
         )
+    for note in result.notes:
+        output.warn(note)
     flops = None
     if max_flops is not None:
         own, dense = (count_flops(model).all_directions for model in models)
@@ -99,7 +102,7 @@ def _tables(names: list[str], result: Evaluation) -> Group:
     table = Table(title=f"{result.count:,} images, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_row("top-1 (%)", *(f"{100 * one.top1:.2f}" for one in models))
     table.add_row("  95 % interval", *(_interval(one.interval, "{:.2f}") for one in models))
     table.add_row("top-5 (%)", *("-" if one.top5 is None else f"{100 * one.top5:.2f}" for one in models))

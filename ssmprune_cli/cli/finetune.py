@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, reads_checkpoints
+from ssmprune_cli.cli.options import BackendName, PeerTimeout, reads_checkpoints
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
@@ -21,9 +21,9 @@ def command(
     data_dir: Annotated[Path, typer.Option(help="Training images: a folder, or an .npz.")],
     out: Annotated[Path, typer.Option(help="Folder to write: the models last and best, the log, the state to resume.")],
     path: Annotated[Path | None, typer.Argument(help="Artefact folder or dense checkpoint.")] = None,
-    dataset: Annotated[str, typer.Option(help="Layout of the images: imagenet, imagefolder, cifar10 or npz.")] = (
-        "imagefolder"
-    ),
+    dataset: Annotated[
+        str, typer.Option(help="Layout of the images: imagenet, imagefolder, cifar10, cifar100 or npz.")
+    ] = ("imagefolder"),
     val_dir: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
     distill: Annotated[Path | None, typer.Option(help="Dense checkpoint to distil from.")] = None,
     recipe: Annotated[
@@ -65,6 +65,7 @@ def command(
         Path | None,
         typer.Option("--checkpoint", help="From scratch: write the last weights to this file too, in float16."),
     ] = None,
+    peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -119,7 +120,7 @@ def command(
         assignments=[text for text in texts if text.startswith("training.")],
         seed=seed,
         command=shlex.join(["ssmprune", *sys.argv[1:]]),
-        device=join_processes(device),
+        device=join_processes(device, peer_timeout),
         teacher=None if distill is None else checkpoint.load_as(distill, replace(reading, family=model.family)),
         save_every=save_every,
         tensorboard=tensorboard,
@@ -129,6 +130,10 @@ def command(
         some(open_dataset(dataset, data_dir, split="train"), limit, seed),
         None if val_dir is None else open_dataset(dataset, val_dir),
     )
+
+    notes = [note for each in (data.training, data.validation) if each is not None for note in each.notes]
+    for note in dict.fromkeys(notes):
+        output.warn(note)
 
     def report(line: dict[str, Any]) -> None:
         if "top1" in line:
@@ -152,4 +157,4 @@ def command(
     )
     if result.interrupted:
         output.note(f"The state is saved. To go on: the same command with --resume (it is in {out}).")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + result.interrupted)

@@ -1,13 +1,15 @@
 """The program: runs a command, and turns what goes wrong into a message and an exit code.
 
-0 done; 1 an error; 2 wrong usage; 3 a limit that the user set is broken; 130 interrupted.
+0 done; 1 an error; 2 wrong usage; 3 a limit that the user set is broken; 130 interrupted; 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
 
-import io
+import signal
 import sys
 import traceback
+import warnings
+from types import FrameType
 from typing import NoReturn
 
 from ssmprune_cli.cli import output
@@ -15,28 +17,43 @@ from ssmprune_cli.cli.allocator import keep_freed_memory
 from ssmprune_cli.cli.app import app, settings
 from ssmprune_cli.errors import SsmpruneError
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for Ctrl-C
+TERMINATED = 128 + signal.SIGTERM
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in the errors of torch's allocators
+
+_terminated = False
 
 
 def main() -> NoReturn:
     """Run `ssmprune` with the arguments of this process, and exit."""
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A name that is no text, or a sign that a narrow encoding lacks, ends no run.
-            wide = stream.encoding.lower().startswith("utf")
-            stream.reconfigure(errors="backslashreplace" if wide else "replace")
+    output.prepare_streams()
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("ignore", module="PIL")  # about metadata of images: what matters there is an error
+    code: int | str | None = 0
     try:
         app(prog_name="ssmprune")
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            output.error("interrupted")
-        raise
+        code = end.code
+        if code == INTERRUPTED and _terminated:
+            code = TERMINATED
+    except KeyboardInterrupt:  # before or after the command
+        code = TERMINATED if _terminated else INTERRUPTED
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        sys.exit(_explain(error))
-    sys.exit(0)
+        code = _explain(error)
+    if code in (INTERRUPTED, TERMINATED):
+        output.error("interrupted" if code == INTERRUPTED else "terminated")
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is Ctrl-C with another exit code: what a command does at its end is done, such as removing its files."""
+    global _terminated
+    _terminated = True
+    raise KeyboardInterrupt
 
 
 def _explain(error: Exception) -> int:
@@ -44,8 +61,14 @@ def _explain(error: Exception) -> int:
     if isinstance(error, SsmpruneError):
         output.error(f"{error.where}: {error.what}" if error.where else error.what, hint=error.hint)
         return error.exit_code
-    if isinstance(error, OSError) and error.filename is not None:
-        output.error(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError):  # of the machine: a full disk, a name that is too long, too many open files
+        reason = error.strerror or str(error)
+        output.error(reason if error.filename is None else f"{error.filename}: {reason}")
+        return 1
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+        output.error(
+            "out of memory", hint="Give a smaller --batch-size or fewer images, or use a machine with more memory."
+        )
         return 1
     output.error(
         f"this is a bug in ssmprune: {type(error).__name__}: {error}",

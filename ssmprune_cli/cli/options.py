@@ -31,6 +31,14 @@ PrecisionName = Annotated[
     ),
 ]
 
+PeerTimeout = Annotated[
+    float,
+    typer.Option(
+        "--peer-timeout",
+        min=1,
+        help="Of several processes (torchrun): seconds after which one that does not answer is given up.",
+    ),
+]
 Evaluations = Annotated[
     int, typer.Option("--evaluations", min=1, help="A search tries at most so many candidates for each budget.")
 ]

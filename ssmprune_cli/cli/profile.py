@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
     compare: Annotated[Path | None, typer.Option(help="A second model, timed side by side.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images in a timed batch.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; the median is reported.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median is reported.")] = 10,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     reading: Reading = NOTHING_SAID,
     precision: PrecisionName = "fp32",
@@ -75,7 +75,7 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
     table = Table()
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     if len(profiles) == 2:
         table.add_column("ratio", justify="right")
 
@@ -98,7 +98,7 @@ def _time(names: list[str], profiles: list[Profile]) -> Table:
     table = Table(title="Where the time goes, ms of a batch", title_justify="left")
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
         table.add_column("%", justify="right")
     for part in profiles[0].time_ms:
         cells = []
@@ -127,7 +127,7 @@ def _blocks(names: list[str], profiles: list[Profile]) -> Table:
     table = Table(title="Tokens into each block, and its multiply-adds (M)", title_justify="left")
     table.add_column("block", justify="right")
     for name in names:
-        table.add_column(f"tokens, {name}", justify="right")
+        table.add_column(f"tokens, {name}", justify="right", overflow="fold")
         table.add_column("M", justify="right")
     for block in range(max(len(p.tokens_per_block) for p in profiles)):
         cells = []

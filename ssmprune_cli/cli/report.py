@@ -10,6 +10,8 @@ import typer
 from ssmprune_cli.cli import output
 from ssmprune_cli.errors import UsageError
 
+_SUFFIXES = {"html": (".html", ".htm"), "markdown": (".md", ".markdown", ".txt")}
+
 
 def command(
     artefacts: Annotated[list[Path], typer.Argument(help="Folders that `ssmprune compress` or `finetune` wrote.")],
@@ -28,6 +30,13 @@ def command(
     """
     if as_json and (out is not None or form == "markdown"):
         raise UsageError("--json goes to stdout, so it takes no --out and no other --format")
+    kinds = _SUFFIXES[form]
+    if out is not None and out.suffix.lower() not in kinds:
+        raise UsageError(
+            f"{form} is not written to {out.name}",
+            where="--out",
+            hint=f"Give a name that ends in {' or '.join(kinds)}.",
+        )
     if len(artefacts) > 1 and form == "html" and out is None and not as_json:
         raise UsageError("several artefacts have no folder in common", hint="Give `--out FILE.html`.")
 

@@ -104,7 +104,7 @@ def run_search(source: Source, plan: SearchPlan) -> SearchResult:
     """The search with progress and warnings on stderr."""
     from ssmprune_cli.workflows.search import search
 
-    with output.task_progress() as progress:
+    with output.task_progress() as progress, output.kept_for_the_next_run(plan.state):
         result = search(source, plan, progress)
     for warning in result.warnings:
         output.warn(warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +55,7 @@ def command(
     if state is None and out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         state = out.with_name(f"{out.name}.sensitivity-state.json")
-    with output.progress("Measuring") as advance:
+    with output.progress("Measuring") as advance, output.kept_for_the_next_run(state):
         found, saved = sensitivity(
             Source(ckpt, reading),
             calib,
@@ -69,20 +70,20 @@ def command(
             announce=output.note,
             progress=advance,
         )
-    data = [one.model_dump() for one in found]
+    data = found.model_dump(mode="json")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "sensitivity.json", json.dumps(data, indent=1) + "\n")
         output.note(f"Written to {out / 'sensitivity.json'}")
     if plot is not None:
-        series = sensitivity_series(found)
+        series = sensitivity_series(found.measurements)
         write_plot(plot, series, title=ckpt.name, x_label="pruned after block", y_label="divergence, nats")
         output.note(f"Plot written to {plot}")
     saved.remove()
-    output.emit(_table(ckpt.name, found), {"measurements": data}, as_json=as_json)
+    output.emit(_table(ckpt.name, found.measurements), data, as_json=as_json)
 
 
-def _table(name: str, found: list[SensitivityFacts]) -> Table:
+def _table(name: str, found: Sequence[SensitivityFacts]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{name}: pruned at one point (± one standard error)", title_justify="left")

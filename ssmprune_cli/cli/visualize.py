@@ -9,6 +9,7 @@ import typer
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.options import reads_checkpoints
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
@@ -20,6 +21,7 @@ def command(
     count: Annotated[int, typer.Option(help="How many images to show of each folder or archive.", min=1)] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
     reading: Reading = NOTHING_SAID,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures of an earlier run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw which patches a pruned model keeps, and how it scores them.
@@ -29,13 +31,19 @@ def command(
     patches are faded to blue; what the model's crop leaves out is grey. Where patches overlap, a cell of the picture is
     the centre of its patch.
     """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder", where="--out")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UsageError(f"the folder {out} is not empty", where="--out", hint="Choose another, or give `--overwrite`.")
+
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import Joined, some_images
     from ssmprune_cli.workflows.visualize import visualize
 
-    drawn = visualize(
-        checkpoint.load_as(path, reading), Joined([some_images(each, count, seed) for each in images]), out
-    )
+    dataset = Joined([some_images(each, count, seed) for each in images])
+    for note in dataset.notes:
+        output.warn(note)
+    drawn = visualize(checkpoint.load_as(path, reading), dataset, out)
     lines = [f"After block {stage.block}: {stage.count} of {stage.patches} patches kept" for stage in drawn.stages]
     output.emit("\n".join(lines), drawn.to_dict(), as_json=as_json)
     output.note(f"Written to {out}")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
-from ssmprune_cli.data.cifar10 import open_cifar10
+from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
 from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
-from ssmprune_cli.data.loader import Batch, batches
+from ssmprune_cli.data.loader import Batch, batches, unprepared
 from ssmprune_cli.data.npz import open_npz
 from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_side, to_rgb, visible_box
 from ssmprune_cli.registry import Registry
@@ -19,6 +19,7 @@ DATASETS: Registry[Callable[[Path, Split], ImageDataset]] = Registry("dataset")
 DATASETS.register("imagenet", open_imagenet)
 DATASETS.register("imagefolder", open_imagefolder)
 DATASETS.register("cifar10", open_cifar10)
+DATASETS.register("cifar100", open_cifar100)
 DATASETS.register("npz", open_npz)
 
 
@@ -48,5 +49,6 @@ __all__ = [
     "resize_short_side",
     "some_images",
     "to_rgb",
+    "unprepared",
     "visible_box",
 ]

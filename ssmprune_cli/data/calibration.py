@@ -6,7 +6,8 @@ import hashlib
 import random
 from pathlib import Path
 
-from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset, check_folder, image_files
+from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset
+from ssmprune_cli.data.files import check_folder, counted, find_images
 from ssmprune_cli.data.npz import NpzImages
 from ssmprune_cli.errors import DataError
 
@@ -28,14 +29,17 @@ def some_images(path: Path, count: int, seed: int) -> ImageDataset:
     """`count` images of `path`, which may be a single image too, chosen as `calibration_images` does."""
     dataset: ImageDataset
     if path.suffix == ".npz":
-        dataset = NpzImages(path)
-    elif path.is_file():
+        dataset = NpzImages(path, "train")
+    elif path.exists() and not path.is_dir():
         dataset = ImageFiles(path.parent, [path], labels=None)
     else:
         check_folder(path)
-        dataset = ImageFiles(path, image_files(path), labels=None)
-    if len(dataset) == 0:
-        raise DataError("has no images", where=str(path))
+        found = find_images(path)
+        left_out = counted(found.left_out)
+        if not found.files:
+            raise DataError(f"has no images{left_out and f', only {left_out}'}", where=str(path))
+        notes = [f"{path}: files that are not read as images were left out: {left_out}."] if left_out else []
+        dataset = ImageFiles(path, found.files, labels=None, notes=notes)
     if count < len(dataset):
         dataset = Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
     return dataset

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from ssmprune_cli.errors import DataError
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+from ssmprune_cli.data.image_file import read_image
+from ssmprune_cli.errors import shown
 
 Split = Literal["train", "val"]
+_LONGEST_NAME = 4096  # characters, as of a path
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "test")}
 
 
@@ -45,40 +45,49 @@ class ImageDataset(ABC):
         """Names by class index; empty if the dataset has none."""
         return ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how it was read: the order of the classes if others are possible, what is left
+        out, classes without images."""
+        return ()
+
 
 class ImageFiles(ImageDataset):
     """Image files below `root`. `labels` has one class index a file, or is None."""
 
     def __init__(
-        self, root: Path, files: Sequence[Path], labels: Sequence[int] | None, class_names: Iterable[str] = ()
+        self,
+        root: Path,
+        files: Sequence[Path],
+        labels: Sequence[int] | None,
+        class_names: Iterable[str] = (),
+        notes: Iterable[str] = (),
     ) -> None:
         self._root = root
         self._files = files
         self._labels = labels
-        self._class_names = tuple(class_names)
+        self._class_names = tuple(shown(name) for name in class_names)
+        self._notes = tuple(notes)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def image(self, index: int) -> Image.Image:
-        path = self._files[index]
-        try:
-            with Image.open(path) as image:
-                check_pixels(*image.size)
-                image.load()
-                return image
-        except Exception as error:  # PIL's decoders raise almost anything on damaged files
-            raise DataError(f"cannot be read as an image: {error}", where=str(path)) from error
+        return read_image(self._files[index])
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
 
     def name(self, index: int) -> str:
-        return self._files[index].relative_to(self._root).as_posix()
+        return shown(self._files[index].relative_to(self._root).as_posix(), _LONGEST_NAME)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self._class_names
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
 
 
 class Subset(ImageDataset):
@@ -108,11 +117,16 @@ class Subset(ImageDataset):
     def class_names(self) -> tuple[str, ...]:
         return self._dataset.class_names
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._dataset.notes
+
 
 class Joined(ImageDataset):
     """The images of several datasets one after the other, without labels."""
 
     def __init__(self, datasets: Sequence[ImageDataset]) -> None:
+        self._datasets = datasets
         self._places = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
 
     def __len__(self) -> int:
@@ -129,52 +143,6 @@ class Joined(ImageDataset):
         dataset, place = self._places[index]
         return dataset.name(place)
 
-
-def check_pixels(width: int, height: int) -> None:
-    """Raises ValueError for more pixels than PIL holds to be safe: it only warns up to twice as many."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise ValueError(f"{width} x {height} pixels are more than the limit of {limit:,}")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Every image file (by its suffix) in `folder` and below, sorted by path, hidden files and folders left out.
-
-    Links are followed, each folder is read once. Raises DataError for a folder that cannot be read.
-    """
-    return sorted(_walk(folder, set()), key=lambda path: path.relative_to(folder).parts)
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in `folder`, sorted by name, hidden ones left out."""
-    return sorted(
-        (path for path in folder.iterdir() if path.is_dir() and not _hidden(path)), key=lambda path: path.name
-    )
-
-
-def check_folder(folder: Path) -> None:
-    """Raises DataError unless `folder` is a folder."""
-    if not folder.is_dir():
-        raise DataError("is not a folder" if folder.exists() else "does not exist", where=str(folder))
-
-
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """`seen` has the folders that were read, links resolved: a link to a folder above would give its images again."""
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    try:
-        paths = sorted(folder.iterdir())  # sorted: with two ways to a folder, always the same one is taken
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(folder)) from error
-    for path in paths:
-        if _hidden(path):
-            continue
-        if path.is_dir():
-            yield from _walk(path, seen)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            yield path
-
-
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".")
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for dataset in self._datasets for note in dataset.notes)

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ _AHEAD = 2  # batches read while the model works on one
 class Batch:
     """`images` (B, 3, crop, crop) float32, `labels` (B,) int64 or None if the dataset has none, and a name for each."""
 
-    images: Tensor
-    labels: Tensor | None
+    images: Tensor = field(repr=False)
+    labels: Tensor | None = field(repr=False)
     names: tuple[str, ...]
 
 
@@ -38,8 +38,8 @@ def batches(dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int
         image = dataset.image(index)
         try:
             return preprocess(image, preprocessing)
-        except ValueError as error:
-            raise DataError(f"cannot be prepared for the model: {error}", where=dataset.name(index)) from error
+        except (ValueError, OSError, MemoryError) as error:
+            raise unprepared(error, dataset.name(index)) from error
 
     waiting: deque[tuple[range, list[Future[Tensor]]]] = deque()
     starts = iter(range(0, len(dataset), batch_size))
@@ -55,6 +55,12 @@ def batches(dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int
             yield _batch(dataset, indices, torch.stack([future.result() for future in futures]))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def unprepared(error: Exception, name: str) -> DataError:
+    """What to raise for an image that was read, and cannot be made what a model expects."""
+    reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
+    return DataError(f"cannot be prepared for the model: {reason}", where=name)
 
 
 def _batch(dataset: ImageDataset, indices: range, images: Tensor) -> Batch:

@@ -8,17 +8,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data.datasets import check_pixels
+from ssmprune_cli.data.image_file import check_pixels
 from ssmprune_cli.preprocessing import Preprocessing
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` in 8-bit RGB. 16-bit grey is scaled to 8 bits: PIL's own conversion clips it to white."""
+    """`image` in 8-bit RGB. 16-bit grey is scaled to 8 bits: PIL's own conversion clips it to white.
+
+    Raises ValueError for pixels whose range is not known: float ones, and integers beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point, and nothing says which value is white; save it with 8 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64) // 257
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise ValueError("its pixels are integers beyond 16 bits, and nothing says which is white; save it with 8")
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         # A palette with transparent entries must become RGBA first, or PIL warns.
         return image.convert("RGBA").convert("RGB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
+from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
 from ssmprune_cli.pruning.reduction import rank
@@ -28,6 +29,12 @@ class Prunable(Protocol):
     @property
     def stages(self) -> tuple[Stage, ...]: ...
 
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def forward(self, images: Tensor) -> Tensor: ...
@@ -43,7 +50,7 @@ class PointStatistics:
     """
 
     point: int
-    kept: Tensor
+    kept: Tensor = field(repr=False)
     mean: float
     std: float
     mass_kept: float | None
@@ -63,7 +70,7 @@ class Calibration:
     """deltas: one entry a block, mean steps (directions, E) of the tokens dropped before it, float64, or None."""
 
     images: int
-    deltas: tuple[Tensor | None, ...]
+    deltas: tuple[Tensor | None, ...] = field(repr=False)
     points: tuple[PointStatistics, ...]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.images import Images, as_batches
 from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
@@ -42,7 +41,7 @@ def compress(
     importance: str = "clip",
     reduction: str = "context",
     alignment: str = "auto",
-    calibration: Tensor | Iterable[Tensor] | None = None,
+    calibration: Images | None = None,
     seed: int = 0,
 ) -> Calibration | None:
     """Make `model` drop tokens between blocks, in place; `restore` undoes it. The weights do not change.
@@ -51,24 +50,37 @@ def compress(
     tokens       instead of `keep`: patch tokens that stay after each point
     points       after how many blocks, within a stage; by default a quarter, half and three quarters of the longest
     alignment    see `choose_alignment`
-    calibration  normalised images (B, 3, H, W) on the model's device, or batches of them; unlabelled
+    calibration  images (B, 3, H, W), normalised floats or uint8: a tensor, an array, or a loader of batches, with
+                 labels or without (see `as_batches`)
 
-    Returns what calibration saw, or None without it. Raises UsageError for settings that do not fit the model.
+    Returns what calibration saw, or None without it. Raises UsageError for a module that is none of our backbones, and
+    for settings or images that do not fit it.
     """
+    _check_backbone(model)
     schedule = PruneSchedule.resolve(model.stages, points=points, keep=keep, tokens=tokens)
     chosen = choose_alignment(alignment, reduction, calibrated=calibration is not None)
     settings = PruneSettings(schedule, importance, reduction, chosen, seed)
-    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration or ())
-    seen = None if calibration is None else calibrate(model, settings, batches)
     like, fits_mass = next(model.parameters()), ALIGNMENTS.get(chosen).needs_sizes
+    batches = () if calibration is None else as_batches(model, calibration)
+    kept = list(batches) if fits_mass else []  # read once more for every mass: a loader may shuffle
+    seen = None if calibration is None else calibrate(model, settings, kept or batches)
     pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen and not fits_mass else None)
     pruner.to(like.device, like.dtype)
     if seen is not None and fits_mass:
-        fit_mass(model, pruner, batches)
+        fit_mass(model, pruner, kept)
     model.pruner = pruner
     return seen
 
 
 def restore(model: Prunable) -> None:
-    """Make `model` dense again."""
+    """Make `model` dense again. Raises UsageError for a module that is none of our backbones."""
+    _check_backbone(model)
     model.pruner = None
+
+
+def _check_backbone(model: object) -> None:
+    if not all(hasattr(model, name) for name in ("pruner", "mixers", "stages")):
+        raise UsageError(
+            f"a {type(model).__name__} has no place to drop tokens at: `compress` and `restore` take a backbone",
+            hint='Load the checkpoint with `ssmprune_cli.load("FILE.pth")`, and give what it returns.',
+        )

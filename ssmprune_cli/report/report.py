@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.recipe import Section
@@ -148,6 +148,13 @@ class SensitivityFacts(Section):
     multiply_adds: float
 
 
+class Sensitivity(Section):
+    """sensitivity.json: measurements, and the SHA-256 of the weights that they are of."""
+
+    weights_sha256: str
+    measurements: tuple[SensitivityFacts, ...]
+
+
 class SampleStage(Section):
     """Of one image: the patches (indices into the `grid` of rows and columns) that stay after `after_block` blocks."""
 
@@ -266,13 +273,16 @@ def read_report(folder: Path) -> Report:
     if not path.exists():
         return report
     try:
-        found = TypeAdapter(tuple[SensitivityFacts, ...]).validate_json(path.read_bytes())
+        found = Sensitivity.model_validate_json(path.read_bytes())
     except OSError as error:
         raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except ValidationError as error:
         hint = "Make it again with `ssmprune sensitivity`, or delete it."
         raise SsmpruneError(f"is no result of a sensitivity: {_fault(error)}", where=str(path), hint=hint) from error
-    return report.model_copy(update={"sensitivity": found})
+    if found.weights_sha256 != report.provenance.get("weights_sha256"):
+        hint = "Measure that of this report's input with `ssmprune sensitivity CKPT --out FOLDER`, or delete the file."
+        raise SsmpruneError("is of other weights than those that were compressed", where=str(path), hint=hint)
+    return report.model_copy(update={"sensitivity": found.measurements})
 
 
 def _fault(error: ValidationError) -> str:

@@ -249,7 +249,7 @@ def compare(
         calibration = load_images(comparison.model, calibration_images(calib, calib_images, seed))
     done = progress("Comparing") if progress else None
     total = 1 + len(methods) * len(budgets) + len(recipes) + len(others)
-    rows, notes = [comparison.dense()], []
+    rows, notes = [comparison.dense()], list(dataset.notes)
 
     def advance() -> None:
         if done:

@@ -19,6 +19,7 @@ from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restor
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, SearchTrial
 from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.identity import weights_sha256
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.reporting import (
     accuracy_facts,
@@ -102,6 +103,9 @@ def compress_checkpoint(
         images = calibration_images(calib, recipe.calibration.images, recipe.calibration.seed)
         if len(images) < recipe.calibration.images:
             warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
+        warnings += images.notes
+    if evaluation is not None:
+        warnings += evaluation.notes
 
     def calibration_batches(dataset: ImageDataset) -> Iterator[Tensor]:
         done = progress("Calibrating") if progress else None
@@ -142,7 +146,7 @@ def compress_checkpoint(
             "calibration": calibration_facts(seen) if seen else None,
             "search": search,
             "samples": drawn,
-            "warnings": tuple(warnings),
+            "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
         }
     )
     assert report.pruning is not None
@@ -186,6 +190,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         provenance={
             "input": shown(source.path.name),
             "input_sha256": checkpoint.sha256(source.path),
+            "weights_sha256": weights_sha256(model),
             **versions(next(model.parameters()).device),
             **provenance,
         },

@@ -73,16 +73,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found on `count` images, of a model with weights in `dtype`."""
+    """What `evaluate` found on `count` images, of a model with weights in `dtype`.
+
+    notes  of the dataset: the order of its classes where others are possible, what was left out
+    """
 
     count: int
     dtype: str
     accuracy: Accuracy
     comparison: Comparison | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         compared = self.comparison.to_dict() if self.comparison else {}
-        return {"count": self.count, "dtype": self.dtype, **self.accuracy.to_dict(), **compared}
+        facts = {"count": self.count, "dtype": self.dtype, "notes": list(self.notes)}
+        return {**facts, **self.accuracy.to_dict(), **compared}
 
 
 class _Score:
@@ -192,7 +197,8 @@ def evaluate(
     for score in scores:
         score.collect()
     comparison = _compare(scores[0], scores[1], dataset) if compare is not None else None
-    return Evaluation(len(dataset), str(model.dtype).removeprefix("torch."), scores[0].accuracy(), comparison)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Evaluation(len(dataset), dtype, scores[0].accuracy(), comparison, dataset.notes)
 
 
 def spread(total: int, count: int) -> list[int]:

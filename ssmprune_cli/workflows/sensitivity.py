@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli import checkpoint
 from ssmprune_cli.data import calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings, TokenPruner, choose_alignment, divergence
-from ssmprune_cli.report import SensitivityFacts
+from ssmprune_cli.report import Sensitivity, SensitivityFacts
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.trials import Measurements, SavedState, load_images
 
@@ -71,28 +71,23 @@ def sensitivity(
     state_path: Path | None = None,
     announce: Callable[[str], None] | None = None,
     progress: Progress | None = None,
-) -> tuple[list[SensitivityFacts], SavedState]:
-    """Every possible point with every ratio, and the state that remembers them.
+) -> tuple[Sensitivity, SavedState]:
+    """Every possible point with every ratio, of the model's weights, and the state that remembers them.
 
     announce  is told, after the dense pass, about how long it will take
     Raises UsageError for a ratio that is none, DataError for images or logits that cannot be used.
     """
     if any(not 0 < ratio < 1 for ratio in ratios):
-        raise UsageError("ratios of tokens kept lie between 0 and 1")
+        raise UsageError("ratios of tokens kept lie between 0 and 1", where="--keep")
     model = source.load().to(resolve_device(device))
     method = Method(importance, reduction, choose_alignment(alignment, reduction, calibrated=True))
     dataset = calibration_images(calib, images, seed)
     if len(dataset) < 2:
         raise DataError("a sensitivity needs at least two images", where=str(calib))
+    identity = run_identity(model, device)
     state = SavedState(
         state_path,
-        {
-            "checkpoint": checkpoint.sha256(source.path),
-            "images": fingerprint(dataset),
-            "method": str(method),
-            "seed": seed,
-            "device": device,
-        },
+        {**identity, "images": fingerprint(dataset), "method": str(method), "seed": seed},
     )
     start = time.perf_counter()
     pixels = load_images(model, dataset)
@@ -105,6 +100,8 @@ def sensitivity(
     if announce is not None:
         # Two dense passes and a count have run; a case is a calibration, a pruned pass and a count.
         seconds = (time.perf_counter() - start) * len(cases)
+        for note in dataset.notes:
+            announce(note)
         announce(f"{len(cases)} measurements, about {_duration(seconds)}; {state.found} results are known already.")
     found = []
     for number, (point, ratio) in enumerate(cases, start=1):
@@ -113,7 +110,7 @@ def sensitivity(
         found.append(SensitivityFacts(point=point, keep=ratio, **values))
         if progress is not None:
             progress(number, len(cases))
-    return found, state
+    return Sensitivity(weights_sha256=identity["weights_sha256"], measurements=tuple(found)), state
 
 
 def _measure(

@@ -154,7 +154,7 @@ def commands(folder: Path, artefact: Path) -> dict[str, tuple[Any, ...]]:
         "eval": ("eval", artefact, *labelled, "--compare", ckpt),
         "profile": ("profile", artefact, "--compare", ckpt, "--batch-size", "1", "--rounds", "1"),
         "report": ("report", artefact),
-        "visualize": ("visualize", artefact, images, "--count", "1", "--out", folder / "pictures"),
+        "visualize": ("visualize", artefact, images, "--count", "1", "--out", folder / "pictures", "--overwrite"),
         "sensitivity": ("sensitivity", ckpt, "--calib", images, "--keep", "0.5"),
         "search": ("search", ckpt, "--calib", images, "--flops", "0.8", *few, "--out", folder / "front"),
         "compare": ("compare", ckpt, "--methods", "clip/drop/none,random/context/none", "--keep", "0.6", *labelled),

@@ -94,7 +94,8 @@ def test_a_full_report_is_valid_and_holds_everything(ssmprune: Run, artefact: Pa
     assert [each["keep"] for each in printed["sensitivity"]] == [0.5] * 3  # from sensitivity.json
     assert {**printed, "sensitivity": None} == report
     written = json.loads((artefact / "sensitivity.json").read_text())
-    assert written == printed["sensitivity"]
+    assert written["measurements"] == printed["sensitivity"]
+    assert written["weights_sha256"] == printed["provenance"]["weights_sha256"]
 
 
 def test_json_takes_no_other_form(ssmprune: Run, plain: Path, tmp_path: Path) -> None:
@@ -155,6 +156,17 @@ def test_a_damaged_sensitivity_is_named(ssmprune: Run, plain: Path, tmp_path: Pa
     (tmp_path / "sensitivity.json").write_text(text)
     done = ssmprune("report", tmp_path)
     assert done.returncode == 1 and "sensitivity.json: is no result of a sensitivity" in done.stderr
+
+
+def test_a_sensitivity_of_other_weights_is_refused(ssmprune: Run, artefact: Path, plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes((plain / "report.json").read_bytes())
+    text = (artefact / "sensitivity.json").read_text()
+    (tmp_path / "sensitivity.json").write_text(text)
+    assert ssmprune("report", tmp_path).returncode == 0
+    digest = json.loads(text)["weights_sha256"]
+    (tmp_path / "sensitivity.json").write_text(text.replace(digest, digest[::-1]))
+    done = ssmprune("report", tmp_path)
+    assert done.returncode == 1 and "sensitivity.json: is of other weights than those" in done.stderr
 
 
 def test_a_file_is_no_artefact_and_a_folder_of_artefacts_names_them(ssmprune: Run, plain: Path) -> None:

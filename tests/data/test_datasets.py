@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ssmprune_cli.data import DATASETS, ImageDataset, Split, open_dataset
-from ssmprune_cli.data.cifar10 import CLASSES
+from ssmprune_cli.data.cifar import CIFAR10
 from ssmprune_cli.data.datasets import Subset
 from ssmprune_cli.data.imagenet import devkit_wnids, wnids
 from ssmprune_cli.errors import DataError, UsageError
@@ -41,7 +41,7 @@ def test_missing_root_is_an_error(name: str, tmp_path: Path) -> None:
         open_dataset(name, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["imagenet", "imagefolder", "cifar10"])
+@pytest.mark.parametrize("name", ["imagenet", "imagefolder", "cifar10", "cifar100"])
 def test_empty_root_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has n"):
         open_dataset(name, tmp_path)
@@ -84,7 +84,7 @@ def test_npz_faults(arrays: dict[str, np.ndarray], message: str, tmp_path: Path)
 
 def test_npz_runs_no_pickle(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.array([{}], dtype=object))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="`images` holds object, not numbers"):
         open_dataset("npz", tmp_path / "a.npz")
 
 
@@ -382,7 +382,7 @@ def test_cifar10_unknown_folder(tmp_path: Path) -> None:
 def test_cifar10_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((1, 32, 32, 3), np.uint8), labels=np.array([4]))
     dataset = open_dataset("cifar10", tmp_path / "a.npz")
-    assert dataset.class_names == CLASSES
+    assert dataset.class_names == CIFAR10.classes
     assert listed(dataset) == [("images[0]", 4)]
 
 

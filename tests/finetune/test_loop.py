@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,20 @@ def test_a_folder_that_cannot_be_used_is_found_before_the_first_epoch(images: Im
         finetune(make_model(), Data(images), Job(SETTINGS), tmp_path)
     with pytest.raises(UsageError, match="no training to resume"):
         finetune(make_model(), Data(images), Job(SETTINGS), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_is_named(number: signal.Signals, images: ImageDataset, tmp_path: Path) -> None:
+    def stop(line: dict[str, Any]) -> None:
+        if line.get("step") == 1:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    result = finetune(make_model(), Data(images), Job(SETTINGS), tmp_path / "out", report=stop)
+    assert (result.interrupted, result.to_dict()["interrupted"], result.epochs) == (number, number, [])
+    assert signal.getsignal(number) is before
+    result = finetune(make_model(), Data(images), Job(SETTINGS), tmp_path / "out", resume=True)
+    assert (result.interrupted, len(result.epochs)) == (0, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")

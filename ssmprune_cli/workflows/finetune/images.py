@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssmprune_cli.data import ImageDataset
+from ssmprune_cli.data import ImageDataset, unprepared
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
@@ -88,8 +88,8 @@ class _Parts(Dataset[_Part]):
         image = self.images.image(index)
         try:
             return training_image(image, self.preprocessing, self.settings, mixed_seed(*self.seeds, step, place, 0))
-        except ValueError as error:
-            raise DataError(f"cannot be prepared for the model: {error}", where=self.images.name(index)) from error
+        except (ValueError, OSError, MemoryError) as error:
+            raise unprepared(error, self.images.name(index)) from error
 
 
 @contextmanager

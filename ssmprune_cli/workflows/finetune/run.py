@@ -18,7 +18,7 @@ import torch
 import ssmprune_cli
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset
-from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.errors import MAX_MESSAGE, DataError, UsageError, shown
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe import Training
@@ -27,8 +27,9 @@ from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
 from ssmprune_cli.workflows.finetune.loss import teach
 from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
+from ssmprune_cli.workflows.identity import dataset_identity, model_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
-from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process
+from ssmprune_cli.workflows.processes import as_first_process, gathered, this_process, together
 from ssmprune_cli.workflows.reporting import describe, report_files
 
 
@@ -67,11 +68,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What was done: a line for each epoch, updates skipped, whether a signal stopped it, and where the models are."""
+    """What was done: a line for each epoch, updates skipped, the signal that stopped it, and where the models are.
+
+    interrupted  0 if the training came to its end, else the number of the signal: SIGINT or SIGTERM
+    """
 
     epochs: list[dict[str, Any]]
     skipped: int
-    interrupted: bool
+    interrupted: int
     last: Path | None
     best: Path | None
 
@@ -106,13 +110,20 @@ def finetune(
     job = replace(job, report=job.report or describe(model))
     if job.teacher is not None:
         teach(model, job.teacher)
-    made_with = {**settings.model_dump(mode="json"), "seed": job.seed, "images": len(data.training)}
+    made_with = {
+        **settings.model_dump(mode="json"),
+        "seed": job.seed,
+        "start": model_identity(model),
+        "teacher": None if job.teacher is None else model_identity(job.teacher),
+        "images": dataset_identity(data.training),
+        "validation images": None if data.validation is None else dataset_identity(data.validation),
+    }
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     first = this_process().rank == 0
     if first:
         # The state holds weights, two moments and a mean of the weights; twice, for the old one goes last. Two models.
         prepare_folder(out, weights * (2 * (3 + (settings.ema is not None)) + 4), resume=resume)
-    with stop_signals() as asked:
+    with stop_signals() as asked, together():
         trainer = Trainer(
             model,
             data.training,
@@ -166,7 +177,9 @@ def finetune(
             save()
         found = [folder if folder.exists() else None for folder in (out / LAST, out / BEST)]
         model.eval()
-        return Finetuned(done.epochs, done.skipped, done.epoch < settings.epochs, *found)
+        # Where another process got the signal, this one stopped as for Ctrl-C.
+        number = next(iter(asked), signal.SIGINT) if done.epoch < settings.epochs else 0
+        return Finetuned(done.epochs, done.skipped, int(number), *found)
 
 
 def _end_epoch(
@@ -213,7 +226,7 @@ def artefact_files(job: Job, epochs: list[dict[str, Any]], skipped: int) -> dict
 def provenance(job: Job) -> dict[str, Any]:
     """The first line of a log: what ran where."""
     return {
-        "command": job.command,
+        "command": shown(job.command, MAX_MESSAGE),
         "settings": job.settings.model_dump(mode="json"),
         "seed": job.seed,
         "distilled": job.teacher is not None,

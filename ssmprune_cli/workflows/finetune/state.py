@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
 
 STATE, LOG = "state.pt", "log.jsonl"
 LAST, BEST = "last", "best"
@@ -71,13 +71,48 @@ def read_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "there is no training to resume here", where=str(folder), hint="Leave out `--resume` to start one."
         ) from error
     except Exception as error:  # torch.load raises almost anything on a damaged file
-        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
-    given, own = json.loads(json.dumps(settings)), json.loads(state["settings"])
-    names = [name for name in sorted(given.keys() | own.keys()) if given.get(name) != own.get(name)]
-    if names:
-        faults = ", ".join(f"{name} was {own.get(name)} and is {given.get(name)}" for name in names)
-        raise UsageError(f"the training to resume had other settings: {faults}", where=str(path))
+        raise CheckpointError(f"cannot be read: {shown(str(error))}", where=str(path)) from error
+    own = _settings(state)
+    if own is None:
+        raise CheckpointError("is not the state of a training", where=str(path))
+    now = _flat(json.loads(json.dumps(settings)))
+    faults = [
+        f"{name} was {shown(str(own.get(name)))} and is {shown(str(now.get(name)))}"
+        for name in sorted(now.keys() | own.keys())
+        if now.get(name) != own.get(name)
+    ]
+    if faults:
+        raise UsageError(
+            f"the training to resume had other settings: {listing(faults)}",
+            where=str(path),
+            hint="Give the same files and options as before, or train into another folder.",
+        )
     return state
+
+
+def _settings(state: object) -> dict[str, Any] | None:
+    """What a state was made with, by flat names; None if it is none of ours."""
+    if (
+        not isinstance(state, dict)
+        or not {"settings", "progress", "model", "optimizer", "ema", "scaler"} <= state.keys()
+    ):
+        return None
+    try:
+        values = json.loads(state["settings"])
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return _flat(values) if isinstance(values, dict) else None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by names such as "start config depth", so that a message names what differs and no more."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name} "))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def prepare_folder(folder: Path, needed: int, *, resume: bool) -> None:

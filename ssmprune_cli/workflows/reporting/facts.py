@@ -153,6 +153,7 @@ def unmeasured(report: Report) -> list[str]:
 _ORIGINS = {
     "input": "input file",
     "input_sha256": "its SHA-256",
+    "weights_sha256": "SHA-256 of the weights in it",
     "backend": "kernels",
     "calibration_images": "calibration images",
     "calibration_sha256": "their SHA-256",

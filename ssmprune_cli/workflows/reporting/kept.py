@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ class Stage:
     """
 
     block: int  # pruned after this many blocks
-    kept: NDArray[np.bool_]
-    score: NDArray[np.float32]
+    kept: NDArray[np.bool_] = field(repr=False)
+    score: NDArray[np.float32] = field(repr=False)
 
     @property
     def patches(self) -> int:

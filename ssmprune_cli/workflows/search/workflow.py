@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ssmprune_cli import checkpoint
 from ssmprune_cli.data import Subset, calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, SsmpruneError
 from ssmprune_cli.pruning import Method, PruneSchedule
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.compress import Source
-from ssmprune_cli.workflows.measure import resolve_device
+from ssmprune_cli.workflows.identity import run_identity
+from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
 from ssmprune_cli.workflows.trials import (
     Costs,
@@ -109,7 +109,7 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
             f"a search needs at least {MIN_IMAGES} calibration images, and there are {len(dataset)}",
             where=str(plan.calib),
         )
-    warnings = []
+    warnings = list(dataset.notes)
     if len(dataset) < plan.calibration.images:
         warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration images were found.")
     if len(dataset) < FEW_IMAGES:
@@ -120,12 +120,12 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
     order = list(range(len(dataset)))  # by name, so perhaps by class: the part held back must not be other classes
     random.Random(plan.seed).shuffle(order)
     identity = {
-        "checkpoint": checkpoint.sha256(source.path),
+        **run_identity(model, plan.device),
         "images": fingerprint(dataset),
         "seed": plan.seed,
-        "device": plan.device,
-        "image_size": list(model.image_size),
+        "batch_size": plan.calibration.batch_size,
         "latency_ms": plan.latency_ms,
+        "machine": None if plan.latency_ms is None else machine(plan.device),
     }
     state = SavedState(plan.state, identity)
     if state.found:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.errors import SsmpruneError, UsageError, listing, shown
 from ssmprune_cli.workflows.write import write_text
 
 Value = TypeVar("Value")
 
 
 class SavedState:
-    """Results by key. `identity` says what they are results of: a file of something else is refused.
+    """Results by key. `identity` (what JSON knows) says what they are results of: a file of something else is refused.
 
     Without a path nothing is written. A deterministic computation that asks here for every costly result continues
     where it was killed: it runs again from the start, and what is known costs nothing.
@@ -22,24 +22,16 @@ class SavedState:
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
         self.path = path
-        self._identity = dict(identity)
+        self._identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))  # tuples become lists, as in the file
         self._results: dict[str, Any] = {}
         self.found = 0
         if path is None or not path.exists():
             return
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            theirs, self._results = values["identity"], values["results"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SsmpruneError(
-                f"cannot be read as the state of an earlier run: {error}",
-                where=str(path),
-                hint="Delete it to start anew.",
-            ) from error
+        theirs, self._results = _read(path)
         different = sorted(key for key in self._identity | theirs if self._identity.get(key) != theirs.get(key))
         if different:
             raise UsageError(
-                f"is the state of another run: {', '.join(different)} differ",
+                f"is the state of another run: {listing(different)} differ",
                 where=str(path),
                 hint="Delete it to start anew, or name another file with `--state`.",
             )
@@ -61,3 +53,21 @@ class SavedState:
     def _save(self) -> None:
         if self.path is not None:
             write_text(self.path, json.dumps({"identity": self._identity, "results": self._results}))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Identity and results in the file of a user. Raises SsmpruneError for whatever is none of ours."""
+    if not path.is_file():
+        raise SsmpruneError("is no file, so it is no state of an earlier run", where=str(path))
+    reason = "it has no `identity` and `results` by name"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and all(isinstance(values.get(key), dict) for key in ("identity", "results")):
+            return values["identity"], values["results"]
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        reason = shown(str(error)) or type(error).__name__
+    raise SsmpruneError(
+        f"cannot be read as the state of an earlier run: {reason}",
+        where=str(path),
+        hint="Delete it to start anew, or name another file with `--state`.",
+    )

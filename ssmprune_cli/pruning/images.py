@@ -1,0 +1,91 @@
+"""What a user has for calibration images, as batches that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.pruning.calibration import Prunable
+
+_AT_ONCE = 64  # images of one array that go through the model together
+_NORMALISED = 50.0  # beyond it no image is normalised: a channel's 0 to 255 was not scaled
+_WANTED = (
+    "Give images (B, 3, H, W), normalised floats or uint8, as a tensor or array; or batches of them, as a DataLoader "
+    "has: images, or (images, labels)."
+)
+
+Images = Tensor | np.ndarray[Any, Any] | Iterable[Any]
+
+
+def as_batches(model: Prunable, images: Images) -> Iterable[Tensor]:
+    """Batches (B, 3, H, W) of normalised images on the model's device and in its dtype; they can be read twice.
+
+    images  one tensor or array (B, 3, H, W), or batches of them, or pairs (images, labels) as a loader gives. Floats
+            are normalised already and as large as the model expects. Of uint8, (B, H, W, 3) is taken too, and what
+            the model's preprocessing says is done: resized, cropped and normalised.
+
+    Raises UsageError, when a batch is read, for what is none of it.
+    """
+    if isinstance(images, Tensor | np.ndarray):
+        parts = torch.as_tensor(images)
+        return _Batches(model, parts.split(_AT_ONCE) if parts.ndim == 4 else [parts])
+    if isinstance(images, str | bytes | dict) or not hasattr(images, "__iter__"):
+        raise UsageError(f"a value of type {type(images).__name__} holds no calibration images", hint=_WANTED)
+    return _Batches(model, list(images) if isinstance(images, Iterator) else images)
+
+
+class _Batches(Iterable[Tensor]):
+    def __init__(self, model: Prunable, parts: Iterable[Any]) -> None:
+        self._model = model
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[Tensor]:
+        like = next(self._model.parameters())
+        for part in self._parts:
+            images = part[0] if isinstance(part, tuple | list) and 0 < len(part) <= 2 else part
+            if not isinstance(images, Tensor | np.ndarray):
+                raise UsageError(f"calibration images are of type {type(images).__name__}", hint=_WANTED)
+            yield _prepared(torch.as_tensor(images), self._model).to(like.device, like.dtype)
+
+
+def _prepared(images: Tensor, model: Prunable) -> Tensor:
+    channels_last = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] != 3
+    if images.dtype == torch.uint8 and channels_last:
+        images = images.permute(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise UsageError(f"calibration images are {images.dtype} {tuple(images.shape)}", hint=_WANTED)
+    if images.dtype == torch.uint8:
+        return _by_preprocessing(images, model.preprocessing)
+    if not images.is_floating_point():
+        raise UsageError(f"calibration images are {images.dtype}, neither floats nor uint8", hint=_WANTED)
+    if tuple(images.shape[2:]) != model.image_size:
+        found, wanted = ("x".join(map(str, size)) for size in (images.shape[2:], model.image_size))
+        raise UsageError(f"calibration images have {found} pixels, and the model takes {wanted}", hint=_WANTED)
+    if not bool(images.isfinite().all()):
+        raise DataError("calibration images hold values that are not finite")
+    if float(images.abs().max()) > _NORMALISED:
+        raise UsageError(
+            f"calibration images reach {float(images.abs().max()):g}, so they are not normalised", hint=_WANTED
+        )
+    return images
+
+
+def _by_preprocessing(images: Tensor, settings: Preprocessing) -> Tensor:
+    """uint8 (B, 3, H, W) of any size, resized, cropped and normalised. float32 (B, 3, crop, crop)."""
+    height, width = images.shape[2:]
+    if min(height, width) != settings.resize:
+        long = int(settings.resize * max(height, width) / min(height, width))
+        size = (settings.resize, long) if height <= width else (long, settings.resize)
+        images = functional.interpolate(images.cpu(), size=size, mode=settings.interpolation, antialias=True)
+    height, width = images.shape[2:]
+    top, left = round((height - settings.crop) / 2), round((width - settings.crop) / 2)
+    images = images[:, :, top : top + settings.crop, left : left + settings.crop].cpu()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+    return (images.float() / 255 - mean) / std
