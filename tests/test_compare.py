@@ -14,7 +14,7 @@ from ssmprune_cli.pruning import PruneSchedule
 from ssmprune_cli.pruning.method import Method
 from ssmprune_cli.workflows import compare as workflow
 from ssmprune_cli.workflows.compare import Comparison
-from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.workflows.source import Source
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 

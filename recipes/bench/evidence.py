@@ -41,10 +41,10 @@ from ssmprune_cli.pruning.divergence import divergence, paired
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe.sections import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison, recipe_settings
-from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.measure.machine import machine
 from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
 from ssmprune_cli.workflows.trials.measure import load_images
 from ssmprune_cli.workflows.trials.state import SavedState

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
+from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
 from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
@@ -85,6 +85,7 @@ def command(
     min_accuracy: MinAccuracy = None,
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
+    judge: JudgeBy = "interval",
     out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artefact.")] = False,
     family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
@@ -146,7 +147,9 @@ def command(
     }
     settings += [f"{key}={value}" for key, value in given.items() if value is not None]
     chosen = chosen.override([*settings, *(overrides or [])])
-    limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio)
+    from ssmprune_cli.workflows.limits import Limits, enforce
+
+    limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio, judge)
     if eval_data is None:
         limits.require(("max_drop", "min_accuracy"), "--eval-data, the images to measure accuracy on")
     if dry_run:
@@ -155,7 +158,8 @@ def command(
         raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
 
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.workflows.compress import Source, compress_checkpoint, plan
+    from ssmprune_cli.workflows.compress import compress_checkpoint, plan
+    from ssmprune_cli.workflows.source import Source
 
     use_backend(backend)
     source = Source(ckpt, family, variant, weights, image_size)
@@ -188,13 +192,14 @@ def command(
         if found.latency_ms is not None and found.dense_latency_ms is not None:
             output.note(f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.")
     if dry_run or out is None:
-        report = plan(source, chosen)
+        report = plan(source, chosen, limits)
     else:
         with output.task_progress() as progress:
             report = compress_checkpoint(
                 source,
                 chosen,
                 out=out,
+                limits=limits,
                 calib=calib,
                 evaluation=_dataset(eval_data, dataset),
                 device=device,
@@ -207,13 +212,8 @@ def command(
     for warning in report.warnings:
         output.warn(warning)
     assert report.pruned is not None
-    checks = limits.check(
-        difference=report.accuracy.difference if report.accuracy else None,
-        top1=report.accuracy.top1 if report.accuracy else None,
-        flops=report.pruned.multiply_adds_all_directions / report.dense.multiply_adds_all_directions,
-        latency_ratio=report.speed.latency_ratio if report.speed else None,
-    )
-    data = {**report.to_dict(), "limits": [check.to_dict() for check in checks]}
+    checks = report.limits
+    data = report.to_dict()
     output.emit(_tables(report), data, as_json=as_json)
     if trace is not None:
         result.state.remove()
@@ -255,16 +255,14 @@ def _tables(report: Report) -> Group:
             f"{report.speed.latency_ratio - 1:+.1%}",
         )
     notes = []
-    if report.accuracy is not None:
-        figures = report.accuracy
-        low, high = figures.difference_interval
-        table.add_row(
-            f"top-1 on {figures.count:,} images (%)",
-            f"{100 * figures.dense.top1:.2f}",
-            f"{100 * figures.top1:.2f}",
-            f"{100 * figures.difference:+.2f} points",
-        )
-        notes.append(f"Top-1 changes by {100 * low:+.2f} to {100 * high:+.2f} points (95 %).")
+    from ssmprune_cli.tasks import TASKS
+
+    task = TASKS.get(report.task)
+    compared = task.facts(report)
+    if compared is not None:
+        row = task.brief(compared)
+        table.add_row(row.title, row.dense, row.pruned, row.change)
+        notes.append(f"{task.metric.capitalize()} changes by {row.within} points (95 %).")
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")

@@ -15,8 +15,8 @@ from ssmprune_cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssmprune_cli.workflows.compress import Source
     from ssmprune_cli.workflows.search import SearchPlan, SearchResult
+    from ssmprune_cli.workflows.source import Source
 
 
 def command(
@@ -58,9 +58,9 @@ def command(
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import known_methods
     from ssmprune_cli.recipe import CalibrationPlan
-    from ssmprune_cli.workflows.compress import Source
     from ssmprune_cli.workflows.reporting import search_series, write_plot
     from ssmprune_cli.workflows.search import Limits, SearchPlan
+    from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.write import write_text
 
     use_backend(backend)

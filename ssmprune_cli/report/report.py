@@ -22,6 +22,7 @@ MULTIPLY_ADD_CONVENTION = (
     "all_directions counts every scan direction, one_direction counts one of them, as the Vim papers do"
 )
 Interval = tuple[float, float]  # 95 %
+Judge = Literal["interval", "estimate"]  # what a limit is held against
 
 
 class Figures(Section):
@@ -75,6 +76,23 @@ class AccuracyFacts(ModelAccuracy):
     difference_interval: Interval
     p_value: float
     classes: tuple[ClassChange, ...] = ()
+
+
+class LimitFacts(Section):
+    """A limit that the user set on a measured value: the verdict is `holds`.
+
+    interval   of `value`, None if it has none
+    judged     whether all of the interval had to keep the limit, or the value alone
+    statement  value, interval and limit in a sentence
+    """
+
+    name: str
+    limit: float
+    value: float
+    interval: Interval | None
+    judged: Judge
+    holds: bool
+    statement: str
 
 
 class ModelSpeed(Section):
@@ -200,7 +218,9 @@ class FinetuningFacts(Section):
 class Report(Section):
     """Dense and pruned model side by side, and where both come from. A model that drops nothing has no `pruned`.
 
-    accuracy     both models on the same images, or None if they were not evaluated
+    task         what both models are for, and judged by
+    accuracy     of classifiers: both on the same images, or None if they were not evaluated
+    limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
     search       what a search tried, if it chose the settings
     finetuning   what was trained since, if anything
@@ -211,12 +231,14 @@ class Report(Section):
     format_version: Literal[1] = 1
     multiply_add_convention: str = MULTIPLY_ADD_CONVENTION
     family: str
+    task: str = "classification"
     image_size: tuple[int, int]
     parameters: int
     pruning: PruningFacts | None = None
     dense: Figures
     pruned: Figures | None = None
     accuracy: AccuracyFacts | None = None
+    limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None
     search: tuple[SearchTrial, ...] | None = None

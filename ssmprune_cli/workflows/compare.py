@@ -27,10 +27,10 @@ from ssmprune_cli.pruning import (
     restore,
 )
 from ssmprune_cli.recipe import Recipe
-from ssmprune_cli.statistics import paired_interval, wilson_interval
-from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import Budget, Uniform, load_images, run
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -45,8 +45,8 @@ class Row:
     budget               what was asked for, such as "flops 0.7"; "" for dense models and recipes
     multiply_adds        of one image, all directions; `share` is that of the dense model
     divergence           mean KL(dense || this) in nats with its standard error; None for other dense models
-    top1                 with its 95 % interval (Wilson), and the difference from dense (Tango's paired interval); None
-                         for images without labels
+    top1                 the metric of the model's task with its 95 % interval, and the difference from dense with its
+                         paired one; None for images without labels
     images_per_second    median of timed turns of the dense model and this one; `speedup` is the ratio of the medians
     """
 
@@ -79,7 +79,7 @@ class EvaluationImages:
     def __init__(self, dataset: ImageDataset, model: Backbone, limit: int | None, batch_size: int) -> None:
         if limit is not None and limit < len(dataset):
             dataset = Subset(dataset, spread(len(dataset), limit))
-        self._dataset = dataset
+        self.dataset = dataset
         self._model = model
         self._batch_size = batch_size
         self._kept: list[Tensor] | None = None
@@ -87,7 +87,7 @@ class EvaluationImages:
         self.labels = torch.tensor(labels) if len(labels) == len(dataset) else None
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._kept is None and 4 * len(self) * 3 * math.prod(self._model.image_size) <= KEPT_BYTES:
@@ -96,7 +96,7 @@ class EvaluationImages:
 
     def _read(self) -> Iterator[Tensor]:
         device = next(self._model.parameters()).device
-        for batch in batches(self._dataset, self._model.preprocessing, self._batch_size):
+        for batch in batches(self.dataset, self._model.preprocessing, self._batch_size):
             yield batch.images.to(device)
 
 
@@ -114,6 +114,7 @@ class Comparison:
         self.reference = prepare(self.model)  # its variants share its weights
         self.batch_size, self.rounds = batch_size, rounds
         self.images = EvaluationImages(dataset, self.model, limit, batch_size)
+        self.task = TASKS.get(self.model.task)
         self.name = source.path.name
         self.dense_logits = self.logits(self.name)
         self.dense_cost = self.cost()
@@ -190,14 +191,14 @@ class Comparison:
         settings: PruneSettings | None,
     ) -> Row:
         labels = self.images.labels
-        top1 = interval = difference = difference_interval = None
+        metric = change = None
         if labels is not None:
-            right, before = (each.argmax(dim=1) == labels for each in (logits, self.dense_logits))
-            top1 = float(right.double().mean())
-            interval = wilson_interval(int(right.sum()), len(right))
-            gained, lost = int((right & ~before).sum()), int((before & ~right).sum())
-            difference = (gained - lost) / len(right)
-            difference_interval = paired_interval(gained, lost, len(right))
+            judged = []
+            for each in (logits, self.dense_logits):
+                results = self.task.results(each, labels)
+                judged.append((results, self.task.score(results, self.model)))
+            metric = self.task.estimate(judged[0][1])
+            change = self.task.change(self.task.compare(judged[0], judged[1], self.images.dataset))
         nats = divergence(self.dense_logits, logits) if logits.shape == self.dense_logits.shape else None
         return Row(
             name=name,
@@ -210,10 +211,10 @@ class Comparison:
             speedup=speed[1],
             divergence=None if nats is None else float(nats.mean()),
             divergence_se=None if nats is None else float(nats.std()) / math.sqrt(len(nats)),
-            top1=top1,
-            top1_interval=interval,
-            difference=difference,
-            difference_interval=difference_interval,
+            top1=metric.value if metric else None,
+            top1_interval=metric.interval if metric else None,
+            difference=change.value if change else None,
+            difference_interval=change.interval if change else None,
         )
 
 

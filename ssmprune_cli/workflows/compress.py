@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, SearchTrial
+from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.reporting import (
-    accuracy_facts,
     calibration_facts,
     figures,
     pruning_facts,
@@ -28,31 +28,12 @@ from ssmprune_cli.workflows.reporting import (
     speed_facts,
     versions,
 )
+from ssmprune_cli.workflows.source import Source
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
 
-@dataclass(frozen=True)
-class Source:
-    """The checkpoint to compress, and how to read it (see `checkpoint.load`)."""
-
-    path: Path
-    family: str | None = None
-    variant: str | None = None
-    weights: str = "model"
-    image_size: int | None = None
-
-    def load(self) -> Backbone:
-        return checkpoint.load(
-            self.path,
-            family=self.family,
-            variant=self.variant,
-            weights=self.weights,
-            image_size=self.image_size,
-        )
-
-
-def plan(source: Source, recipe: Recipe) -> Report:
+def plan(source: Source, recipe: Recipe, limits: Limits) -> Report:
     """What `compress_checkpoint` would do, without reading images or writing: tokens per block and multiply-adds."""
     model = source.load()
     dense = figures(model)
@@ -60,7 +41,7 @@ def plan(source: Source, recipe: Recipe) -> Report:
     # Every alignment source costs the same, so an uncalibrated one stands in for the calibrated one.
     alignment = "auto" if pruning.alignment == "calibrated" else pruning.alignment
     compress(model, **_arguments(recipe), alignment=alignment)
-    return _report(source, model, recipe, dense, {})
+    return _judged(_report(source, model, recipe, dense, {}), limits)
 
 
 def compress_checkpoint(
@@ -68,6 +49,7 @@ def compress_checkpoint(
     recipe: Recipe,
     *,
     out: Path,
+    limits: Limits,
     calib: Path | None = None,
     evaluation: ImageDataset | None = None,
     device: str = "cpu",
@@ -137,7 +119,7 @@ def compress_checkpoint(
     }
     report = _report(source, model, recipe, dense, provenance).model_copy(
         update={
-            "accuracy": accuracy_facts(result) if result else None,
+            **({result.task.section: result.comparison} if result else {}),
             "speed": speed,
             "calibration": calibration_facts(seen) if seen else None,
             "search": search,
@@ -145,6 +127,7 @@ def compress_checkpoint(
             "warnings": tuple(warnings),
         }
     )
+    report = _judged(report, limits)
     assert report.pruning is not None
     final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
     if command:
@@ -159,6 +142,21 @@ def compress_checkpoint(
         contents["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
     checkpoint.save(out, model.cpu(), contents, overwrite=overwrite)
     return report
+
+
+def _judged(report: Report, limits: Limits) -> Report:
+    """With a verdict on every limit whose value is in `report`."""
+    task, dense, pruned, speed = TASKS.get(report.task), report.dense, report.pruned, report.speed
+    compared = task.facts(report)
+    assert pruned is not None
+    verdicts = limits.check(
+        task,
+        score=None if compared is None else task.pruned(compared),
+        comparison=compared,
+        flops=pruned.multiply_adds_all_directions / dense.multiply_adds_all_directions,
+        latency_ratio=None if speed is None else Estimate(speed.latency_ratio),
+    )
+    return report.model_copy(update={"limits": verdicts})
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:
@@ -178,6 +176,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
     assert isinstance(model.pruner, TokenPruner)
     return Report(
         family=model.family,
+        task=model.task,
         image_size=model.image_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         pruning=pruning_facts(model.pruner, recipe.pruning.keep),

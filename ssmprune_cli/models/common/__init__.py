@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.models.common.backbone import Backbone, Family, Hints, Shapes
-from ssmprune_cli.models.common.block import Block, blocks, set_drop_path, set_recompute
+from ssmprune_cli.models.common.backbone import Backbone, Family, Hints, Places, Shapes
+from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
 from ssmprune_cli.models.common.inflow import Inflow, inflow
 from ssmprune_cli.models.common.layers import (
     PatchEmbed,
@@ -24,11 +24,11 @@ __all__ = [
     "Hints",
     "Inflow",
     "PatchEmbed",
+    "Places",
     "RMSNorm",
     "RotaryEmbedding",
     "Shapes",
     "Visits",
-    "blocks",
     "channels_last_taps",
     "decay_rates",
     "inflow",

@@ -183,7 +183,8 @@ def _end_epoch(
     top1 = None
     if data.validation is not None:
         training = weights.training
-        top1 = evaluate(weights, data.validation, device=str(trainer.accelerator.device)).accuracy.top1
+        judged = evaluate(weights, data.validation, device=str(trainer.accelerator.device))
+        top1 = judged.task.estimate(judged.score).value
         weights.train(training)
     line = {"epoch": done.epoch, "loss": trainer.last_loss, "top1": top1, "seconds": time.perf_counter() - start}
     done.epochs.append(line)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from ssmprune_cli.report import REPORT, Report
 from ssmprune_cli.workflows.reporting.describe import (
-    accuracy_facts,
     calibration_facts,
     describe,
     figures,
@@ -38,7 +37,6 @@ __all__ = [
     "Entry",
     "Series",
     "Stage",
-    "accuracy_facts",
     "calibration_facts",
     "describe",
     "figures",

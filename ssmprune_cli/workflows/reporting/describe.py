@@ -14,17 +14,14 @@ from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Calibration, TokenPruner
 from ssmprune_cli.report import (
-    AccuracyFacts,
     CalibrationFacts,
     Figures,
-    ModelAccuracy,
     ModelSpeed,
     PointFacts,
     PruningFacts,
     Report,
     SpeedFacts,
 )
-from ssmprune_cli.workflows.evaluate import Accuracy, Evaluation
 from ssmprune_cli.workflows.measure import Progress, count_flops, machine, quartiles, resolve_device
 from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
@@ -38,6 +35,7 @@ def describe(model: Backbone) -> Report:
     model.pruner = inner
     return Report(
         family=model.family,
+        task=model.task,
         image_size=model.image_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
@@ -78,25 +76,6 @@ def pruning_facts(pruner: TokenPruner, keep: float | tuple[float, ...] | None = 
         importance=settings.importance,
         reduction=settings.reduction,
         alignment=settings.alignment,
-    )
-
-
-def accuracy_facts(evaluation: Evaluation) -> AccuracyFacts:
-    """Of an evaluation against the dense model. Its speeds are left out: `speed_facts` measures them better."""
-    comparison = evaluation.comparison
-    assert comparison is not None
-
-    def plain(accuracy: Accuracy) -> dict[str, Any]:
-        return {"top1": accuracy.top1, "top5": accuracy.top5, "interval": accuracy.interval}
-
-    return AccuracyFacts(
-        **plain(evaluation.accuracy),
-        count=evaluation.count,
-        dense=ModelAccuracy(**plain(comparison.dense)),
-        difference=comparison.difference,
-        difference_interval=comparison.difference_interval,
-        p_value=comparison.p_value,
-        classes=comparison.classes,
     )
 
 

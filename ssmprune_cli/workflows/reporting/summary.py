@@ -8,7 +8,7 @@ from ssmprune_cli.workflows.reporting import facts
 from ssmprune_cli.workflows.reporting.page import Entry
 from ssmprune_cli.workflows.reporting.rows import rows
 
-_WORST_CLASSES = 3
+_WORST_PARTS = 3
 
 
 def summary(entries: Sequence[Entry]) -> str:
@@ -28,10 +28,7 @@ def _one(entry: Entry) -> str:
     found = [[row.title, row.dense, row.pruned, row.whole_change] for row in rows(report)]
     if found:
         lines += ["", *_table(["", "dense", "pruned", "change"], found)]
-    worst = [
-        f"{facts.class_title(each)} ({facts.class_change(each)}, {each.images} images)"
-        for each in facts.worst(report, _WORST_CLASSES)
-    ]
+    worst = [f"{each.name} ({each.change}, {each.images} images)" for each in facts.worst(report, _WORST_PARTS)]
     if worst:
         lines += ["", f"Lost most: {', '.join(worst)}."]
     notes = [*report.warnings, *facts.unmeasured(report)]

@@ -13,9 +13,9 @@ from ssmprune_cli.errors import DataError, SsmpruneError
 from ssmprune_cli.pruning import Method, PruneSchedule
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
-from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
     Costs,
     LatencyBudget,
