@@ -19,7 +19,6 @@ from ssmprune_cli.pruning import (
     IMPORTANCES,
     REDUCTIONS,
     Method,
-    PruneSchedule,
     PruneSettings,
     choose_alignment,
     compress,
@@ -28,6 +27,7 @@ from ssmprune_cli.pruning import (
 )
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.tasks import TASKS
+from ssmprune_cli.workflows.compress import recipe_settings
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
 from ssmprune_cli.workflows.source import Source
@@ -260,7 +260,11 @@ def compare(
         rows.append(comparison.other_dense(other, dataset, limit))
         advance()
     for recipe in recipes:
-        rows.append(comparison.pruned(recipe.name, "", recipe_settings(comparison.model, recipe, calib), calibration))
+        rows.append(
+            comparison.pruned(
+                recipe.name, "", recipe_settings(comparison.model, recipe, calibrated=calib is not None), calibration
+            )
+        )
         advance()
     seen = next(iter(comparison.images))[:2] if calibration is None else calibration
     uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
@@ -274,18 +278,6 @@ def compare(
             rows.append(comparison.pruned(str(method), title, settings, calibration))
             advance()
     return rows, notes
-
-
-def recipe_settings(model: Backbone, recipe: Recipe, calib: Path | None) -> PruneSettings:
-    """What `recipe` means for `model`."""
-    pruning = recipe.pruning
-    return PruneSettings(
-        PruneSchedule.resolve(model.stages, points=pruning.points, keep=pruning.keep, tokens=pruning.tokens),
-        pruning.importance,
-        pruning.reduction,
-        choose_alignment(pruning.alignment, pruning.reduction, calibrated=calib is not None),
-        recipe.seed,
-    )
 
 
 def published_table(
