@@ -158,6 +158,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
+    from ssmprune_cli.workflows.reporting import verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None and pruning is not None
@@ -196,6 +197,7 @@ def _tables(report: Report) -> Group:
         f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
         f"reduction {pruning.reduction}, alignment {pruning.alignment}."
     )
+    notes += verdicts(report.limits)
     return Group(table, lengths, *notes)
 
 

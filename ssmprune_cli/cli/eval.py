@@ -47,6 +47,8 @@ def command(
     --weights and --precision hold for both files. Limits are checked after the result is printed; those on drop,
     multiply-adds and latency are against the --compare model.
     """
+    from rich.console import Group
+
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.tasks import TASKS, Estimate
@@ -54,6 +56,7 @@ def command(
     from ssmprune_cli.workflows.limits import Limits, enforce
     from ssmprune_cli.workflows.measure import count_flops, in_precision
     from ssmprune_cli.workflows.processes import join_processes
+    from ssmprune_cli.workflows.reporting import verdicts
 
     limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio, judge)
     if compare is None:
@@ -85,7 +88,7 @@ def command(
         result.task, score=result.score, comparison=result.comparison, flops=flops, latency_ratio=ratio
     )
     data = {**result.to_dict(), "limits": [check.model_dump(mode="json") for check in checks]}
-    output.emit(_tables([each.name for each in paths], result), data, as_json=as_json)
+    output.emit(Group(_tables([each.name for each in paths], result), *verdicts(checks)), data, as_json=as_json)
     enforce(checks)
 
 

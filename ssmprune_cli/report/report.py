@@ -109,8 +109,8 @@ class ModelSpeed(Section):
 class SpeedFacts(Section):
     """Dense and pruned model, timed in turns: `rounds` of one batch each.
 
-    latency_ratio            pruned over dense: the median of the rounds' ratios, which a slow minute changes least
-    latency_ratio_quartiles  of the same ratios
+    latency_ratio           median time of the pruned model over that of the dense one
+    latency_ratio_interval  95 %, from the rounds in pairs, so that a slow minute of the machine widens it little
     """
 
     batch_size: int
@@ -121,7 +121,7 @@ class SpeedFacts(Section):
     dense: ModelSpeed
     pruned: ModelSpeed
     latency_ratio: float
-    latency_ratio_quartiles: tuple[float, float]
+    latency_ratio_interval: Interval
 
 
 class PointFacts(Section):

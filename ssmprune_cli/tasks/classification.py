@@ -63,6 +63,11 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
 
     def check(self, model: Backbone, dataset: ImageDataset) -> None:
         """The classes of `dataset` must be those of `model`: otherwise the score is low for no fault of the model."""
+        if model.num_classes < 2:
+            raise DataError(
+                f"a model of {model.num_classes} classes has no answer that could be right or wrong",
+                hint="Accuracy needs a classifier of two classes or more; a single logit counts as one class.",
+            )
         if dataset.num_classes is not None and dataset.num_classes != model.num_classes:
             raise DataError(
                 f"the images have {dataset.num_classes} classes, the model has {model.num_classes}",

@@ -40,7 +40,7 @@ class LimitKind:
     name       in a report; the option is "--" and this with hyphens
     low, high  between which the bound may lie
     floor      whether the value must be at least the bound, and not at most
-    words      of a value and its bound: a sentence with {value}, {within} (its interval, if that is judged) and {limit}
+    words      of a value and its bound: a sentence with {value}, {within} (its interval) and {limit}
     """
 
     name: str
@@ -56,11 +56,13 @@ class LimitKind:
     def check(self, limit: float, found: Estimate, judge: Judge) -> LimitFacts:
         """Whether `found` keeps the bound: all of its interval, or the estimate. Without an interval, the estimate."""
         judged, interval = found.value, found.interval if judge == "interval" else None
-        within = ""
+        how = "the estimate is judged"
         if interval is not None:
             judged = interval[0] if self.floor else interval[1]
-            end = "lower" if self.floor else "upper"
-            within = f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f}, judged by its {end} end)"
+            how = f"judged by its {'lower' if self.floor else 'upper'} end"
+        within = ""
+        if found.interval is not None:
+            within = f" (95 % interval {found.interval[0]:.2f} to {found.interval[1]:.2f}, {how})"
         return LimitFacts(
             name=self.name,
             limit=limit,

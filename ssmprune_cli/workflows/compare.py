@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +48,8 @@ class Row:
     divergence           mean KL(dense || this) in nats with its standard error; None for other dense models
     top1                 the metric of the model's task with its 95 % interval, and the difference from dense with its
                          paired one; None for images without labels
-    images_per_second    median of timed turns of the dense model and this one; `speedup` is the ratio of the medians
+    speedup              median time of the dense model over this one's, timed in turns
+    images_per_second    the dense model's, times `speedup`: a row says one thing, and all rows are of one moment
     """
 
     name: str
@@ -115,17 +117,33 @@ class Comparison:
         self.batch_size, self.rounds = batch_size, rounds
         self.images = EvaluationImages(dataset, self.model, limit, batch_size)
         self.task = TASKS.get(self.model.task)
+        self.notes: list[str] = []
+        if self.images.labels is not None:
+            try:
+                self.task.check(self.model, self.images.dataset)
+            except DataError as error:  # all else can be compared
+                self.notes.append(f"{self.task.quality.capitalize()} is left out: {error.what}.")
+                self.images.labels = None
         self.name = source.path.name
         self.dense_logits = self.logits(self.name)
         self.dense_cost = self.cost()
 
     def dense(self) -> Row:
-        return self._row(self.name, "", self.dense_logits, self.dense_cost, self.speed(), None)
+        return self._row(self.name, "", self.dense_logits, self.dense_cost, (self.dense_speed, 1.0), None)
+
+    @functools.cached_property
+    def dense_speed(self) -> float:
+        """Images per second of the dense model."""
+        batch = torch.zeros(self.batch_size, 3, *self.model.image_size, device=self.device)
+        (dense,) = interleaved_speeds([self.reference], batch, self.rounds)
+        return dense.images_per_second
 
     def other_dense(self, source: Source, dataset: ImageDataset, limit: int | None) -> Row:
         """Another dense model on the same images, prepared its own way."""
         model = source.load().to(self.device).eval()
         restore(model)
+        if self.images.labels is not None:
+            self.task.check(model, self.images.dataset)
         session = prepare(model)
         logits = run(session, EvaluationImages(dataset, model, limit, self.batch_size))
         cost = count_flops(model).all_directions
@@ -175,11 +193,10 @@ class Comparison:
         batch = torch.zeros(self.batch_size, 3, *image_size, device=self.device)
         if image_size == self.model.image_size:
             dense, own = interleaved_speeds([self.reference, session], batch, self.rounds)
-            return own.images_per_second, dense.median_ms / own.median_ms
+            speedup = dense.median_ms / own.median_ms
+            return self.dense_speed * speedup, speedup
         (own,) = interleaved_speeds([session], batch, self.rounds)
-        dense_batch = torch.zeros(self.batch_size, 3, *self.model.image_size, device=self.device)
-        (dense,) = interleaved_speeds([self.reference], dense_batch, self.rounds)
-        return own.images_per_second, dense.median_ms / own.median_ms
+        return own.images_per_second, own.images_per_second / self.dense_speed
 
     def _row(
         self,
@@ -250,7 +267,7 @@ def compare(
         calibration = load_images(comparison.model, calibration_images(calib, calib_images, seed))
     done = progress("Comparing") if progress else None
     total = 1 + len(methods) * len(budgets) + len(recipes) + len(others)
-    rows, notes = [comparison.dense()], []
+    rows, notes = [comparison.dense()], comparison.notes
 
     def advance() -> None:
         if done:

@@ -26,7 +26,7 @@ from ssmprune_cli.pruning import (
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.report import Figures, Report
 from ssmprune_cli.tasks import TASKS, Estimate
-from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.evaluate import evaluate, identity
 from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.reporting import (
@@ -306,6 +306,7 @@ def _compressed(
     provenance = {
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
+        "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
     }
     report = _report(source, model, recipe, dense, provenance).model_copy(
         update={
@@ -344,7 +345,7 @@ def _judged(report: Report, limits: Limits) -> Report:
         score=None if compared is None else task.pruned(compared),
         comparison=compared,
         flops=pruned.multiply_adds_all_directions / dense.multiply_adds_all_directions,
-        latency_ratio=None if speed is None else Estimate(speed.latency_ratio),
+        latency_ratio=None if speed is None else Estimate(speed.latency_ratio, speed.latency_ratio_interval),
     )
     return report.model_copy(update={"limits": verdicts})
 

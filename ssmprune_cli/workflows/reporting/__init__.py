@@ -13,6 +13,7 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
+from ssmprune_cli.workflows.reporting.facts import verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
@@ -51,6 +52,7 @@ __all__ = [
     "speed_facts",
     "stages",
     "summary",
+    "verdicts",
     "versions",
     "write_plot",
 ]

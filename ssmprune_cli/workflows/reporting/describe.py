@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from typing import Any
 
@@ -22,7 +21,8 @@ from ssmprune_cli.report import (
     Report,
     SpeedFacts,
 )
-from ssmprune_cli.workflows.measure import Progress, count_flops, machine, quartiles, resolve_device
+from ssmprune_cli.statistics import ratio_of_medians
+from ssmprune_cli.workflows.measure import Progress, count_flops, machine, resolve_device
 from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
 
@@ -96,7 +96,7 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         dense.to(images.device).eval()(images)
     rounds = timed_rounds(time.perf_counter() - start)
     first, second = profile([dense, pruned], batch_size=8, device=device, rounds=rounds, progress=progress)
-    ratios = [after / before for before, after in zip(first.speed.rounds_ms, second.speed.rounds_ms, strict=True)]
+    ratio, interval = ratio_of_medians(first.speed.rounds_ms, second.speed.rounds_ms)
     return SpeedFacts(
         batch_size=first.batch_size,
         rounds=first.speed.rounds,
@@ -105,8 +105,8 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         backend=first.backend,
         dense=_model_speed(first),
         pruned=_model_speed(second),
-        latency_ratio=statistics.median(ratios),
-        latency_ratio_quartiles=quartiles(ratios),
+        latency_ratio=ratio,
+        latency_ratio_interval=interval,
     )
 
 

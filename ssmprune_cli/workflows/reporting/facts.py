@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ssmprune_cli.report import Report, Sample
+from ssmprune_cli.report import LimitFacts, Report, Sample
 from ssmprune_cli.tasks import TASKS, Loss
 from ssmprune_cli.workflows.reporting.rows import giga
 
@@ -18,7 +18,40 @@ def title(name: str, report: Report) -> str:
     task, compared = TASKS.get(report.task), judged(report)
     lost = "" if compared is None else f", {task.metric} {100 * task.change(compared).value:+.2f} points"
     saved = saving(report)
-    return f"{name}: {100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds{lost}"
+    work = f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"
+    return f"{name}: {pace(report)}, {work}{lost}"
+
+
+def pace(report: Report) -> str:
+    """Whether the pruned model is faster than the dense one, as far as the timing tells."""
+    if report.speed is None:
+        return "speed not measured"
+    ratio, (low, high) = report.speed.latency_ratio, report.speed.latency_ratio_interval
+    if high < 1:
+        return f"{1 / ratio:.2f} times as fast"
+    if low > 1:
+        return f"slower, {ratio:.2f} times the time"
+    return "no faster, as far as the timing tells"
+
+
+def savings(report: Report) -> str:
+    """What pruning changes beside the answers, and what it does not."""
+    text = "The number of parameters and the size of the file do not change."
+    if report.speed is None:
+        return text
+    memory = report.speed.pruned.peak_memory_bytes / report.speed.dense.peak_memory_bytes
+    return f"{text} A batch takes {report.speed.latency_ratio:.2f} times the time and {memory:.2f} times the memory."
+
+
+def verdicts(limits: Sequence[LimitFacts]) -> list[str]:
+    """Whether the limits that the user set are kept, and on each one its value, interval and bound; [] without any."""
+    if not limits:
+        return []
+    broken = sum(not each.holds for each in limits)
+    whole = f"FAIL: {broken} of {len(limits)} limits {'is' if broken == 1 else 'are'} broken."
+    if not broken:
+        whole = f"PASS: {'the limit is' if len(limits) == 1 else f'all {len(limits)} limits are'} kept."
+    return [whole, *(f"{'PASS' if each.holds else 'FAIL'}: {each.statement}." for each in limits)]
 
 
 def saving(report: Report) -> float:
@@ -59,8 +92,11 @@ def side_by_side(named: Sequence[tuple[str, Report]]) -> tuple[list[str], list[l
     """Titles and rows of a table that compares reports, one a row."""
     metrics = "/".join(dict.fromkeys(TASKS.get(report.task).metric for _, report in named))
     titles = ["model", "multiply-adds of dense", metrics, "change, points (95 %)", "latency of dense", "images/s"]
+    limited = any(report.limits for _, report in named)
+    titles += ["limits"] if limited else []
     lines = []
     for name, report in named:
+        whole = [text.partition(":")[0] for text in verdicts(report.limits)[:1]]
         task, compared, speed = TASKS.get(report.task), judged(report), report.speed
         value = change = "-"
         if compared is not None:
@@ -77,6 +113,7 @@ def side_by_side(named: Sequence[tuple[str, Report]]) -> tuple[list[str], list[l
                 change,
                 "-" if speed is None else f"{100 * speed.latency_ratio:.1f} %",
                 "-" if speed is None else f"{speed.pruned.images_per_second:.1f}",
+                *((whole or ["-"]) if limited else []),
             ]
         )
     return titles, lines
@@ -85,11 +122,12 @@ def side_by_side(named: Sequence[tuple[str, Report]]) -> tuple[list[str], list[l
 def unlike(reports: Sequence[Report]) -> list[str]:
     """What makes figures of different reports hard to compare."""
     found = []
-    known = [(TASKS.get(report.task), judged(report)) for report in reports if judged(report) is not None]
+    known = [TASKS.get(report.task).quality for report in reports if judged(report) is not None]
+    what = " and ".join(dict.fromkeys(known)).capitalize()
     if known and len(known) < len(reports):
-        found.append("Accuracy was not measured for all of them, so not all can be compared by it.")
+        found.append(f"{what} was not measured for all of them, so not all can be compared by it.")
     if not same_images(reports):
-        found.append("Accuracy was measured on different images.")
+        found.append(f"{what} was measured on different images.")
     timed = [(report.provenance.get("machine"), report.speed) for report in reports if report.speed is not None]
     if len({(place, speed.device, speed.threads, speed.backend, speed.batch_size) for place, speed in timed}) > 1:
         found.append("Speed was measured in different ways: compare it with the dense model's, not across models.")
@@ -97,7 +135,10 @@ def unlike(reports: Sequence[Report]) -> list[str]:
 
 
 def same_images(reports: Sequence[Report]) -> bool:
-    """Whether those that were judged may all have been on the same images: as far as their facts tell."""
+    """Whether those that were judged all were on the same images: as their provenance says, or their facts allow."""
+    prints = {report.provenance.get("evaluation_sha256") for report in reports if judged(report) is not None}
+    if None not in prints:
+        return len(prints) <= 1
     known = [(TASKS.get(report.task), judged(report)) for report in reports if judged(report) is not None]
     counts = {task.count(compared) for task, compared in known}
     dense = {task.estimate(task.dense(compared)).value for task, compared in known}
@@ -158,6 +199,7 @@ _ORIGINS = {
     "backend": "kernels",
     "calibration_images": "calibration images",
     "calibration_sha256": "their SHA-256",
+    "evaluation_sha256": "SHA-256 of the names and labels of the evaluation images",
 }
 
 

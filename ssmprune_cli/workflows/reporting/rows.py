@@ -44,11 +44,11 @@ def _speed_rows(report: Report) -> list[Row]:
     if speed is None:
         return []
     dense, pruned, size = speed.dense, speed.pruned, speed.batch_size
-    low, high = speed.latency_ratio_quartiles
+    low, high = speed.latency_ratio_interval
     before, after = dense.peak_memory_bytes / 2**20, pruned.peak_memory_bytes / 2**20
     return [
         Row(
-            f"latency of a batch of {size} (quartiles)",
+            f"latency of a batch of {size} (quartiles; of the change 95 %)",
             _latency(dense),
             _latency(pruned),
             _change(speed.latency_ratio),
@@ -56,7 +56,7 @@ def _speed_rows(report: Report) -> list[Row]:
             key=True,
         ),
         Row(
-            "images per second (quartiles)",
+            "images per second (quartiles; of the change 95 %)",
             _throughput(dense, size),
             _throughput(pruned, size),
             _change(1 / speed.latency_ratio),

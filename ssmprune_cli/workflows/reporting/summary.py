@@ -24,7 +24,11 @@ def summary(entries: Sequence[Entry]) -> str:
 
 def _one(entry: Entry) -> str:
     report = entry.report
-    lines = [f"# {facts.title(entry.name, report)}", "", facts.description(report), facts.method(report)]
+    lines = [f"# {facts.title(entry.name, report)}", ""]
+    verdicts = facts.verdicts(report.limits)
+    if verdicts:
+        lines += [f"**{verdicts[0]}**", "", *(f"- {text}" for text in verdicts[1:]), ""]
+    lines += [facts.description(report), facts.method(report)]
     found = [[row.title, row.dense, row.pruned, row.whole_change] for row in rows(report)]
     if found:
         lines += ["", *_table(["", "dense", "pruned", "change"], found)]
@@ -35,7 +39,7 @@ def _one(entry: Entry) -> str:
     if notes:
         lines += ["", *(f"> {text}  " for text in notes)]
     if report.pruned is not None:
-        lines += ["", "The number of parameters does not change: pruning saves time and memory, not file size."]
+        lines += ["", facts.savings(report)]
     if report.finetuning is not None:
         lines += ["", f"Fine-tuned: `{report.finetuning.command}`; report.json has its epochs."]
     known = report.provenance
