@@ -18,6 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__"},
     {"workflows"},
+    {"export", "tasks"},
     {"checkpoint", "data", "inference"},
     {"models", "pruning"},
     {"kernels"},
@@ -25,7 +26,13 @@ LAYERS = [
     {"files", "preprocessing", "registry", "statistics"},
     {"errors"},
 ]
-FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
+FORBIDDEN = {
+    ("models", "pruning"),
+    ("pruning", "models"),
+    ("data", "checkpoint"),
+    ("export", "tasks"),
+    ("tasks", "export"),
+}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = (
     "recipe",
@@ -101,7 +108,7 @@ def test_only_cli_talks_to_the_terminal(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES if room(path) in TORCH_FREE], ids=name)
 def test_no_torch_at_import(path: Path) -> None:
     heavy = {"torch", "fvcore", "numpy", "PIL"}
-    rooms = {"kernels", "models", "pruning", "checkpoint", "data", "workflows", "tokens"}
+    rooms = {"kernels", "models", "pruning", "checkpoint", "data", "export", "tasks", "workflows", "tokens"}
     for target in top_level_imports(path):
         parts = target.split(".")
         assert parts[0] not in heavy

@@ -29,9 +29,9 @@ from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.preprocessing import Reading
 from ssmprune_cli.pruning import compress
-from ssmprune_cli.recipe import Pruning, Recipe
-from ssmprune_cli.workflows.compress import Source, plan
+from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
 from ssmprune_cli.workflows.reporting import figures
+from ssmprune_cli.workflows.source import Source
 
 GOLDEN = Path(__file__).parent / "golden"
 VIM_LIKE = GOLDEN / "containers" / "vim_like.pth"
@@ -533,10 +533,10 @@ def test_a_compressed_model_is_compressed_anew_from_its_dense_weights(tmp_path: 
     source = Source(folder)
     loaded = source.load()
     assert loaded.pruner is None and same_weights(loaded, dense)
-    report = plan(source, Recipe(pruning=Pruning(keep=0.8)))
-    (warning,) = report.warnings
+    result = compress_checkpoint(CompressRequest(source, keep="0.8", dry_run=True))
+    (warning,) = result.warnings
     assert warning.startswith("The input is compressed already: its dense weights are compressed anew")
-    assert report.dense == figures(dense)
+    assert result.report.dense == figures(dense)
     assert Source(folder, Reading(image_size=48)).load().image_size == (48, 48)  # its pruner is gone
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.kernels import fused_ops_apart
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -148,7 +146,6 @@ def test_torchs_counter_finds_twice_the_number(name: str, reduction: str | None)
         compress(model, 0.6, points=[1], reduction=reduction, alignment=alignment)
     expected = count_flops(model).all_directions
     images = torch.zeros(1, 3, *model.image_size)
-    for way in (nullcontext, fused_ops_apart):
-        with torch.no_grad(), way(), FlopCounterMode(display=False) as counter:
-            model(images)
-        assert counter.get_total_flops() == 2 * expected
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    assert counter.get_total_flops() == 2 * expected

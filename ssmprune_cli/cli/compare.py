@@ -80,7 +80,7 @@ def command(
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import Method
     from ssmprune_cli.workflows.compare import compare, published_table
-    from ssmprune_cli.workflows.compress import Source
+    from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.trials import Budget
 
     use_backend(backend)

@@ -101,8 +101,8 @@ def command(
     }
 
     from ssmprune_cli import checkpoint
-    from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.finetune import Data, build, finetune, plan, some, start_from, write_checkpoint
     from ssmprune_cli.workflows.processes import join_processes, this_process
 
@@ -126,9 +126,10 @@ def command(
         tensorboard=tensorboard,
         workers=workers,
     )
+    task = TASKS.get(model.task)
     data = Data(
-        some(open_dataset(dataset, data_dir, split="train"), limit, seed),
-        None if val_dir is None else open_dataset(dataset, val_dir),
+        some(task.open(data_dir, dataset, split="train"), limit, seed),
+        None if val_dir is None else task.open(val_dir, dataset),
     )
 
     notes = [note for each in (data.training, data.validation) if each is not None for note in each.notes]

@@ -46,9 +46,9 @@ def command(
     ratios = numbers(keep, "--keep")
 
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.workflows.compress import Source
     from ssmprune_cli.workflows.reporting import sensitivity_series, write_plot
     from ssmprune_cli.workflows.sensitivity import sensitivity
+    from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.write import write_text
 
     use_backend(backend)

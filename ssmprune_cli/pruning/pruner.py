@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError, listing
-from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
+from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
@@ -63,8 +63,8 @@ class PruneSettings:
             raise CheckpointError(f"the pruning settings are not valid: {error}", where="config.json") from error
 
 
-class TokenPruner(nn.Module):
-    """Implements `tokens.Pruner` for one backbone.
+class TokenPruner(nn.Module, Pruner):
+    """The pruner of one backbone.
 
     stages      of the backbone
     mixers      of the backbone, one a block

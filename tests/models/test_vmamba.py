@@ -86,7 +86,7 @@ def test_mixer_is_four_plain_scans(kind: str, grid: tuple[int, int]) -> None:
             functional.conv2d(image, mixer.conv2d.weight, mixer.conv2d.bias, 1, 1, 1, mixer.d_inner)
         )
         outputs = [direct_scan(mixer, image, direction) for direction in range(4)]
-        mixed = mixer.out_norm(sum(outputs).flatten(1).t())
+        mixed = mixer.out_norm(torch.stack(outputs).sum(dim=0).flatten(1).t())
         mixed = mixed * functional.silu(gate[0]) if gate else mixed
         torch.testing.assert_close(found[0], mixer.out_proj(mixed), rtol=0, atol=1e-12)
         for direction, output in enumerate(outputs):

@@ -8,10 +8,11 @@ from ssmprune_cli.models.common.backbone import (
     Family,
     Hints,
     ImageConfig,
+    Places,
     Shapes,
     count_numbered,
 )
-from ssmprune_cli.models.common.block import Block, blocks, set_drop_path, set_recompute
+from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
 from ssmprune_cli.models.common.geometry import MAX_SIDE, check_side, image_fields, no_stride, settle, square_side
 from ssmprune_cli.models.common.inflow import Inflow, inflow
 from ssmprune_cli.models.common.layers import (
@@ -36,11 +37,11 @@ __all__ = [
     "ImageConfig",
     "Inflow",
     "PatchEmbed",
+    "Places",
     "RMSNorm",
     "RotaryEmbedding",
     "Shapes",
     "Visits",
-    "blocks",
     "channels_last_taps",
     "check_side",
     "count_numbered",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
+from ssmprune_cli.models.common.block import Block
 from ssmprune_cli.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -57,13 +58,37 @@ class ImageConfig:
             raise UsageError(f"std must be above 0, not {self.std}")
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a family's parameters are, outside of its blocks, and which ones weight decay is not for.
+
+    Names are those of modules and parameters in the backbone.
+
+    before      the first block
+    after       the last block; `idle` of them have no part in the logits
+    between     name -> after how many blocks
+    undecayed   last parts of names, of matrices that at 0 are not "no effect": tokens and positions are inputs, A_log 0
+                is a decay rate of 1 (the Mamba authors exclude A_log and D too)
+    decayed     likewise, of matrices that are decayed as the `weight` of every layer is
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    undecayed: tuple[str, ...]
+    decayed: tuple[str, ...] = ()
+    between: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+
+
 class Backbone(nn.Module, ABC):
     """A vision SSM. `pruner` is called between blocks; None is the dense model.
 
     `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again. Every
     family's is an ImageConfig and has `image_size` and `num_classes`.
+    `task` names what the answers are: see the tasks wing.
     """
 
+    task: str = "classification"
     family: str
     config: Any
     pruner: Pruner | None
@@ -90,8 +115,42 @@ class Backbone(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def blocks(self) -> list[Block]:
+        """The blocks, in order."""
+
+    @property
+    @abstractmethod
     def mixers(self) -> Mixers:
         """The mixer of every block, in order."""
+
+    @property
+    @abstractmethod
+    def places(self) -> Places:
+        """What training treats in its own way."""
+
+    def depths(self) -> dict[str, int]:
+        """For every parameter, after how many blocks it has its effect: 0 before the first, its number in one, and one
+        more than there are after the last. Raises UsageError for a parameter that is in no known place."""
+        names, places, depths = {id(module): name for name, module in self.named_modules()}, self.places, {}
+        known = {names[id(block)]: number for number, block in enumerate(self.blocks, start=1)}
+        known |= {**dict.fromkeys(places.before, 0), **places.between}
+        known |= dict.fromkeys((*places.after, *places.idle), len(self.blocks) + 1)
+        for name, _ in self.named_parameters():
+            inside = [depth for place, depth in known.items() if f"{name}.".startswith(f"{place}.")]
+            if len(inside) != 1:
+                raise UsageError(f"is in no known place of a {self.family}, so there is no rate for it", where=name)
+            depths[name] = inside[0]
+        return depths
+
+    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay is for the parameter of this name: for matrices and filters, and none for biases, norms
+        and what `places` excludes. Raises UsageError for one that is neither a layer's weight nor named there."""
+        last = name.rpartition(".")[2]
+        if parameter.ndim < 2 or last in self.places.undecayed:
+            return False
+        if last != "weight" and last not in self.places.decayed:
+            raise UsageError(f"is no known parameter of a {self.family}: is it decayed?", where=name)
+        return True
 
     @property
     def num_tokens(self) -> int:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers
-from ssmprune_cli.models.common import Backbone, ImageConfig, PatchEmbed, RMSNorm
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig, PatchEmbed, Places, RMSNorm
 from ssmprune_cli.models.mamba.block import MambaBlock
 from ssmprune_cli.models.mamba.mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
@@ -66,8 +66,13 @@ class MambaBackbone(Backbone):
     """A family makes its own tokens and `head`, calls `add_blocks` between them, and says `embed`, `pool`, `protected`.
 
     `features` are the tokens after the last block, before the final norm.
+
+    tokens        names of the family's learned tokens and positions
+    after_blocks  names of its modules after the last block
     """
 
+    tokens: ClassVar[tuple[str, ...]]
+    after_blocks: ClassVar[tuple[str, ...]] = ("norm_f", "head")
     config: MambaConfig
     layers: nn.ModuleList
     norm_f: nn.LayerNorm | RMSNorm
@@ -124,6 +129,14 @@ class MambaBackbone(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))
         return logits
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def places(self) -> Places:
+        return Places(("patch_embed", *self.tokens), self.after_blocks, (*self.tokens, "A_log", "A_b_log"))
 
     @property
     def mixers(self) -> Mixers:

@@ -51,6 +51,8 @@ class MambaReg(MambaBackbone):
     """See MambaRegConfig. All registers are protected: they never leave, and stay at their true rank."""
 
     family = "mambar"
+    tokens = ("cls_token", "pos_embed_cls", "pos_embed")
+    after_blocks = ("norm_f", "neck", "norm_neck", "head")
     config: MambaRegConfig
 
     def __init__(self, config: MambaRegConfig) -> None:

@@ -39,6 +39,7 @@ class VideoMamba(MambaBackbone):
     """See VideoMambaConfig."""
 
     family = "videomamba"
+    tokens = ("cls_token", "pos_embed")
     config: VideoMambaConfig
 
     def __init__(self, config: VideoMambaConfig) -> None:

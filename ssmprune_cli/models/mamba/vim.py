@@ -57,6 +57,7 @@ class Vim(MambaBackbone):
     """See VimConfig."""
 
     family = "vim"
+    tokens = ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed")
     config: VimConfig
 
     def __init__(self, config: VimConfig) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.common import Backbone, Block, ImageConfig
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
 from ssmprune_cli.models.plainmamba.mixer import PlainMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
@@ -227,6 +227,21 @@ class PlainMamba(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head["fc"](self.pool(self.features(images)))
         return logits
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.backbone.layers)  # type: ignore[arg-type]
+
+    @property
+    def places(self) -> Places:
+        maps = tuple(f"backbone.norm_layer{index}" for index in self.config.out_indices if index != -1)
+        return Places(
+            before=("backbone.patch_embed", "backbone.pos_embed"),
+            after=("backbone.ln1", "head"),
+            undecayed=("pos_embed", "A_log"),
+            decayed=("direction_Bs",),
+            idle=maps,
+        )
 
     @property
     def mixers(self) -> Mixers:

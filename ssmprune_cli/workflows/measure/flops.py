@@ -98,5 +98,5 @@ def count_flops(model: Backbone) -> FlopCount:
     for mixer, name in zip(model.mixers, mixer_names, strict=True):
         own = by_operator[name]["selective_scan"] + sum(by_module[f"{name}.{child}"] for child in mixer.per_direction)
         repeated += own * (1 - 1 / mixer.directions)
-    blocks = [name.rsplit(".", 1)[0] for name in mixer_names]
+    blocks = (names[id(block)] for block in model.blocks)
     return FlopCount(total, total - round(repeated), tuple(int(by_module[block]) for block in blocks))
