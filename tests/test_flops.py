@@ -138,7 +138,9 @@ SIZES: dict[str, dict[str, object]] = {
 class OpCounter(TorchDispatchMode):
     """What FlopCounterMode does, without its hooks around every module, with which a session does not run."""
 
-    total = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with self:
