@@ -92,7 +92,8 @@ class ScanAlignment:
 class Pruner(Protocol):
     """The slot `model.pruner`: asked before every block, and called after each that it wants (blocks count from 0).
 
-    An implementation is an nn.Module, so that its buffers are saved and moved with the model.
+    An implementation inherits this after nn.Module, so that its buffers are saved and moved with the model; there,
+    `forward` is what is called.
     """
 
     def wants(self, block: int) -> Wanted:
@@ -110,7 +111,7 @@ class Pruner(Protocol):
 
 
 class Mixer(Protocol):
-    """What pruning and counting need to know of a mixer.
+    """What pruning and counting need to know of a mixer. An implementation inherits this after nn.Module.
 
     per_direction  names of its child modules whose work is repeated for every scan direction, the scan itself left out;
                    together they do the same work for each. What directions share is not among them

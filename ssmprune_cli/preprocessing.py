@@ -1,4 +1,4 @@
-"""What a model expects of an image. Plain data: `ssmprune_cli.data` applies it, every model family states its own."""
+"""What a model expects of an image, and how its user says a checkpoint is to be read. Plain data, free of torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Literal
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Interpolation = Literal["bicubic", "bilinear"]
+INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear")
+Triple = tuple[float, float, float]  # a value for each of red, green and blue
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -15,6 +19,33 @@ class Preprocessing:
 
     resize: int
     crop: int
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Interpolation = "bicubic"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a checkpoint is to be read: what its user says goes before what the file says. None leaves it to the file.
+
+    family, variant  instead of what is told from names and shapes of the weights
+    weights          which copy to take from a training checkpoint: "model" or "model_ema"
+    image_size       side of square images; position embeddings are resized if the weights are for another size
+    stride           of the patches, in pixels
+    crop             the part of the resized image that the centre crop keeps: 0.875 of 256 pixels is 224
+    interpolation    of the resizing
+    mean, std        of the channels, for images scaled to 0..1
+    """
+
+    family: str | None = None
+    variant: str | None = None
+    weights: str = "model"
+    image_size: int | None = None
+    stride: int | None = None
+    crop: float | None = None
+    interpolation: Interpolation | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+NOTHING_SAID = Reading()

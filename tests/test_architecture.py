@@ -18,14 +18,21 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli", "__main__"},
     {"workflows"},
+    {"export", "tasks"},
     {"checkpoint", "data", "inference"},
     {"models", "pruning"},
     {"kernels"},
     {"interface", "recipe", "report", "tokens"},
-    {"preprocessing", "registry", "statistics"},
+    {"files", "preprocessing", "registry", "statistics"},
     {"errors"},
 ]
-FORBIDDEN = {("models", "pruning"), ("pruning", "models"), ("data", "checkpoint")}
+FORBIDDEN = {
+    ("models", "pruning"),
+    ("pruning", "models"),
+    ("data", "checkpoint"),
+    ("export", "tasks"),
+    ("tasks", "export"),
+}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = (
     "recipe",
@@ -101,7 +108,7 @@ def test_only_cli_talks_to_the_terminal(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES if room(path) in TORCH_FREE], ids=name)
 def test_no_torch_at_import(path: Path) -> None:
     heavy = {"torch", "fvcore", "numpy", "PIL"}
-    rooms = {"kernels", "models", "pruning", "checkpoint", "data", "workflows", "tokens"}
+    rooms = {"kernels", "models", "pruning", "checkpoint", "data", "export", "tasks", "workflows", "tokens"}
     for target in top_level_imports(path):
         parts = target.split(".")
         assert parts[0] not in heavy
@@ -224,7 +231,7 @@ def test_loading_does_not_import_the_compiler(file: str) -> None:
 import sys
 from pathlib import Path
 import ssmprune_cli
-ssmprune_cli.load(Path("tests/golden/containers/{file}"))
+ssmprune_cli.load(Path("tests/golden/containers/{file}"), image_size=64)
 print("torch._dynamo" in sys.modules)
 """
     assert run(code) == "False\n"

@@ -22,12 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.checkpoint import load, read, save
+from ssmprune_cli.checkpoint import load, read, replacing, save
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+from ssmprune_cli.preprocessing import Reading
 from ssmprune_cli.pruning import compress
+from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
+from ssmprune_cli.workflows.reporting import figures
+from ssmprune_cli.workflows.source import Source
 
 GOLDEN = Path(__file__).parent / "golden"
 VIM_LIKE = GOLDEN / "containers" / "vim_like.pth"
@@ -47,6 +51,11 @@ def make(config: VimConfig = CONFIG) -> Vim:
 @pytest.fixture
 def model() -> Vim:
     return make()
+
+
+def opened(path: Path, **options: Any) -> Backbone:
+    """`path` loaded, where nothing in the file says what images it is for."""
+    return load(path, **{"image_size": 32, **options})
 
 
 def write(path: Path, content: Any) -> Path:
@@ -81,8 +90,8 @@ def test_published_container_gives_the_golden_logits() -> None:
 def test_either_copy_of_the_weights_is_taken(tmp_path: Path, model: Vim) -> None:
     average = {key: value + 1 for key, value in model.state_dict().items()}
     path = write(tmp_path / "vim_both.pth", {"model": model.state_dict(), "model_ema": average, "epoch": 1})
-    assert same_weights(load(path), model)
-    assert torch.equal(load(path, weights="model_ema").state_dict()["cls_token"], average["cls_token"])
+    assert same_weights(opened(path), model)
+    assert torch.equal(opened(path, weights="model_ema").state_dict()["cls_token"], average["cls_token"])
     alone = write(tmp_path / "vim_one.pth", {"model": model.state_dict()})
     with pytest.raises(CheckpointError, match="has no model_ema weights, only model"):
         load(alone, weights="model_ema")
@@ -114,18 +123,18 @@ def test_containers(tmp_path: Path, model: Vim, wrap: Callable[[Any], Any], new_
     path = tmp_path / "vim.pth"
     torch.save(wrap(model.state_dict()), path, _use_new_zipfile_serialization=new_format)
     assert checkpoint.read(path).kind == ("torch" if new_format else "torch (legacy)")
-    assert same_weights(load(path), model)
+    assert same_weights(opened(path), model)
 
 
 def test_safetensors_whatever_the_name(tmp_path: Path, model: Vim) -> None:
     save_file(model.state_dict(), tmp_path / "vim.bin")
-    assert same_weights(load(str(tmp_path / "vim.bin")), model)
+    assert same_weights(load(str(tmp_path / "vim.bin"), image_size=32), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(tmp_path: Path, model: Vim, dtype: torch.dtype) -> None:
     path = write(tmp_path / "vim.pth", {key: value.to(dtype) for key, value in model.state_dict().items()})
-    loaded = load(path)
+    loaded = opened(path)
     for key, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, model.state_dict()[key].to(dtype).float())
@@ -134,7 +143,7 @@ def test_other_precisions_become_float32(tmp_path: Path, model: Vim, dtype: torc
 def test_loaded_weights_do_not_hang_on_the_file(tmp_path: Path, model: Vim) -> None:
     """Files are mapped while they are read; the model must outlive a change of the file, and be trainable."""
     path = write(tmp_path / "vim.pth", model.state_dict())
-    loaded = load(path)
+    loaded = opened(path)
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
     assert same_weights(loaded, model)
@@ -169,7 +178,7 @@ def test_a_name_that_the_keys_contradict(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weights of Vision Mamba \(Vim\), but its name says") as caught:
         load(path)
     assert caught.value.hint is not None and "--family vim" in caught.value.hint
-    assert load(path, family="vim").family == "vim"
+    assert opened(path, family="vim").family == "vim"
 
 
 def load_message(path: Path, **options: Any) -> None:
@@ -227,7 +236,7 @@ def test_a_mixture_of_families_is_refused_with_what_does_not_fit(tmp_path: Path,
     one = {**vmamba, "layers.0.mixer.A_log": torch.zeros(1)}  # too little for Vim: what is left over is named
     message = r"do not fit VMamba: layers\.0\.mixer\.A_log is unknown\n.*Known families: vim, .*vmamba"
     with pytest.raises(CheckpointError, match=message):
-        load(write(tmp_path / "one.pth", one))
+        opened(write(tmp_path / "one.pth", one))
 
 
 def test_a_yacs_configuration_is_read_as_plain_settings(
@@ -272,12 +281,13 @@ def test_missing_file(tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html>\n", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer.*\n.*git lfs pull"),
         (b"\x1f\x8b\x08\x00" + bytes(100), "is a packed archive"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "not a checkpoint of a known format"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "is an HDF5 file"),
+        (b"\x01\x02" + bytes(100), "not a checkpoint of a known format"),
         (b"\x80\x02}q\x00X\x05\x00", "cut off or damaged"),
         (b"\xff\x00\x00\x00\x00\x00\x00\x00{", "cut off or damaged"),
         (b"PK\x03\x04" + bytes(100), "cut off or damaged"),
     ],
-    ids=["empty", "text", "html", "lfs", "gzip", "hdf5", "pickle", "safetensors", "zip"],
+    ids=["empty", "text", "html", "lfs", "gzip", "hdf5", "unknown", "pickle", "safetensors", "zip"],
 )
 def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "file.pth"
@@ -350,19 +360,19 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, model: Vim) -> No
     state["layers.2.mixer.D"][0] = torch.inf
     path = write(tmp_path / "vim.pth", state)
     with pytest.raises(CheckpointError, match=r"2 weights have values that are not finite: .*D, head\.bias"):
-        load(path)
+        opened(path)
 
 
 def test_a_partial_or_foreign_weight_is_never_loaded(tmp_path: Path, model: Vim) -> None:
     state = model.state_dict()
     short = {key: value for key, value in state.items() if key != "layers.3.norm.weight"}
     with pytest.raises(CheckpointError, match=r"layers\.3\.norm\.weight is missing"):
-        load(write(tmp_path / "vim_a.pth", short))
+        opened(write(tmp_path / "vim_a.pth", short))
     with pytest.raises(CheckpointError, match=r"extra\.bias is unknown"):
-        load(write(tmp_path / "vim_b.pth", {**state, "extra.bias": torch.zeros(1)}))
+        opened(write(tmp_path / "vim_b.pth", {**state, "extra.bias": torch.zeros(1)}))
     whole = {**state, "head.bias": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(CheckpointError, match=r"head\.bias is of type torch\.int64"):
-        load(write(tmp_path / "vim_c.pth", whole))
+        opened(write(tmp_path / "vim_c.pth", whole))
 
 
 # --- our own folders
@@ -433,11 +443,12 @@ def test_what_is_overwritten(tmp_path: Path, model: Vim) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["write", "rename"])
+@pytest.mark.parametrize("step", ["write", "rename", "exchange"])
 def test_a_failed_save_leaves_everything_as_it_was(
     tmp_path: Path, model: Vim, monkeypatch: pytest.MonkeyPatch, overwrite: bool, stop: BaseException, step: str
 ) -> None:
     folder = tmp_path / "out"
+    overwrite = overwrite or step == "exchange"  # of two folders
     if overwrite:
         save(folder, model)
     before = tree(tmp_path)
@@ -454,6 +465,13 @@ def test_a_failed_save_leaves_everything_as_it_was(
             raise stop
         return rename(path, target)
 
+    def failing_exchange(first: Path, second: Path) -> bool:
+        if step == "exchange":
+            raise stop
+        return step != "rename" and exchange(first, second)
+
+    exchange = replacing._exchange
+    monkeypatch.setattr(replacing, "_exchange", failing_exchange)
     monkeypatch.setattr(Path, "write_bytes", failing_write)
     monkeypatch.setattr(Path, "rename", failing_rename)
     if isinstance(stop, OSError):
@@ -487,6 +505,16 @@ def test_folders_that_are_not_ours(tmp_path: Path, model: Vim) -> None:
         ({"config": {"depth": 0}}, "configuration is not valid: depth"),
         ({"family": "vimm"}, "unknown model family 'vimm'"),
         ({"pruning": {"points": [1]}}, "pruning settings are not valid"),
+        ({"pruning": {"schedule": {"points": [1, 2, 3], "tokens": [16, 0, 0]}}}, "cannot keep 0 of 16 patch tokens"),
+        ({"pruning": {"schedule": {"points": [1, 2, 3], "tokens": [9, -5, 3]}}}, "cannot keep -5 of 9 patch tokens"),
+        ({"pruning": {"schedule": {"points": [1, 2, 3], "tokens": [10**9, 6, 3]}}}, "cannot keep 1000000000 of 16"),
+        ({"pruning": {"schedule": {"points": [2, 1, 3], "tokens": [9, 6, 3]}}}, "in rising order"),
+        ({"pruning": {"schedule": {"points": [1, 2], "tokens": [9, 6, 3]}}}, "3 values for 2 points"),
+        ({"pruning": {"schedule": {"points": [1.5], "tokens": [9]}}}, r"schedule\.points\.0: .*integer"),
+        ({"pruning": {"schedule": {"points": [1], "tokens": [9]}, "importanse": "clip"}}, "importanse is unknown"),
+        ({"config": {"depth": 10**9}}, "depth is larger than 78 weights can be"),
+        ({"config": {"depth": "4"}}, "depth: Input should be a valid integer"),
+        ({"config": {"image_size": [1 << 30, 32]}}, "image_size is larger than"),
         ({"pruning": None}, r"pruner\.alignment_1 is unknown"),
     ],
 )
@@ -496,6 +524,20 @@ def test_a_damaged_config_is_named(tmp_path: Path, change: dict[str, Any], messa
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises((CheckpointError, UsageError), match=message):
         load(tmp_path / "out")
+
+
+def test_a_compressed_model_is_compressed_anew_from_its_dense_weights(tmp_path: Path) -> None:
+    dense, folder = make(), tmp_path / "out"
+    save(folder, pruned())
+    assert checkpoint.is_compressed(folder) and not checkpoint.is_compressed(VIM_LIKE)
+    source = Source(folder)
+    loaded = source.load()
+    assert loaded.pruner is None and same_weights(loaded, dense)
+    result = compress_checkpoint(CompressRequest(source, keep="0.8", dry_run=True))
+    (warning,) = result.warnings
+    assert warning.startswith("The input is compressed already: its dense weights are compressed anew")
+    assert result.report.dense == figures(dense)
+    assert Source(folder, Reading(image_size=48)).load().image_size == (48, 48)  # its pruner is gone
 
 
 def test_weights_without_their_config_are_refused(tmp_path: Path) -> None:
@@ -520,8 +562,8 @@ def test_a_folder_knows_what_it_is(tmp_path: Path) -> None:
 
 def test_resizing_on_request(tmp_path: Path, model: Vim) -> None:
     path = write(tmp_path / "vim.pth", model.state_dict())
-    resized = load(path, image_size=48)
-    assert resized.config == replace(CONFIG, image_size=(48, 48))
+    resized = load(path, image_size=48, stride=8)
+    assert resized.config == replace(CONFIG, image_size=(48, 48), eval_crop_ratio=None)
     old, new = model.state_dict(), resized.state_dict()
     assert torch.equal(new["pos_embed"][:, 18], old["pos_embed"][:, 8])  # the class token: 16 // 2 to 36 // 2
     assert all(torch.equal(value, old[key]) for key, value in new.items() if key != "pos_embed")

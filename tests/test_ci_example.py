@@ -74,6 +74,7 @@ def test_the_commands_run_and_a_broken_limit_ends_them_with_3(steps: list[dict[s
         .replace("--max-drop 3", "--max-drop -50")
     )
     done = run({"run": strict.replace("--out artefact", "--out broken")}, tmp_path)
-    assert done.returncode == 3 and "--max-drop allows -50" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 3 and "--max-drop allows -50" in done.stderr, done.stderr
+    assert "judged by its lower end); --min-accuracy asks for 92" in done.stderr and done.stderr.count("\n") == 2
     done = run({"run": commands["Summary"]["run"].replace("report artefact", "report broken")}, tmp_path)
     assert done.returncode == 0 and "# broken: " in (tmp_path / "summary.md").read_text()

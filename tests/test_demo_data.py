@@ -40,7 +40,7 @@ def test_files_are_small_and_complete() -> None:
 @pytest.mark.slow
 def test_checkpoint_is_right_on_95_percent_of_the_test_images() -> None:
     model = checkpoint.load(DEMO / "vim_digits.pth")
-    assert evaluate(model, open_dataset("npz", DEMO / "test.npz")).accuracy.top1 >= 0.95
+    assert evaluate(model, open_dataset("npz", DEMO / "test.npz")).score.top1 >= 0.95
 
 
 @pytest.mark.parametrize("name", ["test", "calib"])

@@ -15,7 +15,8 @@ from ssmprune_cli.data import open_dataset
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.interface import Mixers
-from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.common.backbone import Backbone, Places
+from ssmprune_cli.models.common.block import Block
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
 from ssmprune_cli.workflows.evaluate import evaluate, spread
@@ -48,7 +49,15 @@ class Reader(Backbone):
         return self._answer(images)
 
     @property
+    def blocks(self) -> list[Block]:
+        raise NotImplementedError
+
+    @property
     def mixers(self) -> Mixers:
+        raise NotImplementedError
+
+    @property
+    def places(self) -> Places:
         raise NotImplementedError
 
     @property
@@ -124,10 +133,10 @@ def test_top1_and_top5() -> None:
     labels = [3, 3, 3, 2, 5, 1, 0, 6, 9, 3]
     result = evaluate(Reader(answers(0)), Images([3] * 10, labels), batch_size=4)
     assert result.count == 10
-    assert result.accuracy.top1 == 0.4
-    assert result.accuracy.top5 == 0.7
-    assert result.accuracy.interval == wilson_interval(4, 10)
-    assert result.accuracy.images_per_second > 0
+    assert result.score.top1 == 0.4
+    assert result.score.top5 == 0.7
+    assert result.score.interval == wilson_interval(4, 10)
+    assert result.images_per_second > 0
     assert result.comparison is None
     assert list(result.to_dict()) == ["count", "dtype", "notes", "top1", "top5", "interval", "images_per_second"]
 
@@ -138,22 +147,22 @@ def test_batch_size_changes_nothing() -> None:
     found = []
     for batch_size in (1, 5, 23, 64):
         model = Reader(answers(0))
-        accuracy = evaluate(model, dataset, batch_size=batch_size).accuracy
+        score = evaluate(model, dataset, batch_size=batch_size).score
         assert sum(size[0] for size in model.sizes) == 23  # every image once
-        found.append((accuracy.top1, accuracy.top5, accuracy.interval))
+        found.append((score.top1, score.top5, score.interval))
     assert len(set(found)) == 1
 
 
 def test_equal_logits_are_no_right_answers() -> None:
     """A dead model scores like one that always answers class 0."""
     model = Reader(lambda images: torch.zeros(len(images), 10))
-    accuracy = evaluate(model, Images([0] * 10, range(10))).accuracy
-    assert (accuracy.top1, accuracy.top5) == (0.1, 0.5)
+    score = evaluate(model, Images([0] * 10, range(10))).score
+    assert (score.top1, score.top5) == (0.1, 0.5)
 
 
 def test_top5_needs_five_classes() -> None:
-    assert evaluate(Reader(answers(0, 4), classes=4), Images([1, 2], [1, 1])).accuracy.top5 is None
-    assert evaluate(Reader(answers(0, 5), classes=5), Images([1, 2], [1, 1])).accuracy.top5 == 1.0
+    assert evaluate(Reader(answers(0, 4), classes=4), Images([1, 2], [1, 1])).score.top5 is None
+    assert evaluate(Reader(answers(0, 5), classes=5), Images([1, 2], [1, 1])).score.top5 == 1.0
 
 
 def test_comparison_is_paired() -> None:
@@ -194,7 +203,7 @@ def test_limit_is_spread_over_all_classes() -> None:
     result = evaluate(model, Images(labels[::-1], labels), limit=10)
     assert result.count == 10
     # One image of each class, so that no class is left out; the answers run the other way round, so none is right.
-    assert result.accuracy.top1 == 0.0
+    assert result.score.top1 == 0.0
     assert [labels[index] for index in spread(50, 10)] == list(range(10))
     assert evaluate(model, Images(labels, labels), limit=99).count == 50
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -108,3 +112,66 @@ def test_counting_leaves_the_model_alone() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     count_flops(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+SIZES: dict[str, dict[str, object]] = {
+    "vim": {"image_size": (32, 32), "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
+    "plainmamba": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
+    "vmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1)},
+    "vmamba, gated": {
+        "image_size": (64, 64),
+        "patch_embed": "v1",
+        "downsample": "v1",
+        "embed_dim": 16,
+        "depths": (2, 1),
+        "d_state": 4,
+        "ssm_ratio": 2.0,
+        "gated": True,
+        "conv_bias": True,
+        "mlp_ratio": 0.0,
+    },
+    "videomamba": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
+    "mambar": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_cls_tokens": 4},
+}
+
+
+class OpCounter(TorchDispatchMode):
+    """What FlopCounterMode does, without its hooks around every module, with which a session does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            out = func.decompose(*args, **(kwargs or {}))
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "reduction", [None, "drop", "context", "frozen", "frozen-once", "pool", "local-merge", "merge", "mask"]
+)
+def test_torchs_counter_finds_twice_the_number(name: str, reduction: str | None) -> None:
+    """Op by op, and in a session, whose fused calls count as what they are made of."""
+    family = FAMILIES.get(name.partition(",")[0])
+    kind = type(next(iter(family.variants.values())))
+    model = family.build(kind(**SIZES[name], num_classes=7)).eval()
+    if reduction is not None:
+        alignment = "none" if reduction == "mask" else "neighbour"
+        compress(model, 0.6, points=[1], reduction=reduction, alignment=alignment)
+    expected = count_flops(model).all_directions
+    images = torch.zeros(1, 3, *model.image_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    assert counter.get_total_flops() == 2 * expected
+    session = prepare(model)
+    with torch.no_grad(), OpCounter() as fused:
+        session(images)
+    assert fused.total == 2 * expected

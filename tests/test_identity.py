@@ -15,11 +15,11 @@ from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Method, compress
 from ssmprune_cli.recipe import CalibrationPlan, Training
-from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.finetune import Data, Job, build, finetune
 from ssmprune_cli.workflows.identity import dataset_identity, model_identity, weights_sha256
 from ssmprune_cli.workflows.search import Limits, SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
+from ssmprune_cli.workflows.source import Source
 
 SETTINGS = ["image_size=[16,16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"]
 TRAINING = Training(epochs=1, batch_size=4)

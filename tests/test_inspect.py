@@ -13,6 +13,7 @@ import torch
 from ssmprune_cli.checkpoint import save
 from ssmprune_cli.errors import CheckpointError
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.preprocessing import Reading
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.workflows.inspect import inspect
 
@@ -32,7 +33,7 @@ def test_a_published_container() -> None:
     assert (found.preprocessing["resize"], found.preprocessing["crop"]) == (73, 64)
     assert VimConfig(**found.config) == VimConfig((64, 64), 8, 8, embed_dim=48, depth=4, num_classes=10)
     assert json.loads(json.dumps(found.to_dict())) == json.loads(json.dumps(asdict(found)))
-    assert inspect(VIM_LIKE, weights="model_ema").container["used"] == "model_ema"
+    assert inspect(VIM_LIKE, Reading(weights="model_ema")).container["used"] == "model_ema"
 
 
 @pytest.mark.parametrize("classes", [1000, 7])
@@ -52,7 +53,7 @@ def test_weights_that_are_not_finite_are_reported(tmp_path: Path) -> None:
     state = Vim(VimConfig((32, 32), 8, 8, embed_dim=16, depth=1, num_classes=2)).state_dict()
     state["head.bias"][0] = torch.nan
     torch.save(state, tmp_path / "vim.pth")
-    assert inspect(tmp_path / "vim.pth").non_finite == ("head.bias",)
+    assert inspect(tmp_path / "vim.pth", Reading(image_size=32)).non_finite == ("head.bias",)
 
 
 def test_an_artefact_folder(tmp_path: Path) -> None:
@@ -70,4 +71,4 @@ def test_errors_are_those_of_load(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         inspect(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="do not fit vim_tiny"):
-        inspect(VIM_LIKE, variant="vim_tiny")
+        inspect(VIM_LIKE, Reading(variant="vim_tiny"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import string
 from pathlib import Path
 from typing import Any
@@ -143,18 +144,33 @@ def test_a_recipe_is_frozen() -> None:
 # --- files
 
 
+TAGS = ["!!bool x", "!!timestamp x", "!!int ''", "!!float x", "!!binary x", "!!python/name:os.system"]
+
+
+@pytest.mark.parametrize("value", TAGS)
+def test_a_tag_that_does_not_fit_its_value_is_a_fault(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"not a valid recipe, 1 fault"):
+        parse_recipe(f"format: 1\nname: {value}\npruning: {{keep: 0.5}}\n")
+
+
+def test_a_recipe_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="is a pipe, not a file"):
+        load_recipe(tmp_path / "r.yaml")
+
+
 def test_file_faults_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     for content, expected in (
         (b"\xff\xfe", "is not UTF-8 text (byte 0)"),
-        (b" " * ((1 << 20) + 1), "is larger than 1,048,576 bytes, so it is not a recipe"),
+        (b" " * ((1 << 17) + 1), "is larger than 131,072 bytes, so it is not a recipe"),
     ):
         file.write_bytes(content)
         with pytest.raises(RecipeError) as caught:
             load_recipe(file)
         assert (caught.value.where, caught.value.what) == (str(file), expected)
     for missing in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(RecipeError, match="cannot be read"):
+        with pytest.raises(RecipeError, match=r"there is no such file|is a folder, not a file"):
             load_recipe(missing)
 
 

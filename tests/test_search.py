@@ -28,13 +28,13 @@ from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergenc
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe.sections import CalibrationPlan
 from ssmprune_cli.report.report import Sensitivity
-from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.search import algorithm
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import latency
 from ssmprune_cli.workflows.trials.candidates import layouts, neighbours, uniform
 from ssmprune_cli.workflows.trials.cost import CostModel, Costs, check_budget, schedule_at, solve

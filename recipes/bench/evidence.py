@@ -40,11 +40,12 @@ from ssmprune_cli.pruning import ALIGNMENTS, IMPORTANCES, REDUCTIONS, PruneSetti
 from ssmprune_cli.pruning.divergence import divergence, paired
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe.sections import CalibrationPlan
-from ssmprune_cli.workflows.compare import Comparison, recipe_settings
-from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.workflows.compare import Comparison
+from ssmprune_cli.workflows.compress import recipe_settings
 from ssmprune_cli.workflows.measure.machine import machine
 from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
 from ssmprune_cli.workflows.trials.measure import load_images
 from ssmprune_cli.workflows.trials.state import SavedState
@@ -182,7 +183,7 @@ class Evidence:
         print(f"searching at {budget:g} on {count} images", file=sys.stderr, flush=True)
         (result,) = search(self.source, plan).found
         calibration = self._calibration(count)
-        found = recipe_settings(self.comparison.model, result.recipe, arguments.calib)
+        found = recipe_settings(self.comparison.model, result.recipe, calibrated=arguments.calib is not None)
         pair = (DEFAULT, replace(DEFAULT, alignment="none"))
         default, plain = (self.uniform.settings(method, Budget("flops", budget)) for method in pair)
         assert default is not None and plain is not None, "the default reduction cannot save so much"

@@ -59,7 +59,7 @@ def keep_ratio(model: Backbone, reduction: str, cost: float, points: list[int] |
 
 
 def top1(model: Backbone, images: ImageDataset, device: str) -> float:
-    return 100 * evaluate(model, images, device=device).accuracy.top1
+    return 100 * float(evaluate(model, images, device=device).score.top1)
 
 
 def rows(arguments: argparse.Namespace, settings: Training) -> Iterator[dict[str, Any]]:

@@ -82,7 +82,7 @@ def make_step(arguments: argparse.Namespace, title: str) -> Step:
     model = variant(arguments.variant, arguments.image_size).to(arguments.device)
     if keep is not None:
         compress(model, keep, reduction=reduction)
-    set_recompute(model, recompute)
+    set_recompute(model.blocks, recompute)
     return Step(model, images)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import secrets
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +12,13 @@ from typing import Any
 
 from safetensors.torch import save as serialize
 
+from ssmprune_cli.checkpoint.files import CONFIG, WEIGHTS, locate, read_json
+from ssmprune_cli.checkpoint.replacing import probe, recover, write_folder
 from ssmprune_cli.errors import CheckpointError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
 
 FORMAT, FORMAT_VERSION = "ssmprune", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,13 @@ class Artefact:
 def read_config(folder: Path) -> Artefact:
     """The config.json of an artefact folder. Raises CheckpointError if it is none of ours."""
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise CheckpointError(
             f"a folder without {CONFIG} is no output of ssmprune",
             where=str(folder),
             hint="Give the checkpoint file itself.",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error
+        )
+    values = read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(
             f"is not a {CONFIG} of ssmprune", where=str(path), hint="Give the checkpoint file in the folder itself."
@@ -60,8 +56,24 @@ def read_config(folder: Path) -> Artefact:
     return Artefact(family, config, pruning)
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether `path` is an artefact folder with a pruner. Raises CheckpointError if its config.json is damaged."""
+    path = locate(path)
+    return (path / CONFIG).is_file() and _is_ours(path) and read_config(path).pruning is not None
+
+
+def _is_ours(folder: Path) -> bool:
+    values = read_json(folder / CONFIG)
+    return isinstance(values, dict) and values.get("format") == FORMAT
+
+
 def check_writable(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise CheckpointError unless `save` may write `folder`: only an earlier output of ours is ever replaced."""
+    """CheckpointError unless `save` can and may write `folder`: only an earlier output of ours is ever replaced."""
+    recover(folder)
+    try:
+        probe(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written: {error.strerror or error}", where=str(folder)) from error
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -105,45 +117,10 @@ def save(
         WEIGHTS: serialize(state, metadata={"format": "pt"}),
     }
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
-    folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        for name, content in contents.items():
-            (temporary / name).write_bytes(content)
-        _replace(folder, temporary)
+        write_folder(folder, contents)
     except OSError as error:
         what = f"cannot be written: {error.strerror or error}"
         if error.errno == errno.ENOSPC:
             what = f"the disk is full; writing needs {sum(map(len, contents.values())) / 1e6:.1f} MB"
         raise CheckpointError(what, where=str(folder)) from error
-    finally:  # on Ctrl-C too
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Rename `new` to `folder`; an old `folder` is set aside and removed last, and comes back if that fails."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_suffix(".old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a checkpoint file, in hex; of an artefact folder, that of its config.json followed by its weights."""
-    digest = hashlib.sha256()
-    for part in (path / CONFIG, path / WEIGHTS) if path.is_dir() else (path,):
-        try:
-            with part.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(part)) from error
-    return digest.hexdigest()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ssmprune_cli import pruning
-from ssmprune_cli.checkpoint.reading import Checkpoint, listing, read
-from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models import FAMILIES, Backbone, Family, Hints, Shapes
+from ssmprune_cli.checkpoint.reading import Checkpoint, read
+from ssmprune_cli.checkpoint.stated import plain
+from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
+from ssmprune_cli.models import FAMILIES, MAX_SIDE, SMALL_SIDE, Backbone, Family, Hints, ImageConfig, Shapes
+from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
 _FOREIGN = (
@@ -25,7 +29,12 @@ _FOREIGN = (
     ("backbone.embedding.weight", "a Mamba language model"),
     ("backbone.embeddings.weight", "a Mamba language model"),
 )
-_NOT_OF_A_VARIANT = ("image_size", "num_classes", "eval_crop_ratio", "out_indices", "out_stages")
+_NOT_OF_A_VARIANT = (
+    *(field.name for field in fields(ImageConfig)),
+    *("image_size", "num_classes", "out_indices", "out_stages"),
+)
+MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
+_PRUNER = "pruner."  # what the names of a pruner's buffers begin with
 _GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
 
@@ -38,29 +47,40 @@ class Resolved:
     state: dict[str, Tensor]
 
 
-@torch.inference_mode(False)  # weights made in inference mode have no version, and nothing could be kept of them
 def load(
     path: Path | str,
     *,
     family: str | None = None,
     variant: str | None = None,
-    image_size: int | None = None,
     weights: str = "model",
+    image_size: int | None = None,
+    stride: int | None = None,
+    crop: float | None = None,
+    interpolation: Interpolation | None = None,
+    mean: Triple | None = None,
+    std: Triple | None = None,
 ) -> Backbone:
     """The model in a checkpoint file or an artefact folder: evaluation mode, float32, on the CPU.
 
-    family, variant  override what is found from names and shapes of the weights
-    image_size       side of square images; position embeddings are resized if the file is for another size
-    weights          which copy to take from a training checkpoint: "model" or "model_ema"
+    The options go before what the file says; see `preprocessing.Reading`. What neither settles is asked for.
 
     Raises CheckpointError if anything is wrong with the file (weights are never loaded in part, nor if one is not
-    finite), and UsageError for a family or variant that does not exist.
+    finite) or if several models fit it, and UsageError for options that do not exist or do not fit.
     """
+    return load_as(path, Reading(family, variant, weights, image_size, stride, crop, interpolation, mean, std))
+
+
+@torch.inference_mode(False)  # weights made in inference mode have no version, and nothing could be kept of them
+def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backbone:
+    """See `load`. With `dense`, a compressed model comes without its pruner, as it was before."""
     path = Path(path)
-    checkpoint = read(path, weights=weights)
-    resolved = resolve(checkpoint, family=family, variant=variant)
+    checkpoint = read(path, weights=reading.weights)
+    resolved = resolve(checkpoint, reading)
     settings = checkpoint.artefact.pruning if checkpoint.artefact else None
     state = resolved.state
+    if dense and settings is not None:
+        settings = None
+        state = {name: value for name, value in state.items() if not name.startswith(_PRUNER)}
     model = build_empty(resolved.family, resolved.config, settings, state, path)
     broken = non_finite(state)
     if broken:
@@ -69,14 +89,15 @@ def load(
             where=str(path),
             hint="The file comes from a training that diverged; use another epoch or copy.",
         )
-    if image_size is not None and model.image_size != (image_size, image_size):
+    side = reading.image_size
+    if side is not None and model.image_size != (side, side):
         if settings is not None:
             raise CheckpointError(
                 "the image size of a compressed model is fixed, because its token counts are",
                 where=str(path),
                 hint="Compress the dense checkpoint again with `--image-size`.",
             )
-        state, config = resolved.family.resize(state, resolved.config, image_size)
+        state, config = resolved.family.resize(state, resolved.config, side)
         model = build_empty(resolved.family, config, None, state, path)
     # `copy`: the tensors may be mapped from the file. Assigned, so that no weight is initialised only to be replaced.
     values = {
@@ -87,22 +108,73 @@ def load(
     return model.eval()
 
 
-def resolve(checkpoint: Checkpoint, *, family: str | None = None, variant: str | None = None) -> Resolved:
+def resolve(checkpoint: Checkpoint, reading: Reading = NOTHING_SAID) -> Resolved:
     """The family and configuration of `checkpoint`. Raises CheckpointError or UsageError; see `load`."""
-    chosen = _requested(family, variant)
-    if checkpoint.artefact is not None:
-        return _from_artefact(checkpoint, chosen, variant)
-    hints = replace(checkpoint.hints, variant=variant)
+    if reading.image_size is not None and not 1 <= reading.image_size <= MAX_SIDE:
+        raise UsageError(f"must be from 1 to {MAX_SIDE} pixels, not {reading.image_size}", where="--image-size")
+    if reading.stride is not None and not 1 <= reading.stride <= MAX_SIDE:
+        raise UsageError(f"must be from 1 to {MAX_SIDE} pixels, not {reading.stride}", where="--stride")
+    chosen = _requested(reading.family, reading.variant)
+    resolved = (
+        _from_artefact(checkpoint, chosen, reading) if checkpoint.artefact else _found(checkpoint, chosen, reading)
+    )
+    side = reading.image_size or max(resolved.config.image_size)
+    if side <= SMALL_SIDE and reading.crop not in (None, 1.0):
+        raise UsageError(f"images of {side} pixels are not cropped: the authors of no family do", where="--crop")
+    return resolved
+
+
+def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> Resolved:
+    """What names, shapes and statements of a file say, and its user."""
+    empty = [name for name, value in checkpoint.state.items() if value.numel() == 0]
+    if empty:
+        raise CheckpointError(f"has weights without values: {listing(empty)}", where=str(checkpoint.path))
+    hints = replace(
+        checkpoint.hints,
+        variant=reading.variant,
+        asked_size=reading.image_size,
+        **{key: value for key, value in _images(reading).items() if value is not None},
+    )
+    if reading.stride is not None:
+        hints = replace(hints, stride=reading.stride)
     if chosen is None:
         chosen = _detect(checkpoint)
     try:
         state = chosen.remap(checkpoint.state)
-        return Resolved(chosen, chosen.configure(_shapes(state), hints), state)
-    except CheckpointError as error:
+        config = chosen.configure(_shapes(state), hints)
+    except (CheckpointError, UsageError) as error:
+        if error.hint is not None or isinstance(error, UsageError):
+            raise type(error)(error.what, where=error.where or str(checkpoint.path), hint=error.hint) from error
         shapes = _shapes(checkpoint.state)
         looks = None if chosen.matches(shapes, Hints()) else _recognise(shapes)
         hint = f"It looks like {looks}." if looks else _first_weights(shapes)
         raise CheckpointError(error.what, where=str(checkpoint.path), hint=f"{hint} {_known()}") from error
+    where, at_fault = str(checkpoint.path), "If the file is wrong, save its weights alone: {'model': weights}."
+    for name, values in chosen.computes.items():
+        stated = [each for each in hints.settings.get(name, ()) if plain(each) not in values]
+        if stated:
+            known = " or ".join(sorted(map(str, values)))
+            raise CheckpointError(
+                f"says {name} {listing(stated)}, and here {chosen.title} is computed with {known}",
+                where=where,
+                hint=at_fault,
+            )
+    small = max(config.image_size) <= SMALL_SIDE  # not resized, so it does not matter how
+    for name, refusal in checkpoint.hints.refused.items():
+        if _images(reading)[name] is None and not (small and name in ("eval_crop_ratio", "interpolation")):
+            option = "--crop" if name == "eval_crop_ratio" else f"--{name}"
+            raise CheckpointError(refusal, where=where, hint=f"Give `{option}` for something else. {at_fault}")
+    return Resolved(chosen, config, state)
+
+
+def _images(reading: Reading) -> dict[str, Any]:
+    """The options of `reading` that are fields of an ImageConfig; None for those that are not given."""
+    return {
+        "eval_crop_ratio": reading.crop,
+        "interpolation": reading.interpolation,
+        "mean": reading.mean,
+        "std": reading.std,
+    }
 
 
 def variant_name(family: Family, config: Any) -> str | None:
@@ -123,10 +195,13 @@ def build_empty(
     family: Family, config: Any, settings: dict[str, Any] | None, state: dict[str, Tensor], path: Path
 ) -> Backbone:
     """The backbone on the meta device, with a pruner if there are settings. CheckpointError if `state` does not fit."""
-    with torch.device("meta"):
-        model = family.build(config)
-        if settings is not None:
-            pruning.attach(model, settings)
+    try:
+        with torch.device("meta"):
+            model = family.build(config)
+            if settings is not None:
+                pruning.attach(model, settings)
+    except (UsageError, RuntimeError, OverflowError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"no model can be built of these sizes: {error}", where=str(path)) from error
     faults = _faults(model, state)
     if faults:
         title = variant_name(family, config) or family.title
@@ -140,19 +215,19 @@ def build_empty(
 def _faults(model: Backbone, state: dict[str, Tensor]) -> list[str]:
     """What keeps `state` from being all of the weights of `model` and nothing else."""
     expected = model.state_dict()
-    faults = [f"{name} is missing" for name in expected if name not in state]
+    faults = [f"{shown(name)} is missing" for name in expected if name not in state]
     for name, value in state.items():
         if name not in expected:
-            faults.append(f"{name} is unknown")
+            faults.append(f"{shown(name)} is unknown")
         elif value.shape != expected[name].shape:
-            faults.append(f"{name} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
+            faults.append(f"{shown(name)} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
         elif value.is_floating_point() != expected[name].is_floating_point():
-            faults.append(f"{name} is of type {value.dtype}")
+            faults.append(f"{shown(name)} is of type {value.dtype}")
     return faults
 
 
 def _is_compressed(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith("pruner.") for name in state)
+    return any(name.startswith(_PRUNER) for name in state)
 
 
 def _requested(family: str | None, variant: str | None) -> Family | None:
@@ -169,14 +244,12 @@ def _requested(family: str | None, variant: str | None) -> Family | None:
     raise UsageError(f"unknown variant {variant!r}.{guess}", hint=f"Known: {', '.join(known)}.")
 
 
-def _from_artefact(checkpoint: Checkpoint, requested: Family | None, variant: str | None) -> Resolved:
+def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Reading) -> Resolved:
     assert checkpoint.artefact is not None
+    variant = reading.variant
     where = str(checkpoint.path / "config.json")
     family = FAMILIES.get(checkpoint.artefact.family)
-    try:
-        config = family.config_class(**checkpoint.artefact.config)
-    except (TypeError, ValueError, UsageError) as error:
-        raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
+    config = _config(family, checkpoint.artefact.config, len(checkpoint.state), where)
     found = variant_name(family, config)
     if requested not in (None, family) or (variant is not None and variant != found):
         raise UsageError(
@@ -184,7 +257,32 @@ def _from_artefact(checkpoint: Checkpoint, requested: Family | None, variant: st
             where=where,
             hint="Leave out `--family` and `--variant`: an output folder knows what it is.",
         )
-    return Resolved(family, config, checkpoint.state)
+    stride = getattr(config, "stride", None)
+    if reading.stride not in (None, stride):
+        raise UsageError(f"says a stride of {stride}, not {reading.stride}", where=where, hint="Leave out `--stride`.")
+    given = {key: value for key, value in _images(reading).items() if value is not None}
+    return Resolved(family, replace(config, **given), checkpoint.state)
+
+
+def _config(family: Family, values: dict[str, Any], weights: int, where: str) -> Any:
+    """The configuration in a config.json, of types and sizes that a model of so many `weights` can have."""
+    unknown = sorted(set(values) - {field.name for field in fields(family.config_class)})
+    if unknown:
+        raise CheckpointError(f"the configuration is not valid: {listing(unknown)} is unknown", where=where)
+    for name, value in values.items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        limit = weights if name in ("depth", "depths") else MAX_NUMBER
+        if sum(map(abs, numbers)) > limit or (isinstance(value, list) and len(value) > weights + 2):
+            raise CheckpointError(
+                f"the configuration is not valid: {name} is larger than {weights} weights can be", where=where
+            )
+    try:
+        return TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error
+    except (ValueError, UsageError) as error:
+        raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
 
 
 def _detect(checkpoint: Checkpoint) -> Family:
@@ -227,11 +325,18 @@ def _misfits(family: Family, checkpoint: Checkpoint) -> list[str]:
     """What of `checkpoint` does not fit `family`, or is missing for it; nothing if not even the sizes can be told."""
     try:
         state = family.remap(checkpoint.state)
-        config = family.configure(_shapes(state), checkpoint.hints)
-        with torch.device("meta"):
-            return _faults(family.build(config), state)
+        shapes = _shapes(state)
     except CheckpointError:
         return []
+    known = checkpoint.hints
+    for hints in (known, replace(known, asked_size=224), replace(known, stride=16, asked_size=224)):
+        try:  # with some image, where none is settled: it changes none of the other sizes
+            config = family.configure(shapes, hints)
+            with torch.device("meta"):
+                return _faults(family.build(config), state)
+        except (CheckpointError, UsageError):
+            continue
+    return []
 
 
 def _known() -> str:
@@ -246,7 +351,7 @@ def _published(family: Family, checkpoint: Checkpoint) -> str:
     """For a message: the published model of `family` that has the sizes of `checkpoint`, if there is one."""
     try:
         name = variant_name(family, family.configure(_shapes(checkpoint.state), checkpoint.hints))
-    except CheckpointError:
+    except (CheckpointError, UsageError):
         return ""
     return f" (it has the sizes of {name})" if name else ""
 

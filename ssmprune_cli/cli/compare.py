@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName
+from ssmprune_cli.cli.options import BackendName, reads_checkpoints
 from ssmprune_cli.cli.search import numbers
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.recipe import Recipe, load_recipe, shipped_recipes
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 TABLES = {"imagenet-vim": "vim"}  # name -> family
 
 
+@reads_checkpoints
 def command(
     data_dir: Annotated[Path, typer.Option(help="Images to compare on, labelled or not.")],
     ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
@@ -51,8 +54,7 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(help="Write plots to this .svg, and to one of the speed beside it.")
     ] = None,
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    reading: Reading = NOTHING_SAID,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Seed of random scores and of the choice of images.")] = 0,
     backend: BackendName = "auto",
@@ -78,7 +80,7 @@ def command(
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import Method
     from ssmprune_cli.workflows.compare import compare, published_table
-    from ssmprune_cli.workflows.compress import Source
+    from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.trials import Budget
 
     use_backend(backend)
@@ -102,7 +104,7 @@ def command(
             shipped = [load_recipe(file) for file in shipped_recipes().values()]
             found, notes = published_table(shipped, checkpoints, TABLES[table])
             for file, own in found.items():
-                source = Source(file, family or TABLES[table], variant)
+                source = Source(file, replace(reading, family=reading.family or TABLES[table]))
                 result, more = run(source, images, [], [], recipes=own, progress=progress)
                 rows += result
                 notes += more
@@ -116,12 +118,12 @@ def command(
                     "how much to prune?", hint="Give `--keep 0.8,0.6`, `--flops 0.8,0.6` or `--times 0.8,0.6`."
                 )
             rows, notes = run(
-                Source(ckpt, family, variant),
+                Source(ckpt, reading),
                 images,
                 triples,
                 [Budget(*budget) for budget in budgets],
                 recipes=files,
-                others=[Source(path) for path in dense or []],
+                others=[Source(path, reading) for path in dense or []],
                 progress=progress,
             )
     for note in dict.fromkeys(notes):

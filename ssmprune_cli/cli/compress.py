@@ -5,20 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.limits import Limits, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, enforce
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
-from ssmprune_cli.errors import UsageError
-from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
+from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
+from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.report import Report
 
 
+@reads_checkpoints
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     keep: Annotated[
@@ -75,6 +75,9 @@ def command(
     dataset: Annotated[
         str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10, cifar100 or npz.")
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use so many of the --eval-data images, drawn from equal stretches.")
+    ] = None,
     samples: Annotated[
         int,
         typer.Option(
@@ -85,12 +88,10 @@ def command(
     min_accuracy: MinAccuracy = None,
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
+    judge: JudgeBy = "interval",
     out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artefact.")] = False,
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
-    weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
-    image_size: Annotated[int | None, typer.Option(help="Resize the position embeddings to this image side.")] = None,
+    reading: Reading = NOTHING_SAID,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int | None, typer.Option(help="Seed of the random score and of the choice of images.")] = None,
     dry_run: Annotated[
@@ -106,136 +107,58 @@ def command(
     points, token counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense
     model on the --calib images; the report then says what was tried.
     """
-    searched = target_flops is not None or target_latency is not None
-    if (
-        searched
-        and (target_flops is not None)
-        + (target_latency is not None)
-        + sum(each is not None for each in (keep, tokens, points, recipe))
-        > 1
-    ):
-        raise UsageError("a target settles what to keep: give one, without --keep, --tokens, --points or --recipe")
-    if searched and calib is None:
-        raise UsageError("a search needs calibration images", hint="Give `--calib DIR` with a few dozen of them.")
-    if searched and dry_run:
-        raise UsageError("a search reads images, so it cannot be a dry run")
-    amounts = ("pruning.keep=", "pruning.tokens=")
-    if recipe is not None:
-        chosen = load_recipe(recipe)
-    elif searched:
-        chosen = Recipe(pruning=Pruning(keep=1.0))  # what the search finds takes the place of its pruning section
-    elif keep is not None or tokens is not None or any(text.startswith(amounts) for text in overrides or []):
-        chosen = Recipe(pruning=Pruning(keep=1.0))
-    else:
-        raise UsageError("how much to keep?", hint="Give `--keep 0.6`, `--tokens 150,120,90` or `--recipe FILE`.")
-    settings: list[str] = []
-    if keep is not None:
-        settings += [f"pruning.keep={_list(keep)}", "pruning.tokens=null"]
-    if tokens is not None:
-        settings += [f"pruning.tokens={_list(tokens, always=True)}", "pruning.keep=null"]
-    if searched and calib_images is None and recipe is None:
-        calib_images = 256  # a search needs more to choose by than a calibration
-    given = {
-        "pruning.points": None if points is None else _list(points, always=True),
-        "pruning.importance": importance,
-        "pruning.reduction": reduction,
-        "pruning.alignment": alignment,
-        "calibration.images": calib_images,
-        "calibration.seed": seed,
-        "seed": seed,
-    }
-    settings += [f"{key}={value}" for key, value in given.items() if value is not None]
-    chosen = chosen.override([*settings, *(overrides or [])])
-    limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio)
-    if eval_data is None:
-        limits.require(("max_drop", "min_accuracy"), "--eval-data, the images to measure accuracy on")
-    if dry_run:
-        limits.require(("max_drop", "min_accuracy", "max_latency_ratio"), "a run: nothing is measured in a dry run")
-    if out is None and not dry_run:
-        raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
-
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.workflows.compress import Source, compress_checkpoint, plan
+    from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
+    from ssmprune_cli.workflows.limits import Limits, enforce
+    from ssmprune_cli.workflows.source import Source
 
     use_backend(backend)
-    source = Source(ckpt, family, variant, weights, image_size)
-    trace = None
-    if searched and out is not None and calib is not None:
-        from ssmprune_cli.checkpoint import check_writable
-        from ssmprune_cli.cli.search import run_search
-        from ssmprune_cli.pruning import known_methods
-        from ssmprune_cli.workflows.search import Limits as SearchLimits
-        from ssmprune_cli.workflows.search import SearchPlan
-
-        check_writable(out, overwrite=overwrite)
-        pruning = chosen.pruning
-        plan_of_search = SearchPlan(
-            calib=calib,
-            methods=list(known_methods(importance, reduction, None if pruning.alignment == "auto" else alignment)),
-            flops=() if target_flops is None else (target_flops,),
-            latency_ms=target_latency,
-            batch_size=batch_size,
-            calibration=chosen.calibration,
-            seed=chosen.seed,
-            limits=SearchLimits(evaluations, time_limit),
-            device=device,
-            state=state or out.with_name(f"{out.name}.search-state.json"),
-        )
-        result = run_search(source, plan_of_search)
-        (found,) = result.found
-        chosen = found.recipe
-        trace = tuple(found.trace())
-        if found.latency_ms is not None and found.dense_latency_ms is not None:
-            output.note(f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.")
-    if dry_run or out is None:
-        report = plan(source, chosen)
-    else:
-        with output.task_progress() as progress:
-            report = compress_checkpoint(
-                source,
-                chosen,
-                out=out,
-                calib=calib,
-                evaluation=_dataset(eval_data, dataset),
-                device=device,
-                overwrite=overwrite,
-                progress=progress,
-                search=trace,
-                sample_images=samples,
-                command=shlex.join(["ssmprune", *sys.argv[1:]]),
-            )
-    for warning in report.warnings:
-        output.warn(warning)
-    assert report.pruned is not None
-    checks = limits.check(
-        difference=report.accuracy.difference if report.accuracy else None,
-        top1=report.accuracy.top1 if report.accuracy else None,
-        flops=report.pruned.multiply_adds_all_directions / report.dense.multiply_adds_all_directions,
-        latency_ratio=report.speed.latency_ratio if report.speed else None,
+    request = CompressRequest(
+        source=Source(ckpt, reading),
+        keep=keep,
+        tokens=tokens,
+        target_flops=target_flops,
+        target_latency=target_latency,
+        batch_size=batch_size,
+        evaluations=evaluations,
+        time_limit=time_limit,
+        state=state,
+        points=points,
+        importance=importance,
+        reduction=reduction,
+        alignment=alignment,
+        calib=calib,
+        calib_images=calib_images,
+        recipe=recipe,
+        overrides=tuple(overrides or ()),
+        eval_data=eval_data,
+        dataset=dataset,
+        limit=limit,
+        samples=samples,
+        limits=Limits(max_drop, min_accuracy, max_flops, max_latency_ratio, judge),
+        out=out,
+        overwrite=overwrite,
+        device=device,
+        seed=seed,
+        dry_run=dry_run,
+        command=shlex.join(["ssmprune", *sys.argv[1:]]),
     )
-    data = {**report.to_dict(), "limits": [check.to_dict() for check in checks]}
-    output.emit(_tables(report), data, as_json=as_json)
-    if trace is not None:
-        result.state.remove()
-    if out is not None and not dry_run:
-        output.note(f"Written to {out}")
-    enforce(checks)
-
-
-def _list(text: str, *, always: bool = False) -> str:
-    """ "5,10,15" as a YAML list; one number stays a number unless a list is wanted."""
-    return f"[{text}]" if always or "," in text else text
-
-
-def _dataset(path: Path | None, name: str | None) -> Any:
-    if path is None:
-        return None
-    from ssmprune_cli.data import open_dataset
-
-    return open_dataset(name or ("npz" if path.suffix == ".npz" else "imagefolder"), path)
+    with output.task_progress() as progress, output.kept_for_the_next_run(request.state_file):
+        result = compress_checkpoint(request, progress)
+    for warning in result.warnings:
+        output.warn(warning)
+    for note in result.notes:
+        output.note(note)
+    output.emit(_tables(result.report), result.report.to_dict(), as_json=as_json)
+    if result.out is not None:
+        output.note(f"Written to {result.out}")
+    enforce(result.report.limits)
 
 
 def _tables(report: Report) -> Group:
+    from ssmprune_cli.tasks import TASKS
+    from ssmprune_cli.workflows.reporting import verdicts
+
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None and pruning is not None
     table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
@@ -255,16 +178,12 @@ def _tables(report: Report) -> Group:
             f"{report.speed.latency_ratio - 1:+.1%}",
         )
     notes = []
-    if report.accuracy is not None:
-        figures = report.accuracy
-        low, high = figures.difference_interval
-        table.add_row(
-            f"top-1 on {figures.count:,} images (%)",
-            f"{100 * figures.dense.top1:.2f}",
-            f"{100 * figures.top1:.2f}",
-            f"{100 * figures.difference:+.2f} points",
-        )
-        notes.append(f"Top-1 changes by {100 * low:+.2f} to {100 * high:+.2f} points (95 %).")
+    task = TASKS.get(report.task)
+    compared = task.facts(report)
+    if compared is not None:
+        row = task.brief(compared)
+        table.add_row(row.title, row.dense, row.pruned, row.change)
+        notes.append(f"{task.metric.capitalize()} changes by {row.within} points (95 %).")
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
@@ -277,6 +196,7 @@ def _tables(report: Report) -> Group:
         f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
         f"reduction {pruning.reduction}, alignment {pruning.alignment}."
     )
+    notes += verdicts(report.limits)
     return Group(table, lengths, *notes)
 
 

@@ -26,7 +26,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def _facts() -> dict[str, Any]:
     import torch
 
-    from ssmprune_cli.kernels import available_backends
+    from ssmprune_cli.kernels import available_backends, cpu_facts
     from ssmprune_cli.workflows.measure import processor
 
     return {
@@ -39,6 +39,7 @@ def _facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": _devices(),
         "kernels": dict(available_backends()),
+        "c_kernels": cpu_facts(),
     }
 
 

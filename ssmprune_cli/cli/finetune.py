@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, PeerTimeout
+from ssmprune_cli.cli.options import BackendName, PeerTimeout, reads_checkpoints
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
+@reads_checkpoints
 def command(
     data_dir: Annotated[Path, typer.Option(help="Training images: a folder, or an .npz.")],
     out: Annotated[Path, typer.Option(help="Folder to write: the models last and best, the log, the state to resume.")],
@@ -53,7 +56,7 @@ def command(
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the log for TensorBoard.")] = False,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train a new dense model.")] = False,
-    family: Annotated[str | None, typer.Option(help="Model family; from scratch, vim unless given.")] = None,
+    reading: Reading = NOTHING_SAID,
     init: Annotated[Path | None, typer.Option(help="From scratch: start from the weights of this checkpoint.")] = None,
     name: Annotated[
         str, typer.Option(help="From scratch: name in --checkpoint; layouts with equal keys are told apart by it.")
@@ -75,6 +78,12 @@ def command(
         raise UsageError("give either an artefact or checkpoint, or `--from-scratch`")
     if not from_scratch and (init or pth):
         raise UsageError("`--init` and `--checkpoint` are for `--from-scratch`")
+    read = replace(reading, family=None)
+    if from_scratch and init is None and distill is None and read != Reading():
+        names = [
+            f"--{each.name.replace('_', '-')}" for each in fields(read) if getattr(read, each.name) != each.default
+        ]
+        raise UsageError(f"{', '.join(names)}: no checkpoint is read", hint="Set what a new model is by `--set`.")
     texts = settings or []
     of_model = [text for text in texts if not text.startswith("training.")]
     if of_model and not from_scratch:
@@ -92,18 +101,18 @@ def command(
     }
 
     from ssmprune_cli import checkpoint
-    from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.finetune import Data, build, finetune, plan, some, start_from, write_checkpoint
     from ssmprune_cli.workflows.processes import join_processes, this_process
 
     use_backend(backend)
     if path is None:
-        model = build(family or "vim", of_model, name=name, seed=seed)
+        model = build(reading.family or "vim", of_model, name=name, seed=seed)
         if init is not None:
-            start_from(model, init)
+            start_from(model, init, reading)
     else:
-        model = checkpoint.load(path, family=family)
+        model = checkpoint.load_as(path, reading)
     job = plan(
         path,
         recipe=recipe,
@@ -112,14 +121,15 @@ def command(
         seed=seed,
         command=shlex.join(["ssmprune", *sys.argv[1:]]),
         device=join_processes(device, peer_timeout),
-        teacher=None if distill is None else checkpoint.load(distill, family=model.family),
+        teacher=None if distill is None else checkpoint.load_as(distill, replace(reading, family=model.family)),
         save_every=save_every,
         tensorboard=tensorboard,
         workers=workers,
     )
+    task = TASKS.get(model.task)
     data = Data(
-        some(open_dataset(dataset, data_dir, split="train"), limit, seed),
-        None if val_dir is None else open_dataset(dataset, val_dir),
+        some(task.open(data_dir, dataset, split="train"), limit, seed),
+        None if val_dir is None else task.open(val_dir, dataset),
     )
 
     notes = [note for each in (data.training, data.validation) if each is not None for note in each.notes]

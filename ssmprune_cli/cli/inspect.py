@@ -8,20 +8,25 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import reads_checkpoints
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
+@reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file or an artefact folder.")],
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
-    weights: Annotated[str, typer.Option(help="Which copy in the file: model or model_ema.")] = "model",
+    reading: Reading = NOTHING_SAID,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in a checkpoint: family, size, tokens, scan directions, contents, dtype, checksum, preprocessing."""
+    from rich.console import Group
+
     from ssmprune_cli.cli.tables import facts_table
     from ssmprune_cli.workflows.inspect import inspect
 
-    facts = inspect(path, family=family, variant=variant, weights=weights).to_dict()
+    facts = inspect(path, reading).to_dict()
     if facts["non_finite"]:
         output.warn(f"{len(facts['non_finite'])} weights hold infinite values or NaN; the file would not be loaded")
-    output.emit(facts_table(facts), facts, as_json=as_json)
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    # On a line of its own, so that it can be compared and copied whole.
+    output.emit(Group(facts_table(rest), f"SHA-256 {facts['sha256']}"), facts, as_json=as_json)

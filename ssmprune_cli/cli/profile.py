@@ -10,21 +10,21 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, PrecisionName
+from ssmprune_cli.cli.options import BackendName, PrecisionName, reads_checkpoints
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from ssmprune_cli.workflows.profile import Profile
 
 
+@reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
     compare: Annotated[Path | None, typer.Option(help="A second model, timed side by side.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Image side in pixels (default: the checkpoint's).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median is reported.")] = 10,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    reading: Reading = NOTHING_SAID,
     precision: PrecisionName = "fp32",
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -42,7 +42,7 @@ def command(
 
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
-    loaded = [checkpoint.load(each, family=family, variant=variant, image_size=image_size) for each in paths]
+    loaded = [checkpoint.load_as(each, reading) for each in paths]
     models = [in_precision(each, precision) for each in loaded]
     with output.progress("Timing") as advance:
         profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)

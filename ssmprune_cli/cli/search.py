@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit
+from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssmprune_cli.workflows.compress import Source
-    from ssmprune_cli.workflows.search import SearchPlan, SearchResult
+    from ssmprune_cli.workflows.search import SearchResult
 
 
+@reads_checkpoints
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     calib: Annotated[
@@ -37,8 +37,7 @@ def command(
     time_limit: TimeLimit = None,
     state: StateFile = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search and of the choice of images.")] = 0,
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    reading: Reading = NOTHING_SAID,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier search.")] = False,
     backend: BackendName = "auto",
@@ -52,62 +51,35 @@ def command(
     same command.
     """
     budgets = numbers(flops, "--flops")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UsageError("the folder is not empty", where=str(out), hint="Choose another, or give `--overwrite`.")
 
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import known_methods
     from ssmprune_cli.recipe import CalibrationPlan
-    from ssmprune_cli.workflows.compress import Source
-    from ssmprune_cli.workflows.reporting import search_series, write_plot
-    from ssmprune_cli.workflows.search import Limits, SearchPlan
-    from ssmprune_cli.workflows.write import write_text
+    from ssmprune_cli.workflows.search import Limits, SearchPlan, search_to_folder, state_file
+    from ssmprune_cli.workflows.source import Source
 
     use_backend(backend)
-    result = run_search(
-        Source(ckpt, family, variant),
-        SearchPlan(
-            calib=calib,
-            methods=list(known_methods(importance, reduction, alignment)),
-            flops=tuple(budgets),
-            calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=batch_size),
-            seed=seed,
-            limits=Limits(evaluations, time_limit),
-            device=device,
-            state=state or out.with_name(f"{out.name}.search-state.json"),
-        ),
+    plan = SearchPlan(
+        calib=calib,
+        methods=list(known_methods(importance, reduction, alignment)),
+        flops=tuple(budgets),
+        calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=batch_size),
+        seed=seed,
+        limits=Limits(evaluations, time_limit),
+        device=device,
+        state=state,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    with output.task_progress() as progress, output.kept_for_the_next_run(state or state_file(out)):
+        result = search_to_folder(Source(ckpt, reading), plan, out, overwrite=overwrite, progress=progress)
+    for warning in result.warnings:
+        output.warn(warning)
     trace = [entry for found in result.found for entry in found.trace()]
-    for found in result.found:
-        write_text(out / f"flops_{found.budget:g}.yaml", found.recipe.to_yaml())
-    write_text(out / "search.json", json.dumps([each.model_dump(mode="json") for each in trace], indent=1) + "\n")
-    write_plot(
-        out / "front.svg",
-        search_series(trace),
-        title=f"{ckpt.name}: search on {result.images} images",
-        x_label="multiply-adds, share of dense",
-        y_label="divergence, nats",
-        log_y=True,
-    )
-    result.state.remove()
     output.emit(
         _table(ckpt.name, result),
         {"found": [each.model_dump(mode="json") for each in trace if each.chosen]},
         as_json=as_json,
     )
     output.note(f"Written to {out}")
-
-
-def run_search(source: Source, plan: SearchPlan) -> SearchResult:
-    """The search with progress and warnings on stderr."""
-    from ssmprune_cli.workflows.search import search
-
-    with output.task_progress() as progress, output.kept_for_the_next_run(plan.state):
-        result = search(source, plan, progress)
-    for warning in result.warnings:
-        output.warn(warning)
-    return result
 
 
 def numbers(text: str, option: str) -> list[float]:

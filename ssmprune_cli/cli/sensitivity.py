@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, StateFile
+from ssmprune_cli.cli.options import BackendName, StateFile, reads_checkpoints
 from ssmprune_cli.cli.search import numbers
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ssmprune_cli.report import SensitivityFacts
 
 
+@reads_checkpoints
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     calib: Annotated[Path, typer.Option(help="Unlabelled images: a folder, a tree of folders or an .npz.")],
@@ -31,8 +33,7 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this .svg.")] = None,
     state: StateFile = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random scores and of the choice of images.")] = 0,
-    family: Annotated[str | None, typer.Option(help="Model family, if it cannot be told from the file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Published configuration, if it cannot be told.")] = None,
+    reading: Reading = NOTHING_SAID,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -45,9 +46,9 @@ def command(
     ratios = numbers(keep, "--keep")
 
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.workflows.compress import Source
     from ssmprune_cli.workflows.reporting import sensitivity_series, write_plot
     from ssmprune_cli.workflows.sensitivity import sensitivity
+    from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.write import write_text
 
     use_backend(backend)
@@ -56,7 +57,7 @@ def command(
         state = out.with_name(f"{out.name}.sensitivity-state.json")
     with output.progress("Measuring") as advance, output.kept_for_the_next_run(state):
         found, saved = sensitivity(
-            Source(ckpt, family, variant),
+            Source(ckpt, reading),
             calib,
             ratios=ratios,
             importance=importance,

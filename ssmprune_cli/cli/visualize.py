@@ -8,15 +8,19 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import reads_checkpoints
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
+@reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(help="An artefact folder, as `ssmprune compress` wrote it.")],
     images: Annotated[list[Path], typer.Argument(help="Images: files, folders, trees of folders or .npz archives.")],
     out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")],
     count: Annotated[int, typer.Option(help="How many images to show of each folder or archive.", min=1)] = 6,
     seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
+    reading: Reading = NOTHING_SAID,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures of an earlier run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -39,7 +43,7 @@ def command(
     dataset = Joined([some_images(each, count, seed) for each in images])
     for note in dataset.notes:
         output.warn(note)
-    drawn = visualize(checkpoint.load(path), dataset, out)
+    drawn = visualize(checkpoint.load_as(path, reading), dataset, out)
     lines = [f"After block {stage.block}: {stage.count} of {stage.patches} patches kept" for stage in drawn.stages]
     output.emit("\n".join(lines), drawn.to_dict(), as_json=as_json)
     output.note(f"Written to {out}")

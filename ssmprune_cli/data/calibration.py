@@ -49,7 +49,7 @@ def fingerprint(dataset: ImageDataset) -> str:
     """SHA-256, in hexadecimal, of the names and pixels of all images in order."""
     digest = hashlib.sha256()
     for index in range(len(dataset)):
-        digest.update(hashlib.sha256(dataset.name(index).encode()).digest())
+        digest.update(hashlib.sha256(dataset.name(index).encode(errors="surrogateescape")).digest())
         digest.update(_pixels(dataset, index))
     return digest.hexdigest()
 

@@ -13,9 +13,10 @@ from ssmprune_cli.kernels.choice import (
     refused_backends,
     use_backend,
 )
-from ssmprune_cli.kernels.cpu import CPU
+from ssmprune_cli.kernels.cpu import CPU, cpu_facts
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.ops import (
+    FORMULAS,
     add_rms_norm,
     causal_conv1d,
     conv_flops,
@@ -40,6 +41,7 @@ BACKENDS.register("reference", REFERENCE)
 backend_from_environment()
 
 __all__ = [
+    "FORMULAS",
     "Backend",
     "BlockSizes",
     "InnerParameters",
@@ -49,6 +51,7 @@ __all__ = [
     "backends_for",
     "causal_conv1d",
     "conv_flops",
+    "cpu_facts",
     "gated_sum",
     "grid_conv2d",
     "linear",

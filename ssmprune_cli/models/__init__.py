@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from ssmprune_cli.models.common import (
+    MAX_SIDE,
+    SMALL_SIDE,
     Backbone,
     Family,
     Hints,
+    ImageConfig,
     Inflow,
     RMSNorm,
     Shapes,
     Visits,
-    blocks,
     channels_last_taps,
     decay_rates,
     set_drop_path,
@@ -41,11 +43,14 @@ FAMILIES.register(VMAMBA.name, VMAMBA)
 
 __all__ = [
     "FAMILIES",
+    "MAX_SIDE",
+    "SMALL_SIDE",
     "Backbone",
     "CausalConv1d",
     "DirectionProjections",
     "Family",
     "Hints",
+    "ImageConfig",
     "Inflow",
     "MambaBackbone",
     "MambaBlock",
@@ -56,7 +61,6 @@ __all__ = [
     "StepProjection",
     "VMambaMixer",
     "Visits",
-    "blocks",
     "channels_last_taps",
     "column_gaps",
     "conv_sources",

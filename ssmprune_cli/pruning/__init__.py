@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
 from ssmprune_cli.pruning.compress import choose_alignment, compress, restore
@@ -18,8 +19,17 @@ from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
 
 
 def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
-    """Put an uncalibrated TokenPruner into `model`, from the settings of a config.json: its buffers are loaded next."""
-    model.pruner = TokenPruner(PruneSettings.from_dict(settings), model.stages, model.mixers)
+    """Put an uncalibrated TokenPruner into `model`, from the settings of a config.json: its buffers are loaded next.
+
+    Raises CheckpointError for settings that no compression of this model gives.
+    """
+    read = PruneSettings.from_dict(settings)
+    try:
+        PruneSchedule.resolve(model.stages, points=read.schedule.points, tokens=read.schedule.tokens)
+    except UsageError as error:
+        what = f"the pruning settings are not valid: {error.where}: {error.what}"
+        raise CheckpointError(what, where="config.json") from error
+    model.pruner = TokenPruner(read, model.stages, model.mixers)
 
 
 __all__ = [

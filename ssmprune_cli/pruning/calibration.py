@@ -74,7 +74,7 @@ class Calibration:
     points: tuple[PointStatistics, ...]
 
 
-class _Observer(nn.Module):
+class _Observer(nn.Module, Pruner):
     """A pruner that drops nothing: it notes what `settings` would drop, and the true step sizes of those tokens."""
 
     def __init__(self, settings: PruneSettings, stages: Sequence[Stage]) -> None:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from torch.nn import functional
 
 SOFTNESS = 4.0
 
 
 def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
-    """KL(dense || pruned) of the class probabilities in nats, (B,) float64; both are logits (B, classes)."""
-    expected, found = dense.double().log_softmax(dim=1), pruned.double().log_softmax(dim=1)
+    """KL(dense || pruned) of the class probabilities in nats, (B,) float64; both are logits (B, classes).
+
+    One logit is that of a yes against a no: its probabilities are the sigmoid's.
+    """
+    expected, found = (_two_sided(each.double()).log_softmax(dim=1) for each in (dense, pruned))
     return (expected.exp() * (expected - found)).sum(dim=1)
+
+
+def _two_sided(logits: Tensor) -> Tensor:
+    """A single logit (B, 1) as two of the same probabilities: the softmax of (x, 0) is the sigmoid of x."""
+    return logits if logits.shape[1] > 1 else functional.pad(logits, (0, 1))
 
 
 def soft_divergence(dense: Tensor, pruned: Tensor) -> Tensor:

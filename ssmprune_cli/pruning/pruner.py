@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from ssmprune_cli.errors import CheckpointError, DataError, UsageError
-from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
+from ssmprune_cli.errors import CheckpointError, DataError, UsageError, listing
+from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
@@ -48,15 +50,21 @@ class PruneSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruneSettings:
         """Inverse of `to_dict`. Raises CheckpointError if the values are not its."""
+        unknown = set(values) - {field.name for field in fields(cls)}
         try:
-            schedule = PruneSchedule(*(tuple(map(int, values["schedule"][key])) for key in ("points", "tokens")))
-            return cls(schedule, **{key: value for key, value in values.items() if key != "schedule"})
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the pruning settings are not valid: {error!r}", where="config.json") from error
+            if unknown:
+                raise ValueError(f"{listing(sorted(unknown))} is unknown")
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            what = f"the pruning settings are not valid: {listing(faults)}"
+            raise CheckpointError(what, where="config.json") from error
+        except ValueError as error:
+            raise CheckpointError(f"the pruning settings are not valid: {error}", where="config.json") from error
 
 
-class TokenPruner(nn.Module):
-    """Implements `tokens.Pruner` for one backbone.
+class TokenPruner(nn.Module, Pruner):
+    """The pruner of one backbone.
 
     stages      of the backbone
     mixers      of the backbone, one a block

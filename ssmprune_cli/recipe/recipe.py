@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from ssmprune_cli.errors import RecipeError, UsageError
+from ssmprune_cli.files import open_regular
 from ssmprune_cli.recipe.sections import (
     CalibrationPlan,
     KnownNames,
@@ -26,7 +27,7 @@ from ssmprune_cli.recipe.sections import (
 from ssmprune_cli.recipe.validation import Location, explain, suggestion
 from ssmprune_cli.recipe.yaml_text import Document, YamlFault, dump_yaml, parse_yaml
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17
 
 
 class Recipe(Section):
@@ -114,11 +115,8 @@ def find_recipe(path: Path | str) -> Path:
 
 def read_recipe(file: Path) -> str:
     """The text of a recipe file. Raises RecipeError if it cannot be read or is no text."""
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror or error}", where=str(file)) from error
+    with open_regular(file, RecipeError) as stream:
+        content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise RecipeError(f"is larger than {MAX_BYTES:,} bytes, so it is not a recipe", where=str(file))
     try:

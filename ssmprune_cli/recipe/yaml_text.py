@@ -107,8 +107,12 @@ def parse_yaml(text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         raise YamlFault(line, column, error.problem or error.context or "not YAML") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise YamlFault(1, 1, " ".join(str(error).split())) from error
+    except YamlFault:
+        raise
+    except Exception as error:  # a tag such as !!bool raises nearly anything for a value that it does not expect
+        known = isinstance(error, yaml.YAMLError | ValueError)
+        reason = str(error) if known else f"a tag does not fit its value: {error}"
+        raise YamlFault(1, 1, " ".join(reason.split())) from error
     return Document(value, node, list(_repeated_keys(node)))
 
 

@@ -22,6 +22,7 @@ MULTIPLY_ADD_CONVENTION = (
     "all_directions counts every scan direction, one_direction counts one of them, as the Vim papers do"
 )
 Interval = tuple[float, float]  # 95 %
+Judge = Literal["interval", "estimate"]  # what a limit is held against
 
 
 class Figures(Section):
@@ -77,6 +78,23 @@ class AccuracyFacts(ModelAccuracy):
     classes: tuple[ClassChange, ...] = ()
 
 
+class LimitFacts(Section):
+    """A limit that the user set on a measured value: the verdict is `holds`.
+
+    interval   of `value`, None if it has none
+    judged     whether all of the interval had to keep the limit, or the value alone
+    statement  value, interval and limit in a sentence
+    """
+
+    name: str
+    limit: float
+    value: float
+    interval: Interval | None
+    judged: Judge
+    holds: bool
+    statement: str
+
+
 class ModelSpeed(Section):
     """Of one batch. `time_ms` says where the time goes; the floor is what arithmetic and bytes need here at least."""
 
@@ -91,8 +109,8 @@ class ModelSpeed(Section):
 class SpeedFacts(Section):
     """Dense and pruned model, timed in turns: `rounds` of one batch each.
 
-    latency_ratio            pruned over dense: the median of the rounds' ratios, which a slow minute changes least
-    latency_ratio_quartiles  of the same ratios
+    latency_ratio           median time of the pruned model over that of the dense one
+    latency_ratio_interval  95 %, from the rounds in pairs, so that a slow minute of the machine widens it little
     """
 
     batch_size: int
@@ -103,7 +121,7 @@ class SpeedFacts(Section):
     dense: ModelSpeed
     pruned: ModelSpeed
     latency_ratio: float
-    latency_ratio_quartiles: tuple[float, float]
+    latency_ratio_interval: Interval
 
 
 class PointFacts(Section):
@@ -207,7 +225,9 @@ class FinetuningFacts(Section):
 class Report(Section):
     """Dense and pruned model side by side, and where both come from. A model that drops nothing has no `pruned`.
 
-    accuracy     both models on the same images, or None if they were not evaluated
+    task         what both models are for, and judged by
+    accuracy     of classifiers: both on the same images, or None if they were not evaluated
+    limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
     search       what a search tried, if it chose the settings
     finetuning   what was trained since, if anything
@@ -218,12 +238,14 @@ class Report(Section):
     format_version: Literal[1] = 1
     multiply_add_convention: str = MULTIPLY_ADD_CONVENTION
     family: str
+    task: str = "classification"
     image_size: tuple[int, int]
     parameters: int
     pruning: PruningFacts | None = None
     dense: Figures
     pruned: Figures | None = None
     accuracy: AccuracyFacts | None = None
+    limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None
     search: tuple[SearchTrial, ...] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,6 @@ from ssmprune_cli.pruning import (
     IMPORTANCES,
     REDUCTIONS,
     Method,
-    PruneSchedule,
     PruneSettings,
     choose_alignment,
     compress,
@@ -27,10 +27,11 @@ from ssmprune_cli.pruning import (
     restore,
 )
 from ssmprune_cli.recipe import Recipe
-from ssmprune_cli.statistics import paired_interval, wilson_interval
-from ssmprune_cli.workflows.compress import Source
+from ssmprune_cli.tasks import TASKS
+from ssmprune_cli.workflows.compress import recipe_settings
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import Budget, Uniform, load_images, run
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -45,9 +46,10 @@ class Row:
     budget               what was asked for, such as "flops 0.7"; "" for dense models and recipes
     multiply_adds        of one image, all directions; `share` is that of the dense model
     divergence           mean KL(dense || this) in nats with its standard error; None for other dense models
-    top1                 with its 95 % interval (Wilson), and the difference from dense (Tango's paired interval); None
-                         for images without labels
-    images_per_second    median of timed turns of the dense model and this one; `speedup` is the ratio of the medians
+    top1                 the metric of the model's task with its 95 % interval, and the difference from dense with its
+                         paired one; None for images without labels
+    speedup              median time of the dense model over this one's, timed in turns
+    images_per_second    the dense model's, times `speedup`: a row says one thing, and all rows are of one moment
     """
 
     name: str
@@ -79,7 +81,7 @@ class EvaluationImages:
     def __init__(self, dataset: ImageDataset, model: Backbone, limit: int | None, batch_size: int) -> None:
         if limit is not None and limit < len(dataset):
             dataset = Subset(dataset, spread(len(dataset), limit))
-        self._dataset = dataset
+        self.dataset = dataset
         self._model = model
         self._batch_size = batch_size
         self._kept: list[Tensor] | None = None
@@ -87,7 +89,7 @@ class EvaluationImages:
         self.labels = torch.tensor(labels) if len(labels) == len(dataset) else None
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._kept is None and 4 * len(self) * 3 * math.prod(self._model.image_size) <= KEPT_BYTES:
@@ -96,7 +98,7 @@ class EvaluationImages:
 
     def _read(self) -> Iterator[Tensor]:
         device = next(self._model.parameters()).device
-        for batch in batches(self._dataset, self._model.preprocessing, self._batch_size):
+        for batch in batches(self.dataset, self._model.preprocessing, self._batch_size):
             yield batch.images.to(device)
 
 
@@ -114,17 +116,34 @@ class Comparison:
         self.reference = prepare(self.model)  # its variants share its weights
         self.batch_size, self.rounds = batch_size, rounds
         self.images = EvaluationImages(dataset, self.model, limit, batch_size)
+        self.task = TASKS.get(self.model.task)
+        self.notes: list[str] = []
+        if self.images.labels is not None:
+            try:
+                self.task.check(self.model, self.images.dataset)
+            except DataError as error:  # all else can be compared
+                self.notes.append(f"{self.task.quality.capitalize()} is left out: {error.what}.")
+                self.images.labels = None
         self.name = source.path.name
         self.dense_logits = self.logits(self.name)
         self.dense_cost = self.cost()
 
     def dense(self) -> Row:
-        return self._row(self.name, "", self.dense_logits, self.dense_cost, self.speed(), None)
+        return self._row(self.name, "", self.dense_logits, self.dense_cost, (self.dense_speed, 1.0), None)
+
+    @functools.cached_property
+    def dense_speed(self) -> float:
+        """Images per second of the dense model."""
+        batch = torch.zeros(self.batch_size, 3, *self.model.image_size, device=self.device)
+        (dense,) = interleaved_speeds([self.reference], batch, self.rounds)
+        return dense.images_per_second
 
     def other_dense(self, source: Source, dataset: ImageDataset, limit: int | None) -> Row:
         """Another dense model on the same images, prepared its own way."""
         model = source.load().to(self.device).eval()
         restore(model)
+        if self.images.labels is not None:
+            self.task.check(model, self.images.dataset)
         session = prepare(model)
         logits = run(session, EvaluationImages(dataset, model, limit, self.batch_size))
         cost = count_flops(model).all_directions
@@ -174,11 +193,10 @@ class Comparison:
         batch = torch.zeros(self.batch_size, 3, *image_size, device=self.device)
         if image_size == self.model.image_size:
             dense, own = interleaved_speeds([self.reference, session], batch, self.rounds)
-            return own.images_per_second, dense.median_ms / own.median_ms
+            speedup = dense.median_ms / own.median_ms
+            return self.dense_speed * speedup, speedup
         (own,) = interleaved_speeds([session], batch, self.rounds)
-        dense_batch = torch.zeros(self.batch_size, 3, *self.model.image_size, device=self.device)
-        (dense,) = interleaved_speeds([self.reference], dense_batch, self.rounds)
-        return own.images_per_second, dense.median_ms / own.median_ms
+        return own.images_per_second, own.images_per_second / self.dense_speed
 
     def _row(
         self,
@@ -190,14 +208,14 @@ class Comparison:
         settings: PruneSettings | None,
     ) -> Row:
         labels = self.images.labels
-        top1 = interval = difference = difference_interval = None
+        metric = change = None
         if labels is not None:
-            right, before = (each.argmax(dim=1) == labels for each in (logits, self.dense_logits))
-            top1 = float(right.double().mean())
-            interval = wilson_interval(int(right.sum()), len(right))
-            gained, lost = int((right & ~before).sum()), int((before & ~right).sum())
-            difference = (gained - lost) / len(right)
-            difference_interval = paired_interval(gained, lost, len(right))
+            judged = []
+            for each in (logits, self.dense_logits):
+                results = self.task.results(each, labels)
+                judged.append((results, self.task.score(results, self.model)))
+            metric = self.task.estimate(judged[0][1])
+            change = self.task.change(self.task.compare(judged[0], judged[1], self.images.dataset))
         nats = divergence(self.dense_logits, logits) if logits.shape == self.dense_logits.shape else None
         return Row(
             name=name,
@@ -210,10 +228,10 @@ class Comparison:
             speedup=speed[1],
             divergence=None if nats is None else float(nats.mean()),
             divergence_se=None if nats is None else float(nats.std()) / math.sqrt(len(nats)),
-            top1=top1,
-            top1_interval=interval,
-            difference=difference,
-            difference_interval=difference_interval,
+            top1=metric.value if metric else None,
+            top1_interval=metric.interval if metric else None,
+            difference=change.value if change else None,
+            difference_interval=change.interval if change else None,
         )
 
 
@@ -249,7 +267,7 @@ def compare(
         calibration = load_images(comparison.model, calibration_images(calib, calib_images, seed))
     done = progress("Comparing") if progress else None
     total = 1 + len(methods) * len(budgets) + len(recipes) + len(others)
-    rows, notes = [comparison.dense()], list(dataset.notes)
+    rows, notes = [comparison.dense()], [*dataset.notes, *comparison.notes]
 
     def advance() -> None:
         if done:
@@ -259,7 +277,11 @@ def compare(
         rows.append(comparison.other_dense(other, dataset, limit))
         advance()
     for recipe in recipes:
-        rows.append(comparison.pruned(recipe.name, "", recipe_settings(comparison.model, recipe, calib), calibration))
+        rows.append(
+            comparison.pruned(
+                recipe.name, "", recipe_settings(comparison.model, recipe, calibrated=calib is not None), calibration
+            )
+        )
         advance()
     seen = next(iter(comparison.images))[:2] if calibration is None else calibration
     uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
@@ -273,18 +295,6 @@ def compare(
             rows.append(comparison.pruned(str(method), title, settings, calibration))
             advance()
     return rows, notes
-
-
-def recipe_settings(model: Backbone, recipe: Recipe, calib: Path | None) -> PruneSettings:
-    """What `recipe` means for `model`."""
-    pruning = recipe.pruning
-    return PruneSettings(
-        PruneSchedule.resolve(model.stages, points=pruning.points, keep=pruning.keep, tokens=pruning.tokens),
-        pruning.importance,
-        pruning.reduction,
-        choose_alignment(pruning.alignment, pruning.reduction, calibrated=calib is not None),
-        recipe.seed,
-    )
 
 
 def published_table(

@@ -1,10 +1,10 @@
-"""`ssmprune compress`: load, calibrate, prune, measure before and after, write the artefact."""
+"""`ssmprune compress`: check what is asked, search for it or take it, calibrate, prune, measure, write the artefact."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,25 @@ from torch import Tensor
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
-from ssmprune_cli.errors import MAX_MESSAGE, shown
+from ssmprune_cli.errors import MAX_MESSAGE, UsageError, shown
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import TokenPruner, choose_alignment, compress, restore
-from ssmprune_cli.recipe import Recipe
-from ssmprune_cli.report import Figures, Report, SearchTrial
-from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.pruning import (
+    PruneSchedule,
+    PruneSettings,
+    TokenPruner,
+    choose_alignment,
+    compress,
+    known_methods,
+    restore,
+)
+from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
+from ssmprune_cli.report import Figures, Report
+from ssmprune_cli.tasks import TASKS, Estimate
+from ssmprune_cli.workflows.evaluate import evaluate, identity
 from ssmprune_cli.workflows.identity import weights_sha256
+from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.reporting import (
-    accuracy_facts,
     calibration_facts,
     figures,
     pruning_facts,
@@ -30,78 +39,246 @@ from ssmprune_cli.workflows.reporting import (
     speed_facts,
     versions,
 )
+from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, search, state_file
+from ssmprune_cli.workflows.search import Limits as SearchLimits
+from ssmprune_cli.workflows.source import Source
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
+SEARCH_IMAGES = 256  # unless the user says how many: a search needs more to choose by than a calibration
+_KEEP_ALL = Pruning(keep=1.0)  # of a recipe whose amounts come from elsewhere
+
 
 @dataclass(frozen=True)
-class Source:
-    """The checkpoint to compress, and how to read it (see `checkpoint.load`)."""
+class CompressRequest:
+    """What a user asks for, as typed: None is what was not typed.
 
-    path: Path
-    family: str | None = None
-    variant: str | None = None
-    weights: str = "model"
-    image_size: int | None = None
+    keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
+    target_...     search for what to keep: a share of the dense multiply-adds, or ms for a batch of `batch_size`
+    evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
+    calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
+    recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
+    eval_data      labelled images, of the kind `dataset`, on which both models are judged; `limit` of them
+    samples        so many of them (or of the calibration images) are put into the artefact, for its report
+    dry_run        read no images and write nothing
+    command        how to do it again, for the report
+    """
 
-    def load(self) -> Backbone:
-        return checkpoint.load(
-            self.path,
-            family=self.family,
-            variant=self.variant,
-            weights=self.weights,
-            image_size=self.image_size,
-        )
+    source: Source
+    keep: str | None = None
+    tokens: str | None = None
+    target_flops: float | None = None
+    target_latency: float | None = None
+    batch_size: int = 8
+    evaluations: int = 200
+    time_limit: float | None = None
+    state: Path | None = None
+    points: str | None = None
+    importance: str | None = None
+    reduction: str | None = None
+    alignment: str | None = None
+    calib: Path | None = None
+    calib_images: int | None = None
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    eval_data: Path | None = None
+    dataset: str | None = None
+    limit: int | None = None
+    samples: int = 4
+    limits: Limits = field(default_factory=Limits)
+    out: Path | None = None
+    overwrite: bool = False
+    device: str = "cpu"
+    seed: int | None = None
+    dry_run: bool = False
+    command: str = ""
+
+    @property
+    def searched(self) -> bool:
+        return self.target_flops is not None or self.target_latency is not None
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where a search keeps what it has measured; None if there is no search, or nowhere to write."""
+        if not self.searched or self.out is None:
+            return self.state
+        return self.state or state_file(self.out)
+
+    def check(self) -> None:
+        """Raises UsageError for options that contradict each other, or that nothing would come of."""
+        if self.keep is not None and self.tokens is not None:
+            raise UsageError("--keep and --tokens both say how much to keep: give one of them")
+        if self.searched:
+            self._check_search()
+        elif self.time_limit is not None or self.state is not None:
+            given = "--state" if self.time_limit is None else "--time-limit"
+            raise UsageError(f"{given} is for a search: it needs --target-flops or --target-latency")
+        amounts = ("pruning.keep=", "pruning.tokens=")
+        said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
+        if not said and not any(text.startswith(amounts) for text in self.overrides):
+            raise UsageError("how much to keep?", hint="Give `--keep 0.6`, `--tokens 150,120,90` or `--recipe FILE`.")
+        typed = {key for key, _ in self._settings()}
+        for text in self.overrides:
+            key = text.partition("=")[0].strip()
+            if key in typed:
+                raise UsageError(f"another option says what {key} is: give one of them", where=f"--set {text}")
+        if self.calib is None and self.calib_images is not None:
+            raise UsageError("--calib-images needs --calib, the images to choose from")
+        if self.eval_data is None:
+            for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
+                if value is not None:
+                    raise UsageError(f"{option} needs --eval-data, the images that it is about")
+            self.limits.require(("max_drop", "min_accuracy"), "--eval-data, the images to measure accuracy on")
+        if self.dry_run:
+            measured = ("max_drop", "min_accuracy", "max_latency_ratio")
+            self.limits.require(measured, "a run: nothing is measured in a dry run")
+        elif self.out is None:
+            raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
+
+    def _check_search(self) -> None:
+        ways = (self.target_flops, self.target_latency, self.keep, self.tokens, self.points, self.recipe)
+        if sum(each is not None for each in ways) > 1:
+            raise UsageError("a target settles what to keep: give one, without --keep, --tokens, --points or --recipe")
+        for text in self.overrides:
+            if text.startswith("pruning."):
+                raise UsageError(
+                    "a target settles how to prune",
+                    where=f"--set {text}",
+                    hint="Give `--importance`, `--reduction` and `--alignment` to search among those only.",
+                )
+        if self.calib is None:
+            raise UsageError("a search needs calibration images", hint="Give `--calib DIR` with a few dozen of them.")
+        if self.dry_run:
+            raise UsageError("a search reads images, so it cannot be a dry run")
+
+    def _settings(self) -> list[tuple[str, str | int | None]]:
+        """Keys of a recipe that options set, and their values as YAML."""
+        settings: list[tuple[str, str | int | None]] = []
+        if self.keep is not None:
+            settings += [("pruning.keep", _list(self.keep)), ("pruning.tokens", "null")]
+        if self.tokens is not None:
+            settings += [("pruning.tokens", f"[{self.tokens}]"), ("pruning.keep", "null")]
+        settings += [
+            ("pruning.points", None if self.points is None else f"[{self.points}]"),
+            ("pruning.importance", self.importance),
+            ("pruning.reduction", self.reduction),
+            ("pruning.alignment", self.alignment),
+            ("calibration.images", self.calib_images),
+            ("calibration.seed", self.seed),
+            ("seed", self.seed),
+        ]
+        return [(key, value) for key, value in settings if value is not None]
+
+    def resolved(self) -> Recipe:
+        """The recipe to follow; a search replaces its pruning section. Raises RecipeError or UsageError."""
+        base = Recipe(pruning=_KEEP_ALL) if self.recipe is None else load_recipe(self.recipe)
+        settings = [f"{key}={value}" for key, value in self._settings()]
+        if self.searched and self.calib_images is None:
+            settings.append(f"calibration.images={SEARCH_IMAGES}")
+        return base.override([*settings, *self.overrides])
 
 
-def plan(source: Source, recipe: Recipe) -> Report:
-    """What `compress_checkpoint` would do, without reading images or writing: tokens per block and multiply-adds."""
-    model = source.load()
-    dense = figures(model)
-    pruning = recipe.pruning
-    # Every alignment source costs the same, so an uncalibrated one stands in for the calibrated one.
-    alignment = "auto" if pruning.alignment == "calibrated" else pruning.alignment
-    compress(model, **_arguments(recipe), alignment=alignment)
-    return _report(source, model, recipe, dense, {})
+@dataclass(frozen=True)
+class CompressResult:
+    """What came of it: the facts, with a verdict on every limit, and the artefact, which a dry run does not have.
+
+    warnings  what a reader must know, those of the report included
+    notes     what else is of interest
+    """
+
+    report: Report
+    out: Path | None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def compress_checkpoint(
-    source: Source,
-    recipe: Recipe,
-    *,
-    out: Path,
-    calib: Path | None = None,
-    evaluation: ImageDataset | None = None,
-    device: str = "cpu",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    search: tuple[SearchTrial, ...] | None = None,
-    sample_images: int = 4,
-    command: str = "",
-) -> Report:
-    """Compress `source` by `recipe` and write the artefact folder `out` atomically.
-
-    calib       unlabelled calibration images: a folder, an ImageFolder tree or an .npz
-    evaluation  labelled images on which the dense and the pruned model are compared
-    search      what was tried to find `recipe`, for the report
-    sample_images  so many of the evaluation (or else calibration) images are put into the artefact and its report
-    command     how to do it again, for the report
+def compress_checkpoint(request: CompressRequest, progress: Progress | None = None) -> CompressResult:
+    """Do what `request` asks: write the artefact folder atomically, or say what would be in it.
 
     The same input, recipe and seed give the same bytes, but for the reports, which hold measured times. Raises
-    SsmpruneError; `out` is then as it was before.
+    UsageError for requests that make no sense, SsmpruneError for what goes wrong; the folder is then as it was before.
     """
-    checkpoint.check_writable(out, overwrite=overwrite)
-    target = resolve_device(device)
-    model = source.load().to(target)
+    request.check()
+    recipe = request.resolved()
+    out = request.out
+    if request.dry_run or out is None:
+        report = _planned(request, recipe)
+        return CompressResult(report, None, report.warnings)
+    checkpoint.check_writable(out, overwrite=request.overwrite)
+    resolve_device(request.device)
+    if not request.searched:
+        report = _compressed(request, recipe, out, None, progress)
+        return CompressResult(report, out, report.warnings)
+    result = _search(request, recipe, out, progress)
+    (found,) = result.found
+    report = _compressed(request, found.recipe, out, found, progress)
+    result.state.remove()
+    notes: tuple[str, ...] = ()
+    if found.latency_ms is not None and found.dense_latency_ms is not None:
+        notes = (f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.",)
+    return CompressResult(report, out, (*result.warnings, *report.warnings), notes)
+
+
+def _search(request: CompressRequest, recipe: Recipe, out: Path, progress: Progress | None) -> SearchResult:
+    assert request.calib is not None  # by request.check
+    alignment = None if request.alignment == "auto" else request.alignment
+    plan = SearchPlan(
+        calib=request.calib,
+        methods=list(known_methods(request.importance, request.reduction, alignment)),
+        flops=() if request.target_flops is None else (request.target_flops,),
+        latency_ms=request.target_latency,
+        batch_size=request.batch_size,
+        calibration=recipe.calibration,
+        seed=recipe.seed,
+        limits=SearchLimits(request.evaluations, request.time_limit),
+        device=request.device,
+        state=request.state_file,
+    )
+    return search(request.source, plan, progress)
+
+
+def _planned(request: CompressRequest, recipe: Recipe) -> Report:
+    """Tokens per block and multiply-adds: what is known without images."""
+    model = request.source.load()
     dense = figures(model)
-    warnings: list[str] = []
+    settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
+    model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
+    report = _report(request.source, model, recipe, dense, {})
+    report = report.model_copy(update={"warnings": tuple(request.source.warnings())})
+    return _judged(report, request.limits)
+
+
+def recipe_settings(model: Backbone, recipe: Recipe, *, calibrated: bool) -> PruneSettings:
+    """What `recipe` means for `model`, with calibration images or without."""
     pruning = recipe.pruning
-    alignment = choose_alignment(pruning.alignment, pruning.reduction, calibrated=calib is not None)
-    if calib is None:
-        warnings.append(f"Nothing was calibrated: no calibration images were given. Alignment is {alignment!r}.")
+    return PruneSettings(
+        PruneSchedule.resolve(model.stages, points=pruning.points, keep=pruning.keep, tokens=pruning.tokens),
+        pruning.importance,
+        pruning.reduction,
+        choose_alignment(pruning.alignment, pruning.reduction, calibrated=calibrated),
+        recipe.seed,
+    )
+
+
+def _compressed(
+    request: CompressRequest, recipe: Recipe, out: Path, found: Found | None, progress: Progress | None
+) -> Report:
+    """Compress by `recipe`, which may have been `found` by a search, and write the artefact."""
+    source = request.source
+    target = resolve_device(request.device)
+    model = source.load().to(target)
+    evaluation = None
+    if request.eval_data is not None:
+        evaluation = TASKS.get(model.task).open(request.eval_data, request.dataset)
+    dense = figures(model)
+    warnings = source.warnings()
+    settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
+    if request.calib is None:
+        text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
+        warnings.append(text)
     images = None
-    if calib is not None:
-        images = calibration_images(calib, recipe.calibration.images, recipe.calibration.seed)
+    if request.calib is not None:
+        images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
         if len(images) < recipe.calibration.images:
             warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
         warnings += images.notes
@@ -119,41 +296,48 @@ def compress_checkpoint(
 
     seen = compress(
         model,
-        **_arguments(recipe),
-        alignment=alignment,
+        points=settings.schedule.points,
+        tokens=settings.schedule.tokens,
+        importance=settings.importance,
+        reduction=settings.reduction,
+        alignment=settings.alignment,
         calibration=calibration_batches(images) if images is not None else None,
+        seed=settings.seed,
     )
     reference = source.load().to(target)
     restore(reference)
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
-        result = evaluate(model, evaluation, compare=reference, device=str(target), progress=done)
+        result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
     done = progress("Timing") if progress else None
     speed = speed_facts(reference, model, str(target), done)
     chosen = evaluation if evaluation is not None else images
     assert isinstance(model.pruner, TokenPruner)
     left = model.pruner.settings.schedule.patches_per_block(model.stages)
     drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
-    sampled, files = samples(model, reference, chosen, sample_images, target) if chosen and drops else ((), {})
+    drawn, files = samples(model, reference, chosen, request.samples, target) if chosen and drops else ((), {})
     provenance = {
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
+        "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
     }
     report = _report(source, model, recipe, dense, provenance).model_copy(
         update={
-            "accuracy": accuracy_facts(result) if result else None,
+            **({result.task.section: result.comparison} if result else {}),
             "speed": speed,
             "calibration": calibration_facts(seen) if seen else None,
-            "search": search,
-            "samples": sampled,
+            "search": None if found is None else tuple(found.trace()),
+            "samples": drawn,
             "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
         }
     )
+    report = _judged(report, request.limits)
     assert report.pruning is not None
     final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
-    if command:
-        report = report.model_copy(update={"provenance": {**report.provenance, "command": shown(command, MAX_MESSAGE)}})
+    if request.command:
+        command = shown(request.command, MAX_MESSAGE)
+        report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
     contents: dict[str, bytes | str] = {
         "recipe.yaml": final.to_yaml(),
         **files,
@@ -162,20 +346,28 @@ def compress_checkpoint(
     if seen is not None:
         points = [point.to_dict() for point in seen.points]
         contents["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
-    checkpoint.save(out, model.cpu(), contents, overwrite=overwrite)
+    checkpoint.save(out, model.cpu(), contents, overwrite=request.overwrite)
     return report
 
 
-def _arguments(recipe: Recipe) -> dict[str, Any]:
-    pruning = recipe.pruning
-    return {
-        "keep": pruning.keep,
-        "tokens": pruning.tokens,
-        "points": pruning.points,
-        "importance": pruning.importance,
-        "reduction": pruning.reduction,
-        "seed": recipe.seed,
-    }
+def _judged(report: Report, limits: Limits) -> Report:
+    """With a verdict on every limit whose value is in `report`."""
+    task, dense, pruned, speed = TASKS.get(report.task), report.dense, report.pruned, report.speed
+    compared = task.facts(report)
+    assert pruned is not None
+    verdicts = limits.check(
+        task,
+        score=None if compared is None else task.pruned(compared),
+        comparison=compared,
+        flops=pruned.multiply_adds_all_directions / dense.multiply_adds_all_directions,
+        latency_ratio=None if speed is None else Estimate(speed.latency_ratio, speed.latency_ratio_interval),
+    )
+    return report.model_copy(update={"limits": verdicts})
+
+
+def _list(text: str) -> str:
+    """ "0.9,0.8" as a YAML list; one number stays a number."""
+    return f"[{text}]" if "," in text else text
 
 
 def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, provenance: dict[str, Any]) -> Report:
@@ -183,6 +375,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
     assert isinstance(model.pruner, TokenPruner)
     return Report(
         family=model.family,
+        task=model.task,
         image_size=model.image_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         pruning=pruning_facts(model.pruner, recipe.pruning.keep),

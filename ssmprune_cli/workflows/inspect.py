@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmprune_cli.checkpoint import build_empty, non_finite, read, resolve, sha256, variant_name
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Inspection:
     container       kind of file, its top-level entries (none for a bare state dict), and the entry that was used
     dtype           stored types of the weights, with how many tensors have each
     non_finite      names of weights that hold an infinite value or a NaN; such a file is not loaded
-    preprocessing   what the model expects of an image; None where nothing is published
+    preprocessing   what the model expects of an image; None where nothing says so
     config          the family's configuration
     pruning         settings of the pruner; None for a dense model
     """
@@ -47,13 +48,13 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(path: Path, *, family: str | None = None, variant: str | None = None, weights: str = "model") -> Inspection:
-    """Describe the checkpoint at `path`; the options are those of `checkpoint.load`, and so are the errors.
+def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
+    """Describe the checkpoint at `path`, read as `checkpoint.load_as` does; the errors are the same.
 
     Weights that are not finite are reported, not refused.
     """
-    checkpoint = read(path, weights=weights)
-    resolved = resolve(checkpoint, family=family, variant=variant)
+    checkpoint = read(path, weights=reading.weights)
+    resolved = resolve(checkpoint, reading)
     settings = checkpoint.artefact.pruning if checkpoint.artefact else None
     model = build_empty(resolved.family, resolved.config, settings, resolved.state, path)
     try:

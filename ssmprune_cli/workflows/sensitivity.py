@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from ssmprune_cli.data import calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
+from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings, TokenPruner, choose_alignment, divergence
 from ssmprune_cli.report import Sensitivity, SensitivityFacts
 from ssmprune_cli.tokens import TokenSequence
-from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import resolve_device
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import Measurements, SavedState, load_images
 
 Progress = Callable[[int, int], None]
 BATCH_SIZE = 16
 
 
-class _Tap(nn.Module):
+class _Tap(nn.Module, Pruner):
     """A pruner that lets `inner`, or nothing, prune, and keeps what leaves the last block."""
 
     def __init__(self, inner: TokenPruner | None, last: int) -> None:

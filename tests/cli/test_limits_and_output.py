@@ -16,9 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssmprune_cli.cli.limits import Limits
-from ssmprune_cli.errors import UsageError
-
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
@@ -47,26 +44,6 @@ def checkpoint(folder: Path) -> Path:
 
 
 # --- limits
-
-
-def test_every_limit_at_its_edge() -> None:
-    limits = Limits(max_drop=2.5, min_accuracy=50, max_flops=0.5, max_latency_ratio=0.75)
-    at = limits.check(difference=-0.025, top1=0.5, flops=0.5, latency_ratio=0.75)
-    assert [check.name for check in at] == ["max_drop", "min_accuracy", "max_flops", "max_latency_ratio"]
-    assert all(check.holds for check in at)
-    beyond = limits.check(difference=-0.0251, top1=0.4999, flops=0.5001, latency_ratio=0.7501)
-    assert not any(check.holds for check in beyond)
-    assert Limits(max_drop=-1.0).check(difference=0.02)[0].holds  # it must gain a point, and gains two
-    assert Limits(max_drop=1.0, max_flops=0.5).check(flops=0.4)[0].name == "max_flops"  # what is known
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"max_drop": float("nan")}, {"min_accuracy": 101.0}, {"max_flops": -0.1}, {"max_latency_ratio": float("inf")}],
-)
-def test_a_limit_that_is_none_is_wrong_usage(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="must be a number"):
-        Limits(**wrong)
 
 
 def test_compress_prints_and_writes_before_it_fails(ssmprune: Run, folder: Path) -> None:

@@ -21,7 +21,7 @@ from ssmprune_cli.data import open_dataset
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import CheckpointError, DataError, SsmpruneError, UsageError
 from ssmprune_cli.models.common.backbone import Backbone
-from ssmprune_cli.models.common.block import blocks, set_recompute
+from ssmprune_cli.models.common.block import set_recompute
 from ssmprune_cli.pruning import TokenPruner, compress
 from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune import Data, Job, finetune, run
@@ -103,8 +103,8 @@ def test_recomputation_changes_no_gradient(kind: tuple[str, list[str]]) -> None:
     found = []
     for recompute in (False, True):
         model = make_model(kind, keep=0.5).train()
-        set_recompute(model, recompute)
-        for block in blocks(model):
+        set_recompute(model.blocks, recompute)
+        for block in model.blocks:
             block.drop_rate = 0.3
         torch.manual_seed(3)  # of the images and of drop path
         model(torch.randn(4, 3, 16, 16)).square().sum().backward()
@@ -114,7 +114,7 @@ def test_recomputation_changes_no_gradient(kind: tuple[str, list[str]]) -> None:
 
 def test_drop_path_leaves_out_blocks_in_training_only() -> None:
     """A dropped branch is zero and a kept one divided by the share that stays, in expectation the branch itself."""
-    block = blocks(make_model())[1]
+    block = make_model().blocks[1]
     block.drop_rate = 0.25
     branch = torch.ones(4000, 2, 3)
     assert block.eval().drop(branch) is branch

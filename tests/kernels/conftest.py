@@ -1,4 +1,4 @@
-"""What tests of kernels leave as they found it."""
+"""What tests of kernels leave as they found it, and the C kernels at every level of the processor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import pytest
 import torch
 
 from ssmprune_cli.kernels import use_backend
+from ssmprune_cli.kernels.choice import BACKENDS
+from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
+
+# As further backends, which "auto" never comes to: what is tested of all that are available is tested of them. Each has
+# a library of its own in this process.
+for level in CPU.facts().get("processor_has", ()):
+    if level != CPU.facts()["level"]:
+        BACKENDS.register(f"cpu at {level}", CpuBackend(level))
 
 
 @pytest.fixture(autouse=True)

@@ -1,195 +1,296 @@
-"""The C kernels in every vector width, and how they are built and kept."""
+"""How the C kernels are built and kept, and the levels that there are."""
 
 from __future__ import annotations
 
-import math
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ssmprune_cli.kernels.backend import REFERENCE, Backend
-from ssmprune_cli.kernels.cpu import build
-from ssmprune_cli.kernels.cpu.backend import CpuBackend
-from ssmprune_cli.kernels.inputs import BlocksInputs, GridConvInputs, RoutedInputs, ScanInputs
-from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_routes
+from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels import selective_scan, use_backend
+from ssmprune_cli.kernels.choice import BACKENDS
+from ssmprune_cli.kernels.cpu import backend as cpu_backend
+from ssmprune_cli.kernels.cpu import build, call
+from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
-
-
-class Values:
-    """Random tensors in one dtype, the same ones for every dtype."""
-
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
-        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
-
-    def __call__(self, *size: int) -> torch.Tensor:
-        return torch.randn(*size, dtype=torch.float64, generator=self.generator).to(self.dtype)
+ROOT = Path(__file__).parents[2]
+LEVEL = str(CPU.facts().get("level"))
+LIBRARY = "" if CPU._library is None else CPU._library._name
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
+Compiler = Callable[[str], Path]
 
 
-def scan(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    normal = Values(0, dtype)
-    token, state = (2, 19, channels), (2, 19, 5)
-    inputs = ScanInputs(
-        u=normal(*token),
-        delta=normal(*token),
-        A=-normal(channels, 5).exp(),
-        B=normal(*state),
-        C=normal(*state),
-        D=normal(channels),
-        z=normal(*token),
-        delta_bias=normal(channels),
-        delta_softplus=True,
-        shift=normal(*token).abs(),
-        gap=None,
-        gap_delta=None,
-        reverse=True,
-    )
-    return backend.scan(inputs), *backend.scan_backward(normal(*token), inputs)
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for compiled kernels, where there are none yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return tmp_path / "cache" / "ssmprune"
 
 
-def convolutions(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    normal = Values(1, dtype)
-    x, grad, weight, bias = normal(2, 19, channels), normal(2, 19, channels), normal(channels, 4), normal(channels)
-    context, sources = normal(2, 3, channels), torch.randint(-1, 22, (2, 19, 4), generator=normal.generator)
-    positions = torch.stack([torch.randperm(24, generator=normal.generator)[:19] for _ in range(2)])
-    grid = GridConvInputs(x, normal(channels, 3, 3), bias, 4, 6, positions, 11)
-    return (
-        backend.conv(x, weight, bias, True),
-        *backend.conv_backward(grad, x, weight, bias, True),
-        backend.sparse_conv(x, context, sources, weight, bias),
-        *backend.sparse_conv_backward(grad, x, context, sources, weight, bias),
-        backend.grid_conv(grid),
-        *backend.grid_conv_backward(grad[:, :11], grid),
-    )
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """Makes a shell script the compiler, which has all arguments and the last one, the file to write, as $out. Returns
+    a file that gets a line at each call."""
+
+    def write(script: str) -> Path:
+        log, command = tmp_path / "calls", tmp_path / "compiler"
+        command.write_text(f'#!/bin/sh\nfor out; do :; done\necho called >> "{log}"\n{script}\n')
+        command.chmod(0o755)
+        monkeypatch.setenv("CC", str(command))
+        return log
+
+    return write
 
 
-def rows(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    normal = Values(2, dtype)
-    a, b, c = (normal(2, 19, channels) for _ in range(3))
-    weight = normal(channels)
-    return (
-        *backend.add_rms_norm(a, b, weight, 1e-5),
-        *backend.add_rms_norm_backward(a, b, c, weight, 1e-5),
-        backend.gated_sum([a, b], c, 0.5),
-        *backend.gated_sum_backward(a, [b, c], a, 0.5),
-    )
+def calls(log: Path) -> int:
+    return log.read_text().count("called") if log.exists() else 0
 
 
-def blocks(
-    backend: Backend, channels: int, dtype: torch.dtype, weights: torch.dtype = torch.float32, multiple: int = 16
-) -> tuple[torch.Tensor, ...]:
-    """Two Mamba blocks whose width and whose scans' channels are multiples of 16, as the C code for blocks has it."""
-    dim, d_inner = multiple * channels, multiple * (channels + 1)
-    parts = backend.block_parts(dim, d_inner, weights) if isinstance(backend, CpuBackend) else 0
-    sizes = BlockSizes(d_inner, 5, 3, 2, 2, parts or 0)
-    normal = Values(3, torch.float64)
-
-    def rounded(values: torch.Tensor) -> torch.Tensor:
-        return values.to(weights).to(dtype)
-
-    def scaled(*size: int) -> torch.Tensor:
-        return rounded(normal(*size) / math.sqrt(size[-1]))
-
-    E, N, K, R, G, parts = sizes
-    hidden, gap, gap_delta = scaled(3, 9, dim), rounded(normal(2, 3, 9).abs()), rounded(normal(2, 2, E).abs())
-    packed = []
-    for _ in range(2):
-        inner = [
-            InnerParameters(
-                scaled(E, K),
-                scaled(R + 2 * N, E),
-                scaled(E, R),
-                rounded(-normal(E, N).exp()),
-                *(rounded(normal(E)) for _ in range(3)),
-            )
-            for _ in range(G)
-        ]
-        packed.append(pack_block(rounded(normal(dim)), scaled(2 * E, dim), scaled(dim, E), inner, parts))
-    return backend.mamba_blocks(
-        BlocksInputs(hidden, None, torch.stack(packed), sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
-    )
+COPYING = f'cp "{LIBRARY}" "$out"'  # quickly gives what the compiler would
 
 
-def routes(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    normal = Values(4, dtype)
-    order = torch.stack([torch.randperm(19, generator=normal.generator) for _ in range(3)])[:, None]  # (G, 1, L)
-    rows = torch.randint(0, 19, (3, 2, 19), generator=normal.generator)
-    parameters = pack_routes(
-        normal(3, channels, 2), -normal(3, channels, 5).exp(), normal(3, channels), normal(3, channels)
-    )
-    steps, extra = normal(2, 19, 1, 12), normal(3, 1, 19, 5)
-    gap, gap_delta = normal(3, 2, 19).abs(), normal(3, channels).abs()
-    inputs = RoutedInputs(normal(2, 19, channels), steps, parameters, 5, order, rows, extra, gap, gap_delta)
-    return (backend.routed_scans(inputs),)
+def load() -> Path:
+    return Path(build.load_library(LEVEL, call.check_structs)._name)
 
 
-def half_blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """The same of a bfloat16 model, with multiples of 32. The truth has its weights in float64."""
-    found = blocks(backend, channels, torch.bfloat16 if dtype == torch.float32 else dtype, torch.bfloat16, 32)
-    return tuple(each.to(dtype) for each in found)
+def test_the_library_is_compiled_once_and_whole_in_a_folder_of_ones_own(cache: Path, fake: Compiler) -> None:
+    log = fake(COPYING)
+    (path,) = {load(), load()}
+    assert path.parent == cache and list(cache.iterdir()) == [path]  # no half-written file stays behind
+    assert cache.stat().st_mode & 0o777 == 0o700 and calls(log) == 1
 
 
-def wide_blocks(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """float32 with multiples of 32, whose products the processor makes of bfloat16 values where it can."""
-    return blocks(backend, channels, dtype, multiple=32)
+@pytest.mark.parametrize("damage", ["cut", "empty", "no library", "another library"])
+def test_what_cannot_be_loaded_is_compiled_again(damage: str, cache: Path, fake: Compiler) -> None:
+    log = fake(COPYING)
+    path = load()
+    content = path.read_bytes()
+    path.unlink()
+    stem = path.name.rpartition("-")[0]
+    if damage == "cut":  # to load it would end the process
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        other = b"no library" if damage == "no library" else Path(str(torch._C.__file__)).read_bytes()
+        (cache / build.library_name(stem, other)).write_bytes(other)
+    for file in cache.iterdir():
+        file.chmod(0o755)
+    assert load() == path and list(cache.iterdir()) == [path] and calls(log) == 2
 
 
-@needs_compiler
-@pytest.mark.parametrize("width", [4, 8, 16])
-def test_every_vector_width(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wider code runs on any processor, only slower: the one of AVX-512 is tested where there is none."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(build.LEVELS, build.level(), (f"-DW={width}",))
-    monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:]))  # quicker to compile
-    backend = CpuBackend()
-    assert backend.missing() is None
-    for channels in (3, 16, 37):
-        for ops in (scan, convolutions, rows, routes, blocks, wide_blocks, half_blocks):
-            found, truth = ops(backend, channels, torch.float32), ops(REFERENCE, channels, torch.float64)
-            assert len(found) == len(truth)
-            for own, expected in zip(found, truth, strict=True):
-                if own is None or expected is None:
-                    assert own is expected
-                    continue
-                # Relative to the largest entry, as in test_scan.py; results in bfloat16 have 8 bits.
-                bound = 1e-5 if ops is not half_blocks else 2**-8
-                assert (own.double() - expected).abs().max() <= bound * expected.abs().max(), ops
+@pytest.mark.parametrize("plant", ["folder", "link", "file"])
+def test_what_others_can_write_to_is_not_loaded(
+    plant: str, tmp_path: Path, cache: Path, fake: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = fake(COPYING)
+    path = load()
+    if plant == "folder":
+        cache.chmod(0o777)
+    elif plant == "link":
+        cache.rename(tmp_path / "elsewhere")
+        cache.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.chmod(0o777)
+    found = load()
+    assert calls(log) == 2
+    # A folder that others can write to is left alone; there is another for temporary files.
+    assert found.parent == (cache if plant == "file" else tmp_path / f"ssmprune-{os.geteuid()}")
+    assert found.stat().st_mode & 0o022 == 0 and found.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(build, "cache_folders", lambda: [cache])
+    if plant != "file":
+        with pytest.raises(OSError, match="others could put code into"):
+            load()
 
 
-@needs_compiler
-def test_the_library_is_compiled_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.load_library()
-    (library,) = (tmp_path / "ssmprune").iterdir()  # no half-written file stays behind
-    written = library.stat().st_mtime_ns
-    build.load_library()
-    assert library.stat().st_mtime_ns == written
+def test_another_users_folder_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    if cache.stat().st_uid == 0:  # root may put code everywhere
+        build.secure(cache)
+    else:
+        with pytest.raises(OSError, match="others could put code into"):
+            build.secure(cache)
 
 
-@needs_compiler
-def test_a_failing_compiler_is_named_with_its_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(build.LEVELS, build.level(), ("-march=no-such-processor",))
-    reason = CpuBackend().missing()
-    assert reason is not None and "failed: " in reason and "no-such-processor" in reason
-    assert not list((tmp_path / "ssmprune").iterdir())
+def test_without_a_home_there_are_temporary_files(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / f"ssmprune-{os.geteuid()}"
+
+    def nobody(_: object) -> None:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", classmethod(nobody))
+    for relative in ("", "cache", "."):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert build.cache_folders() == [temporary]
+
+
+def test_a_folder_that_cannot_be_made_is_no_obstacle(tmp_path: Path, cache: Path, fake: Compiler) -> None:
+    cache.parent.write_text("a file")
+    fake(COPYING)
+    assert load().parent == tmp_path / f"ssmprune-{os.geteuid()}"
+
+
+def test_a_failing_compiler_is_named_with_its_message(cache: Path, fake: Compiler) -> None:
+    log = fake("printf 'caf\\351: error\\nmore\\n' >&2; exit 1")  # in Latin-1
+    reason = CpuBackend(LEVEL).missing()
+    assert reason is not None and reason.endswith("compiler failed: caf\N{REPLACEMENT CHARACTER}: error")
+    assert not list(cache.iterdir()) and calls(log) == len(build.openmp_flags())
+
+
+def test_a_compiler_has_a_time_limit(cache: Path, fake: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "COMPILER_SECONDS", 0.2)
+    fake("sleep 100")
+    with pytest.raises(OSError, match=r"took longer than 0\.2 seconds"):
+        load()
+    assert not list(cache.iterdir())
+
+
+def test_a_compiler_without_openmp_gives_kernels_for_one_thread(
+    cache: Path, fake: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = build.compiler()
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # quicker to compile
+    log = fake(f'case "$*" in *-fopenmp*) echo unsupported option >&2; exit 1; esac\nexec "{real}" "$@"')
+    backend = CpuBackend("baseline")
+    assert backend.missing() is None and calls(log) == 2
+    assert backend.facts()["threads"] is False and CPU.facts()["threads"] is True
+    again = CpuBackend("baseline")
+    assert again.missing() is None and calls(log) == 2  # kept like any other
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(0)
+    u, B = torch.randn(2, 9, 40, generator=generator), torch.randn(2, 9, 5, generator=generator)
+    results = []
+    for name, own in (("one thread", backend), ("reference", None)):
+        if own is not None:
+            monkeypatch.setitem(BACKENDS._entries, name, own)
+        use_backend(name)
+        results.append(selective_scan(u, u, -torch.ones(40, 5), B, B))
+    use_backend("auto")
+    assert (results[0] - results[1]).abs().max() <= 1e-5 * results[1].abs().max()
+
+
+def test_where_the_kernels_are_not_built_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr(cpu_backend, "levels", lambda: ("baseline",))
+    with pytest.raises(OSError, match="not built on Windows"):
+        build.compile_levels(Path())
+    assert CpuBackend("baseline").missing() == "the C kernels are not built on Windows"
+
+
+def test_apples_compiler_takes_pytorchs_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__file__=str(tmp_path / "torch" / "__init__.py")))
+    assert build.openmp_flags() == [()]
+    runtime = tmp_path / "torch" / "lib" / "libomp.dylib"
+    runtime.parent.mkdir(parents=True)
+    runtime.touch()
+    assert build.openmp_flags() == [("-Xclang", "-fopenmp", str(runtime), f"-Wl,-rpath,{runtime.parent}"), ()]
+
+
+@pytest.mark.parametrize("struct", call.STRUCTS, ids=lambda struct: struct.__name__)
+@pytest.mark.parametrize("change", ["two fields swapped", "a field too many", "another type"])
+def test_structs_of_both_sides_are_compared(
+    struct: type[ctypes.Structure], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert CPU.missing() is None and CPU._library is not None
+    call.check_structs(CPU._library)
+    fields = list(struct._fields_)
+    if change == "two fields swapped":
+        fields[0], fields[1] = fields[1], fields[0]
+    elif change == "a field too many":
+        fields.append(("more", ctypes.c_int64))
+    else:
+        fields[-1] = (fields[-1][0], ctypes.c_void_p)
+    other = type(struct.__name__, (ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setattr(call, "STRUCTS", tuple(other if each is struct else each for each in call.STRUCTS))
+    with pytest.raises(OSError, match=rf"another struct {struct.__name__} "):
+        call.check_structs(CPU._library)
+
+
+V3 = "sse2 avx avx2 bmi2 f16c fma"
+V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
 
 
 @pytest.mark.parametrize(
-    ("flags", "level"),
+    ("flags", "levels"),
     [
-        ("fpu sse2", "x86-64"),
-        ("sse2 avx avx2 bmi2 f16c fma", "x86-64-v3"),
-        ("sse2 avx avx2 bmi2 f16c fma avx512f", "x86-64-v3"),  # AVX-512 in part is not v4
-        ("sse2 avx2 bmi2 f16c fma avx512f avx512bw avx512cd avx512dq avx512vl", "x86-64-v4"),
+        ("fpu sse2", ("baseline",)),
+        (V3, ("v3", "baseline")),
+        (f"{V3} avx512f amx_tile amx_bf16 avx512_bf16", ("v3", "baseline")),  # AVX-512 in part is not v4
+        (V4, ("v4", "v3", "baseline")),
+        (f"{V4} amx_tile amx_bf16 avx512_bf16", ("v4+amx", "v4", "v3", "baseline")),
     ],
 )
-def test_the_instruction_set_is_one_that_the_processor_has(
-    flags: str, level: str, monkeypatch: pytest.MonkeyPatch
+def test_levels_are_those_that_the_processor_has(
+    flags: str, levels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(Path, "read_text", lambda self: f"model name\t: X\nflags\t\t: {flags}\nbugs\t:\n")
-    assert build.level() == level
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: f"model name\t: X\nflags\t\t: {flags}\nbugs\t:\n")
+    assert build.levels() == levels
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert build.level() == "baseline"
+    assert build.levels() == ("baseline",)
+
+
+def test_a_level_that_is_asked_for_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.zeros(1)
+    for level in [each for each in build.levels() if CpuBackend(each).missing() is None]:
+        monkeypatch.setenv("SSMPRUNE_CPU_LEVEL", level)
+        backend = CpuBackend()
+        assert backend.accepts(tokens, 1) and backend.facts()["level"] == level
+        assert backend.has_tiles() == (level == "v4+amx")
+    monkeypatch.setenv("SSMPRUNE_CPU_LEVEL", "")
+    assert CpuBackend().facts()["level"] == LEVEL
+    monkeypatch.setattr(cpu_backend, "levels", lambda: ("v3", "baseline"))
+    for level, reason in (("v4", "the processor does not have it"), ("avx2", "there is no such level")):
+        monkeypatch.setenv("SSMPRUNE_CPU_LEVEL", level)
+        refused = CpuBackend()
+        assert refused.missing() == f"the C kernels cannot run at level {level!r}: {reason}"
+        with pytest.raises(KernelError, match=f"{reason}\nSet SSMPRUNE_CPU_LEVEL to one of v3, baseline"):
+            refused.accepts(tokens, 1)
+        assert not refused.accepts(tokens.double(), 1) and refused.facts() == {}
+
+
+def test_tiles_that_the_system_does_not_allow_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor has them, but the system keeps processes from them."""
+    backend = BACKENDS.get("cpu at baseline" if LEVEL != "baseline" else "cpu")
+    assert isinstance(backend, CpuBackend) and backend.missing() is None
+    monkeypatch.setattr(cpu_backend, "levels", lambda: ("v4+amx", "v4", "v3", "baseline"))
+    monkeypatch.setattr(cpu_backend, "load_library", lambda *_: backend._library)  # without tiles
+    best = CpuBackend()
+    assert best.facts() == {"level": "v4", "processor_has": ["v4+amx", "v4", "v3", "baseline"], "threads": True}
+    assert not best.has_tiles()
+    assert "the system does not let level v4+amx" in str(CpuBackend("v4+amx").missing())
+
+
+def test_env_shows_levels() -> None:
+    command = [sys.executable, "-m", "ssmprune_cli", "env", "--json"]
+
+    def env(level: str) -> dict[str, dict[str, object]]:
+        environment = {**os.environ, "SSMPRUNE_CPU_LEVEL": level}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        facts: dict[str, dict[str, object]] = json.loads(done.stdout)
+        return facts
+
+    facts = env("baseline")
+    assert facts["c_kernels"] == {**CPU.facts(), "level": "baseline"} and facts["kernels"]["cpu"] == "available"
+    facts = env("v9")
+    assert facts["c_kernels"] == {}
+    assert facts["kernels"]["cpu"] == "the C kernels cannot run at level 'v9': there is no such level"
+
+
+def test_a_level_that_cannot_be_is_no_reason_to_run_something_else() -> None:
+    code = "import torch; from ssmprune_cli.kernels import active_backend; active_backend()"
+    environment = {**os.environ, "SSMPRUNE_CPU_LEVEL": "v9"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "KernelError: the C kernels cannot run at level 'v9'" in done.stderr

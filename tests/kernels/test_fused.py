@@ -28,6 +28,7 @@ from ssmprune_cli.kernels.cpu.backend import CPU
 from ssmprune_cli.kernels.packing import unpack_block, unpack_inner
 
 AVAILABLE = [name for name in backends_for(torch.zeros(1)) if name != "reference"]
+CPUS = [name for name in AVAILABLE if name.startswith("cpu")]  # every level: see conftest.py
 # B, L, d and the sizes of a block. 37 and 5 channels fill no number of vectors.
 SHAPES = [
     (2, 19, 16, BlockSizes(32, 16, 4, 3, 2)),
@@ -36,7 +37,7 @@ SHAPES = [
     (3, 1, 16, BlockSizes(48, 16, 4, 40, 2)),
     (3, 18, 12, BlockSizes(37, 7, 3, 2, 2)),
     (2, 5, 3, BlockSizes(5, 1, 2, 1, 1)),
-    # Multiples of 32, as the C code has them in bfloat16: a row more than two tiles, and several samples in one tile.
+    # Whole tiles in bfloat16: a row more than two tiles, and several samples in one tile.
     (1, 65, 96, BlockSizes(160, 16, 4, 12, 2)),
     (5, 7, 32, BlockSizes(64, 5, 2, 1, 1)),
 ]
@@ -111,7 +112,8 @@ class Case:
             given["sources"] = torch.randint(-1, L + 6, (G, B, L, self.sizes.d_conv), generator=self.generator)
         return given
 
-    def inner(self, backend: str, dtype: torch.dtype) -> Tensor:
+    def inner(self, backend: str, dtype: torch.dtype, sample: int | None = None) -> Tensor:
+        """Of all samples, or of one."""
         use_backend(backend)
         self.generator.manual_seed(1)
         xz = self.normal(self.batch, self.length + 1, 2 * self.sizes.d_inner)[:, 1:]  # samples are apart in memory
@@ -124,12 +126,20 @@ class Case:
                 lost[name] = lost[name].to(wide)
         _, N, K, R, _, _ = self.sizes
         parameters = pack_inner(self.directions[0]).to(wide)
+        if sample is not None:
+            xz, lost = xz[sample : sample + 1], _only(sample, lost)
         return mamba_inner(xz.to(dtype), parameters, N, K, R, **lost, scale=0.5)
 
     def run(
-        self, backend: str, dtype: torch.dtype, *, first: bool = False, parts: int | None = None
+        self,
+        backend: str,
+        dtype: torch.dtype,
+        *,
+        first: bool = False,
+        parts: int | None = None,
+        sample: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """By the op for blocks, with weights in `parts` or those that suit the backend."""
+        """By the op for blocks, with weights in `parts` or those that suit the backend, of all samples or of one."""
         use_backend(backend)
         self.generator.manual_seed(2)
         hidden, residual = (self.normal(self.batch, self.length, self.dim).to(dtype) for _ in range(2))
@@ -138,11 +148,23 @@ class Case:
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in self.lost(self.dim, (self.blocks,)).items()
         }
+        if sample is not None:
+            hidden, residual = hidden[sample : sample + 1], residual[sample : sample + 1]
+            lost = _only(sample, lost)
         residual_given = None if first else residual
         if parts is None:
             parts = self.parts(dtype) or 0
         packed, sizes = self.packed(dtype, parts), self.sizes._replace(parts=parts)
         return mamba_blocks(hidden, residual_given, packed, sizes, **lost, scale=0.5, wants_y=True)
+
+
+def _only(sample: int, lost: dict[str, Any]) -> dict[str, Any]:
+    """One sample's part of what `Case.lost` gives."""
+    one = slice(sample, sample + 1)
+    axes = {"gap": 1, "sources": 1, "context": 0}
+    return {
+        name: value[(slice(None),) * axes[name] + (one,)] if name in axes else value for name, value in lost.items()
+    }
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -178,20 +200,23 @@ def test_float32_made_of_bfloat16_values_is_as_exact(shape: tuple[int, int, int,
     assert errors[0] <= 1.2 * errors[1]  # measured: 0.6 to 1.1 times; 10 times with one of the six products left out
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    # In bfloat16 those that the C code takes: PyTorch's products of matrices are not so strict.
-    [(shape, torch.float32) for shape in SHAPES] + [(shape, torch.bfloat16) for shape in SHAPES[-2:]],
-    ids=str,
-)
-def test_threads_and_batches_do_not_change_a_bit(shape: tuple[int, int, int, BlockSizes], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_and_batches_do_not_change_a_bit(
+    backend: str, shape: tuple[int, int, int, BlockSizes], dtype: torch.dtype
+) -> None:
     case = Case(*shape, "context")
     torch.set_num_threads(1)
-    inner, blocks = case.inner("auto", dtype), case.run("auto", dtype)
+    inner, blocks = case.inner(backend, dtype), case.run(backend, dtype)
     for threads in (2, 3, 8):
         torch.set_num_threads(threads)
-        assert torch.equal(case.inner("auto", dtype), inner)
-        assert all(torch.equal(one, other) for one, other in zip(case.run("auto", dtype), blocks, strict=True))
+        assert torch.equal(case.inner(backend, dtype), inner)
+        assert all(torch.equal(one, other) for one, other in zip(case.run(backend, dtype), blocks, strict=True))
+    for sample in range(case.batch):
+        assert torch.equal(case.inner(backend, dtype, sample), inner[sample : sample + 1])
+        alone = case.run(backend, dtype, sample=sample)
+        assert all(torch.equal(one, each[sample : sample + 1]) for one, each in zip(alone, blocks, strict=True))
 
 
 def test_many_samples_go_through_in_several_rounds() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssmprune_cli.errors import KernelError
-from ssmprune_cli.kernels import add_rms_norm, backends_for, gated_sum, use_backend
+from ssmprune_cli.kernels import add_rms_norm, backends_for, causal_conv1d, gated_sum, use_backend
 
 AVAILABLE = backends_for(torch.zeros(1))
 
@@ -41,6 +41,18 @@ def test_gated_sum(backend: str, dtype: torch.dtype, count: int) -> None:
     expected = sum(y.double() for y in ys) * wide * wide.sigmoid() / 2
     rounding = 2e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(gated_sum(ys, z, 0.5).double(), expected, rtol=rounding, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_the_gate_of_a_large_negative_value_is_closed(backend: str) -> None:
+    """Its sigmoid is 0, and not a small value times a large one."""
+    use_backend(backend)
+    z = torch.tensor([-3e38, -1e30, -200.0, -100.0, -87.5, -86.0, 3e38, 0.0]).expand(1, 3, 8)
+    expected = torch.nn.functional.silu(z.double()).float()
+    torch.testing.assert_close(gated_sum([torch.ones(1, 3, 8)], z), expected, rtol=2e-6, atol=1e-35)
+    found = causal_conv1d(z, torch.ones(8, 1), torch.zeros(8))
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-35)
+    assert not gated_sum([torch.ones(1, 3, 8)], z)[..., :2].any()
 
 
 def test_gradients() -> None:

@@ -71,7 +71,7 @@ def build(config: MambaRegConfig = SMALL, dtype: torch.dtype = torch.float64) ->
 
 def test_golden_values_of_the_authors_code() -> None:
     expected: dict[str, Tensor] = load_file(GOLDEN / "mambar_mini" / "io.safetensors")
-    model = load(GOLDEN / "mambar_mini" / "state_dict.safetensors")
+    model = load(GOLDEN / "mambar_mini" / "state_dict.safetensors", image_size=64, crop=1.0)
     assert isinstance(model, MambaReg) and model.config == MINI
     assert sum(parameter.numel() for parameter in model.parameters()) == 118_042
     assert model.protected == tuple(expected["cls_positions"].tolist())
@@ -153,15 +153,18 @@ def test_every_variant_has_published_shapes() -> None:
 )
 def test_options_are_found_from_shapes(change: dict[str, Any]) -> None:
     config = replace(SMALL, **change)
-    assert MAMBA_REG.configure(shapes_of(MambaReg(config)), Hints(image_size=24)) == config
+    assert MAMBA_REG.configure(shapes_of(MambaReg(config)), Hints(image_size=24, eval_crop_ratio=1.0)) == config
     assert MambaRegConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
-@pytest.mark.parametrize("side", [128, 384, 432])  # 432: 27 x 27 patches, which overlap in a "+" Vim of 224
-def test_other_image_sizes_are_found_from_shapes(side: int) -> None:
+@pytest.mark.parametrize("side", [128, 384, 432])  # 432: 27 x 27 patches, as a "+" Vim of 224
+def test_other_image_sizes_are_asked_for(side: int) -> None:
     config = replace(MAMBA_REG.variants["mambar_small"], image_size=(side, side))
     with torch.device("meta"):
-        assert MAMBA_REG.configure(shapes_of(MambaReg(config)), Hints()) == config
+        shapes = shapes_of(MambaReg(config))
+    with pytest.raises(CheckpointError, match="neither the weights nor the file say"):
+        MAMBA_REG.configure(shapes, Hints())
+    assert MAMBA_REG.configure(shapes, Hints(asked_size=side)) == replace(config, eval_crop_ratio=None)
 
 
 def test_a_variant_is_taken_as_published_but_for_its_classes() -> None:
@@ -215,8 +218,8 @@ def test_inspect_of_a_published_container(tmp_path: Path) -> None:
 def test_resizing_moves_registers_but_keeps_their_embedding(tmp_path: Path) -> None:
     model = build(dtype=torch.float32)
     torch.save(model.state_dict(), tmp_path / "m.pth")
-    resized = load(tmp_path / "m.pth", image_size=40)
-    assert resized.config == replace(SMALL, image_size=(40, 40))
+    resized = load(tmp_path / "m.pth", image_size=40, stride=8)
+    assert resized.config == replace(SMALL, image_size=(40, 40), eval_crop_ratio=None)
     assert resized.protected == register_positions(25, 4) != model.protected
     old, new = model.state_dict(), resized.state_dict()
     assert all(torch.equal(value, old[key]) for key, value in new.items() if key != "pos_embed")

@@ -66,7 +66,10 @@ def test_mini(name: str) -> None:
     state, expected = (load_file(GOLDEN / name / f"{file}.safetensors") for file in ("state_dict", "io"))
     config = config_of(described["config"])
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    assert PLAINMAMBA.matches(shapes, Hints()) and PLAINMAMBA.configure(shapes, Hints(image_size=64)) == config
+    assert (
+        PLAINMAMBA.matches(shapes, Hints())
+        and PLAINMAMBA.configure(shapes, Hints(image_size=64, eval_crop_ratio=0.875)) == config
+    )
     model = PlainMamba(config).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == described["n_params"]
     model.load_state_dict(state)

@@ -20,7 +20,7 @@ from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.common.backbone import Hints, Shapes
 from ssmprune_cli.models.mamba.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import VIM, Vim, VimConfig
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.preprocessing import Preprocessing, Reading
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.finetune.new_model import build as build_new
 from ssmprune_cli.workflows.inspect import inspect
@@ -81,7 +81,8 @@ def families(shapes: Shapes, hints: Hints) -> list[str]:
 
 def test_golden_values_of_the_authors_code() -> None:
     expected: dict[str, Tensor] = load_file(GOLDEN / "videomamba_mini" / "io.safetensors")
-    model = load(GOLDEN / "videomamba_mini" / "state_dict.safetensors", family="videomamba", image_size=64)
+    path = GOLDEN / "videomamba_mini" / "state_dict.safetensors"
+    model = load(path, family="videomamba", image_size=64, crop=0.875)
     assert model.config == MINI
     assert sum(parameter.numel() for parameter in model.parameters()) == 115_306
     model.pruner = recorder = Recorder()
@@ -147,13 +148,14 @@ def test_every_variant_has_published_shapes() -> None:
 def test_other_image_sizes_are_found_from_shapes(change: dict[str, Any], side: int | None) -> None:
     config = replace(VIDEOMAMBA.variants["videomamba_tiny"], **change)
     with torch.device("meta"):
-        assert VIDEOMAMBA.configure(shapes_of(VideoMamba(config)), Hints(image_size=side)) == config
+        found = VIDEOMAMBA.configure(shapes_of(VideoMamba(config)), Hints(image_size=side))
+    assert found == replace(config, eval_crop_ratio=None if side else 0.875)
 
 
 @pytest.mark.parametrize("change", [{}, {"bimamba": False}, {"norm": "layer"}, {"d_inner": 24, "dt_rank": 3}])
 def test_options_are_found_from_shapes(change: dict[str, Any]) -> None:
     config = replace(SMALL, **change)
-    assert VIDEOMAMBA.configure(shapes_of(VideoMamba(config)), Hints(image_size=24)) == config
+    assert VIDEOMAMBA.configure(shapes_of(VideoMamba(config)), Hints(image_size=24, eval_crop_ratio=0.875)) == config
     assert VideoMambaConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
@@ -230,7 +232,7 @@ def test_an_ambiguous_file_is_refused_with_what_to_type(tmp_path: Path, size: st
         load(path)
     with pytest.raises(CheckpointError, match="Type `--family vim`"):
         inspect(path)
-    assert inspect(path, family="videomamba").variant == f"videomamba_{size}"
+    assert inspect(path, Reading(family="videomamba")).variant == f"videomamba_{size}"
 
 
 def test_family_variant_or_stored_name_settle_it(tmp_path: Path) -> None:
@@ -257,8 +259,8 @@ def test_a_new_model_needs_a_name_that_tells_its_family() -> None:
 def test_resizing_keeps_the_class_token_first(tmp_path: Path) -> None:
     model = build()
     torch.save(model.state_dict(), tmp_path / "videomamba.pth")
-    resized = load(tmp_path / "videomamba.pth", image_size=40)
-    assert resized.config == replace(SMALL, image_size=(40, 40)) and resized.protected == (0,)
+    resized = load(tmp_path / "videomamba.pth", image_size=40, stride=8)
+    assert resized.config == replace(SMALL, image_size=(40, 40), eval_crop_ratio=None) and resized.protected == (0,)
     old, new = model.state_dict()["pos_embed"], resized.state_dict()["pos_embed"]
     assert torch.equal(new[:, 0], old[:, 0])
     grid = old[:, 1:].unflatten(1, (3, 3)).permute(0, 3, 1, 2)

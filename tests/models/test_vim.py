@@ -195,7 +195,7 @@ def test_every_variant_has_published_shapes() -> None:
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "not square"])
 def test_options_are_found_from_shapes(name: str) -> None:
     config = replace(SMALL, **OPTIONS[name])
-    hints = Hints(image_size=24)
+    hints = Hints(image_size=24, eval_crop_ratio=config.eval_crop_ratio)
     if config.rope and config.class_token == "middle":
         hints = replace(hints, model_name="vim_rope_also_residual_midclstok_div2")
     elif config.rope:
@@ -230,15 +230,55 @@ def test_the_authors_model_name_tells_what_shapes_cannot(model_name: str, place:
     [
         (196, None, (224, 16)),
         (729, None, (224, 8)),
-        (576, None, (384, 16)),  # any square of patches that meet
-        (3025, 448, (448, 8)),  # a size that the container names goes first
-        (196, 384, (224, 16)),  # ... if it fits
+        (576, 384, (384, 16)),  # a size that the file says goes first
+        (3025, 448, (448, 8)),
     ],
 )
 def test_image_size_and_stride(patches: int, known_side: int | None, expected: tuple[int, int]) -> None:
     shapes: Shapes = {**state_of("vim_tiny_stride16"), "pos_embed": (1, patches + 1, 192)}
     config = VIM.configure(shapes, Hints(image_size=known_side))
     assert (config.image_size, config.stride) == ((expected[0], expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("patches", "hints", "message"),
+    [
+        (576, Hints(), "neither the weights nor the file say"),
+        (196, Hints(image_size=384), "the file says that images have 384 pixels, but no stride"),
+        (
+            196,
+            Hints(image_size=384, stride=16),
+            "a stride of 16 does not bring images of 384 pixels, as the file says,",
+        ),
+        (729, Hints(asked_size=432), "images of 432 pixels fit several strides"),  # 432 / 16, or 224 / 8 resized
+        (576, Hints(asked_size=100), "no stride brings images of 100 pixels to 576 patch positions"),
+    ],
+)
+def test_a_geometry_that_nothing_settles_is_asked_for(patches: int, hints: Hints, message: str) -> None:
+    shapes: Shapes = {**state_of("vim_tiny_stride16"), "pos_embed": (1, patches + 1, 192)}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        VIM.configure(shapes, hints)
+    rows = round(patches**0.5)
+    assert caught.value.hint is not None
+    assert f"--image-size {16 + 8 * (rows - 1)} --stride 8; --image-size {16 * rows} --stride 16" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("patches", "hints", "expected"),
+    [
+        (576, Hints(asked_size=384), (384, 16)),  # the size tells the stride
+        (576, Hints(stride=16), (384, 16)),  # and the stride tells the size
+        (576, Hints(stride=8, asked_size=384), (200, 8)),  # which is then resized
+        (196, Hints(asked_size=384), (224, 16)),  # no stride fits: the published model, to be resized
+        (729, Hints(asked_size=432, stride=8), (224, 8)),
+        (196, Hints(image_size=384, stride=16, asked_size=224), (224, 16)),  # the user goes before the file
+    ],
+)
+def test_what_the_user_says_settles_the_geometry(patches: int, hints: Hints, expected: tuple[int, int]) -> None:
+    shapes: Shapes = {**state_of("vim_tiny_stride16"), "pos_embed": (1, patches + 1, 192)}
+    config = VIM.configure(shapes, hints)
+    assert (config.image_size, config.stride) == ((expected[0], expected[0]), expected[1])
+    assert config.eval_crop_ratio == (0.875 if expected[0] == 224 else None)  # known of the published models alone
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -86,7 +86,7 @@ def test_mixer_is_four_plain_scans(kind: str, grid: tuple[int, int]) -> None:
             functional.conv2d(image, mixer.conv2d.weight, mixer.conv2d.bias, 1, 1, 1, mixer.d_inner)
         )
         outputs = [direct_scan(mixer, image, direction) for direction in range(4)]
-        mixed = mixer.out_norm(sum(outputs).flatten(1).t())
+        mixed = mixer.out_norm(torch.stack(outputs).sum(dim=0).flatten(1).t())
         mixed = mixed * functional.silu(gate[0]) if gate else mixed
         torch.testing.assert_close(found[0], mixer.out_proj(mixed), rtol=0, atol=1e-12)
         for direction, output in enumerate(outputs):
@@ -207,8 +207,10 @@ def test_a_configuration_is_found_from_its_shapes(kind: str) -> None:
     config = KINDS[kind]
     shapes = {key: tuple(value.shape) for key, value in VMamba(config).state_dict().items()}
     assert VMAMBA.matches(shapes, Hints())
-    assert VMAMBA.configure(shapes, Hints(image_size=32)) == config
-    assert VMAMBA.configure(shapes, Hints()) == replace(config, image_size=(224, 224))
+    assert VMAMBA.configure(shapes, Hints(image_size=32, eval_crop_ratio=0.875)) == config
+    assert VMAMBA.configure(shapes, Hints(asked_size=48)) == replace(config, image_size=(48, 48), eval_crop_ratio=None)
+    with pytest.raises(CheckpointError, match="neither the weights nor the file say which image size"):
+        VMAMBA.configure(shapes, Hints())
 
 
 @pytest.mark.parametrize("container", ["model", "model_ema", "state_dict"])
@@ -223,7 +225,7 @@ def test_old_names_and_four_dimensions(tmp_path: Path, container: str) -> None:
         old[f"module.{name}"] = value[..., None, None] if linear else value
     torch.save({container: old, "epoch": 1}, tmp_path / "vssm.pth")
     loaded = load(tmp_path / "vssm.pth", image_size=32, weights="model_ema" if container == "model_ema" else "model")
-    assert loaded.config == V0
+    assert loaded.config == replace(V0, eval_crop_ratio=None)
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     twice = {**old, **{key: value for key, value in model.state_dict().items() if key == "classifier.head.bias"}}
     torch.save(twice, tmp_path / "twice.pth")
@@ -236,7 +238,7 @@ def test_a_detectors_backbone(tmp_path: Path) -> None:
     state = {f"backbone.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "detector.pth")
     loaded = load(tmp_path / "detector.pth", image_size=32)
-    assert isinstance(loaded, VMamba) and loaded.config == BACKBONE
+    assert isinstance(loaded, VMamba) and loaded.config == replace(BACKBONE, eval_crop_ratio=None)
     with torch.no_grad():
         first, last = loaded.feature_maps(images(32, 48))
         assert (first.shape, last.shape) == ((2, 16, 8, 12), (2, 64, 2, 3))
@@ -259,7 +261,7 @@ def test_a_lost_weight_is_named(tmp_path: Path, lost: str, message: str) -> None
     state = {key: value for key, value in build(V2).state_dict().items() if key != lost}
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=rf"{message}[^\n]*\n.*Known families: .*vmamba"):
-        load(tmp_path / "x.pth")
+        load(tmp_path / "x.pth", image_size=32)
 
 
 def test_variant_and_image_size_on_request(tmp_path: Path) -> None:
@@ -301,7 +303,8 @@ def test_published_multiply_adds(name: str) -> None:
     with torch.device("meta"):
         model = VMAMBA.build(VMAMBA.variants[name])
     count = count_flops(model.to_empty(device="cpu"))  # values do not matter
-    assert count.all_directions / 1e9 == pytest.approx(GIGA[name], rel=0.01)
+    # The authors count layer norms too, as five operations a value: up to 1.6 %.
+    assert count.all_directions / 1e9 == pytest.approx(GIGA[name], rel=0.02)
 
 
 def test_one_direction_counts_scan_and_projections_once() -> None:

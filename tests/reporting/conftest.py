@@ -97,7 +97,7 @@ def _report() -> Report:
             dense=speed,
             pruned=speed.model_copy(update={"median_ms": 3.2, "images_per_second": 2500.0}),
             latency_ratio=0.8,
-            latency_ratio_quartiles=(0.75, 1.0),
+            latency_ratio_interval=(0.75, 1.0),
         ),
         calibration=CalibrationFacts(
             images=12,

@@ -17,6 +17,8 @@ from hypothesis.extra.numpy import arrays
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.report.report import Report, SampleStage
+from ssmprune_cli.tasks.classification import Classification
+from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.reporting import Entry, page, read_entries, summary
 from ssmprune_cli.workflows.reporting.drawn import front_figures, pareto
 from ssmprune_cli.workflows.reporting.facts import side_by_side, unlike
@@ -162,6 +164,58 @@ def test_the_summary_keeps_its_tables_in_order(entry: MakeEntry) -> None:
 
 
 # --- several reports
+
+
+@pytest.mark.parametrize(
+    ("ratio", "interval", "words"),
+    [
+        (0.8, (0.75, 0.9), "1.25 times as fast, 25.0 % fewer multiply-adds"),
+        (1.1, (1.05, 1.2), "slower, 1.10 times the time, 25.0 % fewer multiply-adds"),
+        (0.98, (0.9, 1.0), "no faster, as far as the timing tells, 25.0 %"),
+        (None, None, "speed not measured, 25.0 %"),
+    ],
+)
+def test_the_first_line_says_whether_it_is_faster(entry: MakeEntry, ratio: Any, interval: Any, words: str) -> None:
+    made = entry("a")
+    assert made.report.speed is not None
+    speed = made.report.speed.model_copy(update={"latency_ratio": ratio, "latency_ratio_interval": interval})
+    report = made.report.model_copy(update={"speed": speed if ratio else None})
+    text = summary([Entry("a", report, made.images)])
+    assert text.startswith(f"# a: {words}") and "saves time" not in text
+    if ratio is not None:
+        assert f"takes {ratio:.2f} times the time and 1.00 times the memory" in text
+    assert words in checked(page([Entry("a", report, made.images)])).text.replace("\u00a0", " ")
+
+
+def test_verdicts_are_on_the_page_and_in_the_summary(entry: MakeEntry) -> None:
+    made = entry("a")
+    accuracy = made.report.accuracy
+    asked = Limits(max_drop=30.0, max_flops=0.8)
+    limits = asked.check(Classification(), score=accuracy, comparison=accuracy, flops=0.75)
+    limited = Entry("a", made.report.model_copy(update={"limits": limits}), made.images)
+    text, shown = summary([limited]), checked(page([limited])).text.replace("\u00a0", " ")
+    drop = "top-1 fell by 25.00 points (95 % interval -10.00 to 50.00, judged by its upper end); --max-drop allows 30"
+    for form in (text, shown):
+        assert "FAIL: 1 of 2 limits is broken." in form and f"FAIL: {drop}." in form
+        assert "PASS: 0.7500 of the dense multiply-adds are left; --max-flops allows 0.8" in form
+    assert text.splitlines()[2] == "**FAIL: 1 of 2 limits is broken.**"
+    both = summary([limited, entry("b")])
+    assert "| limits |" in both and "| FAIL |" in both and "FAIL" not in summary([entry("a"), entry("b")])
+    kept = limits[1:]
+    passed = Entry("a", made.report.model_copy(update={"limits": kept}), made.images)
+    assert "PASS: the limit is kept." in summary([passed])
+
+
+def test_there_is_no_front_over_two_datasets(entry: MakeEntry) -> None:
+    one = entry("one").report
+    on_a, on_b = (
+        one.model_copy(update={"provenance": {**one.provenance, "evaluation_sha256": each}}) for each in ("a", "b")
+    )
+    assert front_figures([("one", on_a), ("two", on_a)]) and not front_figures([("one", on_a), ("two", on_b)])
+    assert unlike([on_a, on_a]) == [] and unlike([on_a, on_b]) == ["Accuracy was measured on different images."]
+    assert one.accuracy is not None
+    other = one.model_copy(update={"accuracy": one.accuracy.model_copy(update={"count": 11})})
+    assert not front_figures([("one", one), ("two", other)])  # without what they say, their counts tell
 
 
 def test_the_front_is_what_nothing_beats() -> None:

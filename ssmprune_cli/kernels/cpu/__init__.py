@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.kernels.cpu.backend import CPU
+from ssmprune_cli.kernels.cpu.backend import CPU, cpu_facts
 
 __all__ = [
     "CPU",
+    "cpu_facts",
 ]

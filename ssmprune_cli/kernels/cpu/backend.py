@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import Backend
-from ssmprune_cli.kernels.cpu.build import load_library
-from ssmprune_cli.kernels.cpu.call import Blocks, Call, Conv, Gate, Inner, Linear, Norm, NormBack, Routed, Scan
+from ssmprune_cli.kernels.cpu.build import LEVELS, TILES, levels, load_library
+from ssmprune_cli.kernels.cpu.call import (
+    MOST_YS,
+    Blocks,
+    Call,
+    Conv,
+    Gate,
+    Inner,
+    Linear,
+    Norm,
+    NormBack,
+    Routed,
+    Scan,
+    Sum,
+    check_structs,
+)
 from ssmprune_cli.kernels.inputs import (
     BlocksInputs,
     Gradients,
@@ -26,13 +42,14 @@ from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
 from ssmprune_cli.kernels.pytorch import eager
 
 MAX_INNER = 64  # states or taps, as in csrc/vectors.h
-MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
 CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
+LEVEL_VARIABLE = "SSMPRUNE_CPU_LEVEL"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
 _WORTH_THREADS = 1 << 16
 _EXPONENTIALS_WORTH_THREADS = 1 << 13
-_VECTOR, _TILE = 16, 32  # what widths are multiples of in csrc/blocks.c, the latter for weights in tiles
+# Sums over rows or channels are made of parts of so many, whatever the threads: they do not change a bit of them.
+_ROWS_OF_SUM, _CHANNELS_OF_SUM = 64, 256
 _PRODUCTS_WORTH_TILES = 1 << 26  # multiply-adds; PyTorch starts its linear layers sooner
 SOURCE_OUTSIDE = "a source lies outside the tokens and their context"
 
@@ -45,6 +62,18 @@ def _position(inputs: GridConvInputs) -> str:
     return f"a position lies outside the grid of {inputs.rows} x {inputs.columns}"
 
 
+def _slots(read: Tensor, batch: int, length: int) -> Tensor:
+    """(B, L): which of the tokens `read` (B, K) each token is, -1 if none of them."""
+    if read.ndim != 2 or len(read) != batch or read.dtype != torch.int64:
+        raise KernelError(f"read must be int64 (B, K), not {read.dtype} {tuple(read.shape)}")
+    if read.numel() and not 0 <= int(read.min()) <= int(read.max()) < length:
+        raise KernelError("read names a token that is not there")
+    slots = torch.full((batch, length), -1).scatter_(1, read, torch.arange(read.shape[1]).expand(batch, -1))
+    if int((slots >= 0).sum()) != read.numel():
+        raise KernelError("read names a token twice")
+    return slots
+
+
 def channel_groups(batch: int) -> int:
     """Groups of channels that a scan of `batch` samples is cut into: as few as give every thread the same work."""
     threads = torch.get_num_threads()
@@ -52,27 +81,60 @@ def channel_groups(batch: int) -> int:
 
 
 class CpuBackend(Backend):
-    """Compiles its library when it is first asked for, unless one came with the installation."""
+    """Compiles its library when it is first asked for, unless one came with the installation.
+
+    level  one of build.LEVELS; without, the one that SSMPRUNE_CPU_LEVEL names, or the processor's best
+    """
 
     name = "cpu"
     skips_reading = True
     fuses = True
 
-    def __init__(self) -> None:
+    def __init__(self, level: str | None = None) -> None:
+        self._wanted = level
         self._library: ctypes.CDLL | None = None
+        self._level: str | None = None
         self._reason: str | None = None
 
     def missing(self) -> str | None:
         if self._library is None and self._reason is None:
             try:
-                self._library = load_library()
+                self._load()
+            except KernelError as error:
+                self._reason = error.what
             except OSError as error:
                 self._reason = str(error)
         return self._reason
 
+    def _load(self) -> None:
+        wanted = self._asked_level()
+        level = wanted or levels()[0]
+        library = load_library(level, check_structs)
+        if level == TILES and not library.tiles_available():
+            if wanted:
+                raise OSError(f"the system does not let level {TILES} use the processor's products of matrices")
+            level = levels()[1]
+        self._library, self._level = library, level
+
+    def _asked_level(self) -> str | None:
+        """Raises KernelError if it is none, or none of this processor's."""
+        level = self._wanted or os.environ.get(LEVEL_VARIABLE) or None
+        if level is not None and level not in levels():
+            reason = "the processor does not have it" if level in LEVELS else "there is no such level"
+            hint = f"Set {LEVEL_VARIABLE} to one of {', '.join(levels())}, or leave it unset."
+            raise KernelError(f"the C kernels cannot run at level {level!r}: {reason}", hint=hint)
+        return level
+
+    def facts(self) -> dict[str, Any]:
+        """The level in use, those that the processor has, and whether there are threads; empty if it is missing."""
+        if self.missing() is not None or self._library is None:
+            return {}
+        threads = bool(self._library.has_threads())
+        return {"level": self._level, "processor_has": list(levels()), "threads": threads}
+
     def has_tiles(self) -> bool:
         """Whether the processor multiplies matrices of bfloat16 by itself."""
-        return self.missing() is None and self._library is not None and bool(self._library.tiles_available())
+        return self.missing() is None and self._level == TILES
 
     def run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
         """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""
@@ -85,7 +147,10 @@ class CpuBackend(Backend):
             raise KernelError(outside)
 
     def accepts(self, example: Tensor, inner: int) -> bool:
-        return example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
+        fits = example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
+        if fits:
+            self._asked_level()  # a level that is asked for and cannot be is no reason to run something else
+        return fits
 
     def kept_states(self, length: int) -> int:
         return (length + CHUNK - 1) // CHUNK
@@ -106,8 +171,7 @@ class CpuBackend(Backend):
         if states is not None:
             call.set(states=states)
         if inputs.read is not None:
-            places = torch.arange(outputs).expand(batch, -1)
-            call.set(slots=torch.full((batch, length), -1).scatter_(1, inputs.read, places))
+            call.set(slots=_slots(inputs.read, batch, length))
         self.run("scan_forward", call.struct(Scan))
         return y
 
@@ -115,7 +179,7 @@ class CpuBackend(Backend):
         batch, length, channels = inputs.u.shape
         if states is None or states.shape[1] != self.kept_states(length):  # another backend went forward
             _, states = self.scan_keeping(inputs)
-        dtype, state, groups = inputs.u.dtype, inputs.A.shape[1], channel_groups(batch)
+        dtype, state, groups = inputs.u.dtype, inputs.A.shape[1], -(-channels // _CHANNELS_OF_SUM) or 1
         wide, per_sample = (batch, length, channels), (batch, channels)
         found = {name: torch.empty(wide, dtype=dtype) for name in ("du", "ddelta")}
         if inputs.z is not None:
@@ -127,11 +191,13 @@ class CpuBackend(Backend):
         found.update({name: torch.empty(batch, groups, length, state) for name in ("dB", "dC")})
         call = Call(threads=torch.get_num_threads(), groups=groups)
         call.scan(inputs)
-        call.set(grad=grad.contiguous(), states=states, **found)
+        call.values("grad", grad, wide, dtype)
+        call.values("states", states, (batch, self.kept_states(length), state, channels), torch.float32)
+        call.set(**found)
         self.run("scan_backward", call.struct(Scan))
 
         def total(name: str, like: Tensor | None, dim: int = 0) -> Tensor | None:
-            return None if like is None else found[name].sum(dim=dim).to(like.dtype)
+            return None if like is None else self._sum(found[name], dim).to(like.dtype)
 
         return (
             found["du"],
@@ -162,16 +228,16 @@ class CpuBackend(Backend):
         d_taps, d_bias = torch.empty(batch, weight.shape[1], channels), torch.empty(batch, channels)
         call = Call(threads=torch.get_num_threads(), reverse=reverse)
         call.convolution(x, weight, bias)
-        call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
+        call.values("grad", grad, x.shape, x.dtype)
+        call.set(dx=d_x, dtaps=d_taps, dbias=d_bias)
         self.run("conv_backward", call.struct(Conv))
-        return d_x, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
+        return d_x, self._sum(d_taps).t().to(weight.dtype), self._sum(d_bias).to(bias.dtype)
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype)
-        call = Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), others=context.shape[1])
-        call.convolution(x, weight, bias)
-        call.rows(context=context)
-        call.set(y=y, positions=sources.contiguous())
+        call = Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS))
+        call.sparse_convolution(x, context, sources, weight, bias)
+        call.set(y=y)
         self.run("sparse_conv_forward", call.struct(Conv), outside=SOURCE_OUTSIDE)
         return y
 
@@ -181,19 +247,18 @@ class CpuBackend(Backend):
         batch, _, channels = x.shape
         d_x, d_context = torch.empty(x.shape, dtype=x.dtype), torch.empty(context.shape, dtype=x.dtype)
         d_taps, d_bias = torch.empty(batch, weight.shape[1], channels), torch.empty(batch, channels)
-        call = Call(threads=torch.get_num_threads(), others=context.shape[1])
-        call.convolution(x, weight, bias)
-        call.rows(context=context)
-        call.set(grad=grad.contiguous(), positions=sources.contiguous())
+        call = Call(threads=torch.get_num_threads())
+        call.sparse_convolution(x, context, sources, weight, bias)
+        call.values("grad", grad, x.shape, x.dtype)
         call.set(dx=d_x, dcontext=d_context, dtaps=d_taps, dbias=d_bias)
         self.run("sparse_conv_backward", call.struct(Conv), outside=SOURCE_OUTSIDE)
-        return d_x, d_context, d_taps.sum(dim=0).t().to(weight.dtype), d_bias.sum(dim=0).to(bias.dtype)
+        return d_x, d_context, self._sum(d_taps).t().to(weight.dtype), self._sum(d_bias).to(bias.dtype)
 
     def grid_conv(self, inputs: GridConvInputs) -> Tensor:
         x = inputs.x
-        y = torch.empty(x.shape[0], inputs.outputs, x.shape[2], dtype=x.dtype)
         call = Call(threads=torch.get_num_threads())
         call.grid_convolution(inputs)
+        y = torch.empty(x.shape[0], inputs.outputs, x.shape[2], dtype=x.dtype)
         call.set(y=y)
         self.run("grid_conv_forward", call.struct(Conv), outside=_position(inputs))
         return y
@@ -205,10 +270,11 @@ class CpuBackend(Backend):
         d_bias = torch.empty(batch, channels)
         call = Call(threads=torch.get_num_threads())
         call.grid_convolution(inputs)
-        call.set(grad=grad.contiguous(), dx=d_x, dtaps=d_taps, dbias=d_bias)
+        call.values("grad", grad, (batch, inputs.outputs, channels), x.dtype)
+        call.set(dx=d_x, dtaps=d_taps, dbias=d_bias)
         self.run("grid_conv_backward", call.struct(Conv), outside=_position(inputs))
-        d_weight = d_taps.sum(dim=0).t().view(weight.shape).to(weight.dtype)
-        return (d_x, d_weight) if bias is None else (d_x, d_weight, d_bias.sum(dim=0).to(bias.dtype))
+        d_weight = self._sum(d_taps).t().view(weight.shape).to(weight.dtype)
+        return (d_x, d_weight) if bias is None else (d_x, d_weight, self._sum(d_bias).to(bias.dtype))
 
     def add_rms_norm(
         self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -225,9 +291,10 @@ class CpuBackend(Backend):
             threads=_threads(hidden.numel(), _WORTH_THREADS),
             eps=eps,
         )
-        call.set(hidden=hidden, weight=weight.contiguous(), stream=stream, normed=normed)
-        if residual is not None:
-            call.set(residual=residual.contiguous())
+        call.values("hidden", hidden, hidden.shape, hidden.dtype)
+        call.values("weight", weight, hidden.shape[2:], weight.dtype)
+        call.values("residual", residual, hidden.shape, torch.float32)
+        call.set(stream=stream, normed=normed)
         self.run("add_rms_norm", call.struct(Norm))
         return normed, stream
 
@@ -236,18 +303,30 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         if weight.dtype not in _DTYPES:
             return eager.add_rms_norm_gradients(d_normed, d_stream, stream, weight, eps)
-        threads = _threads(stream.numel(), _WORTH_THREADS)
         rows, channels = stream.shape[0] * stream.shape[1], stream.shape[2]
-        half = weight.dtype == torch.bfloat16
-        d_sum, d_weight = torch.empty(stream.shape), torch.empty(threads, channels)
-        call = Call(rows=rows, channels=channels, half=half, threads=threads, groups=threads, eps=eps)
-        call.set(normed=d_normed.contiguous(), weight=weight.contiguous(), d_stream=d_stream.contiguous())
-        call.set(stream=stream.contiguous(), d_sum=d_sum, d_weight=d_weight)
+        groups = -(-rows // _ROWS_OF_SUM) or 1
+        half, threads = weight.dtype == torch.bfloat16, _threads(stream.numel(), _WORTH_THREADS)
+        d_sum, d_weight = torch.empty(stream.shape), torch.empty(groups, channels)
+        call = Call(rows=rows, channels=channels, half=half, threads=threads, groups=groups, eps=eps)
+        call.values("normed", d_normed, stream.shape, weight.dtype)
+        call.values("weight", weight, (channels,), weight.dtype)
+        call.values("d_stream", d_stream, stream.shape, torch.float32)
+        call.values("stream", stream, stream.shape, torch.float32)
+        call.set(d_sum=d_sum, d_weight=d_weight)
         self.run("add_rms_norm_backward", call.struct(NormBack))
-        return d_sum, d_weight.sum(dim=0).to(weight.dtype)
+        return d_sum, self._sum(d_weight).to(weight.dtype)
+
+    def _sum(self, parts: Tensor, dim: int = 0) -> Tensor:
+        """The sum over the first dimension or the second. PyTorch's adds up in an order that depends on the threads."""
+        outer, count, columns = math.prod(parts.shape[:dim]), parts.shape[dim], math.prod(parts.shape[dim + 1 :])
+        total = torch.empty(*parts.shape[:dim], *parts.shape[dim + 1 :])
+        call = Call(outer=outer, count=count, columns=columns, threads=_threads(parts.numel(), _WORTH_THREADS))
+        call.set(x=parts, y=total)
+        self.run("sum_parts", call.struct(Sum))
+        return total
 
     def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
-        if len(ys) > MOST_YS:
+        if not 0 < len(ys) <= MOST_YS:
             return eager.gated_sum(ys, z, scale)
         out = torch.empty(z.shape, dtype=z.dtype)
         call = Call(scale=scale)
@@ -258,12 +337,13 @@ class CpuBackend(Backend):
         return out
 
     def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if len(ys) > MOST_YS:
+        if not 0 < len(ys) <= MOST_YS:
             return eager.gated_sum_gradients(grad, ys, z, scale)
         d_y, d_z = torch.empty(z.shape, dtype=z.dtype), torch.empty(z.shape, dtype=z.dtype)
         call = Call(scale=scale)
         call.gate(ys, z)
-        call.set(grad=grad.contiguous(), dy=d_y, dz=d_z)
+        call.values("grad", grad, z.shape, z.dtype)
+        call.set(dy=d_y, dz=d_z)
         call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
         self.run("gated_sum_backward", call.struct(Gate))
         return d_y, d_z
@@ -271,32 +351,28 @@ class CpuBackend(Backend):
     # The fused ops, for inference.
 
     def mamba_inner(self, inputs: InnerInputs) -> Tensor:
-        batch, length, channels = inputs.xz.shape
-        y = torch.empty(batch, length, channels // 2, dtype=inputs.xz.dtype)
         call = Call(threads=torch.get_num_threads())
         call.inner(inputs)
+        batch, length, channels = inputs.xz.shape
+        y = torch.empty(batch, length, channels // 2, dtype=inputs.xz.dtype)
         call.set(y=y)
         self.run("mamba_inner", call.struct(Inner), outside=SOURCE_OUTSIDE)
         return y
 
     def block_parts(self, dim: int, d_inner: int, dtype: torch.dtype) -> int | None:
-        together = math.gcd(dim, d_inner)
         if dtype == torch.bfloat16:
-            return None if together % _TILE else 1
-        if together % _VECTOR:
-            return None
-        return 0 if together % _TILE or not self.has_tiles() else FLOAT_PARTS
+            return 1
+        return FLOAT_PARTS if self.has_tiles() else 0
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, dim = inputs.hidden.shape
         dtype, sizes = inputs.hidden.dtype, BlockSizes(*inputs.sizes)
-        fits = math.gcd(dim, sizes.d_inner) % (_TILE if sizes.parts else _VECTOR) == 0
-        if not fits or (sizes.parts == FLOAT_PARTS and not self.has_tiles()):
+        if sizes.parts == FLOAT_PARTS and not self.has_tiles():
             return super().mamba_blocks(inputs)
+        call = Call(threads=torch.get_num_threads(), tiles=self.has_tiles())
+        call.blocks(inputs)
+        batch, length, _ = inputs.hidden.shape
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
         y = torch.empty(batch, length, sizes.d_inner if inputs.wants_y else 0)
-        call = Call(threads=torch.get_num_threads())
-        call.blocks(inputs)
         call.set(out=out, stream=stream)
         if inputs.wants_y:
             call.set(ungated=y)
@@ -304,30 +380,31 @@ class CpuBackend(Backend):
         return out.to(dtype), stream, y.to(dtype)
 
     def routed_scans(self, inputs: RoutedInputs) -> Tensor:
-        y = torch.empty(inputs.u.shape)
-        call = Call(threads=torch.get_num_threads(), groups=channel_groups(len(y)))
+        call = Call(threads=torch.get_num_threads(), groups=channel_groups(len(inputs.u)))
         call.routed(inputs)
+        y = torch.empty(inputs.u.shape)
         call.set(y=y)
-        self.run("routed_scans", call.struct(Routed), outside="a route visits a token that is not there")
+        self.run("routed_scans", call.struct(Routed), outside="a route visits a token that is not there, or one twice")
         return y.to(inputs.u.dtype)
 
     def suits_linear(self, rows: int, inputs: int, outputs: int) -> bool:
-        worth = rows * inputs * outputs > _PRODUCTS_WORTH_TILES
-        return worth and self._tiles_take(inputs, outputs)
+        return rows * inputs * outputs > _PRODUCTS_WORTH_TILES and self.has_tiles()
 
     def linear(self, inputs: LinearInputs) -> Tensor:
         x = inputs.x
-        if not self._tiles_take(x.shape[-1], inputs.outputs):
+        if not self.has_tiles():
             return super().linear(inputs)
-        out = torch.empty(*x.shape[:-1], inputs.outputs)
         call = Call(threads=torch.get_num_threads())
         call.linear(inputs)
+        out = torch.empty(*x.shape[:-1], inputs.outputs)
         call.set(out=out)
         self.run("linear", call.struct(Linear))
         return out
 
-    def _tiles_take(self, inputs: int, outputs: int) -> bool:
-        return math.gcd(inputs, outputs) % _TILE == 0 and self.has_tiles()
-
 
 CPU = CpuBackend()
+
+
+def cpu_facts() -> dict[str, Any]:
+    """What `ssmprune env` shows of the C kernels."""
+    return CPU.facts()

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs
 from ssmprune_cli.kernels.ops.conv import conv_flops
-from ssmprune_cli.kernels.ops.library import Expected, check, define, refuse_gradients, three
+from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, refuse_gradients, three
 from ssmprune_cli.kernels.ops.scan import scan_flops
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
 
@@ -191,25 +190,26 @@ define("mamba_inner", _inner, _inner_fake)
 define("mamba_blocks", _blocks, _blocks_fake)
 
 
-def _inner_flops(batch: int, length: int, sizes: BlockSizes) -> int:
+def _inner_flops(batch: int, length: int, sizes: BlockSizes, *, aligned: bool) -> int:
     """Multiply-adds of the inside of a block, all directions."""
     convolution = conv_flops(batch, length, sizes.d_inner, sizes.d_conv)
     projections = batch * length * sizes.d_inner * 2 * (sizes.dt_rank + sizes.d_state)
-    scan = scan_flops(batch, length, sizes.d_inner, sizes.d_state, has_D=True, has_z=False)
+    scan = scan_flops(batch, length, sizes.d_inner, sizes.d_state, has_D=True, aligned=aligned)
     return sizes.directions * (convolution + projections + scan)
 
 
-# torch's counter counts a multiply-add as two floating-point operations.
-@register_flop_formula(torch.ops.ssmprune.mamba_inner)
-def _(xz: Any, parameters: Any, d_state: int, d_conv: int, dt_rank: int, *_: Any, **__: Any) -> int:
-    return 2 * _inner_flops(xz[0], xz[1], BlockSizes(xz[2] // 2, d_state, d_conv, dt_rank, parameters[0]))
+@counted("mamba_inner")
+def _(xz: Any, parameters: Any, d_state: int, d_conv: int, dt_rank: int, gap: Any, *_: Any, **__: Any) -> int:
+    sizes = BlockSizes(xz[2] // 2, d_state, d_conv, dt_rank, parameters[0])
+    return _inner_flops(xz[0], xz[1], sizes, aligned=gap is not None)
 
 
-@register_flop_formula(torch.ops.ssmprune.mamba_blocks)
+@counted("mamba_blocks")
 def _(
     hidden: Any, residual: Any, parameters: Any, sizes: Any, gap: Any, gap_delta: Any, context: Any, *_: Any, **__: Any
 ) -> int:
     batch, length, dim = hidden
     seen = 0 if context is None else context[1]
     projections = batch * (3 * length + seen) * dim * sizes[0]
-    return int(2 * parameters[0] * (projections + _inner_flops(batch, length, BlockSizes(*sizes))))
+    inner = _inner_flops(batch, length, BlockSizes(*sizes), aligned=gap is not None)
+    return int(parameters[0] * (projections + inner))

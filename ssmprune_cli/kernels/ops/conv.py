@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import GridConvInputs
-from ssmprune_cli.kernels.ops.library import Expected, check, define, three
+from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, three
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
@@ -19,8 +18,6 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = Fa
 
     `reverse` is the mirror image: flip(conv(flip(x))) along L. Raises KernelError for what does not fit.
     """
-    channels = three(x, "x")[2]
-    check(x, {}, {"weight": (weight, (channels, weight.shape[-1])), "bias": (bias, (channels,))})
     result: Tensor = torch.ops.ssmprune.causal_conv1d(x, weight, bias, reverse)
     return result
 
@@ -33,15 +30,6 @@ def sparse_conv1d(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, b
 
     Returns (B, L, E). Raises KernelError for what does not fit.
     """
-    batch, length, channels = three(x, "x")
-    width = weight.shape[-1]
-    check(
-        x,
-        {"context": (context, (batch, context.shape[1], channels))},
-        {"weight": (weight, (channels, width)), "bias": (bias, (channels,))},
-    )
-    if sources.shape != (batch, length, width) or sources.dtype != torch.int64:
-        raise KernelError(f"sources must be int64 of shape {(batch, length, width)}")
     result: Tensor = torch.ops.ssmprune.sparse_conv1d(x, context, sources, weight, bias)
     return result
 
@@ -63,8 +51,31 @@ def grid_conv2d(
 
     Returns (B, outputs, E), the values at the tokens' own places. Raises KernelError for what does not fit.
     """
+    count = x.shape[1] if outputs is None else outputs
+    result: Tensor = torch.ops.ssmprune.grid_conv2d(x, weight, bias, *grid, positions, count)
+    return result
+
+
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, **outputs: Tensor) -> tuple[int, int, int]:
+    """Returns the size of x, which `outputs` have too."""
+    size = three(x, "x")
+    channels = size[2]
+    check(x, {}, {"weight": (weight, (channels, weight.shape[-1])), "bias": (bias, (channels,))})
+    check(x, {name: (value, size) for name, value in outputs.items()}, {})
+    return size
+
+
+def _check_sparse(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor, **outputs: Tensor) -> None:
+    batch, length, channels = _check_conv(x, weight, bias, **outputs)
+    check(x, {"context": (context, (batch, three(context, "context")[1], channels))}, {})
+    width = weight.shape[1]
+    if sources.shape != (batch, length, width) or sources.dtype != torch.int64 or sources.device != x.device:
+        raise KernelError(f"sources must be int64 of shape {(batch, length, width)}")
+
+
+def _check_grid(inputs: GridConvInputs) -> None:
+    x, weight, bias, rows, columns, positions, outputs = inputs
     batch, length, channels = three(x, "x")
-    rows, columns = grid
     width = weight.shape[-1]
     if positions is None and length != rows * columns:
         raise KernelError(f"{length} tokens without positions do not fill a grid of {rows} x {columns}")
@@ -72,15 +83,12 @@ def grid_conv2d(
         raise KernelError(f"the width of a grid convolution must be odd, not {width}")
     if positions is not None and (positions.shape != (batch, length) or positions.dtype != torch.int64):
         raise KernelError(f"positions must be int64 of shape {(batch, length)}")
-    if outputs is not None and not 0 <= outputs <= length:
+    if not 0 <= outputs <= length:
         raise KernelError(f"there are no {outputs} outputs among {length} tokens")
     parameters: Expected = {"weight": (weight, (channels, width, width))}
     if bias is not None:
         parameters["bias"] = (bias, (channels,))
     check(x, {}, parameters)
-    count = length if outputs is None else outputs
-    result: Tensor = torch.ops.ssmprune.grid_conv2d(x, weight, bias, rows, columns, positions, count)
-    return result
 
 
 def conv_flops(batch: int, length: int, channels: int, taps: int) -> int:
@@ -89,10 +97,16 @@ def conv_flops(batch: int, length: int, channels: int, taps: int) -> int:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    _check_conv(x, weight, bias)
     return pick(x, weight.shape[1]).conv(x, weight, bias, reverse)
 
 
+def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    return x.new_empty(_check_conv(x, weight, bias))
+
+
 def _conv_backward_op(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> list[Tensor]:
+    _check_conv(x, weight, bias, grad=grad)
     found = pick(x, weight.shape[1]).conv_backward(grad, x, weight, bias, reverse)
     return [gradient.contiguous() for gradient in found]
 
@@ -112,12 +126,19 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _sparse_conv(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    _check_sparse(x, context, sources, weight, bias)
     return pick(x, weight.shape[1]).sparse_conv(x, context, sources, weight, bias)
+
+
+def _sparse_conv_fake(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    _check_sparse(x, context, sources, weight, bias)
+    return x.new_empty(x.shape)
 
 
 def _sparse_conv_backward_op(
     grad: Tensor, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor
 ) -> list[Tensor]:
+    _check_sparse(x, context, sources, weight, bias, grad=grad)
     found = pick(x, weight.shape[1]).sparse_conv_backward(grad, x, context, sources, weight, bias)
     return [gradient.contiguous() for gradient in found]
 
@@ -141,12 +162,14 @@ def _grid_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
 ) -> Tensor:
     inputs = GridConvInputs(x, weight, bias, rows, columns, positions, outputs)
+    _check_grid(inputs)
     return pick(x, weight.shape[1] ** 2).grid_conv(inputs)
 
 
 def _grid_conv_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
 ) -> Tensor:
+    _check_grid(GridConvInputs(x, weight, bias, rows, columns, positions, outputs))
     return x.new_empty(x.shape[0], outputs, x.shape[2])
 
 
@@ -161,6 +184,8 @@ def _grid_conv_backward_op(
     outputs: int,
 ) -> list[Tensor]:
     inputs = GridConvInputs(x, weight, bias, rows, columns, positions, outputs)
+    _check_grid(inputs)
+    check(x, {"grad": (grad, (x.shape[0], outputs, x.shape[2]))}, {})
     found = pick(x, weight.shape[1] ** 2).grid_conv_backward(grad, inputs)
     return [gradient.contiguous() for gradient in found]
 
@@ -183,31 +208,24 @@ def _grid_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return found[0], found[1], None if bias is None else found[2], None, None, None, None
 
 
-def _like(x: Tensor, *others: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-define("causal_conv1d", _conv, _like, backward=_conv_backward, setup=_conv_setup)
+define("causal_conv1d", _conv, _conv_fake, backward=_conv_backward, setup=_conv_setup)
 define("causal_conv1d_backward", _conv_backward_op, _conv_backward_fake)
-define("sparse_conv1d", _sparse_conv, _like, backward=_sparse_conv_backward, setup=_sparse_conv_setup)
+define("sparse_conv1d", _sparse_conv, _sparse_conv_fake, backward=_sparse_conv_backward, setup=_sparse_conv_setup)
 define("sparse_conv1d_backward", _sparse_conv_backward_op, _sparse_conv_backward_fake)
 define("grid_conv2d", _grid_conv, _grid_conv_fake, backward=_grid_conv_backward, setup=_grid_conv_setup)
 define("grid_conv2d_backward", _grid_conv_backward_op, _grid_conv_backward_fake)
 
 
-# torch's counter counts a multiply-add as two floating-point operations.
-@register_flop_formula(torch.ops.ssmprune.causal_conv1d)
-def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    batch, length, channels = x
-    return 2 * conv_flops(batch, length, channels, weight[1])
+@counted("causal_conv1d")
+def _(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return conv_flops(x[0], x[1], x[2], weight[1])
 
 
-@register_flop_formula(torch.ops.ssmprune.sparse_conv1d)
-def _(x: Any, context: Any, sources: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    batch, length, channels = x
-    return 2 * conv_flops(batch, length, channels, weight[1])
+@counted("sparse_conv1d")
+def _(x: Any, context: Any, sources: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return conv_flops(x[0], x[1], x[2], weight[1])
 
 
-@register_flop_formula(torch.ops.ssmprune.grid_conv2d)
-def _(x: Any, weight: Any, *others: Any, **kwargs: Any) -> int:
-    return 2 * conv_flops(x[0], others[-1], x[2], weight[1] ** 2)
+@counted("grid_conv2d")
+def _(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return conv_flops(out_shape[0], out_shape[1], out_shape[2], weight[1] ** 2)

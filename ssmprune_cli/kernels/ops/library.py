@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 
@@ -34,6 +35,23 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
+
+
+Formula = Callable[..., int]
+FORMULAS: dict[str, Formula] = {}  # of each op that counts, by its qualified name
+
+
+def counted(name: str) -> Callable[[Formula], Formula]:
+    """Declare the multiply-adds of torch.ops.ssmprune.<name>: of its arguments, with sizes in the place of tensors, and
+    `out_shape`. torch's counter is told twice as many: it counts a multiply-add as two floating-point operations.
+    """
+
+    def declare(formula: Formula) -> Formula:
+        FORMULAS[f"ssmprune::{name}"] = formula
+        register_flop_formula(getattr(torch.ops.ssmprune, name))(lambda *a, **k: 2 * formula(*a, **k))
+        return formula
+
+    return declare
 
 
 def tracing() -> bool:

@@ -6,16 +6,16 @@ the 24 bits of a float32.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import LinearInputs
-from ssmprune_cli.kernels.ops.library import Expected, check, define, refuse_gradients
+from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, refuse_gradients
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, tiled_words
 
 
@@ -46,10 +46,6 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -
 define("linear", _linear, _linear_fake)
 
 
-# torch's counter counts a multiply-add as two floating-point operations.
-@register_flop_formula(torch.ops.ssmprune.linear)
+@counted("linear")
 def _(x: Any, weight: Any, bias: Any, outputs: int, *_: Any, **__: Any) -> int:
-    count = 2 * outputs
-    for size in x:
-        count *= size
-    return count
+    return int(math.prod(x) * outputs)

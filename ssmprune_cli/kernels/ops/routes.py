@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import RoutedInputs
-from ssmprune_cli.kernels.ops.library import Expected, check, define, refuse_gradients, three
+from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, refuse_gradients, three
 from ssmprune_cli.kernels.ops.scan import scan_flops
 
 
@@ -100,10 +99,21 @@ def _routed_fake(u: Tensor, *others: Any) -> Tensor:
 define("routed_scans", _routed, _routed_fake)
 
 
-# torch's counter counts a multiply-add as two floating-point operations.
-@register_flop_formula(torch.ops.ssmprune.routed_scans)
-def _(u: Any, projected: Any, parameters: Any, d_state: int, *_: Any, **__: Any) -> int:
+@counted("routed_scans")
+def _(
+    u: Any,
+    projected: Any,
+    parameters: Any,
+    d_state: int,
+    order: Any,
+    rows: Any,
+    extra_B: Any,
+    gap: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
     batch, length, channels = u
+    # Routes that are all given the same share their step sizes: a model projects them once.
     steps = batch * length * channels * projected[2] * (projected[3] - 2 * d_state)
-    scans = parameters[0] * scan_flops(batch, length, channels, d_state, has_D=True, has_z=False)
-    return int(2 * (steps + scans))
+    scan = scan_flops(batch, length, channels, d_state, has_D=True, aligned=gap is not None)
+    return int(steps + parameters[0] * scan)

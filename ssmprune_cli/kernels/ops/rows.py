@@ -20,19 +20,12 @@ def add_rms_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     Returns (normed, stream): stream = hidden + residual, in float32 at least; normed = weight * stream divided by the
     root of its mean square over channels plus eps, in the dtype of weight. Raises KernelError for what does not fit.
     """
-    size = three(hidden, "hidden")
-    check(hidden, {}, {"weight": (weight, size[2:])})
-    stream_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if residual is not None and (residual.shape != size or residual.dtype != stream_dtype):
-        raise KernelError(f"residual must be {stream_dtype} of shape {size}")
     normed, stream = torch.ops.ssmprune.add_rms_norm(hidden, residual, weight, eps)
     return normed, stream
 
 
 def gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float = 1.0) -> Tensor:
     """(sum of ys) * silu(z) * scale: what follows the scans of all directions; each (B, L, E)."""
-    size = three(z, "z")
-    check(z, {f"ys[{number}]": (y, size) for number, y in enumerate(ys)}, {})
     if len(ys) > 1 and z.dtype.itemsize >= 4 and torch.is_grad_enabled() and any(y.requires_grad for y in ys):
         # The backward pass then finds one tensor kept, not all of them. Half precision would round the sum.
         ys = [functools.reduce(torch.add, ys)]
@@ -40,11 +33,21 @@ def gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float = 1.0) -> Tensor:
     return result
 
 
+def _check_norm(hidden: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    size = three(hidden, "hidden")
+    check(hidden, {}, {"weight": (weight, size[2:])})
+    stream_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if residual is not None and (residual.shape != size or residual.dtype != stream_dtype):
+        raise KernelError(f"residual must be {stream_dtype} of shape {size}")
+
+
 def _norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check_norm(hidden, residual, weight)
     return pick(hidden, 1).add_rms_norm(hidden, residual, weight, eps)
 
 
 def _norm_fake(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check_norm(hidden, residual, weight)
     stream = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(hidden.shape, dtype=weight.dtype), hidden.new_empty(hidden.shape, dtype=stream)
 
@@ -56,6 +59,9 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _norm_backward_op(d_normed: Tensor, d_stream: Tensor, stream: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
+    size = three(stream, "stream")
+    check(d_normed, {"d_normed": (d_normed, size), "weight": (weight, size[2:])}, {})
+    check(stream, {"d_stream": (d_stream, size)}, {})
     return list(pick(d_normed, 1).add_rms_norm_backward(d_normed, d_stream, stream, weight, eps))
 
 
@@ -68,11 +74,21 @@ def _norm_backward(ctx: Any, d_normed: Tensor, d_stream: Tensor) -> tuple[Tensor
     return d_sum.to(ctx.hidden_dtype), d_sum if ctx.has_residual else None, d_weight, None
 
 
+def _check_gate(ys: Sequence[Tensor], z: Tensor, **more: Tensor) -> None:
+    size = three(z, "z")
+    if not ys:
+        raise KernelError("ys is empty: there is nothing to sum")
+    check(z, {f"ys[{number}]": (y, size) for number, y in enumerate(ys)}, {})
+    check(z, {name: (value, size) for name, value in more.items()}, {})
+
+
 def _gate(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+    _check_gate(ys, z)
     return pick(z, 1).gated_sum(ys, z, scale)
 
 
 def _gate_fake(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+    _check_gate(ys, z)
     return z.new_empty(z.shape)
 
 
@@ -82,6 +98,7 @@ def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gate_backward_op(grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> list[Tensor]:
+    _check_gate(ys, z, grad=grad)
     return list(pick(z, 1).gated_sum_backward(grad, ys, z, scale))
 
 

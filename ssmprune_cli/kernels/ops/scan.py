@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import ScanInputs
-from ssmprune_cli.kernels.ops.library import Expected, check, define, three
+from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, three
 
 
 def selective_scan(
@@ -56,32 +55,8 @@ def selective_scan(
     Returns y (B, L, E), with `read` (B, K, E), in the dtype of u.
     Raises KernelError for shapes, dtypes or devices that do not fit.
     """
-    batch, length, channels = three(u, "u")
-    state = A.shape[-1]
-    tokens, states, channel = (batch, length, channels), (batch, length, state), (channels,)
     # Counts of tokens: half precision could not hold them.
     gap = None if gap is None else gap.to(torch.promote_types(u.dtype, torch.float32))
-    activations: Expected = {"delta": (delta, tokens), "B": (B, states), "C": (C, states)}
-    parameters: Expected = {"A": (A, (channels, state))}
-    if z is not None:
-        activations["z"] = (z, tokens)
-    if shift is not None:
-        activations["shift"] = (shift, tokens)
-    if gap is not None:
-        parameters["gap"] = (gap, (batch, length))
-    for name, values in (("D", D), ("delta_bias", delta_bias), ("gap_delta", gap_delta)):
-        if values is not None:
-            parameters[name] = (values, channel)
-    check(u, activations, parameters)
-    if shift is not None and gap is not None:
-        raise KernelError("shift and gap exclude each other")
-    if gap_delta is not None and gap is None:
-        raise KernelError("gap_delta needs gap")
-    if read is not None:
-        if z is not None:
-            raise KernelError("read and z exclude each other")
-        if read.dtype != torch.int64 or read.ndim != 2 or read.shape[0] != batch or read.device != u.device:
-            raise KernelError(f"read must be int64 (B, K) beside u, not {read.dtype} {tuple(read.shape)}")
     tensors = (u, delta, A, B, C, D, z, delta_bias, shift, gap_delta)
     keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
     y: Tensor = torch.ops.ssmprune.selective_scan(
@@ -91,14 +66,51 @@ def selective_scan(
 
 
 def scan_flops(
-    batch: int, length: int, channels: int, state: int, *, has_D: bool, has_z: bool, read: int | None = None
+    batch: int,
+    length: int,
+    channels: int,
+    state: int,
+    *,
+    has_D: bool,
+    has_z: bool = False,
+    aligned: bool = False,
+    read: int | None = None,
 ) -> int:
-    """Multiply-adds of a scan, 9 B L E N and B L E each for D and the gate (state-spaces/mamba issue 110; VMamba).
+    """Multiply-adds of a scan: 9 B L E N, and B L E each for D and the gate (state-spaces/mamba issue 110; VMamba) and
+    for alignment, delta + gap * gap_delta.
 
     Two of the nine, and D, are the reading of the state: only `read` of the tokens cost them if it is given.
     """
     skipped = 0 if read is None else length - read
-    return batch * channels * (length * (9 * state + has_D + has_z) - skipped * (2 * state + has_D))
+    return batch * channels * (length * (9 * state + has_D + has_z + aligned) - skipped * (2 * state + has_D))
+
+
+def _check(inputs: ScanInputs, **outputs: Tensor) -> None:
+    """Raise KernelError for what does not fit; `outputs` are of the size of u."""
+    u, A, z, read = inputs.u, inputs.A, inputs.z, inputs.read
+    batch, length, channels = three(u, "u")
+    state = A.shape[-1]
+    tokens, states, channel = (batch, length, channels), (batch, length, state), (channels,)
+    activations: Expected = {"delta": (inputs.delta, tokens), "B": (inputs.B, states), "C": (inputs.C, states)}
+    parameters: Expected = {"A": (A, (channels, state))}
+    for name, values in (("z", z), ("shift", inputs.shift), *outputs.items()):
+        if values is not None:
+            activations[name] = (values, tokens)
+    if inputs.gap is not None:
+        parameters["gap"] = (inputs.gap, (batch, length))
+    for name, values in (("D", inputs.D), ("delta_bias", inputs.delta_bias), ("gap_delta", inputs.gap_delta)):
+        if values is not None:
+            parameters[name] = (values, channel)
+    check(u, activations, parameters)
+    if inputs.shift is not None and inputs.gap is not None:
+        raise KernelError("shift and gap exclude each other")
+    if inputs.gap_delta is not None and inputs.gap is None:
+        raise KernelError("gap_delta needs gap")
+    if read is not None:
+        if z is not None:
+            raise KernelError("read and z exclude each other")
+        if read.dtype != torch.int64 or read.ndim != 2 or read.shape[0] != batch or read.device != u.device:
+            raise KernelError(f"read must be int64 (B, K) beside u, not {read.dtype} {tuple(read.shape)}")
 
 
 def _scan_op(
@@ -119,15 +131,18 @@ def _scan_op(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and the states that the backward pass starts from if `keep` says that there will be one."""
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, read)
+    _check(inputs)
     backend = pick(u, A.shape[1])
     own = read if backend.skips_reading else None
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, own)
+    inputs = inputs._replace(read=own)
     y, states = backend.scan_keeping(inputs) if keep else (backend.scan(inputs), u.new_empty(0))
     return y if read is None or own is not None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2])), states
 
 
 def _scan_fake(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     *_, read, keep = others
+    _check(ScanInputs(u, delta, A, *others[:-1]))
     y = u.new_empty(u.shape if read is None else (*read.shape, u.shape[2]))
     if not keep:
         return y, u.new_empty(0)
@@ -154,6 +169,7 @@ def _scan_backward_op(
     states: Tensor,
 ) -> list[Tensor]:
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse)
+    _check(inputs, grad=grad)
     found = pick(u, A.shape[1]).scan_backward(grad, inputs, states if states.numel() else None)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
@@ -195,9 +211,27 @@ define("selective_scan", _scan_op, _scan_fake, backward=_scan_backward, setup=_s
 define("selective_scan_backward", _scan_backward_op, _scan_backward_fake)
 
 
-# torch's counter counts a multiply-add as two floating-point operations.
-@register_flop_formula(torch.ops.ssmprune.selective_scan)
-def _(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *others: Any, **kwargs: Any) -> int:
+@counted("selective_scan")
+def _(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any,
+    delta_bias: Any,
+    delta_softplus: Any,
+    shift: Any,
+    gap: Any,
+    gap_delta: Any,
+    reverse: Any,
+    read: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    aligned = shift is not None or gap is not None
+    count = None if read is None else read[1]
     batch, length, channels = u
-    read = others[-2][1] if others[-2] is not None else None
-    return 2 * scan_flops(batch, length, channels, A[1], has_D=D is not None, has_z=z is not None, read=read)
+    has_D, has_z = D is not None, z is not None
+    return scan_flops(batch, length, channels, A[1], has_D=has_D, has_z=has_z, aligned=aligned, read=count)

@@ -1,4 +1,4 @@
-"""Launches the kernels of `triton_conv` and `triton_sparse_conv` for the backend `triton`."""
+"""Launches the kernels of `conv` and `sparse_conv` for the backend `triton`; imports Triton when it first does."""
 
 from __future__ import annotations
 

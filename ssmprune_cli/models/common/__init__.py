@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.models.common.backbone import Backbone, Family, Hints, Shapes
-from ssmprune_cli.models.common.block import Block, blocks, set_drop_path, set_recompute
+from ssmprune_cli.models.common.backbone import (
+    SMALL_SIDE,
+    Backbone,
+    Family,
+    Hints,
+    ImageConfig,
+    Places,
+    Shapes,
+    count_numbered,
+)
+from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
+from ssmprune_cli.models.common.geometry import MAX_SIDE, check_side, image_fields, no_stride, settle, square_side
 from ssmprune_cli.models.common.inflow import Inflow, inflow
 from ssmprune_cli.models.common.layers import (
     PatchEmbed,
@@ -18,26 +28,35 @@ from ssmprune_cli.models.common.layers import (
 from ssmprune_cli.models.common.routes import Visits, reorder, steps_of, visits
 
 __all__ = [
+    "MAX_SIDE",
+    "SMALL_SIDE",
     "Backbone",
     "Block",
     "Family",
     "Hints",
+    "ImageConfig",
     "Inflow",
     "PatchEmbed",
+    "Places",
     "RMSNorm",
     "RotaryEmbedding",
     "Shapes",
     "Visits",
-    "blocks",
     "channels_last_taps",
+    "check_side",
+    "count_numbered",
     "decay_rates",
+    "image_fields",
     "inflow",
+    "no_stride",
     "patch_grid",
     "reorder",
     "resize_grid",
     "rotary_tables",
     "set_drop_path",
     "set_recompute",
+    "settle",
+    "square_side",
     "steps_of",
     "visits",
 ]

@@ -3,29 +3,92 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.models.common.block import Block
+from ssmprune_cli.preprocessing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INTERPOLATIONS,
+    Interpolation,
+    Preprocessing,
+    Triple,
+)
 from ssmprune_cli.tokens import TokenSequence
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+SMALL_SIDE = 32  # pixels: the authors of all families neither resize nor crop images up to this size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How the authors bring an image to the model: the part of a config that no weight depends on.
+
+    eval_crop_ratio  the part of the resized image that the centre crop keeps; None where it is not known
+    interpolation    of the resizing
+    mean, std        of the channels, for images scaled to 0..1
+    """
+
+    eval_crop_ratio: float | None = 0.875
+    interpolation: Interpolation = "bicubic"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.eval_crop_ratio is not None and not 0.01 <= self.eval_crop_ratio <= 1:
+            raise UsageError(f"a crop keeps a part of the image from 0.01 to 1, not {self.eval_crop_ratio:g}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(f"the interpolation is {' or '.join(INTERPOLATIONS)}, not {self.interpolation!r}")
+        for name in ("mean", "std"):
+            values = tuple(getattr(self, name))  # a list from JSON
+            object.__setattr__(self, name, values)
+            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise UsageError(f"{name} must be three finite numbers, not {values}")
+        if min(self.std) <= 0:
+            raise UsageError(f"std must be above 0, not {self.std}")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a family's parameters are, outside of its blocks, and which ones weight decay is not for.
+
+    Names are those of modules and parameters in the backbone.
+
+    before      the first block
+    after       the last block; `idle` of them have no part in the logits
+    between     name -> after how many blocks
+    undecayed   last parts of names, of matrices that at 0 are not "no effect": tokens and positions are inputs, A_log 0
+                is a decay rate of 1 (the Mamba authors exclude A_log and D too)
+    decayed     likewise, of matrices that are decayed as the `weight` of every layer is
+    """
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    undecayed: tuple[str, ...]
+    decayed: tuple[str, ...] = ()
+    between: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
 
 
 class Backbone(nn.Module, ABC):
     """A vision SSM. `pruner` is called between blocks; None is the dense model.
 
     `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again. Every
-    family's has `image_size`, `num_classes` and `eval_crop_ratio`, the part of the resized image that the crop keeps.
+    family's is an ImageConfig and has `image_size` and `num_classes`.
+    `task` names what the answers are: see the tasks wing.
     """
 
+    task: str = "classification"
     family: str
     config: Any
     pruner: Pruner | None
@@ -52,8 +115,42 @@ class Backbone(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def blocks(self) -> list[Block]:
+        """The blocks, in order."""
+
+    @property
+    @abstractmethod
     def mixers(self) -> Mixers:
         """The mixer of every block, in order."""
+
+    @property
+    @abstractmethod
+    def places(self) -> Places:
+        """What training treats in its own way."""
+
+    def depths(self) -> dict[str, int]:
+        """For every parameter, after how many blocks it has its effect: 0 before the first, its number in one, and one
+        more than there are after the last. Raises UsageError for a parameter that is in no known place."""
+        names, places, depths = {id(module): name for name, module in self.named_modules()}, self.places, {}
+        known = {names[id(block)]: number for number, block in enumerate(self.blocks, start=1)}
+        known |= {**dict.fromkeys(places.before, 0), **places.between}
+        known |= dict.fromkeys((*places.after, *places.idle), len(self.blocks) + 1)
+        for name, _ in self.named_parameters():
+            inside = [depth for place, depth in known.items() if f"{name}.".startswith(f"{place}.")]
+            if len(inside) != 1:
+                raise UsageError(f"is in no known place of a {self.family}, so there is no rate for it", where=name)
+            depths[name] = inside[0]
+        return depths
+
+    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay is for the parameter of this name: for matrices and filters, and none for biases, norms
+        and what `places` excludes. Raises UsageError for one that is neither a layer's weight nor named there."""
+        last = name.rpartition(".")[2]
+        if parameter.ndim < 2 or last in self.places.undecayed:
+            return False
+        if last != "weight" and last not in self.places.decayed:
+            raise UsageError(f"is no known parameter of a {self.family}: is it decayed?", where=name)
+        return True
 
     @property
     def num_tokens(self) -> int:
@@ -93,22 +190,59 @@ class Backbone(nn.Module, ABC):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """As the authors evaluate. Raises UsageError for images that are not square, which they do not define."""
+        """As the authors evaluate. UsageError for images that are not square, which they do not define, and where
+        nothing says how much of an image the crop keeps."""
         height, width = self.image_size
+        config: ImageConfig = self.config
         if height != width:
             raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
-        return Preprocessing(resize=int(height / self.config.eval_crop_ratio), crop=height)
+        ratio = 1.0 if height <= SMALL_SIDE else config.eval_crop_ratio
+        if ratio is None:
+            raise UsageError(
+                "neither the weights nor the file say how images are resized and cropped for this model",
+                hint="Give `--crop 1.0` (the short side becomes the image side), `--crop 0.875` (resized larger, and "
+                "the centre is cropped, as published models are evaluated) or another ratio; `--interpolation` is "
+                "bicubic unless you say otherwise.",
+            )
+        return Preprocessing(int(height / ratio), height, config.interpolation, config.mean, config.std)
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known of a checkpoint beside its keys: decides between layouts whose keys and shapes are equal."""
+    """What is known of a checkpoint beside its keys: from its file, and from its user, who goes first.
+
+    filename, model_name  of the file, and as the training script calls the model (`args.model`)
+    variant               asked for by the user
+    image_size            side in pixels that the weights are for, as the file says
+    asked_size            that the user wants; position embeddings are resized if the weights are for another size
+    stride                of the patches, in pixels
+    settings              what the file states, by lower-case name: each value once
+    refused               name of a field here, to what the file says of it and is not done here
+    eval_crop_ratio, interpolation, mean, std: see ImageConfig
+    """
 
     filename: str = ""
-    model_name: str = ""  # `args.model` of the training script, if the container has it
-    image_size: int | None = None  # `args.input_size`: what the weights were trained for
-    eval_crop_ratio: float | None = None  # `args.eval_crop_ratio`
-    variant: str | None = None  # asked for by the user
+    model_name: str = ""
+    variant: str | None = None
+    image_size: int | None = None
+    asked_size: int | None = None
+    stride: int | None = None
+    eval_crop_ratio: float | None = None
+    interpolation: Interpolation | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def count_numbered(keys: Iterable[str], pattern: str) -> int:
+    """How many parts are numbered from 0 by the group of `pattern` in `keys`. CheckpointError if one is missing."""
+    numbers = {found[1] for key in keys if (found := re.match(pattern, key))}
+    count = len(numbers)
+    if numbers != {str(number) for number in range(count)}:
+        missing = next(number for number in range(count + 1) if str(number) not in numbers)
+        raise CheckpointError(f"the blocks are not numbered from 0 on: of {count}, number {missing} is missing")
+    return count
 
 
 @dataclass(frozen=True)
@@ -120,7 +254,10 @@ class Family:
     build      config -> backbone, weights initialised as the authors do
     remap      state dict -> the same in the names that `build` uses (drops what is not a weight, renames old keys)
     variants   published configurations by name
-    resize     (state dict, config, image side) -> the same for square images of another size
+    resize     (state dict, config, image side) -> the same for square images of another size; UsageError if patches do
+               not fill them
+    computes   settings that authors' code can have and that change no weight's shape: name (in lower case) to the
+               values that mean what this family computes
     """
 
     name: str
@@ -132,3 +269,4 @@ class Family:
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     variants: Mapping[str, Any]
     resize: Callable[[dict[str, Tensor], Any, int], tuple[dict[str, Tensor], Any]]
+    computes: Mapping[str, frozenset[Any]] = field(default_factory=dict)

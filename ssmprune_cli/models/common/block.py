@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,19 +42,13 @@ class Block(nn.Module, ABC):
         return branch * (stays / (1 - self.drop_rate)).to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
 
-def blocks(model: nn.Module) -> list[Block]:
-    """The blocks of a backbone, in order."""
-    return [module for module in model.modules() if isinstance(module, Block)]
-
-
-def set_drop_path(model: nn.Module, rate: float) -> None:
+def set_drop_path(blocks: Sequence[Block], rate: float) -> None:
     """Stochastic depth: rates that rise linearly from 0 at the first block to `rate` at the last one."""
-    found = blocks(model)
-    for number, block in enumerate(found):
-        block.drop_rate = rate * number / max(len(found) - 1, 1)
+    for number, block in enumerate(blocks):
+        block.drop_rate = rate * number / max(len(blocks) - 1, 1)
 
 
-def set_recompute(model: nn.Module, recompute: bool) -> None:
+def set_recompute(blocks: Sequence[Block], recompute: bool) -> None:
     """Activation checkpointing of every block."""
-    for block in blocks(model):
+    for block in blocks:
         block.recompute = recompute

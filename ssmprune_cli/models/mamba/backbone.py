@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers
-from ssmprune_cli.models.common import Backbone, PatchEmbed, RMSNorm
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig, PatchEmbed, Places, RMSNorm
 from ssmprune_cli.models.mamba.block import MambaBlock
 from ssmprune_cli.models.mamba.mixer import MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
@@ -25,13 +25,12 @@ NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class MambaConfig:
+class MambaConfig(ImageConfig):
     """Sizes of a sequence of Mamba blocks. An int for `image_size` is a square. UsageError for what does not fit.
 
-    stride           patches overlap when it is smaller than `patch_size`
-    d_inner          channels of the scans; None is twice `embed_dim`
-    dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
-    eval_crop_ratio  part of the resized image that the centre crop keeps
+    stride   patches overlap when it is smaller than `patch_size`
+    d_inner  channels of the scans; None is twice `embed_dim`
+    dt_rank  rank of the step projection; None is `embed_dim / 16`, rounded up
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -45,9 +44,9 @@ class MambaConfig:
     d_inner: int | None = None
     dt_rank: int | None = None
     norm: Literal["rms", "layer"] = "rms"
-    eval_crop_ratio: float = 0.875
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: Any = self.image_size  # an int, or a list from JSON
         size = (given, given) if isinstance(given, int) else tuple(given)
         object.__setattr__(self, "image_size", size)
@@ -67,8 +66,13 @@ class MambaBackbone(Backbone):
     """A family makes its own tokens and `head`, calls `add_blocks` between them, and says `embed`, `pool`, `protected`.
 
     `features` are the tokens after the last block, before the final norm.
+
+    tokens        names of the family's learned tokens and positions
+    after_blocks  names of its modules after the last block
     """
 
+    tokens: ClassVar[tuple[str, ...]]
+    after_blocks: ClassVar[tuple[str, ...]] = ("norm_f", "head")
     config: MambaConfig
     layers: nn.ModuleList
     norm_f: nn.LayerNorm | RMSNorm
@@ -125,6 +129,14 @@ class MambaBackbone(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))
         return logits
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def places(self) -> Places:
+        return Places(("patch_embed", *self.tokens), self.after_blocks, (*self.tokens, "A_log", "A_b_log"))
 
     @property
     def mixers(self) -> Mixers:

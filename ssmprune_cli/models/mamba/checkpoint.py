@@ -8,18 +8,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ssmprune_cli.errors import CheckpointError
-from ssmprune_cli.models.common import Hints, Shapes, patch_grid, resize_grid
+from ssmprune_cli.errors import CheckpointError, UsageError, listing
+from ssmprune_cli.models.common import (
+    Hints,
+    Shapes,
+    check_side,
+    count_numbered,
+    image_fields,
+    patch_grid,
+    resize_grid,
+    settle,
+)
 from ssmprune_cli.models.mamba.backbone import MambaConfig
 
 Config = TypeVar("Config", bound=MambaConfig)
+
+MAX_PATCH = 1024  # pixels
+# What no weight's shape tells, and only one way is computed here. The authors' activation is SiLU.
+COMPUTES = {
+    "act_layer": frozenset({"silu", "swish"}),
+    "hidden_act": frozenset({"silu", "swish"}),
+    "activation": frozenset({"silu", "swish"}),
+    "if_bidirectional": frozenset({False}),
+    "flip_img_sequences_ratio": frozenset({-1, 0}),
+    "if_abs_pos_embed": frozenset({True}),
+}
 
 
 def is_mamba(shapes: Shapes) -> bool:
@@ -43,6 +63,14 @@ def named_families(hints: Hints) -> set[str]:
     return named
 
 
+def stated_flag(hints: Hints, name: str, default: bool) -> bool:
+    """What the file says of the constructor's argument `name`. CheckpointError if that is no truth value."""
+    values = hints.settings.get(name, (default,))
+    if len(values) != 1 or not isinstance(values[0], bool):
+        raise CheckpointError(f"the file says {name} {listing(values)}, which is neither true nor false")
+    return values[0]
+
+
 def shape_of(shapes: Shapes, key: str, dimensions: int, model: str) -> tuple[int, ...]:
     """The shape of the weight `key`. CheckpointError if it is not there or has not `dimensions`."""
     found = shapes.get(key)
@@ -53,14 +81,20 @@ def shape_of(shapes: Shapes, key: str, dimensions: int, model: str) -> tuple[int
 
 
 def read_sizes(
-    shapes: Shapes, hints: Hints, defaults: MambaConfig, model: str, *, extra_positions: int, overlap: bool = True
+    shapes: Shapes,
+    hints: Hints,
+    variants: Mapping[str, Config],
+    model: str,
+    *,
+    extra_positions: int,
+    sides: Sequence[int] = (224,),
 ) -> dict[str, Any]:
     """The fields of MambaConfig that fit `shapes`. Raises CheckpointError.
 
-    defaults         of the family, for what no shape tells
+    variants         published configurations of the family
     model            the family in messages
     extra_positions  entries of pos_embed that belong to no patch
-    overlap          whether the family has patches that overlap
+    sides            of the images that published files are for
     """
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
@@ -70,51 +104,51 @@ def read_sizes(
     embed_dim, _, patch_size, _ = shape("patch_embed.proj.weight", 4)
     d_inner, d_state = shape("layers.0.mixer.A_log", 2)
     dt_rank = shape("layers.0.mixer.dt_proj.weight", 2)[1]
-    blocks = {int(key.split(".")[1]) for key in shapes if key.startswith("layers.") and key.split(".")[1].isdigit()}
-    patches = shape("pos_embed", 3)[1] - extra_positions
-    side, stride = _image_size(patches, patch_size, hints.image_size, overlap)
+    depth = count_numbered(shapes, r"layers\.(\d+)\.")
+    if not 1 <= patch_size <= MAX_PATCH:
+        raise CheckpointError(f"patches of {patch_size} pixels are not those of a {model}")
+    alike = [
+        config
+        for config in variants.values()
+        if (config.patch_size, config.embed_dim, config.depth) == (patch_size, embed_dim, depth)
+    ]
+    published = [(side, config.stride) for config in alike for side in sides]
+    side, stride = settle(shape("pos_embed", 3)[1] - extra_positions, patch_size, hints, published)
     return {
         "image_size": (side, side),
         "patch_size": patch_size,
         "stride": stride,
         "embed_dim": embed_dim,
-        "depth": max(blocks) + 1,
+        "depth": depth,
         "num_classes": num_classes,
         "d_state": d_state,
         "d_conv": shape("layers.0.mixer.conv1d.weight", 3)[2],
         "d_inner": None if d_inner == 2 * embed_dim else d_inner,
         "dt_rank": None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
         "norm": "layer" if "norm_f.bias" in shapes else "rms",
-        "eval_crop_ratio": hints.eval_crop_ratio or defaults.eval_crop_ratio,
+        **image_fields(hints, alike[0] if (side, stride) in published else None),
     }
 
 
-def as_published(config: Config, shapes: Shapes, hints: Hints, model: str) -> Config:
-    """The published `config` for the classes of the file, and the image size and crop that its container names."""
-    side = hints.image_size
+def as_published(
+    config: Config, shapes: Shapes, hints: Hints, model: str, *, extra_positions: int, sides: Sequence[int] = (224,)
+) -> Config:
+    """The published `config` for the classes of the file, and the image size and preprocessing that are stated."""
+    if hints.stride not in (None, config.stride):
+        raise UsageError(f"`--variant` is a {model} with a stride of {config.stride}, not {hints.stride}")
+    num_classes = shape_of(shapes, "head.weight", 2, model)[0]
+    dim, _, patch, _ = shape_of(shapes, "patch_embed.proj.weight", 4, model)
+    if (dim, patch) != (config.embed_dim, config.patch_size):
+        return replace(config, num_classes=num_classes)  # what does not fit is listed weight by weight
+    positions = shape_of(shapes, "pos_embed", 3, model)[1] - extra_positions
+    published = {(side, config.stride) for side in sides}
+    side, stride = settle(positions, config.patch_size, replace(hints, stride=config.stride), published)
     return replace(
         config,
-        image_size=(side, side) if side else config.image_size,
-        num_classes=shape_of(shapes, "head.weight", 2, model)[0],
-        eval_crop_ratio=hints.eval_crop_ratio or config.eval_crop_ratio,
+        image_size=(side, side),
+        num_classes=num_classes,
+        **image_fields(hints, config if (side, stride) in published else None),
     )
-
-
-def _image_size(patches: int, patch_size: int, known_side: int | None, overlap: bool) -> tuple[int, int]:
-    """Image side and stride that give `patches`.
-
-    Only the number is in the file, so the likeliest pair is taken: the side that the container names, then 224 as
-    published, with patches that meet or overlap; then any square of patches that meet.
-    """
-    parts = [part for part in (1, 2, 4) if patch_size % part == 0] if overlap else [1]
-    for side in (known_side, 224):
-        for stride in (patch_size // part for part in parts):
-            if side and side >= patch_size and math.prod(patch_grid((side, side), patch_size, stride)) == patches:
-                return side, stride
-    rows = math.isqrt(max(patches, 0))
-    if rows == 0 or rows * rows != patches:
-        raise CheckpointError(f"the {patches} patch positions of pos_embed are not those of a square image")
-    return rows * patch_size, patch_size
 
 
 def resize_positions(
@@ -124,6 +158,7 @@ def resize_positions(
 
     Patches' positions are interpolated (bicubic); those at `old_class` move to `new_class` as they are.
     """
+    check_side(side, config.patch_size, config.stride)
     resized = replace(config, image_size=(side, side))
     old, new = (patch_grid(each.image_size, each.patch_size, each.stride) for each in (config, resized))
     is_patch = torch.ones(embedding.shape[1], dtype=torch.bool)

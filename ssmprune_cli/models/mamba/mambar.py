@@ -7,7 +7,7 @@ sequence, and the head sees them all. Letters: B batch, d model width, k registe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.common import Family, Hints, Shapes
 from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, classifier, embedding, make_norm
 from ssmprune_cli.models.mamba.checkpoint import (
+    COMPUTES,
     as_published,
     is_mamba,
     mixer_has,
@@ -36,7 +37,7 @@ class MambaRegConfig(MambaConfig):
 
     num_cls_tokens: int = 12
     cls_reduce: int = 1
-    eval_crop_ratio: float = 1.0
+    eval_crop_ratio: float | None = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +51,8 @@ class MambaReg(MambaBackbone):
     """See MambaRegConfig. All registers are protected: they never leave, and stay at their true rank."""
 
     family = "mambar"
+    tokens = ("cls_token", "pos_embed_cls", "pos_embed")
+    after_blocks = ("norm_f", "neck", "norm_neck", "head")
     config: MambaRegConfig
 
     def __init__(self, config: MambaRegConfig) -> None:
@@ -112,8 +115,8 @@ def configure(shapes: Shapes, hints: Hints) -> MambaRegConfig:
     Raises CheckpointError.
     """
     if hints.variant:
-        return as_published(VARIANTS[hints.variant], shapes, hints, "Mamba-Reg")
-    sizes = read_sizes(shapes, hints, MambaRegConfig(), "Mamba-Reg", extra_positions=0, overlap=False)
+        return as_published(VARIANTS[hints.variant], shapes, hints, "Mamba-Reg", extra_positions=0)
+    sizes = read_sizes(shapes, hints, VARIANTS, "Mamba-Reg", extra_positions=0)
     reduced = shape_of(shapes, "neck.weight", 2, "Mamba-Reg")[0] if "neck.weight" in shapes else sizes["embed_dim"]
     registers = shape_of(shapes, "pos_embed_cls", 3, "Mamba-Reg")[1]
     try:
@@ -145,4 +148,5 @@ MAMBA_REG: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    computes=COMPUTES,
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import Mixer, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import causal_conv1d, gated_sum, sparse_conv1d
 from ssmprune_cli.models.common import (
     Inflow,
@@ -86,8 +86,8 @@ class Branch(NamedTuple):
     D: Tensor
 
 
-class MambaMixer(nn.Module):
-    """Implements `tokens.Mixer`.
+class MambaMixer(nn.Module, Mixer):
+    """The mixer of a block.
 
     kind   "v2": a branch of its own for each direction. "v1": both directions share the (forward) convolution, the
            projections and D, and have their own A. "none": forward only.

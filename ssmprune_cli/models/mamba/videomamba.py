@@ -14,6 +14,7 @@ from torch import Tensor
 from ssmprune_cli.models.common import Family, Hints, Shapes
 from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, classifier, embedding
 from ssmprune_cli.models.mamba.checkpoint import (
+    COMPUTES,
     as_published,
     is_mamba,
     mixer_has,
@@ -38,6 +39,7 @@ class VideoMamba(MambaBackbone):
     """See VideoMambaConfig."""
 
     family = "videomamba"
+    tokens = ("cls_token", "pos_embed")
     config: VideoMambaConfig
 
     def __init__(self, config: VideoMambaConfig) -> None:
@@ -69,6 +71,7 @@ VARIANTS = {
     "videomamba_middle": VideoMambaConfig(embed_dim=576, depth=32),
     "videomamba_base": VideoMambaConfig(embed_dim=768),
 }
+SIDES = (224, 448, 576)  # that the authors' files are for
 
 
 def matches(shapes: Shapes, hints: Hints) -> bool:
@@ -87,8 +90,8 @@ def configure(shapes: Shapes, hints: Hints) -> VideoMambaConfig:
     Raises CheckpointError.
     """
     if hints.variant:
-        return as_published(VARIANTS[hints.variant], shapes, hints, "VideoMamba")
-    sizes = read_sizes(shapes, hints, VideoMambaConfig(), "VideoMamba", extra_positions=1)
+        return as_published(VARIANTS[hints.variant], shapes, hints, "VideoMamba", extra_positions=1, sides=SIDES)
+    sizes = read_sizes(shapes, hints, VARIANTS, "VideoMamba", extra_positions=1, sides=SIDES)
     return VideoMambaConfig(**sizes, bimamba=mixer_has(shapes, "D_b"))
 
 
@@ -115,4 +118,5 @@ VIDEOMAMBA: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    computes=COMPUTES,
 )

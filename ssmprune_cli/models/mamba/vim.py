@@ -10,16 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models.common import Family, Hints, RotaryEmbedding, Shapes, patch_grid, rotary_tables
+from ssmprune_cli.errors import CheckpointError, UsageError, listing
+from ssmprune_cli.models.common import Family, Hints, RotaryEmbedding, Shapes, check_side, patch_grid, rotary_tables
 from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, classifier, embedding
 from ssmprune_cli.models.mamba.checkpoint import (
+    COMPUTES,
     as_published,
     is_mamba,
     mixer_has,
     named_families,
     read_sizes,
     resize_positions,
+    stated_flag,
 )
 from ssmprune_cli.models.mamba.mixer import MixerKind
 from ssmprune_cli.tokens import TokenSequence
@@ -55,6 +57,7 @@ class Vim(MambaBackbone):
     """See VimConfig."""
 
     family = "vim"
+    tokens = ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed")
     config: VimConfig
 
     def __init__(self, config: VimConfig) -> None:
@@ -147,38 +150,46 @@ def configure(shapes: Shapes, hints: Hints) -> VimConfig:
     first release if there are rope tables). Raises CheckpointError.
     """
     if hints.variant:
-        return as_published(VARIANTS[hints.variant], shapes, hints, "Vim")
-    token, divide_out = _hidden_choices(shapes, hints.model_name)
+        config = VARIANTS[hints.variant]
+        return as_published(config, shapes, hints, "Vim", extra_positions=len(CLASS_TOKENS[config.class_token]))
+    token, divide_out = _hidden_choices(shapes, hints)
+    # The authors' names say "rope_also_residual" when residuals are turned too, as in the first release.
+    rope_residual = "rope" not in hints.model_name or "also_residual" in hints.model_name
     return VimConfig(
-        **read_sizes(shapes, hints, TINY, "Vim", extra_positions=len(CLASS_TOKENS[token])),
+        **read_sizes(shapes, hints, VARIANTS, "Vim", extra_positions=len(CLASS_TOKENS[token])),
         class_token=token,
         mixer="v2" if mixer_has(shapes, "D_b") else "v1" if mixer_has(shapes, "A_b_log") else "none",
         divide_out=divide_out,
         layer_scale=1.0 if mixer_has(shapes, "gamma") else None,  # only where training starts, which is over
         rope="rope.freqs_cos" in shapes,
-        # The authors' names say "rope_also_residual" when residuals are turned too, as in the first release.
-        rope_residual="rope" not in hints.model_name or "also_residual" in hints.model_name,
+        rope_residual=stated_flag(hints, "if_rope_residual", rope_residual),
     )
 
 
-def _hidden_choices(shapes: Shapes, model_name: str) -> tuple[ClassToken, bool]:
+def _hidden_choices(shapes: Shapes, hints: Hints) -> tuple[ClassToken, bool]:
     """Place of the class token and whether outputs are halved: no shape depends on them where there is one token."""
     place: ClassToken
-    if any(word in model_name for word in ("clstok", "cls_token", "div2")):
-        place, divide_out = "middle" if "mid" in model_name else "head", "div2" in model_name
+    if any(word in hints.model_name for word in ("clstok", "cls_token", "div2")):
+        middle, divide_out = "mid" in hints.model_name, "div2" in hints.model_name
     elif "rope.freqs_cos" in shapes:
-        place, divide_out = "head", False
+        middle, divide_out = False, False
     else:
-        place, divide_out = "middle", True
+        middle, divide_out = True, True
+    place = "middle" if stated_flag(hints, "use_middle_cls_token", middle) else "head"
     if "cls_token_head" in shapes:
         place = "double"
     elif "cls_token" not in shapes:
         place = "none"
-    return place, divide_out
+        pools = hints.settings.get("final_pool_type", ("mean",))
+        if pools != ("mean",):
+            raise CheckpointError(f"the file says final_pool_type {listing(pools)}, and here it is the mean")
+    # `if_devide_out` is what the authors' base model sets by mistake; nothing reads it.
+    return place, stated_flag(hints, "if_divide_out", divide_out)
 
 
 def resize(state: dict[str, Tensor], config: VimConfig, image_size: int) -> tuple[dict[str, Tensor], VimConfig]:
     """For images of another size: bicubic for the patches' positions, class tokens taken from their true index."""
+    check_side(image_size, config.patch_size, config.stride)
     new = patch_grid((image_size, image_size), config.patch_size, config.stride)
     old = patch_grid(config.image_size, config.patch_size, config.stride)
     old_class, new_class = (class_positions(config.class_token, math.prod(grid)) for grid in (old, new))
@@ -204,4 +215,5 @@ VIM: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    computes=COMPUTES,
 )

@@ -9,7 +9,17 @@ from dataclasses import replace
 from torch import Tensor
 
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models.common import Family, Hints, Shapes, resize_grid
+from ssmprune_cli.models.common import (
+    MAX_SIDE,
+    Family,
+    Hints,
+    Shapes,
+    count_numbered,
+    image_fields,
+    no_stride,
+    resize_grid,
+    square_side,
+)
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 
 L1 = PlainMambaConfig(embed_dim=192, depth=24, stem_convs=1, dw_layers=(0,))
@@ -18,6 +28,9 @@ VARIANTS = {
     "plainmamba_l2": PlainMambaConfig(embed_dim=384, depth=24, stem_convs=2),
     "plainmamba_l3": PlainMambaConfig(embed_dim=448, depth=36, stem_convs=2),
 }
+
+# What no weight's shape tells, and only one way is computed here: SiLU in the mixer.
+COMPUTES = {name: frozenset({"silu", "swish"}) for name in ("act_layer", "hidden_act", "activation")}
 
 
 def matches(shapes: Shapes, hints: Hints) -> bool:
@@ -38,17 +51,21 @@ def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
             raise CheckpointError(f"not a PlainMamba classifier: the weight {key} {problem}")
         return found
 
+    no_stride(hints, "PlainMamba")
     num_classes = shape("head.fc.weight", 2)[0]
+    positions = shape("backbone.pos_embed", 3)[1]
     if hints.variant:
-        given = VARIANTS[hints.variant]
-        size = (hints.image_size, hints.image_size) if hints.image_size else given.image_size
-        crop = hints.eval_crop_ratio or given.eval_crop_ratio
-        return replace(given, image_size=size, num_classes=num_classes, eval_crop_ratio=crop)
+        config = VARIANTS[hints.variant]
+        side = _image_side(positions, config.patch_size, hints)
+        images = image_fields(hints, config if side == config.image_size[0] else None)
+        return replace(config, image_size=(side, side), num_classes=num_classes, **images)
     embed_dim, _, half_patch, _ = shape("backbone.patch_embed.projection.weight", 4)
     d_inner, d_state = shape("backbone.layers.0.mamba.A_log", 2)
     dt_rank = shape("backbone.layers.0.mamba.dt_proj.weight", 2)[1]
-    depth = max(_numbers(shapes, r"backbone\.layers\.(\d+)\.mamba\.A_log")) + 1
-    side = _image_side(shape("backbone.pos_embed", 3)[1], 2 * half_patch, hints.image_size)
+    depth = count_numbered(shapes, r"backbone\.layers\.(\d+)\.mamba\.A_log$")
+    side = _image_side(positions, 2 * half_patch, hints)
+    sizes = [(config.patch_size, config.embed_dim, config.depth, config.image_size[0]) for config in VARIANTS.values()]
+    published = L1 if (2 * half_patch, embed_dim, depth, side) in sizes else None
     try:
         return PlainMambaConfig(
             image_size=(side, side),
@@ -67,7 +84,7 @@ def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
             d_conv=shape("backbone.layers.0.mamba.conv2d.weight", 4)[2],
             d_inner=None if d_inner == 2 * embed_dim else d_inner,
             dt_rank=None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
-            eval_crop_ratio=hints.eval_crop_ratio or L1.eval_crop_ratio,
+            **image_fields(hints, published),
         )
     except UsageError as error:
         raise CheckpointError(f"not a PlainMamba classifier: {error.what}") from error
@@ -78,13 +95,21 @@ def _numbers(shapes: Shapes, pattern: str) -> tuple[int, ...]:
     return tuple(int(found[1]) for found in (re.fullmatch(pattern, key) for key in shapes) if found)
 
 
-def _image_side(patches: int, patch_size: int, known_side: int | None) -> int:
-    """The side of a square image that gives `patches`: the known one, 224 as published, or the one without padding."""
-    rows = math.isqrt(patches)
-    for side in (known_side, L1.image_size[0], rows * patch_size):
-        if side and math.prod(PlainMambaConfig(image_size=(side, side), patch_size=patch_size).grid) == patches:
-            return side
-    raise CheckpointError(f"the {patches} patch positions of pos_embed are not those of a square image")
+def _image_side(positions: int, patch: int, hints: Hints) -> int:
+    """The side of the square images that the weights are for: as stated, else as asked for, else without padding.
+
+    Images are padded to fill the patches, so several sides give as many positions.
+    """
+    rows = square_side(positions)
+    fits = [side for side in (hints.image_size, hints.asked_size) if side and -(-side // patch) == rows]
+    if hints.image_size is None or hints.image_size in fits:
+        return fits[0] if fits else rows * patch
+    if hints.asked_size is not None:
+        return rows * patch
+    raise CheckpointError(
+        f"the file says that images have {hints.image_size} pixels, which do not give {positions} patch positions",
+        hint=f"{positions} patch positions and {patch}-pixel patches fit `--image-size {rows * patch}`.",
+    )
 
 
 def resize(
@@ -92,6 +117,8 @@ def resize(
 ) -> tuple[dict[str, Tensor], PlainMambaConfig]:
     """For images of another size (a side, or height and width): bicubic, as the authors do on the fly."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not 1 <= min(size) <= max(size) <= MAX_SIDE:
+        raise UsageError(f"images of {size[0]} x {size[1]} pixels are not possible", hint=f"Up to {MAX_SIDE} are.")
     resized = replace(config, image_size=size)
     embedding = resize_grid(state["backbone.pos_embed"], config.grid, resized.grid)
     return {**state, "backbone.pos_embed": embedding}, resized
@@ -112,4 +139,5 @@ PLAINMAMBA: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    computes=COMPUTES,
 )

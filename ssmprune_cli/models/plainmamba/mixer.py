@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import Mixer, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import gated_sum, grid_conv2d
 from ssmprune_cli.models.common import (
     Inflow,
@@ -25,8 +25,8 @@ from ssmprune_cli.models.plainmamba.routes import ROUTES, walks
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 
-class PlainMambaMixer(nn.Module):
-    """Implements `tokens.Mixer`: one convolution and one set of projections for four scans along snakes."""
+class PlainMambaMixer(nn.Module, Mixer):
+    """The mixer of a block: one convolution and one set of projections for four scans along snakes."""
 
     directions = ROUTES
     per_direction = ()

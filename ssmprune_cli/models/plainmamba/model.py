@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.common import Backbone, Block
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
 from ssmprune_cli.models.plainmamba.mixer import PlainMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
@@ -28,7 +28,7 @@ STEM_CHANNELS = 64
 
 
 @dataclass(frozen=True)
-class PlainMambaConfig:
+class PlainMambaConfig(ImageConfig):
     """Everything that defines a PlainMamba. An int for `image_size` is a square. UsageError for what does not fit.
 
     patch_size       even: a stem halves the image, then patches of half this size meet; sides are padded to fill them
@@ -38,7 +38,6 @@ class PlainMambaConfig:
                      their own
     d_inner          channels of the scans; None is twice `embed_dim`
     dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
-    eval_crop_ratio  part of the resized image that the centre crop keeps
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -53,9 +52,9 @@ class PlainMambaConfig:
     d_conv: int = 7
     d_inner: int | None = None
     dt_rank: int | None = None
-    eval_crop_ratio: float = 0.875
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: Any = self.image_size  # an int, or a list from JSON
         size = (given, given) if isinstance(given, int) else tuple(given)
         object.__setattr__(self, "image_size", size)
@@ -228,6 +227,21 @@ class PlainMamba(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head["fc"](self.pool(self.features(images)))
         return logits
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.backbone.layers)  # type: ignore[arg-type]
+
+    @property
+    def places(self) -> Places:
+        maps = tuple(f"backbone.norm_layer{index}" for index in self.config.out_indices if index != -1)
+        return Places(
+            before=("backbone.patch_embed", "backbone.pos_embed"),
+            after=("backbone.ln1", "head"),
+            undecayed=("pos_embed", "A_log"),
+            decayed=("direction_Bs",),
+            idle=maps,
+        )
 
     @property
     def mixers(self) -> Mixers:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ssmprune_cli.errors import CheckpointError
-from ssmprune_cli.models.common import Family, Hints, Shapes
+from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.models.common import MAX_SIDE, Family, Hints, Shapes, count_numbered, image_fields, no_stride
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 
 S1 = VMambaConfig()
@@ -26,6 +26,25 @@ VARIANTS = {
     "vanilla_vmamba_tiny": replace(V0, depths=(2, 2, 9, 2)),
     "vanilla_vmamba_small": replace(V0, depths=(2, 2, 27, 2)),
     "vanilla_vmamba_base": replace(V0, depths=(2, 2, 27, 2), embed_dim=128),
+}
+
+# Names of the authors' ways to write one computation: how the scan runs, its precision, a gate (the weights tell).
+_FORWARD_TYPES = frozenset(
+    base + ending
+    for base in ("v0", "v0_seq", "v1", "v2", "v3", "v4", "v5", "v01", "v02", "v03", "v04", "v05")
+    for ending in ("", "_noz", "_no32", "_no32_noz", "_noz_no32")
+)
+_NORMS = frozenset({"ln", "ln2d", "layernorm", "layernorm2d"})
+# What no weight's shape tells, and only one way is computed here.
+COMPUTES = {
+    "ssm_act_layer": frozenset({"silu", "swish"}),
+    "mlp_act_layer": frozenset({"gelu"}),
+    "act_layer": frozenset({"silu", "swish"}),
+    "ssm_forwardtype": _FORWARD_TYPES,
+    "forward_type": _FORWARD_TYPES,
+    "norm_layer": _NORMS,
+    "gmlp": frozenset({False}),
+    "posembed": frozenset({False}),
 }
 
 # Names in files of the first code release, and what they are now.
@@ -51,7 +70,7 @@ def matches(shapes: Shapes, hints: Hints) -> bool:
 def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
     """The configuration that fits `shapes`; with `hints.variant` that one, for the classes and outputs of the file.
 
-    No weight depends on the image size: it is the one that the container names, else 224. Raises CheckpointError.
+    No weight depends on the image size: it is stated, published or asked for. Raises CheckpointError.
     """
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
@@ -61,26 +80,31 @@ def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
             raise CheckpointError(f"not a VMamba: the weight {key} {problem}")
         return found
 
+    no_stride(hints, "VMamba")
     op = "layers.0.blocks.0.op"
     embed_dim = shape("layers.0.blocks.0.norm.weight", 1)[0]
     d_inner = shape(f"{op}.conv2d.weight", 4)[0]
     d_state = shape(f"{op}.A_logs", 2)[1]
     patch = shape("patch_embed.0.weight", 4)[2]
-    outs = tuple(stage for stage in range(len(_depths(shapes))) if f"outnorm{stage}.weight" in shapes)
+    depths = _depths(shapes)
+    outs = tuple(stage for stage in range(len(depths)) if f"outnorm{stage}.weight" in shapes)
     is_classifier = "classifier.head.weight" in shapes or not outs
-    side = hints.image_size or VMambaConfig.image_size[0]
     num_classes = shape("classifier.head.weight", 2)[0] if is_classifier else 0
-    crop = hints.eval_crop_ratio or VMambaConfig.eval_crop_ratio
+    alike = [each for each in VARIANTS.values() if (each.embed_dim, each.depths) == (embed_dim, depths)]
+    if hints.variant:
+        alike = [VARIANTS[hints.variant]]
+    side = _image_side(hints, alike)
+    images = image_fields(hints, alike[0] if alike and side == alike[0].image_size[0] else None)
     if hints.variant:
         given = VARIANTS[hints.variant]
-        return replace(given, image_size=(side, side), num_classes=num_classes, out_stages=outs, eval_crop_ratio=crop)
+        return replace(given, image_size=(side, side), num_classes=num_classes, out_stages=outs, **images)
     has_mlp = "layers.0.blocks.0.mlp.fc1.weight" in shapes
     return VMambaConfig(
         image_size=(side, side),
         patch_embed="v1" if patch == 4 else "v2",
         downsample="v1" if "layers.0.downsample.reduction.weight" in shapes else "v3",
         embed_dim=embed_dim,
-        depths=_depths(shapes),
+        depths=depths,
         num_classes=num_classes,
         d_state=d_state,
         ssm_ratio=d_inner / embed_dim,
@@ -88,8 +112,22 @@ def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
         conv_bias=f"{op}.conv2d.bias" in shapes,
         mlp_ratio=shape("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / embed_dim if has_mlp else 0.0,
         out_stages=outs,
-        eval_crop_ratio=crop,
+        **images,
     )
+
+
+def _image_side(hints: Hints, published: list[VMambaConfig]) -> int:
+    """The side in pixels, which is in no weight: as stated, as published, as asked for. CheckpointError without."""
+    if hints.image_size is not None:
+        return hints.image_size
+    if published:
+        return published[0].image_size[0]
+    if hints.asked_size is None:
+        raise CheckpointError(
+            "neither the weights nor the file say which image size the model is for",
+            hint="Every size fits a VMamba. Give the one that it was trained with: `--image-size 224`, for example.",
+        )
+    return hints.asked_size
 
 
 def remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -108,6 +146,8 @@ def remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def resize(state: dict[str, Tensor], config: VMambaConfig, image_size: int) -> tuple[dict[str, Tensor], VMambaConfig]:
     """For images of another size: the weights stay, as none of them depends on the place."""
+    if image_size > MAX_SIDE:
+        raise UsageError(f"images of {image_size} pixels are not possible", hint=f"Up to {MAX_SIDE} are.")
     return state, replace(config, image_size=(image_size, image_size))
 
 
@@ -124,13 +164,9 @@ def _names(keys: Shapes | dict[str, Tensor]) -> dict[str, str]:
 
 
 def _depths(shapes: Shapes) -> tuple[int, ...]:
-    """Blocks of each stage. Holes are not looked for: a missing block is a missing weight later."""
-    last: dict[int, int] = {}
-    for key in shapes:
-        if found := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", key):
-            stage, block = int(found[1]), int(found[2])
-            last[stage] = max(last.get(stage, 0), block)
-    return tuple(last.get(stage, 0) + 1 for stage in range(max(last, default=0) + 1))
+    """Blocks of each stage."""
+    stages = count_numbered(shapes, r"layers\.(\d+)\.blocks\.")
+    return tuple(count_numbered(shapes, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
 
 
 VMAMBA: Family = Family(
@@ -143,4 +179,5 @@ VMAMBA: Family = Family(
     remap=remap,
     variants=VARIANTS,
     resize=resize,
+    computes=COMPUTES,
 )

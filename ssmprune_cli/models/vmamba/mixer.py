@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import Mixer, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import grid_conv2d
 from ssmprune_cli.models.common import (
     Inflow,
@@ -57,8 +57,8 @@ class DirectionProjections(nn.Module):
         return found
 
 
-class VMambaMixer(nn.Module):
-    """Implements `tokens.Mixer`.
+class VMambaMixer(nn.Module, Mixer):
+    """The mixer of a block.
 
     gated      half of the input projection becomes a gate: silu(z) (v0 only)
     conv_bias  the convolution has a bias (v0 only)

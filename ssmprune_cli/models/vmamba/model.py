@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.models.common import Backbone, Block
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
 from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
 
 @dataclass(frozen=True)
-class VMambaConfig:
+class VMambaConfig(ImageConfig):
     """Everything that defines a VMamba. An int for `image_size` is a square. Raises UsageError for what does not fit.
 
     image_size   what tokens are counted for; the dense model takes images of any size
@@ -52,9 +52,9 @@ class VMambaConfig:
     conv_bias: bool = False
     mlp_ratio: float = 4.0
     out_stages: tuple[int, ...] = ()
-    eval_crop_ratio: float = 0.875
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: Any = self.image_size  # an int, or a list from JSON
         object.__setattr__(self, "image_size", (given, given) if isinstance(given, int) else tuple(given))
         for name in ("depths", "out_stages"):
@@ -174,6 +174,21 @@ class VMamba(Backbone):
         *_, x = self.stage_outputs(images)
         logits: Tensor = self.classifier["head"](self.classifier["norm"](x).mean(dim=(1, 2)))
         return logits
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for layer in self.layers for block in layer.blocks]  # type: ignore[union-attr]
+
+    @property
+    def places(self) -> Places:
+        return Places(
+            before=("patch_embed",),
+            after=("classifier",),
+            undecayed=("A_logs", "dt_projs_bias"),
+            decayed=("x_proj_weight", "dt_projs_weight"),
+            between={f"layers.{number}.downsample": stage.stop for number, stage in enumerate(self.stages)},
+            idle=tuple(f"outnorm{number}" for number in self.config.out_stages),
+        )
 
     @property
     def mixers(self) -> Mixers:

@@ -52,8 +52,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         workers: int | None = None,
     ) -> None:
-        unused = any("norm_layer" in name or "outnorm" in name for name, _ in model.named_parameters())
-        self.accelerator = accelerator(settings.precision, device, find_unused=unused)
+        self.accelerator = accelerator(settings.precision, device, find_unused=bool(model.places.idle))
         self.settings, self.seed, self.progress, self.model = settings, seed, Progress(), model
         self._images, self._stop, self._share = images, stop, this_process()
         self.last_loss: float | None = None  # the mean of the last finished epoch
@@ -69,8 +68,8 @@ class Trainer:
         if settings.progressive and isinstance(model.pruner, TokenPruner):
             self._schedule = ProgressiveSchedule(model.pruner.settings.schedule, model.stages, settings.progressive)
         self._teacher = None if teacher is None else WithTokens(teacher.to(target).eval())
-        set_drop_path(model, settings.drop_path)
-        set_recompute(model, settings.recompute)
+        set_drop_path(model.blocks, settings.drop_path)
+        set_recompute(model.blocks, settings.recompute)
         self._forward = self.accelerator.prepare(WithTokens(model))
         self._optimizer = self.accelerator.prepare(optimiser(model, settings))
 

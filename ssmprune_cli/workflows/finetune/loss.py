@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models import Backbone, blocks
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe import Training
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -30,7 +30,7 @@ class WithTokens(nn.Module):
         super().__init__()
         self.model = model
         self._last: TokenSequence | None = None
-        blocks(model)[-1].register_forward_hook(self._keep)
+        model.blocks[-1].register_forward_hook(self._keep)
 
     def _keep(self, block: nn.Module, inputs: object, outputs: tuple[TokenSequence, object]) -> None:
         self._last = outputs[0]

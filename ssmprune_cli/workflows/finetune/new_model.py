@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models import FAMILIES, Backbone, Hints
+from ssmprune_cli.models import FAMILIES, Backbone, Hints, ImageConfig
+from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 _GRID = {"image_size", "stride"}  # settings that change how many tokens there are, and no weight but their positions
 
@@ -37,7 +38,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
             )
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except Exception as error:  # a tag raises nearly anything for a value that it does not expect
             raise UsageError(f"`--set {override}` is not a value: {text}") from error
     try:
         config = TypeAdapter(known.config_class).validate_python(values)
@@ -47,7 +48,8 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     torch.manual_seed(seed)
     model = known.build(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    hints = Hints(model_name=name, image_size=model.image_size[0], eval_crop_ratio=config.eval_crop_ratio)
+    images = {field.name: getattr(config, field.name) for field in fields(ImageConfig)}
+    hints = Hints(model_name=name, image_size=model.image_size[0], **images)
     if any(each.matches(shapes, hints) != (each is known) for _, each in FAMILIES.items()):
         raise UsageError(
             f"a checkpoint of the name {name!r} would not be recognised as {known.title}",
@@ -63,13 +65,14 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     return model
 
 
-def start_from(model: Backbone, path: Path) -> None:
+def start_from(model: Backbone, path: Path, reading: Reading = NOTHING_SAID) -> None:
     """Copy the weights of the checkpoint at `path` into `model`; for another grid position embeddings are resized.
 
     Raises UsageError if it is another configuration in more than the image's size and the patches' stride.
     """
-    start = checkpoint.load(path, family=model.family)
-    names = {field.name for field in fields(model.config)}
+    reading = replace(reading, family=model.family, image_size=None)
+    start = checkpoint.load_as(path, reading)
+    names = {field.name for field in fields(model.config)} - {field.name for field in fields(ImageConfig)}
     pairs = [(name, getattr(start.config, name), getattr(model.config, name)) for name in sorted(names - _GRID)]
     different = "; ".join(f"{name} is {own}, not {wanted}" for name, own, wanted in pairs if own != wanted)
     if different:
@@ -79,7 +82,7 @@ def start_from(model: Backbone, path: Path) -> None:
         side = model.image_size[0]
         if "stride" in names:
             side = (model.stages[0].grid[0] - 1) * start.config.stride + start.config.patch_size
-        start = checkpoint.load(path, family=model.family, image_size=side)
+        start = checkpoint.load_as(path, replace(reading, image_size=side))
     model.load_state_dict(start.state_dict())
 
 
@@ -96,8 +99,8 @@ def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> N
         "args": argparse.Namespace(
             model=name,
             input_size=model.image_size[0],
-            eval_crop_ratio=model.config.eval_crop_ratio,
             nb_classes=model.num_classes,
+            **{field.name: getattr(model.config, field.name) for field in fields(ImageConfig)},
         ),
     }
     content = io.BytesIO()  # saved in memory first: torch.save to a path would put that path's name into the bytes

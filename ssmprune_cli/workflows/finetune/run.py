@@ -23,6 +23,7 @@ from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe import Training
 from ssmprune_cli.report import EpochFacts, FinetuningFacts, Report
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
 from ssmprune_cli.workflows.finetune.loss import teach
@@ -196,7 +197,8 @@ def _end_epoch(
     top1 = None
     if data.validation is not None:
         training = weights.training
-        top1 = evaluate(weights, data.validation, device=str(trainer.accelerator.device)).accuracy.top1
+        judged = evaluate(weights, data.validation, device=str(trainer.accelerator.device))
+        top1 = judged.task.estimate(judged.score).value
         weights.train(training)
     line = {"epoch": done.epoch, "loss": trainer.last_loss, "top1": top1, "seconds": time.perf_counter() - start}
     done.epochs.append(line)
@@ -218,7 +220,7 @@ def artefact_files(job: Job, epochs: list[dict[str, Any]], skipped: int) -> dict
         skipped_updates=skipped,
     )
     assert job.report is not None
-    stale = {"accuracy": None, "samples": ()}  # of the weights before
+    stale = {TASKS.get(job.report.task).section: None, "limits": (), "samples": ()}  # of the weights before
     report = job.report.model_copy(update={**stale, "finetuning": finetuning})
     return {**job.files, **report_files(report, {})}
 
@@ -273,8 +275,8 @@ def stop_signals() -> Iterator[list[int]]:
 def _check(model: Backbone, images: ImageDataset) -> None:
     if len(images) == 0:
         raise DataError("there are no images")
-    if model.num_classes < 1:
-        raise UsageError("the model has no classifier to train")
+    if model.num_classes < 2:
+        raise UsageError(f"the model has {model.num_classes} classes: training needs two or more to tell apart")
     for index in range(len(images)):
         label = images.label(index)
         if label is None:

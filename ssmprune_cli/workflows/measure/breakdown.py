@@ -100,7 +100,7 @@ def _places(model: Backbone, watch: _Stopwatch) -> Iterator[None]:
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
-    handles = [handle for block in blocks(model) for handle in hook(block, None)]
+    handles = [handle for block in model.blocks for handle in hook(block, None)]
     if isinstance(model.pruner, nn.Module):
         handles += hook(model.pruner, GATHER)
     try:
@@ -108,9 +108,3 @@ def _places(model: Backbone, watch: _Stopwatch) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def blocks(model: Backbone) -> list[nn.Module]:
-    """The modules that the mixers are in."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return [model.get_submodule(names[id(mixer)].rsplit(".", 1)[0]) for mixer in model.mixers]

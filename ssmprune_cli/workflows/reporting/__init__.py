@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from ssmprune_cli.report import REPORT, Report
 from ssmprune_cli.workflows.reporting.describe import (
-    accuracy_facts,
     calibration_facts,
     describe,
     figures,
@@ -14,6 +13,7 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
+from ssmprune_cli.workflows.reporting.facts import verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
@@ -38,7 +38,6 @@ __all__ = [
     "Entry",
     "Series",
     "Stage",
-    "accuracy_facts",
     "calibration_facts",
     "describe",
     "figures",
@@ -53,6 +52,7 @@ __all__ = [
     "speed_facts",
     "stages",
     "summary",
+    "verdicts",
     "versions",
     "write_plot",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from typing import Any
 
@@ -14,18 +13,16 @@ from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Calibration, TokenPruner
 from ssmprune_cli.report import (
-    AccuracyFacts,
     CalibrationFacts,
     Figures,
-    ModelAccuracy,
     ModelSpeed,
     PointFacts,
     PruningFacts,
     Report,
     SpeedFacts,
 )
-from ssmprune_cli.workflows.evaluate import Accuracy, Evaluation
-from ssmprune_cli.workflows.measure import Progress, count_flops, machine, quartiles, resolve_device
+from ssmprune_cli.statistics import ratio_of_medians
+from ssmprune_cli.workflows.measure import Progress, count_flops, machine, resolve_device
 from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
 
@@ -38,6 +35,7 @@ def describe(model: Backbone) -> Report:
     model.pruner = inner
     return Report(
         family=model.family,
+        task=model.task,
         image_size=model.image_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
@@ -81,25 +79,6 @@ def pruning_facts(pruner: TokenPruner, keep: float | tuple[float, ...] | None = 
     )
 
 
-def accuracy_facts(evaluation: Evaluation) -> AccuracyFacts:
-    """Of an evaluation against the dense model. Its speeds are left out: `speed_facts` measures them better."""
-    comparison = evaluation.comparison
-    assert comparison is not None
-
-    def plain(accuracy: Accuracy) -> dict[str, Any]:
-        return {"top1": accuracy.top1, "top5": accuracy.top5, "interval": accuracy.interval}
-
-    return AccuracyFacts(
-        **plain(evaluation.accuracy),
-        count=evaluation.count,
-        dense=ModelAccuracy(**plain(comparison.dense)),
-        difference=comparison.difference,
-        difference_interval=comparison.difference_interval,
-        p_value=comparison.p_value,
-        classes=comparison.classes,
-    )
-
-
 def calibration_facts(calibration: Calibration) -> CalibrationFacts:
     points = []
     for point in calibration.points:
@@ -117,7 +96,7 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         dense.to(images.device).eval()(images)
     rounds = timed_rounds(time.perf_counter() - start)
     first, second = profile([dense, pruned], batch_size=8, device=device, rounds=rounds, progress=progress)
-    ratios = [after / before for before, after in zip(first.speed.rounds_ms, second.speed.rounds_ms, strict=True)]
+    ratio, interval = ratio_of_medians(first.speed.rounds_ms, second.speed.rounds_ms)
     return SpeedFacts(
         batch_size=first.batch_size,
         rounds=first.speed.rounds,
@@ -126,8 +105,8 @@ def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progre
         backend=first.backend,
         dense=_model_speed(first),
         pruned=_model_speed(second),
-        latency_ratio=statistics.median(ratios),
-        latency_ratio_quartiles=quartiles(ratios),
+        latency_ratio=ratio,
+        latency_ratio_interval=interval,
     )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ssmprune_cli.report import AccuracyFacts, Report
-from ssmprune_cli.workflows.reporting.facts import same_input
+from ssmprune_cli.report import Report
+from ssmprune_cli.tasks import TASKS, Estimate
+from ssmprune_cli.workflows.reporting.facts import judged, same_images, same_input
 from ssmprune_cli.workflows.reporting.plot import PART, Series, mark, plot
 from ssmprune_cli.workflows.reporting.traces import search_series, sensitivity_series
 
@@ -35,52 +36,56 @@ def search_figure(report: Report) -> Figure:
 
 
 def front_figures(named: Sequence[tuple[str, Report]]) -> list[Figure]:
-    """Accuracy of those reports that have it, against multiply-adds, and against speed if all of them have that.
+    """The metric of those reports that have it, against multiply-adds, and against speed if all of them have that.
 
     Speed is over the dense model's, which was timed in turns with the pruned one, so that a busy hour does not count;
-    for models made from different files, which have no dense model in common, it is images per second.
+    for models made from different files, which have no dense model in common, it is images per second. Reports of
+    different tasks, or judged on different images, have no front in common.
     """
-    known = [(name, report, report.accuracy) for name, report in named if report.accuracy is not None]
-    if not known:
+    known = [(name, report, judged(report)) for name, report in named if judged(report) is not None]
+    reports = [report for _, report, _ in known]
+    if not known or len({report.task for report in reports}) > 1 or not same_images(reports):
         return []
-    judged = [(name, accuracy) for name, _, accuracy in known]
+    task = TASKS.get(reports[0].task)
+    compared = [(name, task.estimate(task.dense(each)), task.estimate(task.pruned(each))) for name, _, each in known]
     costs = [
         (
             report.dense.multiply_adds_all_directions / 1e9,
             (report.pruned or report.dense).multiply_adds_all_directions / 1e9,
         )
-        for _, report, _ in known
+        for report in reports
     ]
-    fronts = [_front("Accuracy against multiply-adds", "multiply-adds, all directions, G", judged, costs, less=True)]
-    speeds = [report.speed for _, report, _ in known if report.speed is not None]
+    quality, y_label = task.quality.capitalize(), f"{task.metric}, % (95 %)"
+    front, x_label = _front(compared, costs, less=True), "multiply-adds, all directions, G"
+    fronts = [_figure(f"{quality} against multiply-adds", front, x_label, y_label)]
+    speeds = [report.speed for report in reports if report.speed is not None]
     if len(speeds) == len(known):
-        if same_input([report for _, report, _ in known]):
-            label, rates = "speed, times the dense model's", [(1.0, 1 / speed.latency_ratio) for speed in speeds]
+        if same_input(reports):
+            x_label, rates = "speed, times the dense model's", [(1.0, 1 / speed.latency_ratio) for speed in speeds]
         else:
-            label = "images per second"
+            x_label = "images per second"
             rates = [(speed.dense.images_per_second, speed.pruned.images_per_second) for speed in speeds]
-        fronts.append(_front("Accuracy against speed", label, judged, rates, less=False))
+        fronts.append(_figure(f"{quality} against speed", _front(compared, rates, less=False), x_label, y_label))
     return fronts
 
 
-def _front(
-    title: str, label: str, judged: Sequence[tuple[str, AccuracyFacts]], costs: Sequence[Point], *, less: bool
-) -> Figure:
-    """`costs` has those of the dense and of the pruned model; with `less`, less is better."""
-    dense = sorted(
-        {
-            (cost, 100 * accuracy.dense.top1, accuracy.dense.interval)
-            for (_, accuracy), (cost, _) in zip(judged, costs, strict=True)
-        }
-    )
-    ends = [(100 * low, 100 * high) for _, _, (low, high) in dense]
-    series = [Series("dense", [(cost, top1) for cost, top1, _ in dense], ends, line=False)]
-    for (name, accuracy), (_, cost) in zip(judged, costs, strict=True):
-        low, high = accuracy.interval
-        series.append(Series(name, [(cost, 100 * accuracy.top1)], [(100 * low, 100 * high)]))
+def _front(compared: Sequence[tuple[str, Estimate, Estimate]], costs: Sequence[Point], *, less: bool) -> list[Series]:
+    """`compared` has names and the metrics of the dense and the pruned model, `costs` theirs; with `less`, less is
+    better."""
+    found = {(cost, before) for (_, before, _), (cost, _) in zip(compared, costs, strict=True)}
+    dense = sorted(found, key=lambda each: (each[0], each[1].value))
+    points = [(cost, 100 * each.value) for cost, each in dense]
+    series = [Series("dense", points, [_ends(each) for _, each in dense], line=False)]
+    for (name, _, after), (_, cost) in zip(compared, costs, strict=True):
+        series.append(Series(name, [(cost, 100 * after.value)], [_ends(after)]))
     best = pareto([point for each in series for point in each.points], less=less)
-    series.append(Series("Pareto front", best, marks=False))
-    return _figure(title, series, label, "top-1, % (95 %)")
+    return [*series, Series("Pareto front", best, marks=False)]
+
+
+def _ends(found: Estimate) -> Point:
+    """The interval in per cent; of a value without one, the value."""
+    low, high = found.interval or (found.value, found.value)
+    return 100 * low, 100 * high
 
 
 def pareto(points: Sequence[Point], *, less: bool) -> list[Point]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from ssmprune_cli.report import AccuracyFacts, ClassChange, Report, Sample
+from ssmprune_cli.report import LimitFacts, Report, Sample
+from ssmprune_cli.tasks import TASKS, Loss
 from ssmprune_cli.workflows.reporting.rows import giga
 
 
@@ -13,9 +15,43 @@ def title(name: str, report: Report) -> str:
     name = name or str(report.provenance.get("input", report.family))
     if report.pruned is None:
         return f"{name}: all tokens kept"
-    lost = "" if report.accuracy is None else f", top-1 {100 * report.accuracy.difference:+.2f} points"
+    task, compared = TASKS.get(report.task), judged(report)
+    lost = "" if compared is None else f", {task.metric} {100 * task.change(compared).value:+.2f} points"
     saved = saving(report)
-    return f"{name}: {100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds{lost}"
+    work = f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"
+    return f"{name}: {pace(report)}, {work}{lost}"
+
+
+def pace(report: Report) -> str:
+    """Whether the pruned model is faster than the dense one, as far as the timing tells."""
+    if report.speed is None:
+        return "speed not measured"
+    ratio, (low, high) = report.speed.latency_ratio, report.speed.latency_ratio_interval
+    if high < 1:
+        return f"{1 / ratio:.2f} times as fast"
+    if low > 1:
+        return f"slower, {ratio:.2f} times the time"
+    return "no faster, as far as the timing tells"
+
+
+def savings(report: Report) -> str:
+    """What pruning changes beside the answers, and what it does not."""
+    text = "The number of parameters and the size of the file do not change."
+    if report.speed is None:
+        return text
+    memory = report.speed.pruned.peak_memory_bytes / report.speed.dense.peak_memory_bytes
+    return f"{text} A batch takes {report.speed.latency_ratio:.2f} times the time and {memory:.2f} times the memory."
+
+
+def verdicts(limits: Sequence[LimitFacts]) -> list[str]:
+    """Whether the limits that the user set are kept, and on each one its value, interval and bound; [] without any."""
+    if not limits:
+        return []
+    broken = sum(not each.holds for each in limits)
+    whole = f"FAIL: {broken} of {len(limits)} limits {'is' if broken == 1 else 'are'} broken."
+    if not broken:
+        whole = f"PASS: {'the limit is' if len(limits) == 1 else f'all {len(limits)} limits are'} kept."
+    return [whole, *(f"{'PASS' if each.holds else 'FAIL'}: {each.statement}." for each in limits)]
 
 
 def saving(report: Report) -> float:
@@ -54,22 +90,30 @@ def joined(values: Iterable[object]) -> str:
 
 def side_by_side(named: Sequence[tuple[str, Report]]) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of a table that compares reports, one a row."""
-    titles = ["model", "multiply-adds of dense", "top-1", "change, points (95 %)", "latency of dense", "images/s"]
+    metrics = "/".join(dict.fromkeys(TASKS.get(report.task).metric for _, report in named))
+    titles = ["model", "multiply-adds of dense", metrics, "change, points (95 %)", "latency of dense", "images/s"]
+    limited = any(report.limits for _, report in named)
+    titles += ["limits"] if limited else []
     lines = []
     for name, report in named:
-        accuracy, speed = report.accuracy, report.speed
-        change = "-"
-        if accuracy is not None:
-            low, high = accuracy.difference_interval
-            change = f"{100 * accuracy.difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+        whole = [text.partition(":")[0] for text in verdicts(report.limits)[:1]]
+        task, compared, speed = TASKS.get(report.task), judged(report), report.speed
+        value = change = "-"
+        if compared is not None:
+            value = f"{100 * task.estimate(task.pruned(compared)).value:.2f} %"
+            found = task.change(compared)
+            change = f"{100 * found.value:+.2f}"
+            if found.interval is not None:
+                change += f" ({100 * found.interval[0]:+.2f} to {100 * found.interval[1]:+.2f})"
         lines.append(
             [
                 name,
                 f"{100 * (1 - saving(report)):.1f} %",
-                "-" if accuracy is None else f"{100 * accuracy.top1:.2f} %",
+                value,
                 change,
                 "-" if speed is None else f"{100 * speed.latency_ratio:.1f} %",
                 "-" if speed is None else f"{speed.pruned.images_per_second:.1f}",
+                *((whole or ["-"]) if limited else []),
             ]
         )
     return titles, lines
@@ -78,17 +122,27 @@ def side_by_side(named: Sequence[tuple[str, Report]]) -> tuple[list[str], list[l
 def unlike(reports: Sequence[Report]) -> list[str]:
     """What makes figures of different reports hard to compare."""
     found = []
-    judged = [report.accuracy for report in reports if report.accuracy is not None]
-    if judged and len(judged) < len(reports):
-        found.append("Accuracy was not measured for all of them, so not all can be compared by it.")
-    if len({each.count for each in judged}) > 1 or (
-        same_input(reports) and len({each.dense.top1 for each in judged}) > 1
-    ):
-        found.append("Accuracy was measured on different images.")
+    known = [TASKS.get(report.task).quality for report in reports if judged(report) is not None]
+    what = " and ".join(dict.fromkeys(known)).capitalize()
+    if known and len(known) < len(reports):
+        found.append(f"{what} was not measured for all of them, so not all can be compared by it.")
+    if not same_images(reports):
+        found.append(f"{what} was measured on different images.")
     timed = [(report.provenance.get("machine"), report.speed) for report in reports if report.speed is not None]
     if len({(place, speed.device, speed.threads, speed.backend, speed.batch_size) for place, speed in timed}) > 1:
         found.append("Speed was measured in different ways: compare it with the dense model's, not across models.")
     return found
+
+
+def same_images(reports: Sequence[Report]) -> bool:
+    """Whether those that were judged all were on the same images: as their provenance says, or their facts allow."""
+    prints = {report.provenance.get("evaluation_sha256") for report in reports if judged(report) is not None}
+    if None not in prints:
+        return len(prints) <= 1
+    known = [(TASKS.get(report.task), judged(report)) for report in reports if judged(report) is not None]
+    counts = {task.count(compared) for task, compared in known}
+    dense = {task.estimate(task.dense(compared)).value for task, compared in known}
+    return len(counts) <= 1 and not (same_input(reports) and len(dense) > 1)
 
 
 def same_input(reports: Sequence[Report]) -> bool:
@@ -97,54 +151,43 @@ def same_input(reports: Sequence[Report]) -> bool:
     return len(sources) == 1 and None not in sources
 
 
-def p_value(accuracy: AccuracyFacts) -> str:
-    return f"p = {accuracy.p_value:.2g}" if accuracy.p_value >= 1e-4 else "p < 0.0001"
+def judged(report: Report) -> Any | None:
+    """The comparison of both models by their task, if they were compared."""
+    return TASKS.get(report.task).facts(report)
 
 
-def worst(report: Report, count: int) -> list[ClassChange]:
-    """Of the classes with fewer right answers than before, the `count` that lost most."""
-    classes = report.accuracy.classes if report.accuracy is not None else ()
-    return [each for each in classes if each.right_pruned < each.right_dense][:count]
+def test(report: Report) -> str:
+    """The paired test of both models, as a sentence; "" if they were not compared."""
+    compared = judged(report)
+    return "" if compared is None else TASKS.get(report.task).test(compared)
 
 
-def class_title(change: ClassChange) -> str:
-    return change.name or f"class {change.index}"
+def worst(report: Report, count: int) -> list[Loss]:
+    """Of the parts of the data on which the pruned model does worse, the `count` that lost most."""
+    compared = judged(report)
+    return [] if compared is None else TASKS.get(report.task).losses(compared, count)
 
 
-def class_change(change: ClassChange) -> str:
-    return f"{100 * (change.right_pruned - change.right_dense) / change.images:+.1f} points"
+def parts(report: Report) -> tuple[str, str]:
+    """What these parts are called, one and several."""
+    return TASKS.get(report.task).parts
 
 
-def class_names(report: Report) -> dict[int, str]:
-    """Of the classes whose names are known."""
-    classes = report.accuracy.classes if report.accuracy is not None else ()
-    return {each.index: each.name for each in classes if each.name is not None}
-
-
-def verdicts(report: Report, sample: Sample) -> str:
+def answers(report: Report, sample: Sample) -> str:
     """What both models say of a sample, and whether that is right."""
-    names = class_names(report)
-
-    def said(index: int) -> str:
-        judged = "" if sample.label is None else " (right)" if index == sample.label else " (wrong)"
-        return names.get(index, f"class {index}") + judged
-
-    truth = "" if sample.label is None else f", {names.get(sample.label, f'class {sample.label}')}"
-    return (
-        f"{sample.name}{truth}: the dense model says {said(sample.predicted_dense)}, "
-        f"the pruned one {said(sample.predicted_pruned)}"
-    )
+    return TASKS.get(report.task).answers(report, sample)
 
 
 def unmeasured(report: Report) -> list[str]:
     """What a reader might look for and does not find."""
     if report.pruned is None:
         return []
-    accuracy = "Accuracy was not measured (--eval-data)."
+    quality = TASKS.get(report.task).quality.capitalize()
+    reason = f"{quality} was not measured (--eval-data)."
     if report.finetuning is not None:
-        accuracy = "Accuracy was not compared with the dense model since the fine-tuning (ssmprune eval --compare)."
+        reason = f"{quality} was not compared with the dense model since the fine-tuning (ssmprune eval --compare)."
     missing = [
-        (report.accuracy, accuracy),
+        (judged(report), reason),
         (report.speed, "Speed and memory were not measured."),
     ]
     return [text for facts, text in missing if facts is None]
@@ -157,6 +200,7 @@ _ORIGINS = {
     "backend": "kernels",
     "calibration_images": "calibration images",
     "calibration_sha256": "their SHA-256",
+    "evaluation_sha256": "SHA-256 of the names and labels of the evaluation images",
 }
 
 

@@ -44,8 +44,8 @@ class Stage:
         return {"after_block": self.block, "kept": self.count, "patches": self.patches}
 
 
-class _Recorder:
-    """Implements `tokens.Pruner`: hands on to `inner` and remembers which tokens were left after each block."""
+class _Recorder(Pruner):
+    """Hands on to `inner` and remembers which tokens were left after each block."""
 
     def __init__(self, inner: Pruner) -> None:
         self.inner = inner

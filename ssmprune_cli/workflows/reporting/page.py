@@ -18,7 +18,7 @@ from ssmprune_cli.workflows.reporting import facts
 from ssmprune_cli.workflows.reporting.drawn import front_figures, search_figure, sensitivity_figure
 from ssmprune_cli.workflows.reporting.rows import rows
 
-_WORST_CLASSES = 10
+_WORST_PARTS = 10
 _LONG = 12  # rows of a table that is not folded away
 _HERE = Path(__file__).parent
 
@@ -75,7 +75,7 @@ def page(entries: Sequence[Entry]) -> str:
         image_data=_image_data,
         dropped_path=_dropped_path,
         rows=rows,
-        worst_classes=_WORST_CLASSES,
+        worst_parts=_WORST_PARTS,
         sensitivity_figure=sensitivity_figure,
         search_figure=search_figure,
         with_unit=_with_unit,

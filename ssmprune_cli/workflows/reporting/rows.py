@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ssmprune_cli.report import Interval, ModelSpeed, Report
-from ssmprune_cli.statistics import wilson_interval
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. `within` is the interval of the change; `key` marks what belongs in a headline."""
-
-    title: str
-    dense: str
-    pruned: str
-    change: str
-    within: str = ""
-    key: bool = False
-
-    @property
-    def whole_change(self) -> str:
-        return f"{self.change} ({self.within})" if self.within else self.change
+from ssmprune_cli.report import ModelSpeed, Report
+from ssmprune_cli.tasks import TASKS, Row
 
 
 def rows(report: Report) -> list[Row]:
     """Before and after, whatever was measured of it."""
-    return [*_accuracy_rows(report), *_cost_rows(report), *_speed_rows(report)]
+    return [*_judged_rows(report), *_cost_rows(report), *_speed_rows(report)]
 
 
-def _accuracy_rows(report: Report) -> list[Row]:
-    found = []
-    accuracy = report.accuracy
-    if accuracy is not None:
-        low, high = accuracy.difference_interval
-        found.append(
-            Row(
-                f"top-1 on {accuracy.count:,} images (95 % interval)",
-                _share(accuracy.dense.top1, accuracy.dense.interval),
-                _share(accuracy.top1, accuracy.interval),
-                f"{100 * accuracy.difference:+.2f} points",
-                f"{100 * low:+.2f} to {100 * high:+.2f}",
-                key=True,
-            )
-        )
-        if accuracy.top5 is not None and accuracy.dense.top5 is not None:
-            before, after = (
-                _share(top5, wilson_interval(round(top5 * accuracy.count), accuracy.count))
-                for top5 in (accuracy.dense.top5, accuracy.top5)
-            )
-            change = f"{100 * (accuracy.top5 - accuracy.dense.top5):+.2f} points"
-            found.append(Row("top-5 (95 % interval)", before, after, change))
+def _judged_rows(report: Report) -> list[Row]:
+    task = TASKS.get(report.task)
+    compared = task.facts(report)
     trained = report.finetuning.epochs[-1:] if report.finetuning is not None else ()
-    found += [
-        Row("top-1 on the validation images, fine-tuned", "-", f"{100 * epoch.top1:.2f} %", "", key=True)
-        for epoch in trained
-        if epoch.top1 is not None
+    return [
+        *(() if compared is None else task.rows(compared)),
+        *(
+            Row(f"{task.metric} on the validation images, fine-tuned", "-", f"{100 * epoch.top1:.2f} %", "", key=True)
+            for epoch in trained
+            if epoch.top1 is not None
+        ),
     ]
-    return found
 
 
 def _cost_rows(report: Report) -> list[Row]:
@@ -79,11 +44,11 @@ def _speed_rows(report: Report) -> list[Row]:
     if speed is None:
         return []
     dense, pruned, size = speed.dense, speed.pruned, speed.batch_size
-    low, high = speed.latency_ratio_quartiles
+    low, high = speed.latency_ratio_interval
     before, after = dense.peak_memory_bytes / 2**20, pruned.peak_memory_bytes / 2**20
     return [
         Row(
-            f"latency of a batch of {size} (quartiles)",
+            f"latency of a batch of {size} (quartiles; of the change 95 %)",
             _latency(dense),
             _latency(pruned),
             _change(speed.latency_ratio),
@@ -91,7 +56,7 @@ def _speed_rows(report: Report) -> list[Row]:
             key=True,
         ),
         Row(
-            "images per second (quartiles)",
+            "images per second (quartiles; of the change 95 %)",
             _throughput(dense, size),
             _throughput(pruned, size),
             _change(1 / speed.latency_ratio),
@@ -106,10 +71,6 @@ def _speed_rows(report: Report) -> list[Row]:
             _change(pruned.floor_ms / dense.floor_ms),
         ),
     ]
-
-
-def _share(share: float, interval: Interval) -> str:
-    return f"{100 * share:.2f} % ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
 def giga(count: int) -> str:

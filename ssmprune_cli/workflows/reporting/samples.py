@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ssmprune_cli.data import ImageDataset, Subset, batches
+from ssmprune_cli.errors import shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import Sample, SampleStage
 from ssmprune_cli.workflows.evaluate import spread
@@ -30,14 +31,14 @@ def samples(
         reference = dense(images)
     files: dict[str, bytes] = {}
     described = []
-    for index, shown in enumerate(pixels(images, pruned.preprocessing)):
+    for index, picture in enumerate(pixels(images, pruned.preprocessing)):
         buffer = io.BytesIO()
-        Image.fromarray(shown).save(buffer, format="png")
+        Image.fromarray(picture).save(buffer, format="png")
         file = f"sample_{index + 1}.png"
         files[file] = buffer.getvalue()
         described.append(
             Sample(
-                name=batch.names[index],
+                name=shown(batch.names[index]),
                 file=file,
                 label=None if batch.labels is None else int(batch.labels[index]),
                 predicted_dense=int(reference[index].argmax()),

@@ -8,7 +8,7 @@ from ssmprune_cli.workflows.reporting import facts
 from ssmprune_cli.workflows.reporting.page import Entry
 from ssmprune_cli.workflows.reporting.rows import rows
 
-_WORST_CLASSES = 3
+_WORST_PARTS = 3
 
 
 def summary(entries: Sequence[Entry]) -> str:
@@ -24,21 +24,22 @@ def summary(entries: Sequence[Entry]) -> str:
 
 def _one(entry: Entry) -> str:
     report = entry.report
-    lines = [f"# {facts.title(entry.name, report)}", "", facts.description(report), facts.method(report)]
+    lines = [f"# {facts.title(entry.name, report)}", ""]
+    verdicts = facts.verdicts(report.limits)
+    if verdicts:
+        lines += [f"**{verdicts[0]}**", "", *(f"- {text}" for text in verdicts[1:]), ""]
+    lines += [facts.description(report), facts.method(report)]
     found = [[row.title, row.dense, row.pruned, row.whole_change] for row in rows(report)]
     if found:
         lines += ["", *_table(["", "dense", "pruned", "change"], found)]
-    worst = [
-        f"{facts.class_title(each)} ({facts.class_change(each)}, {each.images} images)"
-        for each in facts.worst(report, _WORST_CLASSES)
-    ]
+    worst = [f"{each.name} ({each.change}, {each.images} images)" for each in facts.worst(report, _WORST_PARTS)]
     if worst:
         lines += ["", f"Lost most: {', '.join(worst)}."]
     notes = [*report.warnings, *facts.unmeasured(report)]
     if notes:
         lines += ["", *(f"> {text}  " for text in notes)]
     if report.pruned is not None:
-        lines += ["", "The number of parameters does not change: pruning saves time and memory, not file size."]
+        lines += ["", facts.savings(report)]
     if report.finetuning is not None:
         lines += ["", f"Fine-tuned: `{report.finetuning.command}`; report.json has its epochs."]
     known = report.provenance

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ssmprune_cli.workflows.search.algorithm import Limits
-from ssmprune_cli.workflows.search.workflow import SearchPlan, SearchResult, search
+from ssmprune_cli.workflows.search.workflow import Found, SearchPlan, SearchResult, search, search_to_folder, state_file
 
-__all__ = ["Limits", "SearchPlan", "SearchResult", "search"]
+__all__ = ["Found", "Limits", "SearchPlan", "SearchResult", "search", "search_to_folder", "state_file"]

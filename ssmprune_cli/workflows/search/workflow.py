@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ssmprune_cli.data import Subset, calibration_images, fingerprint
-from ssmprune_cli.errors import DataError, SsmpruneError
+from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.pruning import Method, PruneSchedule
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
-from ssmprune_cli.workflows.compress import Source
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
+from ssmprune_cli.workflows.reporting import search_series, write_plot
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
     Costs,
     LatencyBudget,
@@ -25,6 +27,7 @@ from ssmprune_cli.workflows.trials import (
     check_latency,
     load_images,
 )
+from ssmprune_cli.workflows.write import write_text
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -94,6 +97,40 @@ class SearchResult:
     held_back: int
     state: SavedState
     warnings: list[str] = field(default_factory=list)
+
+
+def state_file(out: Path) -> Path:
+    """Where a search for `out` keeps what it has measured, unless another file is asked for."""
+    return out.with_name(f"{out.name}.search-state.json")
+
+
+def search_to_folder(
+    source: Source, plan: SearchPlan, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> SearchResult:
+    """`search`, and in the folder `out` a recipe for each budget, search.json with all that was tried, and front.svg.
+
+    Raises UsageError if there are files in `out`, unless they may be replaced.
+    """
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UsageError("the folder is not empty", where=str(out), hint="Choose another, or give `--overwrite`.")
+    if plan.state is None:
+        plan = replace(plan, state=state_file(out))
+    result = search(source, plan, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    trace = [entry for found in result.found for entry in found.trace()]
+    for found in result.found:
+        write_text(out / f"flops_{found.budget:g}.yaml", found.recipe.to_yaml())
+    write_text(out / "search.json", json.dumps([each.model_dump(mode="json") for each in trace], indent=1) + "\n")
+    write_plot(
+        out / "front.svg",
+        search_series(trace),
+        title=f"{source.path.name}: search on {result.images} images",
+        x_label="multiply-adds, share of dense",
+        y_label="divergence, nats",
+        log_y=True,
+    )
+    result.state.remove()
+    return result
 
 
 def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -> SearchResult:

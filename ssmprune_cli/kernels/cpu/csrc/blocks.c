@@ -2,27 +2,27 @@
  * the block, the projection back. A few samples for each thread go through all blocks before the next ones start.
  * Glossary: fused_op.py.
  */
-#include <omp.h>
 #include "inner.h"
 #include "rows.h"
 
 /* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean
  * square 1; gap (G, B, L); gap_delta (blocks, G, E); sources (G, B, L, K). `parameters` (blocks, each) are as
  * packing.pack_block lays them out for `parts`. */
-typedef struct {
+ARGUMENTS(Blocks,
     const float *hidden, *residual, *context, *gap, *gap_delta, *parameters;
     float *out, *stream, *ungated;
     const int64_t *sources;
-    int64_t blocks, each, batch, length, dim, channels, state, width, rank, directions, others, threads, parts;
+    int64_t blocks, each, batch, length, dim, channels, state, width, rank, directions, others, threads, parts, tiles;
     double scale, eps;
-} Blocks;
+);
+DESCRIBE(Blocks)
 
 #define SHARE (1 << 21) /* floats of scratch memory for a thread's samples: more of them read the weights less often */
 #define PANEL 64 /* columns of a weight that lie together: a panel stays in the caches while rows pass by it */
 
 /* Rows `start` ... `stop` of out = x . weight, which has panels of PANEL columns. A panel meets all rows. */
 INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
-    int64_t K = x.columns, words = way == FLOATS ? K : K / 2; /* of a column */
+    int64_t K = x.columns, words = way == FLOATS ? K : tiled_step(K, 1) / 16; /* of a column */
     int64_t tiles = (stop - start + TILE_ROWS - 1) / TILE_ROWS;
     int64_t ahead = tiles ? (words * PANEL / 16 + tiles - 1) / tiles * 16 : 0; /* of the next panel, asked for by each tile */
     for (int64_t n = 0; n < out.columns; n += PANEL, weight += words * PANEL)
@@ -42,12 +42,11 @@ static void project(const Inner *a, Rows x, const float *weight, Rows out, int64
     else panels(FLOATS, x, weight, out, start, stop);
 }
 
-/* The samples `first` ... `first + count` through all blocks, by thread `t` of those that do it together. */
-static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size,
-                uint16_t *rows) {
+/* The samples `first` ... `first + count` through all blocks, by one of the threads that do it together. */
+static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, float *scratch, int64_t size, uint16_t *rows) {
     int64_t L = a->length, d = a->dim, E = a->channels, M = a->others, start, stop, context_start, context_stop;
     Inner inner = {.batch = a->batch, .length = L, .channels = E, .state = a->state, .width = a->width, .rank = a->rank,
-                   .directions = a->directions, .others = M, .threads = a->threads, .scale = a->scale, .gap = a->gap,
+                   .directions = a->directions, .others = M, .scale = a->scale, .gap = a->gap,
                    .sources = a->sources, .xz_b = size, .xz_l = 2 * E, .y_b = size, .context_b = size, .context_l = E,
                    .way = way, .parts = a->parts, .rows = rows};
     float *u = scratch, *y = u + (a->directions - 1) * L * E, *xz = u + inner_scratch(&inner), *normed = xz + L * 2 * E;
@@ -59,8 +58,8 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, int6
     /* The samples are counted from `first` here, and from 0 there. */
     inner.xz = xz - first * size, inner.y = y - first * size, inner.context = a->context ? context - first * size : 0;
     int failed = 0;
-    share(count * L, t, a->threads, &start, &stop);
-    share(count * M, t, a->threads, &context_start, &context_stop);
+    own_share(count * L, &start, &stop);
+    own_share(count * M, &context_start, &context_stop);
     for (int64_t block = 0; block < a->blocks; block++) {
         const float *norm = a->parameters + block * a->each, *in = norm + d, *back = in + 2 * weight;
         inner.parameters = back + weight_size(E, d, way, a->parts);
@@ -77,7 +76,7 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, int6
         for (int64_t row = context_start; row < context_stop; row++)
             for (int64_t c = 0; c < d; c++)
                 unit[row / M * size + row % M * d + c] = a->context[(first * M + row) * d + c] * norm[c];
-        if (way == FLOATS) {
+        if (way == FLOATS || E % 16) { /* not one weight: there is a gap between them */
             project(&inner, tokens, in, x, start, stop);
             project(&inner, tokens, in + weight, z, start, stop);
         } else {
@@ -85,32 +84,35 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, int6
         }
         project(&inner, seen, in, seen_x, context_start, context_stop);
 #pragma omp barrier
-        failed |= 2 * feed_rows(&inner, first, count, t, scratch, size);
+        failed |= 2 * feed_rows(&inner, first, count, scratch, size);
 #pragma omp barrier
-        failed |= scan_channels(&inner, first, count, t, scratch, size);
+        failed |= scan_channels(&inner, first, count, scratch, size);
 #pragma omp barrier
         project(&inner, gated, back, out, start, stop);
     }
     return failed;
 }
 
-/* d and E must be multiples of 16, or of 32 with `parts`. Returns 0, 1 when memory ran out, or 2 for a source that is not
- * there. */
+/* With `parts` and without `tiles`, products of bfloat16 matrices by the processor, parts is 1. Returns 0, 1 when memory ran
+ * out, or 2 for a source that is not there. */
 int mamba_blocks(const Blocks *a) {
     Inner inner = {.length = a->length, .channels = a->channels, .state = a->state, .rank = a->rank,
                    .directions = a->directions};
     int64_t size = inner_scratch(&inner) + a->length * (2 * a->channels + a->dim) + a->others * (a->channels + a->dim);
-    int64_t each = size < SHARE ? SHARE / size : 1, together = a->threads * each < a->batch ? a->threads * each : a->batch;
-    int64_t way = !a->parts ? FLOATS : tiles_available() ? TILES : PAIRS;
+    size = (size + 15) / 16 * 16;
+    if (!a->batch || !a->length) return 0;
+    int64_t threads = team(a->threads), each = size < SHARE ? SHARE / size : 1;
+    int64_t together = threads * each < a->batch ? threads * each : a->batch;
+    int64_t way = !a->parts ? FLOATS : a->tiles ? TILES : PAIRS;
     int64_t rows_of_thread = way == TILES ? tiled_room(a->channels > a->dim ? a->channels : a->dim, a->parts) : 0;
-    float *scratch = aligned_alloc(64, (size_t)(together * size + a->threads * rows_of_thread) * sizeof(float));
+    float *scratch = aligned_alloc(64, (size_t)(together * size + threads * rows_of_thread + 16) * sizeof(float));
     int failed = !scratch;
-#pragma omp parallel num_threads(a->threads) reduction(|: failed)
+#pragma omp parallel num_threads(threads) reduction(|: failed)
     {
         for (int64_t first = 0; first < a->batch && scratch; first += together) {
-            int64_t count = a->batch - first < together ? a->batch - first : together, t = omp_get_thread_num();
-            uint16_t *rows = (uint16_t *)(scratch + together * size + t * rows_of_thread);
-            failed |= pass(a, way, first, count, t, scratch, size, rows);
+            int64_t count = a->batch - first < together ? a->batch - first : together;
+            uint16_t *rows = (uint16_t *)(scratch + together * size + omp_get_thread_num() * rows_of_thread);
+            failed |= pass(a, way, first, count, scratch, size, rows);
 #pragma omp barrier
         }
         if (way == TILES) tiles_end();

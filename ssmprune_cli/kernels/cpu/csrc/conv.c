@@ -1,5 +1,8 @@
 /* Depthwise convolutions with SiLU: causal along the sequence, and over a grid of kept tokens. */
 #include "conv.h"
+#include "threads.h"
+
+DESCRIBE(Conv)
 
 INLINE void conv_row(const Conv *a, int64_t row, int half) {
     for (int64_t c = 0; c < a->channels; c += SLAB) {
@@ -13,7 +16,7 @@ INLINE void conv_row(const Conv *a, int64_t row, int half) {
 
 /* Returns 0. */
 int conv_forward(const Conv *a) {
-#pragma omp parallel for num_threads(a->threads) schedule(static)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
         if (a->half) conv_row(a, row, 1);
         else conv_row(a, row, 0);
@@ -36,7 +39,7 @@ INLINE int sparse_row(const Conv *a, int64_t row, int half) {
 /* Returns 0, or 2 for a source that is not there. */
 int sparse_conv_forward(const Conv *a) {
     int missing = 0;
-#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: missing)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static) reduction(|: missing)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
         if (a->half) missing |= sparse_row(a, row, 1);
         else missing |= sparse_row(a, row, 0);
@@ -127,7 +130,7 @@ INLINE int sparse_backward_slab(const Conv *a, int64_t b, int64_t c, int half, v
 INLINE int all_slabs_back(const Conv *a, int64_t count, int sparse) {
     int64_t slabs = (a->channels + SLAB - 1) / SLAB;
     int failed = 0;
-#pragma omp parallel num_threads(a->threads) reduction(|: failed)
+#pragma omp parallel num_threads(team(a->threads)) reduction(|: failed)
     {
         vf *rows = aligned_alloc(sizeof(vf), (size_t)(count > 0 ? count : 1) * UNROLL * sizeof(vf));
         failed = !rows;
@@ -221,7 +224,7 @@ INLINE void grid_backward_slab(const Conv *a, int64_t b, int64_t c, int half, co
 INLINE int all_slabs_of_grid(const Conv *a, int back) {
     int64_t slabs = (a->channels + SLAB - 1) / SLAB;
     int failed = 0;
-#pragma omp parallel num_threads(a->threads) reduction(|: failed)
+#pragma omp parallel num_threads(team(a->threads)) reduction(|: failed)
     {
         int64_t *places = malloc((size_t)(a->rows * a->columns) * sizeof *places), filled = -1;
         vf *rows = aligned_alloc(sizeof(vf), (size_t)(back && a->length ? a->length : 1) * UNROLL * sizeof(vf));

@@ -4,7 +4,7 @@
 #define SSMPRUNE_CONV_H
 #include "vectors.h"
 
-typedef struct {
+ARGUMENTS(Conv,
     const void *x, *context, *grad;
     void *y, *dx, *dcontext;
     const float *taps, *bias;
@@ -12,7 +12,7 @@ typedef struct {
     const int64_t *positions;
     int64_t batch, length, channels, width, x_b, x_l, context_b, context_l, others, rows, columns, outputs;
     int64_t reverse, half, threads;
-} Conv;
+);
 
 /* The token that tap k of the output at t meets. */
 INLINE int64_t source(const Conv *a, int64_t t, int64_t k) {

@@ -1,5 +1,6 @@
-#include <omp.h>
 #include "inner.h"
+
+DESCRIBE(Inner)
 
 /* `together` tokens in direction g, the first at `row` of those of the samples from `first` on; `stop` is past the last. */
 INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int64_t together, int64_t stop, int half, int way,
@@ -28,17 +29,17 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
     }
     if (way == TILES) {
         tile_rows(from, together, E, a->parts, a->rows);
-        tile_columns(a->rows, together, p.x_weight, 0, E, 0, projected(a), a->parts, to);
+        tile_columns(a->rows, together, p.x_weight, 0, E, 0, padded(a), a->parts, to);
     } else {
         product(way, from, p.x_weight, E, projected(a), to);
     }
     return 0;
 }
 
-int feed_rows(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size) {
+int feed_rows(const Inner *a, int64_t first, int64_t count, float *scratch, int64_t size) {
     int64_t start, stop;
     int missing = 0, way = (int)a->way;
-    share(count * a->length, t, a->threads, &start, &stop);
+    own_share(count * a->length, &start, &stop);
     int64_t together = way == TILES ? group_size(start, stop) : TILE_ROWS;
     if (way == TILES && together) tiles_begin(together);
     for (int64_t row = start; row < stop; row += together)
@@ -77,11 +78,12 @@ static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *
 
 static int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
 
-int scan_channels(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size) {
+int scan_channels(const Inner *a, int64_t first, int64_t count, float *scratch, int64_t size) {
     /* Groups of channels: as few as give every thread the same work. */
-    int64_t groups = a->threads / common_divisor(count, a->threads), blocks = (a->channels + W - 1) / W, start, stop;
+    int64_t threads = omp_get_num_threads(), groups = threads / common_divisor(count, threads);
+    int64_t blocks = (a->channels + W - 1) / W, start, stop;
     int failed = 0;
-    share(count * groups, t, a->threads, &start, &stop);
+    own_share(count * groups, &start, &stop);
     for (int64_t item = start; item < stop; item++) {
         int64_t b = item / groups, from, to;
         share(blocks, item % groups, groups, &from, &to);
@@ -92,15 +94,15 @@ int scan_channels(const Inner *a, int64_t first, int64_t count, int64_t t, float
 
 /* Returns 0, 1 when memory ran out, or 2 for a source that is not there. */
 int mamba_inner(const Inner *a) {
-    int64_t together = a->threads < a->batch ? a->threads : a->batch, size = inner_scratch(a);
+    int64_t threads = team(a->threads), together = threads < a->batch ? threads : a->batch, size = inner_scratch(a);
     float *scratch = aligned_alloc(64, (size_t)(together * size + 16) * sizeof(float));
     int failed = !scratch;
-#pragma omp parallel num_threads(a->threads) reduction(|: failed)
+#pragma omp parallel num_threads(threads) reduction(|: failed)
     for (int64_t first = 0; first < a->batch && scratch; first += together) {
-        int64_t count = a->batch - first < together ? a->batch - first : together, t = omp_get_thread_num();
-        failed |= 2 * feed_rows(a, first, count, t, scratch, size);
+        int64_t count = a->batch - first < together ? a->batch - first : together;
+        failed |= 2 * feed_rows(a, first, count, scratch, size);
 #pragma omp barrier
-        failed |= scan_channels(a, first, count, t, scratch, size);
+        failed |= scan_channels(a, first, count, scratch, size);
 #pragma omp barrier
     }
     free(scratch);

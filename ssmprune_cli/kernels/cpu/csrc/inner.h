@@ -8,10 +8,11 @@
 #include "conv.h"
 #include "product.h"
 #include "scan.h"
+#include "threads.h"
 
 /* xz is (B, L, 2E), y (B, L, E), context (B, M, E), gap (G, B, L), gap_delta (G, E), sources (G, B, L, K). The second of
  * the G directions scans in reverse. `parameters` are as packing.pack_inner lays them out. */
-typedef struct {
+ARGUMENTS(Inner,
     const void *xz, *context;
     void *y;
     float *ungated; /* (B, L, E): the sum of the directions before the gate, if it is wanted */
@@ -21,7 +22,7 @@ typedef struct {
     int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;
     int64_t half, threads, way, parts;
     double scale;
-} Inner;
+);
 
 /* The parameters of one direction. P = R + 2N; x_weight as `way` has it. */
 typedef struct {
@@ -60,10 +61,10 @@ INLINE int64_t inner_scratch(const Inner *a) {
     return (a->directions * a->length * (a->channels + padded(a)) + 15) / 16 * 16;
 }
 
-/* Of the samples `first` ... `first + count` the rows that thread `t` takes: their u, and their rank values, B and C, into
- * the samples' scratch memory, `size` floats each. Returns whether a source is missing. */
-int feed_rows(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size);
+/* Of the samples `first` ... `first + count` the rows that the calling thread takes: their u, and their rank values, B and
+ * C, into the samples' scratch memory, `size` floats each. Returns whether a source is missing. */
+int feed_rows(const Inner *a, int64_t first, int64_t count, float *scratch, int64_t size);
 
-/* Of the same samples the channels that thread `t` takes: scans, sum and gate, into y. Returns 1 when memory ran out. */
-int scan_channels(const Inner *a, int64_t first, int64_t count, int64_t t, float *scratch, int64_t size);
+/* Of the same samples the channels that it takes: scans, sum and gate, into y. Returns 1 when memory ran out. */
+int scan_channels(const Inner *a, int64_t first, int64_t count, float *scratch, int64_t size);
 #endif

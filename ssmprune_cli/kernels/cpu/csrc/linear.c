@@ -1,25 +1,25 @@
 /* A linear layer: out = x . weight + bias. */
-#include <omp.h>
 #include "tiles.h"
 
-/* x (rows, K), whose rows are x_l apart; out (rows, P); weight (K, P) in tiles; bias (P) or none. 32 divides K and P. */
-typedef struct {
+/* x (rows, K), whose rows are x_l apart; out (rows, P); weight (K, P) in tiles; bias (P) or none. */
+ARGUMENTS(Linear,
     const float *x, *weight, *bias;
     float *out;
     int64_t rows, inputs, outputs, x_l, parts, threads;
-} Linear;
+);
+DESCRIBE(Linear)
 
 /* Returns 0, or 1 when memory ran out. */
 int linear(const Linear *a) {
-    int64_t room = tiled_room(a->inputs, a->parts);
-    float *scratch = aligned_alloc(64, (size_t)(a->threads * room) * sizeof(float));
+    int64_t threads = team(a->threads), room = tiled_room(a->inputs, a->parts);
+    float *scratch = aligned_alloc(64, (size_t)(threads * room + 16) * sizeof(float));
     if (!scratch) return 1;
-#pragma omp parallel num_threads(a->threads)
+#pragma omp parallel num_threads(threads)
     {
-        int64_t t = omp_get_thread_num(), start, stop;
-        share(a->rows, t, a->threads, &start, &stop);
+        int64_t start, stop;
+        own_share(a->rows, &start, &stop);
         Rows x = {(float *)a->x, a->inputs, a->rows, 0, a->x_l}, out = {a->out, a->outputs, a->rows, 0, a->outputs};
-        tiled(x, a->weight, a->bias, out, start, stop, a->parts, (uint16_t *)(scratch + t * room));
+        tiled(x, a->weight, a->bias, out, start, stop, a->parts, (uint16_t *)(scratch + omp_get_thread_num() * room));
         tiles_end();
     }
     free(scratch);

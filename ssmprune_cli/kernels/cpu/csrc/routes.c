@@ -1,16 +1,17 @@
 /* Scans of the same tokens along several routes, and the sum of their outputs. Glossary: routes_op.py. */
-#include <omp.h>
 #include "scan.h"
+#include "threads.h"
 
 /* u, y (B, L, E); projected (B, L, slices, R + 2N), of all routes or of each; extra (G, 1 or B, L, N); gap (G, B, L);
  * gap_delta (G, E); order and rows (G, 1 or B, L). extra_b, order_b and rows_b are 0 if all samples share them.
  * `parameters` of each route: dt_weight (R, E), A (N, E), the steps' bias and D (E). */
-typedef struct {
+ARGUMENTS(Routed,
     const float *u, *projected, *parameters, *extra, *gap, *gap_delta;
     float *y;
     const int64_t *order, *rows;
     int64_t batch, length, channels, state, rank, routes, slices, u_b, u_l, order_b, rows_b, extra_b, threads, groups;
-} Routed;
+);
+DESCRIBE(Routed)
 
 /* Where the steps of route g are for sample b, in (G, 1 or B, L). */
 INLINE const int64_t *steps_of(const Routed *a, const int64_t *of_all, int64_t each, int64_t g, int64_t b) {
@@ -32,13 +33,16 @@ static int gather_steps(const Routed *a, int64_t b, int64_t g, float *steps) {
 }
 
 /* Sample b, the blocks of channels `from` ... `to`. Each route adds to what those before it gave. */
-static int scan_routes(const Routed *a, int64_t b, int64_t from, int64_t to, float *steps) {
+static int scan_routes(const Routed *a, int64_t b, int64_t from, int64_t to, float *steps, char *seen) {
     int64_t L = a->length, E = a->channels, N = a->state, R = a->rank, P = R + 2 * N;
     float *y = a->y + b * L * E;
     for (int64_t g = 0; g < a->routes; g++) {
         const int64_t *order = steps_of(a, a->order, a->order_b, g, b);
-        for (int64_t t = 0; t < L; t++)
-            if (order[t] < 0 || order[t] >= L) return 2;
+        memset(seen, 0, (size_t)L);
+        for (int64_t t = 0; t < L; t++) {
+            if (order[t] < 0 || order[t] >= L || seen[order[t]]) return 2;
+            seen[order[t]] = 1;
+        }
         if (gather_steps(a, b, g, steps)) return 2;
         const float *dt_weight = a->parameters + g * E * (R + N + 2), *A = dt_weight + R * E, *bias = A + N * E;
         Scan scan = {.u = a->u + b * a->u_b, .u_l = a->u_l, .rank = steps, .rank_l = P, .R = R, .dt_weight = dt_weight,
@@ -52,16 +56,19 @@ static int scan_routes(const Routed *a, int64_t b, int64_t from, int64_t to, flo
     return 0;
 }
 
-/* Returns 0, 1 when memory ran out, or 2 for a token that is not there. */
+/* Returns 0, 1 when memory ran out, or 2 for a token that is not there or visited twice. */
 int routed_scans(const Routed *a) {
     int64_t blocks = (a->channels + W - 1) / W, each = a->length * (a->rank + 2 * a->state);
-    float *steps = malloc((size_t)(a->threads * each) * sizeof(float));
+    int threads = team(a->threads);
+    float *steps = malloc((size_t)threads * ((size_t)each * sizeof(float) + (size_t)a->length) + 1);
+    char *seen = (char *)(steps + threads * each);
     int failed = !steps;
-#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(|: failed)
     for (int64_t item = 0; item < (steps ? a->batch * a->groups : 0); item++) {
         int64_t from, to;
         share(blocks, item % a->groups, a->groups, &from, &to);
-        failed |= scan_routes(a, item / a->groups, from, to, steps + omp_get_thread_num() * each);
+        failed |= scan_routes(a, item / a->groups, from, to, steps + omp_get_thread_num() * each,
+                              seen + omp_get_thread_num() * a->length);
     }
     free(steps);
     return failed;

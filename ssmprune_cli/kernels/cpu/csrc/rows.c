@@ -1,20 +1,24 @@
 /* What is left of a block once scan and convolution are fast: passes over rows of channels, each in one go. */
 #include "rows.h"
+#include "threads.h"
+
+DESCRIBE(Norm)
 
 /* stream = hidden + residual, normed = weight * stream / root mean square of a row. */
 int add_rms_norm(const Norm *a) {
-#pragma omp parallel for num_threads(a->threads) schedule(static)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
     for (int64_t row = 0; row < a->rows; row++) norm_row(a, row, (int)a->half_in, (int)a->half_out);
     return 0;
 }
 
-typedef struct {
+ARGUMENTS(NormBack,
     const void *normed, *weight; /* the gradient of `normed`, and the weight: of one type */
     const float *stream, *d_stream;
     float *d_sum, *d_weight; /* d_weight (groups, E): each group of rows has a sum of its own */
     int64_t rows, channels, half, threads, groups;
     double eps;
-} NormBack;
+);
+DESCRIBE(NormBack)
 
 INLINE void norm_back_row(const NormBack *a, int64_t row, float *d_weight, int half) {
     int64_t E = a->channels, at = row * E;
@@ -39,12 +43,12 @@ INLINE void norm_back_row(const NormBack *a, int64_t row, float *d_weight, int h
 }
 
 int add_rms_norm_backward(const NormBack *a) {
-#pragma omp parallel for num_threads(a->threads) schedule(static)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
     for (int64_t group = 0; group < a->groups; group++) {
         float *d_weight = a->d_weight + group * a->channels;
         int64_t start, stop;
         share(a->rows, group, a->groups, &start, &stop);
-        memset(d_weight, 0, (size_t)a->channels * sizeof(float));
+        if (a->channels) memset(d_weight, 0, (size_t)a->channels * sizeof(float));
         for (int64_t row = start; row < stop; row++) {
             if (a->half) norm_back_row(a, row, d_weight, 1);
             else norm_back_row(a, row, d_weight, 0);
@@ -53,12 +57,13 @@ int add_rms_norm_backward(const NormBack *a) {
     return 0;
 }
 
-typedef struct {
+ARGUMENTS(Gate,
     const void *y[4], *z, *grad;
     void *out, *dy, *dz;
     int64_t batch, length, channels, count, z_b, z_l, half, threads;
     double scale;
-} Gate;
+);
+DESCRIBE(Gate)
 
 INLINE void gate_row(const Gate *a, int64_t row, int half) {
     int64_t E = a->channels, at = row * E, z_at = row / a->length * a->z_b + row % a->length * a->z_l;
@@ -88,9 +93,32 @@ INLINE void gate_back_row(const Gate *a, int64_t row, int half) {
     }
 }
 
+/* y (outer, columns) = the sums over `count` of x (outer, count, columns), one after the other: in an order of their own,
+ * whatever the threads. */
+ARGUMENTS(Sum,
+    const float *x;
+    float *y;
+    int64_t outer, count, columns, threads;
+);
+DESCRIBE(Sum)
+
+int sum_parts(const Sum *a) {
+    int64_t slabs = (a->columns + SLAB - 1) / SLAB;
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
+    for (int64_t item = 0; item < a->outer * slabs; item++) {
+        int64_t c = item % slabs * SLAB, at = item / slabs * a->count * a->columns + c;
+        vf total[UNROLL] = {{0}};
+        for (int64_t k = 0; k < a->count; k++, at += a->columns) {
+            FOR_SLAB(a->columns, c, total[i] += load(a->x, at + i * W, lanes, 0))
+        }
+        FOR_SLAB(a->columns, c, store(a->y, item / slabs * a->columns + c + i * W, total[i], lanes, 0))
+    }
+    return 0;
+}
+
 /* (y_0 + y_1 + ...) silu(z) scale */
 int gated_sum(const Gate *a) {
-#pragma omp parallel for num_threads(a->threads) schedule(static)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
         if (a->half) gate_row(a, row, 1);
         else gate_row(a, row, 0);
@@ -99,7 +127,7 @@ int gated_sum(const Gate *a) {
 }
 
 int gated_sum_backward(const Gate *a) {
-#pragma omp parallel for num_threads(a->threads) schedule(static)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
     for (int64_t row = 0; row < a->batch * a->length; row++) {
         if (a->half) gate_back_row(a, row, 1);
         else gate_back_row(a, row, 0);

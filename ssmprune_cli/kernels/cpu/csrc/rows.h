@@ -3,7 +3,7 @@
 #define SSMPRUNE_ROWS_H
 #include "vectors.h"
 
-typedef struct {
+ARGUMENTS(Norm,
     const void *hidden;
     const float *residual;
     const void *weight; /* of the type of `normed` */
@@ -11,7 +11,7 @@ typedef struct {
     void *normed;
     int64_t rows, channels, half_in, half_out, threads;
     double eps;
-} Norm;
+);
 
 INLINE void norm_row(const Norm *a, int64_t row, int half_in, int half_out) {
     int64_t E = a->channels, at = row * E;

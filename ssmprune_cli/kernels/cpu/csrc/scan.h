@@ -6,7 +6,7 @@
 /* Activations (u, delta, B, C, z, shift, y and their gradients) are float32 or, with `half`, bfloat16; dB and dC and
  * all the rest are float32. Strides in elements: batch and row of each (B, L, .) input, whose last dimension is dense;
  * channel and state of A. */
-typedef struct {
+ARGUMENTS(Scan,
     const void *u, *delta, *B, *C, *z, *shift, *grad;
     void *y, *du, *ddelta, *dz, *dshift;
     const float *A, *D, *bias, *gap, *gap_delta;
@@ -23,7 +23,7 @@ typedef struct {
     int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l, A_c, A_n;
     int64_t softplus, reverse, half, half_out, threads, groups, outputs, rank_l, R;
     double scale;
-} Scan;
+);
 
 /* Channels `c` ... of sample `b`: the parameters of one block. A (N vectors) is in units of log 2. */
 typedef struct { vf A[MAX_INNER], bias, D, gap_delta; float steepest; } Block;

@@ -5,6 +5,7 @@
  * and dC need are then the size of a chunk, and stay in L1.
  */
 #include "scan.h"
+#include "threads.h"
 
 #define PAIR 2 /* states at a time on the way back; more do not fit into registers */
 
@@ -115,6 +116,7 @@ INLINE void backward_chunk(const Scan *a, int64_t b, int64_t start, int64_t c, i
 static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, int64_t to) {
     int64_t L = a->length, N = a->state, count = to - from, chunks = (L + CHUNK - 1) / CHUNK;
     if (count == 0) {
+        if (L * N == 0) return 0;
         memset(a->dB + item * L * N, 0, (size_t)(L * N) * sizeof(float));
         memset(a->dC + item * L * N, 0, (size_t)(L * N) * sizeof(float));
         return 0;
@@ -169,7 +171,7 @@ static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, 
 int scan_backward(const Scan *a) {
     int64_t blocks = (a->channels + W - 1) / W;
     int failed = 0;
-#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static) reduction(|: failed)
     for (int64_t item = 0; item < a->batch * a->groups; item++) {
         int64_t from, to;
         share(blocks, item % a->groups, a->groups, &from, &to);

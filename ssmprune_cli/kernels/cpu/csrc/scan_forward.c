@@ -3,6 +3,9 @@
  * stored. Glossary: as in op.py.
  */
 #include "scan.h"
+#include "threads.h"
+
+DESCRIBE(Scan)
 
 /* One block of channels, and what it carries from chunk to chunk. */
 typedef struct { Block k; vf h[MAX_INNER]; } Column;
@@ -77,7 +80,7 @@ int scan_forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
 int scan_forward(const Scan *a) {
     int64_t blocks = (a->channels + W - 1) / W;
     int failed = 0;
-#pragma omp parallel for num_threads(a->threads) schedule(static) reduction(|: failed)
+#pragma omp parallel for num_threads(team(a->threads)) schedule(static) reduction(|: failed)
     for (int64_t item = 0; item < a->batch * a->groups; item++) {
         int64_t from, to;
         share(blocks, item % a->groups, a->groups, &from, &to);

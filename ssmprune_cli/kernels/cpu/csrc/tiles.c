@@ -43,26 +43,37 @@ TILED void tiles_begin(int64_t count) {
 
 TILED void tiles_end(void) { _tile_release(); }
 
-/* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. One part is
- * rounded; of three, each takes the next bits, so that nothing is left. */
-TILED void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
+/* The first `count` of 16 values. */
+INLINE __mmask16 some(int64_t count) { return count >= 16 ? 0xFFFF : count > 0 ? (__mmask16)((1 << count) - 1) : 0; }
+
+/* 32 inputs of a token. One part is rounded; of three, each takes the next bits, so that nothing is left. */
+TILED INLINE void tile_row(__m512i low, __m512i high, int64_t parts, uint16_t *to) {
     static const uint16_t alternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = _mm512_loadu_si512(alternate), upper = _mm512_set1_epi32((int)0xFFFF0000);
-    for (int64_t r = 0; r < count; r++)
-        for (int64_t k = 0; k < K; k += 32) {
-            uint16_t *to = rows + k * parts * MOST_ROWS + r * 32;
-            __m512i low = _mm512_loadu_si512(x[r] + k), high = _mm512_loadu_si512(x[r] + k + 16);
-            if (parts == 1) {
-                __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
-                continue;
-            }
-            for (int64_t part = 0; part < parts; part++, to += 2 * TILE) {
-                _mm512_storeu_si512(to, _mm512_srli_epi32(low, 16) | (high & upper));
-                low = (__m512i)((__m512)low - (__m512)(low & upper)), high = (__m512i)((__m512)high - (__m512)(high & upper));
-            }
+    if (parts == 1) {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(alternate), both));
+        return;
+    }
+    const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000);
+    for (int64_t part = 0; part < parts; part++, to += 2 * TILE) {
+        _mm512_storeu_si512(to, _mm512_srli_epi32(low, 16) | (high & upper));
+        low = (__m512i)((__m512)low - (__m512)(low & upper)), high = (__m512i)((__m512)high - (__m512)(high & upper));
+    }
+}
+
+/* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. */
+TILED void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
+    for (int64_t r = 0; r < count; r++) {
+        uint16_t *to = rows + r * 32;
+        int64_t k = 0;
+        for (; k + 32 <= K; k += 32, to += parts * 2 * TILE)
+            tile_row(_mm512_loadu_si512(x[r] + k), _mm512_loadu_si512(x[r] + k + 16), parts, to);
+        if (k < K) {
+            __m512i low = _mm512_maskz_loadu_epi32(some(K - k), x[r] + k);
+            tile_row(low, _mm512_maskz_loadu_epi32(some(K - k - 16), x[r] + k + 16), parts, to);
         }
+    }
 }
 
 #define TOKENS(part)                                                              \
@@ -129,6 +140,14 @@ TILED void tile_product(const uint16_t *rows, int64_t count, const float *weight
     if (tall && wide) _tile_stored(3, below + 64, to_bytes);
     for (int64_t r = 0; r < count && !step; r++) memcpy(out[r] + n, block + r * 32, wide ? 128 : 64);
 }
+
+void tile_product_in_part(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns,
+                          int64_t K, int64_t parts, float *const *out, int64_t n) {
+    float block[MOST_ROWS * 32] __attribute__((aligned(64))), last[32] = {0}, *to[] = {block};
+    if (bias) bias = memcpy(last, bias, (size_t)columns * sizeof(float));
+    tile_product(rows, count, weight, bias, columns > 16 ? 32 : 16, K, parts, to, 32, 0);
+    for (int64_t r = 0; r < count; r++) memcpy(out[r] + n, block + r * 32, (size_t)columns * sizeof(float));
+}
 #else
 int tiles_available(void) { return 0; }
 void tiles_begin(int64_t count) { (void)count; }
@@ -139,5 +158,9 @@ void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, u
 void tile_product(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns, int64_t K,
                   int64_t parts, float *const *out, int64_t step, int64_t n) {
     (void)step, (void)rows, (void)count, (void)weight, (void)bias, (void)columns, (void)K, (void)parts, (void)out, (void)n;
+}
+void tile_product_in_part(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns,
+                          int64_t K, int64_t parts, float *const *out, int64_t n) {
+    (void)rows, (void)count, (void)weight, (void)bias, (void)columns, (void)K, (void)parts, (void)out, (void)n;
 }
 #endif

@@ -5,7 +5,7 @@
  * float32: a value of bfloat16 that is near, one for what is missing, and one for what is missing then. */
 #ifndef SSMPRUNE_TILES_H
 #define SSMPRUNE_TILES_H
-#include "vectors.h"
+#include "threads.h"
 
 #define TILE 512     /* values of bfloat16 in a tile, of 32 inputs and 16 outputs or tokens */
 #define MOST_ROWS 32 /* tokens that are together, at most */
@@ -27,12 +27,16 @@ INLINE int64_t group_size(int64_t start, int64_t stop) {
     return groups ? (stop - start + groups - 1) / groups : 0;
 }
 
-/* `count` tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), for a K that 32 divides. */
+/* `count` tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), with zeros up to whole tiles. */
 void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows);
 /* Their product with a weight, plus a bias if there is one. The next 16 or 32 columns are wanted: columns n ... of out[r],
  * which are `step` floats apart, or 0 if not evenly. */
 void tile_product(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns, int64_t K,
                   int64_t parts, float *const *out, int64_t step, int64_t n);
+
+/* The same of a few columns that fill no tile: nothing else is read or written. */
+void tile_product_in_part(const uint16_t *rows, int64_t count, const float *weight, const float *bias, int64_t columns,
+                          int64_t K, int64_t parts, float *const *out, int64_t n);
 
 INLINE int64_t step_of(float *const *out, int64_t count) {
     int64_t step = count > 1 ? out[1] - out[0] : 0;
@@ -46,7 +50,8 @@ INLINE void tile_columns(const uint16_t *rows, int64_t count, const float *weigh
                          int64_t P, int64_t parts, float *const *out) {
     int64_t step = step_of(out, count);
     for (; n < P; n += 32, weight += 2 * tiled_step(K, parts), bias += bias ? 32 : 0)
-        tile_product(rows, count, weight, bias, P - n, K, parts, out, step, n);
+        if (P - n >= 32 || P - n == 16) tile_product(rows, count, weight, bias, P - n, K, parts, out, step, n);
+        else tile_product_in_part(rows, count, weight, bias, P - n, K, parts, out, n);
 }
 
 /* A matrix with the rows of some samples of L: those of one are `l` apart, and samples `b`. */
@@ -61,12 +66,12 @@ INLINE void place(Rows matrix, int64_t row, int64_t stop, int64_t n, int count, 
 }
 
 /* Floats of scratch memory that `tiled` needs for K channels. */
-INLINE int64_t tiled_room(int64_t K, int64_t parts) { return GROUPS * MOST_ROWS * K * parts / 2; }
+INLINE int64_t tiled_room(int64_t K, int64_t parts) { return GROUPS * MOST_ROWS * ((K + 31) / 32 * 32) * parts / 2; }
 
 /* Rows `start` ... `stop` of out = x . weight, plus bias if there is one. */
 INLINE void tiled(Rows x, const float *weight, const float *bias, Rows out, int64_t start, int64_t stop, int64_t parts,
                   uint16_t *scratch) {
-    int64_t K = x.columns, each = MOST_ROWS * K * parts, count = group_size(start, stop);
+    int64_t K = x.columns, each = tiled_room(K, parts) * 2 / GROUPS, count = group_size(start, stop);
     if (!count) return;
     int64_t groups = (stop - start + count - 1) / count, passes = (groups + GROUPS - 1) / GROUPS;
     float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
@@ -83,7 +88,7 @@ INLINE void tiled(Rows x, const float *weight, const float *bias, Rows out, int6
         for (int64_t n = 0; n < out.columns; n += 32)
             for (int64_t g = 0; g < last - first; g++)
                 tile_columns(scratch + g * each, count, weight + n / 16 * tiled_step(K, parts), bias ? bias + n : 0, K, n,
-                             n + 32, parts, to[g]);
+                             n + 32 < out.columns ? n + 32 : out.columns, parts, to[g]);
     }
 }
 #endif

@@ -21,6 +21,15 @@
 #ifdef __AVX512DQ__
 #include <immintrin.h>
 #endif
+/* Declares a struct that call.py fills. What is in it goes into the library as text, for the check that both agree. */
+#define ARGUMENTS(name, ...)             \
+    typedef struct { __VA_ARGS__ } name; \
+    static const char name##_text[] __attribute__((unused)) = #__VA_ARGS__
+/* In one file for each of them. */
+#define DESCRIBE(name)                                     \
+    const char *name##_fields(void) { return name##_text; } \
+    int64_t name##_size(void) { return sizeof(name); }
+
 #define MAX_INNER 64 /* states or taps; the caller checks */
 #define AHEAD 2      /* rows that are asked for before they are needed */
 #define UNROLL 4     /* vectors in a STAGE; lengths of the arrays below are padded to a multiple of it */
@@ -72,11 +81,6 @@ INLINE void store(void *data, int64_t at, vf v, int lanes, int half) {
     } else {
         memcpy((float *)data + at, &v, lanes < W ? (size_t)lanes * 4 : sizeof v);
     }
-}
-
-/* The part of `count` things that share `t` of `shares` takes: from *start to *stop. */
-INLINE void share(int64_t count, int64_t t, int64_t shares, int64_t *start, int64_t *stop) {
-    *start = count * t / shares, *stop = count * (t + 1) / shares;
 }
 
 #define SLAB (UNROLL * W) /* channels worked on at once */
@@ -162,11 +166,13 @@ INLINE void exp2_of_any_products(const vf *a, vf b, vf *out) {
 }
 #endif
 
-/* x becomes 1 / (1 + exp(-x)). */
+/* x becomes 1 / (1 + exp(-x)), or 0 where that is less than 2^-125. */
 INLINE void sigmoid(vf *x) {
-    STAGE x[i] = at_least(x[i], -87.0f); /* below, it would be less than 2^-125 */
+    vi tiny[UNROLL];
+    STAGE tiny[i] = x[i] < -87.0f;
+    STAGE x[i] = at_least(x[i], -87.0f);
     exp2_of_any_products(x, splat(-LOG2E), x);
-    STAGE x[i] = reciprocal(1.0f + x[i]);
+    STAGE x[i] = (vf)(~tiny[i] & (vi)reciprocal(1.0f + x[i]));
 }
 
 /* x becomes max(x, 0) + log1p(exp(-|x|)). The logarithm is 2 atanh(s) with s = w / (2 + w), at most 1/3: no cancellation

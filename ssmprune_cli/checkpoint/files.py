@@ -1,0 +1,84 @@
+"""Where a checkpoint is, which files it is made of, and their checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ssmprune_cli.errors import CheckpointError, shown
+from ssmprune_cli.files import open_regular
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+MAX_JSON = 1 << 23  # bytes of a config.json or an index
+_ADDRESSES = ("hf:", "http:", "https:", "s3:", "gs:")
+
+
+def locate(path: Path) -> Path:
+    """`path` with `~` for the home folder. CheckpointError for an address, which nothing is downloaded from."""
+    if str(path).startswith(_ADDRESSES) and not os.path.lexists(path):
+        raise CheckpointError(
+            "is an address, and ssmprune downloads nothing",
+            where=str(path),
+            hint="Download the file first, for example with `hf download OWNER/NAME FILE`, and give its path.",
+        )
+    if str(path).startswith("~") and not os.path.lexists(path):
+        try:
+            return path.expanduser()
+        except RuntimeError:  # no home folder is known
+            return path
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. CheckpointError for whatever keeps it from being read."""
+    with open_regular(path, CheckpointError) as file:
+        content = file.read(MAX_JSON + 1)
+    if len(content) > MAX_JSON:
+        raise CheckpointError(f"is larger than {MAX_JSON:,} bytes, too large for its kind", where=str(path))
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of text, JSON, numbers of thousands of digits, nesting
+        raise CheckpointError(f"cannot be read: {shown(str(error))}", where=str(path)) from error
+
+
+def shards(index: Path) -> tuple[dict[str, str], list[Path]]:
+    """Of a sharded checkpoint: the file of every weight, and all files. CheckpointError if the index is none."""
+    values = read_json(index)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(each, str) for each in names.values()):
+        raise CheckpointError("is JSON, but not the index of a sharded checkpoint", where=str(index))
+    files = sorted(set(names.values()))
+    for name in files:
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise CheckpointError(f"names a file outside its folder: {shown(name)}", where=str(index))
+    return names, [index.with_name(name) for name in files]
+
+
+def parts(path: Path) -> list[Path]:
+    """The files that make up the checkpoint at `path`: itself, or those of a folder or an index that hold the model."""
+    path = locate(path)
+    if not path.is_dir():
+        return [path, *shards(path)[1]] if path.name.endswith(".index.json") else [path]
+    for name in INDEXES:
+        if not (path / WEIGHTS).exists() and (path / name).exists():
+            return [path / CONFIG, path / name, *shards(path / name)[1]]
+    weights = path / WEIGHTS
+    other = path / "pytorch_model.bin"
+    return [path / CONFIG, other if other.exists() and not weights.exists() else weights]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 in hex of the files of a checkpoint, one after another: of an artefact, config.json and the weights."""
+    digest = hashlib.sha256()
+    for part in parts(path):
+        with open_regular(part, CheckpointError) as file:
+            try:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            except OSError as error:
+                raise CheckpointError(f"cannot be read: {error.strerror}", where=str(part)) from error
+    return digest.hexdigest()

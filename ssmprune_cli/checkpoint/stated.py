@@ -1,0 +1,249 @@
+"""What a file says of its model beside the weights: image, preprocessing and settings, in any container that says it.
+
+Read from `args` (DeiT, Vim, VideoMamba, timm), `config` (yacs, as Swin's and VMamba's scripts store it), `cfg` and
+`meta` (mmcv and mmengine: a text of Python, parsed and never run), hyper-parameters (Lightning) and JSON. Each is
+heeded, or refused by name; one that the family knows nothing of is in `Hints.settings`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ssmprune_cli.errors import CheckpointError, listing, shown
+from ssmprune_cli.models import MAX_SIDE, Hints
+from ssmprune_cli.preprocessing import INTERPOLATIONS, Triple
+
+# Entries of a container that may state something; others are weights, or of the training.
+SECTIONS = (
+    *("args", "config", "cfg", "opt", "hparams", "hyper_parameters", "model_args", "model_config"),
+    *("meta", "metadata", "__metadata__"),
+)
+_SIZES = ("input_size", "img_size", "image_size")
+_CROPS = ("eval_crop_ratio", "crop_pct")
+_MAX_TEXT = 1 << 20  # characters of a configuration in text
+_MAX_ENTRIES = 50_000
+_MAX_DEPTH = 24
+
+
+@dataclass
+class _Found:
+    """Distinct values by lower-case name, in order, and the stretches of a test pipeline."""
+
+    values: dict[str, list[Any]] = field(default_factory=dict)
+    pipelines: list[Sequence[Any]] = field(default_factory=list)
+    entries: int = 0
+
+    def add(self, name: str, value: Any) -> None:
+        known = self.values.setdefault(name.lower(), [])
+        if not any(type(value) is type(other) and value == other for other in known):
+            known.append(value)
+
+
+def hints(filename: str, content: Mapping[Any, Any]) -> Hints:
+    """What `content`, a container or its like, says. Raises CheckpointError for statements that contradict."""
+    found = _Found()
+    for name in SECTIONS:
+        _collect(content.get(name), found, name, 0)
+    refused: dict[str, str] = {}
+    name = _model_name(content)
+    size = _one(found, _SIZES, _side, "the image size")
+    crop = _one(found, _CROPS, _ratio, "the crop")
+    interpolation = _interpolation(found, refused)
+    centre = found.values.get("test.crop", [])
+    if crop is None and centre == [True]:
+        crop = 0.875  # Swin's scripts: 256 pixels for a crop of 224
+    elif crop is None and False in centre:
+        refused["eval_crop_ratio"] = (
+            "the file says TEST.CROP False: images were squeezed to a square, which is not done here"
+        )
+    for pipeline in found.pipelines[:1]:
+        size, crop = _of_pipeline(pipeline, size, crop, refused)
+    if any(value is False for key in ("to_rgb", "bgr_to_rgb") for value in found.values.get(key, [])):
+        refused["mean"] = "the file says to_rgb False: the model takes blue before red, and here red comes first"
+    strides = re.findall(r"stride_?(\d{1,3})(?!\d)", name.lower())
+    stride = int(strides[0]) if strides else _one(found, ("patch_stride",), _stride, "the stride")
+    return Hints(
+        filename=filename,
+        model_name=name,
+        image_size=size,
+        stride=stride,
+        eval_crop_ratio=crop,
+        interpolation=interpolation,  # type: ignore[arg-type]  # one of INTERPOLATIONS
+        mean=_one(found, ("mean",), _triple, "the mean"),
+        std=_one(found, ("std",), _triple, "the deviation"),
+        settings={key: tuple(values) for key, values in found.values.items()},
+        refused=refused,
+    )
+
+
+def plain(value: Any) -> Any:
+    """A setting's value as the families list it: names in lower case, without the module of a class."""
+    return re.split(r"[.']", value.strip("'<> ").lower())[-1] if isinstance(value, str) else value
+
+
+def _collect(value: Any, found: _Found, name: str, depth: int) -> None:
+    if depth > _MAX_DEPTH or found.entries > _MAX_ENTRIES:
+        raise CheckpointError(f"its `{shown(name)}` is too long or too deep to be a configuration")
+    if isinstance(value, str) and depth <= 1 and name in (*SECTIONS, "config", "cfg"):
+        value = _parse(value)
+    if not isinstance(value, Mapping):
+        return
+    for key, inner in value.items():
+        found.entries += 1
+        if not isinstance(key, str):
+            continue
+        if isinstance(inner, Mapping):
+            if isinstance(inner.get("type"), str):
+                found.add(key, inner["type"])
+            _collect(inner, found, key, depth + 1)
+        elif isinstance(inner, str | bool | int | float):
+            found.add(key, inner)
+            if name.lower() == "test" and key.lower() == "crop":
+                found.add("test.crop", inner)
+            if key == "stride" and "patch_size" in value:
+                found.add("patch_stride", inner)
+            if key in SECTIONS:
+                _collect(inner, found, key, depth + 1)
+        elif isinstance(inner, list | tuple):
+            if key == "test_pipeline":
+                found.pipelines.append(inner)
+            elif len(inner) <= 4 and all(isinstance(each, int | float) for each in inner):
+                found.add(key, tuple(inner))
+
+
+def _parse(text: str) -> Any:
+    """A configuration in text, JSON or the assignments of a Python file, as plain values; None if it is neither."""
+    if len(text) > _MAX_TEXT:
+        raise CheckpointError(f"holds a configuration of {len(text):,} characters, too long to be one")
+    try:
+        if text.lstrip().startswith("{"):
+            return json.loads(text)
+        module = ast.parse(text)
+        return {
+            target.id: _value(statement.value, 0)
+            for statement in module.body
+            if isinstance(statement, ast.Assign)
+            for target in statement.targets
+            if isinstance(target, ast.Name)
+        }
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _value(node: ast.expr, depth: int) -> Any:
+    """The plain value of an expression; None for whatever is computed."""
+    if depth > _MAX_DEPTH:
+        return None
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(each, depth + 1) for each in node.elts]
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {key.value: _value(value, depth + 1) for key, value in pairs if isinstance(key, ast.Constant)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {each.arg: _value(each.value, depth + 1) for each in node.keywords if each.arg}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        inner = _value(node.operand, depth + 1)
+        return -inner if isinstance(inner, int | float) else None
+    return None
+
+
+def _model_name(content: Mapping[Any, Any]) -> str:
+    """As the training script calls the model: `args.model`, or `MODEL.NAME` of a yacs configuration."""
+    for section in SECTIONS:
+        values = content.get(section)
+        if not isinstance(values, Mapping):
+            continue
+        inner = values.get("MODEL")
+        names = [values.get(key) for key in ("model", "model_name", "arch")]
+        names.append(inner.get("NAME") if isinstance(inner, Mapping) else None)
+        for name in names:
+            if isinstance(name, str) and name:
+                return name[:1000]
+    return ""
+
+
+def _one(found: _Found, names: Sequence[str], read: Any, title: str) -> Any:
+    """The one value that `read` makes of what the file says under `names`. CheckpointError if there are several."""
+    values = [value for name in names for stated in found.values.get(name, []) for value in read(stated, name)]
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) > 1:
+        raise CheckpointError(
+            f"says {title} more than once, and not the same: {listing(distinct)}",
+            hint="Save its weights alone, torch.save({'model': weights}, 'clean.pth'), and say what holds: see --help.",
+        )
+    return distinct[0] if distinct else None
+
+
+def _side(value: Any, name: str) -> Iterator[int]:
+    """Of a number, (height, width) or (channels, height, width); two where these differ."""
+    sides: set[Any] = set(value[-2:]) if isinstance(value, tuple) and len(value) in (2, 3) else {value}
+    for side in sides:
+        if type(side) is int and 0 < side <= MAX_SIDE:
+            yield side
+
+
+def _stride(value: Any, name: str) -> Iterator[int]:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIDE:
+        yield value
+
+
+def _ratio(value: Any, name: str) -> Iterator[float]:
+    if isinstance(value, float | int) and not isinstance(value, bool) and 0.01 <= value <= 1:
+        yield float(value)
+
+
+def _triple(value: Any, name: str) -> Iterator[Triple]:
+    """Three numbers, which may be for pixels of 0 to 255."""
+    if isinstance(value, tuple) and len(value) == 3:
+        numbers = [float(each) for each in value]
+        scale = 255.0 if max(map(abs, numbers)) > 2 else 1.0
+        if all(map(math.isfinite, numbers)) and (name != "std" or min(numbers) > 0):
+            yield (numbers[0] / scale, numbers[1] / scale, numbers[2] / scale)
+
+
+def _interpolation(found: _Found, refused: dict[str, str]) -> str | None:
+    stated = [str(value).lower() for value in found.values.get("interpolation", []) if value not in ("", None)]
+    names = list(dict.fromkeys(stated))
+    if len(names) == 1 and names[0] in INTERPOLATIONS:
+        return names[0]
+    if names:
+        known = " or ".join(INTERPOLATIONS)
+        refused["interpolation"] = f"the file says interpolation {listing(names)}, and here it is {known}"
+    return None
+
+
+def _of_pipeline(
+    steps: Sequence[Any], size: int | None, crop: float | None, refused: dict[str, str]
+) -> tuple[int | None, float | None]:
+    """Image side and crop of an mmcls or mmpretrain test pipeline; what else it does to the image is `refused`."""
+    resized: int | None = None
+    for step in steps:
+        if not isinstance(step, Mapping):
+            continue
+        kind = step.get("type")
+        wanted = step.get("scale", step.get("size"))
+        if kind in ("Resize", "ResizeEdge"):
+            side = wanted[0] if isinstance(wanted, list) and wanted and wanted[-1] == -1 else wanted
+            if isinstance(side, int):
+                resized = side
+            else:
+                refused["eval_crop_ratio"] = (
+                    f"its test pipeline resizes images to {shown(str(side))}, not their short side"
+                )
+            if step.get("interpolation", "bicubic") not in INTERPOLATIONS:
+                refused["interpolation"] = f"its test pipeline resizes {shown(str(step['interpolation']))}"
+        elif kind == "CenterCrop":
+            side = step.get("crop_size")
+            if isinstance(side, int) and 0 < side <= MAX_SIDE:
+                size = size or side
+                if crop is None and resized is not None and side <= resized:
+                    crop = side / resized
+    return size, crop

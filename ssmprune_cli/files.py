@@ -1,0 +1,30 @@
+"""Opening what a user names, without waiting for a pipe or reading a device that has no end."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from ssmprune_cli.errors import SsmpruneError
+
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def open_regular(path: Path, fault: type[SsmpruneError]) -> BinaryIO:
+    """The file at `path`, opened to read. Raises a `fault` for what is missing or is no regular file."""
+    try:
+        # Not to wait for a writer if it is a pipe; of a regular file it means nothing.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise fault("there is no such file or folder", where=str(path)) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise fault(f"cannot be read: {reason}", where=str(path)) from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    kind = next((name for matches, name in _KINDS if matches(mode)), "a device")
+    raise fault(f"is {kind}, not a file", where=str(path))

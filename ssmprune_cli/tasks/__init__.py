@@ -1,0 +1,14 @@
+"""What models are for: the data, the metric and the words of each task. A task is one file and one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ssmprune_cli.registry import Registry
+from ssmprune_cli.tasks.classification import Classification
+from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+
+TASKS: Registry[Task[Any, Any]] = Registry("task")
+TASKS.register(Classification.name, Classification())
+
+__all__ = ["TASKS", "Estimate", "LimitKind", "Loss", "Row", "Task", "TaskLimit"]

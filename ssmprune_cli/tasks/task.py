@@ -1,0 +1,211 @@
+"""What a task is: its data, how answers are judged and compared, what a user may demand, and the words for it.
+
+A *result* is what is kept of a model's answer to one image: a plain value that processes can send each other. A *score*
+are the facts of one model on a dataset. A *comparison* are the facts of a pruned and a dense model on the same images:
+a section of a report.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from ssmprune_cli.data import ImageDataset, Split, open_dataset
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.recipe import Section
+from ssmprune_cli.report import Interval, Judge, LimitFacts, Report, Sample
+
+Score = TypeVar("Score", bound=Section)
+Compared = TypeVar("Compared", bound=Section)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value, and its 95 % interval if it has one."""
+
+    value: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class LimitKind:
+    """A limit that a user may set: a bound on one measured value.
+
+    name       in a report; the option is "--" and this with hyphens
+    low, high  between which the bound may lie
+    floor      whether the value must be at least the bound, and not at most
+    words      of a value and its bound: a sentence with {value}, {within} (its interval) and {limit}
+    """
+
+    name: str
+    low: float
+    high: float
+    floor: bool
+    words: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, limit: float, found: Estimate, judge: Judge) -> LimitFacts:
+        """Whether `found` keeps the bound: all of its interval, or the estimate. Without an interval, the estimate."""
+        judged, interval = found.value, found.interval if judge == "interval" else None
+        how = "the estimate is judged"
+        if interval is not None:
+            judged = interval[0] if self.floor else interval[1]
+            how = f"judged by its {'lower' if self.floor else 'upper'} end"
+        within = ""
+        if found.interval is not None:
+            within = f" (95 % interval {found.interval[0]:.2f} to {found.interval[1]:.2f}, {how})"
+        return LimitFacts(
+            name=self.name,
+            limit=limit,
+            value=found.value,
+            interval=found.interval,
+            judged="estimate" if interval is None else "interval",
+            holds=judged >= limit if self.floor else judged <= limit,
+            statement=self.words.format(value=found.value, within=within, limit=limit),
+        )
+
+
+@dataclass(frozen=True)
+class TaskLimit:
+    """A limit of a task. `measure` takes a score, and a comparison or None; it gives None for what was not measured."""
+
+    kind: LimitKind
+    measure: Callable[[Any, Any], Estimate | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table before and after. `within` is the interval of the change; `key` marks a headline's lines."""
+
+    title: str
+    dense: str
+    pruned: str
+    change: str
+    within: str = ""
+    key: bool = False
+
+    @property
+    def whole_change(self) -> str:
+        return f"{self.change} ({self.within})" if self.within else self.change
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A part of the data that the pruned model does worse on, in words."""
+
+    name: str
+    images: int
+    dense: str
+    pruned: str
+    change: str
+
+
+class Task(ABC, Generic[Score, Compared]):
+    """A task is a file: a subclass, and a line in `tasks.TASKS`.
+
+    name      as a backbone says it (`Backbone.task`)
+    datasets  kinds of dataset that hold what answers are judged by
+    section   the field of a Report that holds a comparison
+    quality   what is judged, in a word
+    parts     what a dataset divides into, one and several, in words
+    metric    by what models are ranked
+    limits    what a user may demand of a score or a comparison
+    """
+
+    name: ClassVar[str]
+    datasets: ClassVar[tuple[str, ...]]
+    section: ClassVar[str]
+    quality: ClassVar[str]
+    parts: ClassVar[tuple[str, str]]
+    metric: ClassVar[str]
+    limits: ClassVar[tuple[TaskLimit, ...]]
+
+    def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
+        """Images with what they are judged by; without a `kind`, an ImageFolder or, by its suffix, an .npz.
+
+        Raises UsageError for a kind that is not of this task, DataError for data that are not laid out so.
+        """
+        kind = kind or ("npz" if path.suffix == ".npz" else "imagefolder")
+        if kind not in self.datasets:
+            raise UsageError(f"unknown dataset {kind!r} for {self.name}", hint=f"Known: {', '.join(self.datasets)}.")
+        return open_dataset(kind, path, split=split)
+
+    @abstractmethod
+    def check(self, model: Backbone, dataset: ImageDataset) -> None:
+        """Raises DataError unless `model` can be judged on `dataset`."""
+
+    @abstractmethod
+    def results(self, logits: Tensor, labels: Tensor) -> list[Any]:
+        """The result of every image of a batch, from the model's output and what the dataset says."""
+
+    @abstractmethod
+    def score(self, results: Sequence[Any], model: Backbone) -> Score:
+        """From the results of all images."""
+
+    @abstractmethod
+    def compare(
+        self, pruned: tuple[Sequence[Any], Score], dense: tuple[Sequence[Any], Score], dataset: ImageDataset
+    ) -> Compared:
+        """From the results, image by image of `dataset`, and the scores of both models."""
+
+    def facts(self, report: Report) -> Compared | None:
+        """The comparison in a report."""
+        compared: Compared | None = getattr(report, self.section)
+        return compared
+
+    @abstractmethod
+    def estimate(self, score: Score) -> Estimate:
+        """The metric, as a fraction: the more the better."""
+
+    @abstractmethod
+    def dense(self, compared: Compared) -> Score:
+        """The dense model's score."""
+
+    @abstractmethod
+    def pruned(self, compared: Compared) -> Score:
+        """The pruned model's score."""
+
+    @abstractmethod
+    def change(self, compared: Compared) -> Estimate:
+        """The metric of the pruned model less that of the dense one."""
+
+    @abstractmethod
+    def count(self, compared: Compared) -> int:
+        """How many images both were judged on."""
+
+    @abstractmethod
+    def rows(self, compared: Compared) -> list[Row]:
+        """Lines of the table before and after."""
+
+    @abstractmethod
+    def brief(self, compared: Compared) -> Row:
+        """The metric's line for a terminal: figures without units and intervals."""
+
+    @abstractmethod
+    def table(self, scores: Sequence[Score]) -> list[list[str]]:
+        """Lines of a table with a column for each score, titles first."""
+
+    @abstractmethod
+    def difference(self, compared: Compared) -> str:
+        """The change with its interval and test, as a sentence."""
+
+    @abstractmethod
+    def test(self, compared: Compared) -> str:
+        """The paired test, as a sentence."""
+
+    @abstractmethod
+    def losses(self, compared: Compared, count: int) -> list[Loss]:
+        """The `count` parts of the data that lost most, of those that lost."""
+
+    @abstractmethod
+    def answers(self, report: Report, sample: Sample) -> str:
+        """What both models say of a sample image, and whether that is right."""

@@ -1,0 +1,137 @@
+"""torch.ops.ssmprune.* called directly, past the Python functions: what does not fit is refused, and nothing is read
+or written beyond what is there. In a process of its own, which a fault would end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssmprune_cli.kernels.cpu import build
+
+ROOT = Path(__file__).parents[2]
+# Names in the calls: z(...) zeros, i(...) indices, block and inner what blocks of 16 channels have, ops the ops.
+SETUP = """
+import math, torch
+from ssmprune_cli.errors import KernelError
+from ssmprune_cli.kernels import BlockSizes
+ops = torch.ops.ssmprune
+z = torch.zeros
+def i(*size): return torch.zeros(size, dtype=torch.int64)
+sizes = BlockSizes(16, 4, 3, 2, 2)
+block, inner = z(1, sizes.block(16)), z(2, sizes.inner)
+far = i(2, 1, 5, 3) + 10**9
+def scan(u, delta, A, B, C, D=None, z=None, bias=None, shift=None, gap=None, gap_delta=None, read=None):
+    return ops.selective_scan(u, delta, A, B, C, D, z, bias, True, shift, gap, gap_delta, False, read, False)
+def scan_back(grad, u, A, B, states):
+    return ops.selective_scan_backward(grad, u, u, A, B, B, None, None, None, True, None, None, None, False, states)
+def blocks(hidden, residual=None, packed=block, sizes=sizes, gap=None, gap_delta=None, context=None, sources=None):
+    return ops.mamba_blocks(hidden, residual, packed, list(sizes), gap, gap_delta, context, sources, 1.0, 1e-5, True)
+def mamba(xz, packed=inner, N=4, K=3, R=2, gap=None, gap_delta=None, context=None, sources=None):
+    return ops.mamba_inner(xz, packed, N, K, R, gap, gap_delta, context, sources, 1.0)
+def routes(u, projected, packed, order, rows=None, extra=None, gap=None, gap_delta=None):
+    return ops.routed_scans(u, projected, packed, 4, order, rows, extra, gap, gap_delta)
+"""
+REFUSED = """
+ops.gated_sum([], z(1, 2, 3), 1.0)
+ops.gated_sum_backward(z(1, 2, 3), [], z(1, 2, 3), 1.0)
+ops.gated_sum([z(1, 2, 3)], z(9, 200, 3000), 1.0)
+ops.gated_sum_backward(z(1, 2, 3), [z(9, 200, 3000)], z(9, 200, 3000), 1.0)
+ops.add_rms_norm(z(9, 200, 3000), z(1, 2, 3), z(3000), 1e-5)
+ops.add_rms_norm(z(9, 200, 3000), None, z(3), 1e-5)
+ops.add_rms_norm_backward(z(1, 2, 3), z(9, 200, 3000), z(9, 200, 3000), z(3000), 1e-5)
+ops.causal_conv1d(z(9, 200, 3000), z(3, 4), z(3), False)
+ops.causal_conv1d_backward(z(1, 2, 3), z(9, 200, 3000), z(3000, 4), z(3000), False)
+ops.sparse_conv1d(z(1, 2, 3000), z(1, 1, 3), i(1, 2, 4), z(3000, 4), z(3000))
+ops.sparse_conv1d(z(9, 200, 3), z(9, 1, 3), i(1, 2, 4), z(3, 4), z(3))
+ops.sparse_conv1d(z(1, 2, 3), z(1, 1, 3), i(1, 2, 4) - 2, z(3, 4), z(3))
+ops.sparse_conv1d_backward(z(1, 2, 3), z(1, 200, 3000), z(1, 1, 3000), i(1, 200, 4), z(3000, 4), z(3000))
+ops.grid_conv2d(z(1, 6, 3000), z(3, 3, 3), None, 2, 3, None, 6)
+ops.grid_conv2d(z(1, 6, 3), z(3, 3, 3), None, 2000, 3000, None, 6)
+ops.grid_conv2d(z(1, 6, 3), z(3, 3, 3), None, 2, 3, None, 60000)
+ops.grid_conv2d(z(1, 6, 3), z(3, 3, 3), None, -2, -3, None, 6)
+ops.grid_conv2d(z(1, 6, 3), z(3, 3, 3), None, 2, 3, i(1, 2), 6)
+ops.grid_conv2d_backward(z(1, 1, 3), z(1, 6, 3), z(3, 3, 3), None, 2, 3, None, 6)
+scan(z(2, 50, 64), z(2, 5, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4))
+scan(z(2, 50, 64), z(2, 50, 64), z(6, 4), z(2, 50, 4), z(2, 50, 4))
+scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), D=z(6))
+scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), gap=z(2, 5), gap_delta=z(64))
+scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), read=i(2, 2) + 10**9)
+scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), read=i(2, 2))
+scan_back(z(2, 5, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(0))
+scan_back(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 4, 1, 1))
+blocks(z(2, 500, 16), residual=z(1, 1, 16))
+blocks(z(2, 5, 1600))
+blocks(z(2, 5, 16), packed=block[:, 1:])
+blocks(z(2, 5, 16), packed=block[:0])
+blocks(z(2, 5, 16), sizes=sizes._replace(directions=3))
+blocks(z(2, 5, 16), sizes=sizes._replace(parts=2))
+blocks(z(2, 5, 16), gap=z(2, 2, 5), gap_delta=z(1, 16))
+blocks(z(1, 5, 16), context=z(1, 1, 16))
+blocks(z(1, 5, 16), context=z(1, 1, 16), sources=far)
+blocks(z(1, 5, 16), context=z(1, 1, 3), sources=i(2, 1, 5, 3))
+mamba(z(2, 5, 3000))
+mamba(z(2, 5, 32), packed=z(1, 1))
+mamba(z(2, 5, 32), N=-4, K=19)
+mamba(z(1, 5, 32), context=z(1, 1, 16), sources=far)
+mamba(z(2, 500, 32), gap=z(2, 2, 5))
+routes(z(1, 50, 64), z(1, 5, 1, 10), z(2, 64 * 8), i(2, 1, 50))
+routes(z(1, 5, 64), z(1, 5, 1, 10), z(2, 8), i(2, 1, 5))
+routes(z(1, 5, 64), z(1, 5, 1, 10), z(2, 64 * 8), i(2, 1, 5) + 10**9)
+routes(z(1, 5, 64), z(1, 5, 1, 10), z(2, 64 * 8), i(2, 1, 5))
+ops.linear(z(400, 64), z(7), None, 64)
+ops.linear(z(4, 64), z(6144), z(1), 64)
+ops.linear(z(4, 64), z(6144), None, -64)
+"""
+EMPTY = """
+blocks(z(2, 0, 16))
+blocks(z(0, 5, 16))
+mamba(z(2, 0, 32))
+mamba(z(0, 5, 32))
+scan(z(2, 0, 64), z(2, 0, 64), z(64, 4), z(2, 0, 4), z(2, 0, 4))
+scan(z(2, 5, 0), z(2, 5, 0), z(0, 4), z(2, 5, 4), z(2, 5, 4))
+scan_back(z(2, 0, 64), z(2, 0, 64), z(64, 4), z(2, 0, 4), z(0))
+scan_back(z(0, 5, 64), z(0, 5, 64), z(64, 4), z(0, 5, 4), z(0))
+scan_back(z(2, 5, 0), z(2, 5, 0), z(0, 4), z(2, 5, 4), z(0))
+ops.causal_conv1d(z(2, 0, 3), z(3, 4), z(3), False)
+ops.causal_conv1d_backward(z(2, 0, 3), z(2, 0, 3), z(3, 4), z(3), False)
+ops.sparse_conv1d_backward(z(1, 0, 3), z(1, 0, 3), z(1, 0, 3), i(1, 0, 4), z(3, 4), z(3))
+ops.grid_conv2d_backward(z(1, 0, 3), z(1, 0, 3), z(3, 3, 3), None, 2, 3, i(1, 0), 0)
+ops.add_rms_norm(z(2, 0, 3), None, z(3), 1e-5)
+ops.add_rms_norm_backward(z(2, 0, 3), z(2, 0, 3), z(2, 0, 3), z(3), 1e-5)
+ops.add_rms_norm_backward(z(2, 5, 0), z(2, 5, 0), z(2, 5, 0), z(0), 1e-5)
+ops.gated_sum([z(2, 0, 3)], z(2, 0, 3), 1.0)
+routes(z(1, 0, 64), z(1, 0, 1, 10), z(2, 64 * 8), i(2, 1, 0))
+ops.linear(z(0, 64), z(6144), None, 64)
+ops.linear(z(4, 0), z(0), z(64), 64)
+"""
+
+
+def lines(text: str) -> list[str]:
+    return text.strip().splitlines()
+
+
+def run(code: str) -> list[str]:
+    command = [sys.executable, "-W", "ignore", "-c", SETUP + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ})
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
+def test_what_does_not_fit_is_refused() -> None:
+    tried = [
+        f"try:\n    {call}\n    print('taken: ' + {call!r}, flush=True)\nexcept KernelError:\n    pass\n"
+        for call in lines(REFUSED)
+    ]
+    assert run("".join(tried)) == []
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
+def test_nothing_is_an_ordinary_input() -> None:
+    """Results are zeros, or there are none."""
+    code = "for call in calls:\n    found = eval(call)\n    for each in [found] if torch.is_tensor(found) else found:\n"
+    assert run(f"calls = {lines(EMPTY)}\n{code}        if each.any(): print(call)\n") == []

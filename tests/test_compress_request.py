@@ -1,0 +1,137 @@
+"""What a compression is asked for: combinations that are refused, the recipe that options make, dry runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ssmprune_cli.errors import RecipeError, UsageError
+from ssmprune_cli.workflows.compress import SEARCH_IMAGES, CompressRequest, compress_checkpoint
+from ssmprune_cli.workflows.limits import Limits
+from ssmprune_cli.workflows.source import Source
+
+SOURCE = Source(Path(__file__).parent / "golden" / "containers" / "vim_like.pth")
+NOWHERE = Path("no-such-folder")
+
+
+def request(**options: Any) -> CompressRequest:
+    return CompressRequest(SOURCE, **{"out": NOWHERE, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "how much to keep"),
+        ({"overrides": ("pruning.points=[1]",)}, "how much to keep"),
+        ({"keep": "0.6", "tokens": "30,20,10"}, "--keep and --tokens both"),
+        ({"keep": "0.6", "overrides": ("pruning.keep=0.5",)}, "another option says what pruning.keep is"),
+        ({"keep": "0.6", "overrides": ("pruning.tokens=[1]",)}, "another option says what pruning.tokens is"),
+        ({"keep": "0.6", "seed": 1, "overrides": ("seed=2",)}, "another option says what seed is"),
+        ({"keep": "0.6", "time_limit": 1.0}, "--time-limit is for a search"),
+        ({"keep": "0.6", "state": NOWHERE}, "--state is for a search"),
+        ({"keep": "0.6", "calib_images": 3}, "--calib-images needs --calib"),
+        ({"keep": "0.6", "dataset": "npz"}, "--dataset needs --eval-data"),
+        ({"keep": "0.6", "limit": 3}, "--limit needs --eval-data"),
+        ({"keep": "0.6", "limits": Limits(max_drop=1)}, "--max-drop needs --eval-data"),
+        ({"keep": "0.6", "limits": Limits(min_accuracy=1)}, "--min-accuracy needs --eval-data"),
+        ({"keep": "0.6", "dry_run": True, "limits": Limits(max_latency_ratio=1)}, "nothing is measured in a dry run"),
+        ({"keep": "0.6", "out": None}, "--out is missing"),
+        ({"target_flops": 0.8}, "needs calibration images"),
+        ({"target_flops": 0.8, "calib": NOWHERE, "dry_run": True}, "cannot be a dry run"),
+        ({"target_flops": 0.8, "target_latency": 3.0, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_flops": 0.8, "keep": "0.6", "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_flops": 0.8, "tokens": "3", "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_flops": 0.8, "points": "1", "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_flops": 0.8, "recipe": "x", "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_flops": 0.8, "overrides": ("pruning.reduction=drop",), "calib": NOWHERE}, "settles how to prune"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        request(**options).check()
+    with pytest.raises(UsageError, match=message):
+        compress_checkpoint(request(**options))
+
+
+def test_options_make_a_recipe() -> None:
+    made = request(keep="0.9,0.8", points="1,3", importance="delta", calib=NOWHERE, calib_images=7, seed=3)
+    made.check()
+    recipe = made.resolved()
+    assert (recipe.pruning.keep, recipe.pruning.tokens, recipe.pruning.points) == ((0.9, 0.8), None, (1, 3))
+    assert (recipe.pruning.importance, recipe.calibration.images, recipe.calibration.seed, recipe.seed) == (
+        "delta",
+        7,
+        3,
+        3,
+    )
+    assert request(keep="0.6").resolved().pruning.keep == 0.6
+    assert request(tokens="30").resolved().pruning.tokens == (30,)
+    assert request(overrides=("pruning.keep=0.5",)).resolved().pruning.keep == 0.5
+    with pytest.raises(UsageError, match=r"pruning\.keep: must be above 0"):
+        request(keep="1.5").resolved()
+    with pytest.raises(RecipeError, match="did you mean"):
+        request(recipe="vim_smal_topvim").resolved()
+
+
+def test_options_override_a_recipe_and_amounts_replace_each_other() -> None:
+    file = "vim_small_topvim"
+    own = request(recipe=file).resolved()
+    changed = request(recipe=file, tokens="30,20,10", points="1,2,3").resolved()
+    assert own.pruning != changed.pruning
+    assert (changed.pruning.keep, changed.pruning.tokens) == (None, (30, 20, 10)) and changed.training == own.training
+
+
+def test_a_search_takes_more_images_unless_told() -> None:
+    asked = request(target_flops=0.8, calib=NOWHERE)
+    asked.check()
+    assert asked.resolved().calibration.images == SEARCH_IMAGES
+    assert replace(asked, calib_images=9).resolved().calibration.images == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "alignment"),
+    [
+        ({"calib": NOWHERE}, "calibrated"),
+        ({}, "null"),
+        ({"alignment": "neighbour"}, "neighbour"),
+        ({"alignment": "calibrated", "calib": NOWHERE}, "calibrated"),
+        ({"reduction": "local-merge"}, "mass"),
+        ({"reduction": "local-merge", "calib": NOWHERE}, "mass"),
+    ],
+)
+def test_a_dry_run_names_the_alignment_that_the_run_takes(options: dict[str, Any], alignment: str) -> None:
+    result = compress_checkpoint(request(keep="0.6", dry_run=True, **options))
+    assert result.out is None and not NOWHERE.exists()
+    assert result.report.pruning is not None and result.report.pruning.alignment == alignment
+    with pytest.raises(UsageError, match="needs calibration images"):
+        compress_checkpoint(request(keep="0.6", dry_run=True, alignment="calibrated"))
+
+
+def test_a_run_and_its_dry_run_agree_and_the_verdicts_are_in_the_report(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(12) % 10)
+    asked = request(
+        keep="0.5",
+        calib=tmp_path / "images.npz",
+        eval_data=tmp_path / "images.npz",
+        limit=8,
+        samples=0,
+        limits=Limits(max_drop=1.0, max_flops=0.9, max_latency_ratio=100.0),
+        out=tmp_path / "out",
+    )
+    result = compress_checkpoint(asked)
+    dry = compress_checkpoint(replace(asked, dry_run=True, limits=Limits(max_flops=0.9))).report
+    report = result.report
+    assert (report.pruning, report.dense, report.pruned) == (dry.pruning, dry.dense, dry.pruned)
+    assert result.out == tmp_path / "out" and result.warnings == report.warnings
+    assert report.accuracy is not None and report.accuracy.count == 8
+    assert {each.name: each.holds for each in report.limits} == {
+        "max_drop": False,  # eight images cannot show that it lost less than a point
+        "max_flops": True,
+        "max_latency_ratio": True,
+    }
+    assert [each.name for each in dry.limits] == ["max_flops"]
