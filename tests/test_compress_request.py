@@ -57,6 +57,12 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
         compress_checkpoint(request(**options))
 
 
+def test_a_search_among_no_methods_is_wrong_usage(tmp_path: Path) -> None:
+    """`mask` saves nothing."""
+    with pytest.raises(UsageError, match="no method of these names"):
+        compress_checkpoint(request(target_flops=0.8, reduction="mask", calib=NOWHERE, out=tmp_path / "out"))
+
+
 def test_options_make_a_recipe() -> None:
     made = request(keep="0.9,0.8", points="1,3", importance="delta", calib=NOWHERE, calib_images=7, seed=3)
     made.check()

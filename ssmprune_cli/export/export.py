@@ -61,15 +61,18 @@ def export(model: Backbone, path: Path, target: str = "pt2", batch: int = 1) -> 
     try:
         with torch.no_grad():
             expected = model(other).double()
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 chosen.write(model, temporary, example)
                 found = chosen.compute(temporary, other).double()
+            except OSError:  # of the disk, not of the model
+                raise
             except Exception as error:  # whatever an exporter raises of a model that it cannot take
                 first = str(error).strip().partition("\n")[0]
                 raise SsmpruneError(
                     f"{model.family} cannot be exported to {target}: {first}", where=str(path)
                 ) from error
-        share = float((found - expected).abs().max() / expected.abs().max())
+        share = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
         if not share <= tolerance:
             raise SsmpruneError(
                 f"the {target} file computes something else: its logits are {share:.2g} of the largest one away from "

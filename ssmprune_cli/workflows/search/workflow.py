@@ -139,6 +139,8 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
     Raises UsageError for a budget that cannot be met, saying what can; DataError for images that are too few, cannot
     be read or are all alike, and for logits that are not finite.
     """
+    if not plan.methods:
+        raise UsageError("no method of these names both saves work and fits together, so there is nothing to search")
     model = source.load().to(resolve_device(plan.device))
     dataset = calibration_images(plan.calib, plan.calibration.images, plan.calibration.seed)
     if len(dataset) < MIN_IMAGES:
