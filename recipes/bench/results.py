@@ -57,7 +57,7 @@ def _section(marker: str) -> str:
 def _source(name: str, table: Table) -> str:
     about = table.about
     facts = "; ".join(about[key].rstrip(".") for key in ("machine", "note") if key in about)
-    return f"`{about['command']}`, {about['date']}. {facts}. All of it: `benchmarks/results/{name}.csv`.\n{{ .source }}"
+    return f"`{about['command']}`, {about['date']}. {facts}. All of it: `benchmarks/results/{name}.csv`."
 
 
 def main() -> None:
