@@ -7,8 +7,12 @@ writes what stands between a marker and its end, in README.md and every page und
     <!-- table: speed_pruned; columns: keep, reduction | ms a batch; where: Vim-T, 224 x 224 = batch 8 -->
     <!-- end -->
 
+    <!-- files -->
+    <!-- end -->
+
 `columns` (all, if left out) are separated by |, and so are the values that `where` allows a column. Every condition of
-`where` is one more `; where:`. A row is never changed: a figure in a page is a figure in a file.
+`where` is one more `; where:`. A row is never changed: a figure in a page is a figure in a file. "files" lists the
+files.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from tables import Table, read
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-MARKER = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- (?:table: (.+?)|files) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -31,7 +35,7 @@ def pages() -> list[Path]:
 
 def filled(text: str) -> str:
     """`text` with the table of every marker made again. Raises KeyError for a column that a file does not have."""
-    return MARKER.sub(lambda found: found[1] + _section(found[2]) + found[3], text)
+    return MARKER.sub(lambda found: found[1] + (_section(found[2]) if found[2] else _files()) + found[3], text)
 
 
 def _section(marker: str) -> str:
@@ -52,6 +56,12 @@ def _section(marker: str) -> str:
     if not chosen.rows:
         raise KeyError(f"{name}: no row has {where}")
     return f"\n{chosen.markdown()}\n{_source(name, table)}\n\n"
+
+
+def _files() -> str:
+    tables = {path.name: read(path).about for path in sorted(RESULTS.glob("*.csv"))}
+    rows = [(f"`{name}`", about["date"], f"`{about['command']}`") for name, about in tables.items()]
+    return f"\n{Table(('file', 'date', 'command'), rows).markdown()}\n"
 
 
 def _source(name: str, table: Table) -> str:

@@ -22,8 +22,8 @@ PREFACE = """\
 
 # Commands
 
-This is what `ssmprune COMMAND --help` prints. Results go to stdout. Progress, warnings and errors go to stderr. Commands
-with a result take `--json`, which prints one object.
+This is what `ssmprune COMMAND --help` prints. Results go to stdout. Progress, warnings and errors go to stderr.
+Commands with a result take `--json`, which prints one object.
 
 | exit code | meaning |
 | --- | --- |
