@@ -60,8 +60,9 @@ def _section(marker: str) -> str:
 
 def _files() -> str:
     tables = {path.name: read(path).about for path in sorted(RESULTS.glob("*.csv"))}
-    rows = [(f"`{name}`", about["date"], f"`{about['command']}`") for name, about in tables.items()]
-    return f"\n{Table(('file', 'date', 'command'), rows).markdown()}\n"
+    listed = Table(("file", "date", "command"))
+    listed.rows += [(f"`{name}`", about["date"], f"`{about['command']}`") for name, about in tables.items()]
+    return f"\n{listed.markdown()}\n"
 
 
 def _source(name: str, table: Table) -> str:
