@@ -23,9 +23,9 @@ pages: $(STAMP)
 	$(BIN)/python recipes/docs/drawings.py
 	$(BIN)/python recipes/bench/results.py
 
-# Strict: a broken link, or a page that the navigation lacks, is an error. Needs no network.
+# A broken link, or a page that the navigation lacks, is an error (not with --quiet). Needs no network.
 docs: pages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Open build/docs/index.html."
 
 bench: $(STAMP)

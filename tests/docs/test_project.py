@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +69,33 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
 
 def test_wheels_do_not_bring_a_second_openmp_runtime() -> None:
     assert "--exclude libgomp.so.1" in PYPROJECT["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"]
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "complaint"),
+    [
+        ("index.md", "", None),
+        ("index.md", "[x](nowhere.md)", "'nowhere.md', but the target is not found"),
+        ("index.md", "[x](kernels.md#nothing)", "does not contain an anchor '#nothing'"),
+        ("orphan.md", "# Orphan", "not included in the"),
+    ],
+    ids=["as it is", "link", "anchor", "page without navigation"],
+)
+def test_building_the_pages_fails_on_what_leads_nowhere(
+    page: str, text: str, complaint: str | None, tmp_path: Path
+) -> None:
+    """As `make docs` does it; with --quiet a warning would be no error."""
+    command = rules("docs").splitlines()[0]
+    assert command.endswith("-m mkdocs build --strict")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / page).open("a", encoding="utf-8") as file:
+        file.write(f"\n{text}\n")
+    arguments = [sys.executable, *command.split()[2:]]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if complaint is None:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "build" / "docs" / "index.html").exists()
+    else:
+        assert done.returncode != 0 and complaint in done.stderr, done.stderr
