@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench docs pages
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/demo.sh
@@ -16,6 +16,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
+
+# What commands write into the pages: the help of the commands, tables of results, drawings.
+pages: $(STAMP)
+	$(BIN)/python recipes/docs/commands.py
+	$(BIN)/python recipes/docs/drawings.py
+	$(BIN)/python recipes/bench/results.py
+
+# A broken link, or a page that the navigation lacks, is an error (not with --quiet). Needs no network.
+docs: pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open build/docs/index.html."
 
 bench: $(STAMP)
 	$(BIN)/python recipes/bench/speed.py

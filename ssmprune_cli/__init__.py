@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ssmprune_cli.inference import prepare
     from ssmprune_cli.pruning import compress, restore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "compress", "load", "prepare", "restore"]
 
 _HOMES = {

@@ -1,10 +1,11 @@
-"""The evidence of BENCHMARKS.md for one checkpoint, without fine-tuning: ways to prune, and what the search finds.
+"""The evidence of docs/results.md for one checkpoint, without fine-tuning: ways to prune, and what the search finds.
 
-    python recipes/bench/evidence.py [CKPT --dataset cifar10 --data-dir DIR --calib DIR] [--out FILE.md] [--device cuda]
+    python recipes/bench/evidence.py [CKPT --dataset cifar10 --data-dir DIR --calib DIR] [--csv FILE] [--device cuda]
         [--keep 0.9 0.7 0.5] [--flops 0.8 0.6] [--times 0.8 0.6] [--search 0.8 0.6] [--counts 16 64 256]
 
-prints Markdown tables, and with --out writes them to a file after every row. Beside it a .json keeps what is finished:
-a run that was killed continues with the same command. Without a checkpoint: that of the demo, on its digits.
+prints Markdown tables, and with --csv FILE writes each beside it after every row (FILE_keep.csv, ...). Beside them a
+.json keeps what is finished: a run that was killed continues with the same command. Without a checkpoint: that of the
+demo, on its digits.
 
 --keep    equal keep ratios at the default points: what order, score, context and every alignment do
 --flops   every method, cut uniformly at the default points, at equal multiply-adds (shares of the dense model's)
@@ -49,7 +50,7 @@ from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
 from ssmprune_cli.workflows.trials.measure import load_images
 from ssmprune_cli.workflows.trials.state import SavedState
-from ssmprune_cli.workflows.write import write_text
+from tables import Tables
 
 DEMO = Path(__file__).parent.parent / "demo"
 SEEDS = 3
@@ -67,11 +68,19 @@ AT_EQUAL_KEEP = {
     "drop with context, aligned, calibrated": Method("clip", "context", "calibrated"),
     "mask (saves nothing)": Method("clip", "mask", "none"),
 }
-METHOD_TITLES = "| multiply-adds | images/s | top-1 % | change, points | nats |\n|---|---|---|---|---|---|---|"
+METHOD_TITLES = ("method", "multiply-adds", "images/s", "top-1 %", "change, points", "nats")
 SEARCH_TITLES = (
-    "| budget | calibration images | found | prune after | patch tokens left | multiply-adds, found and default | "
-    "top-1 %: dense, found, default | nats, found | nats, default | found less default | "
-    "found less default without alignment |\n" + "|---" * 11 + "|"
+    "budget",
+    "calibration images",
+    "searched recipe",
+    "prune after",
+    "patch tokens left",
+    "multiply-adds, searched and default",
+    "top-1 %: dense, searched, default",
+    "nats, searched",
+    "nats, default",
+    "searched less default",
+    "searched less default without alignment",
 )
 
 
@@ -94,7 +103,8 @@ class Evidence:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.source = Source(arguments.checkpoint)
-        self.out: Path | None = arguments.out
+        self.out: Path | None = arguments.csv
+        self.tables = Tables(self.out)
         dataset = open_dataset(arguments.dataset, arguments.data_dir)
         identity = {
             "checkpoint": checkpoint.sha256(arguments.checkpoint),
@@ -112,39 +122,32 @@ class Evidence:
         )
         self.calibration = self._calibration(CALIBRATION)
         self.uniform = Uniform(self.comparison.model, self.calibration, batch_size=arguments.batch_size)
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-        print(text, flush=True)
-        if self.out is not None:
-            write_text(self.out, "\n".join(self.lines) + "\n")
 
     def methods(self, kind: str, values: list[float], methods: dict[str, Method]) -> None:
         """A table of `methods` at every budget of this kind."""
         if not values:
             return
-        self.line(f"\n| {kind} | method {METHOD_TITLES}")
+        self.tables.start(kind, "keep" if kind == "keep" else "budget", *METHOD_TITLES)
         if self.comparison.images.labels is not None:
             right = self._right(self.comparison.dense_logits)
-            self.line(f"|  | dense | 1.0000 |  | {plus_minus(100 * right, 2)} |  |  |")
+            self.tables.row("", "dense", "1.0000", "", plus_minus(100 * right, 2), "", "")
         for value in values:
             for title, method in methods.items():
                 if kind != "keep" and not REDUCTIONS.get(method.reduction).shortens:
                     continue
                 row = self.state.get(f"{kind} {value} {method}", partial(self._row, method, Budget(kind, value)))
                 cells = row or ["cannot save enough at these points", "", "", "", ""]
-                self.line(f"| {value:g} | {title} | {' | '.join(cells)} |")
+                self.tables.row(f"{value:g}", title, *cells)
 
-    def searches(self, budgets: list[float], counts: list[int]) -> None:
+    def searches(self, kind: str, budgets: list[float], counts: list[int]) -> None:
         """A table of what searches find, against the uniform default."""
         if not budgets or not counts:
             return
-        self.line(f"\n{SEARCH_TITLES}")
+        self.tables.start(kind, *SEARCH_TITLES)
         for count in counts:
             for budget in budgets:
                 cells = self.state.get(f"search {budget} {count}", partial(self._search, budget, count))
-                self.line(f"| {budget:g} | {count} | {' | '.join(cells)} |")
+                self.tables.row(f"{budget:g}", str(count), *cells)
             if (state := self._search_state(count)) is not None:
                 state.unlink(missing_ok=True)
 
@@ -248,7 +251,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=DEMO / "test.npz", help="images to compare on")
     parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz", help="other images")
     parser.add_argument("--limit", type=int, help="compare on so many images, always the same")
-    parser.add_argument("--out", type=Path, help="Markdown file; finished rows are kept in the .json beside it")
+    parser.add_argument("--csv", type=Path, help="write each table beside it; finished rows are kept in the .json")
     shares: Callable[..., object] = partial(parser.add_argument, type=float, nargs="*", default=[])
     for option in ("--keep", "--flops", "--times", "--search"):
         shares(option)
@@ -265,11 +268,11 @@ def main() -> None:
     evidence.methods("keep", arguments.keep, AT_EQUAL_KEEP)
     evidence.methods("flops", arguments.flops, at_equal_cost())
     evidence.methods("time", arguments.times, at_equal_cost())
-    evidence.searches(arguments.search, [arguments.search_images])
-    evidence.searches([arguments.counts_budget], arguments.counts)
+    evidence.searches("search", arguments.search, [arguments.search_images])
+    evidence.searches("counts", [arguments.counts_budget], arguments.counts)
     versions = f"ssmprune {ssmprune_cli.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    evidence.line(
-        f"\n{arguments.checkpoint.name}, {len(evidence.comparison.images)} images; {versions}, "
+    evidence.tables.measured_on(
+        f"{arguments.checkpoint.name}, {len(evidence.comparison.images)} images; {versions}, "
         f"{machine(evidence.comparison.device)}, {torch.get_num_threads()} threads, "
         f"backend {active_backend(arguments.device)}, batches of {arguments.batch_size}; ± is one standard error."
     )

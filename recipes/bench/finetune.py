@@ -1,19 +1,19 @@
-"""The fine-tuning table of BENCHMARKS.md: checkpoints pruned to parts of their multiply-adds, before and after.
+"""The fine-tuning tables of docs/results.md: checkpoints pruned to parts of their multiply-adds, before and after.
 
     python recipes/bench/finetune.py --checkpoint FILE [FILE ...] --dataset cifar10 --train DIR --val DIR --calib DIR
         [--costs 0.7 0.5] [--points 3 6 9] [--reductions drop context] [--alignments none calibrated]
-        [--distilled no yes] [--epochs 3] [--limit N] [--seeds 1] [--set training.key=value ...] [--json FILE]
+        [--distilled no yes] [--epochs 3] [--limit N] [--seeds 1] [--set training.key=value ...] [--csv FILE]
 
-prints a Markdown table. Every checkpoint is pruned (equal keep ratios at the points) to each share of the dense
-multiply-adds, all scan directions counted, with the reductions `drop` and `context`, aligned and not, and trained with
-and without distillation from the dense model, once for each seed. "won back" is the share of the lost points that
-training returned. Top-1 is on the same images for all; ± is the standard deviation over seeds.
+prints a Markdown table, a row as soon as it is known, and with --csv writes it. Every checkpoint is pruned (equal
+keep ratios at the points) to each share of the dense multiply-adds, all scan directions counted, with the reductions
+`drop` and `context`, aligned and not, and trained with and without distillation from the dense model, once for each
+seed. "won back" is the share of the lost points that training returned. Top-1 is on the same images for all; ± is the
+standard deviation over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -38,6 +38,7 @@ from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.finetune import Data, Job, finetune
 from ssmprune_cli.workflows.finetune.plan import some
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tables import Tables
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -113,18 +114,23 @@ def rows(arguments: argparse.Namespace, settings: Training) -> Iterator[dict[str
                             "after": after,
                             "won_back": (mean - before) / (dense - before) if dense > before else None,
                         }
-                        print(f"  {row}", file=sys.stderr)
                         yield row
 
 
-def table_line(row: dict[str, Any]) -> str:
+def cells(row: dict[str, Any]) -> list[str]:
     spread = f" ± {statistics.stdev(row['after']):.2f}" if len(row["after"]) > 1 else ""
     won = "-" if row["won_back"] is None else f"{100 * row['won_back']:.0f} %"
-    return (
-        f"| {row['checkpoint']} | {row['cost']} ({row['keep']}) | {row['reduction']} | {row['alignment']} | "
-        f"{'yes' if row['distilled'] else 'no'} | {row['dense']:.2f} | {row['before']:.2f} | "
-        f"{statistics.mean(row['after']):.2f}{spread} | {won} |"
-    )
+    return [
+        row["checkpoint"],
+        f"{row['cost']} ({row['keep']})",
+        row["reduction"],
+        row["alignment"],
+        "yes" if row["distilled"] else "no",
+        f"{row['dense']:.2f}",
+        f"{row['before']:.2f}",
+        f"{statistics.mean(row['after']):.2f}{spread}",
+        won,
+    ]
 
 
 def main() -> None:
@@ -145,25 +151,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="training.key=value")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the rows here too, after each")
+    parser.add_argument("--csv", type=Path, help="write the table here too")
     arguments = parser.parse_args()
     settings = Recipe(pruning=Pruning(keep=1.0), training=Training(epochs=arguments.epochs)).override(
         arguments.settings
     )
     assert settings.training is not None
     start = time.perf_counter()
-    found = []
+    tables = Tables(arguments.csv)
+    titles = ("checkpoint", "multiply-adds (keep)", "reduction", "alignment", "distilled")
+    tables.start("", *titles, "dense %", "before %", "after %", "won back")
     for row in rows(arguments, settings.training):
-        found.append(row)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    titles = "checkpoint", "multiply-adds (keep)", "reduction", "alignment", "distilled", "dense %", "before %"
-    print(f"| {' | '.join(titles)} | after % | won back |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in found:
-        print(table_line(row))
-    print(
-        f"\n{arguments.epochs} epochs, {arguments.limit or 'all'} training images, {arguments.seeds} seeds; ssmprune "
+        tables.row(*cells(row))
+    tables.measured_on(
+        f"{arguments.epochs} epochs, {arguments.limit or 'all'} training images, {arguments.seeds} seeds; ssmprune "
         f"{ssmprune_cli.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.machine()}, {torch.get_num_threads()} threads, backend {active_backend(arguments.device)}, "
         f"{time.perf_counter() - start:.0f} s."

@@ -1,12 +1,13 @@
 """Speed on a GPU: the scan backends beside the memory's own speed, and Vim-T and Vim-S dense against pruned.
 
-    python recipes/bench/gpu.py [--minutes 9] [--output BENCHMARKS-GPU.md]
+    python recipes/bench/gpu.py [--minutes 9] [--csv benchmarks/results/gpu.csv]
 
-prints Markdown tables, writes them to the output and every line with its time to the same name with `.log`. Times are
-by CUDA events, after a warm-up; contestants take turns; figures are medians over rounds, with the quartiles. "graph"
-replays a CUDA graph, which leaves Python out; the scans of `triton` and `mamba_cuda` are timed so, `chunked` is not
-(its thousands of launches are its cost; long ones are left out). "stock, alone" is mamba-ssm's kernel as its own models
-call it: channels first, not aligned. Rows for which the time ran out are left out. Without a GPU: exit code 1.
+prints Markdown tables, and with --csv writes each to a file beside it (gpu_models.csv, ...) and every line with its
+time to the same name with `.log`. Times are by CUDA events, after a warm-up; contestants take turns; figures are
+medians over rounds, with the quartiles. "graph" replays a CUDA graph, which leaves Python out; the scans of `triton`
+and `mamba_cuda` are timed so, `chunked` is not (its thousands of launches are its cost; long ones are left out).
+"stock, alone" is mamba-ssm's kernel as its own models call it: channels first, not aligned. Rows for which the time
+ran out are left out. Without a GPU: exit code 1.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.profile import tokens_per_block
+from tables import Tables
 
 # (tokens, channels)
 SHAPES = {"Vim-T": (197, 384), "Vim-S": (197, 768), "L 4096": (4096, 384), "L 16384": (16384, 384)}
@@ -48,30 +50,24 @@ Run = Callable[[], object]
 
 
 class Report:
-    """Lines that go to the terminal, the Markdown file and the log."""
+    """Lines that go to the terminal and, with their times, to the log beside the CSV files."""
 
-    def __init__(self, path: Path, minutes: float) -> None:
+    def __init__(self, csv: Path | None, minutes: float) -> None:
         self._start = time.monotonic()
         self._deadline = self._start + 60 * minutes
-        self._path, self._log = path, path.with_suffix(".log")
-        path.write_text("")
-        self._log.write_text(f"started {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
+        self._log = csv and csv.with_suffix(".log")
+        self.tables = Tables(csv, self.line)
+        if self._log is not None:
+            self._log.write_text(f"started {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
 
     def line(self, text: str = "") -> None:
         print(text, flush=True)
-        with self._path.open("a") as file:
-            file.write(f"{text}\n")
         self.log(text)
 
     def log(self, text: str) -> None:
-        with self._log.open("a") as file:
-            file.write(f"{time.monotonic() - self._start:7.1f} s  {text}\n")
-
-    def table(self, *titles: str) -> None:
-        self.line(f"\n| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
-
-    def row(self, *cells: str) -> None:
-        self.line(f"| {' | '.join(cells)} |")
+        if self._log is not None:
+            with self._log.open("a") as file:
+                file.write(f"{time.monotonic() - self._start:7.1f} s  {text}\n")
 
     @property
     def over(self) -> bool:
@@ -160,7 +156,9 @@ def stock_scan(inputs: list[Tensor], grad: Tensor | None) -> None:
 def agreement(report: Report) -> None:
     """Of every backend with float64, before anything is timed."""
     backends = [name for name in GPU_BACKENDS if available_backends()[name] == "available"]
-    report.table("largest error, of the largest entry", *(f"{name}, {p}" for name in backends for p in DTYPES))
+    report.tables.start(
+        "agreement", "largest error, of the largest entry", *(f"{name}, {p}" for name in backends for p in DTYPES)
+    )
     wide, narrow = (4, 197, 384), (4, 197, STATE)
     shapes = (wide, wide, (384, STATE), narrow, narrow, wide[:2], wide[2:], wide)
     values = [torch.randn(shape, device="cuda").bfloat16().double() for shape in shapes]
@@ -172,7 +170,7 @@ def agreement(report: Report) -> None:
     for row, name in enumerate(("y", "u", "delta", "A", "B", "C")):
         expected = truth[row]
         errors = [((found[row].double() - expected).abs().max() / expected.abs().max()).item() for found in columns]
-        report.row(name, *(f"{error:.1e}" for error in errors))
+        report.tables.row(name, *(f"{error:.1e}" for error in errors))
     use_backend("auto")
 
 
@@ -189,7 +187,7 @@ def scan_tables(report: Report, rate: float, seconds: float) -> None:
     for backward in (False, True):
         kind = "forward + backward" if backward else "forward"
         titles = (*(f"{name}, ms" for name in contestants), "memory floor, ms", "of the floor")
-        report.table(f"aligned scan, {kind}", *titles)
+        report.tables.start("scan_backward" if backward else "scan", f"aligned scan, {kind}", *titles)
         for batch in BATCHES:
             for title, (length, channels) in SHAPES.items():
                 for precision, dtype in DTYPES.items():
@@ -225,7 +223,7 @@ def scan_row(
         gap, gap_delta = titled(batch, length).ge(1).to(dtype), titled(channels).abs_()
         grad = titled(shape) if backward else None
     except torch.OutOfMemoryError:
-        report.row(name, *(cell(None) for _ in backends), f"{floor:.3f}", "")
+        report.tables.row(name, *(cell(None) for _ in backends), f"{floor:.3f}", "")
         return
     contestants: dict[str, Run] = {}
     for backend in backends:
@@ -242,7 +240,7 @@ def scan_row(
             torch.cuda.empty_cache()
     times = race(contestants, report, seconds)
     share = f"{floor / statistics.median(times[backends[0]]):.0%}" if backends[0] in times else ""
-    report.row(name, *(cell(times.get(backend)) for backend in backends), f"{floor:.3f}", share)
+    report.tables.row(name, *(cell(times.get(backend)) for backend in backends), f"{floor:.3f}", share)
 
 
 def channels_first(tensor: Tensor) -> Tensor:
@@ -260,7 +258,7 @@ def model_table(report: Report, seconds: float) -> None:
         "half, in sight": (0.5, [1], "context"),
     }
     titles = ("eager, ms a batch", "graph, ms a batch", "images/s, graph", "faster, graph", "ideal", "of ideal, graph")
-    report.table("model", "tokens", *titles)
+    report.tables.start("models", "model", "tokens", *titles)
     for name, dim in WIDTHS.items():
         for batch in (64, 256):
             images = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
@@ -281,12 +279,12 @@ def model_table(report: Report, seconds: float) -> None:
                 faster = dense / median
                 cells = [cell(times[f"{plan}, {way}"]) for way in ("eager", "graph")]
                 cells += [f"{1e3 * batch / median:.0f}", f"{faster:.2f}x", f"{ideal:.2f}x", f"{faster / ideal:.0%}"]
-                report.row(f"{name} b{batch}", plan, *cells)
+                report.tables.row(f"{name} b{batch}", plan, *cells)
 
 
 def pruning_table(report: Report, seconds: float) -> None:
     """What one prune point costs: score, rank, sort, gather."""
-    report.table("one prune point, bfloat16", "eager, ms", "graph, ms")
+    report.tables.start("prune_point", "one prune point, bfloat16", "eager, ms", "graph, ms")
     for name, dim in WIDTHS.items():
         for batch in (64, 256):
             hidden = torch.randn(batch, 197, dim, device="cuda", dtype=torch.bfloat16)
@@ -294,7 +292,7 @@ def pruning_table(report: Report, seconds: float) -> None:
             outputs = tuple(torch.randn(batch, 197, 2 * dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
             run = partial(prune, sequence, ScanStatistics(outputs))
             times = race({"eager": run, "graph": graphed(run)}, report, seconds)
-            report.row(f"{name} b{batch}", cell(times["eager"]), cell(times["graph"]))
+            report.tables.row(f"{name} b{batch}", cell(times["eager"]), cell(times["graph"]))
 
 
 def _positions(batch: int) -> Tensor:
@@ -317,21 +315,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9, help="after which no new row is started")
     parser.add_argument("--seconds", type=float, default=0.4, help="for each contestant and row")
-    parser.add_argument("--output", type=Path, default=Path("BENCHMARKS-GPU.md"))
+    parser.add_argument("--csv", type=Path, help="write the tables here too, each to a file of its own name")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("recipes/bench/gpu.py needs a CUDA device, and PyTorch sees none here.")
     device = torch.cuda.get_device_properties(0)
-    report = Report(arguments.output, arguments.minutes)
-    report.line("# Benchmarks on a GPU\n\n`python recipes/bench/gpu.py`; see there for what is timed and how.\n")
+    report = Report(arguments.csv, arguments.minutes)
     packages = ("torch", "triton", "mamba-ssm", "causal-conv1d")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    report.line(
+    machine = (
         f"{device.name}, {device.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}; ssmprune "
         f"{ssmprune_cli.__version__}, {versions}, Python {platform.python_version()}; median (quartiles)."
     )
     for name, reason in available_backends().items():
         report.log(f"backend {name}: {reason}")
+    report.tables.measured_on(machine)
     rate = bandwidth(report, arguments.seconds)
     report.line(f"\nA copy moves {rate / 1e9:.2f} TB/s: the memory floor of a scan is its bytes at this rate.")
     agreement(report)

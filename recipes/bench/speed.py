@@ -1,10 +1,11 @@
 """Speed on this CPU: the scan backends at published shapes, and Vim-T against its floor and against itself pruned.
 
-    python recipes/bench/speed.py [--seconds 5]
+    python recipes/bench/speed.py [--seconds 5] [--csv benchmarks/results/speed.csv]
 
-prints Markdown tables. Contestants take turns in one process; figures are medians over rounds, with the quartiles.
-A round in which other processes used the processors is run again, at most three times. glibc is told to keep freed
-memory, for all contestants alike, as a warm server would. Weights and inputs are random: they do not change the time.
+prints Markdown tables, and with --csv writes each to a file beside it (speed_scan.csv, ...). Contestants take turns
+in one process; figures are medians over rounds, with the quartiles. A round in which other processes used the
+processors is run again, at most three times. glibc is told to keep freed memory, for all contestants alike, as a warm
+server would. Weights and inputs are random: they do not change the time.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from ssmprune_cli.workflows.measure.floor import floor
 from ssmprune_cli.workflows.measure.flops import count_flops
 from ssmprune_cli.workflows.measure.machine import machine
 from ssmprune_cli.workflows.profile import tokens_per_block
+from tables import Tables
 
 SHAPES = {"Vim-T b1": (1, 197, 384), "Vim-T b8": (8, 197, 384), "Vim-S b1": (1, 197, 768), "L 4096 b1": (1, 4096, 384)}
 STATE = 16
@@ -116,16 +118,16 @@ def published_scan(inputs: list[torch.Tensor], gap: torch.Tensor, gap_delta: tor
     return torch.stack(outputs, dim=1)
 
 
-def scan_table(seconds: float) -> None:
+def scan_table(tables: Tables, seconds: float) -> None:
     """Time, rate and error of every backend; the reference's own float32 error is the measure of the others'.
 
     The published formulation is timed forward only: under autograd its time grows with the square of the length.
     """
     backends = backends_for(torch.zeros(1))
-    titles = " | ".join(f"{name}, ms" for name in (*backends, "published"))
+    titles = [f"{name}, ms" for name in (*backends, "published")]
     ratios = ", ".join((*backends[1:], "published"))
-    print(f"| aligned scan | {titles} | {backends[0]} against {ratios} | G updates/s | error | memory, MiB |")
-    print("|---" * (len(backends) + 6) + "|")
+    rest = (f"{backends[0]} against {ratios}", "G updates/s", "error", "memory, MiB")
+    tables.start("scan", "aligned scan", *titles, *rest)
     for backward in (False, True):
         for title, (batch, length, channels) in SHAPES.items():
             wide, narrow = (batch, length, channels), (batch, length, STATE)
@@ -148,7 +150,9 @@ def scan_table(seconds: float) -> None:
                 row.append(f"{batch * length * channels * STATE / best / 1e6:.2f}")
                 row.append(f"{error_ratio(backends[0], inputs, gap, gap_delta):.2f}")
                 row.append(f"{extra_memory(partial(scan, backends[0], inputs, gap, gap_delta)):.1f}")
-            print(f"| {' | '.join(row)} |" + (" | | |" if backward else ""))
+            else:
+                row += ["", "", ""]
+            tables.row(*row)
     use_backend("auto")
 
 
@@ -185,7 +189,7 @@ def extra_memory(run: Callable[[], object]) -> float:
     return resident("VmHWM") - before
 
 
-def small_ops_table(seconds: float) -> None:
+def small_ops_table(tables: Tables, seconds: float) -> None:
     """What surrounds the scan, at Vim-T shapes, batch 8."""
     batch, length, channels = SHAPES["Vim-T b8"]
     backends = [name for name in backends_for(torch.zeros(1)) if name != "reference"]
@@ -201,7 +205,7 @@ def small_ops_table(seconds: float) -> None:
         "7 x 7 grid convolution + SiLU, dense": lambda: grid_conv2d(x[:, :196], square, bias, (14, 14)),
         "the same, half of the tokens": lambda: grid_conv2d(x[:, :98], square, bias, (14, 14), kept),
     }
-    print("| op, batch 8 | " + " | ".join(f"{name}, ms" for name in backends) + " | ratio |\n" + "|---" * 4 + "|")
+    tables.start("ops", "op, batch 8", *(f"{name}, ms" for name in backends), "ratio")
 
     def on(name: str, op: Callable[[], object]) -> None:
         use_backend(name)
@@ -211,17 +215,17 @@ def small_ops_table(seconds: float) -> None:
         times = race({name: partial(on, name, op) for name in backends}, seconds / 2)
         medians = [statistics.median(times[name]) for name in backends]
         ratio = f"{medians[-1] / medians[0]:.1f}x"
-        print(f"| {title} | {' | '.join(cell(times[name]) for name in backends)} | {ratio} |")
+        tables.row(title, *(cell(times[name]) for name in backends), ratio)
     use_backend("auto")
 
 
-def floor_table(seconds: float) -> None:
+def floor_table(tables: Tables, seconds: float) -> None:
     """Whole dense Vim-T: with the fast kernels, the same op by op, with the reference scan, and the sum of the floors.
 
     The floors are what GEMMs of the model's own shapes and scans of its own shape take when nothing else is done.
     """
-    titles = "ms a batch | images/s | op by op, ms | reference scan, ms | reference / this | floor, ms | floor / this"
-    print(f"| Vim-T, 224 x 224, dense | {titles} |\n" + "|---" * 8 + "|")
+    titles = ("op by op, ms", "reference scan, ms", "reference / this", "floor, ms", "floor / this")
+    tables.start("dense", "Vim-T, 224 x 224, dense", "ms a batch", "images/s", *titles)
     model = Vim(VimConfig()).eval()
     session = prepare(model)
 
@@ -239,18 +243,18 @@ def floor_table(seconds: float) -> None:
         least = floor(session, images, rounds=20).multiply_adds_ms
         row = [f"batch {batch}", cell(times["fast"]), f"{1e3 * batch / fast:.1f}", cell(times["apart"])]
         row += [cell(times["reference"]), f"{slow / fast:.1f}x", f"{least:.1f}", f"{100 * least / fast:.0f} %"]
-        print(f"| {' | '.join(row)} |")
+        tables.row(*row)
     use_backend("auto")
 
 
-def model_table(seconds: float) -> None:
+def model_table(tables: Tables, seconds: float) -> None:
     """Pruned right after the first block, so that nearly every block has the same share of the tokens.
 
     "Ideal" is 1 / (mean kept fraction): what dropped tokens would save if they cost nothing at all. In bfloat16
     where the processor has it.
     """
-    print("| Vim-T, 224 x 224 | keep, reduction | ms a batch | images/s | faster than dense | ideal | of ideal |")
-    print("|---" * 7 + "|")
+    titles = ("ms a batch", "images/s", "faster than dense", "ideal", "of ideal")
+    tables.start("pruned", "Vim-T, 224 x 224", "keep, reduction", *titles)
     variants = {"1": (1.0, "drop"), "0.8, drop": (0.8, "drop"), "0.65, drop": (0.65, "drop")}
     variants |= {"0.5, drop": (0.5, "drop"), "0.5, context": (0.5, "context")}
     for batch in (1, 8):
@@ -271,16 +275,13 @@ def model_table(seconds: float) -> None:
             ideal = 24 * 197 / sum(tokens_per_block(model))
             row = (f"batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
             share = f"{100 * dense / median / ideal:.0f} %"
-            print(f"| {' | '.join(row)} | {dense / median:.2f}x | {ideal:.2f}x | {share} |")
+            tables.row(*row, f"{dense / median:.2f}x", f"{ideal:.2f}x", share)
 
 
-def families_table(seconds: float) -> None:
+def families_table(tables: Tables, seconds: float) -> None:
     """Models whose scans run along routes over the grid, pruned as by default. In bfloat16 where processors have it."""
-    print(
-        "| 224 x 224 | keep | ms a batch | images/s | op by op, ms | faster than dense | multiply-adds |\n"
-        + "|---" * 7
-        + "|"
-    )
+    titles = ("ms a batch", "images/s", "op by op, ms", "faster than dense", "multiply-adds")
+    tables.start("families", "224 x 224", "keep", *titles)
 
     for family, variant in (("plainmamba", "plainmamba_l1"), ("vmamba", "vmamba_tiny_s1l8")):
         found = FAMILIES.get(family)
@@ -302,21 +303,22 @@ def families_table(seconds: float) -> None:
                 median = statistics.median(times[title])
                 row = (f"{variant}, batch {batch}", title, cell(times[title]), f"{1e3 * batch / median:.1f}")
                 share = f"{work[title] / work['1']:.2f}"
-                print(f"| {' | '.join(row)} | {cell(slower[title])} | {dense / median:.2f}x | {share} |")
+                tables.row(*row, cell(slower[title]), f"{dense / median:.2f}x", share)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5, help="for each contestant and row")
+    parser.add_argument("--csv", type=Path, help="write the tables here too, each to a file of its own name")
     arguments = parser.parse_args()
     keep_freed_memory()
-    scan_table(arguments.seconds)
+    tables = Tables(arguments.csv)
+    scan_table(tables, arguments.seconds)
     with torch.inference_mode():
         for table in (small_ops_table, floor_table, model_table, families_table):
-            print()
-            table(arguments.seconds)
-    print(
-        f"\n{machine()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, "
+            table(tables, arguments.seconds)
+    tables.measured_on(
+        f"{machine()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, "
         f"torch {torch.__version__}, Python {platform.python_version()}; median (quartiles)."
     )
 

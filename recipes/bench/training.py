@@ -1,10 +1,12 @@
-"""Peak memory and images per second of a training step, dense and pruned: the training table of BENCHMARKS.md.
+"""Peak memory and images per second of a training step, dense and pruned: a table of docs/results.md.
 
     python recipes/bench/training.py [--variant vim_tiny] [--image-size 224] [--batch-size 8] [--rounds 5]
+        [--csv benchmarks/results/training.csv]
 
-prints a Markdown table for random weights: forward, loss, gradient and AdamW, without reading images. Models take turns
-in every round; speed is the median with quartiles. Peak memory is what two updates add to a new process that has the
-model already: gradients, the optimiser's moments, activations (on a GPU the allocator's peak, weights included).
+prints a Markdown table for random weights, and with --csv writes it: forward, loss, gradient and AdamW, without
+reading images. Models take turns in every round; speed is the median with quartiles. Peak memory is what two updates
+add to a new process that has the model already: gradients, the optimiser's moments, activations (on a GPU the
+allocator's peak, weights included).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ from ssmprune_cli.models.common.block import set_recompute
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune.optimiser import optimiser
+from tables import Tables
 
 # title -> keep (None: dense), reduction, recompute
 WAYS: dict[str, tuple[float | None, str, bool]] = {
@@ -106,6 +110,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path, help="write the table here too")
     arguments = parser.parse_args()
     memory = {}
     for title in WAYS:  # each in a process of its own: a peak does not go down again
@@ -118,21 +123,24 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for title, step in steps.items():
             times[title].append(seconds(step))
-    print("| training step | images/s (quartiles) | against dense | peak memory, MiB | against dense |")
-    print("|---|---|---|---|---|")
+    tables = Tables(arguments.csv)
+    tables.start("", "training step", "images/s", "speed against dense", "peak memory, MiB", "memory against dense")
     for title, found in times.items():
         rates = sorted(arguments.batch_size / each for each in found)
         low, middle, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else rates * 3
         faster = statistics.median(times["dense"]) / statistics.median(found)
-        print(
-            f"| {title} | {middle:.2f} ({low:.2f} to {high:.2f}) | {faster:.2f}x | {memory[title] / 2**20:.1f} | "
-            f"{memory[title] / memory['dense']:.3f} |"
+        tables.row(
+            title,
+            f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            f"{faster:.2f}x",
+            f"{memory[title] / 2**20:.1f}",
+            f"{memory[title] / memory['dense']:.3f}",
         )
-    print(
-        f"\n{arguments.variant}, {arguments.image_size} pixels, batch {arguments.batch_size}, "
+    tables.measured_on(
+        f"{arguments.variant}, {arguments.image_size} pixels, batch {arguments.batch_size}, "
         f"{arguments.rounds} rounds, {arguments.device}; ssmprune {ssmprune_cli.__version__}, torch "
         f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, backend {active_backend(arguments.device)}."
+        f"{torch.get_num_threads()} threads, backend {active_backend(arguments.device)}; median (quartiles)."
     )
 
 

@@ -60,3 +60,9 @@ def test_a_wheel_is_built_and_runs_without_a_compiler(tmp_path: Path) -> None:
     name, site = install(tmp_path, PATH=str(tmp_path), CC="")
     assert name.endswith("-py3-none-any.whl")
     assert backend_of(site, tmp_path) == "chunked"
+
+
+@pytest.mark.slow
+def test_cibuildwheel_gets_a_wheel_for_its_platform_without_a_compiler_too(tmp_path: Path) -> None:
+    name, _ = install(tmp_path, PATH=str(tmp_path), CC="", CIBUILDWHEEL="1")
+    assert "-py3-none-" in name and not name.endswith("-any.whl")
