@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench docs pages
+.PHONY: demo test lint bench docs pages fuzz
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo/demo.sh
@@ -27,6 +27,13 @@ pages: $(STAMP)
 docs: pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Open build/docs/index.html."
+
+# Mutated checkpoints for SECONDS, then CASES mutated images, arrays and lists; prints the counts.
+SECONDS ?= 600
+CASES ?= 10000
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz $(SECONDS)
+	$(BIN)/python tests/fuzz/data_cases.py --cases $(CASES)
 
 bench: $(STAMP)
 	$(BIN)/python recipes/bench/speed.py
