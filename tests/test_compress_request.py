@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssmprune_cli.errors import RecipeError, UsageError
+from ssmprune_cli.errors import DataError, RecipeError, UsageError
 from ssmprune_cli.workflows.compress import SEARCH_IMAGES, CompressRequest, compress_checkpoint
 from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.source import Source
@@ -55,6 +55,16 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
         request(**options).check()
     with pytest.raises(UsageError, match=message):
         compress_checkpoint(request(**options))
+
+
+def test_what_cannot_be_judged_is_said_before_the_search(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.array([0, 99]))
+    asked = request(target_flops=0.8, calib=NOWHERE, eval_data=tmp_path / "images.npz", out=tmp_path / "out")
+    with pytest.raises(DataError, match="has the label 99"):
+        compress_checkpoint(asked)
+    with pytest.raises(DataError, match="no-such-folder"):
+        compress_checkpoint(replace(asked, eval_data=None))
 
 
 def test_a_search_among_no_methods_is_wrong_usage(tmp_path: Path) -> None:

@@ -206,17 +206,29 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
         return CompressResult(report, None, report.warnings)
     checkpoint.check_writable(out, overwrite=request.overwrite)
     resolve_device(request.device)
+    evaluation = _evaluation(request)  # what is wrong with it is said before a search, which may take an hour
     if not request.searched:
-        report = _compressed(request, recipe, out, None, progress)
+        report = _compressed(request, recipe, out, evaluation, None, progress)
         return CompressResult(report, out, report.warnings)
     result = _search(request, recipe, out, progress)
     (found,) = result.found
-    report = _compressed(request, found.recipe, out, found, progress)
+    report = _compressed(request, found.recipe, out, evaluation, found, progress)
     result.state.remove()
     notes: tuple[str, ...] = ()
     if found.latency_ms is not None and found.dense_latency_ms is not None:
         notes = (f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.",)
     return CompressResult(report, out, (*result.warnings, *report.warnings), notes)
+
+
+def _evaluation(request: CompressRequest) -> ImageDataset | None:
+    """The labelled images. Raises DataError if the model cannot be judged on them."""
+    if request.eval_data is None:
+        return None
+    model = request.source.load()
+    task = TASKS.get(model.task)
+    dataset = task.open(request.eval_data, request.dataset)
+    task.check(model, dataset)
+    return dataset
 
 
 def _search(request: CompressRequest, recipe: Recipe, out: Path, progress: Progress | None) -> SearchResult:
@@ -261,15 +273,17 @@ def recipe_settings(model: Backbone, recipe: Recipe, *, calibrated: bool) -> Pru
 
 
 def _compressed(
-    request: CompressRequest, recipe: Recipe, out: Path, found: Found | None, progress: Progress | None
+    request: CompressRequest,
+    recipe: Recipe,
+    out: Path,
+    evaluation: ImageDataset | None,
+    found: Found | None,
+    progress: Progress | None,
 ) -> Report:
     """Compress by `recipe`, which may have been `found` by a search, and write the artefact."""
     source = request.source
     target = resolve_device(request.device)
     model = source.load().to(target)
-    evaluation = None
-    if request.eval_data is not None:
-        evaluation = TASKS.get(model.task).open(request.eval_data, request.dataset)
     dense = figures(model)
     warnings = source.warnings()
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
