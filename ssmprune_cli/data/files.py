@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from ssmprune_cli.errors import DataError, listing, shown
+from ssmprune_cli.files import open_regular
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # Files beside images that nobody takes for one. Any other kind that is left out is named.
@@ -20,29 +20,10 @@ _NO_IMAGE = frozenset(
 _MOST_TEXT = 1 << 25  # bytes of a list: those of ImageNet's 50,000 images have a tenth of it
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """The file at `path`, opened to read. DataError for what is missing or is no regular file.
-
-    A pipe would wait for its writer, and a device may have no end: neither is opened.
-    """
-    try:
-        # Not to wait for a writer if it is a pipe after all; of a regular file it means nothing.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot be read: {_reason(error)}", where=str(path)) from error
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
-    kind = next((name for matches, name in kinds if matches(mode)), "a device")
-    raise DataError(f"cannot be read: it is {kind}, not a file", where=str(path))
-
-
 def read_bytes(path: Path, most: int) -> bytes:
     """All of a regular file. DataError if it cannot be read or has more than `most` bytes."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path, DataError) as file:
             content = file.read(most + 1)
     except (OSError, MemoryError) as error:
         raise DataError(f"cannot be read: {_reason(error)}", where=str(path)) from error

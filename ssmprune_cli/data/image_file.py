@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ssmprune_cli.data.files import open_regular
 from ssmprune_cli.errors import DataError, shown
+from ssmprune_cli.files import open_regular
 
 # Those behind our suffixes. PIL knows more, and starts Ghostscript for one of them.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -28,7 +28,7 @@ _BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC"}
 
 def read_image(path: Path) -> Image.Image:
     """The first image in the file at `path`, in any mode. Raises DataError for whatever keeps it from being read."""
-    with open_regular(path) as file:
+    with open_regular(path, DataError) as file:
         try:
             with Image.open(file, formats=FORMATS) as image:
                 check_pixels(*image.size)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssmprune_cli.data.datasets import SPLIT_FOLDERS, ImageDataset, Split
-from ssmprune_cli.data.files import open_regular
 from ssmprune_cli.data.image_file import check_pixels
 from ssmprune_cli.errors import DataError, listing, shown
+from ssmprune_cli.files import open_regular
 
 _HINT = (
     "An .npz of images has `images`, uint8 (N, H, W) or (N, H, W, 3), and may have `labels`, integers (N,); or such "
@@ -93,7 +93,7 @@ def _class_indices(labels: NDArray[Any], count: int, where: str) -> NDArray[np.i
 
 def _read(path: Path, split: Split) -> tuple[dict[str, NDArray[Any]], str, tuple[str, ...]]:
     """The images and labels of `split` by name, the name of the images, and notes. Runs no code from the file."""
-    with open_regular(path) as file:
+    with open_regular(path, DataError) as file:
         try:
             if file.read(6) == npy.MAGIC_PREFIX:
                 raise DataError("is a single array, not an .npz", where=str(path), hint=_HINT)

@@ -76,7 +76,7 @@ def test_a_list_and_records_that_are_devices_are_not_read(tmp_path: Path) -> Non
 
 def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"a\.jpg: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"a\.jpg: there is no such file"):
         some_images(tmp_path, 1, 0).image(0)
 
 
