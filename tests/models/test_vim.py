@@ -483,9 +483,10 @@ def test_model_is_traced_exported_and_built_on_meta(name: str, pruned: bool) -> 
         warnings.simplefilter("ignore")  # tracing warns of every shape that is checked, and of its own deprecation
         traced = torch.jit.trace(model, (first,))
         exported = torch.export.export(model, (first,)).module()
-        # A trace has the ops that `mamba_inner` is made of: the same in another order.
+        # The same ops. But torch's own convolution and linear layers (oneDNN, MKL) may add in an order that depends on
+        # where a tensor lies in memory, and on some processors do: bit for bit only our own ops are the same.
         torch.testing.assert_close(traced(second), model(second), rtol=0, atol=1e-6)
-        assert torch.equal(exported(second), model(second))
+        torch.testing.assert_close(exported(second), model(second), rtol=0, atol=1e-6)
         if not pruned:
             assert copy.deepcopy(model).to("meta")(first.to("meta")).shape == (2, 3)
 
