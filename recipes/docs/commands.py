@@ -53,9 +53,10 @@ def _sections(command: Any, path: str, parent: Any) -> Iterator[str]:
         records = [record for each in command.get_params(context) if (record := each.get_help_record(context))]
         yield "\n| option | what it does |\n| --- | --- |\n"
         for names, text in records:
-            yield f"| `{' '.join(names.split())}` | {_escaped(' '.join(text.split()))} |\n"
-        for name, inner in commands.items():
-            yield from _sections(inner, f"{path} {name}", context)
+            name = _escaped(f"`{' '.join(names.split())}`")
+            yield f"| {name} | {_escaped(' '.join(text.split()))} |\n"
+        for each, inner in commands.items():
+            yield from _sections(inner, f"{path} {each}", context)
 
 
 def _escaped(text: str) -> str:

@@ -32,7 +32,7 @@ from ssmprune_cli.workflows.write import write_text
 Progress = Callable[[str], Callable[[int, int], None]]
 
 MIN_IMAGES = 8  # fewer tell nothing, once a part of them is held back
-FEW_IMAGES = 64  # with fewer the search mostly keeps the default: see BENCHMARKS.md
+FEW_IMAGES = 64  # with fewer the search mostly keeps the default: see docs/results.md
 _LATENCY_TRIES = 4
 _ALIGNED_ON = 16  # images that calibrate a candidate's alignment; the chosen one's is calibrated on all
 
