@@ -33,7 +33,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     """A result is the rank of the right class among the logits: 0 for a right answer."""
 
     name = "classification"
-    datasets = ("imagenet", "imagefolder", "cifar10", "npz")
+    datasets = ("imagenet", "imagefolder", "cifar10", "cifar100", "npz")
     section = "accuracy"
     quality = "accuracy"
     parts = ("class", "classes")
