@@ -75,7 +75,6 @@ def model(tmp_path: Path) -> Path:
     [
         ("weights", "weights_sha256"),
         ("image size", "config"),
-        ("pruner", "pruning"),
         ("images", "images"),
         ("seed", "seed"),
         ("reduction", "method"),
@@ -93,10 +92,6 @@ def test_a_sensitivity_goes_on_only_with_what_it_began(changed: str, named: str,
         checkpoint.save(model, make_model(seed=1), overwrite=True)
     elif changed == "image size":
         checkpoint.save(model, make_model(0, "stride=2"), overwrite=True)
-    elif changed == "pruner":
-        pruned = make_model()
-        compress(pruned, keep=0.5)
-        checkpoint.save(model, pruned, overwrite=True)
     elif changed == "images":
         write_images(calib, seed=1)
     with pytest.raises(UsageError, match=rf"state\.json: is the state of another run: .*{named}"):

@@ -67,6 +67,8 @@ def pruned(ssmprune: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eval_against_itself(ssmprune: Run, judged_by_dense: Path) -> None:
     options = ("--dataset", "npz", "--data-dir", judged_by_dense, "--compare", CHECKPOINT, "--max-drop", "0")
     done = ssmprune("eval", CHECKPOINT, *options, "--json")
+    assert done.returncode == 3 and "judged by its upper end" in done.stderr, "40 images do not show that much"
+    done = ssmprune("eval", CHECKPOINT, *options, "--judge", "estimate", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert (figures["count"], figures["top1"], figures["dense"]["top1"]) == (40, 1.0, 1.0)

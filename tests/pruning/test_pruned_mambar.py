@@ -221,11 +221,14 @@ def test_the_commands(tmp_path: Path, kind: str) -> None:
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    ssmprune("compress", file, "--keep", 0.5, "--calib", data, "--calib-images", 3, "--out", out)
+    geometry = ("--image-size", model.image_size[0], "--stride", model.config.stride)  # which neither says
+    ssmprune("compress", file, *geometry, "--keep", 0.5, "--calib", data, "--calib-images", 3, "--out", out)
     facts = json.loads(ssmprune("inspect", out, "--json"))
     assert (facts["family"], facts["protected"]) == (model.family, list(model.protected))
     assert facts["pruning"]["schedule"]["tokens"] == [8, 4, 2]
-    profiled = json.loads(ssmprune("profile", out, "--compare", file, "--rounds", 1, "--batch-size", 1, "--json"))
+    profiled = json.loads(
+        ssmprune("profile", out, "--compare", file, *geometry, "--rounds", 1, "--batch-size", 1, "--json")
+    )
     assert profiled["models"][0]["tokens_per_block"] == [tokens + len(model.protected) for tokens in (16, 8, 4, 2)]
     ssmprune("visualize", out, data, "--out", tmp_path / "kept.png")
     assert (tmp_path / "kept.png").stat().st_size > 0
