@@ -50,6 +50,7 @@ _WORTH_THREADS = 1 << 16
 _EXPONENTIALS_WORTH_THREADS = 1 << 13
 # Sums over rows or channels are made of parts of so many, whatever the threads: they do not change a bit of them.
 _ROWS_OF_SUM, _CHANNELS_OF_SUM = 64, 256
+_TILE = 32  # inputs or outputs of a whole tile, as in csrc/tiles.h
 _PRODUCTS_WORTH_TILES = 1 << 26  # multiply-adds; PyTorch starts its linear layers sooner
 SOURCE_OUTSIDE = "a source lies outside the tokens and their context"
 
@@ -388,7 +389,8 @@ class CpuBackend(Backend):
         return y.to(inputs.u.dtype)
 
     def suits_linear(self, rows: int, inputs: int, outputs: int) -> bool:
-        return rows * inputs * outputs > _PRODUCTS_WORTH_TILES and self.has_tiles()
+        whole = inputs % _TILE == 0 and outputs % _TILE == 0  # others are padded, which has not been shown to pay
+        return whole and rows * inputs * outputs > _PRODUCTS_WORTH_TILES and self.has_tiles()
 
     def linear(self, inputs: LinearInputs) -> Tensor:
         x = inputs.x
