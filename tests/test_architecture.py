@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,6 +151,18 @@ def test_no_module_takes_the_place_of_an_exported_name(path: Path) -> None:
                 home = (node.module or "").rpartition(".")[2]
                 message = f"{exported} comes from {node.module}, and a module here has that name"
                 assert exported not in modules or home in (exported, path.parent.name), message
+
+
+OPS_OF_MODELS = {"selective_scan", "causal_conv1d", "sparse_conv1d", "grid_conv2d", "add_rms_norm", "gated_sum"}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room(path) == "models"], ids=name)
+def test_models_are_op_by_op(path: Path) -> None:
+    """How a model is run fast is the business of `inference`."""
+    for target in imports(path):
+        if target.startswith("ssmprune_cli.kernels"):
+            assert target.rpartition(".")[2] in OPS_OF_MODELS, f"imports {target}"
+    assert not re.search(r"(?i)\b(fuse|fusing|pack|unpack)", path.read_text(encoding="utf-8"))
 
 
 def test_imports_have_no_circles() -> None:
