@@ -56,21 +56,21 @@ def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jpg", "a.npz"])
 def test_a_pipe_and_a_device_are_not_opened(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match="it is a pipe"):
+    with pytest.raises(DataError, match="is a pipe, not a file"):
         some_images(tmp_path / name, 1, 0).image(0)
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    with pytest.raises(DataError, match="it is a device"):
+    with pytest.raises(DataError, match="is a device, not a file"):
         some_images(tmp_path / name, 1, 0).image(0)
 
 
 def test_a_list_and_records_that_are_devices_are_not_read(tmp_path: Path) -> None:
     Image.new("RGB", (3, 2)).save(tmp_path / "ILSVRC2012_val_00000001.JPEG")
     (tmp_path / "val.txt").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"val\.txt.*it is a device"):
+    with pytest.raises(DataError, match=r"val\.txt.*is a device, not a file"):
         open_dataset("imagenet", tmp_path)
     (tmp_path / "test_batch.bin").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"test_batch\.bin.*it is a device"):
+    with pytest.raises(DataError, match=r"test_batch\.bin.*is a device, not a file"):
         open_dataset("cifar10", tmp_path)
 
 
