@@ -43,16 +43,18 @@ def capture(run: Callable[[Tensor], Tensor], images: Tensor) -> Graph:
             run(static)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads go on with theirs
         output = run(static)
     return Graph(static, output, graph.replay)
 
 
 class CudaGraphSession(Session):
-    """Holds up to MAX_GRAPHS graphs. Batches of more shapes than that, and models in which an op cannot be recorded,
-    run op by op, and `explain` says so. One call runs at a time: graphs share their input and output."""
+    """Holds up to MAX_GRAPHS graphs. A shape is recorded when it comes for the second time: the first one shows whether
+    the model takes it, and a ragged last batch is not worth a graph. Batches of more shapes, and models in which an op
+    cannot be recorded, run op by op, and `explain` says so. One call runs at a time: graphs share input and output."""
 
     kind = "cuda_graph"
+    silent = "in a graph of the whole pass"
 
     def __init__(self, definition: nn.Module, refused: dict[str, str]) -> None:
         super().__init__(definition, refused)
@@ -61,7 +63,7 @@ class CudaGraphSession(Session):
     def _begin(self) -> None:
         self._graphs: dict[tuple[int, ...], Graph] = {}
         self._failed: str | None = None
-        self._beyond: set[tuple[int, ...]] = set()
+        self._seen: set[tuple[int, ...]] = set()
         self._lock = threading.Lock()
 
     @classmethod
@@ -76,6 +78,7 @@ class CudaGraphSession(Session):
             graph = self._graph(images)
             if graph is None:
                 output: Tensor = self.definition(images)
+                self._seen.add(tuple(images.shape))
                 return output
             graph.images.copy_(images)
             graph.replay()
@@ -83,10 +86,8 @@ class CudaGraphSession(Session):
 
     def _graph(self, images: Tensor) -> Graph | None:
         shape = tuple(images.shape)
-        if shape not in self._graphs and self._failed is None:
-            if len(self._graphs) >= MAX_GRAPHS:
-                self._beyond.add(shape)
-                return None
+        new = shape in self._seen and shape not in self._graphs
+        if new and len(self._graphs) < MAX_GRAPHS and self._failed is None:
             try:
                 self._graphs[shape] = capture(self.definition, images)
             except RuntimeError as error:
@@ -103,7 +104,7 @@ class CudaGraphSession(Session):
         if self._failed is not None:
             return (f"op by op: a graph could not be recorded ({self._failed})",)
         shapes = ", ".join("x".join(map(str, shape)) for shape in self._graphs) or "none yet"
-        notes = [f"graphs of whole forward passes, for batches {shapes}; at most {MAX_GRAPHS} shapes"]
-        if self._beyond:
-            notes.append(f"op by op for {len(self._beyond)} more shapes")
+        notes = [f"graphs from the second batch of a shape on: {shapes}; at most {MAX_GRAPHS} shapes"]
+        if len(self._seen) > len(self._graphs):
+            notes.append(f"op by op so far: {len(self._seen) - len(self._graphs)} shapes")
         return tuple(notes)

@@ -79,16 +79,16 @@ class Journal(threading.local):
             self._steps = None
 
 
-def complete(steps: list[Step], blocks: int, reasons: dict[int, str]) -> tuple[Step, ...]:
-    """`steps` with every block that wrote nothing, which was computed op by op, for `reasons` by block from 0.
+def complete(steps: list[Step], blocks: int, silent: str, reasons: dict[int, str]) -> tuple[Step, ...]:
+    """`steps` with every block that wrote nothing, which was computed as `silent` says, for `reasons` by block from 0.
 
     Neighbours that are computed alike become one step, but calls of several blocks stay apart.
     """
     written = {step.first for step in steps}
     covered = {number for step in steps for number in range(step.first, step.last + 1)}
-    silent = [Step(n, n, BY_OP, reasons.get(n - 1, "")) for n in range(1, blocks + 1) if n not in covered]
+    unwritten = [Step(n, n, silent, reasons.get(n - 1, "")) for n in range(1, blocks + 1) if n not in covered]
     assert len(written) == len(steps), "a block wrote twice"
-    ordered = sorted([*steps, *silent], key=lambda step: step.first)
+    ordered = sorted([*steps, *unwritten], key=lambda step: step.first)
     merged: list[Step] = []
     for (how, why), group in groupby(ordered, key=lambda step: (step.how, step.why)):
         alike = list(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,23 +12,26 @@ from torch import Tensor, nn
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.inference.behaviour import global_hooks
 from ssmprune_cli.inference.copying import shallow
-from ssmprune_cli.inference.explain import Explanation, Journal, complete
+from ssmprune_cli.inference.explain import BY_OP, Explanation, Journal, complete
 from ssmprune_cli.interface import Pruner
 from ssmprune_cli.models import Backbone
 
 S = TypeVar("S", bound="Session")
 
 
-class Session(nn.Module):
+class Session(nn.Module, ABC):
     """A snapshot of a model, to be called on images. Make one with `prepare`.
 
     It never follows later changes of the model, and cannot be changed itself: for other weights, another device or
     precision, prepare the model again. Needs no `torch.no_grad`, and records no gradients.
 
     definition  the snapshot, op by op
+    kind        its name
+    silent      how a block is computed of which nothing is noted
     """
 
     kind: ClassVar[str]
+    silent: ClassVar[str] = BY_OP
     definition: nn.Module
 
     def __init__(self, definition: nn.Module, refused: dict[str, str]) -> None:
@@ -39,13 +43,13 @@ class Session(nn.Module):
         self._sealed = True
 
     @classmethod
+    @abstractmethod
     def refuses(cls, definition: nn.Module) -> str | None:
         """Why this kind of session cannot run `definition`; None if it can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, images: Tensor) -> Tensor:
         """The model's output for `images` on its device and in its dtype."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's output, logits (B, classes) of a backbone, for normalised images (B, 3, H, W).
@@ -84,8 +88,8 @@ class Session(nn.Module):
             return Explanation(self.kind, self._refused, (), self.notes())
         with self._journal.listening() as steps, torch.inference_mode():
             self.observed(torch.zeros(1, 3, *definition.image_size, device=self.device, dtype=self.dtype))
-        blocks = len(definition.mixers)
-        return Explanation(self.kind, self._refused, complete(steps, blocks, self.reasons()), self.notes())
+        steps_of_all = complete(steps, len(definition.mixers), self.silent, self.reasons())
+        return Explanation(self.kind, self._refused, steps_of_all, self.notes())
 
     def observed(self, images: Tensor) -> None:
         """Compute so that the journal, and whoever watches ops, sees what is done."""
@@ -150,12 +154,12 @@ class PlainSession(Session):
         return output
 
 
-def with_slot(model: nn.Module, pruner: Pruner | None) -> nn.Module:
+def with_slot(model: Backbone, pruner: Pruner | None) -> Backbone:
     """A backbone of the same modules with another pruner."""
     other = shallow(model)
-    other._modules.pop("pruner", None)
+    other._modules.pop("pruner", None)  # a slot that holds a module takes nothing else
     other.__dict__.pop("pruner", None)
-    setattr(other, "pruner", pruner)  # noqa: B010 - into its modules, or into its attributes
+    other.pruner = pruner
     return other
 
 

@@ -45,31 +45,33 @@ def session() -> CudaGraphSession:
     return CudaGraphSession(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval().requires_grad_(False), {})
 
 
-def test_a_graph_for_each_batch_size_recorded_once(recorded: Recorded) -> None:
+def test_a_graph_for_each_batch_size_recorded_once_from_its_second_batch_on(recorded: Recorded) -> None:
     graphs = session()
-    for size in (1, 4, 1, 4, 1):
+    for size in (1, 4, 1, 4, 1, 7):
         images = torch.randn(size, 3, 2, 2)
         assert torch.equal(graphs(images), graphs.definition(images))
-    assert recorded.shapes == [(1, 3, 2, 2), (4, 3, 2, 2)] and recorded.replays == 5
+    assert recorded.shapes == [(1, 3, 2, 2), (4, 3, 2, 2)] and recorded.replays == 3
     assert graphs.explain().notes == (
-        f"graphs of whole forward passes, for batches 1x3x2x2, 4x3x2x2; at most {MAX_GRAPHS} shapes",
+        f"graphs from the second batch of a shape on: 1x3x2x2, 4x3x2x2; at most {MAX_GRAPHS} shapes",
+        "op by op so far: 1 shapes",
     )
 
 
 def test_results_are_not_overwritten_by_the_next_call(recorded: Recorded) -> None:
     graphs = session()
+    graphs(torch.zeros(2, 3, 2, 2))
     first, second = (torch.randn(2, 3, 2, 2) for _ in range(2))
     kept = graphs(first)
     graphs(second)
-    assert torch.equal(kept, graphs.definition(first))
+    assert recorded.replays == 2 and torch.equal(kept, graphs.definition(first))
 
 
 def test_no_more_graphs_than_stated(recorded: Recorded) -> None:
     graphs = session()
-    for size in range(1, MAX_GRAPHS + 3):
+    for size in [*range(1, MAX_GRAPHS + 3)] * 2:
         images = torch.randn(size, 3, 2, 2)
         assert torch.equal(graphs(images), graphs.definition(images))
-    assert len(recorded.shapes) == MAX_GRAPHS and "op by op for 2 more shapes" in graphs.explain().notes[1]
+    assert len(recorded.shapes) == MAX_GRAPHS and graphs.explain().notes[1] == "op by op so far: 2 shapes"
 
 
 def test_what_cannot_be_recorded_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +83,20 @@ def test_what_cannot_be_recorded_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(cuda_graph, "capture", refuse)
     graphs, images = session(), torch.randn(2, 3, 2, 2)
-    assert torch.equal(graphs(images), graphs.definition(images)) and torch.equal(
-        graphs(images), graphs.definition(images)
-    )
+    for _ in range(3):
+        assert torch.equal(graphs(images), graphs.definition(images))
     assert len(tries) == 1
     (note,) = graphs.explain().notes
     assert note == "op by op: a graph could not be recorded (operation not permitted when stream is capturing)"
+
+
+def test_images_that_the_model_does_not_take_do_not_end_recording(recorded: Recorded) -> None:
+    graphs = session()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="shapes"):
+            graphs(torch.zeros(2, 3, 9, 9))
+        graphs(torch.zeros(2, 3, 2, 2))
+    assert (2, 3, 2, 2) in recorded.shapes and "could not" not in str(graphs.explain())
 
 
 def test_threads_take_turns(recorded: Recorded) -> None:
@@ -130,7 +140,7 @@ def test_capture_warms_up_on_a_side_stream_and_records_once(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside("stream"))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: inside("graph"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: inside("graph"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
 
     def run(images: Tensor) -> Tensor:

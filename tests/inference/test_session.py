@@ -388,7 +388,7 @@ def test_explain_names_every_block_once() -> None:
 
 def test_steps_are_completed_in_order() -> None:
     steps = [Step(5, 6, "one call"), Step(2, 3, "one call"), Step(8, 8, "inside")]
-    assert complete(steps, 8, {0: "hooks", 6: "odd"}) == (
+    assert complete(steps, 8, "op by op", {0: "hooks", 6: "odd"}) == (
         Step(1, 1, "op by op", "hooks"),
         Step(2, 3, "one call"),
         Step(4, 4, "op by op"),

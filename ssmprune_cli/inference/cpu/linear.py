@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -14,13 +16,14 @@ from ssmprune_cli.models import channels_last_taps
 class PackedLinear(nn.Linear):
     """A linear layer in float32 that takes `kernels.linear` where that is faster."""
 
-    packed: Tensor
-
     @classmethod
     def of(cls, layer: nn.Linear) -> PackedLinear:
-        made = as_kind(layer, cls)
-        made.register_buffer("packed", pack_linear(layer.weight), persistent=False)
-        return made
+        return as_kind(layer, cls)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The weight as the op takes it, made when it is first needed: in blocks of one call it never is."""
+        return pack_linear(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features

@@ -6,6 +6,7 @@ Letters: B batch, L tokens now, M tokens that only convolutions see, d model wid
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,6 @@ def directions_of(mixer: MambaMixer) -> list[InnerParameters]:
 class FusedMambaMixer(MambaMixer):
     """A mixer whose inside is one call of `mamba_inner`, where nothing looks at its scans."""
 
-    packed: Tensor
     block: int
     journal: Journal
     why: str
@@ -104,9 +104,12 @@ class FusedMambaMixer(MambaMixer):
     @classmethod
     def of(cls, mixer: MambaMixer, block: int, journal: Journal, why: str) -> FusedMambaMixer:
         """`why`: what stands in the way of computing the whole block in one call."""
-        made = as_kind(mixer, cls, block=block, journal=journal, why=why)
-        made.register_buffer("packed", pack_inner(directions_of(mixer)), persistent=False)
-        return made
+        return as_kind(mixer, cls, block=block, journal=journal, why=why)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The parameters as the op takes them, made when first needed: in blocks of one call they never are."""
+        return pack_inner(directions_of(self))
 
     def mix(
         self,

@@ -33,7 +33,9 @@ class CpuSession(Session):
         if isinstance(definition, MambaBackbone) and _runs(definition):
             self._packed, whole = pack_blocks(definition)
         self._reasons: dict[int, str] = {}
-        self.fast = with_changes(definition, self._changes(definition, whole))
+        fast = with_changes(definition, self._changes(definition, whole))
+        assert isinstance(fast, Backbone)
+        self.fast: Backbone = fast
 
     @classmethod
     def refuses(cls, definition: nn.Module) -> str | None:
@@ -93,7 +95,8 @@ class CpuSession(Session):
         self._modules["fast"] = with_slot(self.fast, pruner)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *([] if self._packed is None else [self._packed.parameters])]
+        made = [vars(module)["packed"] for module in self.fast.modules() if "packed" in vars(module)]
+        return [*super().tensors(), *made, *([] if self._packed is None else [self._packed.parameters])]
 
     def reasons(self) -> dict[int, str]:
         return self._reasons
