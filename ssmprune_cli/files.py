@@ -1,4 +1,4 @@
-"""Opening what a user names, without waiting for a pipe or reading a device that has no end."""
+"""Reading what a user names: regular files, so that no pipe is waited for and no device read without end."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def open_regular(path: Path, fault: type[SsmpruneError]) -> BinaryIO:
     os.close(descriptor)
     kind = next((name for matches, name in _KINDS if matches(mode)), "a device")
     raise fault(f"is {kind}, not a file", where=str(path))
+
+
+def read_bytes(path: Path, most: int, fault: type[SsmpruneError]) -> bytes:
+    """All of a regular file. Raises a `fault` if it cannot be read or has more than `most` bytes."""
+    try:
+        with open_regular(path, fault) as file:
+            content = file.read(most + 1)
+    except MemoryError as error:
+        raise fault("cannot be read: there is not enough memory", where=str(path)) from error
+    except OSError as error:
+        raise fault(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    if len(content) > most:
+        raise fault(f"has more than {most:,} bytes, too many for its kind", where=str(path))
+    return content

@@ -163,7 +163,7 @@ def test_file_faults_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     for content, expected in (
         (b"\xff\xfe", "is not UTF-8 text (byte 0)"),
-        (b" " * ((1 << 17) + 1), "is larger than 131,072 bytes, so it is not a recipe"),
+        (b" " * ((1 << 17) + 1), "has more than 131,072 bytes, too many for its kind"),
     ):
         file.write_bytes(content)
         with pytest.raises(RecipeError) as caught:

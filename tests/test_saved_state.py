@@ -74,5 +74,5 @@ def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_state_that_is_a_folder_or_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(SsmpruneError, match="is no file"):
+        with pytest.raises(SsmpruneError, match="not a file"):
             SavedState(path, {})

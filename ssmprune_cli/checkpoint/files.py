@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmprune_cli.errors import CheckpointError, shown
-from ssmprune_cli.files import open_regular
+from ssmprune_cli.files import open_regular, read_bytes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -35,10 +35,7 @@ def locate(path: Path) -> Path:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. CheckpointError for whatever keeps it from being read."""
-    with open_regular(path, CheckpointError) as file:
-        content = file.read(MAX_JSON + 1)
-    if len(content) > MAX_JSON:
-        raise CheckpointError(f"is larger than {MAX_JSON:,} bytes, too large for its kind", where=str(path))
+    content = read_bytes(path, MAX_JSON, CheckpointError)
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # of text, JSON, numbers of thousands of digits, nesting

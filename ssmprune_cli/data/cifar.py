@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssmprune_cli.data.datasets import SPLIT_FOLDERS, ImageDataset, Split
-from ssmprune_cli.data.files import check_folder, first_file, read_bytes, read_lines, subfolders
+from ssmprune_cli.data.files import check_folder, first_file, read_lines, subfolders
 from ssmprune_cli.data.imagefolder import labelled_folders
 from ssmprune_cli.data.npz import NpzImages
 from ssmprune_cli.errors import DataError, shown
+from ssmprune_cli.files import read_bytes
 
 _PIXELS = 3 * 32 * 32  # the red, green and blue planes by rows
 _MOST_BYTES = 1 << 30  # of one file; the largest has 154 MB
@@ -95,7 +96,7 @@ class CifarBinary(ImageDataset):
 def _records(path: Path, kind: _Kind) -> NDArray[np.uint8]:
     """(N, labels + pixels) records of one file."""
     size = kind.labels + _PIXELS
-    content = np.frombuffer(read_bytes(path, _MOST_BYTES), dtype=np.uint8)
+    content = np.frombuffer(read_bytes(path, _MOST_BYTES, DataError), dtype=np.uint8)
     if len(content) == 0 or len(content) % size:
         raise DataError(f"has {len(content)} bytes, no multiple of {size}: it is damaged", where=str(path))
     records = content.reshape(-1, size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssmprune_cli.errors import DataError, listing, shown
-from ssmprune_cli.files import open_regular
+from ssmprune_cli.files import read_bytes
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # Files beside images that nobody takes for one. Any other kind that is left out is named.
@@ -20,21 +20,9 @@ _NO_IMAGE = frozenset(
 _MOST_TEXT = 1 << 25  # bytes of a list: those of ImageNet's 50,000 images have a tenth of it
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """All of a regular file. DataError if it cannot be read or has more than `most` bytes."""
-    try:
-        with open_regular(path, DataError) as file:
-            content = file.read(most + 1)
-    except (OSError, MemoryError) as error:
-        raise DataError(f"cannot be read: {_reason(error)}", where=str(path)) from error
-    if len(content) > most:
-        raise DataError(f"has more than {most:,} bytes, too many for its kind", where=str(path))
-    return content
-
-
 def read_lines(path: Path) -> list[str]:
     """The lines of a list, a byte-order mark left out. DataError if it is no text in UTF-8."""
-    content = read_bytes(path, _MOST_TEXT)
+    content = read_bytes(path, _MOST_TEXT, DataError)
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("is text in UTF-16", where=str(path), hint="Save it as UTF-8.")
     try:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from ssmprune_cli.errors import RecipeError, UsageError
-from ssmprune_cli.files import open_regular
+from ssmprune_cli.files import read_bytes
 from ssmprune_cli.recipe.sections import (
     CalibrationPlan,
     KnownNames,
@@ -115,12 +115,8 @@ def find_recipe(path: Path | str) -> Path:
 
 def read_recipe(file: Path) -> str:
     """The text of a recipe file. Raises RecipeError if it cannot be read or is no text."""
-    with open_regular(file, RecipeError) as stream:
-        content = stream.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise RecipeError(f"is larger than {MAX_BYTES:,} bytes, so it is not a recipe", where=str(file))
     try:
-        return content.decode("utf-8-sig")
+        return read_bytes(file, MAX_BYTES, RecipeError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"is not UTF-8 text (byte {error.start})", where=str(file)) from error
 

@@ -8,15 +8,18 @@ milliseconds.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
-from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.errors import SsmpruneError, listing
+from ssmprune_cli.files import read_bytes
 from ssmprune_cli.recipe import Section
 
 REPORT, SENSITIVITY = "report.json", "sensitivity.json"  # names in an artefact folder
+MAX_BYTES = 1 << 25  # of either: one of 1,000 classes and a long search has a hundredth of it
 MULTIPLY_ADD_CONVENTION = (
     "for one image; one multiply-add counts as one (fvcore, the papers); "
     "all_directions counts every scan direction, one_direction counts one of them, as the Vim papers do"
@@ -278,16 +281,12 @@ def read_report(folder: Path) -> Report:
     Raises SsmpruneError naming the file and its first fault.
     """
     path = folder / REPORT
-    try:
-        report = Report.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if not os.path.lexists(path):
         inside = [str(each.parent) for each in sorted(folder.glob(f"*/{REPORT}"))]
-        one = (
-            f"Give one of {', '.join(inside)}." if inside else "Give one that `ssmprune compress` or `finetune` wrote."
-        )
-        raise SsmpruneError(f"is no folder with a {REPORT}", where=str(folder), hint=one) from error
-    except OSError as error:
-        raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        one = f"Give one of {listing(inside)}." if inside else "Give one that `ssmprune compress` or `finetune` wrote."
+        raise SsmpruneError(f"is no folder with a {REPORT}", where=str(folder), hint=one)
+    try:
+        report = Report.model_validate_json(read_bytes(path, MAX_BYTES, SsmpruneError))
     except ValidationError as error:
         hint = "Make it again with `ssmprune compress`, or read it with the ssmprune that wrote it."
         raise SsmpruneError(f"is no report of this ssmprune: {_fault(error)}", where=str(path), hint=hint) from error
@@ -295,9 +294,7 @@ def read_report(folder: Path) -> Report:
     if not path.exists():
         return report
     try:
-        found = Sensitivity.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        found = Sensitivity.model_validate_json(read_bytes(path, MAX_BYTES, SsmpruneError))
     except ValidationError as error:
         hint = "Make it again with `ssmprune sensitivity`, or delete it."
         raise SsmpruneError(f"is no result of a sensitivity: {_fault(error)}", where=str(path), hint=hint) from error

@@ -10,11 +10,14 @@ from typing import Any
 import yaml
 
 from ssmprune_cli.data import ImageDataset, Subset
+from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.files import read_bytes
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe import Pruning, Recipe, Training, load_recipe
 from ssmprune_cli.report import read_report
 from ssmprune_cli.workflows.finetune.run import Job
 
+_MOST_BYTES = 1 << 25  # of calibration.json
 _KEEP_ALL = Recipe(pruning=Pruning(keep=1.0))  # stands in where there is no recipe: only its training section is used
 
 
@@ -46,12 +49,19 @@ def plan(
     if path is not None and path.is_dir():
         calibration = path / "calibration.json"
         if calibration.is_file():
-            files[calibration.name] = calibration.read_text(encoding="utf-8")
+            files[calibration.name] = _text(calibration)
         if (path / "report.json").is_file():
             report = read_report(path)
     if own is not None:
         files["recipe.yaml"] = own.model_copy(update={"training": training}).to_yaml()
     return Job(training, seed, command, device, teacher, files, report, save_every, tensorboard, workers)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, _MOST_BYTES, SsmpruneError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SsmpruneError(f"is not UTF-8 text (byte {error.start})", where=str(path)) from error
 
 
 def some(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.files import read_bytes
 from ssmprune_cli.report import Report, Sample, SampleStage, read_report
 from ssmprune_cli.workflows.reporting import facts
 from ssmprune_cli.workflows.reporting.drawn import front_figures, search_figure, sensitivity_figure
@@ -20,6 +21,7 @@ from ssmprune_cli.workflows.reporting.rows import rows
 
 _WORST_PARTS = 10
 _LONG = 12  # rows of a table that is not folded away
+_MOST_BYTES = 1 << 25  # of a sample image: ours have a thousandth of it
 _HERE = Path(__file__).parent
 
 
@@ -51,10 +53,7 @@ def _read_entry(folder: Path, name: str) -> Entry:
     images = {}
     for sample in report.samples:
         path = folder / Path(sample.file).name  # never outside the folder, whatever the report says
-        try:
-            images[sample.file] = path.read_bytes()
-        except OSError as error:
-            raise SsmpruneError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        images[sample.file] = read_bytes(path, _MOST_BYTES, SsmpruneError)
     return Entry(name, report, images)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ssmprune_cli.errors import SsmpruneError, UsageError, listing, shown
+from ssmprune_cli.files import read_bytes
 from ssmprune_cli.workflows.write import write_text
 
 Value = TypeVar("Value")
+_MOST_BYTES = 1 << 28  # of the divergences of every image in a long search
 
 
 class SavedState:
@@ -57,14 +59,13 @@ class SavedState:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Identity and results in the file of a user. Raises SsmpruneError for whatever is none of ours."""
-    if not path.is_file():
-        raise SsmpruneError("is no file, so it is no state of an earlier run", where=str(path))
+    content = read_bytes(path, _MOST_BYTES, SsmpruneError)
     reason = "it has no `identity` and `results` by name"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
         if isinstance(values, dict) and all(isinstance(values.get(key), dict) for key in ("identity", "results")):
             return values["identity"], values["results"]
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         reason = shown(str(error)) or type(error).__name__
     raise SsmpruneError(
         f"cannot be read as the state of an earlier run: {reason}",
