@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ssmprune_cli.errors import DataError, RecipeError, UsageError
-from ssmprune_cli.workflows.compress import SEARCH_IMAGES, CompressRequest, compress_checkpoint
+from ssmprune_cli.report import ModelSpeed, SpeedFacts
+from ssmprune_cli.workflows.compress import SEARCH_IMAGES, CompressRequest, _slow, compress_checkpoint
 from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.source import Source
 
@@ -151,3 +152,37 @@ def test_a_run_and_its_dry_run_agree_and_the_verdicts_are_in_the_report(tmp_path
         "max_latency_ratio": True,
     }
     assert [each.name for each in dry.limits] == ["max_flops"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ((0.7, 0.9), None),
+        ((0.9, 1.1), "no faster than the dense one, as far as the timing tells"),
+        ((1.1, 1.4), "slower"),
+    ],
+)
+def test_a_model_that_gets_no_faster_is_a_warning(interval: tuple[float, float], said: str | None) -> None:
+    side = ModelSpeed(
+        median_ms=1.0,
+        quartiles_ms=(1.0, 1.0),
+        images_per_second=1.0,
+        peak_memory_bytes=1,
+        time_ms={},
+        floor_ms=1.0,
+    )
+    ratio = sum(interval) / 2
+    speed = SpeedFacts(
+        batch_size=8,
+        rounds=3,
+        device="cpu",
+        threads=1,
+        backend="cpu",
+        dense=side,
+        pruned=side,
+        latency_ratio=ratio,
+        latency_ratio_interval=interval,
+    )
+    warnings = _slow(speed)
+    assert (said is None) == (not warnings)
+    assert all(said is not None and said in text and f"{ratio:.2f} times" in text for text in warnings)

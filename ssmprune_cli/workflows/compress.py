@@ -24,7 +24,7 @@ from ssmprune_cli.pruning import (
     restore,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
-from ssmprune_cli.report import Figures, Report
+from ssmprune_cli.report import Figures, Report, SpeedFacts
 from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.evaluate import evaluate, identity
 from ssmprune_cli.workflows.identity import weights_sha256
@@ -326,6 +326,7 @@ def _compressed(
         result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
     done = progress("Timing") if progress else None
     speed = speed_facts(reference, model, str(target), done)
+    warnings += _slow(speed)
     chosen = evaluation if evaluation is not None else images
     assert isinstance(model.pruner, TokenPruner)
     left = model.pruner.settings.schedule.patches_per_block(model.stages)
@@ -362,6 +363,18 @@ def _compressed(
         contents["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
     checkpoint.save(out, model.cpu(), contents, overwrite=request.overwrite)
     return report
+
+
+def _slow(speed: SpeedFacts) -> list[str]:
+    """A warning if the model does not get faster by what was done to it."""
+    low, high = speed.latency_ratio_interval
+    if high < 1:
+        return []
+    how = "slower than the dense one" if low > 1 else "no faster than the dense one, as far as the timing tells"
+    return [
+        f"On {speed.device} with a batch of {speed.batch_size} the model is {how} ({speed.latency_ratio:.2f} times the "
+        "time). Other batches may differ (`ssmprune profile --batch-size`); `--target-latency` searches by time."
+    ]
 
 
 def _judged(report: Report, limits: Limits) -> Report:
