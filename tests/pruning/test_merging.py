@@ -13,7 +13,10 @@ from ssmprune_cli.pruning import IMPORTANCES, REDUCTIONS
 from ssmprune_cli.tokens import TokenSequence
 
 ORDERED = [name for name in REDUCTIONS.names() if REDUCTIONS.get(name).aligned]
-MERGING = ["merge", "keep-target-source", "fuse", "local-merge"]  # hybrid drops a part for good
+# All that merge every token that goes: frozen-pairs and pool leave some beside, hybrid drops a part for good.
+MERGING = [
+    name for name in REDUCTIONS.names() if REDUCTIONS.get(name).sized and name not in ("frozen-pairs", "hybrid", "pool")
+]
 
 
 def sequence_of(stream: Tensor, protected: tuple[int, ...] = ()) -> TokenSequence:

@@ -89,7 +89,7 @@ def count_flops(model: Backbone) -> FlopCount:
     if unknown:
         raise SsmpruneError(
             f"multiply-adds of these ops are not known: {', '.join(unknown)}",
-            hint="Please report this: a count that leaves them out would be wrong.",
+            hint="A count without them would be wrong. workflows/measure/flops.py names the free ones; or report this.",
         )
     names = {id(module): name for name, module in model.named_modules()}
     mixer_names = [names[id(mixer)] for mixer in model.mixers]
