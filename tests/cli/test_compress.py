@@ -76,6 +76,7 @@ def test_the_recipe_in_the_artefact_gives_the_same_bytes(
     for report in (first, second):
         assert report.pop("speed")["latency_ratio"] > 0
         assert report["provenance"].pop("command").startswith("ssmprune compress ")
+        report["warnings"] = [each for each in report["warnings"] if "than the dense one" not in each]  # measured too
     assert first == second
 
 
