@@ -45,6 +45,11 @@ def run(step: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def unmeasured(stderr: str) -> list[str]:
+    """What is said, but for the warning that so small a model got no faster, which depends on the machine."""
+    return [line for line in stderr.splitlines() if "than the dense one" not in line]
+
+
 def test_the_install_step_takes_the_cpu_build_of_torch_first(steps: list[dict[str, Any]]) -> None:
     (install,) = [step["run"] for step in steps if step.get("name") == "Install"]
     first, second = install.splitlines()
@@ -56,7 +61,7 @@ def test_the_commands_run_and_a_broken_limit_ends_them_with_3(steps: list[dict[s
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     commands = {step["name"]: step for step in steps if "run" in step}
     done = run(commands["Compress"], tmp_path)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (done.returncode, unmeasured(done.stderr)) == (0, []), done.stderr
     report = json.loads((tmp_path / "artefact" / "report.json").read_text())
     assert report["accuracy"]["count"] == 1000
     done = run(commands["Summary"], tmp_path)
@@ -75,6 +80,7 @@ def test_the_commands_run_and_a_broken_limit_ends_them_with_3(steps: list[dict[s
     )
     done = run({"run": strict.replace("--out artefact", "--out broken")}, tmp_path)
     assert done.returncode == 3 and "--max-drop allows -50" in done.stderr, done.stderr
-    assert "judged by its lower end); --min-accuracy asks for 92" in done.stderr and done.stderr.count("\n") == 2
+    assert "judged by its lower end); --min-accuracy asks for 92" in done.stderr
+    assert len(unmeasured(done.stderr)) == 2, done.stderr
     done = run({"run": commands["Summary"]["run"].replace("report artefact", "report broken")}, tmp_path)
     assert done.returncode == 0 and "# broken: " in (tmp_path / "summary.md").read_text()
