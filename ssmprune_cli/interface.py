@@ -19,14 +19,16 @@ class Stage:
     """A run of blocks that see the same grid of tokens. Between two stages is a downsampling of the whole grid.
 
     start, stop  the first block, and one past the last
-    grid         rows and columns of patch tokens
+    grid         rows and columns of patch tokens of the dense model
     protected    positions in the dense sequence that may never be dropped (class and register tokens)
+    stride       of the downsampling before it: each side is that of the grid before over this, rounded up
     """
 
     start: int
     stop: int
     grid: tuple[int, int]
     protected: tuple[int, ...] = ()
+    stride: int = 1
 
     @property
     def num_patches(self) -> int:

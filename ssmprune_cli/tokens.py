@@ -6,6 +6,7 @@ A token's *position* is its index in the dense sequence. It never changes; gaps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -14,6 +15,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from ssmprune_cli.grids import Grid, Merged, Pairs, gaps_by_size, patch_positions, protected_positions
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class _Joined:
 
 _GAPS = Derivation[Tensor]("gaps")
 _JOINED = Derivation[_Joined]("joined")
+_DENSE_POSITIONS = Derivation[Tensor]("positions in the dense sequence")
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,9 @@ class TokenSequence:
     pooled    whether frozen tokens reach the scans through the live token nearest to each, in its step
     gone      dropped tokens that wait for `restored`
     restorable  whether `restored` will be asked for, in models that make the grid whole again
+    grid      rows and columns of patch tokens that the positions count; None: they are one row
+    merged    what became of the dense grid, after `merge_neighbours`. The sequence is a whole grid again, and `length`,
+              `positions`, `protected` and `grid` are those of this smaller one
     geometry  what has been derived from the positions
     """
 
@@ -124,20 +131,39 @@ class TokenSequence:
     pooled: bool = False
     gone: Dropped | None = None
     restorable: bool = False
+    grid: Grid | None = None
+    merged: Merged | None = None
     # A function, since torch.compile (2.13) cannot call the class from here.
     geometry: Geometry = field(default_factory=lambda: Geometry(), compare=False, repr=False)
 
     @classmethod
-    def dense(cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False) -> TokenSequence:
+    def dense(
+        cls,
+        hidden: Tensor,
+        protected: tuple[int, ...] = (),
+        *,
+        grid: Grid | None = None,
+        restorable: bool = False,
+    ) -> TokenSequence:
         """All tokens of `hidden` (B, L, d), none dropped yet."""
         batch, length = hidden.shape[0], hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(batch, length)
-        return cls(hidden, None, positions, length, protected, restorable=restorable)
+        return cls(hidden, None, positions, length, protected, restorable=restorable, grid=grid)
 
     @property
     def is_dense(self) -> bool:
-        """Whether no token has been dropped. Known from shapes alone, so it is static under export."""
+        """Whether no token of the grid is missing. Known from shapes alone, so it is static under export."""
         return self.positions.shape[1] == self.length
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether no token has been dropped or merged: nothing is to be made up for."""
+        return self.is_dense and self.merged is None
+
+    @property
+    def patch_grid(self) -> Grid:
+        """Rows and columns of patch tokens."""
+        return self.grid or (1, self.length - len(self.protected))
 
     @property
     def stream(self) -> Tensor:
@@ -147,7 +173,7 @@ class TokenSequence:
     def keep(self, index: Tensor, *, others: Fate = "gone") -> TokenSequence:
         """Keep the tokens at `index` (B, K), in that order; `others` says what the rest is still good for.
 
-        This and `merge` are the only places where tokens are dropped.
+        This, `merge` and `merge_neighbours` are the only places where tokens are dropped.
         """
         fates: dict[str, Dropped | None] = {}
         if others != "gone" or self.restorable:
@@ -202,6 +228,85 @@ class TokenSequence:
         residual = None if self.residual is None else mean(self.residual)
         return replace(kept, hidden=mean(self.hidden), residual=residual, size=size)
 
+    def patches(self) -> Tensor:
+        """(B, rows, columns, d): `stream` of the patch tokens, of which none may be missing."""
+        stream, grid = self.stream, self.patch_grid
+        if self.protected:
+            stream = stream[:, patch_positions(grid, self.protected, stream.device)]
+        return stream.unflatten(1, grid)
+
+    def merge_neighbours(self, axis: int, first: Tensor) -> TokenSequence:
+        """Make a smaller grid of a whole one: pairs of neighbours become their mean, weighted by size.
+
+        axis   1: neighbours in a row; 0: in a column
+        first  (B, lines, m): in each row (column) the first of each of m pairs, which do not overlap
+
+        Protected tokens stay as they are, with as large a share of the patch tokens before them as in the dense grid.
+        """
+        grid = self.patch_grid
+        pairs = Pairs.of(first, grid[axis])
+        smaller = (grid[0], pairs.near.shape[2]) if axis else (pairs.near.shape[2], grid[1])
+        line = torch.arange(grid[1 - axis], device=first.device)[:, None]
+
+        def raster(cells: Tensor, columns: int) -> Tensor:
+            """Cells (B, lines, n) as raster places of a grid with so many columns."""
+            return line * columns + cells if axis else cells * columns + line
+
+        def in_order(values: Tensor) -> Tensor:
+            """Values (B, lines, n) in raster order."""
+            return (values if axis else values.transpose(1, 2)).flatten(1)
+
+        into = in_order(raster(pairs.into, smaller[1]))
+        merged = Merged(grid, self.protected, into) if self.merged is None else self.merged.moved(into)
+        protected = protected_positions(merged.protected, math.prod(merged.grid), math.prod(smaller))
+        near, far = (in_order(raster(each, grid[1])) for each in (pairs.near, pairs.far))  # (B, count)
+        if self.protected:
+            places = patch_positions(grid, self.protected, first.device)
+            own = torch.tensor(self.protected, device=first.device).expand(len(first), -1)
+            taken = torch.tensor(protected, device=first.device)
+            order = torch.cat((patch_positions(smaller, protected, first.device), taken)).argsort()
+            near, far = (torch.cat((places[each], own), dim=1)[:, order] for each in (near, far))
+        one, other = self.sizes().gather(1, near), self.sizes().gather(1, far) * (far != near)
+        size = one + other
+
+        def mean(values: Tensor) -> Tensor:
+            share = (other / size).to(values.dtype)[..., None]  # of a token alone exactly 0, in any precision
+            return torch.lerp(gather_tokens(values, near), gather_tokens(values, far), share)
+
+        positions = torch.arange(near.shape[1], device=first.device).expand(len(near), -1)
+        return replace(
+            self,
+            hidden=mean(self.hidden),
+            residual=None if self.residual is None else mean(self.residual),
+            positions=positions,
+            length=near.shape[1],
+            protected=protected,
+            size=size,
+            grid=smaller,
+            merged=merged,
+            geometry=Geometry(),
+        )
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`values` (B, L, c) of a whole grid at every place of the dense one, (B, rows * columns, c): those of the token
+        that took it in. For sequences without protected tokens."""
+        return values if self.merged is None else gather_tokens(values, self.merged.owner)
+
+    def dense_positions(self) -> Tensor:
+        """(B, L) position of each token in the dense sequence; of merged ones see `Merged.dense_positions`."""
+        merged = self.merged
+        if merged is None:
+            return self.positions
+
+        def compute() -> Tensor:
+            patches = merged.dense_positions(self.length - len(self.protected))
+            if not self.protected:
+                return patches
+            kept = torch.tensor(merged.protected, device=patches.device).expand(len(patches), -1)
+            return torch.cat((patches, kept), dim=1).sort(dim=1).values
+
+        return self.geometry.once(_DENSE_POSITIONS, compute)
+
     def sizes(self) -> Tensor:
         """(B, L) float32: dense tokens that each token stands for."""
         return torch.ones_like(self.positions, dtype=torch.float32) if self.size is None else self.size
@@ -233,18 +338,20 @@ class TokenSequence:
         size = None if size is None else size.gather(1, order)
         return _Joined(order, order.argsort(dim=1)[:, : self.positions.shape[1]], positions, size, Geometry())
 
-    def restored(self) -> Tensor:
-        """(B, length, d): the dense sequence, dropped tokens as they were when they left. For `restorable` sequences.
+    def restored(self) -> TokenSequence:
+        """The whole grid, dropped tokens as they were when they left, with no trace of that. For `restorable` sequences.
 
-        The reduction `mask` drops nothing, so its zeroed tokens stay what they are.
+        The reduction `mask` drops nothing, so its zeroed tokens stay what they are. A merged grid is whole as it is.
         """
+        if self.merged is not None:
+            return self
         groups = [each for each in (self.frozen, self.context, self.gone) if each is not None]
         if not groups:
-            return self.hidden
+            return TokenSequence.dense(self.hidden, self.protected, grid=self.grid)
         values = self.hidden.new_empty(len(self.hidden), self.length, self.hidden.shape[2])
         for group in groups:
             values = _put(values, group.positions, group.stream)
-        return _put(values, self.positions, self.hidden)
+        return TokenSequence.dense(_put(values, self.positions, self.hidden), self.protected, grid=self.grid)
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""
@@ -270,7 +377,8 @@ class TokenSequence:
         return (values * weight).sum(dim=1) / weight.sum(dim=1)
 
     def gaps(self, *, reverse: bool) -> Tensor:
-        """(B, L) float32: how many dropped tokens a raster scan skips just before each token.
+        """(B, L) float32: how many dropped tokens a raster scan skips just before each token; see `gaps_by_size` for
+        tokens of a smaller grid.
 
         In a reverse scan "before" is the side of higher positions. The first token of a scan gets 0: the state is still
         zero there, so what was skipped cannot matter.
@@ -281,6 +389,9 @@ class TokenSequence:
         """(2, B, L): `gaps` of a scan and of one in reverse."""
 
         def compute() -> Tensor:
+            if self.merged is not None:
+                ahead = gaps_by_size(self.sizes())
+                return torch.stack((ahead, torch.cat((ahead[:, 1:], torch.zeros_like(ahead[:, :1])), dim=1)))
             skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
             zero = skipped.new_zeros(len(skipped), 1)
             return torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))

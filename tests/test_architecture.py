@@ -24,7 +24,7 @@ LAYERS = [
     {"models", "pruning"},
     {"kernels"},
     {"interface", "recipe", "report", "tokens"},
-    {"files", "preprocessing", "registry", "statistics"},
+    {"files", "grids", "preprocessing", "registry", "statistics"},
     {"errors"},
 ]
 FORBIDDEN = {

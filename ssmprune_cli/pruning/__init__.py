@@ -24,11 +24,17 @@ def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
     Raises CheckpointError for settings that no compression of this model gives.
     """
     read = PruneSettings.from_dict(settings)
+    schedule, rectangular = read.schedule, REDUCTIONS.get(read.reduction).rectangular
     try:
-        PruneSchedule.resolve(model.stages, points=read.schedule.points, tokens=read.schedule.tokens)
+        possible = PruneSchedule.resolve(
+            model.stages, points=schedule.points, tokens=schedule.tokens, rectangular=rectangular
+        )
     except UsageError as error:
         what = f"the pruning settings are not valid: {error.where}: {error.what}"
         raise CheckpointError(what, where="config.json") from error
+    if schedule != possible:
+        what = f"the pruning settings are not valid: grids {schedule.grids} are not those of {schedule.tokens} tokens"
+        raise CheckpointError(what, where="config.json")
     model.pruner = TokenPruner(read, model.stages, model.mixers)
 
 

@@ -14,7 +14,7 @@ from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
-from ssmprune_cli.pruning.reduction import rank
+from ssmprune_cli.pruning.reduction import REDUCTIONS, rank
 from ssmprune_cli.tokens import TokenSequence
 
 
@@ -67,7 +67,10 @@ class PointStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """deltas: one entry a block, mean steps (directions, E) of the tokens dropped before it, float64, or None."""
+    """deltas: one entry a block, mean steps (directions, E) of the tokens dropped before it, float64, or None.
+
+    A rectangular reduction goes by no score and drops none: steps are those of all patch tokens, and `points` is empty.
+    """
 
     images: int
     deltas: tuple[Tensor | None, ...] = field(repr=False)
@@ -82,12 +85,14 @@ class _Observer(nn.Module, Pruner):
         self.settings = settings
         self.starts = {stage.start for stage in stages}
         self.observed = set(settings.schedule.blocks_after_points(stages))
+        self.rectangular = REDUCTIONS.get(settings.reduction).rectangular
+        points = () if self.rectangular else settings.schedule.points
         self.importance = IMPORTANCES.get(settings.importance)
         self.dropped: Tensor | None = None  # (B, L) bool
         self.delta_sum: dict[int, Tensor] = {}
         self.delta_count: dict[int, int] = {}
-        self.scores: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
-        self.kept: dict[int, list[Tensor]] = {point: [] for point in settings.schedule.points}
+        self.scores: dict[int, list[Tensor]] = {point: [] for point in points}
+        self.kept: dict[int, list[Tensor]] = {point: [] for point in points}
 
     def wants(self, block: int) -> Wanted:
         if block in self.observed:
@@ -102,6 +107,8 @@ class _Observer(nn.Module, Pruner):
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         if block in self.starts:
             self.dropped = torch.zeros_like(sequence.positions, dtype=torch.bool)
+        if self.rectangular:
+            self.dropped = ~sequence.is_protected()
         assert self.dropped is not None
         count = int(self.dropped.sum())
         if block in self.observed and count:
@@ -151,8 +158,8 @@ def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor
         for block in range(len(model.mixers))
     )
     points = tuple(
-        _summary(point, torch.cat(observer.kept[point]), torch.cat(observer.scores[point]))
-        for point in settings.schedule.points
+        _summary(point, torch.cat(observer.kept[point]), torch.cat(scores))
+        for point, scores in observer.scores.items()
     )
     return Calibration(images, deltas, points)
 

@@ -57,7 +57,8 @@ def compress(
     for settings or images that do not fit it.
     """
     _check_backbone(model)
-    schedule = PruneSchedule.resolve(model.stages, points=points, keep=keep, tokens=tokens)
+    rectangular = REDUCTIONS.get(reduction).rectangular
+    schedule = PruneSchedule.resolve(model.stages, points=points, keep=keep, tokens=tokens, rectangular=rectangular)
     chosen = choose_alignment(alignment, reduction, calibrated=calibration is not None)
     settings = PruneSettings(schedule, importance, reduction, chosen, seed)
     like, fits_mass = next(model.parameters()), ALIGNMENTS.get(chosen).needs_sizes

@@ -40,6 +40,11 @@ class Method:
             )
         return cls(*parts)
 
+    @property
+    def rectangular(self) -> bool:
+        """Whether it leaves whole grids: what `PruneSchedule.resolve` has to know."""
+        return REDUCTIONS.get(self.reduction).rectangular
+
     def settings(self, schedule: PruneSchedule, seed: int) -> PruneSettings:
         """This method with `schedule`."""
         return PruneSettings(schedule, self.importance, self.reduction, self.alignment, seed)

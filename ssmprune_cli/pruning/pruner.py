@@ -38,6 +38,12 @@ class PruneSettings:
                 f"alignment {self.alignment!r} goes by the sizes of tokens, and {self.reduction!r} merges none",
                 hint="Use it with a reduction that merges tokens, such as local-merge.",
             )
+        if self.schedule.points and bool(self.schedule.grids) != REDUCTIONS.get(self.reduction).rectangular:
+            raise UsageError(
+                f"the reduction {self.reduction!r} leaves {'no ' if self.schedule.grids else ''}whole grids, and the "
+                f"schedule has {'some' if self.schedule.grids else 'none'}",
+                hint="Give `rectangular` of the reduction to `PruneSchedule.resolve`.",
+            )
         if self.alignment != "none" and not REDUCTIONS.get(self.reduction).aligned:
             raise UsageError(
                 f"the reduction {self.reduction!r} leaves no gaps in scan order, so there is nothing to align",
@@ -82,8 +88,7 @@ class TokenPruner(nn.Module, Pruner):
         super().__init__()
         self.settings = settings
         self._stages = tuple(stages)
-        self._patches = settings.schedule.patches_per_block(stages)
-        self._lengths = [stage.num_tokens for stage in stages for _ in range(stage.start, stage.stop)]
+        self._plan()
         self._importance = IMPORTANCES.get(settings.importance)
         self._reduction = REDUCTIONS.get(settings.reduction)
         self._alignment = ALIGNMENTS.get(settings.alignment)
@@ -103,7 +108,14 @@ class TokenPruner(nn.Module, Pruner):
         if schedule.points != self.settings.schedule.points:
             raise UsageError(f"the points are {self.settings.schedule.points}, not {schedule.points}")
         self.settings = replace(self.settings, schedule=schedule)
-        self._patches = schedule.patches_per_block(self._stages)
+        self._plan()
+
+    def _plan(self) -> None:
+        schedule, stages = self.settings.schedule, self._stages
+        self._patches = schedule.patches_per_block(stages)
+        self._lengths = tuple(stage.num_tokens for stage in stages for _ in range(stage.start, stage.stop))
+        if schedule.grids:  # what was merged is no longer counted
+            self._lengths = schedule.tokens_per_block(stages)
 
     def set_mass(self, mass: float) -> None:
         """The mass of every block, for the alignment of this name."""

@@ -15,6 +15,7 @@ from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerp
 from ssmprune_cli.errors import MAX_MESSAGE, UsageError, shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
+    REDUCTIONS,
     PruneSchedule,
     PruneSettings,
     TokenPruner,
@@ -264,7 +265,13 @@ def recipe_settings(model: Backbone, recipe: Recipe, *, calibrated: bool) -> Pru
     """What `recipe` means for `model`, with calibration images or without."""
     pruning = recipe.pruning
     return PruneSettings(
-        PruneSchedule.resolve(model.stages, points=pruning.points, keep=pruning.keep, tokens=pruning.tokens),
+        PruneSchedule.resolve(
+            model.stages,
+            points=pruning.points,
+            keep=pruning.keep,
+            tokens=pruning.tokens,
+            rectangular=REDUCTIONS.get(pruning.reduction).rectangular,
+        ),
         pruning.importance,
         pruning.reduction,
         choose_alignment(pruning.alignment, pruning.reduction, calibrated=calibrated),

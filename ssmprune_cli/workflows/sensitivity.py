@@ -105,7 +105,8 @@ def sensitivity(
         announce(f"{len(cases)} measurements, about {_duration(seconds)}; {state.found} results are known already.")
     found = []
     for number, (point, ratio) in enumerate(cases, start=1):
-        settings = method.settings(PruneSchedule.resolve(model.stages, points=[point], keep=ratio), seed)
+        schedule = PruneSchedule.resolve(model.stages, points=[point], keep=ratio, rectangular=method.rectangular)
+        settings = method.settings(schedule, seed)
         values = state.get(f"sensitivity {point} {ratio!r}", partial(_measure, measurements, settings, dense))
         found.append(SensitivityFacts(point=point, keep=ratio, **values))
         if progress is not None:

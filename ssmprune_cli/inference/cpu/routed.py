@@ -94,7 +94,7 @@ class FusedPlainMambaMixer(PlainMambaMixer):
             self.journal.write(self.block, self.block, BY_OP, reason)
             return super().scan(u, own, flow, wanted)
         self.journal.write(self.block, self.block, SCANS)
-        routes, alignment = _snakes(flow.scanned, self.grid), flow.alignment
+        routes, alignment = _snakes(flow.scanned), flow.alignment
         summed = routed_scans(
             u,
             self.x_proj(u)[:, :, None],
@@ -109,9 +109,9 @@ class FusedPlainMambaMixer(PlainMambaMixer):
         return ScanStatistics((summed,))
 
 
-def _snakes(sequence: TokenSequence, grid: tuple[int, int]) -> Routes:
+def _snakes(sequence: TokenSequence) -> Routes:
     def compute() -> Routes:
-        each = walks(sequence, grid)
+        each = walks(sequence, sequence.patch_grid)
         order, moves = torch.stack([walk.visits.order for walk in each]), torch.stack([walk.moves for walk in each])
         if order.ndim == 2:
             order, moves = order[:, None], moves[:, None]
@@ -119,7 +119,7 @@ def _snakes(sequence: TokenSequence, grid: tuple[int, int]) -> Routes:
         gaps = [walk.visits.gap for walk in each if walk.visits.gap is not None]
         return Routes(order, torch.stack(gaps) if gaps else None, moves, torch.stack(rows) if rows else None)
 
-    return sequence.geometry.once(_SNAKES, compute, grid)
+    return sequence.geometry.once(_SNAKES, compute)
 
 
 class FusedVMambaMixer(VMambaMixer):

@@ -101,7 +101,7 @@ class Backbone(nn.Module, ABC):
         """Before `block`: how its scans make up for what `sequence` has lost, and what is wanted after it."""
         if self.pruner is None:
             return None, "nothing"
-        return None if sequence.is_dense else self.pruner.alignment(block), self.pruner.wants(block)
+        return None if sequence.is_untouched else self.pruner.alignment(block), self.pruner.wants(block)
 
     def prune(self, block: int, sequence: TokenSequence, statistics: ScanStatistics, wanted: Wanted) -> TokenSequence:
         """The tokens that go on after `block`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssmprune_cli.grids import gaps_by_size
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 
@@ -22,7 +23,7 @@ class Visits:
     order   (L,) or (B, L) index into the sequence of the token that each step of the scan visits
     back    the inverse: at which step each token is visited
     ranks   as `order`: the step at which the dense scan visits the same token
-    gap     (B, L) float32 dropped tokens skipped just before each step; None when no token is missing
+    gap     (B, L) float32 dropped tokens skipped just before each step; None when no token is missing or merged
     """
 
     order: Tensor
@@ -32,10 +33,11 @@ class Visits:
 
 
 def visits(route: Tensor, sequence: TokenSequence) -> Visits:
-    """How a scan along `route` (G,) goes through `sequence`, whose positions index the dense grid."""
+    """How a scan along `route` (G,) goes through `sequence`, whose positions index its grid."""
     dense_ranks = inverse(route)
     if sequence.is_dense:
-        return Visits(route, dense_ranks, torch.arange(len(route), device=route.device), None)
+        gap = None if sequence.merged is None else gaps_by_size(sequence.sizes()[:, route])
+        return Visits(route, dense_ranks, torch.arange(len(route), device=route.device), gap)
     ranks, order = dense_ranks[sequence.positions].sort(dim=1)  # (B, L)
     # The first step skips nothing: the state is still zero there, so what was dropped before it cannot matter.
     gap = ranks.diff(dim=1, prepend=ranks[:, :1] - 1) - 1

@@ -76,7 +76,8 @@ class MambaReg(MambaBackbone):
         run = patches.shape[1] // (count + 1)
         runs = patches[:, : run * count].unflatten(1, (count, run))  # (B, k, run, d)
         spread = torch.cat((runs, registers[:, :, None]), dim=2).flatten(1, 2)  # (B, k * (run + 1), d)
-        return TokenSequence.dense(torch.cat((spread, patches[:, run * count :]), dim=1), self.protected)
+        tokens = torch.cat((spread, patches[:, run * count :]), dim=1)
+        return TokenSequence.dense(tokens, self.protected, grid=self.grid)
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, k d / r): the normalised registers one after another, each reduced by the neck."""

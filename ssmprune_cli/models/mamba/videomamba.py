@@ -52,7 +52,7 @@ class VideoMamba(MambaBackbone):
     def embed(self, images: Tensor) -> TokenSequence:
         patches = self.patch_embed(images)
         tokens = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)  # (B, 1 + patches, d)
-        return TokenSequence.dense(tokens + self.pos_embed, self.protected)
+        return TokenSequence.dense(tokens + self.pos_embed, self.protected, grid=self.grid)
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): the normalised class token."""

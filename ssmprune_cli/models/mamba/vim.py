@@ -79,14 +79,14 @@ class Vim(MambaBackbone):
         elif tokens:
             (place,) = self.protected
             patches = torch.cat((patches[:, :place], tokens[0], patches[:, place:]), dim=1)
-        return TokenSequence.dense(patches + self.pos_embed, self.protected)
+        return TokenSequence.dense(patches + self.pos_embed, self.protected, grid=self.grid)
 
     def before_block(self, sequence: TokenSequence) -> TokenSequence:
         if self.rope is None:
             return sequence
         rope = self.rope
         residual, frozen, context = sequence.residual, sequence.frozen, sequence.context
-        positions = None if sequence.is_dense else sequence.positions
+        positions = None if sequence.is_untouched else sequence.dense_positions()
         if self.config.rope_residual:
             residual = None if residual is None else rope(residual, positions)
             frozen, context = (

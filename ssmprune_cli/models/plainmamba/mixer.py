@@ -32,11 +32,10 @@ class PlainMambaMixer(nn.Module, Mixer):
     per_direction = ()
 
     def __init__(
-        self, dim: int, *, grid: tuple[int, int], d_inner: int, d_state: int, d_conv: int, dt_rank: int
+        self, dim: int, *, d_inner: int, d_state: int, d_conv: int, dt_rank: int
     ) -> None:
         super().__init__()
         self.d_inner = d_inner
-        self.grid = grid
         self.splits = [dt_rank, d_state, d_state]
         self.in_proj = nn.Linear(dim, 2 * self.d_inner)
         self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, padding=d_conv // 2, groups=d_inner)
@@ -63,7 +62,7 @@ class PlainMambaMixer(nn.Module, Mixer):
         the scans need of them, the second than what the convolution needs.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, self.grid[1])
+        flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, sequence.patch_grid[1])
         u, own = flow.pool(self._convolve(flow, context))
         statistics = self.scan(u, own, flow, wanted)
         mixed: Tensor = self.out_proj(gated_sum(statistics.y, gate))
@@ -79,7 +78,7 @@ class PlainMambaMixer(nn.Module, Mixer):
         raw_delta, bias = self.dt_proj(rank_values), self.dt_proj.bias
         decay = decay_rates(self.A_log)
         outputs, deltas = [], []
-        for direction, walk in enumerate(walks(flow.scanned, self.grid)):
+        for direction, walk in enumerate(walks(flow.scanned, flow.scanned.patch_grid)):
             # Only u is brought into the order of the route, not dt, B and C: so the authors trained it. See Walk.rows.
             rows = (raw_delta, b, c)
             if walk.rows is not None:
@@ -113,7 +112,7 @@ class PlainMambaMixer(nn.Module, Mixer):
             values = torch.cat((values, self._inner(context)), dim=1)
             places = torch.cat((convolved.positions, convolved.context.positions), dim=1)
         outputs, taps = flow.values.shape[1], channels_last_taps(self.conv2d.weight)  # (E, K, K)
-        return grid_conv2d(values, taps, self.conv2d.bias, self.grid, places, outputs=outputs)
+        return grid_conv2d(values, taps, self.conv2d.bias, convolved.patch_grid, places, outputs=outputs)
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""

@@ -116,7 +116,6 @@ class PlainMambaLayer(Block):
     def __init__(self, config: PlainMambaConfig, *, dw: bool) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.grid = config.grid
         self.norm = nn.LayerNorm(dim, eps=BLOCK_NORM_EPS)
         self.dw = None
         if dw:
@@ -124,7 +123,6 @@ class PlainMambaLayer(Block):
             self.dw = nn.Sequential(conv, nn.BatchNorm2d(dim), nn.GELU())
         self.mamba = PlainMambaMixer(
             dim,
-            grid=config.grid,
             d_inner=config.d_inner or 2 * dim,
             d_state=config.d_state,
             d_conv=config.d_conv,
@@ -150,11 +148,11 @@ class PlainMambaLayer(Block):
         convolution, norm, activation = dw
         x = x.transpose(1, 2)  # (B, d, L)
         if sequence.is_dense:
-            x = convolution(x.unflatten(2, self.grid)).flatten(2)
+            x = convolution(x.unflatten(2, sequence.patch_grid)).flatten(2)
         else:
             index = sequence.positions[:, None].expand(-1, x.shape[1], -1)  # (B, d, L)
             image = x.new_zeros(*x.shape[:2], sequence.length).scatter(2, index, x)
-            x = convolution(image.unflatten(2, self.grid)).flatten(2).gather(2, index)
+            x = convolution(image.unflatten(2, sequence.patch_grid)).flatten(2).gather(2, index)
         result: Tensor = activation(norm(x[..., None]))[..., 0].transpose(1, 2)
         return result  # (B, L, d)
 
@@ -208,12 +206,13 @@ class PlainMamba(Backbone):
                 if not sequence.is_dense:
                     raise UsageError("feature maps need all tokens", hint="Call `restore(model)` first.")
                 norm = self.backbone.get_submodule("ln1" if index == -1 else f"norm_layer{index}")
-                maps.append(norm(sequence.hidden).transpose(1, 2).unflatten(2, self.grid))
+                values = sequence.spread(norm(sequence.hidden))  # merged tokens at every place that they took in
+                maps.append(values.transpose(1, 2).unflatten(2, self.grid))
         return tuple(maps)
 
     def _blocks(self, images: Tensor) -> Iterator[TokenSequence]:
         """The tokens after each block."""
-        sequence = TokenSequence.dense(self.backbone(images))
+        sequence = TokenSequence.dense(self.backbone(images), grid=self.grid)
         for block, layer in enumerate(self.backbone.layers):
             alignment, wanted = self.ask_pruner(block, sequence)
             sequence, statistics = layer(sequence, alignment, wanted)

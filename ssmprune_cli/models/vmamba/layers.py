@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Grid = tuple[int, int]
+from ssmprune_cli.grids import Grid, divided
+
+STRIDE = 2  # of every downsampling
 
 
 class PatchEmbedV1(nn.ModuleDict):
@@ -45,7 +47,7 @@ class PatchEmbedV2(nn.ModuleDict):
 
     @staticmethod
     def grid(image_size: Grid) -> Grid:
-        return half_grid(half_grid(image_size))
+        return divided(divided(image_size, 2), 2)
 
 
 class DownsampleV3(nn.ModuleDict):
@@ -90,11 +92,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.fc2(functional.gelu(self.fc1(x)))
         return result
-
-
-def half_grid(grid: Grid) -> Grid:
-    """Half as many rows and columns, rounded up: what every stride of 2 leaves."""
-    return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
 def _normed(norm: nn.Module, image: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Four stages of blocks; between two of them a downsampling halves the grid and doubles the width. Tokens are dropped
 within a stage. Before a downsampling, and before the classifier, the grid is made whole again: a dropped token comes
 back with the value that it had when it left, so that both see what they see in the dense model, every place of the
-grid. Letters: B batch, L tokens now, d model width of a stage.
+grid. A grid whose tokens were merged into a smaller one is whole, and stays that small in later stages.
+Letters: B batch, L tokens now, d model width of a stage.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.grids import divided
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
-from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
+from ssmprune_cli.models.vmamba.layers import STRIDE, MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
@@ -93,14 +96,14 @@ class VMambaBlock(Block):
         self.mlp = MLP(dim, int(config.mlp_ratio * dim)) if config.mlp_ratio else None
 
     def run(
-        self, sequence: TokenSequence, grid: tuple[int, int], alignment: ScanAlignment | None, wanted: Wanted
+        self, sequence: TokenSequence, alignment: ScanAlignment | None, wanted: Wanted
     ) -> tuple[TokenSequence, ScanStatistics]:
         frozen, context = (
             None if dropped is None else self.norm(dropped.stream.to(self.norm.weight.dtype))
             for dropped in (sequence.frozen, sequence.context)
         )
         normalised = self.norm(sequence.hidden)
-        mixed, statistics = self.op(normalised, sequence, grid, alignment, wanted, frozen, context)
+        mixed, statistics = self.op(normalised, sequence, sequence.patch_grid, alignment, wanted, frozen, context)
         hidden = sequence.hidden + self.drop(mixed)
         if self.mlp is not None and self.norm2 is not None:
             hidden = hidden + self.drop(self.mlp(self.norm2(hidden)))
@@ -140,24 +143,29 @@ class VMamba(Backbone):
             self.classifier = nn.ModuleDict({"norm": nn.LayerNorm(dim), "head": head})
 
     def stage_outputs(self, images: Tensor) -> Iterator[Tensor]:
-        """The whole grid after each stage, before its downsampling: (B, rows, columns, d)."""
+        """Every place of the dense grid after each stage, before its downsampling: (B, rows, columns, d)."""
+        for whole in self._stages(images):
+            grid = whole.patch_grid if whole.merged is None else whole.merged.grid
+            yield whole.spread(whole.hidden).unflatten(1, grid)
+
+    def _stages(self, images: Tensor) -> Iterator[TokenSequence]:
+        """The tokens of the whole grid after each stage, before its downsampling."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 4:
             raise DataError(f"the model takes images (B, 3, H, W) of 4 pixels or more, not {tuple(images.shape)}")
-        block = 0
+        block, whole = 0, None
         x = self.patch_embed(images)
         for layer in self.layers:
             assert isinstance(layer, VMambaStage)
-            grid = (x.shape[1], x.shape[2])
-            sequence = TokenSequence.dense(x.flatten(1, 2), restorable=True)  # (B, rows * columns, d)
+            sequence = _whole(x, whole)
             for each in layer.blocks:
                 alignment, wanted = self.ask_pruner(block, sequence)
-                sequence, statistics = each(sequence, grid, alignment, wanted)
+                sequence, statistics = each(sequence, alignment, wanted)
                 sequence = self.prune(block, sequence, statistics, wanted)
                 block += 1
-            x = sequence.restored().unflatten(1, grid)
-            yield x
+            whole = sequence.restored()
+            yield whole
             if layer.downsample is not None:
-                x = layer.downsample(x)
+                x = layer.downsample(whole.hidden.unflatten(1, whole.patch_grid))
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """The normalised outputs of `out_stages`, (B, d, rows, columns) each, as detectors take them."""
@@ -171,8 +179,8 @@ class VMamba(Backbone):
         """Logits (B, classes) of normalised images (B, 3, H, W); without classes the last map's mean (B, d)."""
         if not self.config.num_classes:
             return self.feature_maps(images)[-1].mean(dim=(2, 3))
-        *_, x = self.stage_outputs(images)
-        logits: Tensor = self.classifier["head"](self.classifier["norm"](x).mean(dim=(1, 2)))
+        *_, whole = self._stages(images)
+        logits: Tensor = self.classifier["head"](whole.mean(self.classifier["norm"](whole.hidden)))
         return logits
 
     @property
@@ -198,10 +206,23 @@ class VMamba(Backbone):
     def stages(self) -> tuple[Stage, ...]:
         found, start, grid = [], 0, self.grid
         for depth in self.config.depths:
-            found.append(Stage(start, start + depth, grid))
-            start, grid = start + depth, half_grid(grid)
+            found.append(Stage(start, start + depth, grid, stride=STRIDE))
+            start, grid = start + depth, divided(grid, STRIDE)
         return tuple(found)
 
     @property
     def grid(self) -> tuple[int, int]:
         return self.patch_embed.grid(self.image_size)
+
+
+def _whole(x: Tensor, before: TokenSequence | None) -> TokenSequence:
+    """The tokens x (B, rows, columns, d) of a stage; `before` the downsampling that made them they were those."""
+    sequence = TokenSequence.dense(x.flatten(1, 2), grid=(x.shape[1], x.shape[2]), restorable=True)
+    if before is None or before.merged is None:
+        return sequence
+    merged = before.merged.divided(before.patch_grid, STRIDE)
+    # A token stands for as much as the mean of those that met in it, and all of them for the whole dense grid.
+    sizes = before.sizes().unflatten(1, before.patch_grid)
+    size = functional.avg_pool2d(sizes[:, None], STRIDE, ceil_mode=True, count_include_pad=False).flatten(1)
+    size = size * (math.prod(merged.grid) / size.sum(dim=1, keepdim=True))
+    return replace(sequence, size=size, merged=merged)

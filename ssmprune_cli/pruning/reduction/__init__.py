@@ -8,6 +8,7 @@ from ssmprune_cli.pruning.reduction.drop import DROP
 from ssmprune_cli.pruning.reduction.drop_unsorted import DROP_UNSORTED
 from ssmprune_cli.pruning.reduction.frozen import FROZEN, FROZEN_NEAR, FROZEN_ONCE, FROZEN_PAIRS
 from ssmprune_cli.pruning.reduction.fuse import FUSE
+from ssmprune_cli.pruning.reduction.grid_merge import GRID_MERGE
 from ssmprune_cli.pruning.reduction.keep_target_source import KEEP_TARGET_SOURCE
 from ssmprune_cli.pruning.reduction.local_merge import LOCAL_MERGE
 from ssmprune_cli.pruning.reduction.mask import MASK
@@ -28,6 +29,7 @@ REDUCTIONS.register("merge", MERGE)
 REDUCTIONS.register("hybrid", HYBRID)
 REDUCTIONS.register("keep-target-source", KEEP_TARGET_SOURCE)
 REDUCTIONS.register("fuse", FUSE)
+REDUCTIONS.register("grid-merge", GRID_MERGE)
 REDUCTIONS.register("drop-unsorted", DROP_UNSORTED)
 REDUCTIONS.register("mask", MASK)
 

@@ -17,12 +17,14 @@ class Reduction:
 
     `aligned` says whether the result has gaps in ascending order, so that a scan can be aligned over them.
     `shortens` says whether it costs less than the dense model. `sized` says whether its tokens have sizes.
+    `rectangular` says whether a whole grid is left, which later stages start from: see `grids.fitting`.
     """
 
     apply: Callable[[TokenSequence, Tensor, int], TokenSequence]
     aligned: bool
     shortens: bool
     sized: bool = False
+    rectangular: bool = False
 
 
 def rank(sequence: TokenSequence, score: Tensor) -> Tensor:

@@ -253,13 +253,13 @@ class Search:
     def _settings(self, candidate: Candidate) -> PruneSettings | None:
         """What the candidate is at this budget; None if that is out of its reach."""
         if candidate not in self._candidates:
-            stages = self._measurements.model.stages
+            stages, method = self._measurements.model.stages, candidate.method
             schedule = solve(
-                lambda level: schedule_at(stages, candidate.points, candidate.weights, level),
-                self._costs.of(candidate.method),
-                self._budget(candidate.method),
+                lambda level: schedule_at(stages, candidate.points, candidate.weights, level, method.rectangular),
+                self._costs.of(method),
+                self._budget(method),
             )
-            self._candidates[candidate] = None if schedule is None else candidate.method.settings(schedule, self._seed)
+            self._candidates[candidate] = None if schedule is None else method.settings(schedule, self._seed)
         return self._candidates[candidate]
 
     def _spent(self) -> bool:

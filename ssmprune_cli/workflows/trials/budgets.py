@@ -40,14 +40,15 @@ class Uniform:
         """None if the method cannot save so much."""
         stages = self._measurements.model.stages
         if budget.kind == "keep":
-            return method.settings(PruneSchedule.resolve(stages, keep=budget.value), self._seed)
+            schedule = PruneSchedule.resolve(stages, keep=budget.value, rectangular=method.rectangular)
+            return method.settings(schedule, self._seed)
         work = budget.value * self._measurements.dense_cost
         if budget.kind == "time":
             timing = LatencyBudget(self._measurements, 0.0, self._batch_size, self._costs)
             work = timing.share(method, budget.value)
         for points in layouts(stages):
-            build = partial(schedule_at, stages, points, [1.0] * len(points))
-            schedule = solve(build, self._costs.of(method), work)
-            if schedule is not None:
-                return method.settings(schedule, self._seed)
+            build = partial(schedule_at, stages, points, [1.0] * len(points), rectangular=method.rectangular)
+            solved = solve(build, self._costs.of(method), work)
+            if solved is not None:
+                return method.settings(solved, self._seed)
         return None

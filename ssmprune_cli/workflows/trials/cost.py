@@ -74,7 +74,7 @@ class CostModel:
                 self._kinds.append((stage.num_tokens, *(tuple(each.shape) for each in block.parameters())))
         self._coefficients: dict[Shapes, Vector] = {}
         self._rest: Vector
-        unseen = _example(self._stages, 0)
+        unseen = self._example(0)
         total = self.count(unseen)
         for other in others:
             self._coefficients, self._rest = other._coefficients, other._rest
@@ -82,7 +82,7 @@ class CostModel:
             if self.exact:
                 return
         for traces in (_TRACES, 2 * _TRACES):  # the second for models with few blocks of a kind
-            self._fit([_example(self._stages, seed) for seed in range(1, traces + 1)])
+            self._fit([self._example(seed) for seed in range(1, traces + 1)])
             self.exact = math.isclose(self.predict(unseen), total, rel_tol=_EXACT)
             if self.exact:
                 return
@@ -95,6 +95,9 @@ class CostModel:
         rows, rest = self._features(schedule)
         costs = (row @ self._coefficients[group] for row, group in zip(rows, self._groups, strict=True))
         return float(rest @ self._rest) + math.fsum(costs)
+
+    def _example(self, seed: int) -> PruneSchedule:
+        return _example(self._stages, seed, self._method.rectangular)
 
     def _fit(self, schedules: Sequence[PruneSchedule]) -> None:
         rows: dict[Shapes, list[Vector]] = {group: [] for group in self._groups}
@@ -114,15 +117,18 @@ class CostModel:
     def _features(self, schedule: PruneSchedule) -> tuple[list[Vector], Vector]:
         """For each block frozen and context tokens, whether live ones are missing and if so how many there are, the
         same for live and frozen ones together, and for its own kind 1 and live tokens; then, for what is no block, 1,
-        the live tokens at the end, the pairs compared in each stage."""
+        the live tokens at the end, the pairs compared in each stage, and the tokens that each stage starts with."""
         kinds = list(dict.fromkeys(self._kinds))
         kept = dict(zip(schedule.points, schedule.tokens, strict=True))
+        patches = schedule.patches_per_block(self._stages)
         rows, pairs = [], []
         now = _Tokens(0)
         for stage in self._stages:
-            now, compared = _Tokens(stage.num_patches), 0
+            now, compared = _Tokens(patches[stage.start]), 0
             for block in range(stage.start, stage.stop):
-                if kept.get(block, now.live) < now.live:
+                if schedule.grids:  # no tokens but live ones, and no pairs in products
+                    now = _Tokens(patches[block])
+                elif kept.get(block, now.live) < now.live:
                     now, more = _reduced(self._method.reduction, stage, now, kept[block])
                     compared += more
                 scanned = now.live + now.frozen
@@ -133,7 +139,8 @@ class CostModel:
                     row += [own, own * now.live]
                 rows.append(np.array(row, dtype=float))
             pairs.append(float(compared))
-        return rows, np.array([1.0, float(now.live), *pairs])
+        starts = [float(patches[stage.start]) for stage in self._stages]
+        return rows, np.array([1.0, float(now.live), *pairs, *starts])
 
 
 @dataclass(frozen=True)
@@ -194,11 +201,14 @@ def _solution(rows: Sequence[Vector], values: Sequence[int]) -> Vector:
     return found
 
 
-def _example(stages: Sequence[Stage], seed: int) -> PruneSchedule:
+def _example(stages: Sequence[Stage], seed: int, rectangular: bool) -> PruneSchedule:
     """A schedule with irregular points and counts in every stage of at least two blocks."""
     choice = random.Random(seed)
-    points: list[int] = []
-    tokens: list[int] = []
+    if rectangular:
+        places = range(1, stages[-1].stop)
+        points = sorted(choice.sample(places, max(1, 2 * len(places) // 3)))
+        return schedule_at(stages, points, [choice.random() for _ in points], 3 / len(points), rectangular)
+    points, tokens = [], []
     for stage in stages:
         inside = range(stage.start + 1, stage.stop)
         own = sorted(choice.sample(inside, min(len(inside), max(1, 2 * len(inside) // 3))))
@@ -210,18 +220,23 @@ def _example(stages: Sequence[Stage], seed: int) -> PruneSchedule:
 
 
 def schedule_at(
-    stages: Sequence[Stage], points: Sequence[int], weights: Sequence[float], level: float
+    stages: Sequence[Stage],
+    points: Sequence[int],
+    weights: Sequence[float],
+    level: float,
+    rectangular: bool = False,
 ) -> PruneSchedule:
-    """At point i, exp(-level * weights[i]) of the tokens stay that its stage has left, at least one."""
-    tokens: list[int] = []
-    share = 1.0
+    """At point i, exp(-level * weights[i]) of the tokens stay that its stage has left, at least one; of a rectangular
+    reduction, that all points before have left, or as many as make a grid."""
+    schedule, share = PruneSchedule((), ()), 1.0
     for i, (point, weight) in enumerate(zip(points, weights, strict=True)):
-        stage = next(stage for stage in stages if stage.start < point < stage.stop)
-        if i == 0 or points[i - 1] <= stage.start:
+        stage = next(stage for stage in stages if stage.start < point <= stage.stop)
+        if not rectangular and (i == 0 or points[i - 1] <= stage.start):
             share = 1.0
         share *= math.exp(-level * weight)
-        tokens.append(max(1, math.ceil(stage.num_patches * share - 1e-9)))
-    return PruneSchedule(tuple(points), tuple(tokens))
+        count = max(1, math.ceil(stage.num_patches * share - 1e-9))
+        schedule = schedule.then(point, count, stages, rectangular=rectangular)
+    return schedule
 
 
 def solve(build: Callable[[float], PruneSchedule], cost: CostModel, budget: float) -> PruneSchedule | None:

@@ -56,7 +56,7 @@ class LatencyBudget:
         cost = self._costs.of(method)
         settings: list[PruneSettings] = []
         for points in layouts(stages):
-            build = partial(schedule_at, stages, points, [1.0] * len(points))
+            build = partial(schedule_at, stages, points, [1.0] * len(points), rectangular=method.rectangular)
             found = [solve(build, cost, share * dense) for share in _FRACTIONS]
             settings = [method.settings(schedule, 0) for schedule in found if schedule is not None]
             if len(settings) > 1:
