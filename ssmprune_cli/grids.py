@@ -82,7 +82,7 @@ def patch_positions(grid: Grid, protected: Sequence[int], device: torch.device) 
 
 
 def protected_positions(protected: Sequence[int], before: int, after: int) -> tuple[int, ...]:
-    """Where protected tokens stand when `before` patch tokens have become `after`: the same share of them goes first."""
+    """Where protected tokens stand when `before` patch tokens are `after`: the same share of them goes first."""
     ranks = (place - number for number, place in enumerate(protected))  # patch tokens that go before each
     return tuple((2 * rank * after + before) // (2 * before) + number for number, rank in enumerate(ranks))
 
@@ -100,10 +100,10 @@ class Pairs:
     into: Tensor
 
     @classmethod
-    def of(cls, first: Tensor, cells: int) -> Pairs:
-        """`first` (B, lines, m): the first cell of each of m pairs, which do not overlap."""
+    def of(cls, first: Tensor, cells: int, after: int) -> Pairs:
+        """`first` (B, lines, cells - after): the first cell of each pair; pairs do not overlap."""
         second = first.new_zeros(*first.shape[:2], cells).scatter(2, first + 1, 1)
-        near = second.argsort(dim=2, stable=True)[:, :, : cells - first.shape[2]]  # ascending, as the sort is stable
+        near = second.argsort(dim=2, stable=True)[:, :, :after]  # ascending, as the sort is stable
         return cls(near, near + functional.pad(second[:, :, 1:], (0, 1)).gather(2, near), (1 - second).cumsum(2) - 1)
 
 

@@ -233,19 +233,21 @@ class TokenSequence:
         stream, grid = self.stream, self.patch_grid
         if self.protected:
             stream = stream[:, patch_positions(grid, self.protected, stream.device)]
-        return stream.unflatten(1, grid)
+        tokens: Tensor = stream.unflatten(1, grid)
+        return tokens
 
-    def merge_neighbours(self, axis: int, first: Tensor) -> TokenSequence:
+    def merge_neighbours(self, axis: int, first: Tensor, left: int) -> TokenSequence:
         """Make a smaller grid of a whole one: pairs of neighbours become their mean, weighted by size.
 
         axis   1: neighbours in a row; 0: in a column
         first  (B, lines, m): in each row (column) the first of each of m pairs, which do not overlap
+        left   cells that each row (column) then has
 
         Protected tokens stay as they are, with as large a share of the patch tokens before them as in the dense grid.
         """
         grid = self.patch_grid
-        pairs = Pairs.of(first, grid[axis])
-        smaller = (grid[0], pairs.near.shape[2]) if axis else (pairs.near.shape[2], grid[1])
+        pairs = Pairs.of(first, grid[axis], left)
+        smaller = (grid[0], left) if axis else (left, grid[1])
         line = torch.arange(grid[1 - axis], device=first.device)[:, None]
 
         def raster(cells: Tensor, columns: int) -> Tensor:
@@ -273,13 +275,14 @@ class TokenSequence:
             share = (other / size).to(values.dtype)[..., None]  # of a token alone exactly 0, in any precision
             return torch.lerp(gather_tokens(values, near), gather_tokens(values, far), share)
 
-        positions = torch.arange(near.shape[1], device=first.device).expand(len(near), -1)
+        length = math.prod(smaller) + len(protected)
+        positions = torch.arange(length, device=first.device).expand(len(near), -1)
         return replace(
             self,
             hidden=mean(self.hidden),
             residual=None if self.residual is None else mean(self.residual),
             positions=positions,
-            length=near.shape[1],
+            length=length,
             protected=protected,
             size=size,
             grid=smaller,
@@ -288,8 +291,8 @@ class TokenSequence:
         )
 
     def spread(self, values: Tensor) -> Tensor:
-        """`values` (B, L, c) of a whole grid at every place of the dense one, (B, rows * columns, c): those of the token
-        that took it in. For sequences without protected tokens."""
+        """`values` (B, L, c) of a whole grid at every place of the dense one, (B, rows * columns, c): those of the
+        token that took it in. For sequences without protected tokens."""
         return values if self.merged is None else gather_tokens(values, self.merged.owner)
 
     def dense_positions(self) -> Tensor:
@@ -339,7 +342,7 @@ class TokenSequence:
         return _Joined(order, order.argsort(dim=1)[:, : self.positions.shape[1]], positions, size, Geometry())
 
     def restored(self) -> TokenSequence:
-        """The whole grid, dropped tokens as they were when they left, with no trace of that. For `restorable` sequences.
+        """The whole grid, dropped tokens as they were when they left, forgotten. For `restorable` ones.
 
         The reduction `mask` drops nothing, so its zeroed tokens stay what they are. A merged grid is whole as it is.
         """

@@ -158,8 +158,7 @@ def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor
         for block in range(len(model.mixers))
     )
     points = tuple(
-        _summary(point, torch.cat(observer.kept[point]), torch.cat(scores))
-        for point, scores in observer.scores.items()
+        _summary(point, torch.cat(observer.kept[point]), torch.cat(scores)) for point, scores in observer.scores.items()
     )
     return Calibration(images, deltas, points)
 

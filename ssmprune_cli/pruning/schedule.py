@@ -17,7 +17,7 @@ class PruneSchedule:
 
     Every stage begins with all of its tokens, so a point counts for the blocks that follow it in its own stage.
 
-    grids  for a rectangular reduction, rows and columns after each point, as many as `tokens` says; empty for all others.
+    grids  of a rectangular reduction, rows and columns after each point, as many as `tokens` says; else empty.
            A stage then begins with what the downsampling makes of the grid before it, so a point counts for all blocks
            that follow, and may lie at the end of a stage.
     """

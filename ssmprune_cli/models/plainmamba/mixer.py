@@ -31,9 +31,7 @@ class PlainMambaMixer(nn.Module, Mixer):
     directions = ROUTES
     per_direction = ()
 
-    def __init__(
-        self, dim: int, *, d_inner: int, d_state: int, d_conv: int, dt_rank: int
-    ) -> None:
+    def __init__(self, dim: int, *, d_inner: int, d_state: int, d_conv: int, dt_rank: int) -> None:
         super().__init__()
         self.d_inner = d_inner
         self.splits = [dt_rank, d_state, d_state]
@@ -62,7 +60,9 @@ class PlainMambaMixer(nn.Module, Mixer):
         the scans need of them, the second than what the convolution needs.
         """
         values, gate = self.in_proj(x).chunk(2, dim=-1)  # (B, L, E) each
-        flow = inflow(sequence, values, None if frozen is None else self._inner(frozen), alignment, sequence.patch_grid[1])
+        flow = inflow(
+            sequence, values, None if frozen is None else self._inner(frozen), alignment, sequence.patch_grid[1]
+        )
         u, own = flow.pool(self._convolve(flow, context))
         statistics = self.scan(u, own, flow, wanted)
         mixed: Tensor = self.out_proj(gated_sum(statistics.y, gate))

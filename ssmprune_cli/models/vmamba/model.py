@@ -21,7 +21,7 @@ from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.grids import divided
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
-from ssmprune_cli.models.vmamba.layers import STRIDE, MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2
+from ssmprune_cli.models.vmamba.layers import MLP, STRIDE, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 

@@ -23,7 +23,8 @@ def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
     goal = fitting(sequence.patch_grid, count - len(sequence.protected))
     for axis in (1, 0):
         while (cells := sequence.patch_grid[axis]) > goal[axis]:
-            sequence = sequence.merge_neighbours(axis, _most_similar(sequence, axis, min(cells - goal[axis], cells // 2)))
+            pairs = min(cells - goal[axis], cells // 2)
+            sequence = sequence.merge_neighbours(axis, _most_similar(sequence, axis, pairs), cells - pairs)
     return sequence
 
 
@@ -37,7 +38,8 @@ def _most_similar(sequence: TokenSequence, axis: int, windows: int) -> Tensor:
     longest = max(stop - start for start, stop in zip(starts, starts[1:], strict=False)) - 1
     # The pairs of a shorter window are filled up with its last one, which comes too late to be the first of equals.
     pairs = [
-        [min(start + pair, stop - 2) for pair in range(longest)] for start, stop in zip(starts, starts[1:], strict=False)
+        [min(start + pair, stop - 2) for pair in range(longest)]
+        for start, stop in zip(starts, starts[1:], strict=False)
     ]
     places = torch.tensor(pairs, device=likeness.device)  # (windows, pairs)
     best = likeness[:, :, places].argmax(dim=3, keepdim=True)

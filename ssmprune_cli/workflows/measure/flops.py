@@ -25,15 +25,15 @@ from ssmprune_cli.models import Backbone
 
 # What fvcore and the papers do not count: element-wise arithmetic, norms built from it, reshaping, sorting, gathering.
 _FREE = (
-    "abs adaptive_avg_pool2d add add_ addcmul all amin any arange argmax argmin argsort batch_norm bitwise_and "
-    "bitwise_not bitwise_or bitwise_xor broadcast_tensors cat clamp clamp_ clamp_min clone constant_pad_nd contiguous "
-    "cos cosine_similarity cumsum detach diff div div_ empty_like eq exp expand expand_as fill_ flatten flip "
-    "floor_divide full gather ge gelu gt index index_select layer_norm le linalg_vector_norm lt masked_fill max "
-    "maximum mean min movedim mul mul_ nan_to_num ne neg new_ones new_zeros norm ones ones_like pad permute pow "
-    "reciprocal relu remainder repeat reshape rsqrt rsub scatter scatter_add searchsorted select sigmoid silu sin "
-    "slice softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile to transpose "
-    "type_as unbind unflatten unsqueeze view view_as where zeros zeros_like __and__ __lshift__ __or__ __rshift__ "
-    "__xor__"
+    "abs adaptive_avg_pool2d add add_ addcmul all amin any arange argmax argmin argsort avg_pool2d batch_norm "
+    "bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_tensors cat clamp clamp_ clamp_min clone "
+    "constant_pad_nd contiguous cos cosine_similarity cumsum detach diff div div_ empty_like eq exp expand expand_as "
+    "fill_ flatten flip floor_divide full gather ge gelu gt index index_select layer_norm le lerp linalg_vector_norm "
+    "lt masked_fill max maximum mean min movedim mul mul_ nan_to_num ne neg new_ones new_zeros norm ones ones_like "
+    "pad permute pow reciprocal relu remainder repeat reshape rsqrt rsub scatter scatter_add searchsorted select "
+    "sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile "
+    "to transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like __and__ __lshift__ __or__ "
+    "__rshift__ __xor__"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
 
