@@ -24,8 +24,9 @@ def fitting(grid: Grid, count: int) -> Grid:
     As many tokens as there may be, at an aspect ratio near that of `grid`. What fits so is the best for its own count.
     """
 
-    def worth(rows: int, columns: int) -> float:
-        return math.log(rows * columns) - _ASPECT * abs(math.log(rows * grid[1] / (columns * grid[0])))
+    def worth(rows: int, columns: int) -> tuple[float, int]:
+        change = abs(math.log(rows * grid[1] / (columns * grid[0])))
+        return round(math.log(rows * columns) - _ASPECT * change, 9), min(rows, columns)  # of equals, the squarer one
 
     sides = [(rows, min(grid[1], count // rows)) for rows in range(1, min(grid[0], count) + 1)]
     return max(sides, key=lambda side: worth(*side))

@@ -161,6 +161,11 @@ class TokenSequence:
         return self.is_dense and self.merged is None
 
     @property
+    def dense_length(self) -> int:
+        """Number of tokens in the dense sequence."""
+        return self.length if self.merged is None else math.prod(self.merged.grid) + len(self.merged.protected)
+
+    @property
     def patch_grid(self) -> Grid:
         """Rows and columns of patch tokens."""
         return self.grid or (1, self.length - len(self.protected))
@@ -272,7 +277,8 @@ class TokenSequence:
         size = one + other
 
         def mean(values: Tensor) -> Tensor:
-            share = (other / size).to(values.dtype)[..., None]  # of a token alone exactly 0, in any precision
+            exact = torch.promote_types(values.dtype, torch.float32)
+            share = (other.to(exact) / size).to(values.dtype)[..., None]  # of a token alone exactly 0
             return torch.lerp(gather_tokens(values, near), gather_tokens(values, far), share)
 
         length = math.prod(smaller) + len(protected)

@@ -103,6 +103,11 @@ class TokenPruner(nn.Module, Pruner):
         """Whether sequences get shorter (`mask` only zeroes tokens)."""
         return self._reduction.shortens
 
+    @property
+    def goes_by_score(self) -> bool:
+        """Whether the score has a say in which tokens go."""
+        return not self._reduction.rectangular
+
     def reschedule(self, schedule: PruneSchedule) -> None:
         """Keep the token counts of `schedule` from now on; its points must be the same."""
         if schedule.points != self.settings.schedule.points:
@@ -123,7 +128,9 @@ class TokenPruner(nn.Module, Pruner):
             stored.fill_(mass)
 
     def wants(self, block: int) -> Wanted:
-        return "nothing" if self._count(block) is None else self._importance.needs
+        if self._count(block) is None:
+            return "nothing"
+        return self._importance.needs if self.goes_by_score else "tokens"
 
     def alignment(self, block: int) -> ScanAlignment | None:
         return self._alignment.align(getattr(self, f"alignment_{block}", None))
@@ -140,7 +147,7 @@ class TokenPruner(nn.Module, Pruner):
         count = self._count(block)
         if count is None:
             return sequence
-        score = self.score(block, sequence, statistics)
+        score = self.score(block, sequence, statistics) if self.goes_by_score else torch.zeros_like(sequence.hidden[..., 0])
         return self._reduction.apply(sequence, score, count + len(sequence.protected))
 
     def _count(self, block: int) -> int | None:

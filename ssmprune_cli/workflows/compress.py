@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,7 +258,8 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
     model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
     report = _report(request.source, model, recipe, dense, {})
-    report = report.model_copy(update={"warnings": tuple(request.source.warnings())})
+    rounded = _rounded(settings.schedule, recipe.pruning, model)
+    report = report.model_copy(update={"warnings": (*request.source.warnings(), *rounded)})
     return _judged(report, request.limits)
 
 
@@ -279,6 +281,20 @@ def recipe_settings(model: Backbone, recipe: Recipe, *, calibrated: bool) -> Pru
     )
 
 
+def _rounded(schedule: PruneSchedule, pruning: Pruning, model: Backbone) -> list[str]:
+    """A warning if fewer tokens stay than were asked for, since only whole grids can."""
+    if not schedule.grids:
+        return []
+    patches = schedule.patches_per_block(model.stages)
+    before = [patches[point - 1] for point in schedule.points]
+    given = [pruning.keep] * len(before) if isinstance(pruning.keep, int | float) else list(pruning.keep or ())
+    asked = pruning.tokens or [math.floor(ratio * count) for ratio, count in zip(given, before, strict=True)]
+    if all(count >= least for count, least in zip(schedule.tokens, asked, strict=True)):
+        return []
+    grids = ", ".join(f"{rows} x {columns}" for rows, columns in schedule.grids)
+    return [f"Only whole grids can stay, so there are fewer tokens than asked for: {grids} after the prune points."]
+
+
 def _compressed(
     request: CompressRequest,
     recipe: Recipe,
@@ -294,6 +310,7 @@ def _compressed(
     dense = figures(model)
     warnings = source.warnings()
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
+    warnings += _rounded(settings.schedule, recipe.pruning, model)
     if request.calib is None:
         text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
         warnings.append(text)

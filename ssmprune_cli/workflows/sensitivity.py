@@ -50,7 +50,7 @@ class _Tap(nn.Module, Pruner):
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         if block == self.last:
-            self.tokens, self.positions = sequence.stream.float(), sequence.positions
+            self.tokens, self.positions = sequence.stream.float(), sequence.dense_positions()
         if self.inner is None:
             return sequence
         pruned: TokenSequence = self.inner(block, sequence, statistics)

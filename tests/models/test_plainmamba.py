@@ -220,7 +220,7 @@ def test_a_mixer_that_lost_tokens(size: tuple[int, int], aligned: bool) -> None:
     total, (batch, count) = model.num_tokens, (2, 7)
     torch.manual_seed(2)
     kept = some_kept(total, count)
-    sequence = TokenSequence.dense(torch.randn(batch, total, 16, dtype=torch.float64)).keep(kept)
+    sequence = TokenSequence.dense(torch.randn(batch, total, 16, dtype=torch.float64), grid=model.grid).keep(kept)
     gap_delta = torch.rand(4, mixer.d_inner, dtype=torch.float64) if aligned else None
     alignment = ScanAlignment(gap_delta) if gap_delta is not None else None
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_dense_mixer_hands_out_its_scans_and_steps() -> None:
     model = build(SMALL)
     mixer: Any = model.mixers[0]
     tokens = torch.randn(1, 16, 16, dtype=torch.float64)
-    dense = TokenSequence.dense(tokens)
+    dense = TokenSequence.dense(tokens, grid=model.grid)
     with torch.no_grad():
         _, silent = mixer(tokens, dense, None, "y")
         _, statistics = mixer(tokens, dense, None, "delta")
@@ -255,7 +255,7 @@ def test_null_delta_is_the_step_among_empty_places() -> None:
     model = build(SMALL)
     mixer: Any = model.mixers[0]
     nn.init.zeros_(mixer.in_proj.bias)  # or a zero token would not be empty for the convolution
-    dense = TokenSequence.dense(torch.zeros(1, 16, 16, dtype=torch.float64))
+    dense = TokenSequence.dense(torch.zeros(1, 16, 16, dtype=torch.float64), grid=model.grid)
     with torch.no_grad():
         _, statistics = mixer(dense.hidden, dense, None, "delta")
         null = mixer.null_delta()
@@ -268,7 +268,7 @@ def test_the_order_in_which_tokens_are_stored_does_not_matter() -> None:
     """A token finds its step by its position: `drop-unsorted` cannot break the order of a scan over a grid."""
     model = build(SMALL)
     mixer: Any = model.mixers[0]
-    dense = TokenSequence.dense(torch.randn(1, 16, 16, dtype=torch.float64))
+    dense = TokenSequence.dense(torch.randn(1, 16, 16, dtype=torch.float64), grid=model.grid)
     sorted_, shuffled = torch.tensor([[1, 4, 7, 9, 12]]), torch.tensor([[9, 1, 12, 7, 4]])
     outputs = []
     for kept in (sorted_, shuffled):
@@ -281,7 +281,7 @@ def test_the_order_in_which_tokens_are_stored_does_not_matter() -> None:
 def test_the_depthwise_convolution_sees_kept_tokens_at_their_places() -> None:
     model = build(replace(SMALL, dw_layers=(0,)))
     layer: Any = model.backbone.layers[0]
-    dense = TokenSequence.dense(torch.randn(2, 16, 16, dtype=torch.float64))
+    dense = TokenSequence.dense(torch.randn(2, 16, 16, dtype=torch.float64), grid=model.grid)
     kept = some_kept(16, 6)
     sequence = dense.keep(kept)
     with torch.no_grad():

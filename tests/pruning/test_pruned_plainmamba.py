@@ -114,7 +114,7 @@ def test_a_scan_is_exact_under_the_true_steps_of_the_dropped_tokens(grid: tuple[
     is the dense scan with the inputs of the dropped tokens zeroed."""
     torch.manual_seed(3)
     total, channels, state = grid[0] * grid[1], 6, 4
-    dense = TokenSequence.dense(torch.randn(2, total, channels, dtype=torch.float64))
+    dense = TokenSequence.dense(torch.randn(2, total, channels, dtype=torch.float64), grid=grid)
     kept = torch.stack([torch.randperm(total)[:7].sort().values for _ in range(2)])
     short, u = dense.keep(kept), dense.hidden
     mask = torch.zeros(2, total, 1, dtype=torch.float64).scatter(1, kept[..., None], 1.0)
@@ -145,7 +145,7 @@ def test_a_scan_is_exact_under_the_true_steps_of_the_dropped_tokens(grid: tuple[
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 def test_a_step_takes_its_row_from_where_the_dense_scan_does(grid: tuple[int, int]) -> None:
     """Step r takes dt, B and C of the token at raster position r, or of the nearest one if that was dropped."""
-    dense = TokenSequence.dense(torch.zeros(2, grid[0] * grid[1], 1))
+    dense = TokenSequence.dense(torch.zeros(2, grid[0] * grid[1], 1), grid=grid)
     short = dense.keep(torch.tensor([[0, 1, 5, 6, 9, 14], [2, 3, 4, 7, 8, 12]]))
     for long_walk, walk in zip(walks(dense, grid), walks(short, grid), strict=True):
         assert long_walk.rows is None and walk.rows is not None
@@ -175,7 +175,7 @@ def test_alignment_is_exact_when_steps_do_not_depend_on_the_token() -> None:
     x = torch.randn(2, 16, 16, dtype=torch.float64)
     kept = torch.tensor([[0, 3, 4, 8, 9, 15], [2, 5, 8, 11, 13, 14]])
     mask = torch.zeros(2, 16, 1, dtype=torch.float64).scatter(1, kept[..., None], 1.0)
-    dense = TokenSequence.dense(x)
+    dense = TokenSequence.dense(x, grid=(4, 4))
     short = dense.keep(kept)
     with torch.no_grad():
         full, _ = mixer(x * mask, dense, None, "y")

@@ -12,17 +12,17 @@ class ProgressiveSchedule:
     """In epoch e (from 0) of the first `epochs`, (e + 1) / epochs of the tokens are dropped that will be at last."""
 
     def __init__(self, schedule: PruneSchedule, stages: Sequence[Stage], epochs: int) -> None:
-        self._last = schedule
+        self._last, self._stages = schedule, stages
         self._epochs = epochs
         self._all = [
-            next(stage.num_patches for stage in stages if stage.start < point < stage.stop) for point in schedule.points
+            next(stage.num_patches for stage in stages if stage.start < point <= stage.stop) for point in schedule.points
         ]
 
     def at(self, epoch: int) -> PruneSchedule:
         """The schedule of `epoch`."""
         missing = self._epochs - min(epoch + 1, self._epochs)
-        tokens = tuple(
-            count + (whole - count) * missing // self._epochs
-            for count, whole in zip(self._last.tokens, self._all, strict=True)
-        )
-        return PruneSchedule(self._last.points, tokens)
+        schedule = PruneSchedule((), ())
+        for point, count, whole in zip(self._last.points, self._last.tokens, self._all, strict=True):
+            tokens = count + (whole - count) * missing // self._epochs
+            schedule = schedule.then(point, tokens, self._stages, rectangular=bool(self._last.grids))
+        return schedule

@@ -21,7 +21,7 @@ from ssmprune_cli.tokens import TokenSequence
 
 @dataclass(frozen=True)
 class Stage:
-    """What is left after one prune point, as patches of the raster grid.
+    """What is left after one prune point, as patches of the raster grid. A token of several patches is at its middle.
 
     kept   (images, rows, columns) bool
     score  (images, rows, columns) float, the score that decided; NaN for patches that were gone before
@@ -51,6 +51,7 @@ class _Recorder(Pruner):
         self.inner = inner
         self.left: list[Tensor] = []  # for each block (B, dense length) bool
         self.scores: list[Tensor] = []  # for each block (B, dense length), NaN where there is none
+        self.dropped: list[bool] = []  # for each block, whether some went after it
 
     def wants(self, block: int) -> Wanted:
         return at_least_tokens(self.inner.wants(block))
@@ -63,8 +64,8 @@ class _Recorder(Pruner):
         sequence = self.inner(block, sequence, statistics)
         self.left.append(_dense(sequence, _live(sequence), False))
         scores = torch.full(given.positions.shape, math.nan, device=given.positions.device)
-        dropped = not torch.equal(self.left[-1], _dense(given, _live(given), False))
-        if dropped and isinstance(self.inner, TokenPruner):
+        self.dropped.append(not torch.equal(self.left[-1], _dense(given, _live(given), False)))
+        if self.dropped[-1] and isinstance(self.inner, TokenPruner) and self.inner.goes_by_score:
             scores = self.inner.score(block, given, statistics).float().where(_live(given), math.nan)
         self.scores.append(_dense(given, scores, math.nan))
         return sequence
@@ -77,8 +78,8 @@ def _live(sequence: TokenSequence) -> Tensor:
 
 def _dense(sequence: TokenSequence, values: Tensor, rest: float) -> Tensor:
     """`values` (B, L) of the tokens at their dense positions (B, dense length), `rest` elsewhere."""
-    dense = torch.full((len(values), sequence.length), rest, dtype=values.dtype, device=values.device)
-    return dense.scatter(1, sequence.positions, values)
+    dense = torch.full((len(values), sequence.dense_length), rest, dtype=values.dtype, device=values.device)
+    return dense.scatter(1, sequence.dense_positions(), values)
 
 
 def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
@@ -101,17 +102,14 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
     found: list[Stage] = []
     for grid in model.stages:  # each begins with all of its tokens
         patches = [position for position in range(grid.num_tokens) if position not in grid.protected]
-        before = grid.num_tokens
         for block in range(grid.start, grid.stop):
             left = recorder.left[block]
-            count = int(left[0].sum())
-            if count != before:
+            if recorder.dropped[block]:
                 kept, score = (
                     dense[:, patches].reshape(len(images), *grid.grid).cpu().numpy()  # (B, rows, columns)
                     for dense in (left, recorder.scores[block])
                 )
                 found.append(Stage(block + 1, kept, score))
-            before = count
     if not found:
         raise UsageError("this model drops no tokens", hint="Compress it with a `--keep` below 1.")
     return found, logits

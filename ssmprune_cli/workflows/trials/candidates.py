@@ -26,13 +26,18 @@ def uniform(method: Method, points: Sequence[int]) -> Candidate:
     return Candidate(method, tuple(points), (1.0,) * len(points))
 
 
-def layouts(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
-    """Places to start from: the default points; every block; every second; early, and late in the longest stage."""
+def layouts(stages: Sequence[Stage], *, rectangular: bool = False) -> list[tuple[int, ...]]:
+    """Places to start from: the default points; every block; every second; early, and late in the longest stage.
+
+    rectangular  for a reduction that leaves whole grids, second the ends of the stages before the longest one and a
+                 third of that: what is merged early is saved in all later stages
+    """
     longest = max(stages, key=lambda stage: stage.stop - stage.start)
     inside = range(longest.start + 1, longest.stop)
     depth = len(inside)
     found = [
         default_points(stages),
+        (*(stage.stop for stage in stages if rectangular and stage.stop <= longest.start), inside[depth // 3]),
         tuple(inside),
         tuple(inside[::2]),
         tuple(inside[: max(1, depth // 4)]),
@@ -47,6 +52,8 @@ def layouts(stages: Sequence[Stage]) -> list[tuple[int, ...]]:
 def neighbours(candidate: Candidate, stages: Sequence[Stage]) -> Iterator[Candidate]:
     """Candidates one step away: a point moved, left out or added, or pruning harder or softer than the others."""
     places = [p for stage in stages for p in range(stage.start + 1, stage.stop)]
+    if candidate.method.rectangular:
+        places = list(range(1, stages[-1].stop))
     points, weights = candidate.points, candidate.weights
     pairs = dict(zip(points, weights, strict=True))
     for point, weight in pairs.items():
