@@ -82,10 +82,21 @@ def patch_positions(grid: Grid, protected: Sequence[int], device: torch.device) 
     return torch.tensor(open_positions, device=device)
 
 
-def protected_positions(protected: Sequence[int], before: int, after: int) -> tuple[int, ...]:
-    """Where protected tokens stand when `before` patch tokens are `after`: the same share of them goes first."""
-    ranks = (place - number for number, place in enumerate(protected))  # patch tokens that go before each
-    return tuple((2 * rank * after + before) // (2 * before) + number for number, rank in enumerate(ranks))
+def protected_positions(protected: Sequence[int], before: Grid, after: Grid) -> tuple[int, ...]:
+    """Where protected tokens stand in a sequence of patch tokens that were `before` and are `after`.
+
+    The same share of rows and columns goes first. One between two rows stays between two: a class token in the middle
+    of a row costs a Vim three times the divergence.
+    """
+    found: list[int] = []
+    for number, place in enumerate(protected):
+        row, column = divmod(place - number, before[1])  # of the patch token that comes next
+        rows = (2 * row * after[0] + before[0] - 1) // (2 * before[0])  # rounded, of two the lower
+        if column:
+            rows = row * after[0] // before[0]
+        rank = rows * after[1] + (2 * column * after[1] + before[1] - 1) // (2 * before[1])
+        found.append(max(rank + number, found[-1] + 1 if found else 0))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ class TokenSequence:
         first  (B, lines, m): in each row (column) the first of each of m pairs, which do not overlap
         left   cells that each row (column) then has
 
-        Protected tokens stay as they are, with as large a share of the patch tokens before them as in the dense grid.
+        Protected tokens stay as they are; for their places see `protected_positions`.
         """
         grid = self.patch_grid
         pairs = Pairs.of(first, grid[axis], left)
@@ -265,7 +265,7 @@ class TokenSequence:
 
         into = in_order(raster(pairs.into, smaller[1]))
         merged = Merged(grid, self.protected, into) if self.merged is None else self.merged.moved(into)
-        protected = protected_positions(merged.protected, math.prod(merged.grid), math.prod(smaller))
+        protected = protected_positions(merged.protected, merged.grid, smaller)
         near, far = (in_order(raster(each, grid[1])) for each in (pairs.near, pairs.far))  # (B, count)
         if self.protected:
             places = patch_positions(grid, self.protected, first.device)

@@ -64,14 +64,15 @@ def test_a_solved_schedule_meets_the_budget_by_the_one_truth(measurements: Measu
     method = Method("clip", reduction, choose_alignment("auto", reduction, calibrated=True))
     cost = CostModel(measurements, method)
     assert cost.exact
-    build = partial(schedule_at, measurements.model.stages, (1, 2, 4), (1.0, 2.0, 0.5))
+    grids = method.rectangular
+    build = partial(schedule_at, measurements.model.stages, (1, 2, 4), (1.0, 2.0, 0.5), rectangular=grids)
     schedule = solve(build, cost, 0.85 * measurements.dense_cost)
     assert schedule is not None
     measurements.prune(method.settings(schedule, 0))
     counted = count_flops(measurements.model).all_directions
     measurements.model.pruner = None
-    # One token more at one point is at most 2 % of this model.
-    assert 0.83 * measurements.dense_cost < counted <= 0.85 * measurements.dense_cost
+    # One token more at one point is at most 2 % of this model; a row or column more, at all of them, 10 %.
+    assert (0.75 if grids else 0.83) * measurements.dense_cost < counted <= 0.85 * measurements.dense_cost
     assert cost.predict(schedule) == pytest.approx(counted, rel=1e-6)
 
 
@@ -91,6 +92,7 @@ def test_costs_are_shared_between_scores_and_methods_that_cost_the_same(
     [
         ("plainmamba", "clip/frozen-once/calibrated"),
         ("vmamba", "delta/keep-target-source/mass"),
+        ("vmamba", "clip/grid-merge/null"),
     ],
 )
 def test_heads_that_see_all_tokens_and_stages_are_priced_exactly(family: str, method: str) -> None:

@@ -147,7 +147,9 @@ class TokenPruner(nn.Module, Pruner):
         count = self._count(block)
         if count is None:
             return sequence
-        score = self.score(block, sequence, statistics) if self.goes_by_score else torch.zeros_like(sequence.hidden[..., 0])
+        score = sequence.sizes()  # for a reduction that does not look at it
+        if self.goes_by_score:
+            score = self.score(block, sequence, statistics)
         return self._reduction.apply(sequence, score, count + len(sequence.protected))
 
     def _count(self, block: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.finetune.progressive import ProgressiveSchedule
 from ssmprune_cli.workflows.profile import tokens_per_block
 from ssmprune_cli.workflows.reporting.kept import stages
+from ssmprune_cli.workflows.trials.candidates import layouts
 
 Cell = tuple[Tensor, float, list[int]]  # value, size, dense places
 
@@ -46,9 +48,9 @@ def slow_line(cells: list[Cell], left: int) -> list[Cell]:
         gone = min(len(cells) - left, len(cells) // 2)
         starts = [number * len(cells) // gone for number in range(gone + 1)]
         made: list[Cell] = []
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in pairwise(starts):
             window = cells[start:stop]
-            alike = [functional.cosine_similarity(a[0], b[0], dim=0) for a, b in zip(window[:-1], window[1:], strict=True)]
+            alike = [functional.cosine_similarity(a[0], b[0], dim=0) for a, b in pairwise(window)]
             best = max(range(len(alike)), key=lambda pair: (float(alike[pair]), -pair))
             (a, m, here), (b, n, there) = window[best : best + 2]
             made += [*window[:best], ((a * m + b * n) / (m + n), m + n, here + there), *window[best + 2 :]]
@@ -156,10 +158,23 @@ def test_aspect_ratios_stay_near() -> None:
     assert fitting((7, 14), 50) == (5, 10) and divided((7, 5), 2) == (4, 3)
 
 
-def test_protected_tokens_keep_their_share_of_the_patches_before_them() -> None:
-    assert protected_positions((98,), 196, 169) == (85,)  # 84.5 patches before it, of 98
-    assert protected_positions((0,), 196, 100) == (0,) and protected_positions((0, 197), 196, 100) == (0, 101)
-    assert protected_positions((4, 9), 12, 6) == (2, 5)
+def test_protected_tokens_keep_their_place_among_rows_and_columns() -> None:
+    assert protected_positions((98,), (14, 14), (13, 13)) == (78,)  # after 6 rows of 13, of the 6.5 the lower
+    assert protected_positions((98,), (14, 14), (12, 10)) == (60,)
+    assert protected_positions((0,), (14, 14), (10, 10)) == (0,)
+    assert protected_positions((0, 197), (14, 14), (10, 10)) == (0, 101)
+    assert protected_positions((6, 14), (4, 4), (4, 2)) == (3, 7)  # 1 row and half of one go first; then 3 and a token
+    assert protected_positions((1, 2, 5), (4, 4), (1, 1)) == (0, 1, 2)  # never in another order
+
+
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.data())
+def test_protected_tokens_stay_in_order(grid: tuple[int, int], data: st.DataObject) -> None:
+    places = sorted(data.draw(st.sets(st.integers(0, math.prod(grid)), max_size=4)))
+    goal = data.draw(st.tuples(st.integers(1, grid[0]), st.integers(1, grid[1])))
+    protected = tuple(place + number for number, place in enumerate(places))
+    found = protected_positions(protected, grid, goal)
+    assert list(found) == sorted(set(found)) and all(0 <= place < math.prod(goal) + len(found) for place in found)
+    assert protected_positions(protected, grid, grid) == protected
 
 
 def test_gaps_lie_between_the_centres_of_tokens_on_every_route() -> None:
@@ -233,12 +248,13 @@ POINTS = {"vim": ((1, 3), (35, 20)), "plainmamba": ((1, 3), (35, 20)), "vmamba":
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> Backbone:
     torch.manual_seed(0)
-    kind = {"vim": Vim, "plainmamba": PlainMamba, "vmamba": VMamba}[name.split()[0]]
-    model = kind(MODELS[name]).eval()  # type: ignore[arg-type]
+    kind: Any = {"vim": Vim, "plainmamba": PlainMamba, "vmamba": VMamba}[name.split()[0]]
+    model: Any = kind(MODELS[name]).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # the authors' start is so near to zero that mistakes would not show
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(dtype)
+    result: Backbone = model.to(dtype)
+    return result
 
 
 def images(model: Backbone, count: int = 2) -> Tensor:
@@ -261,49 +277,41 @@ def by_hand(name: str, batch: Tensor) -> Tensor:
     goals = dict(zip(points, schedule.grids, strict=True))
     found = []
     for image in batch.split(1):
-        found.append(_vmamba_by_hand(model, image, goals) if isinstance(model, VMamba) else _by_hand(model, image, goals))
+        way = _vmamba_by_hand if isinstance(model, VMamba) else _plainmamba_by_hand
+        found.append(way(model, image, goals))
     return torch.cat(found)
 
 
-def _small(values: Tensor, size: Tensor, grid: tuple[int, int], goal: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Values (1, n, d) and sizes (n,) of patches after a merge; the slow loops start from sizes of one each."""
-    rows = [[(values[0, r * grid[1] + c], float(size[r * grid[1] + c]), []) for c in range(grid[1])] for r in range(grid[0])]
-    merged_rows: list[list[Cell]] = [slow_line(row, goal[1]) for row in rows]  # type: ignore[arg-type]
-    columns = [slow_line([row[c] for row in merged_rows], goal[0]) for c in range(goal[1])]
-    cells = [column[r] for r in range(goal[0]) for column in columns]
-    return torch.stack([cell[0] for cell in cells])[None], torch.tensor([cell[1] for cell in cells]).double()
-
-
-def _by_hand(model: Any, image: Tensor, goals: dict[int, tuple[int, int]]) -> Tensor:
-    assert isinstance(model, PlainMamba)
+def _plainmamba_by_hand(model: Any, image: Tensor, goals: dict[int, tuple[int, int]]) -> Tensor:
     grid = model.grid
     x, size = model.backbone(image), torch.ones(math.prod(grid), dtype=torch.float64)
     for block, layer in enumerate(model.backbone.layers):
         x = layer(TokenSequence.dense(x, grid=grid), None, "nothing")[0].hidden
         if block + 1 in goals:
-            x, size = _small(x, size, grid, goals[block + 1])
+            x, size = _planned(x, x, size, grid, goals[block + 1])
             grid = goals[block + 1]
     values = model.backbone.ln1(x)
     result: Tensor = model.head["fc"]((values * size[:, None]).sum(dim=1) / size.sum())
     return result
 
 
-def _vmamba_by_hand(model: VMamba, image: Tensor, goals: dict[int, tuple[int, int]]) -> Tensor:
+def _vmamba_by_hand(model: Any, image: Tensor, goals: dict[int, tuple[int, int]]) -> Tensor:
     x, block, dense = model.patch_embed(image), 0, model.grid
     size = torch.ones(*model.grid, dtype=torch.float64)
     for layer in model.layers:
-        for each in layer.blocks:  # type: ignore[union-attr]
+        for each in layer.blocks:
             grid = (x.shape[1], x.shape[2])
             x = each(TokenSequence.dense(x.flatten(1, 2), grid=grid), None, "nothing")[0].hidden.unflatten(1, grid)
             block += 1
             if block in goals:
-                small, sizes = _small(x.flatten(1, 2), size.flatten(), grid, goals[block])
+                flat = x.flatten(1, 2)
+                small, sizes = _planned(flat, flat, size.flatten(), grid, goals[block])
                 x, size = small.unflatten(1, goals[block]), sizes.view(goals[block])
         if layer.downsample is not None:
-            x, dense = layer.downsample(x), divided(dense, 2)  # type: ignore[operator]
-            size = torch.stack(
-                [size[2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean() for r in range(x.shape[1]) for c in range(x.shape[2])]
-            ).view(x.shape[1:3])
+            x, dense = layer.downsample(x), divided(dense, 2)
+            rows, columns = x.shape[1:3]
+            squares = [[size[2 * r : 2 * r + 2, 2 * c : 2 * c + 2] for c in range(columns)] for r in range(rows)]
+            size = torch.stack([torch.stack([square.mean() for square in row]) for row in squares])
             size = size * math.prod(dense) / size.sum()
     values = model.classifier["norm"](x)
     result: Tensor = model.classifier["head"]((values * size[..., None]).sum(dim=(1, 2)) / size.sum())
@@ -321,6 +329,7 @@ def test_blocks_run_on_the_smaller_grid_as_on_any(name: str) -> None:
 def test_vim_blocks_run_on_the_smaller_grid_with_the_class_token_at_its_share() -> None:
     model, dense = merged("vim"), make("vim")
     assert isinstance(dense, Vim)
+    residual: Any
     batch, grid, goals = images(model, 1), (6, 8), {1: (5, 7), 3: (4, 5)}
     sequence = dense.embed(batch)
     hidden, residual, place = sequence.hidden, sequence.residual, 24
@@ -335,7 +344,7 @@ def test_vim_blocks_run_on_the_smaller_grid_with_the_class_token_at_its_share() 
                 both = torch.cat((hidden[:, keep], residual[:, keep]), dim=2)
                 plan, size = _planned(stream, both, size, grid, goal)
                 own = torch.cat((hidden[:, place], residual[:, place]), dim=1)[:, None]
-                place, grid = round(math.prod(goal) / 2 + 0.1), goal
+                place, grid = goal[0] // 2 * goal[1], goal  # between two rows
                 whole = torch.cat((plan[:, :place], own, plan[:, place:]), dim=1)
                 hidden, residual = whole.chunk(2, dim=2)
         expected = dense.head(dense.norm_f(hidden[:, place] + residual[:, place]))
@@ -345,13 +354,14 @@ def test_vim_blocks_run_on_the_smaller_grid_with_the_class_token_at_its_share() 
 def _planned(
     stream: Tensor, values: Tensor, size: Tensor, grid: tuple[int, int], goal: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """`values` (1, n, c) averaged as slow loops merge their `stream`, by size."""
-    rows = [[(stream[0, r * grid[1] + c], float(size[r * grid[1] + c]), [r * grid[1] + c]) for c in range(grid[1])] for r in range(grid[0])]
+    """`values` (1, n, c) averaged as slow loops merge their `stream`, by size (n,); and the sizes after it."""
+    places = torch.arange(math.prod(grid)).view(grid).tolist()
+    rows = [[(stream[0, place], float(size[place]), [place]) for place in row] for row in places]
     across = [slow_line(row, goal[1]) for row in rows]
     columns = [slow_line([row[c] for row in across], goal[0]) for c in range(goal[1])]
     cells = [column[r] for r in range(goal[0]) for column in columns]
-    means = [sum(values[0, p] * size[p] for p in places) / size[places].sum() for _, _, places in cells]
-    return torch.stack(means)[None], torch.tensor([cell[1] for cell in cells]).double()  # type: ignore[arg-type]
+    means = [(values[0, own] * size[own, None]).sum(dim=0) / size[own].sum() for _, _, own in cells]
+    return torch.stack(means)[None], torch.tensor([cell[1] for cell in cells]).double()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -447,11 +457,11 @@ def test_an_artefact_gives_the_same_model_and_its_pictures(name: str, tmp_path: 
     assert isinstance(again.pruner, TokenPruner) and again.pruner.settings == model.pruner.settings  # type: ignore[union-attr]
     drawn, _ = stages(model, batch)
     assert [each.block for each in drawn] == list(POINTS[name][0])
-    assert [each.count for each in drawn][0] == POINTS[name][1][0]
+    assert drawn[0].count == POINTS[name][1][0]
     wrong = again.pruner.settings.to_dict()
     wrong["schedule"]["grids"] = [[7, 5], [4, 5]] if name != "vmamba" else [[7, 9], [5, 3]]
     fresh = FAMILIES.get(name.split()[0]).build(MODELS[name])
-    with pytest.raises(CheckpointError, match="grids .* are not those"):
+    with pytest.raises(CheckpointError, match=r"grids .* are not those"):
         attach(fresh, wrong)
 
 
@@ -461,3 +471,7 @@ def test_gradients_flow_to_every_pixel() -> None:
         batch = images(model).requires_grad_()
         (gradient,) = torch.autograd.grad(functional.cross_entropy(model(batch), torch.arange(2)), batch)
         assert gradient.isfinite().all() and (gradient.abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+def test_early_layouts_begin_at_the_ends_of_stages() -> None:
+    assert (1, 2) in layouts(STAGES, rectangular=True) and (1, 2) not in layouts(STAGES)

@@ -13,9 +13,7 @@ from ssmprune_cli.pruning import IMPORTANCES, REDUCTIONS
 from ssmprune_cli.tokens import TokenSequence
 
 # All that keep positions: a smaller whole grid has new ones, see test_grid_merge.
-ORDERED = [
-    name for name in REDUCTIONS.names() if REDUCTIONS.get(name).aligned and not REDUCTIONS.get(name).rectangular
-]
+ORDERED = [name for name in REDUCTIONS.names() if REDUCTIONS.get(name).aligned and not REDUCTIONS.get(name).rectangular]
 # All that merge every token that goes: frozen-pairs and pool leave some beside, hybrid drops a part for good.
 MERGING = [
     name for name in REDUCTIONS.names() if REDUCTIONS.get(name).sized and name not in ("frozen-pairs", "hybrid", "pool")

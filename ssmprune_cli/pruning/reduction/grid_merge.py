@@ -34,13 +34,10 @@ def _most_similar(sequence: TokenSequence, axis: int, windows: int) -> Tensor:
     tokens = tokens if axis else tokens.transpose(1, 2)
     likeness = functional.cosine_similarity(tokens[:, :, :-1], tokens[:, :, 1:], dim=-1)  # (B, lines, cells - 1)
     cells = tokens.shape[2]
-    starts = [number * cells // windows for number in range(windows + 1)]
-    longest = max(stop - start for start, stop in zip(starts, starts[1:], strict=False)) - 1
+    edges = [(number * cells // windows, (number + 1) * cells // windows) for number in range(windows)]
+    longest = max(stop - start for start, stop in edges) - 1
     # The pairs of a shorter window are filled up with its last one, which comes too late to be the first of equals.
-    pairs = [
-        [min(start + pair, stop - 2) for pair in range(longest)]
-        for start, stop in zip(starts, starts[1:], strict=False)
-    ]
+    pairs = [[min(start + pair, stop - 2) for pair in range(longest)] for start, stop in edges]
     places = torch.tensor(pairs, device=likeness.device)  # (windows, pairs)
     best = likeness[:, :, places].argmax(dim=3, keepdim=True)
     return places.expand(*best.shape[:3], -1).gather(3, best)[..., 0]

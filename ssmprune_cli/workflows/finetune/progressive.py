@@ -15,7 +15,8 @@ class ProgressiveSchedule:
         self._last, self._stages = schedule, stages
         self._epochs = epochs
         self._all = [
-            next(stage.num_patches for stage in stages if stage.start < point <= stage.stop) for point in schedule.points
+            next(stage.num_patches for stage in stages if stage.start < point <= stage.stop)
+            for point in schedule.points
         ]
 
     def at(self, epoch: int) -> PruneSchedule:

@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 
 import torch
 
@@ -130,8 +130,14 @@ class Search:
         usual = Method().importance
         for method in sorted(self._methods, key=lambda each: (not _usually_aligned(each), each.importance != usual)):
             first.setdefault((method.reduction, "random" if method.importance == "random" else ""), method)
-        places = layouts(self._measurements.model.stages)
-        every = (uniform(method, points) for points in places for method in first.values())
+        stages = self._measurements.model.stages
+        places = [layouts(stages, rectangular=method.rectangular) for method in first.values()]
+        every = (
+            uniform(method, points)
+            for ranked in zip_longest(*places, fillvalue=())
+            for method, points in zip(first.values(), ranked, strict=True)
+            if points
+        )
         left = round(_WIDE * self._limits.evaluations)
         found: dict[tuple[str, str], int] = {}
         for candidate in every:

@@ -46,7 +46,7 @@ class Uniform:
         if budget.kind == "time":
             timing = LatencyBudget(self._measurements, 0.0, self._batch_size, self._costs)
             work = timing.share(method, budget.value)
-        for points in layouts(stages):
+        for points in layouts(stages, rectangular=method.rectangular):
             build = partial(schedule_at, stages, points, [1.0] * len(points), rectangular=method.rectangular)
             solved = solve(build, self._costs.of(method), work)
             if solved is not None:

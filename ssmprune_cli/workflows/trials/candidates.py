@@ -35,9 +35,10 @@ def layouts(stages: Sequence[Stage], *, rectangular: bool = False) -> list[tuple
     longest = max(stages, key=lambda stage: stage.stop - stage.start)
     inside = range(longest.start + 1, longest.stop)
     depth = len(inside)
+    early = (*(stage.stop for stage in stages if stage.stop <= longest.start), *inside[depth // 3 : depth // 3 + 1])
     found = [
         default_points(stages),
-        (*(stage.stop for stage in stages if rectangular and stage.stop <= longest.start), inside[depth // 3]),
+        early if rectangular else (),
         tuple(inside),
         tuple(inside[::2]),
         tuple(inside[: max(1, depth // 4)]),

@@ -55,7 +55,7 @@ class LatencyBudget:
         stages, dense = self._measurements.model.stages, self._measurements.dense_cost
         cost = self._costs.of(method)
         settings: list[PruneSettings] = []
-        for points in layouts(stages):
+        for points in layouts(stages, rectangular=method.rectangular):
             build = partial(schedule_at, stages, points, [1.0] * len(points), rectangular=method.rectangular)
             found = [solve(build, cost, share * dense) for share in _FRACTIONS]
             settings = [method.settings(schedule, 0) for schedule in found if schedule is not None]
