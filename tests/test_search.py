@@ -109,7 +109,8 @@ def test_heads_that_see_all_tokens_and_stages_are_priced_exactly(family: str, me
     cost = CostModel(measurements, Method.parse(method))
     assert cost.exact
     points = tuple(point for stage in small.stages for point in range(stage.start + 1, stage.stop))
-    schedule = schedule_at(small.stages, points, (1.0,) * len(points), 0.3)
+    rectangular = Method.parse(method).rectangular
+    schedule = schedule_at(small.stages, points, (1.0,) * len(points), 0.3, rectangular)
     assert cost.predict(schedule) == pytest.approx(cost.count(schedule), rel=1e-6)
 
 

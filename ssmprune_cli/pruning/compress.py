@@ -15,11 +15,14 @@ from ssmprune_cli.pruning.schedule import PruneSchedule
 
 
 def choose_alignment(alignment: str, reduction: str, *, calibrated: bool) -> str:
-    """`alignment`, or for "auto" the best that is possible: `none` for a reduction that leaves no gaps, or whole grids
-    (on which none was clearly better in any family); `mass` for one whose tokens have sizes, else `calibrated` with
-    calibration images and `null` without. Raises UsageError for `calibrated` without images."""
+    """`alignment`, or for "auto" the best that is possible. That is `null` for a reduction that leaves whole grids (best
+    on Vim, and as good as any on VMamba and PlainMamba), `mass` for another whose tokens have sizes, `none` for one that
+    leaves no gaps, else `calibrated` with calibration images and `null` without. Raises UsageError for `calibrated`
+    without images."""
     if alignment == "auto":
-        if REDUCTIONS.get(reduction).rectangular or not REDUCTIONS.get(reduction).aligned:
+        if REDUCTIONS.get(reduction).rectangular:
+            return "null"
+        if not REDUCTIONS.get(reduction).aligned:
             return "none"
         if REDUCTIONS.get(reduction).sized:
             return "mass"

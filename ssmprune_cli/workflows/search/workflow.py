@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ssmprune_cli.data import Subset, calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
-from ssmprune_cli.pruning import Method, PruneSchedule
+from ssmprune_cli.pruning import Method
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.identity import run_identity
@@ -25,6 +25,7 @@ from ssmprune_cli.workflows.trials import (
     SavedState,
     check_budget,
     check_latency,
+    least,
     load_images,
 )
 from ssmprune_cli.workflows.write import write_text
@@ -197,9 +198,7 @@ class _Searches:
 
     def by_latency(self, milliseconds: float) -> Found:
         budget = LatencyBudget(self.measurements, milliseconds, self.plan.batch_size, self.costs)
-        stages = self.measurements.model.stages
-        points = tuple(stage.start + 1 for stage in stages if stage.stop - stage.start > 1)
-        check_latency(budget, milliseconds, self.plan.methods[0].settings(PruneSchedule(points, (1,) * len(points)), 0))
+        check_latency(budget, milliseconds, least(self.measurements.model.stages, self.plan.methods[0]))
         for _ in range(_LATENCY_TRIES):
             trials = self._run(budget, f"Searching for {milliseconds:g} ms")
             pruned, dense = budget.measure(trials[0].settings)

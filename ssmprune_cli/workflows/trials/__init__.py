@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
 from ssmprune_cli.workflows.trials.candidates import Candidate, layouts, neighbours, uniform
-from ssmprune_cli.workflows.trials.cost import Costs, check_budget, schedule_at, solve
+from ssmprune_cli.workflows.trials.cost import Costs, check_budget, least, schedule_at, solve
 from ssmprune_cli.workflows.trials.latency import LatencyBudget, check_latency
 from ssmprune_cli.workflows.trials.measure import Distances, Measurements, load_images, run
 from ssmprune_cli.workflows.trials.state import SavedState
@@ -21,6 +21,7 @@ __all__ = [
     "check_budget",
     "check_latency",
     "layouts",
+    "least",
     "load_images",
     "neighbours",
     "run",

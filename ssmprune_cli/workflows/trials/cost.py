@@ -22,7 +22,7 @@ from torch import nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.pruning import REDUCTIONS, Method, PruneSchedule
+from ssmprune_cli.pruning import REDUCTIONS, Method, PruneSchedule, PruneSettings
 from ssmprune_cli.tokens import Dropped, TokenSequence
 from ssmprune_cli.workflows.measure import EveryOp, op_name
 from ssmprune_cli.workflows.trials.measure import Measurements
@@ -273,18 +273,25 @@ def _bisect(build: Callable[[float], PruneSchedule], cost: CostModel, budget: fl
     return build(high)
 
 
+def least(stages: Sequence[Stage], method: Method) -> PruneSettings:
+    """`method` with one patch token left after the first block of every stage of two blocks or more."""
+    schedule = PruneSchedule((), ())
+    for stage in stages:
+        if stage.stop - stage.start > 1:
+            schedule = schedule.then(stage.start + 1, 1, stages, rectangular=method.rectangular)
+    return method.settings(schedule, 0)
+
+
 def check_budget(measurements: Measurements, methods: Sequence[Method], fraction: float) -> None:
     """Raises UsageError, saying what can be met, if no schedule of `methods` costs as little as `fraction` of dense."""
     if not 0 < fraction < 1:
         raise UsageError(f"a budget lies between 0 and 1 of the dense model's multiply-adds, not at {fraction:g}")
     stages = measurements.model.stages
-    points = tuple(stage.start + 1 for stage in stages if stage.stop - stage.start > 1)
-    if not points:
+    if all(stage.stop - stage.start < 2 for stage in stages):
         raise UsageError("no stage of this model has two blocks, so there is no place to prune after")
-    least = PruneSchedule(points, (1,) * len(points))
     lowest = measurements.dense_cost
     for method in {method.reduction: method for method in methods}.values():
-        lowest = min(lowest, measurements.multiply_adds(method.settings(least, 0)))
+        lowest = min(lowest, measurements.multiply_adds(least(stages, method)))
         if lowest <= fraction * measurements.dense_cost:
             return
     raise UsageError(
