@@ -16,8 +16,8 @@ from ssmprune_cli.pruning.schedule import PruneSchedule
 
 def choose_alignment(alignment: str, reduction: str, *, calibrated: bool) -> str:
     """`alignment`, or for "auto" the best that is possible: `null` for a reduction that leaves whole grids (as good as
-    any on VMamba and PlainMamba, best on Vim), `mass` for another whose tokens have sizes, `none` for one that leaves no
-    gaps, else `calibrated` with calibration images and `null` without. Raises UsageError for `calibrated` without
+    any on VMamba and PlainMamba, best on Vim), `mass` for another whose tokens have sizes, `none` for one that leaves
+    no gaps, else `calibrated` with calibration images and `null` without. Raises UsageError for `calibrated` without
     images."""
     if alignment == "auto":
         if REDUCTIONS.get(reduction).rectangular:
