@@ -92,7 +92,6 @@ def test_costs_are_shared_between_scores_and_methods_that_cost_the_same(
     [
         ("plainmamba", "clip/frozen-once/calibrated"),
         ("vmamba", "delta/keep-target-source/mass"),
-        ("vmamba", "clip/grid-merge/null"),
     ],
 )
 def test_heads_that_see_all_tokens_and_stages_are_priced_exactly(family: str, method: str) -> None:

@@ -121,6 +121,7 @@ class CostModel:
         kinds = list(dict.fromkeys(self._kinds))
         kept = dict(zip(schedule.points, schedule.tokens, strict=True))
         patches = schedule.patches_per_block(self._stages)
+        merging = [point for point, count in kept.items() if count < patches[point - 1]]
         rows, pairs = [], []
         now = _Tokens(0)
         for stage in self._stages:
@@ -133,6 +134,8 @@ class CostModel:
                     compared += more
                 scanned = now.live + now.frozen
                 missing, short = (float(count < stage.num_patches) for count in (now.live, scanned))
+                if schedule.grids:  # a stage can begin with all places, and merged tokens in them
+                    missing = short = float(any(point <= block for point in merging))
                 row = [now.frozen, now.context, missing, missing * now.live, short, short * scanned]
                 for kind in kinds:
                     own = self._kinds[block] == kind
