@@ -26,8 +26,8 @@ def request(**options: Any) -> CompressRequest:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "how much to keep"),
-        ({"overrides": ("pruning.points=[1]",)}, "how much to keep"),
+        ({}, "how fast is the model to be"),
+        ({"overrides": ("pruning.points=[1]",)}, "how fast is the model to be"),
         ({"keep": "0.6", "tokens": "30,20,10"}, "--keep and --tokens both"),
         ({"keep": "0.6", "overrides": ("pruning.keep=0.5",)}, "another option says what pruning.keep is"),
         ({"keep": "0.6", "overrides": ("pruning.tokens=[1]",)}, "another option says what pruning.tokens is"),
@@ -44,6 +44,11 @@ def request(**options: Any) -> CompressRequest:
         ({"target_flops": 0.8}, "needs calibration images"),
         ({"target_flops": 0.8, "calib": NOWHERE, "dry_run": True}, "cannot be a dry run"),
         ({"target_flops": 0.8, "target_latency": 3.0, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_speedup": 1.4, "target_latency_ratio": 0.8, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_speedup": 0.9, "calib": NOWHERE}, "must be above 1, not 0.9"),
+        ({"target_latency": -3.0, "calib": NOWHERE}, "must be a finite number above 0, not -3"),
+        ({"target_latency_ratio": float("nan"), "calib": NOWHERE}, "must be a finite number above 0, not nan"),
+        ({"limits": Limits(max_drop=1), "eval_data": NOWHERE}, "needs calibration images"),
         ({"target_flops": 0.8, "keep": "0.6", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "tokens": "3", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "points": "1", "calib": NOWHERE}, "a target settles what to keep"),
@@ -133,6 +138,7 @@ def test_a_run_and_its_dry_run_agree_and_the_verdicts_are_in_the_report(tmp_path
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(12) % 10)
     asked = request(
         keep="0.5",
+        reduction="context",
         calib=tmp_path / "images.npz",
         eval_data=tmp_path / "images.npz",
         limit=8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -71,8 +71,12 @@ def command(
         raise UsageError(f"unknown table {table!r}; known: {', '.join(TABLES)}", where="--table")
     if table is not None and checkpoints is None:
         raise UsageError("--table needs --checkpoints, the folder with the published files")
-    given = [("keep", keep), ("flops", flops), ("time", times)]
-    budgets = [(kind, value) for kind, text in given if text is not None for value in numbers(text, f"--{kind}")]
+    kinds: list[tuple[Literal["keep", "flops", "time"], str | None, str]] = [
+        ("keep", keep, "--keep"),
+        ("flops", flops, "--flops"),
+        ("time", times, "--times"),
+    ]
+    budgets = [(kind, value) for kind, text, option in kinds if text is not None for value in numbers(text, option)]
     if any(not 0 < value <= 1 for _, value in budgets):
         raise UsageError("--keep, --flops and --times take shares above 0 and at most 1")
 

@@ -31,15 +31,20 @@ def command(
     tokens: Annotated[
         str | None, typer.Option(help="Instead of --keep: patch tokens left after each point: 150,120,90.")
     ] = None,
-    target_flops: Annotated[
+    target_latency_ratio: Annotated[
         float | None,
-        typer.Option(help="Instead of --keep: search for the best way to spend this share of the dense multiply-adds."),
+        typer.Option(help="Instead of --keep: search for the best that takes this share of the dense model's time."),
+    ] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="The same as how many times as fast: 1.4 is a share of 1/1.4.")
     ] = None,
     target_latency: Annotated[
-        float | None,
-        typer.Option(help="Instead of --keep: search for the best that takes this many ms a batch on --device."),
+        float | None, typer.Option(help="Search for the best that takes this many ms a batch on --device.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch timed for --target-latency.")] = 8,
+    target_flops: Annotated[
+        float | None, typer.Option(help="Search for the best within this share of the dense multiply-adds.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch that is timed.")] = 8,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     state: StateFile = None,
@@ -53,7 +58,12 @@ def command(
         str | None,
         typer.Option(help="Score by which tokens stay: clip, delta, random and more [default: clip]."),
     ] = None,
-    reduction: Annotated[str | None, typer.Option(help="What becomes of the others [default: context].")] = None,
+    reduction: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of the others. auto, the default, compares a few at equal time on the --calib images."
+        ),
+    ] = None,
     alignment: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +115,8 @@ def command(
     Writes a folder with model.safetensors, config.json, recipe.yaml, report.html, report.json and a README.md. The
     input is never changed. --keep is the ratio kept at each point, the keep rate of the literature. With a target,
     points, token counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense
-    model on the --calib images; the report then says what was tried.
+    model on the --calib images; the report then says what was tried. With --max-drop, --eval-data and nothing else, the
+    fastest model is searched for that provably loses no more.
     """
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
@@ -117,8 +128,10 @@ def command(
         source=Source(ckpt, reading),
         keep=keep,
         tokens=tokens,
-        target_flops=target_flops,
+        target_latency_ratio=target_latency_ratio,
+        target_speedup=target_speedup,
         target_latency=target_latency,
+        target_flops=target_flops,
         batch_size=batch_size,
         evaluations=evaluations,
         time_limit=time_limit,

@@ -59,7 +59,7 @@ def validate(
     known = {
         "family": FAMILIES.names(),
         "importance": IMPORTANCES.names(),
-        "reduction": REDUCTIONS.names(),
+        "reduction": ("auto", *REDUCTIONS.names()),
         "alignment": ("auto", *ALIGNMENTS.names()),
     }
     faults: dict[str, str] = {}

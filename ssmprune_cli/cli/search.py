@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,9 +25,14 @@ def command(
         Path, typer.Option(help="Unlabelled images to search on: a folder, a tree of folders or an .npz.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.")],
+    times: Annotated[
+        str | None,
+        typer.Option(help="Budgets: shares of the dense model's time on --device [default: 0.8,0.7,0.6,0.5]."),
+    ] = None,
     flops: Annotated[
-        str, typer.Option(help="Budgets: shares of the dense multiply-adds, all directions counted.")
-    ] = "0.8,0.7,0.6,0.5",
+        str | None, typer.Option(help="Instead: shares of the dense multiply-adds, all directions counted.")
+    ] = None,
+    timed_batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch that is timed.")] = 8,
     calib_images: Annotated[int, typer.Option(min=1, help="How many of the images to use.")] = 256,
     importance: Annotated[str | None, typer.Option(help="Only this score [default: the search chooses].")] = None,
     reduction: Annotated[str | None, typer.Option(help="Only this reduction [default: the search chooses].")] = None,
@@ -43,26 +48,31 @@ def command(
     backend: BackendName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Find the best recipe for each of several budgets: the front of divergence against multiply-adds.
+    """Find the best recipe for each of several budgets: the front of divergence against time or multiply-adds.
 
     Points, token counts, score, reduction and alignment are chosen by the divergence of the logits from the dense
     model's on unlabelled images. A part of them is held back: the uniform default schedule is kept unless something is
     clearly better there. `ssmprune compress --recipe` then makes the model. A run that was killed continues with the
     same command.
     """
-    budgets = numbers(flops, "--flops")
+    if times is not None and flops is not None:
+        raise UsageError("--times and --flops are two kinds of budgets: give one of them")
+    kind: Literal["time", "flops"] = "time" if flops is None else "flops"
+    values = numbers(times or "0.8,0.7,0.6,0.5", "--times") if flops is None else numbers(flops, "--flops")
 
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import known_methods
     from ssmprune_cli.recipe import CalibrationPlan
     from ssmprune_cli.workflows.search import Limits, SearchPlan, search_to_folder, state_file
     from ssmprune_cli.workflows.source import Source
+    from ssmprune_cli.workflows.trials import Budget
 
     use_backend(backend)
     plan = SearchPlan(
         calib=calib,
         methods=list(known_methods(importance, reduction, alignment)),
-        flops=tuple(budgets),
+        budgets=tuple(Budget(kind, value) for value in values),
+        batch_size=timed_batch_size,
         calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=batch_size),
         seed=seed,
         limits=Limits(evaluations, time_limit),
@@ -98,13 +108,16 @@ def _table(name: str, result: SearchResult) -> Table:
         f"on {result.held_back} held back)",
         title_justify="left",
     )
-    for column in ("multiply-adds", "nats", "held back", "tried"):
+    for column in ("multiply-adds", "time (95 %)", "nats", "held back", "tried"):
         table.add_column(column, justify="right")
     table.add_column("method; prune after blocks; patch tokens left")
     for found in result.found:
         best, settings = found.chosen, found.chosen.settings
         table.add_row(
             f"{best.multiply_adds:.4f}",
+            "-"
+            if best.timing is None
+            else f"{best.timing.ratio:.2f} ({best.timing.interval[0]:.2f} to {best.timing.interval[1]:.2f})",
             f"{best.divergence:.4f}",
             "-" if best.held_back is None else f"{best.held_back:.4f}",
             str(len(found.trials)),

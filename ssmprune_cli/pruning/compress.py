@@ -13,6 +13,8 @@ from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule
 
+DEFAULT_REDUCTION = "context"  # where there is nothing to measure by
+
 
 def choose_alignment(alignment: str, reduction: str, *, calibrated: bool) -> str:
     """`alignment`, or for "auto" the best that is possible: `mass` for a reduction whose tokens have sizes, `none` for
@@ -39,7 +41,7 @@ def compress(
     tokens: Sequence[int] | None = None,
     points: Sequence[int] | None = None,
     importance: str = "clip",
-    reduction: str = "context",
+    reduction: str = DEFAULT_REDUCTION,
     alignment: str = "auto",
     calibration: Images | None = None,
     seed: int = 0,

@@ -55,6 +55,7 @@ class Pruning(Section):
     points     prune after this many blocks, rising; None is a quarter, half and three quarters of the depth
     keep       ratio of patch tokens kept *at each point*, 0 < keep <= 1: one number or one a point
     tokens     instead of `keep`: patch tokens that stay after each point
+    reduction  "auto" is the best of a few at equal time, measured on the calibration images; "context" without any
     alignment  "auto" is the best that is possible, see `pruning.compress.choose_alignment`. YAML's bare
                null means the source of that name
     """
@@ -63,7 +64,7 @@ class Pruning(Section):
     keep: float | tuple[float, ...] | None = None
     tokens: Counts | None = None
     importance: Name = "clip"
-    reduction: Name = "context"
+    reduction: Name = "auto"
     alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)

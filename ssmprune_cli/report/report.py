@@ -48,6 +48,19 @@ class PruningFacts(Section):
     alignment: str
 
 
+class TargetFacts(Section):
+    """What the user asked a search for: at most `value`, of which `measured` came out; `met` if that is not more.
+
+    kind  "latency_ratio" (of the dense model's time), "latency_ms" (a batch), "multiply_adds" (share of dense) or
+          "max_drop" (the quickest that provably loses at most so many points)
+    """
+
+    kind: Literal["latency_ratio", "latency_ms", "multiply_adds", "max_drop"]
+    value: float
+    measured: float
+    met: bool
+
+
 class ModelAccuracy(Section):
     """Shares of right answers; top5 is None below 5 classes."""
 
@@ -136,16 +149,31 @@ class PointFacts(Section):
     importance_mass_kept: float | None
 
 
+class ReductionTrial(Section):
+    """A reduction tried at equal time on the calibration images: token counts, and mean divergence in nats."""
+
+    reduction: str
+    alignment: str
+    tokens: tuple[int, ...]
+    divergence: float | None
+    chosen: bool
+
+
 class CalibrationFacts(Section):
     images: int
     points: tuple[PointFacts, ...]
 
 
 class SearchTrial(Section):
-    """What a search tried for `budget`: a share of the dense multiply-adds, or milliseconds. Divergences in nats."""
+    """What a search tried for `budget`, a share of the dense model's multiply-adds or time. Divergences in nats.
 
+    multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
+    """
+
+    kind: Literal["flops", "time"]
     budget: float
     multiply_adds: float
+    latency_ratio: float | None
     divergence: float | None
     divergence_held_back: float | None
     recipe: str
@@ -232,6 +260,8 @@ class Report(Section):
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
+    target       what a search was asked for, and what came of it
+    reductions   those that were compared, if one was to be chosen
     search       what a search tried, if it chose the settings
     finetuning   what was trained since, if anything
     warnings     what a reader must know before trusting the figures
@@ -247,10 +277,12 @@ class Report(Section):
     pruning: PruningFacts | None = None
     dense: Figures
     pruned: Figures | None = None
+    target: TargetFacts | None = None
     accuracy: AccuracyFacts | None = None
     limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None
+    reductions: tuple[ReductionTrial, ...] | None = None
     search: tuple[SearchTrial, ...] | None = None
     sensitivity: tuple[SensitivityFacts, ...] | None = None
     samples: tuple[Sample, ...] = ()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ssmprune_cli import checkpoint
@@ -15,6 +17,8 @@ from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerp
 from ssmprune_cli.errors import MAX_MESSAGE, UsageError, shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
+    DEFAULT_REDUCTION,
+    Calibration,
     PruneSchedule,
     PruneSettings,
     TokenPruner,
@@ -24,12 +28,14 @@ from ssmprune_cli.pruning import (
     restore,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
-from ssmprune_cli.report import Figures, Report, SpeedFacts
+from ssmprune_cli.report import Figures, ReductionTrial, Report, SpeedFacts, TargetFacts
 from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.evaluate import evaluate, identity
+from ssmprune_cli.workflows.fastest import fastest
 from ssmprune_cli.workflows.identity import weights_sha256
 from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.measure import resolve_device
+from ssmprune_cli.workflows.reduction_choice import compare_reductions
 from ssmprune_cli.workflows.reporting import (
     calibration_facts,
     figures,
@@ -39,9 +45,10 @@ from ssmprune_cli.workflows.reporting import (
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, search, state_file
+from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, open_search, search, state_file
 from ssmprune_cli.workflows.search import Limits as SearchLimits
 from ssmprune_cli.workflows.source import Source
+from ssmprune_cli.workflows.trials import Budget, load_images
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -54,7 +61,9 @@ class CompressRequest:
     """What a user asks for, as typed: None is what was not typed.
 
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
-    target_...     search for what to keep: a share of the dense multiply-adds, or ms for a batch of `batch_size`
+    target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
+                   `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
+                   `limits.max_drop`: search for the fastest that loses no more on `eval_data`
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
@@ -67,8 +76,10 @@ class CompressRequest:
     source: Source
     keep: str | None = None
     tokens: str | None = None
-    target_flops: float | None = None
+    target_latency_ratio: float | None = None
+    target_speedup: float | None = None
     target_latency: float | None = None
+    target_flops: float | None = None
     batch_size: int = 8
     evaluations: int = 200
     time_limit: float | None = None
@@ -94,8 +105,37 @@ class CompressRequest:
     command: str = ""
 
     @property
+    def targets(self) -> list[str]:
+        """The options among those that search for a target."""
+        return [option for option, value in self._targets() if value is not None]
+
+    def _targets(self) -> list[tuple[str, float | None]]:
+        return [
+            ("--target-latency-ratio", self.target_latency_ratio),
+            ("--target-speedup", self.target_speedup),
+            ("--target-latency", self.target_latency),
+            ("--target-flops", self.target_flops),
+        ]
+
+    @property
+    def by_drop(self) -> bool:
+        """Whether the fastest model within `limits.max_drop` is searched for."""
+        amounts = any(each is not None for each in (self.keep, self.tokens, self.points, self.recipe))
+        said = amounts or self.targets or any(text.startswith("pruning.") for text in self.overrides)
+        return self.limits.max_drop is not None and self.eval_data is not None and not said
+
+    @property
     def searched(self) -> bool:
-        return self.target_flops is not None or self.target_latency is not None
+        return bool(self.targets) or self.by_drop
+
+    @property
+    def budget(self) -> Budget | None:
+        """What to search within; None for milliseconds, whose share of the dense time has to be measured."""
+        if self.target_latency_ratio is not None:
+            return Budget("time", self.target_latency_ratio)
+        if self.target_speedup is not None:
+            return Budget("time", 1 / self.target_speedup)
+        return None if self.target_flops is None else Budget("flops", self.target_flops)
 
     @property
     def state_file(self) -> Path | None:
@@ -112,11 +152,15 @@ class CompressRequest:
             self._check_search()
         elif self.time_limit is not None or self.state is not None:
             given = "--state" if self.time_limit is None else "--time-limit"
-            raise UsageError(f"{given} is for a search: it needs --target-flops or --target-latency")
+            raise UsageError(f"{given} is for a search: it needs a target, such as --target-speedup 1.4")
         amounts = ("pruning.keep=", "pruning.tokens=")
         said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
         if not said and not any(text.startswith(amounts) for text in self.overrides):
-            raise UsageError("how much to keep?", hint="Give `--keep 0.6`, `--tokens 150,120,90` or `--recipe FILE`.")
+            raise UsageError(
+                "how fast is the model to be?",
+                hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--eval-data`, `--keep 0.6`, "
+                "`--tokens 150,120,90` or `--recipe FILE`.",
+            )
         typed = {key for key, _ in self._settings()}
         for text in self.overrides:
             key = text.partition("=")[0].strip()
@@ -136,8 +180,8 @@ class CompressRequest:
             raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
 
     def _check_search(self) -> None:
-        ways = (self.target_flops, self.target_latency, self.keep, self.tokens, self.points, self.recipe)
-        if sum(each is not None for each in ways) > 1:
+        ways = (self.keep, self.tokens, self.points, self.recipe)
+        if len(self.targets) + sum(each is not None for each in ways) > 1:
             raise UsageError("a target settles what to keep: give one, without --keep, --tokens, --points or --recipe")
         for text in self.overrides:
             if text.startswith("pruning."):
@@ -146,6 +190,11 @@ class CompressRequest:
                     where=f"--set {text}",
                     hint="Give `--importance`, `--reduction` and `--alignment` to search among those only.",
                 )
+        for option, value in self._targets():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"must be a finite number above 0, not {value:g}", where=option)
+        if self.target_speedup is not None and self.target_speedup <= 1:
+            raise UsageError(f"must be above 1, not {self.target_speedup:g}", where="--target-speedup")
         if self.calib is None:
             raise UsageError("a search needs calibration images", hint="Give `--calib DIR` with a few dozen of them.")
         if self.dry_run:
@@ -210,14 +259,11 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
     if not request.searched:
         report = _compressed(request, recipe, out, evaluation, None, progress)
         return CompressResult(report, out, report.warnings)
-    result = _search(request, recipe, out, progress)
+    result = _search(request, recipe, evaluation, progress)
     (found,) = result.found
     report = _compressed(request, found.recipe, out, evaluation, found, progress)
     result.state.remove()
-    notes: tuple[str, ...] = ()
-    if found.latency_ms is not None and found.dense_latency_ms is not None:
-        notes = (f"A batch takes {found.latency_ms:.1f} ms; dense {found.dense_latency_ms:.1f} ms.",)
-    return CompressResult(report, out, (*result.warnings, *report.warnings), notes)
+    return CompressResult(report, out, tuple(dict.fromkeys((*result.warnings, *report.warnings))))
 
 
 def _evaluation(request: CompressRequest) -> ImageDataset | None:
@@ -231,13 +277,15 @@ def _evaluation(request: CompressRequest) -> ImageDataset | None:
     return dataset
 
 
-def _search(request: CompressRequest, recipe: Recipe, out: Path, progress: Progress | None) -> SearchResult:
+def _search(
+    request: CompressRequest, recipe: Recipe, evaluation: ImageDataset | None, progress: Progress | None
+) -> SearchResult:
     assert request.calib is not None  # by request.check
-    alignment = None if request.alignment == "auto" else request.alignment
+    reduction, alignment = (None if name == "auto" else name for name in (request.reduction, request.alignment))
     plan = SearchPlan(
         calib=request.calib,
-        methods=list(known_methods(request.importance, request.reduction, alignment)),
-        flops=() if request.target_flops is None else (request.target_flops,),
+        methods=list(known_methods(request.importance, reduction, alignment)),
+        budgets=() if request.budget is None else (request.budget,),
         latency_ms=request.target_latency,
         batch_size=request.batch_size,
         calibration=recipe.calibration,
@@ -246,7 +294,26 @@ def _search(request: CompressRequest, recipe: Recipe, out: Path, progress: Progr
         device=request.device,
         state=request.state_file,
     )
-    return search(request.source, plan, progress)
+    if not request.by_drop:
+        return search(request.source, plan, progress)
+    assert evaluation is not None
+    searches = open_search(request.source, plan, progress)
+    target = resolve_device(request.device)
+    images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
+    reference = request.source.load().to(target)
+    restore(reference)
+    limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
+
+    def holds(found: Found) -> bool:
+        model = request.source.load().to(target)
+        settings = recipe_settings(model, found.recipe, calibrated=True)
+        _prune(model, settings, _calibration_batches(images, model, found.recipe, target, progress))
+        done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
+        result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
+        verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
+        return all(each.holds for each in verdicts)
+
+    return SearchResult([fastest(searches, holds)], *searches.counts, searches.state, searches.warnings)
 
 
 def _planned(request: CompressRequest, recipe: Recipe) -> Report:
@@ -256,19 +323,53 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
     model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
     report = _report(request.source, model, recipe, dense, {})
-    report = report.model_copy(update={"warnings": tuple(request.source.warnings())})
+    warnings = request.source.warnings()
+    if request.calib is not None and recipe.pruning.reduction == "auto":
+        warnings.append(
+            f"The reduction is chosen on the calibration images, which a dry run does not read: this is for "
+            f"{settings.reduction!r}."
+        )
+    report = report.model_copy(update={"warnings": tuple(warnings)})
     return _judged(report, request.limits)
 
 
-def recipe_settings(model: Backbone, recipe: Recipe, *, calibrated: bool) -> PruneSettings:
-    """What `recipe` means for `model`, with calibration images or without."""
+def recipe_settings(
+    model: Backbone, recipe: Recipe, *, calibrated: bool, reduction: str = DEFAULT_REDUCTION
+) -> PruneSettings:
+    """What `recipe` means for `model`, with calibration images or without; `reduction` where it says "auto"."""
     pruning = recipe.pruning
+    reduction = reduction if pruning.reduction == "auto" else pruning.reduction
     return PruneSettings(
         PruneSchedule.resolve(model.stages, points=pruning.points, keep=pruning.keep, tokens=pruning.tokens),
         pruning.importance,
-        pruning.reduction,
-        choose_alignment(pruning.alignment, pruning.reduction, calibrated=calibrated),
+        reduction,
+        choose_alignment(pruning.alignment, reduction, calibrated=calibrated),
         recipe.seed,
+    )
+
+
+def _calibration_batches(
+    dataset: ImageDataset, model: Backbone, recipe: Recipe, device: torch.device, progress: Progress | None
+) -> Iterator[Tensor]:
+    done = progress("Calibrating") if progress else None
+    seen = 0
+    for batch in batches(dataset, model.preprocessing, recipe.calibration.batch_size):
+        yield batch.images.to(device)
+        seen += len(batch.images)
+        if done:
+            done(seen, len(dataset))
+
+
+def _prune(model: Backbone, settings: PruneSettings, calibration: Iterator[Tensor] | None) -> Calibration | None:
+    return compress(
+        model,
+        points=settings.schedule.points,
+        tokens=settings.schedule.tokens,
+        importance=settings.importance,
+        reduction=settings.reduction,
+        alignment=settings.alignment,
+        calibration=calibration,
+        seed=settings.seed,
     )
 
 
@@ -299,24 +400,17 @@ def _compressed(
     if evaluation is not None:
         warnings += evaluation.notes
 
-    def calibration_batches(dataset: ImageDataset) -> Iterator[Tensor]:
-        done = progress("Calibrating") if progress else None
-        seen = 0
-        for batch in batches(dataset, model.preprocessing, recipe.calibration.batch_size):
-            yield batch.images.to(target)
-            seen += len(batch.images)
-            if done:
-                done(seen, len(dataset))
-
-    seen = compress(
+    tried: list[ReductionTrial] = []
+    if images is not None and recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
+        if progress:
+            progress("Comparing reductions")
+        tried = _choose_reduction(request, model, recipe, settings, images)
+        best = next(each.reduction for each in tried if each.chosen)
+        settings = recipe_settings(model, recipe, calibrated=True, reduction=best)
+    seen = _prune(
         model,
-        points=settings.schedule.points,
-        tokens=settings.schedule.tokens,
-        importance=settings.importance,
-        reduction=settings.reduction,
-        alignment=settings.alignment,
-        calibration=calibration_batches(images) if images is not None else None,
-        seed=settings.seed,
+        settings,
+        None if images is None else _calibration_batches(images, model, recipe, target, progress),
     )
     reference = source.load().to(target)
     restore(reference)
@@ -325,7 +419,7 @@ def _compressed(
         done = progress("Evaluating") if progress else None
         result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
     done = progress("Timing") if progress else None
-    speed = speed_facts(reference, model, str(target), done)
+    speed = speed_facts(reference, model, str(target), request.batch_size, done)
     warnings += _slow(speed)
     chosen = evaluation if evaluation is not None else images
     assert isinstance(model.pruner, TokenPruner)
@@ -342,12 +436,13 @@ def _compressed(
             **({result.task.section: result.comparison} if result else {}),
             "speed": speed,
             "calibration": calibration_facts(seen) if seen else None,
+            "reductions": tuple(tried) or None,
             "search": None if found is None else tuple(found.trace()),
             "samples": drawn,
             "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
         }
     )
-    report = _judged(report, request.limits)
+    report = _targeted(_judged(report, request.limits), request)
     assert report.pruning is not None
     final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
     if request.command:
@@ -365,6 +460,61 @@ def _compressed(
     return report
 
 
+def _choose_reduction(
+    request: CompressRequest, model: Backbone, recipe: Recipe, settings: PruneSettings, images: ImageDataset
+) -> list[ReductionTrial]:
+    choices = compare_reductions(
+        model,
+        settings.schedule,
+        load_images(model, images),
+        importance=settings.importance,
+        alignment=recipe.pruning.alignment,
+        batch_size=request.batch_size,
+        device=request.device,
+        seed=settings.seed,
+    )
+    return [
+        ReductionTrial(
+            reduction=each.method.reduction,
+            alignment=each.method.alignment,
+            tokens=each.schedule.tokens,
+            divergence=each.divergence if math.isfinite(each.divergence) else None,
+            chosen=each is choices[0],
+        )
+        for each in choices
+    ]
+
+
+def _targeted(report: Report, request: CompressRequest) -> Report:
+    """With what was asked for, if that was a target, and a warning if it is missed."""
+    speed, pruned = report.speed, report.pruned
+    assert speed is not None and pruned is not None
+    kind: Literal["latency_ratio", "latency_ms", "multiply_adds"]
+    kind, value, measured = "latency_ratio", request.target_latency_ratio, speed.latency_ratio
+    how = f"of the dense model's time, for a batch of {speed.batch_size} on {speed.device}"
+    if request.target_speedup is not None:
+        value = 1 / request.target_speedup
+    elif request.target_latency is not None:
+        kind, value, measured = "latency_ms", request.target_latency, speed.pruned.median_ms
+        how = f"ms a batch of {speed.batch_size} on {speed.device}"
+    elif request.target_flops is not None:
+        kind, value, how = "multiply_adds", request.target_flops, "of the dense multiply-adds"
+        measured = pruned.multiply_adds_all_directions / report.dense.multiply_adds_all_directions
+    elif request.by_drop:
+        verdict = next(each for each in report.limits if each.name == "max_drop")
+        target = TargetFacts(kind="max_drop", value=verdict.limit, measured=verdict.value, met=verdict.holds)
+        return report.model_copy(update={"target": target})
+    if value is None:
+        return report
+    target = TargetFacts(kind=kind, value=value, measured=measured, met=measured <= value)
+    warnings = report.warnings
+    if not target.met:
+        text = f"Asked for were {value:.4g} {how}; {measured:.4g} were measured in the end."
+        hint = "A busy machine times badly: try again, or ask for a little less."
+        warnings = (*warnings, f"{text} {hint}")
+    return report.model_copy(update={"target": target, "warnings": warnings})
+
+
 def _slow(speed: SpeedFacts) -> list[str]:
     """A warning if the model does not get faster by what was done to it."""
     low, high = speed.latency_ratio_interval
@@ -373,7 +523,7 @@ def _slow(speed: SpeedFacts) -> list[str]:
     how = "slower than the dense one" if low > 1 else "no faster than the dense one, as far as the timing tells"
     return [
         f"On {speed.device} with a batch of {speed.batch_size} the model is {how} ({speed.latency_ratio:.2f} times the "
-        "time). Other batches may differ (`ssmprune profile --batch-size`); `--target-latency` searches by time."
+        "time). Other batches may differ (`ssmprune profile --batch-size`); `--target-latency-ratio` searches by time."
     ]
 
 

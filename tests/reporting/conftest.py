@@ -105,8 +105,10 @@ def _report() -> Report:
         ),
         search=tuple(
             SearchTrial(
+                kind="flops",
                 budget=0.75,
                 multiply_adds=0.7 + 0.001 * index,
+                latency_ratio=0.8 if index == 3 else None,
                 divergence=0.01 * index if index else None,
                 divergence_held_back=0.02 if index else None,
                 recipe=f"setting {index} {HOSTILE}",

@@ -88,14 +88,16 @@ def calibration_facts(calibration: Calibration) -> CalibrationFacts:
     return CalibrationFacts(images=calibration.images, points=tuple(points))
 
 
-def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progress | None = None) -> SpeedFacts:
-    """Both models timed in turns on batches of 8: ten rounds, or fewer where a forward pass takes more than 2 s."""
-    images = torch.zeros(8, 3, *dense.image_size, device=resolve_device(device))
+def speed_facts(
+    dense: Backbone, pruned: Backbone, device: str, batch_size: int, progress: Progress | None = None
+) -> SpeedFacts:
+    """Both models timed in turns on batches: ten rounds, or fewer where a forward pass takes more than 2 s."""
+    images = torch.zeros(batch_size, 3, *dense.image_size, device=resolve_device(device))
     start = time.perf_counter()
     with torch.inference_mode():
         dense.to(images.device).eval()(images)
     rounds = timed_rounds(time.perf_counter() - start)
-    first, second = profile([dense, pruned], batch_size=8, device=device, rounds=rounds, progress=progress)
+    first, second = profile([dense, pruned], batch_size=batch_size, device=device, rounds=rounds, progress=progress)
     ratio, interval = ratio_of_medians(first.speed.rounds_ms, second.speed.rounds_ms)
     return SpeedFacts(
         batch_size=first.batch_size,

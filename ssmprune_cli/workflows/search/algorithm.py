@@ -5,8 +5,10 @@
 2. From the best: neighbours in random order, which move a point or swap the score, reduction or alignment. What is
    clearly worse on a quarter or half of the images is left there; the first that is better on all by more than the
    error of the difference is the next step. Where there is none, it goes on from the second best start.
-3. The best few and the uniform default meet on the images held back. Of those that are clearly better there than the
-   default, by a t test, the best is chosen, or else the default: few images find no more than what they can show.
+3. The best few and the uniform default are timed as a whole, in turn with the dense model. Those that overrun a budget
+   of time prune a little harder; what is slower than the dense model is out, whatever the budget is of.
+4. They meet on the images held back. Of those that are clearly better there than the default, by a t test, the best is
+   chosen, or else the default: few images find no more than what they can show.
 
 Candidates are compared by `soft_divergence`, image by image.
 """
@@ -18,17 +20,30 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import torch
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.pruning import Method, PruneSettings, choose_alignment, clearly_less, default_points, paired
+from ssmprune_cli.pruning import (
+    Method,
+    PruneSchedule,
+    PruneSettings,
+    choose_alignment,
+    clearly_less,
+    default_points,
+    paired,
+)
 from ssmprune_cli.workflows.trials import (
+    Budget,
     Candidate,
+    Clock,
     Costs,
     Distances,
     Measurements,
+    Spending,
+    Timing,
     layouts,
     neighbours,
     schedule_at,
@@ -38,6 +53,8 @@ from ssmprune_cli.workflows.trials import (
 
 FINALISTS = 6
 _STARTS = 3
+_TIMINGS = 4  # of finalists that overrun a time, each time pruning harder
+_TIMING_SECONDS = 8.0  # for each of them, all finalists together
 _WIDE = 1.2  # first candidates for each evaluation: three tenths of the evaluations, on a quarter of the images
 
 Progress = Callable[[int, int], None]
@@ -45,13 +62,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """What was tried: divergence in nats on the search images (all of them), and on those held back for finalists."""
+    """What was tried.
+
+    multiply_adds  share of the dense model's
+    divergence     in nats on the search images (all of them), and for finalists on those held back
+    timing         of finalists, beside the dense model
+    """
 
     settings: PruneSettings
-    multiply_adds: float  # fraction of dense
+    multiply_adds: float
     divergence: float
     held_back: float | None = None
     chosen: bool = False
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +91,7 @@ class Limits:
 class Search:
     """One search for the least divergence within a budget.
 
-    budget  method -> multiply-adds that it may use (the same for all, unless the budget is a time)
+    budget  a share of the dense multiply-adds or of the dense time
     parts   the images searched on, and those held back
     """
 
@@ -76,26 +99,30 @@ class Search:
         self,
         measurements: Measurements,
         methods: Sequence[Method],
-        budget: Callable[[Method], float],
+        budget: Budget,
         parts: tuple[range, range],
         *,
+        costs: Costs,
+        clock: Clock,
         seed: int = 0,
         limits: Limits = Limits(),
-        costs: Costs | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._measurements = measurements
         self._methods = list(methods)
-        self._budget = budget
+        self._costs, self._clock = costs, clock
+        self._timed = budget.kind == "time"
+        self._spending: Spending = clock if self._timed else costs
+        self._limit = budget.value if self._timed else budget.value * measurements.dense_cost
         self._searched, self._held_back = parts
         count = len(self._searched)
         self._rungs = sorted({max(1, count // 4), max(1, count // 2), count})
         self._seed = seed
         self._limits = limits
         self._progress = progress
-        self._costs = costs or Costs(measurements)
         self._known: dict[PruneSettings, Distances] = {}  # on the first search images
         self._candidates: dict[Candidate, PruneSettings | None] = {}
+        self._successor: dict[PruneSettings, PruneSettings] = {}  # to what pruned harder in its place
         self._done = 0.0
         self._started = time.monotonic()
 
@@ -192,7 +219,7 @@ class Search:
         whole = {each: found for each, found in self._known.items() if len(found.nats) == len(self._searched)}
         ranked = sorted(whole, key=lambda each: float(whole[each].soft.mean()))
         ranked = [each for each in ranked if bool(whole[each].soft.isfinite().all())]
-        finalists = list(islice(filter(self._affordable, ranked), FINALISTS))
+        finalists = list(islice(ranked if self._timed else filter(self._affordable, ranked), FINALISTS))
         if not finalists:
             raise SsmpruneError(
                 "no candidate within the budget gave finite logits",
@@ -200,6 +227,10 @@ class Search:
             )
         if default in ranked and default not in finalists:
             finalists.append(default)
+        timings = self._in_time(finalists)
+        finalists = list(timings)
+        default = default if default is None else self._successor.get(default, default)
+        whole |= {each: self._distances(each) for each in finalists}
         held_back = {each: self._measurements.distances(each, self._held_back) for each in finalists}
 
         def over_all(settings: PruneSettings) -> float:
@@ -214,14 +245,65 @@ class Search:
             return settings == default or (less and bool(found.nats.mean() < reference.nats.mean()))
 
         winner = next(filter(is_better, sorted(finalists, key=over_all)), default)
-        trials = [self._trial(each, whole[each], held_back.get(each), each == winner) for each in whole]
+        trials = [
+            self._trial(each, whole[each], held_back.get(each), each == winner, timings.get(each)) for each in whole
+        ]
         return sorted(trials, key=lambda trial: (not trial.chosen, trial.held_back is None, trial.divergence))
 
     def _affordable(self, settings: PruneSettings) -> bool:
-        """Whether `count_flops` agrees with the cost model that the budget is met."""
-        return self._measurements.multiply_adds(settings) <= self._budget(_method(settings)) * (1 + 1e-6)
+        """Whether `count_flops` agrees with the cost model that a budget of multiply-adds is met."""
+        return self._measurements.multiply_adds(settings) <= self._limit * (1 + 1e-6)
 
-    def _trial(self, settings: PruneSettings, searched: Distances, held_back: Distances | None, chosen: bool) -> Trial:
+    def _in_time(self, finalists: Sequence[PruneSettings]) -> dict[PruneSettings, Timing]:
+        """The finalists that are within the budget and not slower than the dense model, by the clock.
+
+        Where the budget is a time and none is within it after all tries, the quickest alone. Raises SsmpruneError if
+        all are slower than the dense model.
+        """
+        kept: dict[PruneSettings, Timing] = {}
+        waiting = list(dict.fromkeys(finalists))
+        for _ in range(_TIMINGS if self._timed else 1):
+            timings = dict(zip(waiting, self._clock.timings(waiting, _TIMING_SECONDS), strict=True))
+            over = {each: timing for each, timing in timings.items() if self._timed and timing.ratio > self._limit}
+            kept |= {each: timing for each, timing in timings.items() if each not in over}
+            waiting = [harder for each, timing in over.items() if (harder := self._harder(each, timing)) is not None]
+            if not waiting:
+                break
+        if not kept and self._timed:
+            kept = dict([min(over.items(), key=lambda pair: pair[1].ratio)])
+        faster = {each: timing for each, timing in kept.items() if timing.interval[0] <= 1}
+        if not faster:
+            quickest = min(timing.ratio for timing in kept.values())
+            raise SsmpruneError(
+                f"all candidates are slower than the dense model on this device with a batch of "
+                f"{self._clock.batch_size}: the quickest takes {quickest:.2f} times its time",
+                hint="Try a larger `--batch-size`, or a smaller target; a small model may gain nothing by pruning.",
+            )
+        return faster
+
+    def _harder(self, settings: PruneSettings, timing: Timing) -> PruneSettings | None:
+        """The same candidate with fewer tokens, by as much as it overran the budget; None if there is none."""
+        candidate = next(each for each, solved in self._candidates.items() if solved == settings)
+        model = self._clock.of(candidate.method)
+        predicted = model.predict(settings.schedule)
+        limit = predicted * 0.99 * self._limit / timing.ratio
+        schedule = solve(self._build(candidate), model, limit)
+        harder = None if schedule is None else candidate.method.settings(schedule, self._seed)
+        if harder is None or harder == settings:
+            return None
+        self._candidates[candidate] = harder
+        self._successor = {each: harder if last == settings else last for each, last in self._successor.items()}
+        self._successor[settings] = harder
+        return harder
+
+    def _trial(
+        self,
+        settings: PruneSettings,
+        searched: Distances,
+        held_back: Distances | None,
+        chosen: bool,
+        timing: Timing | None,
+    ) -> Trial:
         if held_back is None:
             cost = self._costs.of(_method(settings)).predict(settings.schedule)
         else:
@@ -232,6 +314,7 @@ class Search:
             float(searched.nats.mean()),
             None if held_back is None else float(held_back.nats.mean()),
             chosen,
+            timing,
         )
 
     def _distances(self, settings: PruneSettings, count: int | None = None) -> Distances:
@@ -253,14 +336,13 @@ class Search:
     def _settings(self, candidate: Candidate) -> PruneSettings | None:
         """What the candidate is at this budget; None if that is out of its reach."""
         if candidate not in self._candidates:
-            stages = self._measurements.model.stages
-            schedule = solve(
-                lambda level: schedule_at(stages, candidate.points, candidate.weights, level),
-                self._costs.of(candidate.method),
-                self._budget(candidate.method),
-            )
+            schedule = solve(self._build(candidate), self._spending.of(candidate.method), self._limit)
             self._candidates[candidate] = None if schedule is None else candidate.method.settings(schedule, self._seed)
         return self._candidates[candidate]
+
+    def _build(self, candidate: Candidate) -> Callable[[float], PruneSchedule]:
+        """Level -> schedule."""
+        return partial(schedule_at, self._measurements.model.stages, candidate.points, candidate.weights)
 
     def _spent(self) -> bool:
         seconds = self._limits.seconds
