@@ -182,6 +182,12 @@ def _tables(report: Report) -> Group:
         ("multiply-adds, one direction (G)", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
     ):
         table.add_row(title, f"{before / 1e9:.4f}", f"{after / 1e9:.4f}", f"{after / before - 1:+.1%}")
+    table.add_row(
+        "moved by gathers, sorts and sums (MB)",
+        f"{dense.bytes_moved / 1e6:.2f}",
+        f"{pruned.bytes_moved / 1e6:.2f}",
+        f"{(pruned.bytes_moved - dense.bytes_moved) / 1e6:+.2f} MB",
+    )
     if report.speed is not None:
         first, second = report.speed.dense, report.speed.pruned
         table.add_row(

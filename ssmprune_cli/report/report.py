@@ -29,12 +29,16 @@ Judge = Literal["interval", "estimate"]  # what a limit is held against
 
 
 class Figures(Section):
-    """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included."""
+    """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included.
+
+    bytes_moved  by gathers, scatters, sorts and sums, which are no multiply-adds
+    """
 
     multiply_adds_all_directions: int
     multiply_adds_one_direction: int
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
+    bytes_moved: int
 
 
 class PruningFacts(Section):

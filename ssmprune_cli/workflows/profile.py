@@ -16,6 +16,7 @@ from ssmprune_cli.workflows.measure import (
     Floor,
     Progress,
     Speed,
+    bytes_moved,
     count_flops,
     floor,
     interleaved_speeds,
@@ -29,6 +30,7 @@ from ssmprune_cli.workflows.measure import (
 class Profile:
     """One model's figures. Multiply-adds are for one image; `flops` names the conventions.
 
+    bytes_moved       by gathers, sorts and sums of one image, which are no multiply-adds
     backend           what the kernels ran on; `backends_refused` says why not on a better one
     time_ms           where the median goes, by part (see `breakdown`)
     floor             what its arithmetic and bytes need at least on this machine
@@ -42,6 +44,7 @@ class Profile:
     multiply_adds_one_direction: int
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
+    bytes_moved: int
     batch_size: int
     dtype: str
     device: str
@@ -101,6 +104,7 @@ def profile(
             multiply_adds_one_direction=count.one_direction,
             tokens_per_block=tokens_per_block(model),
             multiply_adds_per_block=count.per_block,
+            bytes_moved=bytes_moved(model),
             batch_size=batch_size,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(target),

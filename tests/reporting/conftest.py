@@ -67,12 +67,14 @@ def _report() -> Report:
             multiply_adds_one_direction=1000,
             tokens_per_block=(4, 4),
             multiply_adds_per_block=(1000, 1000),
+            bytes_moved=0,
         ),
         pruned=Figures(
             multiply_adds_all_directions=1500,
             multiply_adds_one_direction=800,
             tokens_per_block=(4, 2),
             multiply_adds_per_block=(1000, 500),
+            bytes_moved=2_000_000,
         ),
         accuracy=AccuracyFacts(
             count=10,

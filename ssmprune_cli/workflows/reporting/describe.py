@@ -22,7 +22,7 @@ from ssmprune_cli.report import (
     SpeedFacts,
 )
 from ssmprune_cli.statistics import ratio_of_medians
-from ssmprune_cli.workflows.measure import Progress, count_flops, machine, resolve_device
+from ssmprune_cli.workflows.measure import Progress, bytes_moved, count_flops, machine, resolve_device
 from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
 
@@ -64,6 +64,7 @@ def figures(model: Backbone) -> Figures:
         multiply_adds_one_direction=count.one_direction,
         tokens_per_block=tokens_per_block(model),
         multiply_adds_per_block=count.per_block,
+        bytes_moved=bytes_moved(model),
     )
 
 

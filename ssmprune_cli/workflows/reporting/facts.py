@@ -74,14 +74,50 @@ def description(report: Report) -> str:
 
 
 def method(report: Report) -> str:
-    """Where tokens are dropped, and how."""
+    """Where tokens are dropped, how, and why so."""
     if report.pruning is None:
         return "No tokens are dropped."
     pruning = report.pruning
-    return (
-        f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
-        f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}."
+    return " ".join(
+        [
+            f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
+            f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}.",
+            *_target(report),
+            *_reductions(report),
+        ]
     )
+
+
+_TARGETS = {
+    "latency_ratio": "{:.3g} of the dense model's time",
+    "latency_ms": "{:.4g} ms a batch",
+    "multiply_adds": "{:.4g} of the dense multiply-adds",
+    "max_drop": "the fastest model that loses at most {:.3g} points",
+}
+_MEASURED = {
+    "latency_ratio": "{:.3g} were measured",
+    "latency_ms": "{:.4g} were measured",
+    "multiply_adds": "it has {:.4g}",
+    "max_drop": "{:.2f} were measured",
+}
+
+
+def _target(report: Report) -> list[str]:
+    target = report.target
+    if target is None:
+        return []
+    asked, measured = _TARGETS[target.kind].format(target.value), _MEASURED[target.kind].format(target.measured)
+    return [f"Asked for: {asked}; {measured}{'' if target.met else ', so it is not met'}."]
+
+
+def _reductions(report: Report) -> list[str]:
+    if report.reductions is None:
+        return []
+    shown = ", ".join(
+        f"{each.reduction} {'not finite' if each.divergence is None else f'{each.divergence:.4f}'}"
+        for each in report.reductions
+    )
+    return [f"Divergence of the reductions at equal time, in nats on the calibration images: {shown}."]
 
 
 def joined(values: Iterable[object]) -> str:
