@@ -15,37 +15,16 @@ from torch import Tensor
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 
-MOVES = frozenset(
-    [
-        "argmax",
-        "argmin",
-        "argsort",
-        "cat",
-        "cumsum",
-        "gather",
-        "index",
-        "index_add",
-        "index_copy",
-        "index_put",
-        "index_put_",
-        "index_select",
-        "scatter",
-        "scatter_",
-        "scatter_add",
-        "scatter_add_",
-        "scatter_reduce",
-        "searchsorted",
-        "sort",
-        "sum",
-        "topk",
-    ]
-)
+MOVES = frozenset({"argmax", "argmin", "argsort", "cat", "cumsum", "gather", "index", "index_add", "index_copy"}) | {
+    *("index_put", "index_put_", "index_select", "scatter", "scatter_", "scatter_add", "scatter_add_"),
+    *("scatter_reduce", "searchsorted", "sort", "sum", "topk"),
+}
 
 
 class _Traffic(EveryOp):
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count: int = 0
 
     def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
@@ -69,7 +48,8 @@ def bytes_moved(model: Backbone) -> int:
     images = torch.zeros(1, 3, *model.image_size, device=next(model.parameters()).device, dtype=model.dtype)
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    with torch.inference_mode(), _Traffic() as traffic:
+    traffic = _Traffic()
+    with torch.inference_mode(), traffic:
         model(images)
     for module, mode in modes.items():
         module.training = mode
