@@ -185,6 +185,6 @@ def test_bytes_moved_are_those_of_the_pruners_gathers() -> None:
     dense = bytes_moved(model)
     compress(model, tokens=[16], points=[2], reduction="drop", alignment="none", importance="l2")
     kept, rows = 16 + 1, 64 + 1
-    # The hidden state is read whole by the op, rows of 16 numbers are written, an index has 8 bytes; so the residual too.
+    # The hidden state is read whole, rows of 16 numbers are written, an index has 8 bytes; the residual likewise.
     gathers = 2 * 4 * 16 * (rows + kept) + 2 * 8 * kept
     assert gathers < bytes_moved(model) - dense < 4 * gathers

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import Method, PruneSchedule, choose_alignment
+from ssmprune_cli.pruning import ALIGNMENTS, Method, PruneSchedule, choose_alignment
 from ssmprune_cli.workflows.trials import Clock, Measurements, TimeTable, schedule_at, solve
 
 CANDIDATES = ("drop", "context", "local-merge", "pool", "frozen-pairs")
@@ -43,6 +43,8 @@ def compare_reductions(
     itself. images (N, 3, H, W) are prepared for `model`; a batch of `batch_size` is timed. Raises UsageError if no
     candidate fits.
     """
+    if alignment != "auto":
+        ALIGNMENTS.get(alignment)
     images = images[:_MOST_IMAGES]
     measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size)
     clock = Clock(measurements, batch_size, TimeTable.of(model, device, batch_size))
