@@ -12,16 +12,17 @@ from torch import Tensor
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
-from ssmprune_cli.errors import MAX_MESSAGE, UsageError, shown
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.errors import MAX_MESSAGE, UsageError, listing, shown
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.models import Backbone, resize, sides
 from ssmprune_cli.pruning import (
+    ALIGNMENTS,
     PruneSchedule,
     PruneSettings,
     TokenPruner,
     choose_alignment,
     compress,
     known_methods,
-    restore,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.report import Figures, Report, SpeedFacts
@@ -42,6 +43,7 @@ from ssmprune_cli.workflows.reporting import (
 from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, search, state_file
 from ssmprune_cli.workflows.search import Limits as SearchLimits
 from ssmprune_cli.workflows.source import Source
+from ssmprune_cli.workflows.trials import run
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -53,6 +55,7 @@ _KEEP_ALL = Pruning(keep=1.0)  # of a recipe whose amounts come from elsewhere
 class CompressRequest:
     """What a user asks for, as typed: None is what was not typed.
 
+    resize         side in pixels of smaller images, alone or before tokens are dropped
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
     target_...     search for what to keep: a share of the dense multiply-adds, or ms for a batch of `batch_size`
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
@@ -65,6 +68,7 @@ class CompressRequest:
     """
 
     source: Source
+    resize: int | None = None
     keep: str | None = None
     tokens: str | None = None
     target_flops: float | None = None
@@ -113,10 +117,11 @@ class CompressRequest:
         elif self.time_limit is not None or self.state is not None:
             given = "--state" if self.time_limit is None else "--time-limit"
             raise UsageError(f"{given} is for a search: it needs --target-flops or --target-latency")
-        amounts = ("pruning.keep=", "pruning.tokens=")
-        said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
-        if not said and not any(text.startswith(amounts) for text in self.overrides):
-            raise UsageError("how much to keep?", hint="Give `--keep 0.6`, `--tokens 150,120,90` or `--recipe FILE`.")
+        if not self._says_what_to_keep and not self._says_which_images:
+            raise UsageError(
+                "how much to keep?",
+                hint="Give `--keep 0.6`, `--tokens 150,120,90`, `--resize PIXELS` (smaller images) or `--recipe FILE`.",
+            )
         typed = {key for key, _ in self._settings()}
         for text in self.overrides:
             key = text.partition("=")[0].strip()
@@ -135,10 +140,21 @@ class CompressRequest:
         elif self.out is None:
             raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
 
+    @property
+    def _says_what_to_keep(self) -> bool:
+        said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
+        return said or any(text.startswith(("pruning.keep=", "pruning.tokens=")) for text in self.overrides)
+
+    @property
+    def _says_which_images(self) -> bool:
+        return self.resize is not None or any(text.startswith("pruning.image_size=") for text in self.overrides)
+
     def _check_search(self) -> None:
-        ways = (self.target_flops, self.target_latency, self.keep, self.tokens, self.points, self.recipe)
+        ways = (self.target_flops, self.target_latency, self.resize, self.keep, self.tokens, self.points, self.recipe)
         if sum(each is not None for each in ways) > 1:
-            raise UsageError("a target settles what to keep: give one, without --keep, --tokens, --points or --recipe")
+            raise UsageError(
+                "a target settles what to keep: give one, without --resize, --keep, --tokens, --points or --recipe"
+            )
         for text in self.overrides:
             if text.startswith("pruning."):
                 raise UsageError(
@@ -158,7 +174,10 @@ class CompressRequest:
             settings += [("pruning.keep", _list(self.keep)), ("pruning.tokens", "null")]
         if self.tokens is not None:
             settings += [("pruning.tokens", f"[{self.tokens}]"), ("pruning.keep", "null")]
+        if not self._says_what_to_keep:
+            settings.append(("pruning.keep", "null"))  # smaller images alone
         settings += [
+            ("pruning.image_size", self.resize),
             ("pruning.points", None if self.points is None else f"[{self.points}]"),
             ("pruning.importance", self.importance),
             ("pruning.reduction", self.reduction),
@@ -175,7 +194,14 @@ class CompressRequest:
         settings = [f"{key}={value}" for key, value in self._settings()]
         if self.searched and self.calib_images is None:
             settings.append(f"calibration.images={SEARCH_IMAGES}")
-        return base.override([*settings, *self.overrides])
+        recipe = base.override([*settings, *self.overrides])
+        if not recipe.pruning.drops_tokens:
+            for name in ("importance", "reduction", "alignment"):
+                if getattr(self, name) is not None or any(
+                    text.startswith(f"pruning.{name}=") for text in self.overrides
+                ):
+                    raise UsageError("is about dropping tokens, and none are: give --keep too", where=f"--{name}")
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -251,18 +277,35 @@ def _search(request: CompressRequest, recipe: Recipe, out: Path, progress: Progr
 
 def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     """Tokens per block and multiply-adds: what is known without images."""
-    model = request.source.load()
-    dense = figures(model)
+    reference = request.source.load()
+    dense, weights = figures(reference), weights_sha256(reference)
+    model = for_images(reference, recipe)
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
-    model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
-    report = _report(request.source, model, recipe, dense, {})
+    if settings is not None:
+        model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
+    report = _report(request.source, model, recipe, dense, {"weights_sha256": weights})
     report = report.model_copy(update={"warnings": tuple(request.source.warnings())})
     return _judged(report, request.limits)
 
 
-def recipe_settings(model: Backbone, recipe: Recipe, *, calibrated: bool) -> PruneSettings:
-    """What `recipe` means for `model`, with calibration images or without."""
+def for_images(model: Backbone, recipe: Recipe) -> Backbone:
+    """The dense `model`, or for smaller images the resized one. UsageError if those of `recipe` are not smaller."""
+    side = recipe.pruning.image_size
+    if side is None:
+        return model
+    if side >= model.image_size[0]:
+        raise UsageError(
+            f"the model takes images of {model.image_size[0]} pixels, and {side} are not fewer",
+            hint=f"Possible sides: {listing(sides(model), limit=20) or 'none'}.",
+        )
+    return resize(model, side)
+
+
+def recipe_settings(model: Backbone, recipe: Recipe, *, calibrated: bool) -> PruneSettings | None:
+    """What `recipe` means for `model`, with calibration images or without. None if no tokens are dropped."""
     pruning = recipe.pruning
+    if not pruning.drops_tokens:
+        return None
     return PruneSettings(
         PruneSchedule.resolve(model.stages, points=pruning.points, keep=pruning.keep, tokens=pruning.tokens),
         pruning.importance,
@@ -283,11 +326,12 @@ def _compressed(
     """Compress by `recipe`, which may have been `found` by a search, and write the artefact."""
     source = request.source
     target = resolve_device(request.device)
-    model = source.load().to(target)
-    dense = figures(model)
+    reference = source.load().to(target)
+    dense = figures(reference)
+    model = for_images(source.load(), recipe).to(target)
     warnings = source.warnings()
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
-    if request.calib is None:
+    if request.calib is None and settings is not None:
         text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
         warnings.append(text)
     images = None
@@ -308,18 +352,19 @@ def _compressed(
             if done:
                 done(seen, len(dataset))
 
-    seen = compress(
-        model,
-        points=settings.schedule.points,
-        tokens=settings.schedule.tokens,
-        importance=settings.importance,
-        reduction=settings.reduction,
-        alignment=settings.alignment,
-        calibration=calibration_batches(images) if images is not None else None,
-        seed=settings.seed,
-    )
-    reference = source.load().to(target)
-    restore(reference)
+    seen = None
+    if settings is not None:
+        seen = compress(
+            model,
+            points=settings.schedule.points,
+            tokens=settings.schedule.tokens,
+            importance=settings.importance,
+            reduction=settings.reduction,
+            alignment=settings.alignment,
+            calibration=calibration_batches(images) if images is not None else None,
+            dense=_wanted(reference, model, settings, images, recipe.calibration.batch_size),
+            seed=settings.seed,
+        )
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
@@ -328,11 +373,13 @@ def _compressed(
     speed = speed_facts(reference, model, str(target), done)
     warnings += _slow(speed)
     chosen = evaluation if evaluation is not None else images
-    assert isinstance(model.pruner, TokenPruner)
-    left = model.pruner.settings.schedule.patches_per_block(model.stages)
-    drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
-    drawn, files = samples(model, reference, chosen, request.samples, target) if chosen and drops else ((), {})
+    differs = settings is None
+    if settings is not None:
+        left = settings.schedule.patches_per_block(model.stages)
+        differs = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
+    drawn, files = samples(model, reference, chosen, request.samples, target) if chosen and differs else ((), {})
     provenance = {
+        "weights_sha256": weights_sha256(reference),
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
         "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
@@ -348,8 +395,8 @@ def _compressed(
         }
     )
     report = _judged(report, request.limits)
-    assert report.pruning is not None
-    final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
+    used = {} if report.pruning is None else report.pruning.model_dump(mode="json")
+    final = recipe.resolved({"image_size": recipe.pruning.image_size, **used}, report.provenance)
     if request.command:
         command = shown(request.command, MAX_MESSAGE)
         report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
@@ -361,8 +408,17 @@ def _compressed(
     if seen is not None:
         points = [point.to_dict() for point in seen.points]
         contents["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
-    checkpoint.save(out, model.cpu(), contents, overwrite=request.overwrite)
+    checkpoint.save(out, model.cpu(), contents, dense=reference, overwrite=request.overwrite)
     return report
+
+
+def _wanted(
+    reference: Backbone, model: Backbone, settings: PruneSettings, images: ImageDataset | None, batch_size: int
+) -> Tensor | None:
+    """The dense model's logits of the calibration images, if a resized `model` is to be brought near to them."""
+    if images is None or model.config.resized_from is None or not ALIGNMENTS.get(settings.alignment).needs_sizes:
+        return None
+    return run(prepare(reference), (batch.images for batch in batches(images, reference.preprocessing, batch_size)))
 
 
 def _slow(speed: SpeedFacts) -> list[str]:
@@ -399,20 +455,20 @@ def _list(text: str) -> str:
 
 def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, provenance: dict[str, Any]) -> Report:
     """What is known before anything is measured."""
-    assert isinstance(model.pruner, TokenPruner)
+    pruner = model.pruner
     return Report(
         family=model.family,
         task=model.task,
         image_size=model.image_size,
+        resized_from=model.config.resized_from,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        pruning=pruning_facts(model.pruner, recipe.pruning.keep),
+        pruning=pruning_facts(pruner, recipe.pruning.keep) if isinstance(pruner, TokenPruner) else None,
         dense=dense,
         pruned=figures(model),
         provenance={
             "input": shown(source.path.name),
             "input_sha256": checkpoint.sha256(source.path),
-            "weights_sha256": weights_sha256(model),
-            **versions(next(model.parameters()).device),
             **provenance,
+            **versions(next(model.parameters()).device),
         },
     )
