@@ -112,8 +112,9 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
     side = reading.image_size
     if side is not None and (side, side) not in (model.image_size, config.resized_from):
         if settings is not None or config.resized_from is not None:
+            why = "because its token counts are" if config.resized_from is None else "once it was resized"
             raise CheckpointError(
-                "the image size of a compressed model is fixed, because its token counts are",
+                f"the image size of a compressed model is fixed, {why}",
                 where=str(path),
                 hint="Compress the dense checkpoint again, with `--image-size` for the size of the dense model or "
                 "`--resize` for a smaller one.",
@@ -294,7 +295,9 @@ def _config(family: Family, values: dict[str, Any], weights: int, where: str) ->
                 f"the configuration is not valid: {name} is larger than {weights} weights can be", where=where
             )
     try:
-        return TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
+        config = TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
+        before_resizing(config)  # raises where the dense model's size is none
+        return config
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error

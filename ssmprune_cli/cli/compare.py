@@ -63,8 +63,9 @@ def command(
     """Compare ways to prune on the same images: multiply-adds, divergence, accuracy and speed, with intervals.
 
     Divergence is the mean KL(dense || pruned) of the class probabilities. Give --keep, --flops (equal cost) or --times
-    (equal time on this device) for methods; recipes say themselves how much they prune. Beside the methods stands what
-    a smaller image gives for each budget: the model resized to the largest side that costs no more.
+    (equal time on this device) for methods; recipes say themselves how much they prune. With them stands, for each
+    budget, what a smaller image gives: the model resized to the largest side that costs no more (with --keep, no more
+    than the dearest method).
     """
     if (table is None) == (ckpt is None):
         raise UsageError("give either a checkpoint or `--table imagenet-vim`")

@@ -209,7 +209,8 @@ class Comparison:
         return self._smaller[side]
 
     def side_for(self, budget: Budget, work: float) -> int | None:
-        """The largest smaller side within `budget`, whose multiply-adds are `work`; None if half the side is too much.
+        """The largest smaller side in the time of `budget`, or else with at most `work` multiply-adds; None if there is
+        none.
 
         Cost and time fall with the side, so that a few of many sides are enough to look at.
         """
@@ -367,8 +368,6 @@ def compare(
     for budget in budgets:
         assert uniform is not None
         title = f"{budget.kind} {budget.value:g}"
-        rows += _smaller_row(comparison, uniform, budget, title, notes)
-        advance()
         for method in methods:
             settings = uniform.settings(method, budget)
             if settings is None:
@@ -376,23 +375,21 @@ def compare(
                 continue
             rows.append(comparison.pruned(str(method), title, settings, calibration))
             advance()
+        work = budget.value * comparison.dense_cost
+        if budget.kind == "keep":  # what the methods need that keep so much
+            work = max((row.multiply_adds for row in rows if row.budget == title), default=0)
+        rows += _smaller(comparison, budget, title, work, notes)
+        advance()
     return rows, notes
 
 
-def _smaller_row(comparison: Comparison, uniform: Uniform, budget: Budget, title: str, notes: list[str]) -> list[Row]:
-    """The model for smaller images that costs as much as `budget` allows, or as plain drop costs at its keep ratio."""
-    work = budget.value * comparison.dense_cost
-    if budget.kind == "keep":
-        settings = uniform.settings(Method("clip", "drop", "none"), budget)
-        assert settings is not None  # any keep ratio can be had
-        comparison.prune(settings, None)
-        work = comparison.cost()
-        restore(comparison.model)
+def _smaller(comparison: Comparison, budget: Budget, title: str, work: float, notes: list[str]) -> list[Row]:
+    """The row of the largest smaller image within `budget`, or that needs at most `work`; none without one."""
     side = comparison.side_for(budget, work)
     if side is not None:
         return [comparison.smaller("smaller image", title, side)]
     height, width = comparison.model.image_size
-    why = f"even half of {height} pixels costs more" if sides(comparison.model) else f"{height} x {width} cannot be"
+    why = f"half of {height} pixels costs more" if sides(comparison.model) else f"{height} x {width} cannot be resized"
     notes.append(f"There is no smaller image for {title}: {why}.")
     return []
 

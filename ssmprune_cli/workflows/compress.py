@@ -295,7 +295,7 @@ def for_images(model: Backbone, recipe: Recipe) -> Backbone:
         return model
     if side >= model.image_size[0]:
         raise UsageError(
-            f"the model takes images of {model.image_size[0]} pixels, and {side} are not fewer",
+            f"the model takes images of {model.image_size[0]} pixels, so {side} is no smaller side",
             hint=f"Possible sides: {listing(sides(model), limit=20) or 'none'}.",
         )
     return resize(model, side)
