@@ -188,6 +188,7 @@ class Evidence:
         (result,) = search(self.source, plan).found
         calibration = self._calibration(count)
         found = recipe_settings(self.comparison.model, result.recipe, calibrated=arguments.calib is not None)
+        assert found is not None, "a search drops tokens"
         pair = (DEFAULT, replace(DEFAULT, alignment="none"))
         default, plain = (self.uniform.settings(method, Budget("flops", budget)) for method in pair)
         assert default is not None and plain is not None, "the default reduction cannot save so much"

@@ -28,6 +28,14 @@ def command(
             "leaves 0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7."
         ),
     ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            help="Side in pixels of smaller images for the model, position embeddings interpolated: alone, or with "
+            "tokens dropped too.",
+            metavar="PIXELS",
+        ),
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="Instead of --keep: patch tokens left after each point: 150,120,90.")
     ] = None,
@@ -126,6 +134,7 @@ def command(
     use_backend(backend)
     request = CompressRequest(
         source=Source(ckpt, reading),
+        resize=resize,
         keep=keep,
         tokens=tokens,
         target_latency_ratio=target_latency_ratio,
@@ -170,12 +179,12 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import verdicts
+    from ssmprune_cli.workflows.reporting import resizing, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
-    assert pruned is not None and pruning is not None
+    assert pruned is not None
     table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
-    for column in ("", "dense", "pruned", "change"):
+    for column in ("", "dense", report.called, "change"):
         table.add_column(column, justify="left" if not column else "right")
     for title, before, after in (
         ("multiply-adds, all directions (G)", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
@@ -206,15 +215,17 @@ def _tables(report: Report) -> Group:
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
-    lengths.add_column("pruned", justify="right")
+    lengths.add_column(report.called, justify="right")
     for first_block, last in _runs(pruned.tokens_per_block):
         name = f"{first_block + 1}" if first_block == last else f"{first_block + 1} to {last + 1}"
         lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(pruned.tokens_per_block[first_block]))
-    kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
-    notes.append(
-        f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
-        f"reduction {pruning.reduction}, alignment {pruning.alignment}."
-    )
+    notes += [f"{text[0].upper()}{text[1:]}." for text in resizing(report)]
+    if pruning is not None:
+        kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
+        notes.append(
+            f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
+            f"reduction {pruning.reduction}, alignment {pruning.alignment}."
+        )
     notes += verdicts(report.limits)
     return Group(table, lengths, *notes)
 

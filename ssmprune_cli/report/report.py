@@ -258,9 +258,12 @@ class FinetuningFacts(Section):
 
 
 class Report(Section):
-    """Dense and pruned model side by side, and where both come from. A model that drops nothing has no `pruned`.
+    """Dense and compressed model side by side, and where both come from. The latter drops tokens (`pruning`), takes
+    smaller images (`resized_from`) or both, and all its facts are called `pruned`; a dense model has none.
 
     task         what both models are for, and judged by
+    image_size   height and width of the images that the compressed model takes
+    resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
@@ -277,6 +280,7 @@ class Report(Section):
     family: str
     task: str = "classification"
     image_size: tuple[int, int]
+    resized_from: tuple[int, int] | None = None
     parameters: int
     pruning: PruningFacts | None = None
     dense: Figures
@@ -293,6 +297,11 @@ class Report(Section):
     finetuning: FinetuningFacts | None = None
     warnings: tuple[str, ...] = ()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def called(self) -> str:
+        """What the compressed model is called beside the dense one."""
+        return "resized" if self.resized_from is not None and self.pruning is None else "pruned"
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
-from ssmprune_cli.errors import MAX_MESSAGE, UsageError, shown
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.errors import MAX_MESSAGE, UsageError, listing, shown
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.models import Backbone, resize, sides
 from ssmprune_cli.pruning import (
+    ALIGNMENTS,
     DEFAULT_REDUCTION,
     Calibration,
     PruneSchedule,
@@ -25,7 +26,6 @@ from ssmprune_cli.pruning import (
     choose_alignment,
     compress,
     known_methods,
-    restore,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.report import Figures, ReductionTrial, Report, SpeedFacts, TargetFacts
@@ -48,7 +48,7 @@ from ssmprune_cli.workflows.reporting import (
 from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, open_search, search, state_file
 from ssmprune_cli.workflows.search import Limits as SearchLimits
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Budget, load_images
+from ssmprune_cli.workflows.trials import Budget, load_images, run
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -60,6 +60,7 @@ _KEEP_ALL = Pruning(keep=1.0)  # of a recipe whose amounts come from elsewhere
 class CompressRequest:
     """What a user asks for, as typed: None is what was not typed.
 
+    resize         side in pixels of smaller images, alone or before tokens are dropped
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
@@ -74,6 +75,7 @@ class CompressRequest:
     """
 
     source: Source
+    resize: int | None = None
     keep: str | None = None
     tokens: str | None = None
     target_latency_ratio: float | None = None
@@ -153,13 +155,11 @@ class CompressRequest:
         elif self.time_limit is not None or self.state is not None:
             given = "--state" if self.time_limit is None else "--time-limit"
             raise UsageError(f"{given} is for a search: it needs a target, such as --target-speedup 1.4")
-        amounts = ("pruning.keep=", "pruning.tokens=")
-        said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
-        if not said and not any(text.startswith(amounts) for text in self.overrides):
+        if not self._says_what_to_keep and not self._says_which_images:
             raise UsageError(
                 "how fast is the model to be?",
                 hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--eval-data`, `--keep 0.6`, "
-                "`--tokens 150,120,90` or `--recipe FILE`.",
+                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images) or `--recipe FILE`.",
             )
         typed = {key for key, _ in self._settings()}
         for text in self.overrides:
@@ -179,10 +179,21 @@ class CompressRequest:
         elif self.out is None:
             raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
 
+    @property
+    def _says_what_to_keep(self) -> bool:
+        said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
+        return said or any(text.startswith(("pruning.keep=", "pruning.tokens=")) for text in self.overrides)
+
+    @property
+    def _says_which_images(self) -> bool:
+        return self.resize is not None or any(text.startswith("pruning.image_size=") for text in self.overrides)
+
     def _check_search(self) -> None:
-        ways = (self.keep, self.tokens, self.points, self.recipe)
+        ways = (self.resize, self.keep, self.tokens, self.points, self.recipe)
         if len(self.targets) + sum(each is not None for each in ways) > 1:
-            raise UsageError("a target settles what to keep: give one, without --keep, --tokens, --points or --recipe")
+            raise UsageError(
+                "a target settles what to keep: give one, without --resize, --keep, --tokens, --points or --recipe"
+            )
         for text in self.overrides:
             if text.startswith("pruning."):
                 raise UsageError(
@@ -207,7 +218,10 @@ class CompressRequest:
             settings += [("pruning.keep", _list(self.keep)), ("pruning.tokens", "null")]
         if self.tokens is not None:
             settings += [("pruning.tokens", f"[{self.tokens}]"), ("pruning.keep", "null")]
+        if not self._says_what_to_keep:
+            settings.append(("pruning.keep", "null"))  # smaller images alone
         settings += [
+            ("pruning.image_size", self.resize),
             ("pruning.points", None if self.points is None else f"[{self.points}]"),
             ("pruning.importance", self.importance),
             ("pruning.reduction", self.reduction),
@@ -224,7 +238,14 @@ class CompressRequest:
         settings = [f"{key}={value}" for key, value in self._settings()]
         if self.searched and self.calib_images is None:
             settings.append(f"calibration.images={SEARCH_IMAGES}")
-        return base.override([*settings, *self.overrides])
+        recipe = base.override([*settings, *self.overrides])
+        if not recipe.pruning.drops_tokens:
+            for name in ("importance", "reduction", "alignment"):
+                if getattr(self, name) is not None or any(
+                    text.startswith(f"pruning.{name}=") for text in self.overrides
+                ):
+                    raise UsageError("is about dropping tokens, and none are: give --keep too", where=f"--{name}")
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -301,13 +322,12 @@ def _search(
     target = resolve_device(request.device)
     images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
     reference = request.source.load().to(target)
-    restore(reference)
     limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
 
     def holds(found: Found) -> bool:
-        model = request.source.load().to(target)
+        model = for_images(request.source.load(), found.recipe).to(target)
         settings = recipe_settings(model, found.recipe, calibrated=True)
-        _prune(model, settings, _calibration_batches(images, model, found.recipe, target, progress))
+        _prune_on(images, reference, model, settings, found.recipe, progress)
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
         verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
@@ -318,13 +338,15 @@ def _search(
 
 def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     """Tokens per block and multiply-adds: what is known without images."""
-    model = request.source.load()
-    dense = figures(model)
+    reference = request.source.load()
+    dense, weights = figures(reference), weights_sha256(reference)
+    model = for_images(reference, recipe)
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
-    model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
-    report = _report(request.source, model, recipe, dense, {})
+    if settings is not None:
+        model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
+    report = _report(request.source, model, recipe, dense, {"weights_sha256": weights})
     warnings = request.source.warnings()
-    if request.calib is not None and recipe.pruning.reduction == "auto":
+    if request.calib is not None and settings is not None and recipe.pruning.reduction == "auto":
         warnings.append(
             f"The reduction is chosen on the calibration images, which a dry run does not read: this is for "
             f"{settings.reduction!r}."
@@ -333,11 +355,27 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     return _judged(report, request.limits)
 
 
+def for_images(model: Backbone, recipe: Recipe) -> Backbone:
+    """The dense `model`, or for smaller images the resized one. UsageError if those of `recipe` are not smaller."""
+    side = recipe.pruning.image_size
+    if side is None:
+        return model
+    if side >= model.image_size[0]:
+        raise UsageError(
+            f"the model takes images of {model.image_size[0]} pixels, so {side} is no smaller side",
+            hint=f"Possible sides: {listing(sides(model), limit=20) or 'none'}.",
+        )
+    return resize(model, side)
+
+
 def recipe_settings(
     model: Backbone, recipe: Recipe, *, calibrated: bool, reduction: str = DEFAULT_REDUCTION
-) -> PruneSettings:
-    """What `recipe` means for `model`, with calibration images or without; `reduction` where it says "auto"."""
+) -> PruneSettings | None:
+    """What `recipe` means for `model`, with calibration images or without; `reduction` where it says "auto". None if no
+    tokens are dropped."""
     pruning = recipe.pruning
+    if not pruning.drops_tokens:
+        return None
     reduction = reduction if pruning.reduction == "auto" else pruning.reduction
     return PruneSettings(
         PruneSchedule.resolve(model.stages, points=pruning.points, keep=pruning.keep, tokens=pruning.tokens),
@@ -348,19 +386,28 @@ def recipe_settings(
     )
 
 
-def _calibration_batches(
-    dataset: ImageDataset, model: Backbone, recipe: Recipe, device: torch.device, progress: Progress | None
-) -> Iterator[Tensor]:
-    done = progress("Calibrating") if progress else None
-    seen = 0
-    for batch in batches(dataset, model.preprocessing, recipe.calibration.batch_size):
-        yield batch.images.to(device)
-        seen += len(batch.images)
-        if done:
-            done(seen, len(dataset))
+def _prune_on(
+    images: ImageDataset | None,
+    reference: Backbone,
+    model: Backbone,
+    settings: PruneSettings | None,
+    recipe: Recipe,
+    progress: Progress | None,
+) -> Calibration | None:
+    """Prune `model`, which may be `reference` for smaller images, as `settings` say: None is not at all."""
+    if settings is None:
+        return None
+    device = next(model.parameters()).device
 
+    def calibration(dataset: ImageDataset) -> Iterator[Tensor]:
+        done = progress("Calibrating") if progress else None
+        seen = 0
+        for batch in batches(dataset, model.preprocessing, recipe.calibration.batch_size):
+            yield batch.images.to(device)
+            seen += len(batch.images)
+            if done:
+                done(seen, len(dataset))
 
-def _prune(model: Backbone, settings: PruneSettings, calibration: Iterator[Tensor] | None) -> Calibration | None:
     return compress(
         model,
         points=settings.schedule.points,
@@ -368,7 +415,8 @@ def _prune(model: Backbone, settings: PruneSettings, calibration: Iterator[Tenso
         importance=settings.importance,
         reduction=settings.reduction,
         alignment=settings.alignment,
-        calibration=calibration,
+        calibration=None if images is None else calibration(images),
+        dense=_wanted(reference, model, settings, images, recipe.calibration.batch_size),
         seed=settings.seed,
     )
 
@@ -384,11 +432,12 @@ def _compressed(
     """Compress by `recipe`, which may have been `found` by a search, and write the artefact."""
     source = request.source
     target = resolve_device(request.device)
-    model = source.load().to(target)
-    dense = figures(model)
+    reference = source.load().to(target)
+    dense = figures(reference)
+    model = for_images(source.load(), recipe).to(target)
     warnings = source.warnings()
     settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
-    if request.calib is None:
+    if request.calib is None and settings is not None:
         text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
         warnings.append(text)
     images = None
@@ -401,19 +450,14 @@ def _compressed(
         warnings += evaluation.notes
 
     tried: list[ReductionTrial] = []
-    if images is not None and recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
+    drops = settings is not None and settings.schedule.shortens(model.stages)
+    if images is not None and settings is not None and drops and recipe.pruning.reduction == "auto":
         if progress:
             progress("Comparing reductions")
         tried = _choose_reduction(request, model, recipe, settings, images)
         best = next(each.reduction for each in tried if each.chosen)
         settings = recipe_settings(model, recipe, calibrated=True, reduction=best)
-    seen = _prune(
-        model,
-        settings,
-        None if images is None else _calibration_batches(images, model, recipe, target, progress),
-    )
-    reference = source.load().to(target)
-    restore(reference)
+    seen = _prune_on(images, reference, model, settings, recipe, progress)
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
@@ -422,11 +466,10 @@ def _compressed(
     speed = speed_facts(reference, model, str(target), request.batch_size, done)
     warnings += _slow(speed)
     chosen = evaluation if evaluation is not None else images
-    assert isinstance(model.pruner, TokenPruner)
-    left = model.pruner.settings.schedule.patches_per_block(model.stages)
-    drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
-    drawn, files = samples(model, reference, chosen, request.samples, target) if chosen and drops else ((), {})
+    differs = settings is None or drops
+    drawn, files = samples(model, reference, chosen, request.samples, target) if chosen and differs else ((), {})
     provenance = {
+        "weights_sha256": weights_sha256(reference),
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
         "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
@@ -443,8 +486,8 @@ def _compressed(
         }
     )
     report = _targeted(_judged(report, request.limits), request)
-    assert report.pruning is not None
-    final = recipe.resolved(report.pruning.model_dump(mode="json"), report.provenance)
+    used = {} if report.pruning is None else report.pruning.model_dump(mode="json")
+    final = recipe.resolved({"image_size": recipe.pruning.image_size, **used}, report.provenance)
     if request.command:
         command = shown(request.command, MAX_MESSAGE)
         report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
@@ -456,7 +499,7 @@ def _compressed(
     if seen is not None:
         points = [point.to_dict() for point in seen.points]
         contents["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
-    checkpoint.save(out, model.cpu(), contents, overwrite=request.overwrite)
+    checkpoint.save(out, model.cpu(), contents, dense=reference, overwrite=request.overwrite)
     return report
 
 
@@ -515,6 +558,15 @@ def _targeted(report: Report, request: CompressRequest) -> Report:
     return report.model_copy(update={"target": target, "warnings": warnings})
 
 
+def _wanted(
+    reference: Backbone, model: Backbone, settings: PruneSettings, images: ImageDataset | None, batch_size: int
+) -> Tensor | None:
+    """The dense model's logits of the calibration images, if a resized `model` is to be brought near to them."""
+    if images is None or model.config.resized_from is None or not ALIGNMENTS.get(settings.alignment).needs_sizes:
+        return None
+    return run(prepare(reference), (batch.images for batch in batches(images, reference.preprocessing, batch_size)))
+
+
 def _slow(speed: SpeedFacts) -> list[str]:
     """A warning if the model does not get faster by what was done to it."""
     low, high = speed.latency_ratio_interval
@@ -549,20 +601,20 @@ def _list(text: str) -> str:
 
 def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, provenance: dict[str, Any]) -> Report:
     """What is known before anything is measured."""
-    assert isinstance(model.pruner, TokenPruner)
+    pruner = model.pruner
     return Report(
         family=model.family,
         task=model.task,
         image_size=model.image_size,
+        resized_from=model.config.resized_from,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        pruning=pruning_facts(model.pruner, recipe.pruning.keep),
+        pruning=pruning_facts(pruner, recipe.pruning.keep) if isinstance(pruner, TokenPruner) else None,
         dense=dense,
         pruned=figures(model),
         provenance={
             "input": shown(source.path.name),
             "input_sha256": checkpoint.sha256(source.path),
-            "weights_sha256": weights_sha256(model),
-            **versions(next(model.parameters()).device),
             **provenance,
+            **versions(next(model.parameters()).device),
         },
     )

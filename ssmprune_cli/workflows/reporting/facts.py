@@ -19,7 +19,12 @@ def title(name: str, report: Report) -> str:
     lost = "" if compared is None else f", {task.metric} {100 * task.change(compared).value:+.2f} points"
     saved = saving(report)
     work = f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"
-    return f"{name}: {pace(report)}, {work}{lost}"
+    return f"{name}: {', '.join([pace(report), work, *resizing(report)])}{lost}"
+
+
+def resizing(report: Report) -> list[str]:
+    """Which images the model takes in place of the dense one's, if they are others."""
+    return [] if report.resized_from is None else [f"image {report.resized_from[0]} -> {report.image_size[0]} pixels"]
 
 
 def pace(report: Report) -> str:
@@ -35,8 +40,10 @@ def pace(report: Report) -> str:
 
 
 def savings(report: Report) -> str:
-    """What pruning changes beside the answers, and what it does not."""
+    """What a compression changes beside the answers, and what it does not."""
     text = "The number of parameters and the size of the file do not change."
+    if report.resized_from is not None:
+        text = "The parameters do not change, but for position embeddings, which are interpolated."
     if report.speed is None:
         return text
     memory = report.speed.pruned.peak_memory_bytes / report.speed.dense.peak_memory_bytes
@@ -63,7 +70,8 @@ def saving(report: Report) -> float:
 
 def description(report: Report) -> str:
     height, width = report.image_size
-    text = f"Family {report.family}, {height}x{width} pixels, {report.parameters:,} parameters"
+    size = next(iter(resizing(report)), f"{height}x{width} pixels")
+    text = f"Family {report.family}, {size}, {report.parameters:,} parameters"
     if report.pruned is not None:
         return f"{text}."
     dense = report.dense
@@ -75,6 +83,8 @@ def description(report: Report) -> str:
 
 def method(report: Report) -> str:
     """Where tokens are dropped, how, and why so."""
+    if report.pruning is None and report.resized_from is not None:
+        return "Smaller images alone make it cheaper: no tokens are dropped."
     if report.pruning is None:
         return "No tokens are dropped."
     pruning = report.pruning

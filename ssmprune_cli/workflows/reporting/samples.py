@@ -19,16 +19,18 @@ from ssmprune_cli.workflows.reporting.kept import pixels, stages
 def samples(
     pruned: Backbone, dense: Backbone, dataset: ImageDataset, count: int, device: torch.device
 ) -> tuple[tuple[Sample, ...], dict[str, bytes]]:
-    """`count` images from all over `dataset`, and the PNG files of an artefact that they name."""
+    """`count` images from all over `dataset`, and the PNG files of an artefact that they name. Each model gets them
+    prepared its own way; the files are what `pruned` sees."""
     count = min(count, len(dataset))
     if count == 0:
         return (), {}
     chosen = Subset(dataset, spread(len(dataset), count))
     (batch,) = batches(chosen, pruned.preprocessing, count)
+    (own,) = batches(chosen, dense.preprocessing, count)
     images = batch.images.to(device)
-    found, logits = stages(pruned, images)
     with torch.inference_mode():
-        reference = dense(images)
+        reference = dense(own.images.to(device))
+        found, logits = ([], pruned(images)) if pruned.pruner is None else stages(pruned, images)
     files: dict[str, bytes] = {}
     described = []
     for index, picture in enumerate(pixels(images, pruned.preprocessing)):
