@@ -41,8 +41,13 @@ def without_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
     from ssmprune_cli.workflows.measure import Speed, count_flops
     from ssmprune_cli.workflows.trials import clock
 
+    known: dict[object, float] = {}
+
     def milliseconds(model: Backbone) -> float:
-        return 0.2 + count_flops(model).all_directions / 1e7
+        key = (model.family, model.config, getattr(model.pruner, "settings", None))
+        if key not in known:
+            known[key] = 0.2 + count_flops(model).all_directions / 1e7
+        return known[key]
 
     def speeds(sessions: list[Session], images: torch.Tensor, rounds: int) -> list[Speed]:
         times = [milliseconds(each.definition) for each in sessions if isinstance(each.definition, Backbone)]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pytest
@@ -15,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.inference import Session
 from ssmprune_cli.interface import Stage
+from ssmprune_cli.models import resize
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
@@ -41,7 +43,7 @@ from ssmprune_cli.workflows.trials.budgets import Budget
 from ssmprune_cli.workflows.trials.candidates import layouts, neighbours, uniform
 from ssmprune_cli.workflows.trials.clock import Clock, TimeTable
 from ssmprune_cli.workflows.trials.cost import CostModel, Costs, check_budget, schedule_at, solve
-from ssmprune_cli.workflows.trials.measure import Distances, Measurements
+from ssmprune_cli.workflows.trials.measure import Distances, Measurements, Variant
 from ssmprune_cli.workflows.trials.state import SavedState
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
@@ -249,6 +251,50 @@ def test_a_budget_that_cannot_be_met_says_what_can(measurements: Measurements) -
         check_budget(measurements, [CALIBRATED], 1.2)
 
 
+@pytest.mark.parametrize("kind", ["flops", "time"])
+def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(
+    model: Backbone, kind: Literal["flops", "time"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller images are made to look the better choice: what is chosen then is one of them."""
+    real = Measurements.distances
+
+    def distances(self: Measurements, settings: PruneSettings, part: range) -> Distances:
+        nats, soft = real(self, settings, part)
+        worse = 10.0 if self.model is model else 0.0
+        return Distances(nats + worse, soft + worse)
+
+    monkeypatch.setattr(Measurements, "distances", distances)
+
+    def load(sized: Backbone) -> torch.Tensor:
+        coarse = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        return functional.interpolate(coarse, size=sized.image_size, mode="bicubic", align_corners=True)
+
+    measurements = Measurements(model, load(model), calibration=8, load=load)
+    methods = [Method("clip", "drop", "calibrated"), Method("clip", "context", "calibrated")]
+    search_ = Search(
+        measurements, methods, Budget(kind, 0.75), split(12), **meters(measurements), limits=Limits(14), seed=1
+    )
+    trials = search_.run()
+    assert trials[0].side is not None and 28 in {trial.side for trial in trials}
+    alone = [trial for trial in trials if not trial.settings.schedule.points]
+    both = [trial for trial in trials if trial.side is not None and trial.settings.schedule.points]
+    assert alone and both and all(trial.side is not None for trial in alone)
+    best = trials[0]
+    assert best.timing is not None and (best.multiply_adds if kind == "flops" else best.timing.ratio) <= 0.75
+    for trial in trials:
+        sized = measurements.at(trial.side)
+        assert sized.model.image_size == ((trial.side, trial.side) if trial.side else (32, 32))
+        counted = sized.multiply_adds(trial.settings) / measurements.dense_cost
+        assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
+    # The distance is that of the smaller model on smaller images from the dense model on its own.
+    trial = alone[0]
+    small = resize(model, trial.side or 0)
+    with torch.no_grad():
+        soft = soft_divergence(measurements.dense, small(load(small)).double())
+    known = measurements.at(trial.side).distances(trial.settings, range(12)).soft
+    torch.testing.assert_close(known, soft, atol=1e-6, rtol=1e-4)
+
+
 def test_logits_that_are_not_finite_are_refused_by_image(model: Backbone) -> None:
     images = torch.randn(4, 3, 32, 32)
     images[2] = torch.nan
@@ -416,7 +462,7 @@ def test_a_table_of_few_rows_predicts_the_time_of_any_schedule(family: str) -> N
         for level in (0.2, 0.5):
             points = tuple(point for stage in small.stages for point in range(stage.start + 1, stage.stop, 2))
             schedule = schedule_at(small.stages, points, (1.0,) * len(points), level)
-            predicted, timing = clock.of(method).predict(schedule), clock.timing(method.settings(schedule, 0))
+            predicted, timing = clock.of(method).predict(schedule), clock.timing(Variant(method.settings(schedule, 0)))
             assert predicted == pytest.approx(timing.ratio, abs=0.03), (reduction, level)
 
 

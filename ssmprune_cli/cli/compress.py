@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
+from ssmprune_cli.cli.options import BackendName, Evaluations, KeepImageSize, StateFile, TimeLimit, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.report import Report
 
@@ -53,6 +53,7 @@ def command(
         float | None, typer.Option(help="Search for the best within this share of the dense multiply-adds.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch that is timed.")] = 8,
+    keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     state: StateFile = None,
@@ -142,6 +143,7 @@ def command(
         target_latency=target_latency,
         target_flops=target_flops,
         batch_size=batch_size,
+        keep_image_size=keep_image_size,
         evaluations=evaluations,
         time_limit=time_limit,
         state=state,

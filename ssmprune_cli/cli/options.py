@@ -42,6 +42,7 @@ PeerTimeout = Annotated[
 Evaluations = Annotated[
     int, typer.Option("--evaluations", min=1, help="A search tries at most so many candidates for each budget.")
 ]
+KeepImageSize = Annotated[bool, typer.Option("--keep-image-size", help="A search tries no models for smaller images.")]
 TimeLimit = Annotated[
     float | None,
     typer.Option("--time-limit", min=0, help="Seconds after which a search, for each budget, settles for its best."),

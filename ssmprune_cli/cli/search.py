@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
+from ssmprune_cli.cli.options import BackendName, Evaluations, KeepImageSize, StateFile, TimeLimit, reads_checkpoints
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ssmprune_cli.pruning import PruneSettings
     from ssmprune_cli.workflows.search import SearchResult
 
 
@@ -38,6 +39,7 @@ def command(
     reduction: Annotated[str | None, typer.Option(help="Only this reduction [default: the search chooses].")] = None,
     alignment: Annotated[str | None, typer.Option(help="Only this alignment [default: the search chooses].")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that run at once; more of them suit a GPU.")] = 16,
+    keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     state: StateFile = None,
@@ -73,6 +75,7 @@ def command(
         methods=list(known_methods(importance, reduction, alignment)),
         budgets=tuple(Budget(kind, value) for value in values),
         batch_size=timed_batch_size,
+        resize=not keep_image_size,
         calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=batch_size),
         seed=seed,
         limits=Limits(evaluations, time_limit),
@@ -110,7 +113,7 @@ def _table(name: str, result: SearchResult) -> Table:
     )
     for column in ("multiply-adds", "time (95 %)", "nats", "held back", "tried"):
         table.add_column(column, justify="right")
-    table.add_column("method; prune after blocks; patch tokens left")
+    table.add_column("image side; method; prune after blocks; patch tokens left")
     for found in result.found:
         best, settings = found.chosen, found.chosen.settings
         table.add_row(
@@ -121,7 +124,15 @@ def _table(name: str, result: SearchResult) -> Table:
             f"{best.divergence:.4f}",
             "-" if best.held_back is None else f"{best.held_back:.4f}",
             str(len(found.trials)),
-            f"{settings.importance}/{settings.reduction}/{settings.alignment}; "
-            f"{', '.join(map(str, settings.schedule.points))}; {', '.join(map(str, settings.schedule.tokens))}",
+            _what(best.side, settings),
         )
     return table
+
+
+def _what(side: int | None, settings: PruneSettings) -> str:
+    image = [] if side is None else [f"{side} pixels"]
+    if not settings.schedule.points:
+        return image[0]
+    method = f"{settings.importance}/{settings.reduction}/{settings.alignment}"
+    schedule = settings.schedule
+    return "; ".join([*image, method, ", ".join(map(str, schedule.points)), ", ".join(map(str, schedule.tokens))])

@@ -61,6 +61,7 @@ class CompressRequest:
     """What a user asks for, as typed: None is what was not typed.
 
     resize         side in pixels of smaller images, alone or before tokens are dropped
+    keep_image_size  of a search: smaller images are no candidates
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
@@ -76,6 +77,7 @@ class CompressRequest:
 
     source: Source
     resize: int | None = None
+    keep_image_size: bool = False
     keep: str | None = None
     tokens: str | None = None
     target_latency_ratio: float | None = None
@@ -152,8 +154,9 @@ class CompressRequest:
             raise UsageError("--keep and --tokens both say how much to keep: give one of them")
         if self.searched:
             self._check_search()
-        elif self.time_limit is not None or self.state is not None:
-            given = "--state" if self.time_limit is None else "--time-limit"
+        elif self.time_limit is not None or self.state is not None or self.keep_image_size:
+            given = "--time-limit" if self.time_limit is not None else "--state"
+            given = "--keep-image-size" if self.keep_image_size else given
             raise UsageError(f"{given} is for a search: it needs a target, such as --target-speedup 1.4")
         if not self._says_what_to_keep and not self._says_which_images:
             raise UsageError(
@@ -308,6 +311,7 @@ def _search(
         methods=list(known_methods(request.importance, reduction, alignment)),
         budgets=() if request.budget is None else (request.budget,),
         latency_ms=request.target_latency,
+        resize=not request.keep_image_size,
         batch_size=request.batch_size,
         calibration=recipe.calibration,
         seed=recipe.seed,

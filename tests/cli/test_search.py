@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHECKPOINT = ROOT / "tests" / "golden" / "containers" / "vim_like.pth"
 DEMO = ROOT / "recipes" / "demo" / "vim_digits.pth"  # large enough to get faster with large batches
+SAME_IMAGES = ("--keep-image-size",)
 BATCH = ("--batch-size", "64")
 
 
@@ -57,7 +58,7 @@ def killed(command: tuple[object, ...], state: Path) -> dict[str, object]:
 def test_compress_for_a_target_survives_a_kill(ssmprune: Run, tmp_path: Path) -> None:
     images = DEMO.with_name("calib.npz")
     out, state = tmp_path / "out", tmp_path / "out.search-state.json"
-    few = ("--importance", "clip", "--reduction", "drop", "--calib-images", "12", "--evaluations", "15")
+    few = ("--importance", "clip", "--reduction", "drop", "--calib-images", "12", "--evaluations", "15", *SAME_IMAGES)
     command = ("compress", DEMO, "--target-flops", "0.7", *BATCH, "--calib", images, *few, "--out", out, "--json")
     killed(command, state)
     assert not out.exists()
@@ -98,7 +99,7 @@ def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: 
     out, few_images = tmp_path / "front", tmp_path / "few.npz"
     np.savez(few_images, images=np.load(DEMO.with_name("calib.npz"))["images"][:12])
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "6")
-    batch = ("--timed-batch-size", "64")
+    batch = ("--timed-batch-size", "64", "--keep-image-size")
     done = ssmprune("search", DEMO, "--calib", few_images, "--flops", "0.7,0.6", *batch, *few, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "Only 12 of 256 calibration images" in done.stderr and "12 images are few" in done.stderr

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ssmprune_cli.data import Subset, calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Method
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
@@ -48,6 +51,7 @@ class SearchPlan:
     latency_ms  instead: milliseconds for a batch
     batch_size  images in a batch that is timed on `device`
     methods     those to choose from
+    resize      whether smaller images are among the candidates
     calibration how many images, and by which seed they are chosen
     state       file that keeps what was found, so that a killed search continues; deleted at the end by the caller
     """
@@ -56,6 +60,7 @@ class SearchPlan:
     methods: Sequence[Method]
     budgets: tuple[Budget, ...] = ()
     latency_ms: float | None = None
+    resize: bool = True
     batch_size: int = 8
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     seed: int = 0
@@ -183,9 +188,18 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     if state.found:
         warnings.append(f"{plan.state}: continues an earlier run, {state.found} results are known.")
     parts = split(len(dataset))
-    images = load_images(model, Subset(dataset, order))
+    mixed = Subset(dataset, order)
+
+    def load(sized: Backbone) -> Tensor:
+        return load_images(sized, mixed)
+
     measurements = Measurements(
-        model, images, calibration=min(_ALIGNED_ON, len(parts[0])), batch_size=plan.calibration.batch_size, state=state
+        model,
+        load(model),
+        calibration=min(_ALIGNED_ON, len(parts[0])),
+        batch_size=plan.calibration.batch_size,
+        state=state,
+        load=load if plan.resize else None,
     )
     clock = Clock(measurements, plan.batch_size, TimeTable.of(model, plan.device, plan.batch_size))
     return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings)
@@ -271,7 +285,10 @@ class Searches:
 
 def _pruning(trial: Trial) -> Pruning:
     settings = trial.settings
+    if not settings.schedule.points:
+        return Pruning(image_size=trial.side)
     return Pruning(
+        image_size=trial.side,
         points=settings.schedule.points,
         tokens=settings.schedule.tokens,
         importance=settings.importance,
@@ -282,5 +299,9 @@ def _pruning(trial: Trial) -> Pruning:
 
 def _name(trial: Trial) -> str:
     settings = trial.settings
+    image = "" if trial.side is None else f"{trial.side} pixels"
+    if not settings.schedule.points:
+        return image
     method = Method(settings.importance, settings.reduction, settings.alignment)
-    return f"{method} after {', '.join(map(str, settings.schedule.points))}"
+    dropped = f"{method} after {', '.join(map(str, settings.schedule.points))}"
+    return f"{image}, {dropped}" if image else dropped

@@ -32,7 +32,7 @@ class Budget:
 class Spending(Protocol):
     """Multiply-adds (see Costs) or time (see Clock) of one model's schedules, in a unit of its own."""
 
-    def of(self, method: Method) -> Spends: ...
+    def of(self, method: Method, side: int | None = None) -> Spends: ...
 
 
 class Uniform:

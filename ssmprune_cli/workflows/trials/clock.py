@@ -30,7 +30,7 @@ from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings
 from ssmprune_cli.statistics import ratio_of_medians
 from ssmprune_cli.workflows.measure import interleaved_speeds, machine
 from ssmprune_cli.workflows.trials.cost import smallest
-from ssmprune_cli.workflows.trials.measure import Measurements
+from ssmprune_cli.workflows.trials.measure import Measurements, Variant
 from ssmprune_cli.workflows.write import write_text
 
 _FRACTIONS = (0.95, 0.7, 0.45, 0.2)  # of a stage's tokens; the first shows what it costs to prune at all
@@ -62,44 +62,58 @@ class Clock:
         self.table = table or TimeTable(None)
         self._models: dict[str, TimeModel] = {}
 
-    def of(self, method: Method) -> TimeModel:
+    def of(self, method: Method, side: int | None = None) -> TimeModel | SmallerModel:
         """Scores and alignments change little of the time: methods with one reduction share a model."""
         if method.reduction not in self._models:
             self._models[method.reduction] = TimeModel(self, method)
-        return self._models[method.reduction]
+        whole = self._models[method.reduction]
+        return whole if side is None else SmallerModel(whole, self, method, side)
+
+    def of_side(self, side: int) -> float:
+        """The share of the dense model's time that the model for images of `side` pixels takes, all tokens kept."""
+        if f"side {side}" not in self.table.rows:
+            (timing,) = self.timings([Variant(_nothing(), side)], _SECONDS / 2)
+            self.table.add({f"side {side}": timing.ratio})
+        return self.table.rows[f"side {side}"]
 
     def dense_ms(self) -> float:
         """Milliseconds of a batch of the dense model."""
-        (dense,) = interleaved_speeds([self.measurements.session], self._batch(), _ROUNDS[1])
+        (dense,) = interleaved_speeds([self.measurements.session], self._batch(self.measurements), _ROUNDS[1])
         return dense.median_ms
 
-    def timing(self, settings: PruneSettings) -> Timing:
-        (timing,) = self.timings([settings], _SECONDS, most=40)
+    def timing(self, variant: Variant) -> Timing:
+        (timing,) = self.timings([variant], _SECONDS, most=40)
         return timing
 
-    def timings(self, variants: Sequence[PruneSettings], seconds: float, *, most: int = _ROUNDS[1]) -> list[Timing]:
+    def timings(self, variants: Sequence[Variant], seconds: float, *, most: int = _ROUNDS[1]) -> list[Timing]:
         """Of several variants and the dense model in turn, for about so many seconds."""
-        dense = self.measurements.session
-        sessions: list[nn.Module] = [
-            dense,
-            *(dense.with_pruner(self.measurements.pruner(each)) for each in variants),
-        ]
-        batch = self._batch()
+        sessions: list[nn.Module] = [self.measurements.session]
+        images = [self._batch(self.measurements)]
+        for variant in variants:
+            sized = self.measurements.at(variant.side)
+            dropped = bool(variant.settings.schedule.points)
+            sessions.append(sized.session.with_pruner(sized.pruner(variant.settings)) if dropped else sized.session)
+            images.append(self._batch(sized))
         with torch.inference_mode():
-            dense(batch)
+            sessions[0](images[0])
             start = time.perf_counter()
-            dense(batch)
+            sessions[0](images[0])
             once = time.perf_counter() - start
         rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
-        first, *others = interleaved_speeds(sessions, batch, rounds)
+        first, *others = interleaved_speeds(sessions, images, rounds)
         return [
             Timing(*ratio_of_medians(first.rounds_ms, each.rounds_ms), each.median_ms, first.median_ms)
             for each in others
         ]
 
-    def _batch(self) -> Tensor:
-        images = self.measurements.images
+    def _batch(self, measurements: Measurements) -> Tensor:
+        images = measurements.images
         return images.repeat(-(-self.batch_size // len(images)), 1, 1, 1)[: self.batch_size]
+
+
+def _nothing() -> PruneSettings:
+    """Settings that drop nothing."""
+    return Method().settings(PruneSchedule((), ()), 0)
 
 
 class TimeModel:
@@ -111,7 +125,6 @@ class TimeModel:
         self._clock = clock
         self._method = method
         self._stages = clock.measurements.model.stages
-        self._correction = 1.0
         rows = self._rows()
         longest = max(self._stages, key=lambda stage: stage.stop - stage.start)
         ratios = dict(zip(rows, self._measured(list(rows)), strict=True))
@@ -144,15 +157,11 @@ class TimeModel:
                     share += self._point[stage.start]
                 if live < stage.num_patches:
                     share += self._change(stage.start, live)
-        return max(share * self._correction, 1e-3)
+        return max(share, 1e-3)
 
     def count(self, schedule: PruneSchedule) -> float:
         """What a clock says."""
-        return self._clock.timing(self._method.settings(schedule, 0)).ratio
-
-    def correct(self, schedule: PruneSchedule, ratio: float) -> None:
-        """A schedule was timed as a whole: predictions scale with it."""
-        self._correction *= ratio / self.predict(schedule)
+        return self._clock.timing(Variant(self._method.settings(schedule, 0))).ratio
 
     def _change(self, start: int, live: int) -> float:
         """Linear between the rows of a stage, and beyond its ends along the last two."""
@@ -184,9 +193,32 @@ class TimeModel:
         names = self._rows()
         keys = [f"{self._method.reduction} {names[row]}" for row in rows]
         if any(key not in self._clock.table.rows for key in keys):
-            timings = self._clock.timings([self._method.settings(row, 0) for row in rows], _SECONDS)
+            timings = self._clock.timings([Variant(self._method.settings(row, 0)) for row in rows], _SECONDS)
             self._clock.table.add({key: timing.ratio for key, timing in zip(keys, timings, strict=True)})
         return [self._clock.table.rows[key] for key in keys]
+
+
+class SmallerModel:
+    """The same for images of `side` pixels: the time of that model, and what pruning the same share of tokens saves."""
+
+    exact = True
+
+    def __init__(self, whole: TimeModel, clock: Clock, method: Method, side: int) -> None:
+        self._whole, self._clock, self._method, self._side = whole, clock, method, side
+        stages, smaller = clock.measurements.model.stages, clock.measurements.at(side).model.stages
+        self._grids = list(zip(stages, smaller, strict=True))
+        self._share = clock.of_side(side)
+
+    def predict(self, schedule: PruneSchedule) -> float:
+        tokens = []
+        for point, count in zip(schedule.points, schedule.tokens, strict=True):
+            whole, own = next(pair for pair in self._grids if pair[0].start < point < pair[0].stop)
+            tokens.append(max(1, round(count * whole.num_patches / own.num_patches)))
+        return self._share * self._whole.predict(PruneSchedule(schedule.points, tuple(tokens)))
+
+    def count(self, schedule: PruneSchedule) -> float:
+        """What a clock says."""
+        return self._clock.timing(Variant(self._method.settings(schedule, 0), self._side)).ratio
 
 
 def _stage_of(stages: Sequence[Stage], point: int) -> Stage:
@@ -200,7 +232,7 @@ def check_time(clock: Clock, methods: Sequence[Method], share: float) -> None:
     least = smallest(clock.measurements.model.stages)
     by_reduction = {method.reduction: method for method in methods}.values()
     quickest = min(by_reduction, key=lambda method: clock.of(method).predict(least))
-    timing = clock.timing(quickest.settings(least, 0))
+    timing = clock.timing(Variant(quickest.settings(least, 0)))
     if timing.ratio > share:
         raise UsageError(
             f"{share:g} of the dense model's time cannot be reached on this device with a batch of {clock.batch_size}",

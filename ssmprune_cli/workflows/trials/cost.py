@@ -51,14 +51,15 @@ class Costs:
 
     def __init__(self, measurements: Measurements) -> None:
         self._measurements = measurements
-        self._models: dict[tuple[str, bool], CostModel] = {}
+        self._models: dict[int | None, dict[tuple[str, bool], CostModel]] = {}
 
-    def of(self, method: Method) -> CostModel:
+    def of(self, method: Method, side: int | None = None) -> CostModel:
         """Scores cost nothing that is counted, and all ways to align cost the same: they share a model."""
+        known = self._models.setdefault(side, {})
         key = (method.reduction, method.alignment != "none")
-        if key not in self._models:
-            self._models[key] = CostModel(self._measurements, method, list(self._models.values()))
-        return self._models[key]
+        if key not in known:
+            known[key] = CostModel(self._measurements.at(side), method, list(known.values()))
+        return known[key]
 
 
 class CostModel:
