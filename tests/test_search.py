@@ -253,9 +253,12 @@ def test_a_budget_that_cannot_be_met_says_what_can(measurements: Measurements) -
 
 @pytest.mark.parametrize("kind", ["flops", "time"])
 def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(
-    model: Backbone, kind: Literal["flops", "time"], monkeypatch: pytest.MonkeyPatch
+    kind: Literal["flops", "time"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Smaller images are made to look the better choice: what is chosen then is one of them."""
+    torch.manual_seed(0)
+    config = VimConfig(image_size=(24, 24), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10)
+    model: Backbone = Vim(config).eval()
     real = Measurements.distances
 
     def distances(self: Measurements, settings: PruneSettings, part: range) -> Distances:
@@ -270,20 +273,20 @@ def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(
         return functional.interpolate(coarse, size=sized.image_size, mode="bicubic", align_corners=True)
 
     measurements = Measurements(model, load(model), calibration=8, load=load)
-    methods = [Method("clip", "drop", "calibrated"), Method("clip", "context", "calibrated")]
+    methods = [Method("clip", "drop", "calibrated")]
     search_ = Search(
-        measurements, methods, Budget(kind, 0.75), split(12), **meters(measurements), limits=Limits(14), seed=1
+        measurements, methods, Budget(kind, 0.6), split(12), **meters(measurements), limits=Limits(14), seed=1
     )
     trials = search_.run()
-    assert trials[0].side is not None and 28 in {trial.side for trial in trials}
+    assert trials[0].side is not None and {20, 16} <= {trial.side for trial in trials}
     alone = [trial for trial in trials if not trial.settings.schedule.points]
     both = [trial for trial in trials if trial.side is not None and trial.settings.schedule.points]
     assert alone and both and all(trial.side is not None for trial in alone)
     best = trials[0]
-    assert best.timing is not None and (best.multiply_adds if kind == "flops" else best.timing.ratio) <= 0.75
+    assert best.timing is not None and (best.multiply_adds if kind == "flops" else best.timing.ratio) <= 0.6
     for trial in trials:
         sized = measurements.at(trial.side)
-        assert sized.model.image_size == ((trial.side, trial.side) if trial.side else (32, 32))
+        assert sized.model.image_size == ((trial.side, trial.side) if trial.side else (24, 24))
         counted = sized.multiply_adds(trial.settings) / measurements.dense_cost
         assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
     # The distance is that of the smaller model on smaller images from the dense model on its own.
