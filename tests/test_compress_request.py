@@ -86,6 +86,8 @@ def test_smaller_images_alone_or_before_tokens_are_dropped() -> None:
     alone = request(resize=48).resolved().pruning
     assert (alone.image_size, alone.drops_tokens) == (48, False)
     assert request(overrides=("pruning.image_size=48",)).resolved().pruning == alone
+    limited = request(resize=48, eval_data=NOWHERE, limits=Limits(max_drop=1))
+    assert not limited.searched and limited.resolved().pruning == alone, "a limit is no search for another way"
     both = request(resize=48, keep="0.6").resolved().pruning
     assert (both.image_size, both.keep) == (48, 0.6)
     report = compress_checkpoint(request(resize=48, dry_run=True)).report

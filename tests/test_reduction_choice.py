@@ -10,7 +10,7 @@ import torch
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
-from ssmprune_cli.pruning import PruneSchedule
+from ssmprune_cli.pruning import PruneSchedule, compress, divergence, restore
 from ssmprune_cli.workflows.measure import count_flops
 from ssmprune_cli.workflows.reduction_choice import CANDIDATES, compare_reductions
 from ssmprune_cli.workflows.trials import Measurements
@@ -60,3 +60,18 @@ def test_an_alignment_leaves_those_that_it_fits(model: Backbone, tmp_path: Path)
     assert reductions("mass") == {"local-merge", "pool", "frozen-pairs"}
     with pytest.raises(UsageError, match="unknown alignment"):
         reductions("nonsense")
+
+
+def test_a_resized_model_is_compared_with_the_dense_one_that_it_was(model: Backbone) -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    schedule = PruneSchedule.resolve(model.stages, keep=0.8)
+    dense = torch.randn(4, 10, generator=torch.Generator().manual_seed(1)).double()
+    choices = compare_reductions(
+        model, schedule, images, importance="clip", alignment="none", batch_size=8, device="cpu", dense=dense
+    )
+    for choice in choices:
+        compress(model, tokens=choice.schedule.tokens, reduction=choice.method.reduction, alignment="none")
+        with torch.no_grad():
+            expected = divergence(dense, model(images).double()).mean()
+        restore(model)
+        assert choice.divergence == pytest.approx(float(expected), rel=1e-4)

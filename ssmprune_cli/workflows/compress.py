@@ -17,7 +17,6 @@ from ssmprune_cli.errors import MAX_MESSAGE, UsageError, listing, shown
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone, resize, sides
 from ssmprune_cli.pruning import (
-    ALIGNMENTS,
     DEFAULT_REDUCTION,
     Calibration,
     PruneSchedule,
@@ -124,7 +123,7 @@ class CompressRequest:
     @property
     def by_drop(self) -> bool:
         """Whether the fastest model within `limits.max_drop` is searched for."""
-        amounts = any(each is not None for each in (self.keep, self.tokens, self.points, self.recipe))
+        amounts = any(each is not None for each in (self.resize, self.keep, self.tokens, self.points, self.recipe))
         said = amounts or self.targets or any(text.startswith("pruning.") for text in self.overrides)
         return self.limits.max_drop is not None and self.eval_data is not None and not said
 
@@ -331,7 +330,8 @@ def _search(
     def holds(found: Found) -> bool:
         model = for_images(request.source.load(), found.recipe).to(target)
         settings = recipe_settings(model, found.recipe, calibrated=True)
-        _prune_on(images, reference, model, settings, found.recipe, progress)
+        dense_logits = _dense_logits(reference, model, images, found.recipe)
+        _prune_on(images, dense_logits, model, settings, found.recipe, progress)
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
         verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
@@ -390,15 +390,24 @@ def recipe_settings(
     )
 
 
+def _dense_logits(reference: Backbone, model: Backbone, images: ImageDataset, recipe: Recipe) -> Tensor | None:
+    """What `model` is compared with on the calibration images if it sees them smaller than the dense `reference`; None
+    if it is itself the dense model."""
+    if model.config.resized_from is None or not recipe.pruning.drops_tokens:
+        return None
+    parts = batches(images, reference.preprocessing, recipe.calibration.batch_size)
+    return run(prepare(reference), (batch.images for batch in parts))
+
+
 def _prune_on(
     images: ImageDataset | None,
-    reference: Backbone,
+    dense_logits: Tensor | None,
     model: Backbone,
     settings: PruneSettings | None,
     recipe: Recipe,
     progress: Progress | None,
 ) -> Calibration | None:
-    """Prune `model`, which may be `reference` for smaller images, as `settings` say: None is not at all."""
+    """Prune `model` as `settings` say: None is not at all. `dense_logits` are those of `_dense_logits`."""
     if settings is None:
         return None
     device = next(model.parameters()).device
@@ -420,7 +429,7 @@ def _prune_on(
         reduction=settings.reduction,
         alignment=settings.alignment,
         calibration=None if images is None else calibration(images),
-        dense=_wanted(reference, model, settings, images, recipe.calibration.batch_size),
+        dense=dense_logits,
         seed=settings.seed,
     )
 
@@ -455,13 +464,14 @@ def _compressed(
 
     tried: list[ReductionTrial] = []
     drops = settings is not None and settings.schedule.shortens(model.stages)
+    dense_logits = None if images is None else _dense_logits(reference, model, images, recipe)
     if images is not None and settings is not None and drops and recipe.pruning.reduction == "auto":
         if progress:
             progress("Comparing reductions")
-        tried = _choose_reduction(request, model, recipe, settings, images)
+        tried = _choose_reduction(request, model, recipe, settings, images, dense_logits)
         best = next(each.reduction for each in tried if each.chosen)
         settings = recipe_settings(model, recipe, calibrated=True, reduction=best)
-    seen = _prune_on(images, reference, model, settings, recipe, progress)
+    seen = _prune_on(images, dense_logits, model, settings, recipe, progress)
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
@@ -508,7 +518,12 @@ def _compressed(
 
 
 def _choose_reduction(
-    request: CompressRequest, model: Backbone, recipe: Recipe, settings: PruneSettings, images: ImageDataset
+    request: CompressRequest,
+    model: Backbone,
+    recipe: Recipe,
+    settings: PruneSettings,
+    images: ImageDataset,
+    dense_logits: Tensor | None,
 ) -> list[ReductionTrial]:
     choices = compare_reductions(
         model,
@@ -518,6 +533,7 @@ def _choose_reduction(
         alignment=recipe.pruning.alignment,
         batch_size=request.batch_size,
         device=request.device,
+        dense=dense_logits,
         seed=settings.seed,
     )
     return [
@@ -560,15 +576,6 @@ def _targeted(report: Report, request: CompressRequest) -> Report:
         hint = "A busy machine times badly: try again, or ask for a little less."
         warnings = (*warnings, f"{text} {hint}")
     return report.model_copy(update={"target": target, "warnings": warnings})
-
-
-def _wanted(
-    reference: Backbone, model: Backbone, settings: PruneSettings, images: ImageDataset | None, batch_size: int
-) -> Tensor | None:
-    """The dense model's logits of the calibration images, if a resized `model` is to be brought near to them."""
-    if images is None or model.config.resized_from is None or not ALIGNMENTS.get(settings.alignment).needs_sizes:
-        return None
-    return run(prepare(reference), (batch.images for batch in batches(images, reference.preprocessing, batch_size)))
 
 
 def _slow(speed: SpeedFacts) -> list[str]:

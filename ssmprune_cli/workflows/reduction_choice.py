@@ -35,18 +35,22 @@ def compare_reductions(
     alignment: str,
     batch_size: int,
     device: str,
+    dense: Tensor | None = None,
     seed: int = 0,
 ) -> list[Choice]:
     """The candidates that can be had with `alignment`, the best first: the least soft divergence from the dense model.
 
     Each prunes at the points of `schedule`, in proportion, so hard that it takes the time of dropping with the schedule
-    itself. images (N, 3, H, W) are prepared for `model`; a batch of `batch_size` is timed. Raises UsageError if no
-    candidate fits.
+    itself. images (N, 3, H, W) are prepared for `model`; a batch of `batch_size` is timed. `dense` are the logits (N,
+    classes) of a dense model that sees these images larger; without them `model` is the dense one. Raises UsageError if
+    no candidate fits.
     """
     if alignment != "auto":
         ALIGNMENTS.get(alignment)
     images = images[:_MOST_IMAGES]
     measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size)
+    if dense is not None:
+        measurements.dense = dense[:_MOST_IMAGES]
     clock = Clock(measurements, batch_size, TimeTable.of(model, device, batch_size))
     methods = []
     for reduction in CANDIDATES:

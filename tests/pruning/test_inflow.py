@@ -268,6 +268,21 @@ def test_the_mass_is_the_one_that_is_nearest_to_the_dense_model() -> None:
     assert found[chosen] == min(found.values()) < max(found.values())
 
 
+def test_the_mass_is_that_which_comes_nearest_to_logits_that_are_given() -> None:
+    model, batch = build("vim"), torch.randn(6, 3, SIZE, SIZE, dtype=torch.float64)
+    for mass in MASSES:
+        compress(model, 0.5, reduction="local-merge", calibration=[batch])
+        assert isinstance(model.pruner, TokenPruner)
+        model.pruner.set_mass(mass)
+        with torch.no_grad():
+            dense = model(batch)
+        compress(model, 0.5, reduction="local-merge", calibration=[batch], dense=dense)
+        assert isinstance(model.pruner, TokenPruner)
+        assert {float(stored) for stored in model.pruner.buffers()} == {mass}
+    with pytest.raises(UsageError, match="the dense logits are"):
+        compress(model, 0.5, reduction="local-merge", calibration=[batch], dense=dense[:2])
+
+
 def test_divergence_by_hand() -> None:
     dense = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))
     pruned = torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1]]))
