@@ -35,10 +35,10 @@ def request(**options: Any) -> CompressRequest:
         ({"keep": "0.6", "time_limit": 1.0}, "--time-limit is for a search"),
         ({"keep": "0.6", "state": NOWHERE}, "--state is for a search"),
         ({"keep": "0.6", "calib_images": 3}, "--calib-images needs --calib"),
-        ({"keep": "0.6", "dataset": "npz"}, "--dataset needs --eval-data"),
-        ({"keep": "0.6", "limit": 3}, "--limit needs --eval-data"),
-        ({"keep": "0.6", "limits": Limits(max_drop=1)}, "--max-drop needs --eval-data"),
-        ({"keep": "0.6", "limits": Limits(min_accuracy=1)}, "--min-accuracy needs --eval-data"),
+        ({"keep": "0.6", "dataset": "npz"}, "--dataset needs --data"),
+        ({"keep": "0.6", "limit": 3}, "--limit needs --data"),
+        ({"keep": "0.6", "limits": Limits(max_drop=1)}, "--max-drop needs --data"),
+        ({"keep": "0.6", "limits": Limits(min_accuracy=1)}, "--min-accuracy needs --data"),
         ({"keep": "0.6", "dry_run": True, "limits": Limits(max_latency_ratio=1)}, "nothing is measured in a dry run"),
         ({"keep": "0.6", "out": None}, "--out is missing"),
         ({"target_flops": 0.8}, "needs calibration images"),
@@ -61,11 +61,11 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
 def test_what_cannot_be_judged_is_said_before_the_search(tmp_path: Path) -> None:
     pixels = np.zeros((2, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.array([0, 99]))
-    asked = request(target_flops=0.8, calib=NOWHERE, eval_data=tmp_path / "images.npz", out=tmp_path / "out")
+    asked = request(target_flops=0.8, calib=NOWHERE, data=tmp_path / "images.npz", out=tmp_path / "out")
     with pytest.raises(DataError, match="has the label 99"):
         compress_checkpoint(asked)
     with pytest.raises(DataError, match="no-such-folder"):
-        compress_checkpoint(replace(asked, eval_data=None))
+        compress_checkpoint(replace(asked, data=None))
 
 
 def test_a_search_among_no_methods_is_wrong_usage(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_run_and_its_dry_run_agree_and_the_verdicts_are_in_the_report(tmp_path
     asked = request(
         keep="0.5",
         calib=tmp_path / "images.npz",
-        eval_data=tmp_path / "images.npz",
+        data=tmp_path / "images.npz",
         limit=8,
         samples=0,
         limits=Limits(max_drop=1.0, max_flops=0.9, max_latency_ratio=100.0),

@@ -26,10 +26,10 @@ TABLES = {"imagenet-vim": "vim"}  # name -> family
 
 @reads_checkpoints
 def command(
-    data_dir: Annotated[Path, typer.Option(help="Images to compare on, labelled or not.")],
+    data: Annotated[Path, typer.Option(help="Images to compare on, labelled or not.")],
     ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Layout of --data-dir: imagenet, imagefolder, cifar10, cifar100 or npz.")
+        str | None, typer.Option(help="Layout of --data: imagenet, imagefolder, cifar10, cifar100 or npz.")
     ] = None,
     methods: Annotated[
         str, typer.Option(help="importance/reduction/alignment, separated by commas; recipes by file or name too.")
@@ -84,8 +84,8 @@ def command(
     from ssmprune_cli.workflows.trials import Budget
 
     use_backend(backend)
-    default = "npz" if data_dir.suffix == ".npz" else "imagenet" if table else "imagefolder"
-    images = open_dataset(dataset or default, data_dir)
+    default = "npz" if data.suffix == ".npz" else "imagenet" if table else "imagefolder"
+    images = open_dataset(dataset or default, data)
     run = partial(
         compare,
         calib=calib,

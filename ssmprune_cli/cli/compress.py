@@ -69,19 +69,19 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, overrides the recipe: --set pruning.keep=0.7")
     ] = None,
-    eval_data: Annotated[
+    data: Annotated[
         Path | None, typer.Option(help="Labelled images: accuracy before and after, on the same images.")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10, cifar100 or npz.")
+        str | None, typer.Option(help="Layout of --data: imagenet, imagefolder, cifar10, cifar100 or npz.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many of the --eval-data images, drawn from equal stretches.")
+        int | None, typer.Option(min=1, help="Use so many of the --data images, drawn from equal stretches.")
     ] = None,
     samples: Annotated[
         int,
         typer.Option(
-            min=0, help="Put so many of the --eval-data (or --calib) images into the artefact, for its report; 0: none."
+            min=0, help="Put so many of the --data (or --calib) images into the artefact, for its report; 0: none."
         ),
     ] = 4,
     max_drop: MaxDrop = None,
@@ -131,7 +131,7 @@ def command(
         calib_images=calib_images,
         recipe=recipe,
         overrides=tuple(overrides or ()),
-        eval_data=eval_data,
+        data=data,
         dataset=dataset,
         limit=limit,
         samples=samples,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
     dataset: Annotated[str, typer.Option(help="Layout of the data: imagenet, imagefolder, cifar10, cifar100 or npz.")],
-    data_dir: Annotated[Path, typer.Option(help="Where the images are; for npz, the file.")],
+    data: Annotated[Path, typer.Option(help="Where the images are; for npz, the file.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, such as the dense one, judged on the same images.")
     ] = None,
@@ -67,7 +67,7 @@ def command(
     paths = [path] if compare is None else [path, compare]
     loaded = [checkpoint.load_as(each, reading) for each in paths]
     models = [in_precision(each, precision) for each in loaded]
-    images = TASKS.get(models[0].task).open(data_dir, dataset)
+    images = TASKS.get(models[0].task).open(data, dataset)
     with output.progress("Evaluating") as advance:
         result = evaluate(
             models[0],

@@ -18,13 +18,13 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 @reads_checkpoints
 def command(
-    data_dir: Annotated[Path, typer.Option(help="Training images: a folder, or an .npz.")],
+    data: Annotated[Path, typer.Option(help="Training images: a folder, or an .npz.")],
     out: Annotated[Path, typer.Option(help="Folder to write: the models last and best, the log, the state to resume.")],
     path: Annotated[Path | None, typer.Argument(help="Artefact folder or dense checkpoint.")] = None,
     dataset: Annotated[
         str, typer.Option(help="Layout of the images: imagenet, imagefolder, cifar10, cifar100 or npz.")
     ] = ("imagefolder"),
-    val_dir: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
+    val_data: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
     distill: Annotated[Path | None, typer.Option(help="Dense checkpoint to distil from.")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe with a training section (default: the artefact's own).")
@@ -128,8 +128,8 @@ def command(
     )
     task = TASKS.get(model.task)
     data = Data(
-        some(task.open(data_dir, dataset, split="train"), limit, seed),
-        None if val_dir is None else task.open(val_dir, dataset),
+        some(task.open(data, dataset, split="train"), limit, seed),
+        None if val_data is None else task.open(val_data, dataset),
     )
 
     notes = [note for each in (data.training, data.validation) if each is not None for note in each.notes]

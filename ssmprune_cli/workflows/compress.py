@@ -58,7 +58,7 @@ class CompressRequest:
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
-    eval_data      labelled images, of the kind `dataset`, on which both models are judged; `limit` of them
+    data      labelled images, of the kind `dataset`, on which both models are judged; `limit` of them
     samples        so many of them (or of the calibration images) are put into the artefact, for its report
     dry_run        read no images and write nothing
     command        how to do it again, for the report
@@ -81,7 +81,7 @@ class CompressRequest:
     calib_images: int | None = None
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
-    eval_data: Path | None = None
+    data: Path | None = None
     dataset: str | None = None
     limit: int | None = None
     samples: int = 4
@@ -124,11 +124,11 @@ class CompressRequest:
                 raise UsageError(f"another option says what {key} is: give one of them", where=f"--set {text}")
         if self.calib is None and self.calib_images is not None:
             raise UsageError("--calib-images needs --calib, the images to choose from")
-        if self.eval_data is None:
+        if self.data is None:
             for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
                 if value is not None:
-                    raise UsageError(f"{option} needs --eval-data, the images that it is about")
-            self.limits.require(("max_drop", "min_accuracy"), "--eval-data, the images to measure accuracy on")
+                    raise UsageError(f"{option} needs --data, the images that it is about")
+            self.limits.require(("max_drop", "min_accuracy"), "--data, the images to measure accuracy on")
         if self.dry_run:
             measured = ("max_drop", "min_accuracy", "max_latency_ratio")
             self.limits.require(measured, "a run: nothing is measured in a dry run")
@@ -222,11 +222,11 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
 
 def _evaluation(request: CompressRequest) -> ImageDataset | None:
     """The labelled images. Raises DataError if the model cannot be judged on them."""
-    if request.eval_data is None:
+    if request.data is None:
         return None
     model = request.source.load()
     task = TASKS.get(model.task)
-    dataset = task.open(request.eval_data, request.dataset)
+    dataset = task.open(request.data, request.dataset)
     task.check(model, dataset)
     return dataset
 

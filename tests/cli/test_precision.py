@@ -57,7 +57,7 @@ def test_multiply_adds_are_the_same() -> None:
 
 
 def test_eval(ssmprune: Run) -> None:
-    arguments = ("eval", DEMO / "vim_digits.pth", "--dataset", "npz", "--data-dir", DEMO / "test.npz", "--limit", "100")
+    arguments = ("eval", DEMO / "vim_digits.pth", "--dataset", "npz", "--data", DEMO / "test.npz", "--limit", "100")
     wide, half = (
         json.loads(ssmprune(*arguments, "--json", "--precision", precision).stdout) for precision in ("fp32", "bf16")
     )

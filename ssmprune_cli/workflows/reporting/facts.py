@@ -183,7 +183,7 @@ def unmeasured(report: Report) -> list[str]:
     if report.pruned is None:
         return []
     quality = TASKS.get(report.task).quality.capitalize()
-    reason = f"{quality} was not measured (--eval-data)."
+    reason = f"{quality} was not measured (--data)."
     if report.finetuning is not None:
         reason = f"{quality} was not compared with the dense model since the fine-tuning (ssmprune eval --compare)."
     missing = [
