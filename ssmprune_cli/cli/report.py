@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.help import OUTPUT
 from ssmprune_cli.errors import UsageError
 
 _SUFFIXES = {"html": (".html", ".htm"), "markdown": (".md", ".markdown", ".txt")}
@@ -17,12 +18,17 @@ def command(
     artefacts: Annotated[list[Path], typer.Argument(help="Folders that `ssmprune compress` or `finetune` wrote.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write. Default: report.html in the folder; Markdown goes to stdout."),
+        typer.Option(
+            help="File to write. Default: report.html in the folder; Markdown goes to stdout.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     form: Annotated[
-        Literal["html", "markdown"], typer.Option("--format", help="html, or markdown for a pull request or CI job.")
+        Literal["html", "markdown"],
+        typer.Option("--format", help="html, or markdown for a pull request or CI job.", rich_help_panel=OUTPUT),
     ] = "html",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON and write nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the facts as JSON and write nothing.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Make the report of a compressed model again, or one that compares several.
 

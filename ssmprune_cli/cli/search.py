@@ -7,9 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli.help import DATA, DEVICE, OUTPUT
+from ssmprune_cli.cli.options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    Evaluations,
+    StateFile,
+    TimeLimit,
+    choice_option,
+    importance_option,
+    ratios_option,
+    reads_checkpoints,
+    reduction_option,
+    seed_option,
+    split,
+)
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -22,26 +36,40 @@ if TYPE_CHECKING:
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     calib: Annotated[
-        Path, typer.Option(help="Unlabelled images to search on: a folder, a tree of folders or an .npz.")
+        Path,
+        typer.Option(
+            help="Unlabelled images to search on: a folder, a tree of folders or an .npz.", rich_help_panel=DATA
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.", rich_help_panel=OUTPUT)
+    ],
     flops: Annotated[
-        str, typer.Option(help="Budgets: shares of the dense multiply-adds, all directions counted.")
+        str, ratios_option("--flops", "Budgets: shares of the dense multiply-adds, all directions counted.")
     ] = "0.8,0.7,0.6,0.5",
-    calib_images: Annotated[int, typer.Option(min=1, help="How many of the images to use.")] = 256,
-    importance: Annotated[str | None, typer.Option(help="Only this score [default: the search chooses].")] = None,
-    reduction: Annotated[str | None, typer.Option(help="Only this reduction [default: the search chooses].")] = None,
-    alignment: Annotated[str | None, typer.Option(help="Only this alignment [default: the search chooses].")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that run at once; more of them suit a GPU.")] = 16,
+    importance: Annotated[str | None, importance_option("Only this score [default: the search chooses]")] = None,
+    reduction: Annotated[str | None, reduction_option("Only this reduction [default: the search chooses]")] = None,
+    alignment: Annotated[
+        str | None,
+        choice_option("--alignment", values.ALIGNMENTS, "Only this alignment [default: the search chooses]"),
+    ] = None,
+    seed: Annotated[int, seed_option("Seed of the search and of the choice of images.")] = 0,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
+    calib_images: Annotated[
+        int, typer.Option(min=1, help="How many of the images to use.", rich_help_panel=DATA)
+    ] = 256,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier search.", rich_help_panel=OUTPUT)
+    ] = False,
     state: StateFile = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the search and of the choice of images.")] = 0,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier search.")] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images that run at once; more of them suit a GPU.", rich_help_panel=DEVICE)
+    ] = 16,
+    device: DeviceName = "cpu",
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Find the best recipe for each of several budgets: the front of divergence against multiply-adds.
 
@@ -50,7 +78,7 @@ def command(
     clearly better there. `ssmprune compress --recipe` then makes the model. A run that was killed continues with the
     same command.
     """
-    budgets = numbers(flops, "--flops")
+    budgets = split(flops)
 
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import known_methods
@@ -80,14 +108,6 @@ def command(
         as_json=as_json,
     )
     output.note(f"Written to {out}")
-
-
-def numbers(text: str, option: str) -> list[float]:
-    """ "0.8,0.6" as numbers. Raises UsageError naming the option."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{text!r} is not a list of numbers such as 0.8,0.6", where=option) from error
 
 
 def _table(name: str, result: SearchResult) -> Table:

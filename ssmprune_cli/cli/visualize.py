@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import reads_checkpoints
+from ssmprune_cli.cli.help import DATA, OUTPUT
+from ssmprune_cli.cli.options import AsJson, reads_checkpoints, seed_option
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
@@ -17,12 +18,16 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 def command(
     path: Annotated[Path, typer.Argument(help="An artefact folder, as `ssmprune compress` wrote it.")],
     images: Annotated[list[Path], typer.Argument(help="Images: files, folders, trees of folders or .npz archives.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")],
-    count: Annotated[int, typer.Option(help="How many images to show of each folder or archive.", min=1)] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.", rich_help_panel=OUTPUT)],
+    count: Annotated[
+        int, typer.Option(min=1, help="How many images to show of each folder or archive.", rich_help_panel=DATA)
+    ] = 6,
+    seed: Annotated[int, seed_option("Seed of the choice of images.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the pictures of an earlier run.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures of an earlier run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw which patches a pruned model keeps, and how it scores them.
 
