@@ -125,9 +125,10 @@ def setting(section: type[Section], field: str) -> Callable[[Any], Any]:
 def recipe(text: str) -> str:
     """Takes a file or the name of a shipped recipe."""
     try:
-        find_recipe(text)
+        if not text or not find_recipe(text).is_file():
+            raise RecipeError("is neither a file nor the name of a shipped recipe")
     except RecipeError as error:
-        raise typer.BadParameter(f"{text}: {error.what}") from error
+        raise typer.BadParameter(f"{shown(text)!r}: {error.what}") from error
     return text
 
 

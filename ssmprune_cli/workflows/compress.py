@@ -117,7 +117,7 @@ class CompressRequest:
         said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
         if not said and not any(text.startswith(amounts) for text in self.overrides):
             raise UsageError("how much to keep?", hint="Give `--keep 0.6`, `--tokens 150,120,90` or `--recipe FILE`.")
-        typed = {key for key, _ in self._settings()}
+        typed = {key for key, _, _ in self._settings()}
         for text in self.overrides:
             key = text.partition("=")[0].strip()
             if key in typed:
@@ -151,31 +151,41 @@ class CompressRequest:
         if self.dry_run:
             raise UsageError("a search reads images, so it cannot be a dry run")
 
-    def _settings(self) -> list[tuple[str, str | int | None]]:
-        """Keys of a recipe that options set, and their values as YAML."""
-        settings: list[tuple[str, str | int | None]] = []
+    def _settings(self) -> list[tuple[str, str | int, str]]:
+        """Keys of a recipe that options set, their values as YAML, and the options."""
+        settings: list[tuple[str, str | int | None, str]] = []
         if self.keep is not None:
-            settings += [("pruning.keep", _list(self.keep)), ("pruning.tokens", "null")]
+            settings += [("pruning.keep", _list(self.keep), "--keep"), ("pruning.tokens", "null", "--keep")]
         if self.tokens is not None:
-            settings += [("pruning.tokens", f"[{self.tokens}]"), ("pruning.keep", "null")]
+            settings += [("pruning.tokens", f"[{self.tokens}]", "--tokens"), ("pruning.keep", "null", "--tokens")]
         settings += [
-            ("pruning.points", None if self.points is None else f"[{self.points}]"),
-            ("pruning.importance", self.importance),
-            ("pruning.reduction", self.reduction),
-            ("pruning.alignment", self.alignment),
-            ("calibration.images", self.calib_images),
-            ("calibration.seed", self.seed),
-            ("seed", self.seed),
+            ("pruning.points", None if self.points is None else f"[{self.points}]", "--points"),
+            ("pruning.importance", self.importance, "--importance"),
+            ("pruning.reduction", self.reduction, "--reduction"),
+            ("pruning.alignment", self.alignment, "--alignment"),
+            ("calibration.images", self.calib_images, "--calib-images"),
+            ("calibration.seed", self.seed, "--seed"),
+            ("seed", self.seed, "--seed"),
         ]
-        return [(key, value) for key, value in settings if value is not None]
+        return [(key, value, option) for key, value, option in settings if value is not None]
 
     def resolved(self) -> Recipe:
         """The recipe to follow; a search replaces its pruning section. Raises RecipeError or UsageError."""
         base = Recipe(pruning=_KEEP_ALL) if self.recipe is None else load_recipe(self.recipe)
-        settings = [f"{key}={value}" for key, value in self._settings()]
+        settings = [f"{key}={value}" for key, value, _ in self._settings()]
         if self.searched and self.calib_images is None:
             settings.append(f"calibration.images={SEARCH_IMAGES}")
-        return base.override([*settings, *self.overrides])
+        options = {key: option for key, _, option in self._settings()}
+        return base.override([*settings, *self.overrides], options)
+
+    def settings(self, model: Backbone, recipe: Recipe) -> PruneSettings:
+        """What `recipe`, resolved from this request, means for `model`. Raises UsageError for what does not fit."""
+        try:
+            return recipe_settings(model, recipe, calibrated=self.calib is not None)
+        except UsageError as error:
+            names = ("keep", "tokens", "points", "importance", "reduction", "alignment")
+            typed = " ".join(f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
+            raise UsageError(error.what, where=typed or error.where, hint=error.hint) from error
 
 
 @dataclass(frozen=True)
@@ -253,7 +263,7 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     """Tokens per block and multiply-adds: what is known without images."""
     model = request.source.load()
     dense = figures(model)
-    settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
+    settings = request.settings(model, recipe)
     model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
     report = _report(request.source, model, recipe, dense, {})
     report = report.model_copy(update={"warnings": tuple(request.source.warnings())})
@@ -286,7 +296,7 @@ def _compressed(
     model = source.load().to(target)
     dense = figures(model)
     warnings = source.warnings()
-    settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
+    settings = request.settings(model, recipe)
     if request.calib is None:
         text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
         warnings.append(text)
