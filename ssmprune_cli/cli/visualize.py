@@ -32,9 +32,9 @@ def command(
     """Draw which patches a pruned model keeps, and how it scores them.
 
     overview.png has a row for each image and a column for each prune point. Each image and point also has a picture of
-    the kept patches and a heat map of the score (dark is low, bright is high), in the image's own aspect ratio. Dropped
-    patches are faded to blue; what the model's crop leaves out is grey. Where patches overlap, a cell of the picture is
-    the centre of its patch.
+    the kept patches and a heat map of the score (dark is low, bright is high), in the image's own aspect ratio. Kept
+    patches are as they are. Dropped ones are grey and hatched; what the model's crop leaves out is plain grey. Where
+    patches overlap, a cell of the picture is the centre of its patch.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, not a folder", where="--out")

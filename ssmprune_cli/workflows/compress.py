@@ -24,7 +24,7 @@ from ssmprune_cli.pruning import (
     restore,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
-from ssmprune_cli.report import Figures, Report, SpeedFacts
+from ssmprune_cli.report import Figures, Report, Sample, SpeedFacts
 from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.evaluate import evaluate, identity
 from ssmprune_cli.workflows.identity import weights_sha256
@@ -341,7 +341,14 @@ def _compressed(
     assert isinstance(model.pruner, TokenPruner)
     left = model.pruner.settings.schedule.patches_per_block(model.stages)
     drops = any(count < stage.num_patches for stage in model.stages for count in left[stage.start : stage.stop])
-    drawn, files = samples(model, reference, chosen, request.samples, target) if chosen and drops else ((), {})
+    drawn: tuple[Sample, ...] = ()
+    files: dict[str, bytes] = {}
+    if chosen and drops and request.samples:
+        if TASKS.get(model.task).one_class:
+            changed = None if result is None else result.changed
+            drawn, files = samples(model, reference, chosen, request.samples, target, changed)
+        else:
+            warnings.append(f"A report on {model.task} has no sample images: it cannot show the answers.")
     provenance = {
         "calibration_images": seen.images if seen else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,

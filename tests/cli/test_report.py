@@ -59,8 +59,8 @@ def validated(text: str) -> dict[str, Any]:
 
 def test_the_published_schema_is_that_of_the_code() -> None:
     assert Path(facts.__file__).with_name("report.schema.json").read_text() == facts.schema(), (
-        "write it again: python -c 'from ssmprune_cli import report; print(report.schema(), end=\"\")' > "
-        "ssmprune_cli/report.schema.json"
+        "write it again: python -c 'from ssmprune_cli.report.report import schema; print(schema(), end=\"\")' > "
+        "ssmprune_cli/report/report.schema.json"
     )
     Draft202012Validator.check_schema(json.loads(facts.schema()))
 
