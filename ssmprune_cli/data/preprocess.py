@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmprune_cli.data.image_file import check_pixels
 from ssmprune_cli.preprocessing import Preprocessing
 
+_NARROW = 1 << 23  # pixels of a resized image that may be narrower than 1:16; eight threads hold so many at once
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -29,7 +30,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         # A palette with transparent entries must become RGBA first, or PIL warns.
         return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
@@ -41,6 +42,8 @@ def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Imag
     if min(width, height) == size:
         return image
     long = int(size * max(width, height) / min(width, height))
+    if size * long > max(_NARROW, 16 * size * size):
+        raise ValueError(f"{width} x {height} pixels are too narrow: resized they are {size} x {long} pixels")
     check_pixels(size, long)
     return image.resize((size, long) if width <= height else (long, size), _RESAMPLING[interpolation])
 
