@@ -174,6 +174,8 @@ def _images(reading: Reading) -> dict[str, Any]:
         "interpolation": reading.interpolation,
         "mean": reading.mean,
         "std": reading.std,
+        "squeeze": None if reading.crop is None else False,
+        "channels": None,
     }
 
 

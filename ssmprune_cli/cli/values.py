@@ -61,11 +61,8 @@ def number(
     low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf, whole: bool = False
 ) -> Callable[[Any], Any]:
     """Takes a finite number from `low` to `high` that is `above` another; `whole` ones only. Defaults are numbers."""
-    bounds = [
-        f"{word} {bound:,g}"
-        for word, bound in (("above", above), ("at least", low), ("at most", high))
-        if math.isfinite(bound)
-    ]
+    ends = [("above", above), ("at least", low), ("at most", high)]
+    bounds = [f"{word} {bound:,g}" for word, bound in ends if math.isfinite(bound)]
     kind = " ".join(["a whole number" if whole else "a number", " and ".join(bounds)]).rstrip()
 
     def parse(text: Any) -> Any:

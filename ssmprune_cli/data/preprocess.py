@@ -12,7 +12,11 @@ from ssmprune_cli.data.image_file import check_pixels
 from ssmprune_cli.preprocessing import Preprocessing
 
 _NARROW = 1 << 23  # pixels of a resized image that may be narrower than 1:16; eight threads hold so many at once
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESAMPLING: dict[str, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -66,10 +70,10 @@ def visible_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[fl
 
     It reaches beyond the image where the crop is padded.
     """
-    scale = preprocessing.resize / min(size)
-    half = preprocessing.crop / scale / 2
     x, y = size[0] / 2, size[1] / 2
-    return x - half, y - half, x + half, y + half
+    width, height = size if preprocessing.squeeze else (min(size), min(size))  # that become `resize` pixels
+    share = preprocessing.crop / preprocessing.resize / 2
+    return x - share * width, y - share * height, x + share * width, y + share * height
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -77,15 +81,26 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
 
     Raises ValueError for an image that cannot be converted.
     """
-    image = resize_short_side(to_rgb(image), preprocessing.resize, preprocessing.interpolation)
-    return torch.from_numpy(normalised(center_crop(image, preprocessing.crop), preprocessing))
+    return torch.from_numpy(normalised(framed(to_rgb(image), preprocessing), preprocessing))
+
+
+def framed(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """`image` resized and cropped to `crop` x `crop` pixels. Raises ValueError, see `resize_short_side`."""
+    side = preprocessing.resize
+    if not preprocessing.squeeze:
+        image = resize_short_side(image, side, preprocessing.interpolation)
+    elif image.size != (side, side):
+        image = image.resize((side, side), _RESAMPLING[preprocessing.interpolation])
+    return center_crop(image, preprocessing.crop)
 
 
 def normalised(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """(3, H, W): an RGB image less the mean, over the deviation.
+    """(3, H, W): an RGB image in the model's order of channels, less the mean, over the deviation.
 
     NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
     """
     scaled = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    if preprocessing.channels == "bgr":
+        scaled = scaled[::-1]
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return np.ascontiguousarray((scaled - mean) / std)

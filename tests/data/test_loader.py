@@ -57,7 +57,7 @@ def test_batches_without_labels(tmp_path: Path) -> None:
 def test_large_images_wait_for_each_other(
     limit: int | None, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images of 12 x 12 pixels, and threads that may hold `limit` pixels: from the decoding on to what is made of it."""
+    """Images of 12 x 12 pixels, and threads that may hold `limit` pixels, until the model's image is made."""
     from ssmprune_cli.data import loader
 
     write_images(tmp_path / "a", 24)
