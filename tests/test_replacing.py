@@ -93,7 +93,7 @@ def test_all_is_on_the_disk_before_the_names_change(tmp_path: Path, monkeypatch:
         events.append("exchange")
         return exchange(first, second)
 
-    monkeypatch.setattr(os, "fsync", lambda handle: events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(Path(f"/proc/self/fd/{handle}").readlink().name))
     monkeypatch.setattr(replacing, "_exchange", noted)
     write_folder(tmp_path / "out", NEW)
     *files, names, exchanged, parent = events
