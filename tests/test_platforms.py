@@ -18,7 +18,8 @@ CHECKPOINT = ROOT / "tests" / "golden" / "containers" / "vim_like.pth"
 PLAY = """
 import importlib, json, os, pathlib, pkgutil, signal, sys
 import accelerate, fvcore.nn, jinja2, numpy, PIL.Image, pydantic, rich.console, rich.table, rich.progress
-import multiprocessing.connection, safetensors.torch, torch, torch.distributed, torch.export, torch.utils.data, typer, yaml
+import multiprocessing.connection, safetensors.torch, torch, torch.distributed, torch.export, torch.utils.data
+import typer, yaml
 
 kind, lacking, commands = json.loads(sys.argv[1])
 sys.platform = kind
