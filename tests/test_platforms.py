@@ -21,6 +21,8 @@ import accelerate, fvcore.nn, jinja2, numpy, PIL.Image, pydantic, rich.console, 
 import multiprocessing.connection, safetensors.torch, torch, torch.distributed, torch.export, torch.utils.data
 import typer, yaml
 
+torch.empty(1, device="meta") + torch.nn.Parameter(torch.empty(1, device="meta"))  # imports the rest of torch
+
 kind, lacking, commands = json.loads(sys.argv[1])
 sys.platform = kind
 for name in lacking:
@@ -70,11 +72,11 @@ def test_an_ordinary_run(kind: str, lacking: tuple[str, ...], tmp_path: Path) ->
     images, out, tuned = (str(tmp_path / name) for name in ("images.npz", "out", "tuned"))
     labelled = ["--data", images, "--dataset", "npz"]
     compress = ["compress", str(CHECKPOINT), "--keep", "0.6", "--calib", images, *labelled, "--out", out, "--quiet"]
+    training = ["--epochs", "2", "--batch-size", "4", "--workers", "0"]  # the second epoch replaces a folder
     commands = [
         compress,
-        [*compress, "--overwrite"],  # which replaces a folder
         ["visualize", out, images, "--count", "1", "--out", str(tmp_path / "pictures")],
-        ["finetune", out, *labelled, "--epochs", "1", "--batch-size", "4", "--out", tuned, "--workers", "0"],
+        *([["finetune", out, *labelled, *training, "--out", tuned]] if kind == "win32" else []),
         ["env", "--json"],
     ]
     done = subprocess.run(

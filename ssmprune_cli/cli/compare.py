@@ -110,7 +110,9 @@ def command(
     from ssmprune_cli.workflows.compare import compare, published_table
     from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.trials import Budget
+    from ssmprune_cli.workflows.write import check_place
 
+    check_place(plot, "--plot")
     use_backend(backend)
     default = "npz" if data.suffix == ".npz" else "imagenet" if table else "imagefolder"
     images = open_dataset(dataset or default, data)

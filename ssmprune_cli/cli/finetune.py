@@ -182,7 +182,10 @@ def command(
     from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.finetune import Data, build, finetune, plan, some, start_from, write_checkpoint
     from ssmprune_cli.workflows.processes import join_processes, this_process
+    from ssmprune_cli.workflows.write import check_folder, check_place
 
+    check_folder(out, "--resume", allowed=resume)
+    check_place(pth, "--checkpoint")
     use_backend(backend)
     if path is None:
         model = build(reading.family or "vim", of_model, name=name, seed=seed)

@@ -47,8 +47,9 @@ def command(
         raise UsageError("several artefacts have no folder in common", hint="Give `--out FILE.html`.")
 
     from ssmprune_cli.workflows.reporting import PAGE, page, read_entries, summary
-    from ssmprune_cli.workflows.write import write_text
+    from ssmprune_cli.workflows.write import check_place, write_text
 
+    check_place(out)
     entries = read_entries(artefacts)
     if as_json:
         output.json_text({"reports": [{"name": each.name, **each.report.to_dict()} for each in entries]})

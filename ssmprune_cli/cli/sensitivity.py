@@ -69,8 +69,12 @@ def command(
     from ssmprune_cli.workflows.reporting import sensitivity_series, write_plot
     from ssmprune_cli.workflows.sensitivity import sensitivity
     from ssmprune_cli.workflows.source import Source
-    from ssmprune_cli.workflows.write import write_text
+    from ssmprune_cli.workflows.write import check_folder, check_place, write_text
 
+    if out is not None:
+        check_folder(out, "", allowed=True)
+    check_place(plot, "--plot")
+    check_place(state, "--state")
     use_backend(backend)
     if state is None and out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

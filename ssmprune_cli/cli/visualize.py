@@ -10,7 +10,6 @@ import typer
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.help import DATA, OUTPUT
 from ssmprune_cli.cli.options import AsJson, reads_checkpoints, seed_option
-from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
@@ -36,10 +35,9 @@ def command(
     patches are as they are. Dropped ones are grey and hatched; what the model's crop leaves out is plain grey. Where
     patches overlap, a cell of the picture is the centre of its patch.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder", where="--out")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"the folder {out} is not empty", where="--out", hint="Choose another, or give `--overwrite`.")
+    from ssmprune_cli.workflows.write import check_folder
+
+    check_folder(out, "--overwrite", allowed=overwrite)
 
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import Joined, some_images

@@ -42,6 +42,7 @@ from ssmprune_cli.workflows.reporting import (
 from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, search, state_file
 from ssmprune_cli.workflows.search import Limits as SearchLimits
 from ssmprune_cli.workflows.source import Source
+from ssmprune_cli.workflows.write import check_place
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -215,6 +216,7 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
         report = _planned(request, recipe)
         return CompressResult(report, None, report.warnings)
     checkpoint.check_writable(out, overwrite=request.overwrite)
+    check_place(request.state, "--state")
     resolve_device(request.device)
     evaluation = _evaluation(request)  # what is wrong with it is said before a search, which may take an hour
     if not request.searched:

@@ -21,6 +21,7 @@ from ssmprune_cli.cli.values import (
     PRECISIONS,
     REDUCTIONS,
 )
+from ssmprune_cli.errors import SsmpruneError
 
 ROOT: Any = typer.main.get_command(app)  # made once: it takes longer than to refuse a value
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
@@ -207,3 +208,41 @@ def test_names_are_those_of_the_registries() -> None:
     assert data.DATASETS.names() == DATASETS
     assert tuple(measured) == PRECISIONS
     assert set(BACKENDS[1:]) <= set(kernels.available_backends())  # tests register more
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("compress", "--out"),
+        ("compress", "--state"),
+        ("search", "--out"),
+        ("search", "--state"),
+        ("sensitivity", "--out"),
+        ("sensitivity", "--plot"),
+        ("sensitivity", "--state"),
+        ("compare", "--plot"),
+        ("report", "--out"),
+        ("visualize", "--out"),
+        ("finetune", "--out"),
+        ("finetune", "--checkpoint"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(
+    command: str, option: str, images: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssmprune_cli.checkpoint.loading.read", lambda *arguments, **options: pytest.fail("read"))
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "x.html"
+    # What is read is not there: who reads before looking at the place complains of that.
+    typed = [each.replace(str(images), "nothing.npz") for each in arguments(command, images, tmp_path / "a", option)]
+    if (command, option) == ("compress", "--state"):
+        typed[typed.index("--keep") : typed.index("--keep") + 2] = ["--target-flops", "0.8"]
+    if option == "--checkpoint":
+        typed[0] = "--from-scratch"
+    try:
+        ROOT.main([command, *typed, f"{option}={place}"], prog_name="ssmprune")
+        pytest.fail("done")
+    except SystemExit as end:
+        pytest.fail(f"{end.code} {capsys.readouterr().err}")
+    except SsmpruneError as error:
+        assert str(place) in str(error) and "cannot be written: " in str(error), error
