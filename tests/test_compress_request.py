@@ -26,8 +26,8 @@ def request(**options: Any) -> CompressRequest:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "how much to keep"),
-        ({"overrides": ("pruning.points=[1]",)}, "how much to keep"),
+        ({}, "how fast is the model to be"),
+        ({"overrides": ("pruning.points=[1]",)}, "how fast is the model to be"),
         ({"keep": "0.6", "tokens": "30,20,10"}, "--keep and --tokens both"),
         ({"keep": "0.6", "overrides": ("pruning.keep=0.5",)}, "another option says what pruning.keep is"),
         ({"keep": "0.6", "overrides": ("pruning.tokens=[1]",)}, "another option says what pruning.tokens is"),
@@ -44,8 +44,15 @@ def request(**options: Any) -> CompressRequest:
         ({"target_flops": 0.8}, "needs calibration images"),
         ({"target_flops": 0.8, "calib": NOWHERE, "dry_run": True}, "cannot be a dry run"),
         ({"target_flops": 0.8, "target_latency": 3.0, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_speedup": 1.4, "target_latency_ratio": 0.8, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_speedup": 0.9, "calib": NOWHERE}, "must be above 1, not 0.9"),
+        ({"target_latency": -3.0, "calib": NOWHERE}, "must be a finite number above 0, not -3"),
+        ({"target_latency_ratio": float("nan"), "calib": NOWHERE}, "must be a finite number above 0, not nan"),
+        ({"limits": Limits(max_drop=1), "data": NOWHERE}, "needs calibration images"),
         ({"target_flops": 0.8, "keep": "0.6", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "tokens": "3", "calib": NOWHERE}, "a target settles what to keep"),
+        ({"resize": 48, "overrides": ("pruning.image_size=40",)}, "another option says what pruning.image_size is"),
+        ({"target_flops": 0.8, "resize": 48, "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "points": "1", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "recipe": "x", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "overrides": ("pruning.reduction=drop",), "calib": NOWHERE}, "settles how to prune"),
@@ -56,6 +63,38 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
         request(**options).check()
     with pytest.raises(UsageError, match=message):
         compress_checkpoint(request(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": 48, "importance": "clip"}, "--importance: is about dropping tokens, and none are"),
+        ({"resize": 48, "overrides": ("pruning.reduction=drop",)}, "--reduction: is about dropping tokens"),
+        ({"resize": 48, "points": "1"}, "`points` say where tokens are dropped"),
+        ({"resize": 0}, "must be at least 1, not 0"),
+        ({"resize": 64}, "so 64 is no smaller side"),
+        ({"resize": 50, "keep": "0.6"}, "patches do not fill images of 50 pixels"),
+        ({"overrides": ("pruning.image_size=null",)}, "give `keep`"),
+    ],
+)
+def test_what_is_refused_of_smaller_images(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compress_checkpoint(request(**options, dry_run=True))
+
+
+def test_smaller_images_alone_or_before_tokens_are_dropped() -> None:
+    alone = request(resize=48).resolved().pruning
+    assert (alone.image_size, alone.drops_tokens) == (48, False)
+    assert request(overrides=("pruning.image_size=48",)).resolved().pruning == alone
+    both = request(resize=48, keep="0.6").resolved().pruning
+    assert (both.image_size, both.keep) == (48, 0.6)
+    report = compress_checkpoint(request(resize=48, dry_run=True)).report
+    assert report.pruned is not None and (report.image_size, report.resized_from) == ((48, 48), (64, 64))
+    assert (report.dense.tokens_per_block, report.pruned.tokens_per_block) == ((65,) * 4, (37,) * 4)
+    assert report.pruning is None and report.called == "resized" and not report.warnings
+    report = compress_checkpoint(request(resize=48, keep="0.5", dry_run=True)).report
+    assert report.pruned is not None and report.pruned.tokens_per_block == (37, 19, 10, 6)
+    assert report.called == "pruned"
 
 
 def test_what_cannot_be_judged_is_said_before_the_search(tmp_path: Path) -> None:
@@ -133,6 +172,7 @@ def test_a_run_and_its_dry_run_agree_and_the_verdicts_are_in_the_report(tmp_path
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(12) % 10)
     asked = request(
         keep="0.5",
+        reduction="context",
         calib=tmp_path / "images.npz",
         data=tmp_path / "images.npz",
         limit=8,

@@ -30,7 +30,7 @@ MINIMAL = "pruning: {keep: 0.8}\n"
 def test_minimal_recipe_takes_the_defaults() -> None:
     recipe = parse_recipe(MINIMAL)
     assert recipe == Recipe(pruning=Pruning(keep=0.8))
-    assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="context")
+    assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="auto")
     assert recipe.pruning.alignment == "auto"
     assert recipe.calibration == CalibrationPlan(images=64, seed=0, batch_size=16)
 

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ class Evidence:
         self.calibration = self._calibration(CALIBRATION)
         self.uniform = Uniform(self.comparison.model, self.calibration, batch_size=arguments.batch_size)
 
-    def methods(self, kind: str, values: list[float], methods: dict[str, Method]) -> None:
+    def methods(self, kind: Literal["keep", "flops", "time"], values: list[float], methods: dict[str, Method]) -> None:
         """A table of `methods` at every budget of this kind."""
         if not values:
             return
@@ -177,7 +178,7 @@ class Evidence:
         plan = SearchPlan(
             calib=arguments.calib,
             methods=list(known_methods()),
-            flops=(budget,),
+            budgets=(Budget("flops", budget),),
             calibration=CalibrationPlan(images=count, batch_size=arguments.batch_size),
             limits=Limits(arguments.evaluations, arguments.time_limit),
             device=arguments.device,
@@ -187,6 +188,7 @@ class Evidence:
         (result,) = search(self.source, plan).found
         calibration = self._calibration(count)
         found = recipe_settings(self.comparison.model, result.recipe, calibrated=arguments.calib is not None)
+        assert found is not None, "a search drops tokens"
         pair = (DEFAULT, replace(DEFAULT, alignment="none"))
         default, plain = (self.uniform.settings(method, Budget("flops", budget)) for method in pair)
         assert default is not None and plain is not None, "the default reduction cannot save so much"

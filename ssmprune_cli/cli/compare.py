@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -96,14 +96,20 @@ def command(
     """Compare ways to prune on the same images: multiply-adds, divergence, accuracy and speed, with intervals.
 
     Divergence is the mean KL(dense || pruned) of the class probabilities. Give --keep, --flops (equal cost) or --times
-    (equal time on this device) for methods; recipes say themselves how much they prune.
+    (equal time on this device) for methods; recipes say themselves how much they prune. With them stands, for each
+    budget, what a smaller image gives: the model resized to the largest side that costs no more (with --keep, no more
+    than the dearest method).
     """
     if (table is None) == (ckpt is None):
         raise UsageError("give either a checkpoint or `--table imagenet-vim`")
     if table is not None and checkpoints is None:
         raise UsageError("--table needs --checkpoints, the folder with the published files")
-    given = [("keep", keep), ("flops", flops), ("time", times)]
-    budgets = [(kind, value) for kind, text in given if text is not None for value in split(text)]
+    kinds: list[tuple[Literal["keep", "flops", "time"], str | None]] = [
+        ("keep", keep),
+        ("flops", flops),
+        ("time", times),
+    ]
+    budgets = [(kind, value) for kind, text in kinds if text is not None for value in split(text)]
 
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
@@ -192,8 +198,9 @@ def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
     for row in rows:
         recipe = recipes.get(row.name)
         published = _published(recipe) if recipe else ""
+        image = f"image {row.resized_from[0]} -> {row.image_size[0]} pixels" if row.resized_from else ""
         table.add_row(
-            "\n".join(part for part in (row.name, f"at {row.budget}" if row.budget else "", published) if part),
+            "\n".join(part for part in (row.name, image, f"at {row.budget}" if row.budget else "", published) if part),
             f"{row.share:.3f}",
             f"{row.images_per_second:.0f}\n{row.speedup:.2f}x",
             "-" if row.divergence is None else f"{row.divergence:.4f}\n±{row.divergence_se:.4f}",

@@ -15,10 +15,12 @@ from ssmprune_cli.cli import output, values
 from ssmprune_cli.cli.help import DATA, DEVICE, HOW_MUCH, OUTPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
 from ssmprune_cli.cli.options import (
+    MAX_SIDE,
     AsJson,
     BackendName,
     DeviceName,
     Evaluations,
+    KeepImageSize,
     StateFile,
     TimeLimit,
     choice_option,
@@ -27,7 +29,6 @@ from ssmprune_cli.cli.options import (
     importance_option,
     ratios_option,
     reads_checkpoints,
-    reduction_option,
     seed_option,
 )
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
@@ -45,16 +46,35 @@ def command(
             "0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7.",
         ),
     ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            parser=values.number(1, MAX_SIDE, whole=True),
+            metavar="PIXELS",
+            help="Side of smaller images for the model, position embeddings interpolated: alone, or with tokens "
+            "dropped too.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
     tokens: Annotated[
         str | None,
         counts_option("--tokens", "Instead of --keep: patch tokens left after each point: 150,120,90.", "150,120"),
     ] = None,
-    target_flops: Annotated[
+    target_latency_ratio: Annotated[
         float | None,
         typer.Option(
             parser=values.number(above=0, high=1),
             metavar="RATIO",
-            help="Instead of --keep: search for the best way to spend this share of the dense multiply-adds.",
+            help="Instead of --keep: search for the best that takes this share of the dense model's time.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(
+            parser=values.number(above=1),
+            metavar="TIMES",
+            help="The same as how many times as fast: 1.4 is a share of 1/1.4.",
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,
@@ -63,7 +83,16 @@ def command(
         typer.Option(
             parser=values.number(above=0),
             metavar="MS",
-            help="Instead of --keep: search for the best that takes this many ms a batch on --device.",
+            help="Search for the best that takes this many ms a batch on --device.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    target_flops: Annotated[
+        float | None,
+        typer.Option(
+            parser=values.number(above=0, high=1),
+            metavar="RATIO",
+            help="Search for the best within this share of the dense multiply-adds.",
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,
@@ -94,7 +123,15 @@ def command(
         ),
     ] = None,
     importance: Annotated[str | None, importance_option("Score by which tokens stay [default: clip]")] = None,
-    reduction: Annotated[str | None, reduction_option("What becomes of the other tokens [default: context]")] = None,
+    reduction: Annotated[
+        str | None,
+        choice_option(
+            "--reduction",
+            ("auto", *values.REDUCTIONS),
+            "What becomes of the other tokens. auto, the default, compares a few at equal time on the --calib images. "
+            "One of",
+        ),
+    ] = None,
     alignment: Annotated[
         str | None,
         choice_option(
@@ -105,6 +142,7 @@ def command(
         ),
     ] = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
+    keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     calib: Annotated[
@@ -155,7 +193,7 @@ def command(
     reading: Reading = NOTHING_SAID,
     device: DeviceName = "cpu",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images in a batch timed for --target-latency.", rich_help_panel=DEVICE)
+        int, typer.Option(min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
     ] = 8,
     backend: BackendName = "auto",
 ) -> None:
@@ -164,7 +202,8 @@ def command(
     Writes a folder with model.safetensors, config.json, recipe.yaml, report.html, report.json and a README.md. The
     input is never changed. --keep is the ratio kept at each point, the keep rate of the literature. With a target,
     points, token counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense
-    model on the --calib images; the report then says what was tried.
+    model on the --calib images; the report then says what was tried. With --max-drop, --data and nothing else, the
+    fastest model is searched for that provably loses no more.
     """
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
@@ -174,11 +213,15 @@ def command(
     use_backend(backend)
     request = CompressRequest(
         source=Source(ckpt, reading),
+        resize=resize,
         keep=keep,
         tokens=tokens,
-        target_flops=target_flops,
+        target_latency_ratio=target_latency_ratio,
+        target_speedup=target_speedup,
         target_latency=target_latency,
+        target_flops=target_flops,
         batch_size=batch_size,
+        keep_image_size=keep_image_size,
         evaluations=evaluations,
         time_limit=time_limit,
         state=state,
@@ -216,18 +259,24 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import verdicts
+    from ssmprune_cli.workflows.reporting import resizing, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
-    assert pruned is not None and pruning is not None
+    assert pruned is not None
     table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
-    for column in ("", "dense", "pruned", "change"):
+    for column in ("", "dense", report.called, "change"):
         table.add_column(column, justify="left" if not column else "right")
     for title, before, after in (
         ("multiply-adds, all directions (G)", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
         ("multiply-adds, one direction (G)", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
     ):
         table.add_row(title, f"{before / 1e9:.4f}", f"{after / 1e9:.4f}", f"{after / before - 1:+.1%}")
+    table.add_row(
+        "moved by gathers, sorts and sums (MB)",
+        f"{dense.bytes_moved / 1e6:.2f}",
+        f"{pruned.bytes_moved / 1e6:.2f}",
+        f"{(pruned.bytes_moved - dense.bytes_moved) / 1e6:+.2f} MB",
+    )
     if report.speed is not None:
         first, second = report.speed.dense, report.speed.pruned
         table.add_row(
@@ -246,15 +295,17 @@ def _tables(report: Report) -> Group:
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
-    lengths.add_column("pruned", justify="right")
+    lengths.add_column(report.called, justify="right")
     for first_block, last in _runs(pruned.tokens_per_block):
         name = f"{first_block + 1}" if first_block == last else f"{first_block + 1} to {last + 1}"
         lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(pruned.tokens_per_block[first_block]))
-    kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
-    notes.append(
-        f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
-        f"reduction {pruning.reduction}, alignment {pruning.alignment}."
-    )
+    notes += [f"{text[0].upper()}{text[1:]}." for text in resizing(report)]
+    if pruning is not None:
+        kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
+        notes.append(
+            f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
+            f"reduction {pruning.reduction}, alignment {pruning.alignment}."
+        )
     notes += verdicts(report.limits)
     return Group(table, lengths, *notes)
 

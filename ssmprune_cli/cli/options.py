@@ -16,6 +16,8 @@ from ssmprune_cli.cli.help import DATA, DEVICE, HOW_MUCH, INPUT, METHOD, OUTPUT,
 from ssmprune_cli.preprocessing import INTERPOLATIONS, Reading
 from ssmprune_cli.recipe import Training
 
+MAX_SIDE = 1 << 14  # as `models.MAX_SIDE`
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 BackendName = Annotated[
     str,
@@ -63,6 +65,10 @@ Evaluations = Annotated[
         help="A search tries at most so many candidates for each budget.",
         rich_help_panel=SEARCH,
     ),
+]
+KeepImageSize = Annotated[
+    bool,
+    typer.Option("--keep-image-size", help="A search tries no models for smaller images.", rich_help_panel=SEARCH),
 ]
 TimeLimit = Annotated[
     float | None,
@@ -140,8 +146,6 @@ def _of_reading(name: str, help_text: str, metavar: str | None = None, **more: A
     return typer.Option(f"--{name}", help=help_text, metavar=metavar, rich_help_panel=INPUT, **more)
 
 
-_MAX_SIDE = 1 << 14  # as `models.MAX_SIDE`
-
 # The options that make a Reading, by its fields, as Typer takes them.
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "family": (
@@ -162,7 +166,7 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
             "image-size",
             "Image side; position embeddings are resized if need be.",
             "PIXELS",
-            parser=values.number(1, _MAX_SIDE, whole=True),
+            parser=values.number(1, MAX_SIDE, whole=True),
         ),
     ),
     "stride": (
@@ -171,7 +175,7 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
             "stride",
             "Stride of the patches, if it cannot be told.",
             "PIXELS",
-            parser=values.number(1, _MAX_SIDE, whole=True),
+            parser=values.number(1, MAX_SIDE, whole=True),
         ),
     ),
     "crop": (

@@ -73,8 +73,9 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
         for name, reason in first.backends_refused.items()
         if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
     )
+    sizes = dict.fromkeys(f"{p.image_size[0]}x{p.image_size[1]}" for p in profiles)
     heading = (
-        f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
+        f"{' and '.join(sizes)} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
         f"{first.threads} threads, kernels: {first.backend}{refused}"
     )
     table = Table()
@@ -85,12 +86,13 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
         table.add_column("ratio", justify="right")
 
     def add(title: str, values: list[float], form: str) -> None:
-        ratio = [f"{values[0] / values[1]:.3f}"] if len(values) == 2 else []
+        ratio = [f"{values[0] / values[1]:.3f}" if values[1] else "-"] if len(values) == 2 else []
         table.add_row(title, *(form.format(value) for value in values), *ratio)
 
     add("parameters", [p.parameters for p in profiles], "{:,}")
     add("multiply-adds, all directions (G)", [p.multiply_adds_all_directions / 1e9 for p in profiles], "{:.4f}")
     add("multiply-adds, one direction (G)", [p.multiply_adds_one_direction / 1e9 for p in profiles], "{:.4f}")
+    add("moved by gathers, sorts and sums (MB)", [p.bytes_moved / 1e6 for p in profiles], "{:.2f}")
     add("latency of a batch (ms), median", [p.speed.median_ms for p in profiles], "{:.1f}")
     spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]
     table.add_row("  quartiles", *spread, *([""] if len(profiles) == 2 else []))

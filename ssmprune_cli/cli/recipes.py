@@ -60,7 +60,7 @@ def validate(
     known = {
         "family": FAMILIES.names(),
         "importance": IMPORTANCES.names(),
-        "reduction": REDUCTIONS.names(),
+        "reduction": ("auto", *REDUCTIONS.names()),
         "alignment": ("auto", *ALIGNMENTS.names()),
     }
     faults: dict[str, str] = {}
@@ -80,6 +80,8 @@ def validate(
 
 def _schedule(recipe: Recipe) -> tuple[str, str]:
     pruning = recipe.pruning
+    if not pruning.drops_tokens:
+        return "none", f"all, of images of {pruning.image_size} pixels"
     points = ", ".join(map(str, pruning.points)) if pruning.points else "1/4, 1/2, 3/4 of the depth"
     if pruning.tokens is not None:
         return points, f"{', '.join(map(str, pruning.tokens))} tokens"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from ssmprune_cli.cli.options import (
     BackendName,
     DeviceName,
     Evaluations,
+    KeepImageSize,
     StateFile,
     TimeLimit,
     choice_option,
@@ -24,11 +25,13 @@ from ssmprune_cli.cli.options import (
     seed_option,
     split,
 )
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ssmprune_cli.pruning import PruneSettings
     from ssmprune_cli.workflows.search import SearchResult
 
 
@@ -44,9 +47,13 @@ def command(
     out: Annotated[
         Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.", rich_help_panel=OUTPUT)
     ],
+    times: Annotated[
+        str | None,
+        ratios_option("--times", "Budgets: shares of the dense model's time on --device [default: 0.8,0.7,0.6,0.5]."),
+    ] = None,
     flops: Annotated[
-        str, ratios_option("--flops", "Budgets: shares of the dense multiply-adds, all directions counted.")
-    ] = "0.8,0.7,0.6,0.5",
+        str | None, ratios_option("--flops", "Instead: shares of the dense multiply-adds, all directions counted.")
+    ] = None,
     importance: Annotated[str | None, importance_option("Only this score [default: the search chooses]")] = None,
     reduction: Annotated[str | None, reduction_option("Only this reduction [default: the search chooses]")] = None,
     alignment: Annotated[
@@ -54,6 +61,7 @@ def command(
         choice_option("--alignment", values.ALIGNMENTS, "Only this alignment [default: the search chooses]"),
     ] = None,
     seed: Annotated[int, seed_option("Seed of the search and of the choice of images.")] = 0,
+    keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     calib_images: Annotated[
@@ -68,29 +76,38 @@ def command(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images that run at once; more of them suit a GPU.", rich_help_panel=DEVICE)
     ] = 16,
+    timed_batch_size: Annotated[
+        int, typer.Option(min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
+    ] = 8,
     device: DeviceName = "cpu",
     backend: BackendName = "auto",
 ) -> None:
-    """Find the best recipe for each of several budgets: the front of divergence against multiply-adds.
+    """Find the best recipe for each of several budgets: the front of divergence against time or multiply-adds.
 
     Points, token counts, score, reduction and alignment are chosen by the divergence of the logits from the dense
     model's on unlabelled images. A part of them is held back: the uniform default schedule is kept unless something is
     clearly better there. `ssmprune compress --recipe` then makes the model. A run that was killed continues with the
     same command.
     """
-    budgets = split(flops)
+    if times is not None and flops is not None:
+        raise UsageError("--times and --flops are two kinds of budgets: give one of them")
+    kind: Literal["time", "flops"] = "time" if flops is None else "flops"
+    shares = split(flops or times or "0.8,0.7,0.6,0.5")
 
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import known_methods
     from ssmprune_cli.recipe import CalibrationPlan
     from ssmprune_cli.workflows.search import Limits, SearchPlan, search_to_folder, state_file
     from ssmprune_cli.workflows.source import Source
+    from ssmprune_cli.workflows.trials import Budget
 
     use_backend(backend)
     plan = SearchPlan(
         calib=calib,
         methods=list(known_methods(importance, reduction, alignment)),
-        flops=tuple(budgets),
+        budgets=tuple(Budget(kind, value) for value in shares),
+        batch_size=timed_batch_size,
+        resize=not keep_image_size,
         calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=batch_size),
         seed=seed,
         limits=Limits(evaluations, time_limit),
@@ -118,17 +135,28 @@ def _table(name: str, result: SearchResult) -> Table:
         f"on {result.held_back} held back)",
         title_justify="left",
     )
-    for column in ("multiply-adds", "nats", "held back", "tried"):
+    for column in ("multiply-adds", "time (95 %)", "nats", "held back", "tried"):
         table.add_column(column, justify="right")
-    table.add_column("method; prune after blocks; patch tokens left")
+    table.add_column("image side; method; prune after blocks; patch tokens left")
     for found in result.found:
         best, settings = found.chosen, found.chosen.settings
         table.add_row(
             f"{best.multiply_adds:.4f}",
+            "-"
+            if best.timing is None
+            else f"{best.timing.ratio:.2f} ({best.timing.interval[0]:.2f} to {best.timing.interval[1]:.2f})",
             f"{best.divergence:.4f}",
             "-" if best.held_back is None else f"{best.held_back:.4f}",
             str(len(found.trials)),
-            f"{settings.importance}/{settings.reduction}/{settings.alignment}; "
-            f"{', '.join(map(str, settings.schedule.points))}; {', '.join(map(str, settings.schedule.tokens))}",
+            _what(best.side, settings),
         )
     return table
+
+
+def _what(side: int | None, settings: PruneSettings) -> str:
+    image = [] if side is None else [f"{side} pixels"]
+    if not settings.schedule.points:
+        return image[0]
+    method = f"{settings.importance}/{settings.reduction}/{settings.alignment}"
+    schedule = settings.schedule
+    return "; ".join([*image, method, ", ".join(map(str, schedule.points)), ", ".join(map(str, schedule.tokens))])

@@ -1,8 +1,9 @@
-"""Model families by name. A family registers here in one line; see `base.Family`."""
+"""Model families by name, and the same weights for other images. A family registers here in one line; see `Family`."""
 
 from __future__ import annotations
 
 from ssmprune_cli.models.common import (
+    FAMILIES,
     MAX_SIDE,
     SMALL_SIDE,
     Backbone,
@@ -31,10 +32,9 @@ from ssmprune_cli.models.mamba import (
     unit_tokens,
 )
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
+from ssmprune_cli.models.resizing import before_resizing, resize, sides
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
-from ssmprune_cli.registry import Registry
 
-FAMILIES: Registry[Family] = Registry("model family")
 FAMILIES.register("vim", VIM)
 FAMILIES.register("videomamba", VIDEOMAMBA)
 FAMILIES.register("mambar", MAMBA_REG)
@@ -61,12 +61,15 @@ __all__ = [
     "StepProjection",
     "VMambaMixer",
     "Visits",
+    "before_resizing",
     "channels_last_taps",
     "column_gaps",
     "conv_sources",
     "decay_rates",
+    "resize",
     "set_drop_path",
     "set_recompute",
+    "sides",
     "unit_tokens",
     "walks",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
-from ssmprune_cli.pruning.compress import choose_alignment, compress, restore
+from ssmprune_cli.pruning.compress import DEFAULT_REDUCTION, choose_alignment, compress, restore
 from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, soft_divergence
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.mass import fit_mass
@@ -34,6 +34,7 @@ def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
 
 __all__ = [
     "ALIGNMENTS",
+    "DEFAULT_REDUCTION",
     "IMPORTANCES",
     "REDUCTIONS",
     "Calibration",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
@@ -12,6 +14,8 @@ from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule
+
+DEFAULT_REDUCTION = "context"  # where there is nothing to measure by
 
 
 def choose_alignment(alignment: str, reduction: str, *, calibrated: bool) -> str:
@@ -39,9 +43,10 @@ def compress(
     tokens: Sequence[int] | None = None,
     points: Sequence[int] | None = None,
     importance: str = "clip",
-    reduction: str = "context",
+    reduction: str = DEFAULT_REDUCTION,
     alignment: str = "auto",
     calibration: Images | None = None,
+    dense: Tensor | None = None,
     seed: int = 0,
 ) -> Calibration | None:
     """Make `model` drop tokens between blocks, in place; `restore` undoes it. The weights do not change.
@@ -52,6 +57,8 @@ def compress(
     alignment    see `choose_alignment`
     calibration  images (B, 3, H, W), normalised floats or uint8: a tensor, an array, or a loader of batches, with
                  labels or without (see `as_batches`)
+    dense        logits (images, classes) of the same images that the alignment `mass` brings the model near to; by
+                 default those of `model` as it is. Give the dense model's if `model` was resized
 
     Returns what calibration saw, or None without it. Raises UsageError for a module that is none of our backbones, and
     for settings or images that do not fit it.
@@ -67,7 +74,7 @@ def compress(
     pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen and not fits_mass else None)
     pruner.to(like.device, like.dtype)
     if seen is not None and fits_mass:
-        fit_mass(model, pruner, kept)
+        fit_mass(model, pruner, kept, dense)
     model.pruner = pruner
     return seen
 

@@ -59,6 +59,11 @@ class PruneSchedule:
             counts.append(count)
         return cls(tuple(points), tuple(counts))
 
+    def shortens(self, stages: Sequence[Stage]) -> bool:
+        """Whether any token is dropped."""
+        full = tuple(stage.num_patches for stage in stages for _ in range(stage.start, stage.stop))
+        return self.patches_per_block(stages) != full
+
     def patches_per_block(self, stages: Sequence[Stage]) -> tuple[int, ...]:
         """Patch tokens that enter each block."""
         kept = dict(zip(self.points, self.tokens, strict=True))

@@ -17,6 +17,7 @@ from ssmprune_cli.report.report import (
     ModelSpeed,
     PointFacts,
     PruningFacts,
+    ReductionTrial,
     Report,
     Sample,
     SampleStage,
@@ -24,6 +25,7 @@ from ssmprune_cli.report.report import (
     Sensitivity,
     SensitivityFacts,
     SpeedFacts,
+    TargetFacts,
     read_report,
 )
 
@@ -42,6 +44,7 @@ __all__ = [
     "ModelSpeed",
     "PointFacts",
     "PruningFacts",
+    "ReductionTrial",
     "Report",
     "Sample",
     "SampleStage",
@@ -49,5 +52,6 @@ __all__ = [
     "Sensitivity",
     "SensitivityFacts",
     "SpeedFacts",
+    "TargetFacts",
     "read_report",
 ]

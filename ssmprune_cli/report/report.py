@@ -29,12 +29,16 @@ Judge = Literal["interval", "estimate"]  # what a limit is held against
 
 
 class Figures(Section):
-    """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included."""
+    """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included.
+
+    bytes_moved  by gathers, scatters, sorts and sums, which are no multiply-adds
+    """
 
     multiply_adds_all_directions: int
     multiply_adds_one_direction: int
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
+    bytes_moved: int
 
 
 class PruningFacts(Section):
@@ -46,6 +50,19 @@ class PruningFacts(Section):
     importance: str
     reduction: str
     alignment: str
+
+
+class TargetFacts(Section):
+    """What the user asked a search for: at most `value`, of which `measured` came out; `met` if that is not more.
+
+    kind  "latency_ratio" (of the dense model's time), "latency_ms" (a batch), "multiply_adds" (share of dense) or
+          "max_drop" (the quickest that provably loses at most so many points)
+    """
+
+    kind: Literal["latency_ratio", "latency_ms", "multiply_adds", "max_drop"]
+    value: float
+    measured: float
+    met: bool
 
 
 class ModelAccuracy(Section):
@@ -136,16 +153,31 @@ class PointFacts(Section):
     importance_mass_kept: float | None
 
 
+class ReductionTrial(Section):
+    """A reduction tried at equal time on the calibration images: token counts, and mean divergence in nats."""
+
+    reduction: str
+    alignment: str
+    tokens: tuple[int, ...]
+    divergence: float | None
+    chosen: bool
+
+
 class CalibrationFacts(Section):
     images: int
     points: tuple[PointFacts, ...]
 
 
 class SearchTrial(Section):
-    """What a search tried for `budget`: a share of the dense multiply-adds, or milliseconds. Divergences in nats."""
+    """What a search tried for `budget`, a share of the dense model's multiply-adds or time. Divergences in nats.
 
+    multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
+    """
+
+    kind: Literal["flops", "time"]
     budget: float
     multiply_adds: float
+    latency_ratio: float | None
     divergence: float | None
     divergence_held_back: float | None
     recipe: str
@@ -228,12 +260,17 @@ class FinetuningFacts(Section):
 
 
 class Report(Section):
-    """Dense and pruned model side by side, and where both come from. A model that drops nothing has no `pruned`.
+    """Dense and compressed model side by side, and where both come from. The latter drops tokens (`pruning`), takes
+    smaller images (`resized_from`) or both, and all its facts are called `pruned`; a dense model has none.
 
     task         what both models are for, and judged by
+    image_size   height and width of the images that the compressed model takes
+    resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
+    target       what a search was asked for, and what came of it
+    reductions   those that were compared, if one was to be chosen
     search       what a search tried, if it chose the settings
     finetuning   what was trained since, if anything
     warnings     what a reader must know before trusting the figures
@@ -245,20 +282,28 @@ class Report(Section):
     family: str
     task: str = "classification"
     image_size: tuple[int, int]
+    resized_from: tuple[int, int] | None = None
     parameters: int
     pruning: PruningFacts | None = None
     dense: Figures
     pruned: Figures | None = None
+    target: TargetFacts | None = None
     accuracy: AccuracyFacts | None = None
     limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None
+    reductions: tuple[ReductionTrial, ...] | None = None
     search: tuple[SearchTrial, ...] | None = None
     sensitivity: tuple[SensitivityFacts, ...] | None = None
     samples: tuple[Sample, ...] = ()
     finetuning: FinetuningFacts | None = None
     warnings: tuple[str, ...] = ()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def called(self) -> str:
+        """What the compressed model is called beside the dense one."""
+        return "resized" if self.resized_from is not None and self.pruning is None else "pruned"
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

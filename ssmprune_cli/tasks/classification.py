@@ -220,7 +220,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
         truth = "" if sample.label is None else f", {names.get(sample.label, f'class {sample.label}')}"
         return (
             f"{sample.name}{truth}: the dense model says {said(sample.predicted_dense)}, "
-            f"the pruned one {said(sample.predicted_pruned)}"
+            f"the {report.called} one {said(sample.predicted_pruned)}"
         )
 
 

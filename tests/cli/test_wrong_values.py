@@ -54,6 +54,10 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--times": RATIOS,
     "--target-flops": RATIO,
     "--target-latency": ABOVE_0,
+    "--target-latency-ratio": RATIO,
+    "--target-speedup": (*ABOVE_0, "1", "0.5"),
+    "--resize": (*FROM_1, "99999", "64", "128", "33"),
+    "--timed-batch-size": FROM_1,
     "--importance": NAME,
     "--reduction": NAME,
     "--alignment": NAME,
@@ -113,7 +117,7 @@ def arguments(command: str, images: Path, out: Path, option: str) -> list[str]:
     given = {
         "compress": [
             str(CHECKPOINT),
-            *([] if target or option in ("--target-flops", "--target-latency") else ["--keep", "0.9"]),
+            *([] if target or option.startswith("--target") else ["--keep", "0.9"]),
             *target,
             *labelled,
             *calib,

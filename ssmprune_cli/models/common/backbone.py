@@ -24,6 +24,7 @@ from ssmprune_cli.preprocessing import (
     Preprocessing,
     Triple,
 )
+from ssmprune_cli.registry import Registry
 from ssmprune_cli.tokens import TokenSequence
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,6 +41,7 @@ class ImageConfig:
     mean, std        of the channels in the model's order, for images scaled to 0..1
     squeeze          both sides are resized, and not the short one alone
     channels         their order
+    resized_from     height and width of the images that the dense model takes, where `resize` has changed them since
     """
 
     eval_crop_ratio: float | None = 0.875
@@ -48,6 +50,7 @@ class ImageConfig:
     std: Triple = IMAGENET_STD
     squeeze: bool = False
     channels: Channels = "rgb"
+    resized_from: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.eval_crop_ratio is not None and not 0.01 <= self.eval_crop_ratio <= 1:
@@ -63,6 +66,11 @@ class ImageConfig:
                 raise UsageError(f"{name} must be three finite numbers, not {values}")
         if min(self.std) <= 0:
             raise UsageError(f"std must be above 0, not {self.std}")
+        if self.resized_from is not None:
+            size: tuple[int, ...] = tuple(self.resized_from)  # a list from JSON
+            if len(size) != 2 or min(size) < 1:
+                raise UsageError(f"resized_from must be a height and a width, not {size}")
+            object.__setattr__(self, "resized_from", size)
 
 
 @dataclass(frozen=True)
@@ -197,13 +205,14 @@ class Backbone(nn.Module, ABC):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """As the authors evaluate. UsageError for images that are not square, which they do not define, and where
-        nothing says how much of an image the crop keeps."""
+        """As the authors evaluate; a model that was resized sees the same part of an image as before. UsageError for
+        images that are not square, which they do not define, and where nothing says how much the crop keeps."""
         height, width = self.image_size
         config: ImageConfig = self.config
         if height != width:
             raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
-        ratio = 1.0 if height <= SMALL_SIDE else config.eval_crop_ratio
+        small = max(config.resized_from or self.image_size) <= SMALL_SIDE
+        ratio = 1.0 if small else config.eval_crop_ratio
         if ratio is None:
             raise UsageError(
                 "neither the weights nor the file say how images are resized and cropped for this model",
@@ -217,7 +226,7 @@ class Backbone(nn.Module, ABC):
             config.interpolation,
             config.mean,
             config.std,
-            config.squeeze and height > SMALL_SIDE,
+            config.squeeze and not small,
             config.channels,
         )
 
@@ -273,6 +282,7 @@ class Family:
     variants   published configurations by name
     resize     (state dict, config, image side) -> the same for square images of another size; UsageError if patches do
                not fill them
+    fills      (config, image side) -> whether patches cover square images of that side, and nothing beyond them
     computes   settings that authors' code can have and that change no weight's shape: name (in lower case) to the
                values that mean what this family computes
     """
@@ -286,4 +296,8 @@ class Family:
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     variants: Mapping[str, Any]
     resize: Callable[[dict[str, Tensor], Any, int], tuple[dict[str, Tensor], Any]]
+    fills: Callable[[Any, int], bool]
     computes: Mapping[str, frozenset[Any]] = field(default_factory=dict)
+
+
+FAMILIES: Registry[Family] = Registry("model family")  # filled in the `__init__` of the wing

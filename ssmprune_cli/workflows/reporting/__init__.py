@@ -13,7 +13,7 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.reporting.facts import verdicts
+from ssmprune_cli.workflows.reporting.facts import resizing, verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
@@ -46,6 +46,7 @@ __all__ = [
     "pruning_facts",
     "read_entries",
     "report_files",
+    "resizing",
     "samples",
     "search_series",
     "sensitivity_series",

@@ -24,7 +24,7 @@ def title(given: str, report: Report) -> str:
     lost = "" if compared is None else f", {task.metric} {100 * task.change(compared).value:+.2f} points"
     saved = saving(report)
     work = f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"
-    return f"{own}: {pace(report)}, {work}{lost}"
+    return f"{own}: {', '.join([pace(report), work, *resizing(report)])}{lost}"
 
 
 def gain(report: Report) -> bool | None:
@@ -53,7 +53,7 @@ def verdict(report: Report) -> str:
         ends = f"95 % interval {1 / high:.2f} to {1 / low:.2f}"
         text = f"{word}: {1 / speed.latency_ratio:.2f} times the dense model's speed ({ends})."
     saved = saving(report)
-    parts = [f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"]
+    parts = [f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds", *resizing(report)]
     if compared is not None:
         change = task.change(compared)
         within = ""
@@ -76,6 +76,11 @@ def drawn(report: Report) -> str:
     )
 
 
+def resizing(report: Report) -> list[str]:
+    """Which images the model takes in place of the dense one's, if they are others."""
+    return [] if report.resized_from is None else [f"image {report.resized_from[0]} -> {report.image_size[0]} pixels"]
+
+
 def pace(report: Report) -> str:
     """Whether the pruned model is faster than the dense one, as far as the timing tells."""
     if report.speed is None:
@@ -89,8 +94,10 @@ def pace(report: Report) -> str:
 
 
 def savings(report: Report) -> str:
-    """What pruning changes beside the answers, and what it does not."""
+    """What a compression changes beside the answers, and what it does not."""
     text = "The number of parameters and the size of the file do not change."
+    if report.resized_from is not None:
+        text = "The parameters do not change, but for position embeddings, which are interpolated."
     if report.speed is None:
         return text
     memory = report.speed.pruned.peak_memory_bytes / report.speed.dense.peak_memory_bytes
@@ -117,7 +124,8 @@ def saving(report: Report) -> float:
 
 def description(report: Report) -> str:
     height, width = report.image_size
-    text = f"Family {report.family}, {height}x{width} pixels, {report.parameters:,} parameters"
+    size = next(iter(resizing(report)), f"{height}x{width} pixels")
+    text = f"Family {report.family}, {size}, {report.parameters:,} parameters"
     if report.pruned is not None:
         return f"{text}."
     dense = report.dense
@@ -128,14 +136,52 @@ def description(report: Report) -> str:
 
 
 def method(report: Report) -> str:
-    """Where tokens are dropped, and how."""
+    """Where tokens are dropped, how, and why so."""
+    if report.pruning is None and report.resized_from is not None:
+        return "Smaller images alone make it cheaper: no tokens are dropped."
     if report.pruning is None:
         return "No tokens are dropped."
     pruning = report.pruning
-    return (
-        f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
-        f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}."
+    return " ".join(
+        [
+            f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
+            f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}.",
+            *_target(report),
+            *_reductions(report),
+        ]
     )
+
+
+_TARGETS = {
+    "latency_ratio": "{:.3g} of the dense model's time",
+    "latency_ms": "{:.4g} ms a batch",
+    "multiply_adds": "{:.4g} of the dense multiply-adds",
+    "max_drop": "the fastest model that loses at most {:.3g} points",
+}
+_MEASURED = {
+    "latency_ratio": "{:.3g} were measured",
+    "latency_ms": "{:.4g} were measured",
+    "multiply_adds": "it has {:.4g}",
+    "max_drop": "{:.2f} were measured",
+}
+
+
+def _target(report: Report) -> list[str]:
+    target = report.target
+    if target is None:
+        return []
+    asked, measured = _TARGETS[target.kind].format(target.value), _MEASURED[target.kind].format(target.measured)
+    return [f"Asked for: {asked}; {measured}{'' if target.met else ', so it is not met'}."]
+
+
+def _reductions(report: Report) -> list[str]:
+    if report.reductions is None:
+        return []
+    shown = ", ".join(
+        f"{each.reduction} {'not finite' if each.divergence is None else f'{each.divergence:.4f}'}"
+        for each in report.reductions
+    )
+    return [f"Divergence of the reductions at equal time, in nats on the calibration images: {shown}."]
 
 
 def joined(values: Iterable[object]) -> str:

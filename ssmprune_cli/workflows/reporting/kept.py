@@ -88,7 +88,12 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
     """
     inner = model.pruner
     if inner is None:
-        raise UsageError("this model drops no tokens", hint="Give the folder that `ssmprune compress` wrote.")
+        hint = "Give the folder that `ssmprune compress` wrote."
+        if model.config.resized_from is not None:
+            hint = (
+                "It was made for smaller images alone: give `ssmprune compress` a `--keep` below 1 beside `--resize`."
+            )
+        raise UsageError("this model drops no tokens", hint=hint)
     recorder = _Recorder(inner)
     del model.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
     model.pruner = recorder

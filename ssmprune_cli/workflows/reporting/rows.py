@@ -32,6 +32,12 @@ def _cost_rows(report: Report) -> list[Row]:
     return [
         _cost("multiply-adds, all directions", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
         _cost("multiply-adds, one direction", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
+        Row(
+            "moved by gathers, sorts and sums",
+            f"{dense.bytes_moved / 1e6:.2f} MB",
+            f"{pruned.bytes_moved / 1e6:.2f} MB",
+            f"{(pruned.bytes_moved - dense.bytes_moved) / 1e6:+.2f} MB",
+        ),
     ]
 
 

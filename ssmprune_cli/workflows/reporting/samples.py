@@ -30,7 +30,8 @@ def samples(
     """`count` images of `dataset`, and the PNG files of an artefact that they name.
 
     Up to half of them are images whose answer has changed, and come first: some of `changed`, or without an evaluation
-    of those in a small part of the dataset. The rest are random ones from all over it.
+    of those in a small part of the dataset. The rest are random ones from all over it. Each model gets them prepared
+    its own way; the files are what `pruned` sees.
     """
     count = min(count, len(dataset))
     if count == 0:
@@ -40,11 +41,13 @@ def samples(
     first = [changed[place] for place in spread(len(changed), min(len(changed), count // 2))]
     rest = sorted(set(range(len(dataset))).difference(first))
     order = [*first, *(rest[place] for place in spread(len(rest), count - len(first)))]
-    (batch,) = batches(Subset(dataset, order), pruned.preprocessing, count)
+    chosen = Subset(dataset, order)
+    (batch,) = batches(chosen, pruned.preprocessing, count)
+    (own,) = batches(chosen, dense.preprocessing, count)
     images = batch.images.to(device)
-    found, logits = stages(pruned, images)
     with torch.inference_mode():
-        reference = dense(images)
+        reference = dense(own.images.to(device))
+        found, logits = ([], pruned(images)) if pruned.pruner is None else stages(pruned, images)
     files: dict[str, bytes] = {}
     described = []
     for index, picture in enumerate(pixels(images, pruned.preprocessing)):
@@ -76,9 +79,9 @@ def samples(
 def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: torch.device) -> list[int]:
     """Indices of images, of POOL from all over `dataset`, that the two models answer differently."""
     pool = spread(len(dataset), min(POOL, len(dataset)))
-    found: list[int] = []
+    chosen, found = Subset(dataset, pool), []
     with torch.inference_mode():
-        for batch in batches(Subset(dataset, pool), pruned.preprocessing, batch_size=16):
-            images = batch.images.to(device)
-            found += (pruned(images).argmax(dim=1) != dense(images).argmax(dim=1)).tolist()
-    return [index for index, differs in zip(pool, found, strict=True) if differs]
+        for model in (pruned, dense):
+            parts = batches(chosen, model.preprocessing, batch_size=16)
+            found.append(torch.cat([model(batch.images.to(device)).argmax(dim=1) for batch in parts]))
+    return [index for index, differs in zip(pool, (found[0] != found[1]).tolist(), strict=True) if differs]

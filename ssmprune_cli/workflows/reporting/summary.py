@@ -31,7 +31,7 @@ def _one(entry: Entry) -> str:
     lines += [facts.description(report), facts.method(report)]
     found = [[row.title, row.dense, row.pruned, row.whole_change] for row in rows(report)]
     if found:
-        lines += ["", *_table(["", "dense", "pruned", "change"], found)]
+        lines += ["", *_table(["", "dense", report.called, "change"], found)]
     worst = [f"{each.name} ({each.change}, {each.images} images)" for each in facts.worst(report, _WORST_PARTS)]
     if worst:
         lines += ["", f"Lost most: {', '.join(worst)}."]

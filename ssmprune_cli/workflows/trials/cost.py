@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,19 +35,31 @@ _EXACT = 1e-6  # relative
 _CLOSE = 0.004  # how much of a budget may be left where every schedule has to be traced
 
 
+class Spends(Protocol):
+    """What schedules of one method spend. `exact` says whether `predict` can be relied on without a `count`."""
+
+    @property
+    def exact(self) -> bool: ...
+
+    def predict(self, schedule: PruneSchedule) -> float: ...
+
+    def count(self, schedule: PruneSchedule) -> float: ...
+
+
 class Costs:
     """The cost models of a model's methods, made when they are asked for."""
 
     def __init__(self, measurements: Measurements) -> None:
         self._measurements = measurements
-        self._models: dict[tuple[str, bool], CostModel] = {}
+        self._models: dict[int | None, dict[tuple[str, bool], CostModel]] = {}
 
-    def of(self, method: Method) -> CostModel:
+    def of(self, method: Method, side: int | None = None) -> CostModel:
         """Scores cost nothing that is counted, and all ways to align cost the same: they share a model."""
+        known = self._models.setdefault(side, {})
         key = (method.reduction, method.alignment != "none")
-        if key not in self._models:
-            self._models[key] = CostModel(self._measurements, method, list(self._models.values()))
-        return self._models[key]
+        if key not in known:
+            known[key] = CostModel(self._measurements.at(side), method, list(known.values()))
+        return known[key]
 
 
 class CostModel:
@@ -224,10 +236,10 @@ def schedule_at(
     return PruneSchedule(tuple(points), tuple(tokens))
 
 
-def solve(build: Callable[[float], PruneSchedule], cost: CostModel, budget: float) -> PruneSchedule | None:
-    """The most costly schedule of `build` (level -> schedule, level 0 is dense) within `budget` multiply-adds, or None.
+def solve(build: Callable[[float], PruneSchedule], cost: Spends, budget: float) -> PruneSchedule | None:
+    """The most costly schedule of `build` (level -> schedule, level 0 is dense) within `budget`, or None.
 
-    Found by bisection on the predicted cost; where that is not exact, corrected by what `count_flops` says.
+    By bisection on the predicted cost; where that is not exact, corrected by what `count` says.
     """
     target, best = budget, None
     for _ in range(1 if cost.exact else 5):
@@ -243,7 +255,7 @@ def solve(build: Callable[[float], PruneSchedule], cost: CostModel, budget: floa
     return best
 
 
-def _bisect(build: Callable[[float], PruneSchedule], cost: CostModel, budget: float) -> PruneSchedule | None:
+def _bisect(build: Callable[[float], PruneSchedule], cost: Spends, budget: float) -> PruneSchedule | None:
     low, high = 0.0, 16.0
     if cost.predict(build(high)) > budget:
         return None
@@ -262,11 +274,7 @@ def check_budget(measurements: Measurements, methods: Sequence[Method], fraction
     """Raises UsageError, saying what can be met, if no schedule of `methods` costs as little as `fraction` of dense."""
     if not 0 < fraction < 1:
         raise UsageError(f"a budget lies between 0 and 1 of the dense model's multiply-adds, not at {fraction:g}")
-    stages = measurements.model.stages
-    points = tuple(stage.start + 1 for stage in stages if stage.stop - stage.start > 1)
-    if not points:
-        raise UsageError("no stage of this model has two blocks, so there is no place to prune after")
-    least = PruneSchedule(points, (1,) * len(points))
+    least = smallest(measurements.model.stages)
     lowest = measurements.dense_cost
     for method in {method.reduction: method for method in methods}.values():
         lowest = min(lowest, measurements.multiply_adds(method.settings(least, 0)))
@@ -277,3 +285,11 @@ def check_budget(measurements: Measurements, methods: Sequence[Method], fraction
         hint=f"One patch token left after the first block of every stage costs "
         f"{lowest / measurements.dense_cost:.3f} of them; ask for more.",
     )
+
+
+def smallest(stages: Sequence[Stage]) -> PruneSchedule:
+    """One patch token left after the first block of every stage. UsageError if no stage has two blocks."""
+    points = tuple(stage.start + 1 for stage in stages if stage.stop - stage.start > 1)
+    if not points:
+        raise UsageError("no stage of this model has two blocks, so there is no place to prune after")
+    return PruneSchedule(points, (1,) * len(points))
