@@ -67,7 +67,7 @@ seed: yes
         ("- 1", "r:1:1: must be a mapping of keys to values, not [1]"),
         ("pruning: 3", "r:1:1: pruning: must be a mapping of keys to values, not 3"),
         ("seed: 1", "r:1:1: pruning: is missing"),
-        ("pruning: {}", "r:1:1: pruning: give `keep` (a ratio) or `tokens` (counts)"),
+        ("pruning: {}", "r:1:1: pruning: give `keep` (a ratio), `tokens` (counts) or `image_size`"),
         (
             "pruning:\n  keep: 0.5\n  tokens: [9]",
             "r:3:3: pruning.tokens: give either `keep` or `tokens`, and set the other to null",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -254,10 +255,20 @@ class CompressRequest:
 
     def settings(self, model: Backbone, recipe: Recipe, **chosen: str) -> PruneSettings | None:
         """What `recipe`, resolved from this request, means for `model`. Raises UsageError for what does not fit."""
-        try:
+        with self._named("keep", "tokens", "points", "importance", "reduction", "alignment"):
             return recipe_settings(model, recipe, calibrated=self.calib is not None, **chosen)
+
+    def resized(self, model: Backbone, recipe: Recipe) -> Backbone:
+        """`for_images`; its errors name the option."""
+        with self._named("resize"):
+            return for_images(model, recipe)
+
+    @contextmanager
+    def _named(self, *names: str) -> Iterator[None]:
+        """Around what goes by these options: an error names those that were typed."""
+        try:
+            yield
         except UsageError as error:
-            names = ("keep", "tokens", "points", "importance", "reduction", "alignment")
             typed = " ".join(f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
             raise UsageError(error.what, where=typed or error.where, hint=error.hint) from error
 
@@ -356,7 +367,7 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     """Tokens per block and multiply-adds: what is known without images."""
     reference = request.source.load()
     dense, weights = figures(reference), weights_sha256(reference)
-    model = for_images(reference, recipe)
+    model = request.resized(reference, recipe)
     settings = request.settings(model, recipe)
     if settings is not None:
         model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
@@ -450,7 +461,7 @@ def _compressed(
     target = resolve_device(request.device)
     reference = source.load().to(target)
     dense = figures(reference)
-    model = for_images(source.load(), recipe).to(target)
+    model = request.resized(source.load(), recipe).to(target)
     warnings = source.warnings()
     settings = request.settings(model, recipe)
     if request.calib is None and settings is not None:

@@ -151,13 +151,13 @@ def test_gains_and_losses_are_told_apart_by_words_too(entry: MakeEntry) -> None:
             "speed": speed.model_copy(update={"latency_ratio_interval": ratio}),
         }
         html = page([Entry("a", made.report.model_copy(update=changed), made.images)])
-        return re.findall(r'<td class="(gain|loss|even)">[^<]*(?:<span class="mark">(\w+)</span>)?', html)[:7]
+        return re.findall(r'<td class="(gain|loss|even)">[^<]*(?:<span class="mark">(\w+)</span>)?', html)[:8]
 
-    # top-1, top-5 (no interval), fine-tuned top-1, multiply-adds of all and one direction, latency, images per second
+    # top-1, top-5 (no interval), fine-tuned top-1, multiply-adds of all and one direction, bytes moved, latency, images per second
     better, worse, level = ("gain", "better"), ("loss", "worse"), ("even", "")
-    assert cells((-0.5, -0.1), (0.7, 0.9)) == [worse, level, level, better, better, better, better]
-    assert cells((0.1, 0.5), (1.1, 1.2)) == [better, level, level, better, better, worse, worse]
-    assert cells((-0.5, 0.1), (0.9, 1.1)) == [level, level, level, better, better, level, level]
+    assert cells((-0.5, -0.1), (0.7, 0.9)) == [worse, level, level, better, better, worse, better, better]
+    assert cells((0.1, 0.5), (1.1, 1.2)) == [better, level, level, better, better, worse, worse, worse]
+    assert cells((-0.5, 0.1), (0.9, 1.1)) == [level, level, level, better, better, worse, level, level]
 
 
 def test_how_samples_were_chosen_is_said(entry: MakeEntry) -> None:

@@ -37,6 +37,7 @@ def _cost_rows(report: Report) -> list[Row]:
             f"{dense.bytes_moved / 1e6:.2f} MB",
             f"{pruned.bytes_moved / 1e6:.2f} MB",
             f"{(pruned.bytes_moved - dense.bytes_moved) / 1e6:+.2f} MB",
+            better=_less(dense.bytes_moved, pruned.bytes_moved),
         ),
     ]
 
