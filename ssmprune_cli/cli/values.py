@@ -6,6 +6,7 @@ Each is a parser for Typer, which names the option in front of what the parser s
 from __future__ import annotations
 
 import ast
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ssmprune_cli.errors import RecipeError, shown
-from ssmprune_cli.recipe import Section, Training, explain, find_recipe, suggestion
+from ssmprune_cli.recipe import Section, Training, explain, find_recipe
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -52,7 +53,9 @@ def one_of(names: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text in names:
             return text
-        raise typer.BadParameter(f"{shown(text)!r} is none of {', '.join(names)}; {suggestion(text, names)}")
+        close = difflib.get_close_matches(text, names, n=1)
+        guess = f"; did you mean {close[0]!r}?" if close else ""
+        raise typer.BadParameter(f"{shown(text)!r} is none of {', '.join(names)}{guess}")
 
     return parse
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssmprune_cli.recipe.recipe import Recipe, find_recipe, load_recipe, parse_recipe, read_recipe, shipped_recipes
 from ssmprune_cli.recipe.sections import CalibrationPlan, Pruning, Section, Training
-from ssmprune_cli.recipe.validation import explain, suggestion
+from ssmprune_cli.recipe.validation import explain
 
 __all__ = [
     "CalibrationPlan",
@@ -18,5 +18,4 @@ __all__ = [
     "parse_recipe",
     "read_recipe",
     "shipped_recipes",
-    "suggestion",
 ]

@@ -121,7 +121,7 @@ def test_dry_run_reads_no_images_and_writes_nothing(ssmprune: Run, tmp_path: Pat
     ("options", "code", "message"),
     [
         ([], 2, "how much to keep?"),
-        (["--keep", "1.5"], 2, "'--keep': must be a number above 0 and at most 1"),
+        (["--keep", "1.5"], 2, "'--keep': each must be a number above 0 and at most 1"),
         (["--keep", "0.5", "--points", "9"], 2, "between 1 and 3"),
         (["--keep", "0.5", "--importance", "clipp"], 2, "did you mean 'clip'?"),
         (["--keep", "0.5", "--alignment", "calibrated"], 2, "needs calibration images"),

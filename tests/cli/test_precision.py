@@ -65,4 +65,4 @@ def test_eval(ssmprune: Run) -> None:
     assert abs(wide["top1"] - half["top1"]) <= 0.02
     wrong = ssmprune(*arguments, "--precision", "int4")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "unknown precision 'int4'" in wrong.stderr and "fp32, bf16, fp16" in wrong.stderr
+    assert "'--precision': 'int4' is none of fp32, bf16, fp16" in wrong.stderr and "fp32, bf16, fp16" in wrong.stderr

@@ -153,7 +153,7 @@ def test_gains_and_losses_are_told_apart_by_words_too(entry: MakeEntry) -> None:
         html = page([Entry("a", made.report.model_copy(update=changed), made.images)])
         return re.findall(r'<td class="(gain|loss|even)">[^<]*(?:<span class="mark">(\w+)</span>)?', html)[:8]
 
-    # top-1, top-5 (no interval), fine-tuned top-1, multiply-adds of all and one direction, bytes moved, latency, images per second
+    # top-1, top-5 (no interval), fine-tuned top-1, multiply-adds (two), bytes moved, latency, images per second
     better, worse, level = ("gain", "better"), ("loss", "worse"), ("even", "")
     assert cells((-0.5, -0.1), (0.7, 0.9)) == [worse, level, level, better, better, worse, better, better]
     assert cells((0.1, 0.5), (1.1, 1.2)) == [better, level, level, better, better, worse, worse, worse]
