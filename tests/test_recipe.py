@@ -248,9 +248,18 @@ def test_override_checks_values() -> None:
     with pytest.raises(UsageError) as caught:
         parse_recipe(MINIMAL).override(["pruning.keep=2", "seed=a"])
     assert caught.value.what.splitlines() == [
-        "pruning.keep: must be above 0 and at most 1 (the ratio kept at each point), not 2",
-        "seed: must be a whole number, not 'a'",
+        "--set pruning.keep: must be above 0 and at most 1 (the ratio kept at each point), not 2",
+        "--set seed: must be a whole number, not 'a'",
     ]
+
+
+def test_override_names_the_options_that_values_come_from() -> None:
+    with pytest.raises(UsageError, match=r"^--keep: must be above 0"):
+        parse_recipe(MINIMAL).override(["pruning.keep=2", "seed=1"], {"pruning.keep": "--keep"})
+    with pytest.raises(UsageError, match=r"^--warmup and --set training\.epochs: a warm-up of 5 epochs does not fit"):
+        parse_recipe(MINIMAL).override(
+            ["training.warmup_epochs=5", "training.epochs=2"], {"training.warmup_epochs": "--warmup"}
+        )
 
 
 def test_resolved_keeps_the_ratio_and_makes_the_rest_explicit() -> None:

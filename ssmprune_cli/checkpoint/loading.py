@@ -192,6 +192,8 @@ def _images(reading: Reading) -> dict[str, Any]:
         "interpolation": reading.interpolation,
         "mean": reading.mean,
         "std": reading.std,
+        "squeeze": None if reading.crop is None else False,
+        "channels": None,
     }
 
 
@@ -259,7 +261,7 @@ def _requested(family: str | None, variant: str | None) -> Family | None:
     known = [name for candidate in candidates for name in candidate.variants]
     close = difflib.get_close_matches(variant, known, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    raise UsageError(f"unknown variant {variant!r}.{guess}", hint=f"Known: {', '.join(known)}.")
+    raise UsageError(f"unknown variant {variant!r}.{guess}", where="--variant", hint=f"Known: {', '.join(known)}.")
 
 
 def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Reading) -> Resolved:

@@ -221,7 +221,9 @@ def _choose_copy(path: Path, content: Mapping[Any, Any], weights: str) -> tuple[
         if weights not in _COPIES:
             if not _holds_weights(content.get(weights)):
                 raise UsageError(
-                    f"unknown weights {weights!r}", hint=f"Known: {', '.join(dict.fromkeys([*_COPIES, *known]))}."
+                    f"unknown weights {weights!r}",
+                    where="--weights",
+                    hint=f"Known: {', '.join(dict.fromkeys([*_COPIES, *known]))}.",
                 )
             names = [weights]
         else:

@@ -11,9 +11,26 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import output
+from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli.help import DATA, DEVICE, HOW_MUCH, OUTPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
-from ssmprune_cli.cli.options import BackendName, Evaluations, KeepImageSize, StateFile, TimeLimit, reads_checkpoints
+from ssmprune_cli.cli.options import (
+    MAX_SIDE,
+    AsJson,
+    BackendName,
+    DeviceName,
+    Evaluations,
+    KeepImageSize,
+    StateFile,
+    TimeLimit,
+    choice_option,
+    counts_option,
+    dataset_option,
+    importance_option,
+    ratios_option,
+    reads_checkpoints,
+    seed_option,
+)
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.report import Report
 
@@ -23,84 +40,135 @@ def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     keep: Annotated[
         str | None,
-        typer.Option(
-            help="Ratio of patch tokens kept *at each prune point*: one number for all points (0.6 at three points "
-            "leaves 0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7."
+        ratios_option(
+            "--keep",
+            "Ratio of patch tokens kept *at each prune point*: one number for all points (0.6 at three points leaves "
+            "0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7.",
         ),
     ] = None,
     resize: Annotated[
         int | None,
         typer.Option(
-            help="Side in pixels of smaller images for the model, position embeddings interpolated: alone, or with "
-            "tokens dropped too.",
+            parser=values.number(1, MAX_SIDE, whole=True),
             metavar="PIXELS",
+            help="Side of smaller images for the model, position embeddings interpolated: alone, or with tokens "
+            "dropped too.",
+            rich_help_panel=HOW_MUCH,
         ),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Instead of --keep: patch tokens left after each point: 150,120,90.")
+        str | None,
+        counts_option("--tokens", "Instead of --keep: patch tokens left after each point: 150,120,90.", "150,120"),
     ] = None,
     target_latency_ratio: Annotated[
         float | None,
-        typer.Option(help="Instead of --keep: search for the best that takes this share of the dense model's time."),
-    ] = None,
-    target_speedup: Annotated[
-        float | None, typer.Option(help="The same as how many times as fast: 1.4 is a share of 1/1.4.")
-    ] = None,
-    target_latency: Annotated[
-        float | None, typer.Option(help="Search for the best that takes this many ms a batch on --device.")
-    ] = None,
-    target_flops: Annotated[
-        float | None, typer.Option(help="Search for the best within this share of the dense multiply-adds.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch that is timed.")] = 8,
-    keep_image_size: KeepImageSize = False,
-    evaluations: Evaluations = 200,
-    time_limit: TimeLimit = None,
-    state: StateFile = None,
-    points: Annotated[
-        str | None,
         typer.Option(
-            help="Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth."
+            parser=values.number(above=0, high=1),
+            metavar="RATIO",
+            help="Instead of --keep: search for the best that takes this share of the dense model's time.",
+            rich_help_panel=HOW_MUCH,
         ),
     ] = None,
-    importance: Annotated[
-        str | None,
-        typer.Option(help="Score by which tokens stay: clip, delta, random and more [default: clip]."),
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(
+            parser=values.number(above=1),
+            metavar="TIMES",
+            help="The same as how many times as fast: 1.4 is a share of 1/1.4.",
+            rich_help_panel=HOW_MUCH,
+        ),
     ] = None,
-    reduction: Annotated[
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            parser=values.number(above=0),
+            metavar="MS",
+            help="Search for the best that takes this many ms a batch on --device.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    target_flops: Annotated[
+        float | None,
+        typer.Option(
+            parser=values.number(above=0, high=1),
+            metavar="RATIO",
+            help="Search for the best within this share of the dense multiply-adds.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    points: Annotated[
+        str | None,
+        counts_option(
+            "--points",
+            "Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth.",
+            "5,10,15",
+        ),
+    ] = None,
+    recipe: Annotated[
         str | None,
         typer.Option(
-            help="What becomes of the others. auto, the default, compares a few at equal time on the --calib images."
+            parser=values.recipe,
+            metavar="RECIPE",
+            help="A recipe file or the name of a shipped one.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Overrides the recipe: --set pruning.keep=0.7. May be repeated.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    importance: Annotated[str | None, importance_option("Score by which tokens stay [default: clip]")] = None,
+    reduction: Annotated[
+        str | None,
+        choice_option(
+            "--reduction",
+            ("auto", *values.REDUCTIONS),
+            "What becomes of the other tokens. auto, the default, compares a few at equal time on the --calib images. "
+            "One of",
         ),
     ] = None,
     alignment: Annotated[
         str | None,
-        typer.Option(
-            help="How scans make up for dropped tokens: auto, calibrated, null, neighbour, mass or none. auto, the "
-            "default, is mass for merged and pooled tokens, else calibrated with --calib and null without."
+        choice_option(
+            "--alignment",
+            ("auto", *values.ALIGNMENTS),
+            "How scans make up for dropped tokens. auto, the default, is mass for merged and pooled tokens, else "
+            "calibrated with --calib and null without. One of",
         ),
     ] = None,
+    seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
+    keep_image_size: KeepImageSize = False,
+    evaluations: Evaluations = 200,
+    time_limit: TimeLimit = None,
     calib: Annotated[
-        Path | None, typer.Option(help="Unlabelled calibration images: a folder, a tree of folders or an .npz.")
+        Path | None,
+        typer.Option(
+            help="Unlabelled calibration images: a folder, a tree of folders or an .npz.", rich_help_panel=DATA
+        ),
     ] = None,
-    calib_images: Annotated[int | None, typer.Option(help="How many to use [default: 64; to search 256].")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A recipe file or the name of a shipped one.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, overrides the recipe: --set pruning.keep=0.7")
+    calib_images: Annotated[
+        int | None, typer.Option(min=1, help="How many to use [default: 64; to search 256].", rich_help_panel=DATA)
     ] = None,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Labelled images: accuracy before and after, on the same images.")
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Labelled images: accuracy before and after, on the same images.", rich_help_panel=DATA),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10, cifar100 or npz.")
-    ] = None,
+    dataset: Annotated[str | None, dataset_option("Layout of --data")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many of the --eval-data images, drawn from equal stretches.")
+        int | None,
+        typer.Option(min=1, help="Use so many of the --data images, drawn from equal stretches.", rich_help_panel=DATA),
     ] = None,
     samples: Annotated[
         int,
         typer.Option(
-            min=0, help="Put so many of the --eval-data (or --calib) images into the artefact, for its report; 0: none."
+            min=0,
+            help="Put so many of the --data (or --calib) images into the artefact, for its report; 0: none.",
+            rich_help_panel=DATA,
         ),
     ] = 4,
     max_drop: MaxDrop = None,
@@ -108,23 +176,33 @@ def command(
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
     judge: JudgeBy = "interval",
-    out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artefact.")] = False,
-    reading: Reading = NOTHING_SAID,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int | None, typer.Option(help="Seed of the random score and of the choice of images.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print tokens per block and multiply-adds; read no images, write nothing.")
+    out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.", rich_help_panel=OUTPUT)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing artefact.", rich_help_panel=OUTPUT)
     ] = False,
+    state: StateFile = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print tokens per block and multiply-adds; read no images, write nothing.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    reading: Reading = NOTHING_SAID,
+    device: DeviceName = "cpu",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
+    ] = 8,
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
 
     Writes a folder with model.safetensors, config.json, recipe.yaml, report.html, report.json and a README.md. The
     input is never changed. --keep is the ratio kept at each point, the keep rate of the literature. With a target,
     points, token counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense
-    model on the --calib images; the report then says what was tried. With --max-drop, --eval-data and nothing else, the
+    model on the --calib images; the report then says what was tried. With --max-drop, --data and nothing else, the
     fastest model is searched for that provably loses no more.
     """
     from ssmprune_cli.kernels import use_backend
@@ -155,7 +233,7 @@ def command(
         calib_images=calib_images,
         recipe=recipe,
         overrides=tuple(overrides or ()),
-        eval_data=eval_data,
+        data=data,
         dataset=dataset,
         limit=limit,
         samples=samples,

@@ -10,7 +10,8 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, PrecisionName, reads_checkpoints
+from ssmprune_cli.cli.help import DEVICE, INPUT
+from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
 @reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
-    compare: Annotated[Path | None, typer.Option(help="A second model, timed side by side.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median is reported.")] = 10,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    compare: Annotated[
+        Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
+    ] = None,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.", rich_help_panel=DEVICE)] = 8,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Timed rounds; the median is reported.", rich_help_panel=DEVICE)
+    ] = 10,
+    device: DeviceName = "cpu",
     precision: PrecisionName = "fp32",
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count parameters and multiply-adds, and measure latency, where the time goes, throughput and peak memory.
 

@@ -35,11 +35,11 @@ from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
 from ssmprune_cli.models.resizing import before_resizing, resize, sides
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
 
-FAMILIES.register(VIM.name, VIM)
-FAMILIES.register(VIDEOMAMBA.name, VIDEOMAMBA)
-FAMILIES.register(MAMBA_REG.name, MAMBA_REG)
-FAMILIES.register(PLAINMAMBA.name, PLAINMAMBA)
-FAMILIES.register(VMAMBA.name, VMAMBA)
+FAMILIES.register("vim", VIM)
+FAMILIES.register("videomamba", VIDEOMAMBA)
+FAMILIES.register("mambar", MAMBA_REG)
+FAMILIES.register("plainmamba", PLAINMAMBA)
+FAMILIES.register("vmamba", VMAMBA)
 
 __all__ = [
     "FAMILIES",

@@ -219,12 +219,14 @@ class SampleStage(Section):
 class Sample(Section):
     """One image, its file in the artefact (as the model sees it), and what is left of it after each prune point.
 
-    label  its class, or None if that is not known
+    label   its class, or None if that is not known
+    chosen  because the answers to it differ, or at random
     """
 
     name: str
     file: str
     label: int | None = None
+    chosen: Literal["changed", "random"] = "random"
     predicted_dense: int
     predicted_pruned: int
     stages: tuple[SampleStage, ...]

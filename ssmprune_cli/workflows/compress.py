@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from ssmprune_cli.pruning import (
     known_methods,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
-from ssmprune_cli.report import Figures, ReductionTrial, Report, SpeedFacts, TargetFacts
+from ssmprune_cli.report import Figures, ReductionTrial, Report, Sample, SpeedFacts, TargetFacts
 from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.evaluate import evaluate, identity
 from ssmprune_cli.workflows.fastest import fastest
@@ -48,6 +49,7 @@ from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, open_
 from ssmprune_cli.workflows.search import Limits as SearchLimits
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import Budget, load_images, run
+from ssmprune_cli.workflows.write import check_place
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -64,11 +66,11 @@ class CompressRequest:
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
-                   `limits.max_drop`: search for the fastest that loses no more on `eval_data`
+                   `limits.max_drop`: search for the fastest that loses no more on `data`
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
-    eval_data      labelled images, of the kind `dataset`, on which both models are judged; `limit` of them
+    data      labelled images, of the kind `dataset`, on which both models are judged; `limit` of them
     samples        so many of them (or of the calibration images) are put into the artefact, for its report
     dry_run        read no images and write nothing
     command        how to do it again, for the report
@@ -95,7 +97,7 @@ class CompressRequest:
     calib_images: int | None = None
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
-    eval_data: Path | None = None
+    data: Path | None = None
     dataset: str | None = None
     limit: int | None = None
     samples: int = 4
@@ -125,7 +127,7 @@ class CompressRequest:
         """Whether the fastest model within `limits.max_drop` is searched for."""
         amounts = any(each is not None for each in (self.resize, self.keep, self.tokens, self.points, self.recipe))
         said = amounts or self.targets or any(text.startswith("pruning.") for text in self.overrides)
-        return self.limits.max_drop is not None and self.eval_data is not None and not said
+        return self.limits.max_drop is not None and self.data is not None and not said
 
     @property
     def searched(self) -> bool:
@@ -160,21 +162,21 @@ class CompressRequest:
         if not self._says_what_to_keep and not self._says_which_images:
             raise UsageError(
                 "how fast is the model to be?",
-                hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--eval-data`, `--keep 0.6`, "
+                hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--data`, `--keep 0.6`, "
                 "`--tokens 150,120,90`, `--resize PIXELS` (smaller images) or `--recipe FILE`.",
             )
-        typed = {key for key, _ in self._settings()}
+        typed = {key for key, _, _ in self._settings()}
         for text in self.overrides:
             key = text.partition("=")[0].strip()
             if key in typed:
                 raise UsageError(f"another option says what {key} is: give one of them", where=f"--set {text}")
         if self.calib is None and self.calib_images is not None:
             raise UsageError("--calib-images needs --calib, the images to choose from")
-        if self.eval_data is None:
+        if self.data is None:
             for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
                 if value is not None:
-                    raise UsageError(f"{option} needs --eval-data, the images that it is about")
-            self.limits.require(("max_drop", "min_accuracy"), "--eval-data, the images to measure accuracy on")
+                    raise UsageError(f"{option} needs --data, the images that it is about")
+            self.limits.require(("max_drop", "min_accuracy"), "--data, the images to measure accuracy on")
         if self.dry_run:
             measured = ("max_drop", "min_accuracy", "max_latency_ratio")
             self.limits.require(measured, "a run: nothing is measured in a dry run")
@@ -213,34 +215,35 @@ class CompressRequest:
         if self.dry_run:
             raise UsageError("a search reads images, so it cannot be a dry run")
 
-    def _settings(self) -> list[tuple[str, str | int | None]]:
-        """Keys of a recipe that options set, and their values as YAML."""
-        settings: list[tuple[str, str | int | None]] = []
+    def _settings(self) -> list[tuple[str, str | int, str]]:
+        """Keys of a recipe that options set, their values as YAML, and the options."""
+        settings: list[tuple[str, str | int | None, str]] = []
         if self.keep is not None:
-            settings += [("pruning.keep", _list(self.keep)), ("pruning.tokens", "null")]
+            settings += [("pruning.keep", _list(self.keep), "--keep"), ("pruning.tokens", "null", "--keep")]
         if self.tokens is not None:
-            settings += [("pruning.tokens", f"[{self.tokens}]"), ("pruning.keep", "null")]
+            settings += [("pruning.tokens", f"[{self.tokens}]", "--tokens"), ("pruning.keep", "null", "--tokens")]
         if not self._says_what_to_keep:
-            settings.append(("pruning.keep", "null"))  # smaller images alone
+            settings.append(("pruning.keep", "null", "--resize"))  # smaller images alone
         settings += [
-            ("pruning.image_size", self.resize),
-            ("pruning.points", None if self.points is None else f"[{self.points}]"),
-            ("pruning.importance", self.importance),
-            ("pruning.reduction", self.reduction),
-            ("pruning.alignment", self.alignment),
-            ("calibration.images", self.calib_images),
-            ("calibration.seed", self.seed),
-            ("seed", self.seed),
+            ("pruning.image_size", self.resize, "--resize"),
+            ("pruning.points", None if self.points is None else f"[{self.points}]", "--points"),
+            ("pruning.importance", self.importance, "--importance"),
+            ("pruning.reduction", self.reduction, "--reduction"),
+            ("pruning.alignment", self.alignment, "--alignment"),
+            ("calibration.images", self.calib_images, "--calib-images"),
+            ("calibration.seed", self.seed, "--seed"),
+            ("seed", self.seed, "--seed"),
         ]
-        return [(key, value) for key, value in settings if value is not None]
+        return [(key, value, option) for key, value, option in settings if value is not None]
 
     def resolved(self) -> Recipe:
         """The recipe to follow; a search replaces its pruning section. Raises RecipeError or UsageError."""
         base = Recipe(pruning=_KEEP_ALL) if self.recipe is None else load_recipe(self.recipe)
-        settings = [f"{key}={value}" for key, value in self._settings()]
+        settings = [f"{key}={value}" for key, value, _ in self._settings()]
         if self.searched and self.calib_images is None:
             settings.append(f"calibration.images={SEARCH_IMAGES}")
-        recipe = base.override([*settings, *self.overrides])
+        options = {key: option for key, _, option in self._settings()}
+        recipe = base.override([*settings, *self.overrides], options)
         if not recipe.pruning.drops_tokens:
             for name in ("importance", "reduction", "alignment"):
                 if getattr(self, name) is not None or any(
@@ -248,6 +251,25 @@ class CompressRequest:
                 ):
                     raise UsageError("is about dropping tokens, and none are: give --keep too", where=f"--{name}")
         return recipe
+
+    def settings(self, model: Backbone, recipe: Recipe, **chosen: str) -> PruneSettings | None:
+        """What `recipe`, resolved from this request, means for `model`. Raises UsageError for what does not fit."""
+        with self._named("keep", "tokens", "points", "importance", "reduction", "alignment"):
+            return recipe_settings(model, recipe, calibrated=self.calib is not None, **chosen)
+
+    def resized(self, model: Backbone, recipe: Recipe) -> Backbone:
+        """`for_images`; its errors name the option."""
+        with self._named("resize"):
+            return for_images(model, recipe)
+
+    @contextmanager
+    def _named(self, *names: str) -> Iterator[None]:
+        """Around what goes by these options: an error names those that were typed."""
+        try:
+            yield
+        except UsageError as error:
+            typed = " ".join(f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
+            raise UsageError(error.what, where=typed or error.where, hint=error.hint) from error
 
 
 @dataclass(frozen=True)
@@ -277,6 +299,7 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
         report = _planned(request, recipe)
         return CompressResult(report, None, report.warnings)
     checkpoint.check_writable(out, overwrite=request.overwrite)
+    check_place(request.state, "--state")
     resolve_device(request.device)
     evaluation = _evaluation(request)  # what is wrong with it is said before a search, which may take an hour
     if not request.searched:
@@ -291,11 +314,11 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
 
 def _evaluation(request: CompressRequest) -> ImageDataset | None:
     """The labelled images. Raises DataError if the model cannot be judged on them."""
-    if request.eval_data is None:
+    if request.data is None:
         return None
     model = request.source.load()
     task = TASKS.get(model.task)
-    dataset = task.open(request.eval_data, request.dataset)
+    dataset = task.open(request.data, request.dataset)
     task.check(model, dataset)
     return dataset
 
@@ -344,8 +367,8 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     """Tokens per block and multiply-adds: what is known without images."""
     reference = request.source.load()
     dense, weights = figures(reference), weights_sha256(reference)
-    model = for_images(reference, recipe)
-    settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
+    model = request.resized(reference, recipe)
+    settings = request.settings(model, recipe)
     if settings is not None:
         model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
     report = _report(request.source, model, recipe, dense, {"weights_sha256": weights})
@@ -447,9 +470,9 @@ def _compressed(
     target = resolve_device(request.device)
     reference = source.load().to(target)
     dense = figures(reference)
-    model = for_images(source.load(), recipe).to(target)
+    model = request.resized(source.load(), recipe).to(target)
     warnings = source.warnings()
-    settings = recipe_settings(model, recipe, calibrated=request.calib is not None)
+    settings = request.settings(model, recipe)
     if request.calib is None and settings is not None:
         text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
         warnings.append(text)
@@ -470,7 +493,7 @@ def _compressed(
             progress("Comparing reductions")
         tried = _choose_reduction(request, model, recipe, settings, images, dense_logits)
         best = next(each.reduction for each in tried if each.chosen)
-        settings = recipe_settings(model, recipe, calibrated=True, reduction=best)
+        settings = request.settings(model, recipe, reduction=best)
     seen = _prune_on(images, dense_logits, model, settings, recipe, progress)
     result = None
     if evaluation is not None:
@@ -481,7 +504,14 @@ def _compressed(
     warnings += _slow(speed)
     chosen = evaluation if evaluation is not None else images
     differs = settings is None or drops
-    drawn, files = samples(model, reference, chosen, request.samples, target) if chosen and differs else ((), {})
+    drawn: tuple[Sample, ...] = ()
+    files: dict[str, bytes] = {}
+    if chosen and differs and request.samples:
+        if TASKS.get(model.task).one_class:
+            changed = None if result is None else result.changed
+            drawn, files = samples(model, reference, chosen, request.samples, target, changed)
+        else:
+            warnings.append(f"A report on {model.task} has no sample images: it cannot show the answers.")
     provenance = {
         "weights_sha256": weights_sha256(reference),
         "calibration_images": seen.images if seen else 0,

@@ -33,7 +33,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def resized(ssmprune: Run, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compressed") / "model"
-    options = ("--eval-data", images, "--dataset", "npz", "--max-flops", "0.6", "--samples", "1")
+    options = ("--data", images, "--dataset", "npz", "--max-flops", "0.6", "--samples", "1")
     done = ssmprune("compress", CHECKPOINT, "--resize", "48", *options, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "Image 64 -> 48 pixels." in done.stdout and "resized" in done.stdout and "Keep ratio" not in done.stdout
@@ -64,7 +64,7 @@ def test_both_models_are_judged_on_the_same_images_each_in_its_own_way(
     ssmprune: Run, resized: Path, images: Path
 ) -> None:
     done = ssmprune(
-        *("eval", resized, "--compare", CHECKPOINT, "--dataset", "npz", "--data-dir", images, "--json"),
+        *("eval", resized, "--compare", CHECKPOINT, "--dataset", "npz", "--data", images, "--json"),
         *("--max-drop", "100", "--max-flops", "0.6"),
     )
     assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def test_visualize_says_why_there_is_nothing_to_draw(
 def test_a_fine_tuned_one_stays_what_it_is_and_has_no_dense_model_any_more(
     ssmprune: Run, resized: Path, images: Path, tmp_path: Path
 ) -> None:
-    options = ("--dataset", "npz", "--data-dir", images, "--epochs", "1", "--batch-size", "8")
+    options = ("--dataset", "npz", "--data", images, "--epochs", "1", "--batch-size", "8")
     done = ssmprune("finetune", resized, *options, "--out", tmp_path / "tuned")
     assert done.returncode == 0, done.stderr
     last = tmp_path / "tuned" / "last"

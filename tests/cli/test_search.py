@@ -136,7 +136,7 @@ def test_compress_for_a_time_and_for_the_fastest_within_a_loss(ssmprune: Run, tm
     assert done.returncode == 2 and "0.001 of the dense model's time cannot be reached" in done.stderr
     assert "a batch takes" in done.stderr and not (tmp_path / "no").exists()
     # Nobody loses less than nothing: the nearest is written, and the exit code says that it is not met.
-    judged = ("--dataset", "npz", "--eval-data", data, "--limit", "200", "--max-drop", "-50")
+    judged = ("--dataset", "npz", "--data", data, "--limit", "200", "--max-drop", "-50")
     done = ssmprune("compress", DEMO, *judged, *few, "--out", tmp_path / "drop", "--json")
     assert done.returncode == 3 and "--max-drop allows -50" in done.stderr, done.stderr
     report = json.loads(done.stdout)
@@ -185,7 +185,7 @@ def test_compare_at_equal_cost(ssmprune: Run, images: Path, tmp_path: Path) -> N
         "--dense",
         CHECKPOINT,
     )
-    done = ssmprune("compare", CHECKPOINT, "--data-dir", images, *options, "--plot", plot, "--json")
+    done = ssmprune("compare", CHECKPOINT, "--data", images, *options, "--plot", plot, "--json")
     assert done.returncode == 0, done.stderr
     dense, other, drop, context, smaller = json.loads(done.stdout)["rows"]
     assert dense["share"] == other["share"] == 1 and dense["divergence"] == 0 and other["divergence"] is None
@@ -215,7 +215,7 @@ def test_the_table_of_published_methods(ssmprune: Run, tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "vim_t_midclstok_76p1acc.pth")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
     np.savez(tmp_path / "two.npz", images=pixels, labels=np.array([3, 999]))
-    options = ("--data-dir", tmp_path / "two.npz", "--dataset", "npz", "--checkpoints", tmp_path, "--rounds", "1")
+    options = ("--data", tmp_path / "two.npz", "--dataset", "npz", "--checkpoints", tmp_path, "--rounds", "1")
     done = ssmprune("compare", "--table", "imagenet-vim", *options, "--batch-size", "2", "--json")
     assert done.returncode == 0, done.stderr
     assert "vim_s_midclstok_80p5acc.pth is not in" in done.stderr
@@ -229,7 +229,7 @@ def test_the_table_of_published_methods(ssmprune: Run, tmp_path: Path) -> None:
 
 
 def test_the_table_without_its_checkpoints_says_which(ssmprune: Run, images: Path, tmp_path: Path) -> None:
-    options = ("--dataset", "npz", "--data-dir", images, "--checkpoints", tmp_path)
+    options = ("--dataset", "npz", "--data", images, "--checkpoints", tmp_path)
     done = ssmprune("compare", "--table", "imagenet-vim", *options)
     assert done.returncode == 2
     assert "vim_s_midclstok_80p5acc.pth is not in" in done.stderr

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ssmprune_cli.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     INTERPOLATIONS,
+    Channels,
     Interpolation,
     Preprocessing,
     Triple,
@@ -37,7 +38,9 @@ class ImageConfig:
 
     eval_crop_ratio  the part of the resized image that the centre crop keeps; None where it is not known
     interpolation    of the resizing
-    mean, std        of the channels, for images scaled to 0..1
+    mean, std        of the channels in the model's order, for images scaled to 0..1
+    squeeze          both sides are resized, and not the short one alone
+    channels         their order
     resized_from     height and width of the images that the dense model takes, where `resize` has changed them since
     """
 
@@ -45,6 +48,8 @@ class ImageConfig:
     interpolation: Interpolation = "bicubic"
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+    squeeze: bool = False
+    channels: Channels = "rgb"
     resized_from: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +57,8 @@ class ImageConfig:
             raise UsageError(f"a crop keeps a part of the image from 0.01 to 1, not {self.eval_crop_ratio:g}")
         if self.interpolation not in INTERPOLATIONS:
             raise UsageError(f"the interpolation is {' or '.join(INTERPOLATIONS)}, not {self.interpolation!r}")
+        if self.channels not in get_args(Channels):
+            raise UsageError(f"the channels are {' or '.join(get_args(Channels))}, not {self.channels!r}")
         for name in ("mean", "std"):
             values = tuple(getattr(self, name))  # a list from JSON
             object.__setattr__(self, name, values)
@@ -204,7 +211,8 @@ class Backbone(nn.Module, ABC):
         config: ImageConfig = self.config
         if height != width:
             raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
-        ratio = 1.0 if max(config.resized_from or self.image_size) <= SMALL_SIDE else config.eval_crop_ratio
+        small = max(config.resized_from or self.image_size) <= SMALL_SIDE
+        ratio = 1.0 if small else config.eval_crop_ratio
         if ratio is None:
             raise UsageError(
                 "neither the weights nor the file say how images are resized and cropped for this model",
@@ -212,7 +220,15 @@ class Backbone(nn.Module, ABC):
                 "the centre is cropped, as published models are evaluated) or another ratio; `--interpolation` is "
                 "bicubic unless you say otherwise.",
             )
-        return Preprocessing(int(height / ratio), height, config.interpolation, config.mean, config.std)
+        return Preprocessing(
+            int(height / ratio),
+            height,
+            config.interpolation,
+            config.mean,
+            config.std,
+            config.squeeze and not small,
+            config.channels,
+        )
 
 
 @dataclass(frozen=True)
@@ -226,7 +242,7 @@ class Hints:
     stride                of the patches, in pixels
     settings              what the file states, by lower-case name: each value once
     refused               name of a field here, to what the file says of it and is not done here
-    eval_crop_ratio, interpolation, mean, std: see ImageConfig
+    eval_crop_ratio, interpolation, mean, std, squeeze, channels: see ImageConfig
     """
 
     filename: str = ""
@@ -239,6 +255,8 @@ class Hints:
     interpolation: Interpolation | None = None
     mean: Triple | None = None
     std: Triple | None = None
+    squeeze: bool | None = None
+    channels: Channels | None = None
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 

@@ -103,6 +103,11 @@ def finetune(
     Ctrl-C or SIGTERM saves after the update at hand, and the result says `interrupted`. Raises SsmpruneError for a
     folder without room, data that do not fit, and a training that diverges.
     """
+    if not TASKS.get(model.task).one_class:
+        raise UsageError(
+            f"a model for {model.task} cannot be fine-tuned: the training is one of image classes",
+            hint="`ssmprune compress` takes it as it is.",
+        )
     settings = job.settings
     resolve_device(job.device)  # raises now: without the device, Accelerate would take a CPU and say nothing
     for images in (data.training, data.validation):

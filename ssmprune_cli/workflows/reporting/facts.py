@@ -10,16 +10,70 @@ from ssmprune_cli.tasks import TASKS, Loss
 from ssmprune_cli.workflows.reporting.rows import giga
 
 
-def title(name: str, report: Report) -> str:
+def name(given: str, report: Report) -> str:
+    """What a model is called: as given, or else by the file that it was made from."""
+    return given or str(report.provenance.get("input", report.family))
+
+
+def title(given: str, report: Report) -> str:
     """What the model is and what it costs, in a line."""
-    name = name or str(report.provenance.get("input", report.family))
+    own = name(given, report)
     if report.pruned is None:
-        return f"{name}: all tokens kept"
+        return f"{own}: all tokens kept"
     task, compared = TASKS.get(report.task), judged(report)
     lost = "" if compared is None else f", {task.metric} {100 * task.change(compared).value:+.2f} points"
     saved = saving(report)
     work = f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"
-    return f"{name}: {', '.join([pace(report), work, *resizing(report)])}{lost}"
+    return f"{own}: {', '.join([pace(report), work, *resizing(report)])}{lost}"
+
+
+def gain(report: Report) -> bool | None:
+    """Whether the pruned model is faster than the dense one; None if that was not measured or cannot be told."""
+    if report.speed is None:
+        return None
+    low, high = report.speed.latency_ratio_interval
+    return True if high < 1 else False if low > 1 else None
+
+
+def kind(better: bool | None) -> str:
+    """The class of a change on the page."""
+    return "even" if better is None else "gain" if better else "loss"
+
+
+def verdict(report: Report) -> str:
+    """Faster or not, first of all; then what it costs."""
+    if report.pruned is None:
+        return "All tokens are kept: there is nothing to compare."
+    speed, task, compared = report.speed, TASKS.get(report.task), judged(report)
+    if speed is None:
+        text = "Speed was not measured."
+    else:
+        low, high = speed.latency_ratio_interval
+        word = {True: "Faster", False: "Slower", None: "No faster, as far as the timing tells"}[gain(report)]
+        ends = f"95 % interval {1 / high:.2f} to {1 / low:.2f}"
+        text = f"{word}: {1 / speed.latency_ratio:.2f} times the dense model's speed ({ends})."
+    saved = saving(report)
+    parts = [f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds", *resizing(report)]
+    if compared is not None:
+        change = task.change(compared)
+        within = ""
+        if change.interval is not None:
+            within = f" (95 % interval {100 * change.interval[0]:+.2f} to {100 * change.interval[1]:+.2f})"
+        parts.append(f"{task.metric} {100 * change.value:+.2f} points{within}")
+    return f"{text} {'; '.join(parts)}."
+
+
+def drawn(report: Report) -> str:
+    """How the sample images were chosen."""
+    changed, count = sum(sample.chosen == "changed" for sample in report.samples), len(report.samples)
+    if not changed:
+        return "The images are random ones."
+    if changed == 1:
+        return f"The first of the {count} images was chosen because its answer changed; the others are random ones."
+    return (
+        f"The first {changed} of the {count} images were chosen because their answers changed; the others are random "
+        "ones."
+    )
 
 
 def resizing(report: Report) -> list[str]:
@@ -31,10 +85,10 @@ def pace(report: Report) -> str:
     """Whether the pruned model is faster than the dense one, as far as the timing tells."""
     if report.speed is None:
         return "speed not measured"
-    ratio, (low, high) = report.speed.latency_ratio, report.speed.latency_ratio_interval
-    if high < 1:
+    ratio, better = report.speed.latency_ratio, gain(report)
+    if better:
         return f"{1 / ratio:.2f} times as fast"
-    if low > 1:
+    if better is False:
         return f"slower, {ratio:.2f} times the time"
     return "no faster, as far as the timing tells"
 
@@ -229,7 +283,7 @@ def unmeasured(report: Report) -> list[str]:
     if report.pruned is None:
         return []
     quality = TASKS.get(report.task).quality.capitalize()
-    reason = f"{quality} was not measured (--eval-data)."
+    reason = f"{quality} was not measured (--data)."
     if report.finetuning is not None:
         reason = f"{quality} was not compared with the dense model since the fine-tuning (ssmprune eval --compare)."
     missing = [

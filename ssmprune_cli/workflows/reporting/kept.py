@@ -123,8 +123,10 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
 
 
 def pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3)."""
+    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     scaled = ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    if preprocessing.channels == "bgr":
+        scaled = scaled.flip(1)
     result: NDArray[np.uint8] = scaled.permute(0, 2, 3, 1).numpy()
     return result

@@ -33,7 +33,7 @@ from ssmprune_cli.workflows.trials import (
     check_time,
     load_images,
 )
-from ssmprune_cli.workflows.write import write_text
+from ssmprune_cli.workflows.write import check_folder, check_place, write_text
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -120,8 +120,8 @@ def search_to_folder(
 
     Raises UsageError if there are files in `out`, unless they may be replaced.
     """
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UsageError("the folder is not empty", where=str(out), hint="Choose another, or give `--overwrite`.")
+    check_folder(out, "--overwrite", allowed=overwrite)
+    check_place(plan.state, "--state")
     if plan.state is None:
         plan = replace(plan, state=state_file(out))
     result = search(source, plan, progress)
