@@ -80,10 +80,23 @@ def command(
             "default, is mass for merged and pooled tokens, else calibrated with --calib and null without."
         ),
     ] = None,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            help="What to mend after calibration, without labels: head (a head fitted to the dense model's answers), "
+            "head+side (one that also sees means of the dropped tokens), none, or auto, the default: the better of "
+            "both. It is kept only if it is clearly better on images held back."
+        ),
+    ] = None,
     calib: Annotated[
         Path | None, typer.Option(help="Unlabelled calibration images: a folder, a tree of folders or an .npz.")
     ] = None,
-    calib_images: Annotated[int | None, typer.Option(help="How many to use [default: 64; to search 256].")] = None,
+    calib_images: Annotated[
+        int | None,
+        typer.Option(
+            help="How many to use [default: 1024, if there are so many; to search, or without a repair, fewer]."
+        ),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe file or the name of a shipped one.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, overrides the recipe: --set pruning.keep=0.7")
@@ -151,6 +164,7 @@ def command(
         importance=importance,
         reduction=reduction,
         alignment=alignment,
+        repair=repair,
         calib=calib,
         calib_images=calib_images,
         recipe=recipe,
@@ -181,7 +195,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import resizing, verdicts
+    from ssmprune_cli.workflows.reporting import repaired, resizing, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -228,6 +242,7 @@ def _tables(report: Report) -> Group:
             f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
             f"reduction {pruning.reduction}, alignment {pruning.alignment}."
         )
+    notes += repaired(report)
     notes += verdicts(report.limits)
     return Group(table, lengths, *notes)
 
