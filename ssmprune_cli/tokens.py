@@ -13,7 +13,8 @@ from operator import or_
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,26 @@ class Dropped:
         """The tokens at `index` (B, K)."""
         size = None if self.size is None else self.size.gather(1, index)
         return Dropped(gather_tokens(self.stream, index), self.positions.gather(1, index), size)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a pruner makes up at the head for what was dropped. C classes, d features.
+
+    side  (B, d) added to what the head sees, or None
+    head  weight (C, d) and bias (C,) of a head in the place of the model's, or None
+    """
+
+    side: Tensor | None = None
+    head: tuple[Tensor, Tensor] | None = None
+
+    def logits(self, pooled: Tensor, layer: nn.Linear) -> Tensor:
+        """(B, C) of `pooled` (B, d), what the model's own head, `layer`, would see."""
+        features = pooled if self.side is None else pooled + self.side
+        if self.head is not None:
+            return functional.linear(features, *self.head)
+        logits: Tensor = layer(features)
+        return logits
 
 
 Fate = Literal["gone", "context", "frozen"]
@@ -109,6 +130,7 @@ class TokenSequence:
     pooled    whether frozen tokens reach the scans through the live token nearest to each, in its step
     gone      dropped tokens that wait for `restored`
     restorable  whether `restored` will be asked for, in models that make the grid whole again
+    readout   what the pruner has to say at the head; None for nothing
     geometry  what has been derived from the positions
     """
 
@@ -124,15 +146,23 @@ class TokenSequence:
     pooled: bool = False
     gone: Dropped | None = None
     restorable: bool = False
+    readout: Readout | None = None
     # A function, since torch.compile (2.13) cannot call the class from here.
     geometry: Geometry = field(default_factory=lambda: Geometry(), compare=False, repr=False)
 
     @classmethod
-    def dense(cls, hidden: Tensor, protected: tuple[int, ...] = (), *, restorable: bool = False) -> TokenSequence:
+    def dense(
+        cls,
+        hidden: Tensor,
+        protected: tuple[int, ...] = (),
+        *,
+        restorable: bool = False,
+        readout: Readout | None = None,
+    ) -> TokenSequence:
         """All tokens of `hidden` (B, L, d), none dropped yet."""
         batch, length = hidden.shape[0], hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(batch, length)
-        return cls(hidden, None, positions, length, protected, restorable=restorable)
+        return cls(hidden, None, positions, length, protected, restorable=restorable, readout=readout)
 
     @property
     def is_dense(self) -> bool:
@@ -163,6 +193,17 @@ class TokenSequence:
             geometry=Geometry(),
             **fates,  # type: ignore[arg-type]
         )
+
+    def lost(self, after: TokenSequence) -> Tensor:
+        """(B, M, d): `stream` of the tokens that `after`, a reduction of this sequence, does not hold any more."""
+        stays = self.positions.new_zeros(len(self.positions), self.length).scatter(
+            1, after.positions, torch.ones_like(after.positions)
+        )
+        order = stays.gather(1, self.positions).argsort(dim=1, stable=True)
+        index = order[:, : self.positions.shape[1] - after.positions.shape[1]]
+        rows = _rows(index, self.hidden.shape[1])
+        residual = None if self.residual is None else _take(self.residual, index, rows)
+        return _stream(_take(self.hidden, index, rows), residual)
 
     def retire(self) -> TokenSequence:
         """Frozen tokens stop feeding anything."""

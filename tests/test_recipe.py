@@ -32,7 +32,7 @@ def test_minimal_recipe_takes_the_defaults() -> None:
     assert recipe == Recipe(pruning=Pruning(keep=0.8))
     assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="auto")
     assert recipe.pruning.alignment == "auto"
-    assert recipe.calibration == CalibrationPlan(images=64, seed=0, batch_size=16)
+    assert recipe.calibration == CalibrationPlan(images=1024, seed=0, batch_size=16)
 
 
 def test_every_fault_at_once_with_line_and_column() -> None:

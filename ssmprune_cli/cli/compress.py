@@ -141,6 +141,16 @@ def command(
             "calibrated with --calib and null without. One of",
         ),
     ] = None,
+    repair: Annotated[
+        str | None,
+        choice_option(
+            "--repair",
+            values.REPAIRS,
+            "What to mend after calibration, without labels: head (a head fitted to the dense model's answers), "
+            "head+side (one that also sees means of the dropped tokens), none, or auto, the default: the better of "
+            "both. It is kept only if it is clearly better on images held back. One of",
+        ),
+    ] = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
     keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
@@ -152,7 +162,12 @@ def command(
         ),
     ] = None,
     calib_images: Annotated[
-        int | None, typer.Option(min=1, help="How many to use [default: 64; to search 256].", rich_help_panel=DATA)
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many to use [default: 1024, if there are so many; to search, or without a repair, fewer].",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -229,6 +244,7 @@ def command(
         importance=importance,
         reduction=reduction,
         alignment=alignment,
+        repair=repair,
         calib=calib,
         calib_images=calib_images,
         recipe=recipe,
@@ -259,7 +275,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import resizing, verdicts
+    from ssmprune_cli.workflows.reporting import repaired, resizing, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -306,6 +322,7 @@ def _tables(report: Report) -> Group:
             f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
             f"reduction {pruning.reduction}, alignment {pruning.alignment}."
         )
+    notes += repaired(report)
     notes += verdicts(report.limits)
     return Group(table, lengths, *notes)
 

@@ -16,7 +16,7 @@ import typer
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ssmprune_cli.errors import RecipeError, shown
-from ssmprune_cli.recipe import Section, Training, explain, find_recipe
+from ssmprune_cli.recipe import Pruning, Section, Training, explain, find_recipe
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -38,6 +38,7 @@ REDUCTIONS = registered("pruning/reduction/__init__.py", "REDUCTIONS")
 ALIGNMENTS = registered("pruning/alignment.py", "ALIGNMENTS")
 DATASETS = registered("data/__init__.py", "DATASETS")
 PRECISIONS: tuple[str, ...] = get_args(Training.model_fields["precision"].annotation)
+REPAIRS: tuple[str, ...] = get_args(Pruning.model_fields["repair"].annotation)
 BACKENDS = ("auto", *registered("kernels/__init__.py", "BACKENDS"))
 
 

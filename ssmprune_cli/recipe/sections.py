@@ -59,6 +59,9 @@ class Pruning(Section):
     reduction  "auto" is the best of a few at equal time, measured on the calibration images; "context" without any
     alignment  "auto" is the best that is possible, see `pruning.compress.choose_alignment`. YAML's bare
                null means the source of that name
+    repair     after calibration: `head`, a head fitted to the dense model's answers; `head+side`, one that also sees
+               the means of the dropped tokens; "auto", the better of the two. None of them unless it is clearly better
+               on images that are held back; see `pruning.repair`
     """
 
     image_size: PositiveInt | None = None
@@ -68,6 +71,7 @@ class Pruning(Section):
     importance: Name = "clip"
     reduction: Name = "auto"
     alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
+    repair: Literal["auto", "head", "head+side", "none"] = "auto"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)
 
@@ -133,9 +137,12 @@ def _match_points(values: Sequence[object], info: ValidationInfo) -> None:
 
 
 class CalibrationPlan(Section):
-    """How many images are taken, which ones (by `seed`), and how many run at once."""
+    """How many images are taken, if there are so many, which ones (by `seed`), and how many run at once.
 
-    images: PositiveInt = 64
+    A repair takes all of them, and should have 1,024 at least; 64 of them are enough for all else.
+    """
+
+    images: PositiveInt = 1024
     seed: Seed = 0
     batch_size: PositiveInt = 16
 

@@ -42,7 +42,10 @@ class Figures(Section):
 
 
 class PruningFacts(Section):
-    """The settings as resolved for this model: after `points` blocks, `tokens` patch tokens stay."""
+    """The settings as resolved for this model: after `points` blocks, `tokens` patch tokens stay.
+
+    repair  what the pruner holds of one: a head of its own, projections of the dropped tokens ("side"), or both
+    """
 
     points: tuple[int, ...]
     keep: float | tuple[float, ...] | None
@@ -50,6 +53,7 @@ class PruningFacts(Section):
     importance: str
     reduction: str
     alignment: str
+    repair: Literal["none", "head", "head+side", "side"] = "none"
 
 
 class TargetFacts(Section):
@@ -168,6 +172,27 @@ class CalibrationFacts(Section):
     points: tuple[PointFacts, ...]
 
 
+class RepairFacts(Section):
+    """A repair (see `pruning.repair`). Divergences: mean KL(dense || pruned) in nats on images held back from the fit.
+
+    kind                what was accepted
+    images, held_back   unlabelled images in all, and those of them that it was judged on
+    divergence_before   None if nothing was tried
+    divergence_after    None if nothing was accepted; `change_interval` is that of the difference of both
+    refused             kinds that were not accepted, and why
+    seconds             that it took, both models' answers to the images included
+    """
+
+    kind: Literal["none", "head", "head+side"]
+    images: int
+    held_back: int
+    divergence_before: float | None
+    divergence_after: float | None
+    change_interval: Interval | None
+    refused: dict[str, str]
+    seconds: float
+
+
 class SearchTrial(Section):
     """What a search tried for `budget`, a share of the dense model's multiply-adds or time. Divergences in nats.
 
@@ -269,6 +294,7 @@ class Report(Section):
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
+    repair       what a repair did after calibration, or None if none was asked for
     target       what a search was asked for, and what came of it
     reductions   those that were compared, if one was to be chosen
     search       what a search tried, if it chose the settings
@@ -293,6 +319,7 @@ class Report(Section):
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None
     reductions: tuple[ReductionTrial, ...] | None = None
+    repair: RepairFacts | None = None
     search: tuple[SearchTrial, ...] | None = None
     sensitivity: tuple[SensitivityFacts, ...] | None = None
     samples: tuple[Sample, ...] = ()

@@ -315,6 +315,7 @@ def _prune(
         alignment=settings.alignment,
         calibration=calibration,
         dense=dense,
+        repair="none",
         seed=settings.seed,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.data import ImageDataset, batches, calibration_images, fingerprint
+from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images, fingerprint
 from ssmprune_cli.errors import MAX_MESSAGE, UsageError, listing, shown
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone, resize, sides
 from ssmprune_cli.pruning import (
+    ALIGNMENT_IMAGES,
     DEFAULT_REDUCTION,
     Calibration,
     PruneSchedule,
@@ -26,11 +27,12 @@ from ssmprune_cli.pruning import (
     choose_alignment,
     compress,
     known_methods,
+    repair,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.report import Figures, ReductionTrial, Report, Sample, SpeedFacts, TargetFacts
 from ssmprune_cli.tasks import TASKS, Estimate
-from ssmprune_cli.workflows.evaluate import evaluate, identity
+from ssmprune_cli.workflows.evaluate import evaluate, identity, spread
 from ssmprune_cli.workflows.fastest import fastest
 from ssmprune_cli.workflows.identity import weights_sha256
 from ssmprune_cli.workflows.limits import Limits
@@ -40,6 +42,7 @@ from ssmprune_cli.workflows.reporting import (
     calibration_facts,
     figures,
     pruning_facts,
+    repair_facts,
     report_files,
     samples,
     speed_facts,
@@ -53,7 +56,7 @@ from ssmprune_cli.workflows.write import check_place
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
-SEARCH_IMAGES = 256  # unless the user says how many: a search needs more to choose by than a calibration
+SEARCH_IMAGES = 256  # unless the user says how many: a search needs more to choose by than an alignment
 _KEEP_ALL = Pruning(keep=1.0)  # of a recipe whose amounts come from elsewhere
 
 
@@ -93,6 +96,7 @@ class CompressRequest:
     importance: str | None = None
     reduction: str | None = None
     alignment: str | None = None
+    repair: str | None = None
     calib: Path | None = None
     calib_images: int | None = None
     recipe: str | None = None
@@ -172,6 +176,8 @@ class CompressRequest:
                 raise UsageError(f"another option says what {key} is: give one of them", where=f"--set {text}")
         if self.calib is None and self.calib_images is not None:
             raise UsageError("--calib-images needs --calib, the images to choose from")
+        if self.calib is None and self.repair not in (None, "none"):
+            raise UsageError("--repair needs --calib, the images to fit it to")
         if self.data is None:
             for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
                 if value is not None:
@@ -230,26 +236,37 @@ class CompressRequest:
             ("pruning.importance", self.importance, "--importance"),
             ("pruning.reduction", self.reduction, "--reduction"),
             ("pruning.alignment", self.alignment, "--alignment"),
+            ("pruning.repair", self.repair, "--repair"),
             ("calibration.images", self.calib_images, "--calib-images"),
             ("calibration.seed", self.seed, "--seed"),
             ("seed", self.seed, "--seed"),
         ]
         return [(key, value, option) for key, value, option in settings if value is not None]
 
+    @property
+    def counts_images(self) -> bool:
+        """Whether it is said how many calibration images there are to be."""
+        said = any(text.partition("=")[0].strip() == "calibration.images" for text in self.overrides)
+        return said or self.calib_images is not None or self.recipe is not None
+
+    def search_images(self, recipe: Recipe) -> int:
+        """How many images a search chooses by; what it finds has those of the recipe."""
+        return recipe.calibration.images if self.counts_images else SEARCH_IMAGES
+
     def resolved(self) -> Recipe:
         """The recipe to follow; a search replaces its pruning section. Raises RecipeError or UsageError."""
         base = Recipe(pruning=_KEEP_ALL) if self.recipe is None else load_recipe(self.recipe)
         settings = [f"{key}={value}" for key, value, _ in self._settings()]
-        if self.searched and self.calib_images is None:
-            settings.append(f"calibration.images={SEARCH_IMAGES}")
         options = {key: option for key, _, option in self._settings()}
         recipe = base.override([*settings, *self.overrides], options)
         if not recipe.pruning.drops_tokens:
-            for name in ("importance", "reduction", "alignment"):
+            for name in ("importance", "reduction", "alignment", "repair"):
                 if getattr(self, name) is not None or any(
                     text.startswith(f"pruning.{name}=") for text in self.overrides
                 ):
                     raise UsageError("is about dropping tokens, and none are: give --keep too", where=f"--{name}")
+        if recipe.pruning.repair == "none" and not self.counts_images:
+            return recipe.override([f"calibration.images={ALIGNMENT_IMAGES}"])
         return recipe
 
     def settings(self, model: Backbone, recipe: Recipe, **chosen: str) -> PruneSettings | None:
@@ -307,7 +324,10 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
         return CompressResult(report, out, report.warnings)
     result = _search(request, recipe, evaluation, progress)
     (found,) = result.found
-    report = _compressed(request, found.recipe, out, evaluation, found, progress)
+    chosen = found.recipe.override(
+        [f"pruning.repair={recipe.pruning.repair}", f"calibration.images={recipe.calibration.images}"]
+    )
+    report = _compressed(request, chosen, out, evaluation, found, progress)
     result.state.remove()
     return CompressResult(report, out, tuple(dict.fromkeys((*result.warnings, *report.warnings))))
 
@@ -335,7 +355,7 @@ def _search(
         latency_ms=request.target_latency,
         resize=not request.keep_image_size,
         batch_size=request.batch_size,
-        calibration=recipe.calibration,
+        calibration=recipe.calibration.model_copy(update={"images": request.search_images(recipe)}),
         seed=recipe.seed,
         limits=SearchLimits(request.evaluations, request.time_limit),
         device=request.device,
@@ -346,7 +366,7 @@ def _search(
     assert evaluation is not None
     searches = open_search(request.source, plan, progress)
     target = resolve_device(request.device)
-    images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
+    images = calibration_images(request.calib, plan.calibration.images, plan.calibration.seed)
     reference = request.source.load().to(target)
     limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
 
@@ -433,17 +453,9 @@ def _prune_on(
     """Prune `model` as `settings` say: None is not at all. `dense_logits` are those of `_dense_logits`."""
     if settings is None:
         return None
-    device = next(model.parameters()).device
-
-    def calibration(dataset: ImageDataset) -> Iterator[Tensor]:
-        done = progress("Calibrating") if progress else None
-        seen = 0
-        for batch in batches(dataset, model.preprocessing, recipe.calibration.batch_size):
-            yield batch.images.to(device)
-            seen += len(batch.images)
-            if done:
-                done(seen, len(dataset))
-
+    parts = None
+    if images is not None:
+        parts = _Batches(images, model, recipe.calibration.batch_size, progress and progress("Calibrating"))
     return compress(
         model,
         points=settings.schedule.points,
@@ -451,8 +463,9 @@ def _prune_on(
         importance=settings.importance,
         reduction=settings.reduction,
         alignment=settings.alignment,
-        calibration=None if images is None else calibration(images),
+        calibration=parts,
         dense=dense_logits,
+        repair="none",
         seed=settings.seed,
     )
 
@@ -479,22 +492,35 @@ def _compressed(
     images = None
     if request.calib is not None:
         images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
-        if len(images) < recipe.calibration.images:
+        if len(images) < recipe.calibration.images and request.counts_images:
             warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
         warnings += images.notes
     if evaluation is not None:
         warnings += evaluation.notes
 
+    kind = recipe.pruning.repair
+    few, rows = images, None  # what all but a repair is chosen and calibrated on
+    if images is not None and kind != "none" and len(images) > ALIGNMENT_IMAGES:
+        rows = spread(len(images), ALIGNMENT_IMAGES)
+        few = Subset(images, rows)
     tried: list[ReductionTrial] = []
     drops = settings is not None and settings.schedule.shortens(model.stages)
     dense_logits = None if images is None else _dense_logits(reference, model, images, recipe)
-    if images is not None and settings is not None and drops and recipe.pruning.reduction == "auto":
+    few_logits = dense_logits if dense_logits is None or rows is None else dense_logits[rows]
+    if few is not None and settings is not None and drops and recipe.pruning.reduction == "auto":
         if progress:
             progress("Comparing reductions")
-        tried = _choose_reduction(request, model, recipe, settings, images, dense_logits)
+        tried = _choose_reduction(request, model, recipe, settings, few, few_logits)
         best = next(each.reduction for each in tried if each.chosen)
         settings = request.settings(model, recipe, reduction=best)
-    seen = _prune_on(images, dense_logits, model, settings, recipe, progress)
+    seen = _prune_on(few, few_logits, model, settings, recipe, progress)
+    repaired = None
+    if images is not None and settings is not None and kind != "none":
+        parts = _Batches(images, model, recipe.calibration.batch_size, progress and progress("Repairing"))
+        repaired = repair(model, parts, kind=kind, runner=prepare(model).with_pruner, dense=dense_logits)
+        warnings += repaired.warnings
+        if kind != "auto" and repaired.kind == "none":
+            warnings.append(f"The repair {kind!r} was refused: {repaired.refused[kind]}.")
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
@@ -514,7 +540,7 @@ def _compressed(
             warnings.append(f"A report on {model.task} has no sample images: it cannot show the answers.")
     provenance = {
         "weights_sha256": weights_sha256(reference),
-        "calibration_images": seen.images if seen else 0,
+        "calibration_images": len(images) if images is not None and settings is not None else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
         "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
     }
@@ -524,6 +550,7 @@ def _compressed(
             "speed": speed,
             "calibration": calibration_facts(seen) if seen else None,
             "reductions": tuple(tried) or None,
+            "repair": repair_facts(repaired) if repaired else None,
             "search": None if found is None else tuple(found.trace()),
             "samples": drawn,
             "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
@@ -545,6 +572,23 @@ def _compressed(
         contents["calibration.json"] = json.dumps({"images": seen.images, "points": points}, indent=1) + "\n"
     checkpoint.save(out, model.cpu(), contents, dense=reference, overwrite=request.overwrite)
     return report
+
+
+class _Batches(Iterable[Tensor]):
+    """The images of `dataset` as `model` takes them, on its device; read anew each time."""
+
+    def __init__(
+        self, dataset: ImageDataset, model: Backbone, batch_size: int, done: Callable[[int, int], None] | None
+    ) -> None:
+        self._dataset, self._model, self._batch_size, self._done = dataset, model, batch_size, done
+
+    def __iter__(self) -> Iterator[Tensor]:
+        device, seen = next(self._model.parameters()).device, 0
+        for batch in batches(self._dataset, self._model.preprocessing, self._batch_size):
+            yield batch.images.to(device)
+            seen += len(batch.images)
+            if self._done:
+                self._done(seen, len(self._dataset))
 
 
 def _choose_reduction(

@@ -25,7 +25,7 @@ from ssmprune_cli.preprocessing import (
     Triple,
 )
 from ssmprune_cli.registry import Registry
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Readout, TokenSequence
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -123,6 +123,18 @@ class Backbone(nn.Module, ABC):
         if self.pruner is None or wanted == "nothing":
             return sequence
         return self.pruner(block, sequence, statistics)
+
+    def classify(self, pooled: Tensor, readout: Readout | None) -> Tensor:
+        """Logits (B, classes) of what the head sees, `pooled` (B, d); a pruner may have something to say to that."""
+        if readout is not None:
+            return readout.logits(pooled, self.output_layer)
+        logits: Tensor = self.output_layer(pooled)
+        return logits
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The layer that makes logits. Raises UsageError for a model without one."""
+        raise UsageError(f"this {self.family} has no classifier")
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class PlainMambaMixer(nn.Module, Mixer):
         self, dim: int, *, grid: tuple[int, int], d_inner: int, d_state: int, d_conv: int, dt_rank: int
     ) -> None:
         super().__init__()
+        self.d_model = dim
         self.d_inner = d_inner
         self.grid = grid
         self.splits = [dt_rank, d_state, d_state]

@@ -20,7 +20,7 @@ from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage,
 from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
 from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2, half_grid
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Readout, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -141,21 +141,25 @@ class VMamba(Backbone):
 
     def stage_outputs(self, images: Tensor) -> Iterator[Tensor]:
         """The whole grid after each stage, before its downsampling: (B, rows, columns, d)."""
+        return (x for x, _ in self._stages(images))
+
+    def _stages(self, images: Tensor) -> Iterator[tuple[Tensor, Readout | None]]:
+        """The same, and what the pruner has to say at the head so far."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 4:
             raise DataError(f"the model takes images (B, 3, H, W) of 4 pixels or more, not {tuple(images.shape)}")
-        block = 0
+        block, readout = 0, None
         x = self.patch_embed(images)
         for layer in self.layers:
             assert isinstance(layer, VMambaStage)
             grid = (x.shape[1], x.shape[2])
-            sequence = TokenSequence.dense(x.flatten(1, 2), restorable=True)  # (B, rows * columns, d)
+            sequence = TokenSequence.dense(x.flatten(1, 2), restorable=True, readout=readout)  # (B, rows * columns, d)
             for each in layer.blocks:
                 alignment, wanted = self.ask_pruner(block, sequence)
                 sequence, statistics = each(sequence, grid, alignment, wanted)
                 sequence = self.prune(block, sequence, statistics, wanted)
                 block += 1
-            x = sequence.restored().unflatten(1, grid)
-            yield x
+            x, readout = sequence.restored().unflatten(1, grid), sequence.readout
+            yield x, readout
             if layer.downsample is not None:
                 x = layer.downsample(x)
 
@@ -171,9 +175,14 @@ class VMamba(Backbone):
         """Logits (B, classes) of normalised images (B, 3, H, W); without classes the last map's mean (B, d)."""
         if not self.config.num_classes:
             return self.feature_maps(images)[-1].mean(dim=(2, 3))
-        *_, x = self.stage_outputs(images)
-        logits: Tensor = self.classifier["head"](self.classifier["norm"](x).mean(dim=(1, 2)))
-        return logits
+        *_, (x, readout) = self._stages(images)
+        return self.classify(self.classifier["norm"](x).mean(dim=(1, 2)), readout)
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        if not self.config.num_classes:
+            return super().output_layer
+        return self.classifier["head"]  # type: ignore[return-value]
 
     @property
     def blocks(self) -> list[Block]:

@@ -11,13 +11,14 @@ import torch
 import ssmprune_cli
 from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models import FAMILIES, Backbone, before_resizing
-from ssmprune_cli.pruning import Calibration, TokenPruner
+from ssmprune_cli.pruning import Calibration, Repaired, TokenPruner
 from ssmprune_cli.report import (
     CalibrationFacts,
     Figures,
     ModelSpeed,
     PointFacts,
     PruningFacts,
+    RepairFacts,
     Report,
     SpeedFacts,
 )
@@ -86,6 +87,7 @@ def pruning_facts(pruner: TokenPruner, keep: float | tuple[float, ...] | None = 
         importance=settings.importance,
         reduction=settings.reduction,
         alignment=settings.alignment,
+        repair=settings.repair,
     )
 
 
@@ -96,6 +98,19 @@ def calibration_facts(calibration: Calibration) -> CalibrationFacts:
         del values["kept_positions"]  # in calibration.json
         points.append(PointFacts(**values))
     return CalibrationFacts(images=calibration.images, points=tuple(points))
+
+
+def repair_facts(repaired: Repaired) -> RepairFacts:
+    return RepairFacts(
+        kind=repaired.kind,
+        images=repaired.images,
+        held_back=repaired.held_back,
+        divergence_before=repaired.before,
+        divergence_after=repaired.after,
+        change_interval=repaired.change,
+        refused=dict(repaired.refused),
+        seconds=repaired.seconds,
+    )
 
 
 def speed_facts(

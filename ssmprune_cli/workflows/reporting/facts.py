@@ -98,6 +98,8 @@ def savings(report: Report) -> str:
     text = "The number of parameters and the size of the file do not change."
     if report.resized_from is not None:
         text = "The parameters do not change, but for position embeddings, which are interpolated."
+    if report.pruning is not None and report.pruning.repair != "none":
+        text += " The repair adds a few of its own."
     if report.speed is None:
         return text
     memory = report.speed.pruned.peak_memory_bytes / report.speed.dense.peak_memory_bytes
@@ -182,6 +184,29 @@ def _reductions(report: Report) -> list[str]:
         for each in report.reductions
     )
     return [f"Divergence of the reductions at equal time, in nats on the calibration images: {shown}."]
+
+
+_REPAIRS = {"head": "head", "head+side": "head and side features"}
+
+
+def repaired(report: Report) -> list[str]:
+    """What the repair did, and what of it was refused; [] if none was asked for."""
+    found = report.repair
+    if found is None:
+        return []
+    refused = [f"{_REPAIRS[kind].capitalize()}: {why}." for kind, why in found.refused.items()]
+    if found.kind == "none" or found.divergence_before is None or found.divergence_after is None:
+        reasons = list(dict.fromkeys(found.refused.values()))  # one may hold for all
+        return [f"Repair: none; {reasons[0]}."] if len(reasons) == 1 else ["Repair: none.", *refused]
+    before, after = found.divergence_before, found.divergence_after
+    within = ""
+    if found.change_interval is not None:
+        within = " (change {:+.3f} to {:+.3f}, 95 %)".format(*found.change_interval)
+    text = (
+        f"Repair: {_REPAIRS[found.kind]}, divergence {before:.3f} to {after:.3f} nats on {found.held_back:,} held-back "
+        f"images{within}."
+    )
+    return [text, *(f"Refused: {reason}" for reason in refused)]
 
 
 def joined(values: Iterable[object]) -> str:
