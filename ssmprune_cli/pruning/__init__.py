@@ -18,7 +18,17 @@ from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
-from ssmprune_cli.pruning.repair import ENOUGH, KINDS, LEAST, Asked, FeaturePruner, Runner, fold_head, repair
+from ssmprune_cli.pruning.repair import (
+    ENOUGH,
+    KINDS,
+    LEAST,
+    Asked,
+    FeaturePruner,
+    Runner,
+    fold_head,
+    judged_rows,
+    repair,
+)
 from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
 
 
@@ -76,6 +86,7 @@ __all__ = [
     "divergence",
     "fit_mass",
     "fold_head",
+    "judged_rows",
     "known_methods",
     "paired",
     "repair",

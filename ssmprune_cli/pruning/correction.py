@@ -58,6 +58,7 @@ class Repaired:
     after      that of the repaired one; None where nothing was accepted
     change     95 % interval of the difference `after` - `before`
     refused    kinds that were not accepted, and why
+    judged     divergences (held_back,) of those images: repaired, or as they were if nothing was accepted
     warnings   what to know before trusting it
     seconds    that it took
     """
@@ -69,5 +70,6 @@ class Repaired:
     after: float | None = None
     change: tuple[float, float] | None = None
     refused: Mapping[str, str] = field(default_factory=dict, repr=False)
+    judged: Tensor | None = field(default=None, repr=False, compare=False)
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0

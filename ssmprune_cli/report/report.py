@@ -197,6 +197,7 @@ class SearchTrial(Section):
     """What a search tried for `budget`, a share of the dense model's multiply-adds or time. Divergences in nats.
 
     multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
+    divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
     """
 
     kind: Literal["flops", "time"]
@@ -205,6 +206,7 @@ class SearchTrial(Section):
     latency_ratio: float | None
     divergence: float | None
     divergence_held_back: float | None
+    divergence_repaired: float | None = None
     recipe: str
     pruning: dict[str, JsonValue]
     chosen: bool

@@ -354,6 +354,8 @@ def _search(
         budgets=() if request.budget is None else (request.budget,),
         latency_ms=request.target_latency,
         resize=not request.keep_image_size,
+        repair=recipe.pruning.repair,
+        repair_images=recipe.calibration.images,
         batch_size=request.batch_size,
         calibration=recipe.calibration.model_copy(update={"images": request.search_images(recipe)}),
         seed=recipe.seed,

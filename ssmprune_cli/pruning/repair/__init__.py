@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ssmprune_cli.pruning.repair.features import FeaturePruner, Runner
-from ssmprune_cli.pruning.repair.repair import ENOUGH, KINDS, LEAST, Asked, fold_head, repair
+from ssmprune_cli.pruning.repair.repair import ENOUGH, KINDS, LEAST, Asked, fold_head, judged_rows, repair
 
-__all__ = ["ENOUGH", "KINDS", "LEAST", "Asked", "FeaturePruner", "Runner", "fold_head", "repair"]
+__all__ = ["ENOUGH", "KINDS", "LEAST", "Asked", "FeaturePruner", "Runner", "fold_head", "judged_rows", "repair"]

@@ -107,7 +107,7 @@ def _repaired(
         bad = "the model's features or the dense model's answers are not finite on these images"
         return Repaired("none", count, refused=dict.fromkeys(kinds, bad)), None
     folds = _folds(count)
-    held_back = torch.cat([held for _, held in folds])
+    held_back = judged_rows(count)
     before = divergence(features.dense, features.pooled @ weight.T + bias)[held_back]
     choices = _choices(features, weight, bias, kinds, folds)
     accepted = {each: choice for each, choice in choices.items() if clearly_less(choice[1], before)}
@@ -118,13 +118,15 @@ def _repaired(
         len(held_back),
         float(before.mean()),
         refused={each: _why(choices[each][1], before) for each in choices if each not in accepted},
+        judged=before,
         warnings=_few(count),
     )
     if best is None:
         return judged, None
     ridge, after = accepted[best]
     mean, error = paired(after, before)
-    judged = replace(judged, after=float(after.mean()), change=(mean - 1.96 * error, mean + 1.96 * error))
+    change = (mean - 1.96 * error, mean + 1.96 * error)
+    judged = replace(judged, after=float(after.mean()), change=change, judged=after)
     chosen = features if best == "head+side" else features.without_side()
     return judged, _correction(Fit(chosen, weight, bias).solve(ridge), widths if best == "head+side" else {})
 
@@ -149,6 +151,11 @@ def _folds(count: int) -> list[tuple[Tensor, Tensor]]:
     rows = torch.arange(count)
     turns = range(_FOLDS) if count < ENOUGH else range(1)
     return [(rows[rows % _FOLDS != turn], rows[rows % _FOLDS == turn]) for turn in turns]
+
+
+def judged_rows(count: int) -> Tensor:
+    """Numbers of the images, of so many, that `Repaired.judged` is of, in its order."""
+    return torch.cat([held for _, held in _folds(count)])
 
 
 def _choices(

@@ -9,7 +9,8 @@
 3. The best few and the uniform default are timed as a whole, in turn with the dense model. Those that overrun a budget
    of time prune a little harder; what is slower than the dense model is out, whatever the budget is of.
 4. They meet on the images held back. Of those that are clearly better there than the default, by a t test, the best is
-   chosen, or else the default: few images find no more than what they can show.
+   chosen, or else the default: few images find no more than what they can show. If the result is to be repaired, each
+   of them is repaired first, and judged on images that its repair has not seen: the order of methods may change.
 
 Candidates are compared by `soft_divergence`, image by image.
 """
@@ -25,6 +26,7 @@ from functools import partial
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.models import sides
@@ -55,6 +57,7 @@ from ssmprune_cli.workflows.trials import (
 )
 
 FINALISTS = 6
+_KINDS_MORE = 3  # finalists that are the best of their reduction or image size, though no better than the first ones
 _STARTS = 3
 _SIDES = 4  # of smaller images from which tokens are dropped too
 _BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller image at first
@@ -71,6 +74,7 @@ class Trial:
 
     multiply_adds  share of the dense model's
     divergence     in nats on the search images (all of them), and for finalists on those held back
+    repaired       of finalists, if they were repaired: in nats on images that their repair has not seen
     timing         of finalists, beside the dense model
     side           in pixels, of smaller images; None is the model's own
     """
@@ -82,6 +86,7 @@ class Trial:
     chosen: bool = False
     timing: Timing | None = None
     side: int | None = None
+    repaired: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class Search:
 
     budget  a share of the dense multiply-adds or of the dense time
     parts   the images searched on, and those held back
+    repair  variant -> divergences (n,) of images, the same for all, that were held back from its repair; None if it is
+            not to be repaired
     """
 
     def __init__(
@@ -111,13 +118,14 @@ class Search:
         *,
         costs: Costs,
         clock: Clock,
+        repair: Callable[[Variant], Tensor] | None = None,
         seed: int = 0,
         limits: Limits = Limits(),
         progress: Progress | None = None,
     ) -> None:
         self._measurements = measurements
         self._methods = list(methods)
-        self._costs, self._clock = costs, clock
+        self._costs, self._clock, self._repair = costs, clock, repair
         self._timed = budget.kind == "time"
         self._spending: Spending = clock if self._timed else costs
         self._limit = budget.value if self._timed else budget.value * measurements.dense_cost
@@ -256,7 +264,7 @@ class Search:
         whole = {each: found for each, found in self._known.items() if len(found.nats) == len(self._searched)}
         ranked = sorted(whole, key=lambda each: float(whole[each].soft.mean()))
         ranked = [each for each in ranked if bool(whole[each].soft.isfinite().all())]
-        finalists = list(islice(ranked if self._timed else filter(self._affordable, ranked), FINALISTS))
+        finalists = list(self._finalists(ranked if self._timed else filter(self._affordable, ranked)))
         if not finalists:
             raise SsmpruneError(
                 "no candidate within the budget gave finite logits",
@@ -269,13 +277,19 @@ class Search:
         default = default if default is None else self._successor.get(default, default)
         whole |= {each: self._distances(each) for each in finalists}
         held_back = {each: self._measured(each, self._held_back) for each in finalists}
+        repaired = {} if self._repair is None else {each: self._repair(each) for each in finalists}
 
         def over_all(variant: Variant) -> float:
+            if repaired:
+                return float(repaired[variant].sqrt().mean())
             return float(torch.cat((whole[variant].soft, held_back[variant].soft)).sqrt().mean())
 
         def is_better(variant: Variant) -> bool:
             if default not in held_back:
                 return True
+            if repaired:
+                ours, theirs = repaired[variant], repaired[default]
+                return variant == default or (clearly_less(ours.sqrt(), theirs.sqrt()) and ours.mean() < theirs.mean())
             found, reference = held_back[variant], held_back[default]
             # Roots, so that one image far off does not hide what all others show; the plain mean has to agree.
             less = clearly_less(found.soft.sqrt(), reference.soft.sqrt())
@@ -283,9 +297,24 @@ class Search:
 
         winner = next(filter(is_better, sorted(finalists, key=over_all)), default)
         trials = [
-            self._trial(each, whole[each], held_back.get(each), each == winner, timings.get(each)) for each in whole
+            replace(
+                self._trial(each, whole[each], held_back.get(each), each == winner, timings.get(each)),
+                repaired=float(repaired[each].mean()) if each in repaired else None,
+            )
+            for each in whole
         ]
         return sorted(trials, key=lambda trial: (not trial.chosen, trial.held_back is None, trial.divergence))
+
+    def _finalists(self, ranked: Iterable[Variant]) -> Iterator[Variant]:
+        """The best few, and some that are the best of their kind: the order may change once they are repaired."""
+        kinds: set[tuple[str, bool]] = set()
+        more = 0
+        for place, variant in enumerate(ranked):
+            kind = (variant.settings.reduction if variant.settings.schedule.points else "", variant.side is None)
+            if place < FINALISTS or (kind not in kinds and more < _KINDS_MORE and self._repair is not None):
+                more += place >= FINALISTS
+                yield variant
+            kinds.add(kind)
 
     def _affordable(self, variant: Variant) -> bool:
         """Whether `count_flops` agrees with the cost model that a budget of multiply-adds is met."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ssmprune_cli.data import Subset, calibration_images, fingerprint
+from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import Method
+from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, divergence, judged_rows, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.identity import run_identity
@@ -29,9 +31,11 @@ from ssmprune_cli.workflows.trials import (
     SavedState,
     TimeTable,
     Timing,
+    Variant,
     check_budget,
     check_time,
     load_images,
+    run,
 )
 from ssmprune_cli.workflows.write import check_folder, check_place, write_text
 
@@ -52,6 +56,7 @@ class SearchPlan:
     batch_size  images in a batch that is timed on `device`
     methods     those to choose from
     resize      whether smaller images are among the candidates
+    repair      what the result is to be repaired by, on `repair_images` of the images: finalists are judged repaired
     calibration how many images, and by which seed they are chosen
     state       file that keeps what was found, so that a killed search continues; deleted at the end by the caller
     """
@@ -61,6 +66,8 @@ class SearchPlan:
     budgets: tuple[Budget, ...] = ()
     latency_ms: float | None = None
     resize: bool = True
+    repair: Asked = "none"
+    repair_images: int = ENOUGH
     batch_size: int = 8
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     seed: int = 0
@@ -91,6 +98,7 @@ class Found:
                 latency_ratio=None if trial.timing is None else trial.timing.ratio,
                 divergence=trial.divergence if trial.divergence < float("inf") else None,
                 divergence_held_back=trial.held_back,
+                divergence_repaired=trial.repaired,
                 recipe=_name(trial),
                 pruning=_pruning(trial).model_dump(mode="json", exclude_none=True),
                 chosen=trial.chosen,
@@ -202,7 +210,11 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         load=load if plan.resize else None,
     )
     clock = Clock(measurements, plan.batch_size, TimeTable.of(model, plan.device, plan.batch_size))
-    return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings)
+    repairing = None
+    if plan.repair != "none":
+        repairing = calibration_images(plan.calib, plan.repair_images, plan.calibration.seed)
+        repairing = repairing if len(repairing) >= LEAST else None
+    return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
 
 
 @dataclass
@@ -216,6 +228,45 @@ class Searches:
     clock: Clock
     progress: Progress | None
     warnings: list[str]
+    images_to_repair: ImageDataset | None = None
+
+    def repaired(self, variant: Variant) -> Tensor:
+        """(n,) divergences of a variant that was repaired, of images that its repair has not seen."""
+        assert self.images_to_repair is not None
+        images, sized = self.images_to_repair, self.measurements.at(variant.side)
+
+        def prepared(model: Backbone) -> Iterator[Tensor]:
+            device = next(model.parameters()).device
+            for batch in batches(images, model.preprocessing, self.plan.calibration.batch_size):
+                yield batch.images.to(device)
+
+        def compute() -> list[float]:
+            if self._wanted is None:
+                self._wanted = run(self.measurements.session, prepared(self.measurements.model))
+            sized.prune(variant.settings)
+            if not variant.settings.schedule.points:  # a model that drops nothing is not repaired
+                logits = run(sized.session, prepared(sized.model))
+                found = divergence(self._wanted, logits)[judged_rows(len(logits))]
+            else:
+                pruner = copy.deepcopy(sized.model.pruner)
+                sized.model.pruner = pruner
+                result = repair(
+                    sized.model,
+                    list(prepared(sized.model)),
+                    kind=self.plan.repair,
+                    runner=sized.session.with_pruner,
+                    dense=self._wanted,
+                )
+                assert result.judged is not None  # there are enough images
+                found = result.judged
+            restore(sized.model)
+            numbers: list[float] = found.tolist()
+            return numbers
+
+        key = f"repaired {self.plan.repair} {variant.side} {json.dumps(variant.settings.to_dict(), sort_keys=True)}"
+        return torch.tensor(self.state.get(key, compute), dtype=torch.float64)
+
+    _wanted: Tensor | None = field(default=None, repr=False)
 
     @property
     def state(self) -> SavedState:
@@ -251,6 +302,7 @@ class Searches:
             self.parts,
             costs=self.costs,
             clock=self.clock,
+            repair=self.repaired if self.images_to_repair is not None else None,
             seed=self.plan.seed,
             limits=limits or self.plan.limits,
             progress=self.progress(f"Searching at {budget.value:.3g} {what}") if self.progress else None,
