@@ -120,7 +120,7 @@ def test_dry_run_reads_no_images_and_writes_nothing(ssmprune: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ([], 2, "how much to keep?"),
+        ([], 2, "how fast is the model to be?"),
         (["--keep", "1.5"], 2, "'--keep': each must be a number above 0 and at most 1"),
         (["--keep", "0.5", "--points", "9"], 2, "between 1 and 3"),
         (["--keep", "0.5", "--importance", "clipp"], 2, "did you mean 'clip'?"),
