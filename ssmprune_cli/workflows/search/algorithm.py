@@ -289,7 +289,9 @@ class Search:
                 return True
             if repaired:
                 ours, theirs = repaired[variant], repaired[default]
-                return variant == default or (clearly_less(ours.sqrt(), theirs.sqrt()) and ours.mean() < theirs.mean())
+                return variant == default or (
+                    clearly_less(ours.sqrt(), theirs.sqrt()) and bool(ours.mean() < theirs.mean())
+                )
             found, reference = held_back[variant], held_back[default]
             # Roots, so that one image far off does not hide what all others show; the plain mean has to agree.
             less = clearly_less(found.soft.sqrt(), reference.soft.sqrt())
