@@ -358,6 +358,17 @@ def _take(values: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return values.flatten(0, 1).index_select(0, rows).view(*index.shape, values.shape[2])
 
 
+def nearest(positions: Tensor, wanted: Tensor) -> Tensor:
+    """(B, n) index of the token whose position (B, L) is nearest to `wanted` (B, n); of two, the one before it."""
+    ascending, index = positions.sort(dim=1)
+    last = positions.shape[1] - 1
+    after = torch.searchsorted(ascending, wanted.contiguous())
+    after = after.clamp(0, last)  # not max alone: a traced size is a tensor on the CPU
+    before = (after - 1).clamp(min=0)
+    is_before = wanted - ascending.gather(1, before) <= ascending.gather(1, after) - wanted
+    return index.gather(1, torch.where(is_before, before, after))
+
+
 def sum_tokens(values: Tensor, target: Tensor, count: int) -> Tensor:
     """(B, count, c): in each row the sum of the rows of `values` (B, L, c) whose `target` (B, L) it is."""
     rows = _rows(target, count)[:, None].expand(-1, values.shape[2])

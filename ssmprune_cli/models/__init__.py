@@ -16,6 +16,7 @@ from ssmprune_cli.models.common import (
     Visits,
     channels_last_taps,
     decay_rates,
+    inflow,
     set_drop_path,
     set_recompute,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "column_gaps",
     "conv_sources",
     "decay_rates",
+    "inflow",
     "resize",
     "set_drop_path",
     "set_recompute",

@@ -127,7 +127,7 @@ def blocks(
         ]
         packed.append(pack_block(rounded(normal(dim)), scaled(2 * E, dim), scaled(dim, E), inner, parts))
     return backend.mamba_blocks(
-        BlocksInputs(hidden, None, torch.stack(packed), sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
+        BlocksInputs(hidden, None, torch.stack(packed), sizes, gap, gap_delta, *[None] * 6, 0.5, 1e-5, wants_y=True)
     )
 
 
@@ -161,7 +161,11 @@ def inner(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Te
     context, sources = normal(2, 4, E), torch.randint(-1, 23, (2, 2, 19, K), generator=normal.generator)
     gap, gap_delta = normal(2, 2, 19).abs(), normal(2, E).abs()
     xz = normal(2, 19, 2 * E)
-    return (backend.mamba_inner(InnerInputs(xz, pack_inner(packed), N, K, R, gap, gap_delta, context, sources, 0.5)),)
+    return (
+        backend.mamba_inner(
+            InnerInputs(xz, pack_inner(packed), N, K, R, gap, gap_delta, context, sources, *[None] * 4, 0.5)
+        ),
+    )
 
 
 def linear(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
