@@ -1,6 +1,6 @@
 """Whether the time of pruned models follows their multiply-adds: every reduction, by sessions on this CPU.
 
-    python recipes/bench/reductions.py [--share 0.65] [--rounds 7] [--csv benchmarks/results/reductions.csv]
+    python recipes/bench/reductions.py [--share 0.65] [--rounds 7] [--one-thread] [--csv FILE.csv]
 
 Each reduction keeps as many tokens as leave about this share of the dense model's multiply-adds, at the default prune
 points. "Predicted" is the dense session's time times the share. Contestants take turns in one process; a time share is
@@ -82,24 +82,24 @@ def prune_to(model: Backbone, reduction: str, share: float, dense: int) -> tuple
     return keep, share_of(model, reduction, keep, dense)
 
 
-def race(contestants: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+def race(contestants: Sequence[Callable[[], object]], rounds: int, clock: Callable[[], float]) -> list[list[float]]:
     """Milliseconds of a run of each contestant in every round. In a round each runs once before it is timed, as the one
     before it has emptied the caches, and then as often as fills TURN."""
     counts = []
     for run in contestants:
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        counts.append(math.ceil(TURN / (time.perf_counter() - start)))
+        counts.append(math.ceil(TURN / (clock() - start)))
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds):
         for run, count, found in zip(contestants, counts, times, strict=True):
             if count > 1:
                 run()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(count):
                 run()
-            found.append(1e3 * (time.perf_counter() - start) / count)
+            found.append(1e3 * (clock() - start) / count)
     return times
 
 
@@ -110,9 +110,17 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--share", type=float, default=0.65, help="of the dense model's multiply-adds")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--one-thread",
+        action="store_true",
+        help="one thread and its processor time, for a machine that does other work",
+    )
     parser.add_argument("--csv", type=Path, help="write the table here too")
     arguments = parser.parse_args()
     keep_freed_memory()
+    clock = time.process_time if arguments.one_thread else time.perf_counter
+    if arguments.one_thread:
+        torch.set_num_threads(1)
     tables = Tables(arguments.csv)
     titles = ("multiply-adds", "dense, ms", "ms a batch", "of dense time", "of predicted")
     tables.start("", "model", "batch", "reduction", "keep", *titles)
@@ -124,7 +132,7 @@ def main() -> None:
         sessions = [prepare(model) for model in (dense, *pruned.values())]
         for batch in arguments.batches:
             images = torch.randn(batch, 3, *dense.image_size, generator=torch.Generator().manual_seed(0))
-            first, *others = race([partial(session, images) for session in sessions], arguments.rounds)
+            first, *others = race([partial(session, images) for session in sessions], arguments.rounds, clock)
             for (reduction, (keep, share)), times in zip(shares.items(), others, strict=True):
                 ratio = statistics.median(own / base for own, base in zip(times, first, strict=True))
                 figures = (f"{statistics.median(first):.2f}", f"{statistics.median(times):.2f}")
@@ -132,7 +140,8 @@ def main() -> None:
                 tables.row(name, str(batch), reduction, f"{keep:.3f}", f"{share:.3f}", *figures, *against)
     tables.measured_on(
         f"{machine()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}; medians of {arguments.rounds} rounds."
+        f"torch {torch.__version__}, Python {platform.python_version()}; medians of {arguments.rounds} rounds"
+        f"{' of processor time' if arguments.one_thread else ''}."
     )
 
 
