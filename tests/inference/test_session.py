@@ -421,10 +421,9 @@ def explained(model: nn.Module) -> list[str]:
 def test_explain_names_every_block_once() -> None:
     model = make()
     assert explained(model) == ["blocks 1 to 4: one call"]
-    compress(model, 0.6, points=[2], reduction="drop", alignment="none")
-    assert explained(model) == ["blocks 1 to 2: one call", "blocks 3 to 4: one call"]
-    compress(model, 0.6, points=[2], reduction="frozen", alignment="none")
-    assert explained(model) == ["blocks 1 to 2: one call", "blocks 3 to 4: op by op (frozen tokens feed its scans)"]
+    for reduction in ("drop", "frozen", "pool", "local-merge"):
+        compress(model, 0.6, points=[2], reduction=reduction)
+        assert explained(model) == ["blocks 1 to 2: one call", "blocks 3 to 4: one call"]
     compress(model, 0.6, points=[2], importance="delta", reduction="drop", alignment="none")
     assert explained(model) == [
         "block 1: one call",
