@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ssmprune_cli.checkpoint import load
     from ssmprune_cli.inference import prepare
-    from ssmprune_cli.pruning import compress, restore
+    from ssmprune_cli.models import resize
+    from ssmprune_cli.pruning import compress, repair, restore
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "compress", "load", "prepare", "restore"]
+__all__ = ["__version__", "compress", "load", "prepare", "repair", "resize", "restore"]
 
 _HOMES = {
     "load": "ssmprune_cli.checkpoint",
     "compress": "ssmprune_cli.pruning",
     "prepare": "ssmprune_cli.inference",
+    "repair": "ssmprune_cli.pruning",
+    "resize": "ssmprune_cli.models",
     "restore": "ssmprune_cli.pruning",
 }
 

@@ -115,10 +115,12 @@ class Pruner(Protocol):
 class Mixer(Protocol):
     """What pruning and counting need to know of a mixer. An implementation inherits this after nn.Module.
 
+    d_model        width of the tokens; `d_inner` that of the scans
     per_direction  names of its child modules whose work is repeated for every scan direction, the scan itself left out;
                    together they do the same work for each. What directions share is not among them
     """
 
+    d_model: int
     d_inner: int
     directions: int
     per_direction: tuple[str, ...]

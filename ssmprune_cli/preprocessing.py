@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Interpolation = Literal["bicubic", "bilinear"]
-INTERPOLATIONS: tuple[Interpolation, ...] = ("bicubic", "bilinear")
-Triple = tuple[float, float, float]  # a value for each of red, green and blue
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+Channels = Literal["rgb", "bgr"]  # the order in which a model takes them
+Triple = tuple[float, float, float]  # a value for each channel, in the model's order
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the short side to `resize` pixels, crop the centre `crop` x `crop`, scale to 0..1, normalise channels."""
+    """Resize the short side to `resize` pixels, crop the centre `crop` x `crop`, scale to 0..1, normalise channels.
+
+    squeeze  both sides are resized to `resize`, whatever the image's shape
+    """
 
     resize: int
     crop: int
     interpolation: Interpolation = "bicubic"
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+    squeeze: bool = False
+    channels: Channels = "rgb"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Reading:
     weights          which copy to take from a training checkpoint: "model" or "model_ema"
     image_size       side of square images; position embeddings are resized if the weights are for another size
     stride           of the patches, in pixels
-    crop             the part of the resized image that the centre crop keeps: 0.875 of 256 pixels is 224
+    crop             the part of the resized image that the centre crop keeps: 0.875 of 256 pixels is 224. Then the
+                     short side is resized, even if the file says that both are
     interpolation    of the resizing
     mean, std        of the channels, for images scaled to 0..1
     """

@@ -14,7 +14,8 @@ from operator import or_
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from ssmprune_cli.grids import Grid, Merged, Pairs, gaps_by_size, patch_positions, protected_positions
 
@@ -46,6 +47,26 @@ class Dropped:
         """The tokens at `index` (B, K)."""
         size = None if self.size is None else self.size.gather(1, index)
         return Dropped(gather_tokens(self.stream, index), self.positions.gather(1, index), size)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a pruner makes up at the head for what was dropped. C classes, d features.
+
+    side  (B, d) added to what the head sees, or None
+    head  weight (C, d) and bias (C,) of a head in the place of the model's, or None
+    """
+
+    side: Tensor | None = None
+    head: tuple[Tensor, Tensor] | None = None
+
+    def logits(self, pooled: Tensor, layer: nn.Linear) -> Tensor:
+        """(B, C) of `pooled` (B, d), what the model's own head, `layer`, would see."""
+        features = pooled if self.side is None else pooled + self.side
+        if self.head is not None:
+            return functional.linear(features, *self.head)
+        logits: Tensor = layer(features)
+        return logits
 
 
 Fate = Literal["gone", "context", "frozen"]
@@ -116,6 +137,7 @@ class TokenSequence:
     grid      rows and columns of patch tokens that the positions count; None: they are one row
     merged    what became of the dense grid, after `merge_neighbours`. The sequence is a whole grid again, and `length`,
               `positions`, `protected` and `grid` are those of this smaller one
+    readout   what the pruner has to say at the head; None for nothing
     geometry  what has been derived from the positions
     """
 
@@ -133,6 +155,7 @@ class TokenSequence:
     restorable: bool = False
     grid: Grid | None = None
     merged: Merged | None = None
+    readout: Readout | None = None
     # A function, since torch.compile (2.13) cannot call the class from here.
     geometry: Geometry = field(default_factory=lambda: Geometry(), compare=False, repr=False)
 
@@ -144,11 +167,12 @@ class TokenSequence:
         *,
         grid: Grid | None = None,
         restorable: bool = False,
+        readout: Readout | None = None,
     ) -> TokenSequence:
         """All tokens of `hidden` (B, L, d), none dropped yet."""
         batch, length = hidden.shape[0], hidden.shape[1]
         positions = torch.arange(length, device=hidden.device).expand(batch, length)
-        return cls(hidden, None, positions, length, protected, restorable=restorable, grid=grid)
+        return cls(hidden, None, positions, length, protected, restorable=restorable, grid=grid, readout=readout)
 
     @property
     def is_dense(self) -> bool:
@@ -194,6 +218,17 @@ class TokenSequence:
             geometry=Geometry(),
             **fates,  # type: ignore[arg-type]
         )
+
+    def lost(self, after: TokenSequence) -> Tensor:
+        """(B, M, d): `stream` of the tokens that `after`, a reduction of this sequence, does not hold any more."""
+        stays = self.positions.new_zeros(len(self.positions), self.length).scatter(
+            1, after.positions, torch.ones_like(after.positions)
+        )
+        order = stays.gather(1, self.positions).argsort(dim=1, stable=True)
+        index = order[:, : self.positions.shape[1] - after.positions.shape[1]]
+        rows = _rows(index, self.hidden.shape[1])
+        residual = None if self.residual is None else _take(self.residual, index, rows)
+        return _stream(_take(self.hidden, index, rows), residual)
 
     def retire(self) -> TokenSequence:
         """Frozen tokens stop feeding anything."""
@@ -356,11 +391,14 @@ class TokenSequence:
             return self
         groups = [each for each in (self.frozen, self.context, self.gone) if each is not None]
         if not groups:
-            return TokenSequence.dense(self.hidden, self.protected, grid=self.grid)
+            return self._whole(self.hidden)
         values = self.hidden.new_empty(len(self.hidden), self.length, self.hidden.shape[2])
         for group in groups:
             values = _put(values, group.positions, group.stream)
-        return TokenSequence.dense(_put(values, self.positions, self.hidden), self.protected, grid=self.grid)
+        return self._whole(_put(values, self.positions, self.hidden))
+
+    def _whole(self, hidden: Tensor) -> TokenSequence:
+        return TokenSequence.dense(hidden, self.protected, grid=self.grid, readout=self.readout)
 
     def is_protected(self) -> Tensor:
         """(B, L) bool: which tokens may not be dropped."""
@@ -435,6 +473,17 @@ def _take(values: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """The same if `rows` are what `_rows` makes of the index."""
     # Whole rows are copied ten times faster than by `gather`, whose index is as large as the result.
     return values.flatten(0, 1).index_select(0, rows).view(*index.shape, values.shape[2])
+
+
+def nearest(positions: Tensor, wanted: Tensor) -> Tensor:
+    """(B, n) index of the token whose position (B, L) is nearest to `wanted` (B, n); of two, the one before it."""
+    ascending, index = positions.sort(dim=1)
+    last = positions.shape[1] - 1
+    after = torch.searchsorted(ascending, wanted.contiguous())
+    after = after.clamp(0, last)  # not max alone: a traced size is a tensor on the CPU
+    before = (after - 1).clamp(min=0)
+    is_before = wanted - ascending.gather(1, before) <= ascending.gather(1, after) - wanted
+    return index.gather(1, torch.where(is_before, before, after))
 
 
 def sum_tokens(values: Tensor, target: Tensor, count: int) -> Tensor:

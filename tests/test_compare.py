@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+from ssmprune_cli.checkpoint import load
 from ssmprune_cli.data import Batch, ImageDataset, batches, open_dataset
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.inference import Session, prepare
+from ssmprune_cli.models import resize
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import PruneSchedule
+from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.method import Method
+from ssmprune_cli.recipe import Pruning, Recipe
 from ssmprune_cli.workflows import compare as workflow
 from ssmprune_cli.workflows.compare import Comparison
+from ssmprune_cli.workflows.measure import Speed, count_flops
 from ssmprune_cli.workflows.source import Source
+from ssmprune_cli.workflows.trials import Budget
+from ssmprune_cli.workflows.trials import clock as clocks
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 
@@ -63,3 +73,68 @@ def test_many_images_are_read_anew_for_each_model_and_few_are_kept(
         monkeypatch.setattr(workflow, "KEPT_BYTES", 9 * 4 * 3 * 64 * 64)
     assert compared() == expected
     assert sizes == [4, 4, 2] * (1 if few else 2)
+
+
+@pytest.mark.parametrize("kind", ["keep", "flops", "time"])
+def test_a_smaller_image_stands_beside_the_methods_at_equal_cost(
+    dataset: ImageDataset, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def speeds(models: Sequence[Session], images: Tensor | Sequence[Tensor], rounds: int) -> list[Speed]:
+        """As many ms as there are pixels in a row."""
+        given = [images] * len(models) if isinstance(images, Tensor) else images
+        times = [float(each.shape[3]) for each in given]
+        return [Speed(each, (each, each), 1e3 * len(given[0]) / each, rounds, (each,)) for each in times]
+
+    for module in (workflow, clocks):
+        monkeypatch.setattr(module, "interleaved_speeds", speeds)
+    budget = {"keep": Budget("keep", 0.7), "flops": Budget("flops", 0.6), "time": Budget("time", 0.8)}[kind]
+    rows, notes = workflow.compare(
+        Source(CHECKPOINT), dataset, [Method("clip", "drop", "none")], [budget], batch_size=5, rounds=1
+    )
+    dense, *methods, smaller = rows
+    assert not notes or kind == "time"  # where all take as long, no schedule is quicker
+    assert (smaller.name, smaller.resized_from) == ("smaller image", (64, 64)) and dense.resized_from is None
+    costs = {side: count_flops(resize(load(CHECKPOINT), side)).all_directions for side in (56, 48, 40, 32)}
+    allowed = methods[0].multiply_adds if kind == "keep" else 0.6 * dense.multiply_adds
+    side = 48 if kind == "time" else next(side for side, cost in costs.items() if cost <= allowed)
+    assert smaller.image_size == (side, side) and smaller.multiply_adds == costs[side]
+    assert smaller.speedup == pytest.approx(64 / side)
+    model = prepare(load(CHECKPOINT, image_size=side))
+    (batch,) = batches(dataset, resize(load(CHECKPOINT), side).preprocessing, 10)
+    reference = prepare(load(CHECKPOINT))
+    (own,) = batches(dataset, load(CHECKPOINT).preprocessing, 10)
+    nats = divergence(reference(own.images).double(), model(batch.images).double())
+    assert smaller.divergence == pytest.approx(float(nats.mean()), rel=1e-3)
+
+
+def test_without_a_small_enough_image_a_note_says_so(dataset: ImageDataset) -> None:
+    rows, notes = workflow.compare(
+        Source(CHECKPOINT), dataset, [Method("clip", "drop", "none")], [Budget("flops", 0.2)], batch_size=5, rounds=1
+    )
+    assert all(row.resized_from is None for row in rows)
+    assert "There is no smaller image for flops 0.2: half of 64 pixels costs more." in notes
+
+
+def test_a_recipe_may_ask_for_smaller_images_and_fewer_tokens(dataset: ImageDataset, tmp_path: Path) -> None:
+    asked = Pruning(image_size=56, keep=0.5, reduction="local-merge")
+    recipes = [Recipe(name="both", pruning=asked), Recipe(name="image", pruning=Pruning(image_size=56))]
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "calib.npz", images=pixels)
+    (_, both, image), _ = workflow.compare(
+        Source(CHECKPOINT), dataset, [], [], recipes=recipes, calib=tmp_path / "calib.npz", batch_size=5, rounds=1
+    )
+    assert both.image_size == image.image_size == (56, 56) and both.tokens == (25, 13, 7) and image.tokens == ()
+    assert both.multiply_adds < image.multiply_adds
+    assert both.divergence is not None and image.divergence is not None and both.divergence != image.divergence
+    with pytest.raises(UsageError, match="no smaller side"):
+        workflow.compare(
+            Source(CHECKPOINT),
+            dataset,
+            [],
+            [],
+            recipes=[Recipe(pruning=Pruning(image_size=72))],
+            batch_size=5,
+            rounds=1,
+        )

@@ -9,10 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, RecipeError, UsageError
+from ssmprune_cli.pruning import ALIGNMENT_IMAGES, TokenPruner
+from ssmprune_cli.recipe import load_recipe
 from ssmprune_cli.report import ModelSpeed, SpeedFacts
 from ssmprune_cli.workflows.compress import SEARCH_IMAGES, CompressRequest, _slow, compress_checkpoint
+from ssmprune_cli.workflows.identity import weights_sha256
+from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.limits import Limits
+from ssmprune_cli.workflows.reporting import read_entries, summary
 from ssmprune_cli.workflows.source import Source
 
 SOURCE = Source(Path(__file__).parent / "golden" / "containers" / "vim_like.pth")
@@ -26,8 +32,8 @@ def request(**options: Any) -> CompressRequest:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "how much to keep"),
-        ({"overrides": ("pruning.points=[1]",)}, "how much to keep"),
+        ({}, "how fast is the model to be"),
+        ({"overrides": ("pruning.points=[1]",)}, "how fast is the model to be"),
         ({"keep": "0.6", "tokens": "30,20,10"}, "--keep and --tokens both"),
         ({"keep": "0.6", "overrides": ("pruning.keep=0.5",)}, "another option says what pruning.keep is"),
         ({"keep": "0.6", "overrides": ("pruning.tokens=[1]",)}, "another option says what pruning.tokens is"),
@@ -35,17 +41,29 @@ def request(**options: Any) -> CompressRequest:
         ({"keep": "0.6", "time_limit": 1.0}, "--time-limit is for a search"),
         ({"keep": "0.6", "state": NOWHERE}, "--state is for a search"),
         ({"keep": "0.6", "calib_images": 3}, "--calib-images needs --calib"),
-        ({"keep": "0.6", "dataset": "npz"}, "--dataset needs --eval-data"),
-        ({"keep": "0.6", "limit": 3}, "--limit needs --eval-data"),
-        ({"keep": "0.6", "limits": Limits(max_drop=1)}, "--max-drop needs --eval-data"),
-        ({"keep": "0.6", "limits": Limits(min_accuracy=1)}, "--min-accuracy needs --eval-data"),
+        ({"keep": "0.6", "repair": "head"}, "--repair needs --calib"),
+        (
+            {"keep": "0.6", "repair": "none", "overrides": ("pruning.repair=head",)},
+            "another option says what pruning.rep",
+        ),
+        ({"keep": "0.6", "dataset": "npz"}, "--dataset needs --data"),
+        ({"keep": "0.6", "limit": 3}, "--limit needs --data"),
+        ({"keep": "0.6", "limits": Limits(max_drop=1)}, "--max-drop needs --data"),
+        ({"keep": "0.6", "limits": Limits(min_accuracy=1)}, "--min-accuracy needs --data"),
         ({"keep": "0.6", "dry_run": True, "limits": Limits(max_latency_ratio=1)}, "nothing is measured in a dry run"),
         ({"keep": "0.6", "out": None}, "--out is missing"),
         ({"target_flops": 0.8}, "needs calibration images"),
         ({"target_flops": 0.8, "calib": NOWHERE, "dry_run": True}, "cannot be a dry run"),
         ({"target_flops": 0.8, "target_latency": 3.0, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_speedup": 1.4, "target_latency_ratio": 0.8, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"target_speedup": 0.9, "calib": NOWHERE}, "must be above 1, not 0.9"),
+        ({"target_latency": -3.0, "calib": NOWHERE}, "must be a finite number above 0, not -3"),
+        ({"target_latency_ratio": float("nan"), "calib": NOWHERE}, "must be a finite number above 0, not nan"),
+        ({"limits": Limits(max_drop=1), "data": NOWHERE}, "needs calibration images"),
         ({"target_flops": 0.8, "keep": "0.6", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "tokens": "3", "calib": NOWHERE}, "a target settles what to keep"),
+        ({"resize": 48, "overrides": ("pruning.image_size=40",)}, "another option says what pruning.image_size is"),
+        ({"target_flops": 0.8, "resize": 48, "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "points": "1", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "recipe": "x", "calib": NOWHERE}, "a target settles what to keep"),
         ({"target_flops": 0.8, "overrides": ("pruning.reduction=drop",), "calib": NOWHERE}, "settles how to prune"),
@@ -58,14 +76,48 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
         compress_checkpoint(request(**options))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": 48, "importance": "clip"}, "--importance: is about dropping tokens, and none are"),
+        ({"resize": 48, "overrides": ("pruning.reduction=drop",)}, "--reduction: is about dropping tokens"),
+        ({"resize": 48, "points": "1"}, "`points` say where tokens are dropped"),
+        ({"resize": 0}, "must be at least 1, not 0"),
+        ({"resize": 64}, "so 64 is no smaller side"),
+        ({"resize": 50, "keep": "0.6"}, "patches do not fill images of 50 pixels"),
+        ({"overrides": ("pruning.image_size=null",)}, "give `keep`"),
+    ],
+)
+def test_what_is_refused_of_smaller_images(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compress_checkpoint(request(**options, dry_run=True))
+
+
+def test_smaller_images_alone_or_before_tokens_are_dropped() -> None:
+    alone = request(resize=48).resolved().pruning
+    assert (alone.image_size, alone.drops_tokens) == (48, False)
+    assert request(overrides=("pruning.image_size=48",)).resolved().pruning == alone
+    limited = request(resize=48, data=NOWHERE, limits=Limits(max_drop=1))
+    assert not limited.searched and limited.resolved().pruning == alone, "a limit is no search for another way"
+    both = request(resize=48, keep="0.6").resolved().pruning
+    assert (both.image_size, both.keep) == (48, 0.6)
+    report = compress_checkpoint(request(resize=48, dry_run=True)).report
+    assert report.pruned is not None and (report.image_size, report.resized_from) == ((48, 48), (64, 64))
+    assert (report.dense.tokens_per_block, report.pruned.tokens_per_block) == ((65,) * 4, (37,) * 4)
+    assert report.pruning is None and report.called == "resized" and not report.warnings
+    report = compress_checkpoint(request(resize=48, keep="0.5", dry_run=True)).report
+    assert report.pruned is not None and report.pruned.tokens_per_block == (37, 19, 10, 6)
+    assert report.called == "pruned"
+
+
 def test_what_cannot_be_judged_is_said_before_the_search(tmp_path: Path) -> None:
     pixels = np.zeros((2, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.array([0, 99]))
-    asked = request(target_flops=0.8, calib=NOWHERE, eval_data=tmp_path / "images.npz", out=tmp_path / "out")
+    asked = request(target_flops=0.8, calib=NOWHERE, data=tmp_path / "images.npz", out=tmp_path / "out")
     with pytest.raises(DataError, match="has the label 99"):
         compress_checkpoint(asked)
     with pytest.raises(DataError, match="no-such-folder"):
-        compress_checkpoint(replace(asked, eval_data=None))
+        compress_checkpoint(replace(asked, data=None))
 
 
 def test_a_search_among_no_methods_is_wrong_usage(tmp_path: Path) -> None:
@@ -88,7 +140,7 @@ def test_options_make_a_recipe() -> None:
     assert request(keep="0.6").resolved().pruning.keep == 0.6
     assert request(tokens="30").resolved().pruning.tokens == (30,)
     assert request(overrides=("pruning.keep=0.5",)).resolved().pruning.keep == 0.5
-    with pytest.raises(UsageError, match=r"pruning\.keep: must be above 0"):
+    with pytest.raises(UsageError, match=r"^--keep: must be above 0"):
         request(keep="1.5").resolved()
     with pytest.raises(RecipeError, match="did you mean"):
         request(recipe="vim_smal_topvim").resolved()
@@ -102,11 +154,12 @@ def test_options_override_a_recipe_and_amounts_replace_each_other() -> None:
     assert (changed.pruning.keep, changed.pruning.tokens) == (None, (30, 20, 10)) and changed.training == own.training
 
 
-def test_a_search_takes_more_images_unless_told() -> None:
+def test_a_search_takes_its_own_number_of_images_unless_told() -> None:
     asked = request(target_flops=0.8, calib=NOWHERE)
     asked.check()
-    assert asked.resolved().calibration.images == SEARCH_IMAGES
-    assert replace(asked, calib_images=9).resolved().calibration.images == 9
+    assert asked.search_images(asked.resolved()) == SEARCH_IMAGES
+    told = replace(asked, calib_images=9)
+    assert told.search_images(told.resolved()) == told.resolved().calibration.images == 9
 
 
 @pytest.mark.parametrize(
@@ -133,8 +186,9 @@ def test_a_run_and_its_dry_run_agree_and_the_verdicts_are_in_the_report(tmp_path
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(12) % 10)
     asked = request(
         keep="0.5",
+        reduction="context",
         calib=tmp_path / "images.npz",
-        eval_data=tmp_path / "images.npz",
+        data=tmp_path / "images.npz",
         limit=8,
         samples=0,
         limits=Limits(max_drop=1.0, max_flops=0.9, max_latency_ratio=100.0),
@@ -186,3 +240,77 @@ def test_a_model_that_gets_no_faster_is_a_warning(interval: tuple[float, float],
     warnings = _slow(speed)
     assert (said is None) == (not warnings)
     assert all(said is not None and said in text and f"{ratio:.2f} times" in text for text in warnings)
+
+
+def test_how_many_images_a_repair_and_its_absence_ask_for() -> None:
+    def count(**options: Any) -> int:
+        return request(**{"keep": "0.6", "calib": NOWHERE, **options}).resolved().calibration.images
+
+    assert count() == count(repair="auto") == count(repair="head") == 1024
+    assert count(repair="none") == count(overrides=("pruning.repair=none",)) == ALIGNMENT_IMAGES == 64
+    assert count(repair="none", calib_images=300) == count(calib_images=300) == 300
+    assert count(repair="none", overrides=("calibration.images=90",)) == 90
+    with pytest.raises(UsageError, match=r"pruning\.repair"):
+        count(repair="everything")
+    assert count(keep=None, target_flops=0.6) == 1024, "for the model that a search finds"
+
+
+def test_a_repair_is_in_the_artefact_its_report_and_its_recipe(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (140, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    asked = request(keep="0.3", calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
+    result = compress_checkpoint(asked)
+    facts = result.report.repair
+    assert facts is not None and facts.images == facts.held_back == 140 and facts.divergence_before is not None
+    assert result.report.calibration is not None and result.report.calibration.images == ALIGNMENT_IMAGES
+    assert result.report.provenance["calibration_images"] == 140
+    few = "The repair had 140 images; 1,024 are the least to recommend."
+    assert [each for each in result.warnings if "than the dense one" not in each] == [few]
+    assert facts.kind != "none", "a random model is linear enough in what it lost"
+    model = checkpoint.load(tmp_path / "out")
+    assert isinstance(model.pruner, TokenPruner) and model.pruner.settings.repair == facts.kind
+    assert weights_sha256(model) == weights_sha256(SOURCE.load()), "the dense weights do not change"
+    (line,) = (text for text in summary(read_entries([tmp_path / "out"])).splitlines() if "Repair:" in text)
+    assert f"to {facts.divergence_after:.3f} nats on 140 held-back images" in line
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    assert "<h2>Repair</h2>" in (tmp_path / "out" / "report.html").read_text()
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").pruning.repair == facts.kind
+    # The recipe gives the same bytes, and so does the artefact itself in the place of the dense checkpoint.
+    again = replace(
+        asked,
+        source=Source(tmp_path / "out"),
+        keep=None,
+        recipe=str(tmp_path / "out" / "recipe.yaml"),
+        out=tmp_path / "b",
+    )
+    compress_checkpoint(again)
+    for name in ("model.safetensors", "config.json", "calibration.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    assert inspect(tmp_path / "out").pruning["repair"] == facts.kind  # type: ignore[index]
+
+
+def test_a_repair_that_was_asked_for_and_refused_is_a_warning(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    asked = request(keep="0.6", calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
+    result = compress_checkpoint(asked)
+    assert not any("repair" in each for each in result.warnings), "auto says it in the report alone"
+    assert result.report.repair is not None and result.report.repair.kind == "none"
+    assert "Repair: none; 20 images are too few" in (tmp_path / "out" / "README.md").read_text()
+    result = compress_checkpoint(replace(asked, repair="head", calib_images=30, overwrite=True))
+    assert any("The repair 'head' was refused: 20 images are too few" in each for each in result.warnings)
+    assert "Only 20 of 30 calibration images were found." in result.warnings
+    result = compress_checkpoint(replace(asked, repair="none", overwrite=True))
+    assert result.report.repair is None and "Repair" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_for_smaller_images_is_repaired_too(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    asked = request(keep="0.5", resize=48, calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
+    facts = compress_checkpoint(asked).report.repair
+    assert facts is not None and facts.images == 70 and facts.divergence_before is not None
+    alone = compress_checkpoint(replace(asked, keep=None, overwrite=True)).report
+    assert alone.repair is None and alone.pruning is None
+    with pytest.raises(UsageError, match="is about dropping tokens, and none are"):
+        compress_checkpoint(replace(asked, keep=None, repair="head", overwrite=True))

@@ -18,6 +18,7 @@ from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress
 from ssmprune_cli.workflows.measure.flops import count_flops
+from ssmprune_cli.workflows.measure.traffic import bytes_moved
 
 
 def vim(variant: str) -> Backbone:
@@ -175,3 +176,15 @@ def test_torchs_counter_finds_twice_the_number(name: str, reduction: str | None)
     with torch.no_grad(), OpCounter() as fused:
         session(images)
     assert fused.total == 2 * expected
+
+
+def test_bytes_moved_are_those_of_the_pruners_gathers() -> None:
+    """One prune point that drops: two gathers of what stays (hidden state and residual), and what picks them."""
+    torch.manual_seed(0)
+    model = Vim(VimConfig(image_size=(32, 32), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10)).eval()
+    dense = bytes_moved(model)
+    compress(model, tokens=[16], points=[2], reduction="drop", alignment="none", importance="l2")
+    kept, rows = 16 + 1, 64 + 1
+    # The hidden state is read whole, rows of 16 numbers are written, an index has 8 bytes; the residual likewise.
+    gathers = 2 * 4 * 16 * (rows + kept) + 2 * 8 * kept
+    assert gathers < bytes_moved(model) - dense < 4 * gathers

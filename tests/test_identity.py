@@ -20,6 +20,7 @@ from ssmprune_cli.workflows.identity import dataset_identity, model_identity, we
 from ssmprune_cli.workflows.search import Limits, SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
+from ssmprune_cli.workflows.trials import Budget
 
 SETTINGS = ["image_size=[16,16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"]
 TRAINING = Training(epochs=1, batch_size=4)
@@ -98,19 +99,19 @@ def test_a_sensitivity_goes_on_only_with_what_it_began(changed: str, named: str,
         run(seed=int(changed == "seed"), reduction="drop" if changed == "reduction" else "context")
 
 
+@pytest.mark.usefixtures("without_noise")
 def test_a_search_goes_on_only_with_what_it_began(model: Path, tmp_path: Path) -> None:
     plan = SearchPlan(
         write_images(tmp_path / "calib.npz"),
         [Method("clip", "drop", "none")],
-        flops=(0.9,),
+        budgets=(Budget("flops", 0.9),),
         calibration=CalibrationPlan(images=8),
         limits=Limits(2, None),
         state=tmp_path / "state.json",
     )
     search(Source(model), plan)
-    assert any(
-        "continues an earlier run" in each for each in search(Source(model), replace(plan, flops=(0.8,))).warnings
-    )
+    again = search(Source(model), replace(plan, budgets=(Budget("flops", 0.8),)))
+    assert any("continues an earlier run" in each for each in again.warnings)
     checkpoint.save(model, make_model(seed=1), overwrite=True)
     with pytest.raises(UsageError, match="weights_sha256 differ"):
         search(Source(model), plan)

@@ -30,9 +30,9 @@ MINIMAL = "pruning: {keep: 0.8}\n"
 def test_minimal_recipe_takes_the_defaults() -> None:
     recipe = parse_recipe(MINIMAL)
     assert recipe == Recipe(pruning=Pruning(keep=0.8))
-    assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="context")
+    assert recipe.pruning == Pruning(points=None, keep=0.8, tokens=None, importance="clip", reduction="auto")
     assert recipe.pruning.alignment == "auto"
-    assert recipe.calibration == CalibrationPlan(images=64, seed=0, batch_size=16)
+    assert recipe.calibration == CalibrationPlan(images=1024, seed=0, batch_size=16)
 
 
 def test_every_fault_at_once_with_line_and_column() -> None:
@@ -67,7 +67,9 @@ seed: yes
         ("- 1", "r:1:1: must be a mapping of keys to values, not [1]"),
         ("pruning: 3", "r:1:1: pruning: must be a mapping of keys to values, not 3"),
         ("seed: 1", "r:1:1: pruning: is missing"),
-        ("pruning: {}", "r:1:1: pruning: give `keep` (a ratio) or `tokens` (counts)"),
+        ("pruning: {}", "r:1:1: pruning: give `keep` (a ratio), `tokens` (counts) or `image_size` (smaller images)"),
+        ("pruning: {image_size: 26, points: [3]}", "r:1:1: pruning: `points` say where tokens are dropped"),
+        ("pruning: {image_size: 0}", "r:1:11: pruning.image_size: must be at least 1, not 0"),
         (
             "pruning:\n  keep: 0.5\n  tokens: [9]",
             "r:3:3: pruning.tokens: give either `keep` or `tokens`, and set the other to null",
@@ -246,9 +248,18 @@ def test_override_checks_values() -> None:
     with pytest.raises(UsageError) as caught:
         parse_recipe(MINIMAL).override(["pruning.keep=2", "seed=a"])
     assert caught.value.what.splitlines() == [
-        "pruning.keep: must be above 0 and at most 1 (the ratio kept at each point), not 2",
-        "seed: must be a whole number, not 'a'",
+        "--set pruning.keep: must be above 0 and at most 1 (the ratio kept at each point), not 2",
+        "--set seed: must be a whole number, not 'a'",
     ]
+
+
+def test_override_names_the_options_that_values_come_from() -> None:
+    with pytest.raises(UsageError, match=r"^--keep: must be above 0"):
+        parse_recipe(MINIMAL).override(["pruning.keep=2", "seed=1"], {"pruning.keep": "--keep"})
+    with pytest.raises(UsageError, match=r"^--warmup and --set training\.epochs: a warm-up of 5 epochs does not fit"):
+        parse_recipe(MINIMAL).override(
+            ["training.warmup_epochs=5", "training.epochs=2"], {"training.warmup_epochs": "--warmup"}
+        )
 
 
 def test_resolved_keeps_the_ratio_and_makes_the_rest_explicit() -> None:

@@ -56,6 +56,7 @@ def killed_at(line: int, work: Callable[[], None]) -> bool:
 def test_killed_at_every_line_the_old_or_the_new_folder_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # of no matter for a kill, and slow
     if not exchanges:
         monkeypatch.setattr(replacing, "_exchange", lambda first, second: False)
     folder, line = tmp_path / "out", 0
@@ -81,6 +82,23 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert content(folder) == NEW and line > 20
     write_folder(folder, OLD)
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_all_is_on_the_disk_before_the_names_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "out", OLD)
+    events: list[str] = []
+    exchange = replacing._exchange
+
+    def noted(first: Path, second: Path) -> bool:
+        events.append("exchange")
+        return exchange(first, second)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(Path(f"/proc/self/fd/{handle}").readlink().name))
+    monkeypatch.setattr(replacing, "_exchange", noted)
+    write_folder(tmp_path / "out", NEW)
+    *files, names, exchanged, parent = events
+    assert set(files) == NEW.keys() and names.startswith(".out.")
+    assert (exchanged, parent) == ("exchange", tmp_path.name)
 
 
 def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:

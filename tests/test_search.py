@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.inference import Session
 from ssmprune_cli.interface import Stage
+from ssmprune_cli.models import resize
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
@@ -35,13 +38,16 @@ from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import latency
+from ssmprune_cli.workflows.trials import clock as clocks
+from ssmprune_cli.workflows.trials.budgets import Budget
 from ssmprune_cli.workflows.trials.candidates import layouts, neighbours, uniform
+from ssmprune_cli.workflows.trials.clock import Clock, TimeTable
 from ssmprune_cli.workflows.trials.cost import CostModel, Costs, check_budget, schedule_at, solve
-from ssmprune_cli.workflows.trials.measure import Distances, Measurements
+from ssmprune_cli.workflows.trials.measure import Distances, Measurements, Variant
 from ssmprune_cli.workflows.trials.state import SavedState
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
+pytestmark = pytest.mark.usefixtures("without_noise")
 CALIBRATED = Method("clip", "drop", "calibrated")
 STAGES = (Stage(0, 2, (6, 6)), Stage(2, 8, (4, 4)), Stage(8, 9, (2, 2)))
 
@@ -138,12 +144,21 @@ def test_neighbours_are_valid_and_differ(seed: int) -> None:
         assert sum(candidate.weights) / len(candidate.weights) == pytest.approx(1, abs=1e-5)
 
 
+def meters(measurements: Measurements) -> Meters:
+    return {"costs": Costs(measurements), "clock": Clock(measurements, 8)}
+
+
+class Meters(TypedDict):
+    costs: Costs
+    clock: Clock
+
+
 def test_search_is_deterministic_meets_the_budget_and_is_no_worse_than_uniform(measurements: Measurements) -> None:
     methods = [Method("clip", "drop", "none"), Method("l1", "drop", "none"), Method("clip", "context", "none")]
 
     def run() -> Search:
         return Search(
-            measurements, methods, lambda method: 0.75 * measurements.dense_cost, split(12), limits=Limits(20)
+            measurements, methods, Budget("flops", 0.75), split(12), **meters(measurements), limits=Limits(20)
         )
 
     trials = run().run()
@@ -176,9 +191,11 @@ def test_the_default_is_kept_unless_something_is_clearly_better(
         return Distances(values, values)
 
     monkeypatch.setattr(Measurements, "distances", distances)
-    budget = 0.8 * measurements.dense_cost
+    budget = Budget("flops", 0.8)
     methods = [default, Method("l1", "context", "calibrated")]
-    trials = Search(measurements, methods, lambda method: budget, (searched, held_back), limits=Limits(80)).run()
+    trials = Search(
+        measurements, methods, budget, (searched, held_back), **meters(measurements), limits=Limits(80)
+    ).run()
     assert (trials[0].settings.importance == "l1") == clear
     if not clear:
         assert trials[0].settings.schedule.points == default_points(measurements.model.stages)
@@ -201,8 +218,10 @@ def test_what_one_image_spoils_gives_way_to_the_next_best(
     monkeypatch.setattr(Measurements, "distances", distances)
     monkeypatch.setattr(algorithm, "FINALISTS", 1000)
     methods = [Method(score, "context", "calibrated") for score in near]
-    budget = 0.8 * measurements.dense_cost
-    trials = Search(measurements, methods, lambda method: budget, (searched, held_back), limits=Limits(60)).run()
+    budget = Budget("flops", 0.8)
+    trials = Search(
+        measurements, methods, budget, (searched, held_back), **meters(measurements), limits=Limits(60)
+    ).run()
     assert trials[0].chosen and trials[0].settings.importance == "l2"
     assert {trial.settings.importance for trial in trials} == set(near)
 
@@ -234,6 +253,56 @@ def test_a_budget_that_cannot_be_met_says_what_can(measurements: Measurements) -
         check_budget(measurements, [CALIBRATED], 1.2)
 
 
+def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller images are made to look the better choice: what is chosen then is one of them."""
+    torch.manual_seed(0)
+    config = VimConfig(image_size=(24, 24), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10)
+    model: Backbone = Vim(config).eval()
+    real = Measurements.distances
+
+    def distances(self: Measurements, settings: PruneSettings, part: range) -> Distances:
+        nats, soft = real(self, settings, part)
+        worse = 10.0 if self.model is model else 0.0
+        return Distances(nats + worse, soft + worse)
+
+    monkeypatch.setattr(Measurements, "distances", distances)
+
+    def load(sized: Backbone) -> torch.Tensor:
+        coarse = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        return functional.interpolate(coarse, size=sized.image_size, mode="bicubic", align_corners=True)
+
+    measurements = Measurements(model, load(model), calibration=8, load=load)
+    methods = [Method("clip", "drop", "calibrated")]
+    search_ = Search(
+        measurements, methods, Budget("flops", 0.6), split(12), **meters(measurements), limits=Limits(14), seed=1
+    )
+    trials = search_.run()
+    assert trials[0].side is not None
+    alone = [trial for trial in trials if not trial.settings.schedule.points]
+    both = [trial for trial in trials if trial.side is not None and trial.settings.schedule.points]
+    assert alone and both and all(trial.side is not None for trial in alone)
+    best = trials[0]
+    assert best.timing is not None and best.multiply_adds <= 0.6
+    for trial in trials:
+        sized = measurements.at(trial.side)
+        assert sized.model.image_size == ((trial.side, trial.side) if trial.side else (24, 24))
+        counted = sized.multiply_adds(trial.settings) / measurements.dense_cost
+        assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
+    # The distance is that of the smaller model on smaller images from the dense model on its own.
+    trial = alone[0]
+    small = resize(model, trial.side or 0)
+    with torch.no_grad():
+        soft = soft_divergence(measurements.dense, small(load(small)).double())
+    known = measurements.at(trial.side).distances(trial.settings, range(12)).soft
+    torch.testing.assert_close(known, soft, atol=1e-6, rtol=1e-4)
+    # The time of smaller images is measured; what dropping saves of it is taken from the table of the whole ones.
+    clock = Clock(measurements, 8)
+    for side, points, tokens in ((20, (), ()), (20, (1, 2), (18, 9)), (16, (2,), (8,))):
+        schedule = PruneSchedule(points, tokens)
+        timing = clock.timing(Variant(methods[0].settings(schedule, 0), side))
+        assert clock.of(methods[0], side).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+
+
 def test_logits_that_are_not_finite_are_refused_by_image(model: Backbone) -> None:
     images = torch.randn(4, 3, 32, 32)
     images[2] = torch.nan
@@ -253,7 +322,7 @@ def test_a_candidate_that_gives_nan_is_never_chosen(
 
     monkeypatch.setattr(Measurements, "distances", broken)
     methods = [Method("clip", "drop", "none"), Method("clip", "context", "none")]
-    search_ = Search(measurements, methods, lambda method: 0.8 * measurements.dense_cost, split(12), limits=Limits(8))
+    search_ = Search(measurements, methods, Budget("flops", 0.8), split(12), **meters(measurements), limits=Limits(8))
     assert search_.run()[0].settings.reduction == "context"
 
 
@@ -309,7 +378,8 @@ def test_a_search_that_was_cut_off_continues_to_the_same_result(
 
     def plan(state: Path | None) -> SearchPlan:
         calibration = CalibrationPlan(images=10)
-        return SearchPlan(calib, methods, flops=(0.8,), calibration=calibration, limits=Limits(12), state=state)
+        budgets = (Budget("flops", 0.8),)
+        return SearchPlan(calib, methods, budgets, calibration=calibration, limits=Limits(12), state=state)
 
     whole = search(Source(CHECKPOINT), plan(None))
     once = list(measured)
@@ -330,43 +400,105 @@ def test_too_few_images(tmp_path: Path) -> None:
     path = tmp_path / "few.npz"
     np.savez(path, images=np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
     with pytest.raises(DataError, match="at least 8 calibration images, and there are 3"):
-        search(Source(CHECKPOINT), SearchPlan(path, [CALIBRATED], flops=(0.8,)))
+        search(Source(CHECKPOINT), SearchPlan(path, [CALIBRATED], budgets=(Budget("flops", 0.8),)))
 
 
 def test_a_target_time_is_met_or_what_can_be_met_is_said(calib: Path) -> None:
-    methods = [Method("clip", "drop", "none")]
-    limits, calibration = Limits(4), CalibrationPlan(images=10)
-    plan = SearchPlan(calib, methods, latency_ms=1e6, limits=limits, calibration=calibration)
-    (found,) = search(Source(CHECKPOINT), plan).found
-    assert found.latency_ms is not None and found.latency_ms < 1e6 and found.budget == 1e6
-    with pytest.raises(UsageError, match=r"cannot be reached on this device: the dense model takes"):
-        search(Source(CHECKPOINT), SearchPlan(calib, methods, latency_ms=1e-3, limits=limits, calibration=calibration))
-
-
-def test_a_tight_target_time_is_used_up_and_not_overrun(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without noise: 2 ms, and a millisecond for every million multiply-adds."""
-
-    def milliseconds(model: Backbone) -> float:
-        return 2 + count_flops(model).all_directions / 1e6
-
-    def speeds(sessions: list[Session], images: torch.Tensor, rounds: int) -> list[Speed]:
-        models = [each.definition for each in sessions if isinstance(each.definition, Backbone)]
-        return [Speed(milliseconds(each), (0.0, 0.0), 1.0, rounds, ()) for each in models]
-
-    monkeypatch.setattr(latency, "interleaved_speeds", speeds)
-    dense = milliseconds(checkpoint.load(CHECKPOINT))
-    target = 0.75 * dense
     methods, calibration = [Method("clip", "drop", "none")], CalibrationPlan(images=10)
-    plan = SearchPlan(calib, methods, latency_ms=target, limits=Limits(4), calibration=calibration)
-    (found,) = search(Source(CHECKPOINT), plan).found
-    assert found.dense_latency_ms == pytest.approx(dense)
+
+    def plan(budget: Budget | None = None, ms: float | None = None) -> SearchPlan:
+        budgets = () if budget is None else (budget,)
+        return SearchPlan(calib, methods, budgets, latency_ms=ms, limits=Limits(4), calibration=calibration)
+
+    with pytest.raises(UsageError, match=r"0\.05 of the dense model's time cannot be reached on this device") as raised:
+        search(Source(CHECKPOINT), plan(Budget("time", 0.05)))
+    assert "a batch takes" in (raised.value.hint or "")
+    with pytest.raises(UsageError, match="lies between 0 and 1"):
+        search(Source(CHECKPOINT), plan(Budget("time", 1.5)))
+    with pytest.raises(UsageError, match="1e\\+06 are met without pruning"):
+        search(Source(CHECKPOINT), plan(ms=1e6))
+
+
+@pytest.mark.parametrize("kind", ["share", "ms"])
+def test_a_time_is_used_up_and_not_overrun(calib: Path, kind: str, without_noise: Callable[[Backbone], float]) -> None:
+    methods, calibration = [Method("clip", "drop", "none")], CalibrationPlan(images=10)
+    dense = without_noise(checkpoint.load(CHECKPOINT))
+    asked = SearchPlan(calib, methods, limits=Limits(4), calibration=calibration)
+    share = replace(asked, budgets=(Budget("time", 0.75),))
+    (found,) = search(Source(CHECKPOINT), share if kind == "share" else replace(asked, latency_ms=0.75 * dense)).found
+    timing = found.chosen.timing
+    assert timing is not None and timing.dense_ms == pytest.approx(dense)
     # Token counts are whole numbers, in which this small model's budget is used to a few per cent.
-    assert found.latency_ms is not None and 0.95 * target < found.latency_ms <= target
+    assert 0.9 * 0.75 < timing.ratio <= 0.75
+
+
+def test_a_time_is_met_though_the_table_is_wrong(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was chosen is timed as a whole: where the table promised too much, more is pruned."""
+    predict = clocks.TimeModel.predict
+    monkeypatch.setattr(clocks.TimeModel, "predict", lambda self, schedule: 0.8 * predict(self, schedule))
+    methods, calibration = [Method("clip", "drop", "none")], CalibrationPlan(images=10)
+    plan = SearchPlan(calib, methods, (Budget("time", 0.75),), limits=Limits(4), calibration=calibration)
+    (found,) = search(Source(CHECKPOINT), plan).found
+    assert found.chosen.timing is not None and found.chosen.timing.ratio <= 0.75
+
+
+def test_what_is_slower_than_dense_is_never_chosen(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(sessions: list[Session], images: torch.Tensor, rounds: int) -> list[Speed]:
+        times = [1.0, *(1.5 for _ in sessions[1:])]
+        return [Speed(time, (time, time), 1.0, rounds, (time,) * rounds) for time in times]
+
+    monkeypatch.setattr(clocks, "interleaved_speeds", slow)
+    methods, calibration = [Method("clip", "drop", "none")], CalibrationPlan(images=10)
+    plan = SearchPlan(calib, methods, (Budget("flops", 0.8),), limits=Limits(4), calibration=calibration)
+    with pytest.raises(SsmpruneError, match=r"all candidates are slower .* takes 1\.50 times its time"):
+        search(Source(CHECKPOINT), plan)
+
+
+@pytest.mark.parametrize("family", ["vim", "vmamba"])
+def test_a_table_of_few_rows_predicts_the_time_of_any_schedule(family: str) -> None:
+    """On a machine without noise, whose time is linear in multiply-adds."""
+    torch.manual_seed(0)
+    small: Backbone
+    if family == "vim":
+        small = Vim(VimConfig(image_size=(32, 32), patch_size=4, stride=4, embed_dim=16, depth=8, num_classes=10))
+    else:
+        small = VMamba(VMambaConfig(image_size=(64, 64), embed_dim=16, depths=(2, 5), num_classes=10))
+    measurements = Measurements(small, torch.randn(2, 3, *small.image_size), calibration=2)
+    clock = Clock(measurements, 4)
+    for reduction in ("drop", "context"):
+        method = Method("clip", reduction, "none")
+        for level in (0.2, 0.5):
+            points = tuple(point for stage in small.stages for point in range(stage.start + 1, stage.stop, 2))
+            schedule = schedule_at(small.stages, points, (1.0,) * len(points), level)
+            predicted, timing = clock.of(method).predict(schedule), clock.timing(Variant(method.settings(schedule, 0)))
+            assert predicted == pytest.approx(timing.ratio, abs=0.03), (reduction, level)
+
+
+def test_a_table_is_measured_once_on_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    vim = Vim(VimConfig(image_size=(32, 32), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10))
+    measurements = Measurements(vim, torch.randn(2, 3, 32, 32), calibration=2)
+    method = Method("clip", "drop", "none")
+
+    def predicted(batch_size: int) -> float:
+        clock = Clock(measurements, batch_size, TimeTable.of(vim, "cpu", batch_size))
+        return clock.of(method).predict(PruneSchedule((2,), (20,)))
+
+    first = predicted(4)
+    (file,) = (tmp_path / "ssmprune" / "times").iterdir()
+    monkeypatch.setattr(Clock, "timings", None)
+    assert predicted(4) == first
+    with pytest.raises(TypeError):  # another batch size is another table
+        predicted(8)
+    file.write_text("{broken")
+    with pytest.raises(TypeError):
+        predicted(4)
 
 
 def test_images_that_cannot_be_used_end_a_search(tmp_path: Path) -> None:
     def plan(path: Path) -> SearchPlan:
-        return SearchPlan(path, [CALIBRATED], flops=(0.8,), calibration=CalibrationPlan(images=10))
+        return SearchPlan(path, [CALIBRATED], budgets=(Budget("flops", 0.8),), calibration=CalibrationPlan(images=10))
 
     for number in range(9):
         Image.new("RGB", (64, 64), (9, 9, 9)).save(tmp_path / f"{number}.png")

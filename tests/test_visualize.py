@@ -27,7 +27,7 @@ from ssmprune_cli.pruning import TokenPruner, compress
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.finetune.new_model import build
 from ssmprune_cli.workflows.reporting.kept import stages
-from ssmprune_cli.workflows.visualize import CAPTION, DROPPED, HEAT, MARGIN, UNSEEN, faded, heat, shade, visualize
+from ssmprune_cli.workflows.visualize import CAPTION, GREY, HATCH, HEAT, MARGIN, faded, hatched, heat, shade, visualize
 
 SMALL = [
     "image_size=[16, 16]",
@@ -114,7 +114,9 @@ def test_picture_fades_exactly_the_dropped_cells(model: Backbone, tmp_path: Path
                 if patch in cells:
                     np.testing.assert_array_equal(here, there)
                 else:
-                    np.testing.assert_array_equal(here, np.rint(0.3 * there + 0.7 * np.array([60, 100, 180])))
+                    lines = (here == HATCH[0]).all(axis=2) | (here == HATCH[1]).all(axis=2)
+                    assert 0.3 < lines.mean() < 0.4  # a light and a dark line, and four times their width between
+                    np.testing.assert_array_equal(here[~lines], np.rint(0.3 * there + 0.7 * 128)[~lines])
 
 
 def test_a_model_that_drops_nothing_is_refused(model: Backbone, tmp_path: Path) -> None:
@@ -139,23 +141,34 @@ def test_scores_are_those_that_decide(model: Backbone) -> None:
 
 def test_heat_runs_from_the_lowest_to_the_highest_score_and_shows_what_is_gone() -> None:
     colours, strength = heat(np.array([[1.0, 5.0], [3.0, np.nan]], np.float32))
-    np.testing.assert_array_equal(colours, [[HEAT[0], HEAT[4]], [HEAT[2], DROPPED]])
+    np.testing.assert_array_equal(colours, [[HEAT[0], HEAT[4]], [HEAT[2], GREY]])
     np.testing.assert_array_equal(strength, [[0.6, 0.6], [0.6, 0.7]])
     colours, _ = heat(np.full((2, 2), 7.0, np.float32))  # nothing to tell apart: the middle
     assert (colours == np.array(HEAT[2])).all()
     colours, strength = heat(np.full((2, 2), np.nan, np.float32))
-    assert (colours == np.array(DROPPED)).all() and (strength == 0.7).all()
+    assert (colours == np.array(GREY)).all() and (strength == 0.7).all()
 
 
 def test_cells_lie_where_the_model_sees_them_and_the_rest_is_grey() -> None:
     image = np.zeros((4, 8, 3), np.uint8)
     shown = shade(image, *faded(np.array([[True, False], [False, True]])), (2, 0, 6, 4))
-    grey, blue, black = (np.rint(0.7 * np.array(colour)) for colour in (UNSEEN, DROPPED, (0, 0, 0)))
-    row = [grey, grey, blue, blue, black, black, grey, grey]
-    expected = np.array(
-        [row, row, [*row[:2], black, black, blue, blue, *row[6:]], [*row[:2], black, black, blue, blue, *row[6:]]]
-    )
-    np.testing.assert_array_equal(shown, expected)
+    grey, black = np.rint(0.7 * np.array(GREY)), np.zeros(3)
+    row = [grey, grey, grey, grey, black, black, grey, grey]
+    other = [grey, grey, black, black, grey, grey, grey, grey]
+    np.testing.assert_array_equal(shown, np.array([row, row, other, other]))
+
+
+@pytest.mark.parametrize("ground", [(255, 255, 255), (135, 206, 235), (128, 128, 128), (0, 0, 0)])
+def test_dropped_patches_are_told_from_every_ground(ground: tuple[int, int, int]) -> None:
+    """Snow, sky, fog and night: a kept patch is as it was, a dropped one has lines far from it, crop or not."""
+    image = np.broadcast_to(np.array(ground, np.uint8), (32, 64, 3)).copy()
+    gone = np.array([[True, False]])
+    shown = hatched(shade(image, *faded(gone), (16, 0, 64, 32)), gone, (16, 0, 64, 32))
+    np.testing.assert_array_equal(shown[:, 40:], image[:, 40:])
+    dropped, left_out = (part.reshape(-1, 3).astype(int) for part in (shown[:, 16:40], shown[:, :16]))
+    assert len(np.unique(left_out, axis=0)) == 1 and len(np.unique(dropped, axis=0)) == 3
+    assert np.abs(dropped - np.array(ground)).max(axis=1).max() > 90
+    assert not ((dropped[:, 2] > dropped[:, 0] + 50).mean() > 0.05)  # never blue
 
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 96), (40, 40), (33, 70)])

@@ -1,6 +1,6 @@
 """The evidence of docs/results.md for one checkpoint, without fine-tuning: ways to prune, and what the search finds.
 
-    python recipes/bench/evidence.py [CKPT --dataset cifar10 --data-dir DIR --calib DIR] [--csv FILE] [--device cuda]
+    python recipes/bench/evidence.py [CKPT --dataset cifar10 --data DIR --calib DIR] [--csv FILE] [--device cuda]
         [--keep 0.9 0.7 0.5] [--flops 0.8 0.6] [--times 0.8 0.6] [--search 0.8 0.6] [--counts 16 64 256]
 
 prints Markdown tables, and with --csv FILE writes each beside it after every row (FILE_keep.csv, ...). Beside them a
@@ -11,7 +11,7 @@ demo, on its digits.
 --flops   every method, cut uniformly at the default points, at equal multiply-adds (shares of the dense model's)
 --times   the same at equal measured time (shares of the dense model's)
 --search  the schedule that `ssmprune search` finds on --calib, against the uniform default (clip/context/calibrated)
-          and the same without alignment, on --data-dir, which the search has not seen: paired differences
+          and the same without alignment, on --data, which the search has not seen: paired differences
 --counts  the search at --counts-budget with so many calibration images
 
 "nats" is the mean divergence KL(dense || pruned) of the class probabilities. ± is one standard error over images; with
@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -105,10 +106,10 @@ class Evidence:
         self.source = Source(arguments.checkpoint)
         self.out: Path | None = arguments.csv
         self.tables = Tables(self.out)
-        dataset = open_dataset(arguments.dataset, arguments.data_dir)
+        dataset = open_dataset(arguments.dataset, arguments.data)
         identity = {
             "checkpoint": checkpoint.sha256(arguments.checkpoint),
-            **{key: str(getattr(arguments, key)) for key in ("data_dir", "calib", "limit", "device", "batch_size")},
+            **{key: str(getattr(arguments, key)) for key in ("data", "calib", "limit", "device", "batch_size")},
             **{key: getattr(arguments, key) for key in ("evaluations", "time_limit", "rounds")},
         }
         self.state = SavedState(self.out.with_suffix(".json") if self.out else None, identity)
@@ -123,7 +124,7 @@ class Evidence:
         self.calibration = self._calibration(CALIBRATION)
         self.uniform = Uniform(self.comparison.model, self.calibration, batch_size=arguments.batch_size)
 
-    def methods(self, kind: str, values: list[float], methods: dict[str, Method]) -> None:
+    def methods(self, kind: Literal["keep", "flops", "time"], values: list[float], methods: dict[str, Method]) -> None:
         """A table of `methods` at every budget of this kind."""
         if not values:
             return
@@ -177,7 +178,7 @@ class Evidence:
         plan = SearchPlan(
             calib=arguments.calib,
             methods=list(known_methods()),
-            flops=(budget,),
+            budgets=(Budget("flops", budget),),
             calibration=CalibrationPlan(images=count, batch_size=arguments.batch_size),
             limits=Limits(arguments.evaluations, arguments.time_limit),
             device=arguments.device,
@@ -187,6 +188,7 @@ class Evidence:
         (result,) = search(self.source, plan).found
         calibration = self._calibration(count)
         found = recipe_settings(self.comparison.model, result.recipe, calibrated=arguments.calib is not None)
+        assert found is not None, "a search drops tokens"
         pair = (DEFAULT, replace(DEFAULT, alignment="none"))
         default, plain = (self.uniform.settings(method, Budget("flops", budget)) for method in pair)
         assert default is not None and plain is not None, "the default reduction cannot save so much"
@@ -247,8 +249,8 @@ def plus_minus(values: Tensor, digits: int = 4, sign: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=DEMO / "vim_digits.pth")
-    parser.add_argument("--dataset", default="npz", help="layout of --data-dir, as in `ssmprune eval`")
-    parser.add_argument("--data-dir", type=Path, default=DEMO / "test.npz", help="images to compare on")
+    parser.add_argument("--dataset", default="npz", help="layout of --data, as in `ssmprune eval`")
+    parser.add_argument("--data", type=Path, default=DEMO / "test.npz", help="images to compare on")
     parser.add_argument("--calib", type=Path, default=DEMO / "calib.npz", help="other images")
     parser.add_argument("--limit", type=int, help="compare on so many images, always the same")
     parser.add_argument("--csv", type=Path, help="write each table beside it; finished rows are kept in the .json")

@@ -91,6 +91,7 @@ def rows(arguments: argparse.Namespace, settings: Training) -> Iterator[dict[str
                                 reduction=reduction,
                                 alignment=alignment,
                                 calibration=given,
+                                repair="none",
                             )
                             before = top1(model, validation, arguments.device)
                             teacher = checkpoint.load(path) if distilled else None

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from ssmprune_cli.cli.app import app
+from ssmprune_cli.cli.help import panels
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 PREFACE = """\
@@ -50,11 +51,11 @@ def _sections(command: Any, path: str, parent: Any) -> Iterator[str]:
         yield f"\n```\n{path} {pieces}\n```\n"
         for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
             yield f"\n{_escaped(' '.join(paragraph.split()))}\n"
-        records = [record for each in command.get_params(context) if (record := each.get_help_record(context))]
-        yield "\n| option | what it does |\n| --- | --- |\n"
-        for names, text in records:
-            name = _escaped(f"`{' '.join(names.split())}`")
-            yield f"| {name} | {_escaped(' '.join(text.split()))} |\n"
+        for title, records in panels(command, context):
+            yield f"\n| {title} | |\n| --- | --- |\n"
+            for names, text in records:
+                name = _escaped(f"`{' '.join(names.split())}`")
+                yield f"| {name} | {_escaped(' '.join(text.split()))} |\n"
         for each, inner in commands.items():
             yield from _sections(inner, f"{path} {each}", context)
 

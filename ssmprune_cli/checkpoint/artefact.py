@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as serialize
+from torch import Tensor
 
-from ssmprune_cli.checkpoint.files import CONFIG, WEIGHTS, locate, read_json
+from ssmprune_cli.checkpoint.files import CONFIG, DENSE, WEIGHTS, locate, read_json
 from ssmprune_cli.checkpoint.replacing import probe, recover, write_folder
 from ssmprune_cli.errors import CheckpointError
 from ssmprune_cli.models import Backbone
@@ -57,14 +59,22 @@ def read_config(folder: Path) -> Artefact:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether `path` is an artefact folder with a pruner. Raises CheckpointError if its config.json is damaged."""
+    """Whether `path` is an artefact folder of a model that drops tokens or was resized. Raises CheckpointError if its
+    config.json is damaged."""
     path = locate(path)
-    return (path / CONFIG).is_file() and _is_ours(path) and read_config(path).pruning is not None
+    if not (path / CONFIG).is_file() or not _is_ours(path):
+        return False
+    said = read_config(path)
+    return said.pruning is not None or said.config.get("resized_from") is not None
 
 
 def _is_ours(folder: Path) -> bool:
     values = read_json(folder / CONFIG)
     return isinstance(values, dict) and values.get("format") == FORMAT
+
+
+def _state(model: Backbone) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in sorted(model.state_dict().items())}
 
 
 def check_writable(folder: Path, *, overwrite: bool = False) -> None:
@@ -95,9 +105,17 @@ def check_writable(folder: Path, *, overwrite: bool = False) -> None:
 
 
 def save(
-    folder: Path, model: Backbone, extra_files: Mapping[str, bytes | str] | None = None, *, overwrite: bool = False
+    folder: Path,
+    model: Backbone,
+    extra_files: Mapping[str, bytes | str] | None = None,
+    *,
+    dense: Backbone | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write `model`, with its pruner, and `extra_files` (name to content) to `folder`: all of it or nothing.
+
+    dense  what a resized `model` was made of: its weights that are others go into the folder too, so that it can be
+           compressed again from there
 
     The same model gives the same bytes. Raises CheckpointError if `check_writable` does, or if the disk is full.
     """
@@ -110,12 +128,19 @@ def save(
         "config": asdict(model.config),
         "pruning": settings,
     }
-    state = {name: value.detach().cpu().contiguous() for name, value in sorted(model.state_dict().items())}
+    state = _state(model)
     files: dict[str, bytes | str] = {
         **(extra_files or {}),
         CONFIG: json.dumps(config, indent=1) + "\n",
         WEIGHTS: serialize(state, metadata={"format": "pt"}),
     }
+    if dense is not None and model.config.resized_from is not None:
+        others = {
+            name: value
+            for name, value in _state(dense).items()
+            if name not in state or not torch.equal(state[name], value)
+        }
+        files[DENSE] = serialize(others, metadata={"format": "pt"})
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
     try:
         write_folder(folder, contents)

@@ -12,6 +12,7 @@ from ssmprune_cli.errors import CheckpointError, shown
 from ssmprune_cli.files import open_regular, read_bytes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DENSE = "dense.safetensors"  # of an artefact: the dense model's weights where they are others
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAX_JSON = 1 << 23  # bytes of a config.json or an index
 _ADDRESSES = ("hf:", "http:", "https:", "s3:", "gs:")
@@ -65,11 +66,13 @@ def parts(path: Path) -> list[Path]:
             return [path / CONFIG, path / name, *shards(path / name)[1]]
     weights = path / WEIGHTS
     other = path / "pytorch_model.bin"
-    return [path / CONFIG, other if other.exists() and not weights.exists() else weights]
+    if other.exists() and not weights.exists():
+        return [path / CONFIG, other]
+    return [path / CONFIG, weights, *([path / DENSE] if (path / DENSE).exists() else [])]
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 in hex of the files of a checkpoint, one after another: of an artefact, config.json and the weights."""
+    """SHA-256 in hex of the files of a checkpoint, one after another: of an artefact, config.json and all weights."""
     digest = hashlib.sha256()
     for part in parts(path):
         with open_regular(part, CheckpointError) as file:

@@ -13,10 +13,20 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ssmprune_cli import pruning
-from ssmprune_cli.checkpoint.reading import Checkpoint, read
+from ssmprune_cli.checkpoint.reading import Checkpoint, read, read_dense
 from ssmprune_cli.checkpoint.stated import plain
 from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
-from ssmprune_cli.models import FAMILIES, MAX_SIDE, SMALL_SIDE, Backbone, Family, Hints, ImageConfig, Shapes
+from ssmprune_cli.models import (
+    FAMILIES,
+    MAX_SIDE,
+    SMALL_SIDE,
+    Backbone,
+    Family,
+    Hints,
+    ImageConfig,
+    Shapes,
+    before_resizing,
+)
 from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
@@ -72,16 +82,21 @@ def load(
 
 @torch.inference_mode(False)  # weights made in inference mode have no version, and nothing could be kept of them
 def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backbone:
-    """See `load`. With `dense`, a compressed model comes without its pruner, as it was before."""
+    """See `load`. With `dense`, a compressed model comes as it was before: without its pruner, and for its own images.
+
+    CheckpointError for `dense` if the model was resized and trained since: what it was before is no longer there.
+    """
     path = Path(path)
     checkpoint = read(path, weights=reading.weights)
     resolved = resolve(checkpoint, reading)
     settings = checkpoint.artefact.pruning if checkpoint.artefact else None
-    state = resolved.state
-    if dense and settings is not None:
+    state, config = resolved.state, resolved.config
+    if dense:
         settings = None
         state = {name: value for name, value in state.items() if not name.startswith(_PRUNER)}
-    model = build_empty(resolved.family, resolved.config, settings, state, path)
+        state |= read_dense(checkpoint, resized=config.resized_from is not None)
+        config = before_resizing(config)
+    model = build_empty(resolved.family, config, settings, state, path)
     broken = non_finite(state)
     if broken:
         raise CheckpointError(
@@ -89,21 +104,24 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
             where=str(path),
             hint="The file comes from a training that diverged; use another epoch or copy.",
         )
-    side = reading.image_size
-    if side is not None and model.image_size != (side, side):
-        if settings is not None:
-            raise CheckpointError(
-                "the image size of a compressed model is fixed, because its token counts are",
-                where=str(path),
-                hint="Compress the dense checkpoint again with `--image-size`.",
-            )
-        state, config = resolved.family.resize(state, resolved.config, side)
-        model = build_empty(resolved.family, config, None, state, path)
-    # `copy`: the tensors may be mapped from the file. Assigned, so that no weight is initialised only to be replaced.
+    # `copy`: the tensors may be mapped from the file.
     values = {
         name: value.to(torch.float32, copy=True).contiguous() if value.is_floating_point() else value.clone()
         for name, value in state.items()
     }
+    side = reading.image_size
+    if side is not None and (side, side) not in (model.image_size, config.resized_from):
+        if settings is not None or config.resized_from is not None:
+            why = "because its token counts are" if config.resized_from is None else "once it was resized"
+            raise CheckpointError(
+                f"the image size of a compressed model is fixed, {why}",
+                where=str(path),
+                hint="Compress the dense checkpoint again, with `--image-size` for the size of the dense model or "
+                "`--resize` for a smaller one.",
+            )
+        values, config = resolved.family.resize(values, config, side)
+        model = build_empty(resolved.family, config, None, values, path)
+    # Assigned, so that no weight is initialised only to be replaced.
     model.load_state_dict(values, strict=True, assign=True)
     return model.eval()
 
@@ -118,7 +136,7 @@ def resolve(checkpoint: Checkpoint, reading: Reading = NOTHING_SAID) -> Resolved
     resolved = (
         _from_artefact(checkpoint, chosen, reading) if checkpoint.artefact else _found(checkpoint, chosen, reading)
     )
-    side = reading.image_size or max(resolved.config.image_size)
+    side = reading.image_size or max(resolved.config.resized_from or resolved.config.image_size)
     if side <= SMALL_SIDE and reading.crop not in (None, 1.0):
         raise UsageError(f"images of {side} pixels are not cropped: the authors of no family do", where="--crop")
     return resolved
@@ -174,6 +192,8 @@ def _images(reading: Reading) -> dict[str, Any]:
         "interpolation": reading.interpolation,
         "mean": reading.mean,
         "std": reading.std,
+        "squeeze": None if reading.crop is None else False,
+        "channels": None,
     }
 
 
@@ -241,7 +261,7 @@ def _requested(family: str | None, variant: str | None) -> Family | None:
     known = [name for candidate in candidates for name in candidate.variants]
     close = difflib.get_close_matches(variant, known, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    raise UsageError(f"unknown variant {variant!r}.{guess}", hint=f"Known: {', '.join(known)}.")
+    raise UsageError(f"unknown variant {variant!r}.{guess}", where="--variant", hint=f"Known: {', '.join(known)}.")
 
 
 def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Reading) -> Resolved:
@@ -277,7 +297,9 @@ def _config(family: Family, values: dict[str, Any], weights: int, where: str) ->
                 f"the configuration is not valid: {name} is larger than {weights} weights can be", where=where
             )
     try:
-        return TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
+        config = TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
+        before_resizing(config)  # raises where the dense model's size is none
+        return config
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error

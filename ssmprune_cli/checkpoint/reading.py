@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ssmprune_cli.checkpoint import stated
 from ssmprune_cli.checkpoint.artefact import FORMAT, Artefact, read_config
-from ssmprune_cli.checkpoint.files import CONFIG, INDEXES, WEIGHTS, locate, parts, read_json, shards
+from ssmprune_cli.checkpoint.files import CONFIG, DENSE, INDEXES, WEIGHTS, locate, parts, read_json, shards
 from ssmprune_cli.checkpoint.pickled import OtherTensor
 from ssmprune_cli.checkpoint.replacing import recover
 from ssmprune_cli.checkpoint.stored import damaged, protocol_of, read_legacy, read_safetensors, read_zip
@@ -83,6 +84,26 @@ def read(path: Path, *, weights: str = "model") -> Checkpoint:
     state = _named_tensors(path, found)
     entries = () if used is None else tuple(map(str, content))
     return Checkpoint(path=path, kind=kind, entries=entries, used=used, state=state, hints=hints)
+
+
+def read_dense(checkpoint: Checkpoint, *, resized: bool) -> dict[str, Tensor]:
+    """The weights of the dense model that are others than those of the artefact `checkpoint`, by name.
+
+    CheckpointError if the model was `resized`, and the file with them is not there.
+    """
+    if checkpoint.artefact is None:
+        return {}
+    file = checkpoint.path / DENSE
+    if not os.path.lexists(file):
+        if not resized:
+            return {}
+        raise CheckpointError(
+            f"was made for smaller images, and what it was before is not in it: there is no {DENSE}",
+            where=str(checkpoint.path),
+            hint="A model that was fine-tuned at the smaller size has no dense one any more. Give the checkpoint that "
+            "it was made of.",
+        )
+    return read_safetensors(file)[0]
 
 
 def _transformers(folder: Path) -> Path | None:
@@ -200,7 +221,9 @@ def _choose_copy(path: Path, content: Mapping[Any, Any], weights: str) -> tuple[
         if weights not in _COPIES:
             if not _holds_weights(content.get(weights)):
                 raise UsageError(
-                    f"unknown weights {weights!r}", hint=f"Known: {', '.join(dict.fromkeys([*_COPIES, *known]))}."
+                    f"unknown weights {weights!r}",
+                    where="--weights",
+                    hint=f"Known: {', '.join(dict.fromkeys([*_COPIES, *known]))}.",
                 )
             names = [weights]
         else:

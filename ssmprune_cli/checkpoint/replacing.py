@@ -4,6 +4,8 @@ The new folder is made beside the old one under a temporary name, `.NAME.XXXXXXX
 exchanged in one step of the file system. Where it has no such step, the old folder is set aside for a moment as
 `.NAME.XXXXXXXX.old`; if the process ends in that moment, `recover` puts it back. A folder in use is locked by its
 process, and the lock ends with it: what is not locked is left over from a process that was killed.
+
+Files, and the names of the new folder, are on the disk before the exchange, so that a loss of power is no worse.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -38,8 +40,13 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
         temporary.mkdir()
         with _locked(temporary):
             for name, content in contents.items():
-                (temporary / name).write_bytes(content)
+                with (temporary / name).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            _sync_names(temporary)
             _replace(folder, temporary)
+            _sync_names(folder.parent)
     finally:  # on Ctrl-C too; after an exchange this is the old folder
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -64,6 +71,18 @@ def probe(folder: Path) -> None:
     trial = _new_name(parent / folder.name, "tmp")
     trial.mkdir()
     trial.rmdir()
+
+
+def _sync_names(folder: Path) -> None:
+    """Write the names in `folder` to the disk. Windows does not offer it, and some network file systems refuse it."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _new_name(folder: Path, ending: str) -> Path:

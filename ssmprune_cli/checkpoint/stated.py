@@ -55,17 +55,14 @@ def hints(filename: str, content: Mapping[Any, Any]) -> Hints:
     size = _one(found, _SIZES, _side, "the image size")
     crop = _one(found, _CROPS, _ratio, "the crop")
     interpolation = _interpolation(found, refused)
-    centre = found.values.get("test.crop", [])
-    if crop is None and centre == [True]:
-        crop = 0.875  # Swin's scripts: 256 pixels for a crop of 224
-    elif crop is None and False in centre:
-        refused["eval_crop_ratio"] = (
-            "the file says TEST.CROP False: images were squeezed to a square, which is not done here"
-        )
+    centre = _one(found, ("test.crop",), _flag, "TEST.CROP")
+    squeeze: bool | None = None
+    if crop is None and centre is not None:
+        # Swin's scripts: 256 pixels for a crop of 224, or both sides straight to 224.
+        crop, squeeze = (0.875, False) if centre else (1.0, True)
     for pipeline in found.pipelines[:1]:
-        size, crop = _of_pipeline(pipeline, size, crop, refused)
-    if any(value is False for key in ("to_rgb", "bgr_to_rgb") for value in found.values.get(key, [])):
-        refused["mean"] = "the file says to_rgb False: the model takes blue before red, and here red comes first"
+        size, crop, squeeze, interpolation = _of_pipeline(pipeline, size, crop, squeeze, interpolation, refused)
+    red_first = _one(found, ("to_rgb", "bgr_to_rgb"), _flag, "whether red comes first")
     strides = re.findall(r"stride_?(\d{1,3})(?!\d)", name.lower())
     stride = int(strides[0]) if strides else _one(found, ("patch_stride",), _stride, "the stride")
     return Hints(
@@ -77,6 +74,8 @@ def hints(filename: str, content: Mapping[Any, Any]) -> Hints:
         interpolation=interpolation,  # type: ignore[arg-type]  # one of INTERPOLATIONS
         mean=_one(found, ("mean",), _triple, "the mean"),
         std=_one(found, ("std",), _triple, "the deviation"),
+        squeeze=squeeze,
+        channels=None if red_first is None else "rgb" if red_first else "bgr",
         settings={key: tuple(values) for key, values in found.values.items()},
         refused=refused,
     )
@@ -195,6 +194,11 @@ def _stride(value: Any, name: str) -> Iterator[int]:
         yield value
 
 
+def _flag(value: Any, name: str) -> Iterator[bool]:
+    if isinstance(value, bool):
+        yield value
+
+
 def _ratio(value: Any, name: str) -> Iterator[float]:
     if isinstance(value, float | int) and not isinstance(value, bool) and 0.01 <= value <= 1:
         yield float(value)
@@ -221,9 +225,15 @@ def _interpolation(found: _Found, refused: dict[str, str]) -> str | None:
 
 
 def _of_pipeline(
-    steps: Sequence[Any], size: int | None, crop: float | None, refused: dict[str, str]
-) -> tuple[int | None, float | None]:
-    """Image side and crop of an mmcls or mmpretrain test pipeline; what else it does to the image is `refused`."""
+    steps: Sequence[Any],
+    size: int | None,
+    crop: float | None,
+    squeeze: bool | None,
+    interpolation: str | None,
+    refused: dict[str, str],
+) -> tuple[int | None, float | None, bool | None, str | None]:
+    """Image side, crop, whether both sides are resized, and interpolation of an mmcls or mmpretrain test pipeline; what
+    else it does to the image is `refused`."""
     resized: int | None = None
     for step in steps:
         if not isinstance(step, Mapping):
@@ -231,19 +241,25 @@ def _of_pipeline(
         kind = step.get("type")
         wanted = step.get("scale", step.get("size"))
         if kind in ("Resize", "ResizeEdge"):
-            side = wanted[0] if isinstance(wanted, list) and wanted and wanted[-1] == -1 else wanted
-            if isinstance(side, int):
-                resized = side
+            sides = wanted if isinstance(wanted, list) else [wanted, -1 if kind == "ResizeEdge" else wanted]
+            whole = len(sides) == 2 and isinstance(sides[0], int) and sides[1] in (-1, sides[0])
+            if whole and not (step.get("keep_ratio") and sides[1] != -1):
+                resized, squeeze = sides[0], sides[1] != -1
             else:
                 refused["eval_crop_ratio"] = (
-                    f"its test pipeline resizes images to {shown(str(side))}, not their short side"
+                    f"its test pipeline resizes images to {shown(str(wanted))}: neither a short side nor a square"
                 )
-            if step.get("interpolation", "bicubic") not in INTERPOLATIONS:
-                refused["interpolation"] = f"its test pipeline resizes {shown(str(step['interpolation']))}"
+            stated = step.get("interpolation")
+            if stated in INTERPOLATIONS:
+                interpolation = stated
+            elif stated is not None:
+                refused["interpolation"] = f"its test pipeline resizes {shown(str(stated))}"
         elif kind == "CenterCrop":
             side = step.get("crop_size")
             if isinstance(side, int) and 0 < side <= MAX_SIDE:
                 size = size or side
                 if crop is None and resized is not None and side <= resized:
                     crop = side / resized
-    return size, crop
+    if squeeze and resized is not None and crop is None:  # without a crop, all of it
+        size, crop = size or resized, 1.0
+    return size, crop, squeeze, interpolation

@@ -23,6 +23,7 @@ from ssmprune_cli.cli import (
     visualize,
 )
 from ssmprune_cli.cli import eval as evaluate
+from ssmprune_cli.cli.help import Command
 from ssmprune_cli.cli.quiet import quietly
 
 
@@ -76,5 +77,5 @@ for _name, _function in (
     ("finetune", finetune.command),
     ("env", env.command),
 ):
-    app.command(_name)(quietly(_function))
+    app.command(_name, cls=Command)(quietly(_function))
 app.add_typer(recipes.app, name="recipes")

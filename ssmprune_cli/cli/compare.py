@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, reads_checkpoints
-from ssmprune_cli.cli.search import numbers
+from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli.help import DATA, DEVICE, INPUT, METHOD, OUTPUT
+from ssmprune_cli.cli.options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    choice_option,
+    dataset_option,
+    ratios_option,
+    reads_checkpoints,
+    seed_option,
+    split,
+)
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.recipe import Recipe, load_recipe, shipped_recipes
@@ -19,6 +29,7 @@ from ssmprune_cli.recipe import Recipe, load_recipe, shipped_recipes
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ssmprune_cli.pruning import Method
     from ssmprune_cli.workflows.compare import Row
 
 TABLES = {"imagenet-vim": "vim"}  # name -> family
@@ -26,66 +37,91 @@ TABLES = {"imagenet-vim": "vim"}  # name -> family
 
 @reads_checkpoints
 def command(
-    data_dir: Annotated[Path, typer.Option(help="Images to compare on, labelled or not.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="Images to compare on; without labels there is no accuracy.", rich_help_panel=DATA),
+    ],
     ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Layout of --data-dir: imagenet, imagefolder, cifar10, cifar100 or npz.")
-    ] = None,
-    methods: Annotated[
-        str, typer.Option(help="importance/reduction/alignment, separated by commas; recipes by file or name too.")
-    ] = "random/drop/none,clip/drop/none,clip/context/none",
-    keep: Annotated[str | None, typer.Option(help="Ratios kept at each default point: 0.8,0.6")] = None,
-    flops: Annotated[str | None, typer.Option(help="Equal cost: shares of the dense multiply-adds: 0.8,0.6")] = None,
-    times: Annotated[
-        str | None, typer.Option(help="Equal time: shares of the dense model's, measured: 0.8,0.6")
-    ] = None,
-    calib: Annotated[Path | None, typer.Option(help="Unlabelled images for calibrated alignment.")] = None,
-    calib_images: Annotated[int, typer.Option(min=1, help="How many of them to use.")] = 64,
     dense: Annotated[
-        list[Path] | None, typer.Option(help="A further dense checkpoint for the same table; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="A further dense checkpoint for the same table; may be repeated.", rich_help_panel=INPUT),
     ] = None,
     table: Annotated[
-        str | None, typer.Option(help="Every recipe with published numbers: imagenet-vim. Needs --checkpoints.")
+        str | None,
+        choice_option("--table", tuple(TABLES), "Every recipe with published numbers. Needs --checkpoints", INPUT),
     ] = None,
-    checkpoints: Annotated[Path | None, typer.Option(help="Folder with the checkpoints of --table.")] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Use so many images, always the same.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, timed ones included.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed turns of each model; the median is reported.")] = 5,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder with the checkpoints of --table.", rich_help_panel=INPUT)
+    ] = None,
+    keep: Annotated[str | None, ratios_option("--keep", "Ratios kept at each default point: 0.8,0.6")] = None,
+    flops: Annotated[
+        str | None, ratios_option("--flops", "Equal cost: shares of the dense multiply-adds: 0.8,0.6")
+    ] = None,
+    times: Annotated[
+        str | None, ratios_option("--times", "Equal time: shares of the dense model's, measured: 0.8,0.6")
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            parser=values.methods,
+            metavar="METHODS",
+            help="importance/reduction/alignment, separated by commas; recipes by file or name too.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "random/drop/none,clip/drop/none,clip/context/none",
+    seed: Annotated[int, seed_option("Seed of random scores and of the choice of images.")] = 0,
+    dataset: Annotated[str | None, dataset_option("Layout of --data")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Use so many images, always the same.", rich_help_panel=DATA)
+    ] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Unlabelled images for calibrated alignment.", rich_help_panel=DATA)
+    ] = None,
+    calib_images: Annotated[int, typer.Option(min=1, help="How many of them to use.", rich_help_panel=DATA)] = 64,
     plot: Annotated[
-        Path | None, typer.Option(help="Write plots to this .svg, and to one of the speed beside it.")
+        Path | None,
+        typer.Option(help="Write plots to this .svg, and to one of the speed beside it.", rich_help_panel=OUTPUT),
     ] = None,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random scores and of the choice of images.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images in a batch, timed ones included.", rich_help_panel=DEVICE)
+    ] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Timed turns of each model; the median is reported.", rich_help_panel=DEVICE)
+    ] = 5,
+    device: DeviceName = "cpu",
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare ways to prune on the same images: multiply-adds, divergence, accuracy and speed, with intervals.
 
     Divergence is the mean KL(dense || pruned) of the class probabilities. Give --keep, --flops (equal cost) or --times
-    (equal time on this device) for methods; recipes say themselves how much they prune.
+    (equal time on this device) for methods; recipes say themselves how much they prune. With them stands, for each
+    budget, what a smaller image gives: the model resized to the largest side that costs no more (with --keep, no more
+    than the dearest method).
     """
     if (table is None) == (ckpt is None):
         raise UsageError("give either a checkpoint or `--table imagenet-vim`")
-    if table is not None and table not in TABLES:
-        raise UsageError(f"unknown table {table!r}; known: {', '.join(TABLES)}", where="--table")
     if table is not None and checkpoints is None:
         raise UsageError("--table needs --checkpoints, the folder with the published files")
-    given = [("keep", keep), ("flops", flops), ("time", times)]
-    budgets = [(kind, value) for kind, text in given if text is not None for value in numbers(text, f"--{kind}")]
-    if any(not 0 < value <= 1 for _, value in budgets):
-        raise UsageError("--keep, --flops and --times take shares above 0 and at most 1")
+    kinds: list[tuple[Literal["keep", "flops", "time"], str | None]] = [
+        ("keep", keep),
+        ("flops", flops),
+        ("time", times),
+    ]
+    budgets = [(kind, value) for kind, text in kinds if text is not None for value in split(text)]
 
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
-    from ssmprune_cli.pruning import Method
     from ssmprune_cli.workflows.compare import compare, published_table
     from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.trials import Budget
+    from ssmprune_cli.workflows.write import check_place
 
+    check_place(plot, "--plot")
     use_backend(backend)
-    default = "npz" if data_dir.suffix == ".npz" else "imagenet" if table else "imagefolder"
-    images = open_dataset(dataset or default, data_dir)
+    default = "npz" if data.suffix == ".npz" else "imagenet" if table else "imagefolder"
+    images = open_dataset(dataset or default, data)
     run = partial(
         compare,
         calib=calib,
@@ -111,7 +147,7 @@ def command(
                 recipes.update({recipe.name: recipe for recipe in own})
         elif ckpt is not None:
             names = methods.split(",")
-            triples = [Method.parse(name) for name in names if name.count("/") == 2 and not Path(name).exists()]
+            triples = [_method(name) for name in names if name.count("/") == 2 and not Path(name).exists()]
             files = [load_recipe(name) for name in names if name.count("/") != 2 or Path(name).exists()]
             if triples and not budgets:
                 raise UsageError(
@@ -134,6 +170,16 @@ def command(
     output.emit(_table(rows, recipes), {"rows": [_data(row, recipes) for row in rows]}, as_json=as_json)
 
 
+def _method(name: str) -> Method:
+    """Raises UsageError that names the option."""
+    from ssmprune_cli.pruning import Method
+
+    try:
+        return Method.parse(name)
+    except UsageError as error:
+        raise UsageError(error.what, where=f"--methods {name}", hint=error.hint) from error
+
+
 def _data(row: Row, recipes: dict[str, Recipe]) -> dict[str, Any]:
     recipe = recipes.get(row.name)
     published = recipe.published.model_dump(mode="json") if recipe and recipe.published else None
@@ -152,8 +198,9 @@ def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
     for row in rows:
         recipe = recipes.get(row.name)
         published = _published(recipe) if recipe else ""
+        image = f"image {row.resized_from[0]} -> {row.image_size[0]} pixels" if row.resized_from else ""
         table.add_row(
-            "\n".join(part for part in (row.name, f"at {row.budget}" if row.budget else "", published) if part),
+            "\n".join(part for part in (row.name, image, f"at {row.budget}" if row.budget else "", published) if part),
             f"{row.share:.3f}",
             f"{row.images_per_second:.0f}\n{row.speedup:.2f}x",
             "-" if row.divergence is None else f"{row.divergence:.4f}\n±{row.divergence_se:.4f}",

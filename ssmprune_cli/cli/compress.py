@@ -11,9 +11,26 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import output
+from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli.help import DATA, DEVICE, HOW_MUCH, OUTPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
+from ssmprune_cli.cli.options import (
+    MAX_SIDE,
+    AsJson,
+    BackendName,
+    DeviceName,
+    Evaluations,
+    KeepImageSize,
+    StateFile,
+    TimeLimit,
+    choice_option,
+    counts_option,
+    dataset_option,
+    importance_option,
+    ratios_option,
+    reads_checkpoints,
+    seed_option,
+)
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.report import Report
 
@@ -23,65 +40,150 @@ def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     keep: Annotated[
         str | None,
+        ratios_option(
+            "--keep",
+            "Ratio of patch tokens kept *at each prune point*: one number for all points (0.6 at three points leaves "
+            "0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7.",
+        ),
+    ] = None,
+    resize: Annotated[
+        int | None,
         typer.Option(
-            help="Ratio of patch tokens kept *at each prune point*: one number for all points (0.6 at three points "
-            "leaves 0.6 x 0.6 x 0.6 of them at the end), or one a point: 0.9,0.8,0.7."
+            parser=values.number(1, MAX_SIDE, whole=True),
+            metavar="PIXELS",
+            help="Side of smaller images for the model, position embeddings interpolated: alone, or with tokens "
+            "dropped too.",
+            rich_help_panel=HOW_MUCH,
         ),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Instead of --keep: patch tokens left after each point: 150,120,90.")
+        str | None,
+        counts_option("--tokens", "Instead of --keep: patch tokens left after each point: 150,120,90.", "150,120"),
     ] = None,
-    target_flops: Annotated[
+    target_latency_ratio: Annotated[
         float | None,
-        typer.Option(help="Instead of --keep: search for the best way to spend this share of the dense multiply-adds."),
+        typer.Option(
+            parser=values.number(above=0, high=1),
+            metavar="RATIO",
+            help="Instead of --keep: search for the best that takes this share of the dense model's time.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(
+            parser=values.number(above=1),
+            metavar="TIMES",
+            help="The same as how many times as fast: 1.4 is a share of 1/1.4.",
+            rich_help_panel=HOW_MUCH,
+        ),
     ] = None,
     target_latency: Annotated[
         float | None,
-        typer.Option(help="Instead of --keep: search for the best that takes this many ms a batch on --device."),
+        typer.Option(
+            parser=values.number(above=0),
+            metavar="MS",
+            help="Search for the best that takes this many ms a batch on --device.",
+            rich_help_panel=HOW_MUCH,
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch timed for --target-latency.")] = 8,
-    evaluations: Evaluations = 200,
-    time_limit: TimeLimit = None,
-    state: StateFile = None,
+    target_flops: Annotated[
+        float | None,
+        typer.Option(
+            parser=values.number(above=0, high=1),
+            metavar="RATIO",
+            help="Search for the best within this share of the dense multiply-adds.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
     points: Annotated[
         str | None,
-        typer.Option(
-            help="Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth."
+        counts_option(
+            "--points",
+            "Prune after how many blocks: 5,10,15. Default: a quarter, half, three quarters of the depth.",
+            "5,10,15",
         ),
     ] = None,
-    importance: Annotated[
+    recipe: Annotated[
         str | None,
-        typer.Option(help="Score by which tokens stay: clip, delta, random and more [default: clip]."),
+        typer.Option(
+            parser=values.recipe,
+            metavar="RECIPE",
+            help="A recipe file or the name of a shipped one.",
+            rich_help_panel=HOW_MUCH,
+        ),
     ] = None,
-    reduction: Annotated[str | None, typer.Option(help="What becomes of the others [default: context].")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Overrides the recipe: --set pruning.keep=0.7. May be repeated.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    importance: Annotated[str | None, importance_option("Score by which tokens stay [default: clip]")] = None,
+    reduction: Annotated[
+        str | None,
+        choice_option(
+            "--reduction",
+            ("auto", *values.REDUCTIONS),
+            "What becomes of the other tokens. auto, the default, compares a few at equal time on the --calib images. "
+            "One of",
+        ),
+    ] = None,
     alignment: Annotated[
         str | None,
-        typer.Option(
-            help="How scans make up for dropped tokens: auto, calibrated, null, neighbour, mass or none. auto, the "
-            "default, is mass for merged and pooled tokens, else calibrated with --calib and null without."
+        choice_option(
+            "--alignment",
+            ("auto", *values.ALIGNMENTS),
+            "How scans make up for dropped tokens. auto, the default, is mass for merged and pooled tokens, else "
+            "calibrated with --calib and null without. One of",
         ),
     ] = None,
+    repair: Annotated[
+        str | None,
+        choice_option(
+            "--repair",
+            values.REPAIRS,
+            "What to mend after calibration, without labels: head (a head fitted to the dense model's answers), "
+            "head+side (one that also sees means of the dropped tokens), none, or auto, the default: the better of "
+            "both. It is kept only if it is clearly better on images held back. One of",
+        ),
+    ] = None,
+    seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
+    keep_image_size: KeepImageSize = False,
+    evaluations: Evaluations = 200,
+    time_limit: TimeLimit = None,
     calib: Annotated[
-        Path | None, typer.Option(help="Unlabelled calibration images: a folder, a tree of folders or an .npz.")
+        Path | None,
+        typer.Option(
+            help="Unlabelled calibration images: a folder, a tree of folders or an .npz.", rich_help_panel=DATA
+        ),
     ] = None,
-    calib_images: Annotated[int | None, typer.Option(help="How many to use [default: 64; to search 256].")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A recipe file or the name of a shipped one.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, overrides the recipe: --set pruning.keep=0.7")
+    calib_images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many to use [default: 1024, if there are so many; to search, or without a repair, fewer].",
+            rich_help_panel=DATA,
+        ),
     ] = None,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Labelled images: accuracy before and after, on the same images.")
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Labelled images: accuracy before and after, on the same images.", rich_help_panel=DATA),
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Layout of --eval-data: imagenet, imagefolder, cifar10, cifar100 or npz.")
-    ] = None,
+    dataset: Annotated[str | None, dataset_option("Layout of --data")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many of the --eval-data images, drawn from equal stretches.")
+        int | None,
+        typer.Option(min=1, help="Use so many of the --data images, drawn from equal stretches.", rich_help_panel=DATA),
     ] = None,
     samples: Annotated[
         int,
         typer.Option(
-            min=0, help="Put so many of the --eval-data (or --calib) images into the artefact, for its report; 0: none."
+            min=0,
+            help="Put so many of the --data (or --calib) images into the artefact, for its report; 0: none.",
+            rich_help_panel=DATA,
         ),
     ] = 4,
     max_drop: MaxDrop = None,
@@ -89,23 +191,34 @@ def command(
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
     judge: JudgeBy = "interval",
-    out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artefact.")] = False,
-    reading: Reading = NOTHING_SAID,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int | None, typer.Option(help="Seed of the random score and of the choice of images.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print tokens per block and multiply-adds; read no images, write nothing.")
+    out: Annotated[Path | None, typer.Option(help="Folder to write the artefact to.", rich_help_panel=OUTPUT)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing artefact.", rich_help_panel=OUTPUT)
     ] = False,
+    state: StateFile = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print tokens per block and multiply-adds; read no images, write nothing.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    reading: Reading = NOTHING_SAID,
+    device: DeviceName = "cpu",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
+    ] = 8,
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
 
     Writes a folder with model.safetensors, config.json, recipe.yaml, report.html, report.json and a README.md. The
     input is never changed. --keep is the ratio kept at each point, the keep rate of the literature. With a target,
     points, token counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense
-    model on the --calib images; the report then says what was tried.
+    model on the --calib images; the report then says what was tried. With --max-drop, --data and nothing else, the
+    fastest model is searched for that provably loses no more.
     """
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
@@ -115,11 +228,15 @@ def command(
     use_backend(backend)
     request = CompressRequest(
         source=Source(ckpt, reading),
+        resize=resize,
         keep=keep,
         tokens=tokens,
-        target_flops=target_flops,
+        target_latency_ratio=target_latency_ratio,
+        target_speedup=target_speedup,
         target_latency=target_latency,
+        target_flops=target_flops,
         batch_size=batch_size,
+        keep_image_size=keep_image_size,
         evaluations=evaluations,
         time_limit=time_limit,
         state=state,
@@ -127,11 +244,12 @@ def command(
         importance=importance,
         reduction=reduction,
         alignment=alignment,
+        repair=repair,
         calib=calib,
         calib_images=calib_images,
         recipe=recipe,
         overrides=tuple(overrides or ()),
-        eval_data=eval_data,
+        data=data,
         dataset=dataset,
         limit=limit,
         samples=samples,
@@ -157,18 +275,24 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import verdicts
+    from ssmprune_cli.workflows.reporting import repaired, resizing, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
-    assert pruned is not None and pruning is not None
+    assert pruned is not None
     table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
-    for column in ("", "dense", "pruned", "change"):
+    for column in ("", "dense", report.called, "change"):
         table.add_column(column, justify="left" if not column else "right")
     for title, before, after in (
         ("multiply-adds, all directions (G)", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
         ("multiply-adds, one direction (G)", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
     ):
         table.add_row(title, f"{before / 1e9:.4f}", f"{after / 1e9:.4f}", f"{after / before - 1:+.1%}")
+    table.add_row(
+        "moved by gathers, sorts and sums (MB)",
+        f"{dense.bytes_moved / 1e6:.2f}",
+        f"{pruned.bytes_moved / 1e6:.2f}",
+        f"{(pruned.bytes_moved - dense.bytes_moved) / 1e6:+.2f} MB",
+    )
     if report.speed is not None:
         first, second = report.speed.dense, report.speed.pruned
         table.add_row(
@@ -187,15 +311,18 @@ def _tables(report: Report) -> Group:
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
-    lengths.add_column("pruned", justify="right")
+    lengths.add_column(report.called, justify="right")
     for first_block, last in _runs(pruned.tokens_per_block):
         name = f"{first_block + 1}" if first_block == last else f"{first_block + 1} to {last + 1}"
         lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(pruned.tokens_per_block[first_block]))
-    kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
-    notes.append(
-        f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
-        f"reduction {pruning.reduction}, alignment {pruning.alignment}."
-    )
+    notes += [f"{text[0].upper()}{text[1:]}." for text in resizing(report)]
+    if pruning is not None:
+        kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
+        notes.append(
+            f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
+            f"reduction {pruning.reduction}, alignment {pruning.alignment}."
+        )
+    notes += repaired(report)
     notes += verdicts(report.limits)
     return Group(table, lengths, *notes)
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ssmprune_cli import __version__
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.options import AsJson
 
 PACKAGES = ("torch", "numpy", "fvcore", "safetensors", "mamba-ssm", "causal-conv1d", "triton")
 
 
-def command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def command(as_json: AsJson = False) -> None:
     """Print versions, devices and kernel backends, with the reason for each backend that is missing."""
     from ssmprune_cli.cli.tables import facts_table
 

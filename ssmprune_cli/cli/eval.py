@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.help import DATA, DEVICE, INPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
-from ssmprune_cli.cli.options import BackendName, PeerTimeout, PrecisionName, reads_checkpoints
+from ssmprune_cli.cli.options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    PeerTimeout,
+    PrecisionName,
+    dataset_option,
+    reads_checkpoints,
+)
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -21,26 +30,30 @@ if TYPE_CHECKING:
 @reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
-    dataset: Annotated[str, typer.Option(help="Layout of the data: imagenet, imagefolder, cifar10, cifar100 or npz.")],
-    data_dir: Annotated[Path, typer.Option(help="Where the images are; for npz, the file.")],
+    dataset: Annotated[str, dataset_option("Layout of --data")],
+    data: Annotated[Path, typer.Option(help="Labelled images: a folder; for npz, the file.", rich_help_panel=DATA)],
     compare: Annotated[
-        Path | None, typer.Option(help="A second model, such as the dense one, judged on the same images.")
+        Path | None,
+        typer.Option(help="A second model, such as the dense one, judged on the same images.", rich_help_panel=INPUT),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use so many images, drawn at random from equal stretches of the dataset.")
+        int | None,
+        typer.Option(
+            min=1, help="Use so many images, drawn at random from equal stretches of the dataset.", rich_help_panel=DATA
+        ),
     ] = None,
     max_drop: MaxDrop = None,
     min_accuracy: MinAccuracy = None,
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
     judge: JudgeBy = "interval",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.", rich_help_panel=DEVICE)] = 32,
+    device: DeviceName = "cpu",
     precision: PrecisionName = "fp32",
     peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy on labelled images: top-1 and top-5 with 95 % intervals.
 
@@ -67,7 +80,7 @@ def command(
     paths = [path] if compare is None else [path, compare]
     loaded = [checkpoint.load_as(each, reading) for each in paths]
     models = [in_precision(each, precision) for each in loaded]
-    images = TASKS.get(models[0].task).open(data_dir, dataset)
+    images = TASKS.get(models[0].task).open(data, dataset)
     with output.progress("Evaluating") as advance:
         result = evaluate(
             models[0],
@@ -90,8 +103,8 @@ def command(
     checks = limits.check(
         result.task, score=result.score, comparison=result.comparison, flops=flops, latency_ratio=ratio
     )
-    data = {**result.to_dict(), "limits": [check.model_dump(mode="json") for check in checks]}
-    output.emit(Group(_tables([each.name for each in paths], result), *verdicts(checks)), data, as_json=as_json)
+    facts = {**result.to_dict(), "limits": [check.model_dump(mode="json") for check in checks]}
+    output.emit(Group(_tables([each.name for each in paths], result), *verdicts(checks)), facts, as_json=as_json)
     enforce(checks)
 
 

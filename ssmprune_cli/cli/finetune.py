@@ -10,64 +10,141 @@ from typing import Annotated, Any
 
 import typer
 
-from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, PeerTimeout, reads_checkpoints
+from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli.help import DATA, DEVICE, INPUT, OUTPUT, TRAINING
+from ssmprune_cli.cli.options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    PeerTimeout,
+    choice_option,
+    dataset_option,
+    reads_checkpoints,
+    seed_option,
+    training_option,
+)
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
 @reads_checkpoints
 def command(
-    data_dir: Annotated[Path, typer.Option(help="Training images: a folder, or an .npz.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: the models last and best, the log, the state to resume.")],
+    data: Annotated[
+        Path, typer.Option(help="Labelled images to train on: a folder, or an .npz.", rich_help_panel=DATA)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write: the models last and best, the log, the state to resume.", rich_help_panel=OUTPUT
+        ),
+    ],
     path: Annotated[Path | None, typer.Argument(help="Artefact folder or dense checkpoint.")] = None,
-    dataset: Annotated[
-        str, typer.Option(help="Layout of the images: imagenet, imagefolder, cifar10, cifar100 or npz.")
-    ] = ("imagefolder"),
-    val_dir: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None,
-    distill: Annotated[Path | None, typer.Option(help="Dense checkpoint to distil from.")] = None,
+    distill: Annotated[
+        Path | None, typer.Option(help="Dense checkpoint to distil from.", rich_help_panel=INPUT)
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Train a new dense model.", rich_help_panel=INPUT)
+    ] = False,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="From scratch: start from the weights of this checkpoint.", rich_help_panel=INPUT),
+    ] = None,
+    reading: Reading = NOTHING_SAID,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe with a training section (default: the artefact's own).")
+        str | None,
+        typer.Option(
+            parser=values.recipe,
+            metavar="RECIPE",
+            help="Recipe with a training section [default: the artefact's own].",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="training.key=value; from scratch also key=value of the model: --set depth=12"),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="training.key=value; from scratch also key=value of the model: --set depth=12. May be repeated.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images in an update, over all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate at its highest.")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Epochs until the learning rate is at its highest.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of matrices and filters.")] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="Share of the target spread over all classes.")] = None,
-    shift: Annotated[int | None, typer.Option(help="Move images at random by up to so many pixels.")] = None,
+    epochs: Annotated[int | None, training_option("--epochs", "N", "Passes over the training images.")] = None,
+    batch_size: Annotated[
+        int | None, training_option("--batch-size", "N", "Images in an update, over all processes.")
+    ] = None,
+    lr: Annotated[float | None, training_option("--lr", "RATE", "Learning rate at its highest.")] = None,
+    warmup: Annotated[
+        float | None,
+        training_option(
+            "--warmup", "EPOCHS", "Epochs until the learning rate is at its highest.", field="warmup_epochs"
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, training_option("--weight-decay", "RATE", "Weight decay of matrices and filters.")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, training_option("--label-smoothing", "SHARE", "Share of the target spread over all classes.")
+    ] = None,
+    shift: Annotated[
+        int | None, training_option("--shift", "PIXELS", "Move images at random by up to so many pixels.")
+    ] = None,
     flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the images: not for digits or text.")
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip",
+            help="Mirror half of the images: not for digits or text.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Of activations: fp32, bf16 or fp16.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the images, augmentation and new weights.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Train on so many images, drawn at random.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that prepare images (default: 0 on a CPU, up to 8 on a GPU).")
+    seed: Annotated[int, seed_option("Seed of the order of the images, augmentation and new weights.")] = 0,
+    dataset: Annotated[str, dataset_option("Layout of --data and --val-data")] = "imagefolder",
+    val_data: Annotated[
+        Path | None,
+        typer.Option(help="Labelled images to measure the accuracy on after each epoch.", rich_help_panel=DATA),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --out.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many images, drawn at random.", rich_help_panel=DATA)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training in --out.", rich_help_panel=OUTPUT)
+    ] = False,
     save_every: Annotated[
-        int | None, typer.Option(min=1, help="Save the state every so many updates, not only after epochs.")
+        int | None,
+        typer.Option(
+            min=1, help="Save the state every so many updates, not only after epochs.", rich_help_panel=OUTPUT
+        ),
     ] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the log for TensorBoard.")] = False,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Train a new dense model.")] = False,
-    reading: Reading = NOTHING_SAID,
-    init: Annotated[Path | None, typer.Option(help="From scratch: start from the weights of this checkpoint.")] = None,
-    name: Annotated[
-        str, typer.Option(help="From scratch: name in --checkpoint; layouts with equal keys are told apart by it.")
-    ] = "vim_midclstok_div2",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the log for TensorBoard.", rich_help_panel=OUTPUT)
+    ] = False,
     pth: Annotated[
         Path | None,
-        typer.Option("--checkpoint", help="From scratch: write the last weights to this file too, in float16."),
+        typer.Option(
+            "--checkpoint",
+            help="From scratch: write the last weights to this file too, in float16.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    name: Annotated[
+        str,
+        typer.Option(
+            help="From scratch: name in --checkpoint; layouts with equal keys are told apart by it.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "vim_midclstok_div2",
+    as_json: AsJson = False,
+    device: DeviceName = "cpu",
+    precision: Annotated[str | None, choice_option("--precision", values.PRECISIONS, "Of activations", DEVICE)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that prepare images [default: 0 on a CPU, up to 8 on a GPU].",
+            rich_help_panel=DEVICE,
+        ),
     ] = None,
     peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train a pruned model, tokens dropped as in use, to win back accuracy; or a dense one, or a new one.
 
@@ -105,7 +182,10 @@ def command(
     from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.finetune import Data, build, finetune, plan, some, start_from, write_checkpoint
     from ssmprune_cli.workflows.processes import join_processes, this_process
+    from ssmprune_cli.workflows.write import check_folder, check_place
 
+    check_folder(out, "--resume", allowed=resume)
+    check_place(pth, "--checkpoint")
     use_backend(backend)
     if path is None:
         model = build(reading.family or "vim", of_model, name=name, seed=seed)
@@ -127,12 +207,12 @@ def command(
         workers=workers,
     )
     task = TASKS.get(model.task)
-    data = Data(
-        some(task.open(data_dir, dataset, split="train"), limit, seed),
-        None if val_dir is None else task.open(val_dir, dataset),
+    images = Data(
+        some(task.open(data, dataset, split="train"), limit, seed),
+        None if val_data is None else task.open(val_data, dataset),
     )
 
-    notes = [note for each in (data.training, data.validation) if each is not None for note in each.notes]
+    notes = [note for each in (images.training, images.validation) if each is not None for note in each.notes]
     for note in dict.fromkeys(notes):
         output.warn(note)
 
@@ -145,7 +225,7 @@ def command(
             output.warn(f"epoch {line['epoch']}, step {line['step']}: not finite, so this update was skipped")
 
     with output.progress("Training") as advance:
-        result = finetune(model, data, job, out, resume=resume, report=report, progress=advance)
+        result = finetune(model, images, job, out, resume=resume, report=report, progress=advance)
     if pth is not None and result.last is not None and this_process().rank == 0:
         write_checkpoint(pth, checkpoint.load(result.last), name=name, epoch=len(result.epochs))
     last = result.epochs[-1:]

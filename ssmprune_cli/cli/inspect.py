@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import reads_checkpoints
+from ssmprune_cli.cli.options import AsJson, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
@@ -16,7 +16,7 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 def command(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint file or an artefact folder.")],
     reading: Reading = NOTHING_SAID,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is in a checkpoint: family, size, tokens, scan directions, contents, dtype, checksum, preprocessing."""
     from rich.console import Group

@@ -6,20 +6,37 @@ from typing import Annotated, Literal
 
 import typer
 
+from ssmprune_cli.cli.help import LIMITS
+
 MaxDrop = Annotated[
     float | None,
-    typer.Option("--max-drop", help="Exit with 3 if top-1 falls by more percentage points than this (see --judge)."),
+    typer.Option(
+        "--max-drop",
+        help="Exit with 3 if top-1 falls by more percentage points than this (see --judge).",
+        rich_help_panel=LIMITS,
+    ),
 ]
 MinAccuracy = Annotated[
-    float | None, typer.Option("--min-accuracy", help="Exit with 3 if top-1 (%) is below this (see --judge).")
+    float | None,
+    typer.Option(
+        "--min-accuracy", help="Exit with 3 if top-1 (%) is below this (see --judge).", rich_help_panel=LIMITS
+    ),
 ]
 MaxFlops = Annotated[
     float | None,
-    typer.Option("--max-flops", help="Exit with 3 above this share of the dense multiply-adds (all directions)."),
+    typer.Option(
+        "--max-flops",
+        help="Exit with 3 above this share of the dense multiply-adds (all directions).",
+        rich_help_panel=LIMITS,
+    ),
 ]
 MaxLatencyRatio = Annotated[
     float | None,
-    typer.Option("--max-latency-ratio", help="Exit with 3 if a batch takes more than this times the dense model's."),
+    typer.Option(
+        "--max-latency-ratio",
+        help="Exit with 3 if a batch takes more than this times the dense model's.",
+        rich_help_panel=LIMITS,
+    ),
 ]
 JudgeBy = Annotated[
     Literal["interval", "estimate"],
@@ -27,5 +44,6 @@ JudgeBy = Annotated[
         "--judge",
         help="What has to keep a limit: by default all of the 95 % interval of a value that has one, so that few "
         "images prove little; or the estimate alone.",
+        rich_help_panel=LIMITS,
     ),
 ]

@@ -43,7 +43,7 @@ def main() -> NoReturn:
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        code = _explain(error)
+        code = explain(error)
     if code in (INTERRUPTED, TERMINATED):
         output.error("interrupted" if code == INTERRUPTED else "terminated")
     sys.exit(code)
@@ -56,7 +56,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _explain(error: Exception) -> int:
+def explain(error: Exception) -> int:
     """Print what went wrong; the exit code."""
     if isinstance(error, SsmpruneError):
         output.error(f"{error.where}: {error.what}" if error.where else error.what, hint=error.hint)

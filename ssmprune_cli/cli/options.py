@@ -11,75 +11,201 @@ from typing import Annotated, Any
 
 import typer
 
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.cli import values
+from ssmprune_cli.cli.help import DATA, DEVICE, HOW_MUCH, INPUT, METHOD, OUTPUT, SEARCH, TRAINING
 from ssmprune_cli.preprocessing import INTERPOLATIONS, Reading
+from ssmprune_cli.recipe import Training
 
+MAX_SIDE = 1 << 14  # as `models.MAX_SIDE`
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 BackendName = Annotated[
     str,
     typer.Option(
         "--backend",
         envvar="SSMPRUNE_BACKEND",
-        help="Kernel backend: auto takes the best one; `ssmprune env` lists them, and why some are missing.",
+        parser=values.one_of(values.BACKENDS),
+        metavar="NAME",
+        autocompletion=lambda: values.BACKENDS,
+        help=f"Kernel backend: {values.listed(values.BACKENDS)}. auto takes the best one; `ssmprune env` says why some "
+        "are missing.",
+        rich_help_panel=DEVICE,
     ),
 ]
-
+DeviceName = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...", rich_help_panel=DEVICE)
+]
 PrecisionName = Annotated[
     str,
     typer.Option(
         "--precision",
-        help="Of weights and of what they meet: fp32, bf16 or fp16. Residual stream and scan states stay in fp32.",
+        parser=values.one_of(values.PRECISIONS),
+        metavar="NAME",
+        autocompletion=lambda: values.PRECISIONS,
+        help=f"Of weights and of what they meet: {values.listed(values.PRECISIONS)}. Residual stream and scan states "
+        "stay in fp32.",
+        rich_help_panel=DEVICE,
     ),
 ]
-
 PeerTimeout = Annotated[
     float,
     typer.Option(
         "--peer-timeout",
-        min=1,
+        parser=values.number(1, 10**6),
+        metavar="SECONDS",
         help="Of several processes (torchrun): seconds after which one that does not answer is given up.",
+        rich_help_panel=DEVICE,
     ),
 ]
 Evaluations = Annotated[
-    int, typer.Option("--evaluations", min=1, help="A search tries at most so many candidates for each budget.")
+    int,
+    typer.Option(
+        "--evaluations",
+        min=1,
+        help="A search tries at most so many candidates for each budget.",
+        rich_help_panel=SEARCH,
+    ),
+]
+KeepImageSize = Annotated[
+    bool,
+    typer.Option("--keep-image-size", help="A search tries no models for smaller images.", rich_help_panel=SEARCH),
 ]
 TimeLimit = Annotated[
     float | None,
-    typer.Option("--time-limit", min=0, help="Seconds after which a search, for each budget, settles for its best."),
+    typer.Option(
+        "--time-limit",
+        parser=values.number(0),
+        metavar="SECONDS",
+        help="Seconds after which a search, for each budget, settles for its best.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 StateFile = Annotated[
     Path | None,
     typer.Option(
-        "--state", help="File that keeps what was found, so that a killed run continues [default: beside --out]."
+        "--state",
+        help="File that keeps what was found, so that a killed run continues [default: beside --out].",
+        rich_help_panel=OUTPUT,
     ),
 ]
 
-_READING = "How the checkpoint is read"  # the panel of these options in --help
+
+def choice_option(flag: str, names: tuple[str, ...], help_text: str, panel: str = METHOD) -> Any:
+    """An option that takes one of `names`; its help ends with them."""
+    return typer.Option(
+        flag,
+        parser=values.one_of(names),
+        metavar="NAME",
+        autocompletion=lambda: names,
+        help=f"{help_text}: {values.listed(names)}.",
+        rich_help_panel=panel,
+    )
 
 
-def _of_reading(name: str, help_text: str, metavar: str | None = None) -> Any:
-    return typer.Option(f"--{name}", help=help_text, metavar=metavar, rich_help_panel=_READING)
+def importance_option(help_text: str) -> Any:
+    return choice_option("--importance", values.IMPORTANCES, help_text)
+
+
+def reduction_option(help_text: str) -> Any:
+    return choice_option("--reduction", values.REDUCTIONS, help_text)
+
+
+def dataset_option(help_text: str) -> Any:
+    return choice_option("--dataset", values.DATASETS, help_text, DATA)
+
+
+def seed_option(help_text: str) -> Any:
+    parser = values.number(0, values.MAX_SEED, whole=True)
+    return typer.Option("--seed", parser=parser, metavar="N", help=help_text, rich_help_panel=METHOD)
+
+
+def ratios_option(flag: str, help_text: str, panel: str = HOW_MUCH) -> Any:
+    """An option that takes shares above 0 and at most 1, separated by commas."""
+    parser = values.numbers("0.8,0.6", high=1, above=0)
+    return typer.Option(flag, parser=parser, metavar="RATIOS", help=help_text, rich_help_panel=panel)
+
+
+def counts_option(flag: str, help_text: str, example: str) -> Any:
+    """An option that takes whole numbers from 1 on, separated by commas."""
+    parser = values.numbers(example, 1, 10**6, whole=True)
+    return typer.Option(flag, parser=parser, metavar="NUMBERS", help=help_text, rich_help_panel=HOW_MUCH)
+
+
+def training_option(flag: str, metavar: str, help_text: str, *, field: str | None = None) -> Any:
+    """An option that sets a field of a recipe's training section, the one of its name unless another is given."""
+    parser = values.setting(Training, field or flag[2:].replace("-", "_"))
+    return typer.Option(flag, parser=parser, metavar=metavar, help=help_text, rich_help_panel=TRAINING)
+
+
+def split(text: str) -> list[float]:
+    """The numbers of an option that takes several."""
+    return [float(part) for part in text.split(",")]
+
+
+def _of_reading(name: str, help_text: str, metavar: str | None = None, **more: Any) -> Any:
+    return typer.Option(f"--{name}", help=help_text, metavar=metavar, rich_help_panel=INPUT, **more)
 
 
 # The options that make a Reading, by its fields, as Typer takes them.
 _FIELDS: dict[str, tuple[Any, Any]] = {
-    "family": (str | None, _of_reading("family", "Model family, if it cannot be told from the file.")),
-    "variant": (str | None, _of_reading("variant", "Published configuration, if it cannot be told.")),
-    "weights": (str, _of_reading("weights", "Which copy in the file: model, model_ema or the name of an entry.")),
+    "family": (
+        str | None,
+        choice_option("--family", values.FAMILIES, "Model family, if it cannot be told from the file", INPUT),
+    ),
+    "variant": (
+        str | None,
+        _of_reading("variant", "Published configuration, if it cannot be told; a wrong one lists them all.", "NAME"),
+    ),
+    "weights": (
+        str,
+        _of_reading("weights", "Which copy in the file: model, model_ema or the name of an entry.", "NAME"),
+    ),
     "image_size": (
         int | None,
-        _of_reading("image-size", "Image side in pixels; position embeddings are resized if need be.", "PIXELS"),
+        _of_reading(
+            "image-size",
+            "Image side; position embeddings are resized if need be.",
+            "PIXELS",
+            parser=values.number(1, MAX_SIDE, whole=True),
+        ),
     ),
-    "stride": (int | None, _of_reading("stride", "Stride of the patches, if it cannot be told.", "PIXELS")),
+    "stride": (
+        int | None,
+        _of_reading(
+            "stride",
+            "Stride of the patches, if it cannot be told.",
+            "PIXELS",
+            parser=values.number(1, MAX_SIDE, whole=True),
+        ),
+    ),
     "crop": (
         float | None,
-        _of_reading("crop", "Part of the resized image that the centre crop keeps: 0.875, or 1.0.", "RATIO"),
+        _of_reading(
+            "crop",
+            "Part of the resized image that the centre crop keeps: 0.875, or 1.0.",
+            "RATIO",
+            parser=values.number(0.01, 1),
+        ),
     ),
-    "interpolation": (
+    "interpolation": (str | None, choice_option("--interpolation", INTERPOLATIONS, "Of the resizing", INPUT)),
+    "mean": (
         str | None,
-        _of_reading("interpolation", f"Of the resizing: {' or '.join(INTERPOLATIONS)}."),
+        _of_reading(
+            "mean",
+            "Of the channels, of 0 to 1: 0.485,0.456,0.406.",
+            "R,G,B",
+            parser=values.numbers("0.5,0.5,0.5", -1000, 1000, count=3),
+        ),
     ),
-    "mean": (str | None, _of_reading("mean", "Of the channels, of 0 to 1: 0.485,0.456,0.406.", "R,G,B")),
-    "std": (str | None, _of_reading("std", "Deviation of the channels: 0.229,0.224,0.225.", "R,G,B")),
+    "std": (
+        str | None,
+        _of_reading(
+            "std",
+            "Deviation of the channels: 0.229,0.224,0.225.",
+            "R,G,B",
+            parser=values.numbers("0.5,0.5,0.5", high=1000, above=0, count=3),
+        ),
+    ),
 }
 
 
@@ -91,8 +217,8 @@ def reads_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
-        values = {name: options.pop(name) for name in _FIELDS}
-        command(*arguments, reading=_reading(values), **options)
+        reading = _reading({name: options.pop(name) for name in _FIELDS})
+        command(*arguments, reading=reading, **options)
 
     signature = inspect.signature(command, eval_str=True)
     parameters = []
@@ -108,20 +234,7 @@ def reads_checkpoints(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _reading(values: dict[str, Any]) -> Reading:
-    """Raises UsageError for what is typed and means nothing."""
-    if values["interpolation"] not in (None, *INTERPOLATIONS):
-        raise UsageError(f"is {' or '.join(INTERPOLATIONS)}, not {values['interpolation']}", where="--interpolation")
-    if values["crop"] is not None and not 0.01 <= values["crop"] <= 1:
-        raise UsageError(f"is a part of the image, from 0.01 to 1, not {values['crop']:g}", where="--crop")
+def _reading(options: dict[str, Any]) -> Reading:
     for name in ("mean", "std"):
-        values[name] = None if values[name] is None else _triple(values[name], f"--{name}")
-    return Reading(**values)
-
-
-def _triple(text: str, option: str) -> tuple[float, float, float]:
-    try:
-        red, green, blue = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"takes three numbers such as 0.5,0.5,0.5, not {text!r}", where=option) from error
-    return red, green, blue
+        options[name] = None if options[name] is None else tuple(split(options[name]))
+    return Reading(**options)

@@ -10,7 +10,8 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, PrecisionName, reads_checkpoints
+from ssmprune_cli.cli.help import DEVICE, INPUT
+from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
 @reads_checkpoints
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
-    compare: Annotated[Path | None, typer.Option(help="A second model, timed side by side.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median is reported.")] = 10,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    compare: Annotated[
+        Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
+    ] = None,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.", rich_help_panel=DEVICE)] = 8,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Timed rounds; the median is reported.", rich_help_panel=DEVICE)
+    ] = 10,
+    device: DeviceName = "cpu",
     precision: PrecisionName = "fp32",
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count parameters and multiply-adds, and measure latency, where the time goes, throughput and peak memory.
 
@@ -68,8 +73,9 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
         for name, reason in first.backends_refused.items()
         if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
     )
+    sizes = dict.fromkeys(f"{p.image_size[0]}x{p.image_size[1]}" for p in profiles)
     heading = (
-        f"{first.image_size[0]}x{first.image_size[1]} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
+        f"{' and '.join(sizes)} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
         f"{first.threads} threads, kernels: {first.backend}{refused}"
     )
     table = Table()
@@ -80,12 +86,13 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
         table.add_column("ratio", justify="right")
 
     def add(title: str, values: list[float], form: str) -> None:
-        ratio = [f"{values[0] / values[1]:.3f}"] if len(values) == 2 else []
+        ratio = [f"{values[0] / values[1]:.3f}" if values[1] else "-"] if len(values) == 2 else []
         table.add_row(title, *(form.format(value) for value in values), *ratio)
 
     add("parameters", [p.parameters for p in profiles], "{:,}")
     add("multiply-adds, all directions (G)", [p.multiply_adds_all_directions / 1e9 for p in profiles], "{:.4f}")
     add("multiply-adds, one direction (G)", [p.multiply_adds_one_direction / 1e9 for p in profiles], "{:.4f}")
+    add("moved by gathers, sorts and sums (MB)", [p.bytes_moved / 1e6 for p in profiles], "{:.2f}")
     add("latency of a batch (ms), median", [p.speed.median_ms for p in profiles], "{:.1f}")
     spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]
     table.add_row("  quartiles", *spread, *([""] if len(profiles) == 2 else []))

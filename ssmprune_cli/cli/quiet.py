@@ -10,9 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.help import OUTPUT
 
 _Quiet = Annotated[
-    bool, typer.Option("--quiet", help="No notes and no progress on stderr; warnings and errors stay.", is_eager=True)
+    bool,
+    typer.Option(
+        "--quiet",
+        help="No notes and no progress on stderr; warnings and errors stay.",
+        is_eager=True,
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.help import Command
+from ssmprune_cli.cli.options import AsJson
 from ssmprune_cli.cli.quiet import quietly
 from ssmprune_cli.errors import RecipeError
 from ssmprune_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe, read_recipe, shipped_recipes
@@ -14,12 +16,11 @@ from ssmprune_cli.recipe import Recipe, find_recipe, load_recipe, parse_recipe, 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and check compression recipes.")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or the name of a shipped one.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 @quietly
-def list_recipes(as_json: JsonOption = False) -> None:
+def list_recipes(as_json: AsJson = False) -> None:
     """List the recipes that come with ssmprune."""
     from rich.table import Table
 
@@ -33,9 +34,9 @@ def list_recipes(as_json: JsonOption = False) -> None:
     output.emit(table, {"recipes": [recipe.to_dict() for recipe in found]}, as_json=as_json)
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 @quietly
-def show(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
+def show(recipe: RecipeArgument, as_json: AsJson = False) -> None:
     """Print a recipe with its comments, to read or to start one's own from."""
     file = find_recipe(recipe)
     text = read_recipe(file)
@@ -46,11 +47,11 @@ def show(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
         output.text(text)
 
 
-@app.command("validate")
+@app.command("validate", cls=Command)
 @quietly
 def validate(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or names of shipped ones.")],
-    as_json: JsonOption = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check recipes: every fault is listed with its line and column. Exits with 1 if there is one."""
     from ssmprune_cli.models import FAMILIES
@@ -59,7 +60,7 @@ def validate(
     known = {
         "family": FAMILIES.names(),
         "importance": IMPORTANCES.names(),
-        "reduction": REDUCTIONS.names(),
+        "reduction": ("auto", *REDUCTIONS.names()),
         "alignment": ("auto", *ALIGNMENTS.names()),
     }
     faults: dict[str, str] = {}
@@ -79,6 +80,8 @@ def validate(
 
 def _schedule(recipe: Recipe) -> tuple[str, str]:
     pruning = recipe.pruning
+    if not pruning.drops_tokens:
+        return "none", f"all, of images of {pruning.image_size} pixels"
     points = ", ".join(map(str, pruning.points)) if pruning.points else "1/4, 1/2, 3/4 of the depth"
     if pruning.tokens is not None:
         return points, f"{', '.join(map(str, pruning.tokens))} tokens"

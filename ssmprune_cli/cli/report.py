@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ssmprune_cli.cli import output
+from ssmprune_cli.cli.help import OUTPUT
 from ssmprune_cli.errors import UsageError
 
 _SUFFIXES = {"html": (".html", ".htm"), "markdown": (".md", ".markdown", ".txt")}
@@ -17,12 +18,17 @@ def command(
     artefacts: Annotated[list[Path], typer.Argument(help="Folders that `ssmprune compress` or `finetune` wrote.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write. Default: report.html in the folder; Markdown goes to stdout."),
+        typer.Option(
+            help="File to write. Default: report.html in the folder; Markdown goes to stdout.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     form: Annotated[
-        Literal["html", "markdown"], typer.Option("--format", help="html, or markdown for a pull request or CI job.")
+        Literal["html", "markdown"],
+        typer.Option("--format", help="html, or markdown for a pull request or CI job.", rich_help_panel=OUTPUT),
     ] = "html",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON and write nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the facts as JSON and write nothing.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Make the report of a compressed model again, or one that compares several.
 
@@ -41,8 +47,9 @@ def command(
         raise UsageError("several artefacts have no folder in common", hint="Give `--out FILE.html`.")
 
     from ssmprune_cli.workflows.reporting import PAGE, page, read_entries, summary
-    from ssmprune_cli.workflows.write import write_text
+    from ssmprune_cli.workflows.write import check_place, write_text
 
+    check_place(out)
     entries = read_entries(artefacts)
     if as_json:
         output.json_text({"reports": [{"name": each.name, **each.report.to_dict()} for each in entries]})

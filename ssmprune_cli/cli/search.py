@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, Evaluations, StateFile, TimeLimit, reads_checkpoints
+from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli.help import DATA, DEVICE, OUTPUT
+from ssmprune_cli.cli.options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    Evaluations,
+    KeepImageSize,
+    StateFile,
+    TimeLimit,
+    choice_option,
+    importance_option,
+    ratios_option,
+    reads_checkpoints,
+    reduction_option,
+    seed_option,
+    split,
+)
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ssmprune_cli.pruning import PruneSettings
     from ssmprune_cli.workflows.search import SearchResult
 
 
@@ -22,47 +39,75 @@ if TYPE_CHECKING:
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     calib: Annotated[
-        Path, typer.Option(help="Unlabelled images to search on: a folder, a tree of folders or an .npz.")
+        Path,
+        typer.Option(
+            help="Unlabelled images to search on: a folder, a tree of folders or an .npz.", rich_help_panel=DATA
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for a recipe a budget, search.json and front.svg.", rich_help_panel=OUTPUT)
+    ],
+    times: Annotated[
+        str | None,
+        ratios_option("--times", "Budgets: shares of the dense model's time on --device [default: 0.8,0.7,0.6,0.5]."),
+    ] = None,
     flops: Annotated[
-        str, typer.Option(help="Budgets: shares of the dense multiply-adds, all directions counted.")
-    ] = "0.8,0.7,0.6,0.5",
-    calib_images: Annotated[int, typer.Option(min=1, help="How many of the images to use.")] = 256,
-    importance: Annotated[str | None, typer.Option(help="Only this score [default: the search chooses].")] = None,
-    reduction: Annotated[str | None, typer.Option(help="Only this reduction [default: the search chooses].")] = None,
-    alignment: Annotated[str | None, typer.Option(help="Only this alignment [default: the search chooses].")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that run at once; more of them suit a GPU.")] = 16,
+        str | None, ratios_option("--flops", "Instead: shares of the dense multiply-adds, all directions counted.")
+    ] = None,
+    importance: Annotated[str | None, importance_option("Only this score [default: the search chooses]")] = None,
+    reduction: Annotated[str | None, reduction_option("Only this reduction [default: the search chooses]")] = None,
+    alignment: Annotated[
+        str | None,
+        choice_option("--alignment", values.ALIGNMENTS, "Only this alignment [default: the search chooses]"),
+    ] = None,
+    seed: Annotated[int, seed_option("Seed of the search and of the choice of images.")] = 0,
+    keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
+    calib_images: Annotated[
+        int, typer.Option(min=1, help="How many of the images to use.", rich_help_panel=DATA)
+    ] = 256,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier search.", rich_help_panel=OUTPUT)
+    ] = False,
     state: StateFile = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the search and of the choice of images.")] = 0,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier search.")] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images that run at once; more of them suit a GPU.", rich_help_panel=DEVICE)
+    ] = 16,
+    timed_batch_size: Annotated[
+        int, typer.Option(min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
+    ] = 8,
+    device: DeviceName = "cpu",
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Find the best recipe for each of several budgets: the front of divergence against multiply-adds.
+    """Find the best recipe for each of several budgets: the front of divergence against time or multiply-adds.
 
     Points, token counts, score, reduction and alignment are chosen by the divergence of the logits from the dense
     model's on unlabelled images. A part of them is held back: the uniform default schedule is kept unless something is
     clearly better there. `ssmprune compress --recipe` then makes the model. A run that was killed continues with the
     same command.
     """
-    budgets = numbers(flops, "--flops")
+    if times is not None and flops is not None:
+        raise UsageError("--times and --flops are two kinds of budgets: give one of them")
+    kind: Literal["time", "flops"] = "time" if flops is None else "flops"
+    shares = split(flops or times or "0.8,0.7,0.6,0.5")
 
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.pruning import known_methods
     from ssmprune_cli.recipe import CalibrationPlan
     from ssmprune_cli.workflows.search import Limits, SearchPlan, search_to_folder, state_file
     from ssmprune_cli.workflows.source import Source
+    from ssmprune_cli.workflows.trials import Budget
 
     use_backend(backend)
     plan = SearchPlan(
         calib=calib,
         methods=list(known_methods(importance, reduction, alignment)),
-        flops=tuple(budgets),
+        budgets=tuple(Budget(kind, value) for value in shares),
+        batch_size=timed_batch_size,
+        resize=not keep_image_size,
         calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=batch_size),
         seed=seed,
         limits=Limits(evaluations, time_limit),
@@ -82,14 +127,6 @@ def command(
     output.note(f"Written to {out}")
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """ "0.8,0.6" as numbers. Raises UsageError naming the option."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{text!r} is not a list of numbers such as 0.8,0.6", where=option) from error
-
-
 def _table(name: str, result: SearchResult) -> Table:
     from rich.table import Table
 
@@ -98,17 +135,28 @@ def _table(name: str, result: SearchResult) -> Table:
         f"on {result.held_back} held back)",
         title_justify="left",
     )
-    for column in ("multiply-adds", "nats", "held back", "tried"):
+    for column in ("multiply-adds", "time (95 %)", "nats", "held back", "tried"):
         table.add_column(column, justify="right")
-    table.add_column("method; prune after blocks; patch tokens left")
+    table.add_column("image side; method; prune after blocks; patch tokens left")
     for found in result.found:
         best, settings = found.chosen, found.chosen.settings
         table.add_row(
             f"{best.multiply_adds:.4f}",
+            "-"
+            if best.timing is None
+            else f"{best.timing.ratio:.2f} ({best.timing.interval[0]:.2f} to {best.timing.interval[1]:.2f})",
             f"{best.divergence:.4f}",
             "-" if best.held_back is None else f"{best.held_back:.4f}",
             str(len(found.trials)),
-            f"{settings.importance}/{settings.reduction}/{settings.alignment}; "
-            f"{', '.join(map(str, settings.schedule.points))}; {', '.join(map(str, settings.schedule.tokens))}",
+            _what(best.side, settings),
         )
     return table
+
+
+def _what(side: int | None, settings: PruneSettings) -> str:
+    image = [] if side is None else [f"{side} pixels"]
+    if not settings.schedule.points:
+        return image[0]
+    method = f"{settings.importance}/{settings.reduction}/{settings.alignment}"
+    schedule = settings.schedule
+    return "; ".join([*image, method, ", ".join(map(str, schedule.points)), ", ".join(map(str, schedule.tokens))])

@@ -9,9 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import BackendName, StateFile, reads_checkpoints
-from ssmprune_cli.cli.search import numbers
+from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli.help import DATA, OUTPUT
+from ssmprune_cli.cli.options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    StateFile,
+    choice_option,
+    importance_option,
+    ratios_option,
+    reads_checkpoints,
+    reduction_option,
+    seed_option,
+    split,
+)
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -23,34 +35,46 @@ if TYPE_CHECKING:
 @reads_checkpoints
 def command(
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
-    calib: Annotated[Path, typer.Option(help="Unlabelled images: a folder, a tree of folders or an .npz.")],
-    keep: Annotated[str, typer.Option(help="Ratios of patch tokens kept at the point.")] = "0.9,0.7,0.5",
-    calib_images: Annotated[int, typer.Option(min=2, help="How many of the images to use.")] = 64,
-    importance: Annotated[str, typer.Option(help="Score.")] = "clip",
-    reduction: Annotated[str, typer.Option(help="Reduction.")] = "context",
-    alignment: Annotated[str, typer.Option(help="Alignment.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder to write sensitivity.json to.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot to this .svg.")] = None,
+    calib: Annotated[
+        Path,
+        typer.Option(help="Unlabelled images: a folder, a tree of folders or an .npz.", rich_help_panel=DATA),
+    ],
+    keep: Annotated[str, ratios_option("--keep", "Ratios of patch tokens kept at the point.")] = "0.9,0.7,0.5",
+    importance: Annotated[str, importance_option("Score by which tokens stay")] = "clip",
+    reduction: Annotated[str, reduction_option("What becomes of the other tokens")] = "context",
+    alignment: Annotated[
+        str,
+        choice_option("--alignment", ("auto", *values.ALIGNMENTS), "How scans make up for dropped tokens"),
+    ] = "auto",
+    seed: Annotated[int, seed_option("Seed of random scores and of the choice of images.")] = 0,
+    calib_images: Annotated[int, typer.Option(min=2, help="How many of the images to use.", rich_help_panel=DATA)] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write sensitivity.json to.", rich_help_panel=OUTPUT)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot to this .svg.", rich_help_panel=OUTPUT)] = None,
     state: StateFile = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random scores and of the choice of images.")] = 0,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: DeviceName = "cpu",
     backend: BackendName = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prune at one point at a time: divergence from the dense model, error of the tokens, multiply-adds left.
 
     For every possible point and every --keep. With --out or --state, a run that was killed continues with the same
     command. The token error is |pruned - dense| / |dense| of the tokens left after the last block.
     """
-    ratios = numbers(keep, "--keep")
+    ratios = split(keep)
 
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.reporting import sensitivity_series, write_plot
     from ssmprune_cli.workflows.sensitivity import sensitivity
     from ssmprune_cli.workflows.source import Source
-    from ssmprune_cli.workflows.write import write_text
+    from ssmprune_cli.workflows.write import check_folder, check_place, write_text
 
+    if out is not None:
+        check_folder(out, "", allowed=True)
+    check_place(plot, "--plot")
+    check_place(state, "--state")
     use_backend(backend)
     if state is None and out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

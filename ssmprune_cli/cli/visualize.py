@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ssmprune_cli.cli import output
-from ssmprune_cli.cli.options import reads_checkpoints
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.cli.help import DATA, OUTPUT
+from ssmprune_cli.cli.options import AsJson, reads_checkpoints, seed_option
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
@@ -17,24 +17,27 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 def command(
     path: Annotated[Path, typer.Argument(help="An artefact folder, as `ssmprune compress` wrote it.")],
     images: Annotated[list[Path], typer.Argument(help="Images: files, folders, trees of folders or .npz archives.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")],
-    count: Annotated[int, typer.Option(help="How many images to show of each folder or archive.", min=1)] = 6,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.", rich_help_panel=OUTPUT)],
+    count: Annotated[
+        int, typer.Option(min=1, help="How many images to show of each folder or archive.", rich_help_panel=DATA)
+    ] = 6,
+    seed: Annotated[int, seed_option("Seed of the choice of images.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the pictures of an earlier run.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures of an earlier run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw which patches a pruned model keeps, and how it scores them.
 
     overview.png has a row for each image and a column for each prune point. Each image and point also has a picture of
-    the kept patches and a heat map of the score (dark is low, bright is high), in the image's own aspect ratio. Dropped
-    patches are faded to blue; what the model's crop leaves out is grey. Where patches overlap, a cell of the picture is
-    the centre of its patch.
+    the kept patches and a heat map of the score (dark is low, bright is high), in the image's own aspect ratio. Kept
+    patches are as they are. Dropped ones are grey and hatched; what the model's crop leaves out is plain grey. Where
+    patches overlap, a cell of the picture is the centre of its patch.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder", where="--out")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"the folder {out} is not empty", where="--out", hint="Choose another, or give `--overwrite`.")
+    from ssmprune_cli.workflows.write import check_folder
+
+    check_folder(out, "--overwrite", allowed=overwrite)
 
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import Joined, some_images

@@ -12,7 +12,7 @@ from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.loader import Batch, batches, unprepared
 from ssmprune_cli.data.npz import open_npz
-from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_side, to_rgb, visible_box
+from ssmprune_cli.data.preprocess import framed, normalised, to_rgb, visible_box
 from ssmprune_cli.registry import Registry
 
 DATASETS: Registry[Callable[[Path, Split], ImageDataset]] = Registry("dataset")
@@ -42,11 +42,10 @@ __all__ = [
     "Subset",
     "batches",
     "calibration_images",
-    "center_crop",
     "fingerprint",
+    "framed",
     "normalised",
     "open_dataset",
-    "resize_short_side",
     "some_images",
     "to_rgb",
     "unprepared",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -32,6 +35,7 @@ def read_image(path: Path) -> Image.Image:
         try:
             with Image.open(file, formats=FORMATS) as image:
                 check_pixels(*image.size)
+                _HELD.claim(image.width * image.height)
                 image.load()
                 return image
         except UnidentifiedImageError as error:
@@ -51,6 +55,52 @@ def check_pixels(width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(f"{width} x {height} pixels are more than the limit of {limit:,}")
+
+
+class _Held:
+    """The pixels of images that threads hold at once: no more than of the largest image that is read.
+
+    That one takes up to 14 bytes a pixel, those of its decoder included, so that all of them take less than 1.3 GB.
+    """
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._pixels = 0
+        self._thread = threading.local()
+
+    def claim(self, pixels: int) -> None:
+        """Wait until there is room for an image of this thread. Without `one_image` around, it is not counted."""
+        if not getattr(self._thread, "counts", False):
+            return
+        limit = Image.MAX_IMAGE_PIXELS
+        with self._change:
+            self._release()
+            self._change.wait_for(lambda: limit is None or self._pixels == 0 or self._pixels + pixels <= limit)
+            self._pixels += pixels
+            self._thread.pixels = pixels
+
+    @contextmanager
+    def one_image(self) -> Iterator[None]:
+        self._thread.counts = True
+        try:
+            yield
+        finally:
+            self._thread.counts = False
+            with self._change:
+                self._release()
+
+    def _release(self) -> None:
+        self._pixels -= getattr(self._thread, "pixels", 0)
+        self._thread.pixels = 0
+        self._change.notify_all()
+
+
+_HELD = _Held()
+
+
+def one_image() -> AbstractContextManager[None]:
+    """Around all that a thread does with an image, from reading it on: many large ones wait for each other."""
+    return _HELD.one_image()
 
 
 def _kind(head: bytes) -> str:

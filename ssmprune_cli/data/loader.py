@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.data.image_file import one_image
 from ssmprune_cli.data.preprocess import preprocess
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.preprocessing import Preprocessing
@@ -35,11 +36,12 @@ def batches(dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int
     """
 
     def load(index: int) -> Tensor:
-        image = dataset.image(index)
-        try:
-            return preprocess(image, preprocessing)
-        except (ValueError, OSError, MemoryError) as error:
-            raise unprepared(error, dataset.name(index)) from error
+        with one_image():
+            image = dataset.image(index)
+            try:
+                return preprocess(image, preprocessing)
+            except (ValueError, OSError, MemoryError) as error:
+                raise unprepared(error, dataset.name(index)) from error
 
     waiting: deque[tuple[range, list[Future[Tensor]]]] = deque()
     starts = iter(range(0, len(dataset), batch_size))

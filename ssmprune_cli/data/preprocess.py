@@ -11,7 +11,12 @@ from torch import Tensor
 from ssmprune_cli.data.image_file import check_pixels
 from ssmprune_cli.preprocessing import Preprocessing
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_NARROW = 1 << 23  # pixels of a resized image that may be narrower than 1:16; eight threads hold so many at once
+_RESAMPLING: dict[str, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -29,7 +34,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         # A palette with transparent entries must become RGBA first, or PIL warns.
         return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Image.Image:
@@ -41,6 +46,8 @@ def resize_short_side(image: Image.Image, size: int, interpolation: str) -> Imag
     if min(width, height) == size:
         return image
     long = int(size * max(width, height) / min(width, height))
+    if size * long > max(_NARROW, 16 * size * size):
+        raise ValueError(f"{width} x {height} pixels are too narrow: resized they are {size} x {long} pixels")
     check_pixels(size, long)
     return image.resize((size, long) if width <= height else (long, size), _RESAMPLING[interpolation])
 
@@ -63,10 +70,10 @@ def visible_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[fl
 
     It reaches beyond the image where the crop is padded.
     """
-    scale = preprocessing.resize / min(size)
-    half = preprocessing.crop / scale / 2
     x, y = size[0] / 2, size[1] / 2
-    return x - half, y - half, x + half, y + half
+    width, height = size if preprocessing.squeeze else (min(size), min(size))  # that become `resize` pixels
+    share = preprocessing.crop / preprocessing.resize / 2
+    return x - share * width, y - share * height, x + share * width, y + share * height
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -74,15 +81,26 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
 
     Raises ValueError for an image that cannot be converted.
     """
-    image = resize_short_side(to_rgb(image), preprocessing.resize, preprocessing.interpolation)
-    return torch.from_numpy(normalised(center_crop(image, preprocessing.crop), preprocessing))
+    return torch.from_numpy(normalised(framed(to_rgb(image), preprocessing), preprocessing))
+
+
+def framed(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """`image` resized and cropped to `crop` x `crop` pixels. Raises ValueError, see `resize_short_side`."""
+    side = preprocessing.resize
+    if not preprocessing.squeeze:
+        image = resize_short_side(image, side, preprocessing.interpolation)
+    elif image.size != (side, side):
+        image = image.resize((side, side), _RESAMPLING[preprocessing.interpolation])
+    return center_crop(image, preprocessing.crop)
 
 
 def normalised(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """(3, H, W): an RGB image less the mean, over the deviation.
+    """(3, H, W): an RGB image in the model's order of channels, less the mean, over the deviation.
 
     NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
     """
     scaled = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    if preprocessing.channels == "bgr":
+        scaled = scaled[::-1]
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     return np.ascontiguousarray((scaled - mean) / std)

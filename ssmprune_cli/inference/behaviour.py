@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import FunctionType
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -17,7 +19,24 @@ def unlike(module: nn.Module, kind: type[nn.Module]) -> str | None:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return f"a {kind.__name__} has hooks"
     methods = [name for name in vars(module) if callable(getattr(kind, name, None))]
-    return f"a {kind.__name__} has its own {methods[0]}" if methods else None
+    if methods:
+        return f"a {kind.__name__} has its own {methods[0]}"
+    replaced = next(_replaced(kind), None)
+    return f"{replaced} has been replaced" if replaced else None
+
+
+def _replaced(kind: type[nn.Module]) -> Iterator[str]:
+    """Methods that somebody has put into `kind` or a class that it is made from: their code is of another file."""
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        file = getattr(sys.modules.get(owner.__module__), "__file__", None)
+        for name, value in vars(owner).items():
+            function = getattr(value, "__func__", value)  # of a class or static method
+            if isinstance(function, FunctionType):
+                foreign = file is not None and function.__code__.co_filename != file
+                if foreign and (not name.startswith("__") or name == "__call__"):
+                    yield f"{owner.__name__}.{name}"
+            elif name == "forward":
+                yield f"{owner.__name__}.{name}"
 
 
 def first_unlike(*parts: tuple[nn.Module, type[nn.Module]]) -> str | None:

@@ -13,7 +13,7 @@ from ssmprune_cli.kernels.choice import (
     refused_backends,
     use_backend,
 )
-from ssmprune_cli.kernels.cpu import CPU, cpu_facts
+from ssmprune_cli.kernels.cpu import CPU, cache_folders, cpu_facts
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.ops import (
     FORMULAS,
@@ -49,6 +49,7 @@ __all__ = [
     "add_rms_norm",
     "available_backends",
     "backends_for",
+    "cache_folders",
     "causal_conv1d",
     "conv_flops",
     "cpu_facts",

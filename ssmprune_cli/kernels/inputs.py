@@ -57,6 +57,10 @@ class InnerInputs(NamedTuple):
     gap_delta: Tensor | None
     context: Tensor | None
     sources: Tensor | None
+    read: Tensor | None
+    cells: Tensor | None
+    size: Tensor | None
+    mass: Tensor | None
     scale: float
 
     @property
@@ -89,9 +93,19 @@ class BlocksInputs(NamedTuple):
     gap_delta: Tensor | None
     context: Tensor | None
     sources: Tensor | None
+    read: Tensor | None
+    cells: Tensor | None
+    size: Tensor | None
+    mass: Tensor | None
     scale: float
     eps: float
     wants_y: bool
+
+
+def tokens_and_steps(length: int, sources: Sequence[int] | None, cells: object) -> tuple[int, int]:
+    """How many tokens a fused op convolves, and how many steps its scans take, with `sources` of this shape."""
+    tokens = length if sources is None else sources[2]
+    return tokens, length if cells is not None else tokens
 
 
 class LinearInputs(NamedTuple):

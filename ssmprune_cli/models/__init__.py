@@ -1,8 +1,9 @@
-"""Model families by name. A family registers here in one line; see `base.Family`."""
+"""Model families by name, and the same weights for other images. A family registers here in one line; see `Family`."""
 
 from __future__ import annotations
 
 from ssmprune_cli.models.common import (
+    FAMILIES,
     MAX_SIDE,
     SMALL_SIDE,
     Backbone,
@@ -15,6 +16,7 @@ from ssmprune_cli.models.common import (
     Visits,
     channels_last_taps,
     decay_rates,
+    inflow,
     set_drop_path,
     set_recompute,
 )
@@ -31,15 +33,14 @@ from ssmprune_cli.models.mamba import (
     unit_tokens,
 )
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
+from ssmprune_cli.models.resizing import before_resizing, resize, sides
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
-from ssmprune_cli.registry import Registry
 
-FAMILIES: Registry[Family] = Registry("model family")
-FAMILIES.register(VIM.name, VIM)
-FAMILIES.register(VIDEOMAMBA.name, VIDEOMAMBA)
-FAMILIES.register(MAMBA_REG.name, MAMBA_REG)
-FAMILIES.register(PLAINMAMBA.name, PLAINMAMBA)
-FAMILIES.register(VMAMBA.name, VMAMBA)
+FAMILIES.register("vim", VIM)
+FAMILIES.register("videomamba", VIDEOMAMBA)
+FAMILIES.register("mambar", MAMBA_REG)
+FAMILIES.register("plainmamba", PLAINMAMBA)
+FAMILIES.register("vmamba", VMAMBA)
 
 __all__ = [
     "FAMILIES",
@@ -61,12 +62,16 @@ __all__ = [
     "StepProjection",
     "VMambaMixer",
     "Visits",
+    "before_resizing",
     "channels_last_taps",
     "column_gaps",
     "conv_sources",
     "decay_rates",
+    "inflow",
+    "resize",
     "set_drop_path",
     "set_recompute",
+    "sides",
     "unit_tokens",
     "walks",
 ]

@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
-from ssmprune_cli.pruning.compress import choose_alignment, compress, restore
+from ssmprune_cli.pruning.compress import ALIGNMENT_IMAGES, DEFAULT_REDUCTION, choose_alignment, compress, restore
+from ssmprune_cli.pruning.correction import Correction, Held, Repaired
 from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, soft_divergence
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
+from ssmprune_cli.pruning.repair import (
+    ENOUGH,
+    KINDS,
+    LEAST,
+    Asked,
+    FeaturePruner,
+    Runner,
+    fold_head,
+    judged_rows,
+    repair,
+)
 from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
 
 
@@ -35,17 +49,39 @@ def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
     if schedule != possible:
         what = f"the pruning settings are not valid: grids {schedule.grids} are not those of {schedule.tokens} tokens"
         raise CheckpointError(what, where="config.json")
-    model.pruner = TokenPruner(read, model.stages, model.mixers)
+    pruner = TokenPruner(read, model.stages, model.mixers)
+    if read.repair != "none":
+        pruner.correct(_empty(read.repair, pruner, model))
+    model.pruner = pruner
+
+
+def _empty(held: Held, pruner: TokenPruner, model: Prunable) -> Correction:
+    """A correction of the shapes that a repair of `model` has."""
+    layer = model.output_layer
+    head = (torch.empty_like(layer.weight), layer.weight.new_empty(layer.out_features))
+    widths = {point: model.mixers[point - 1].d_model for point in pruner.dropping_points}
+    side = {point: torch.empty(layer.in_features, width) for point, width in widths.items()}
+    return Correction(head if held.startswith("head") else None, side if held.endswith("side") else {})
 
 
 __all__ = [
     "ALIGNMENTS",
+    "ALIGNMENT_IMAGES",
+    "DEFAULT_REDUCTION",
+    "ENOUGH",
     "IMPORTANCES",
+    "KINDS",
+    "LEAST",
     "REDUCTIONS",
+    "Asked",
     "Calibration",
+    "Correction",
+    "FeaturePruner",
     "Method",
     "PruneSchedule",
     "PruneSettings",
+    "Repaired",
+    "Runner",
     "TokenPruner",
     "attach",
     "calibrate",
@@ -55,8 +91,11 @@ __all__ = [
     "default_points",
     "divergence",
     "fit_mass",
+    "fold_head",
+    "judged_rows",
     "known_methods",
     "paired",
+    "repair",
     "restore",
     "soft_divergence",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.pruning.correction import Repaired
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
 from ssmprune_cli.pruning.reduction import REDUCTIONS, rank
@@ -28,6 +29,9 @@ class Prunable(Protocol):
 
     @property
     def stages(self) -> tuple[Stage, ...]: ...
+
+    @property
+    def output_layer(self) -> nn.Linear: ...
 
     @property
     def image_size(self) -> tuple[int, int]: ...
@@ -67,14 +71,18 @@ class PointStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """deltas: one entry a block, mean steps (directions, E) of the tokens dropped before it, float64, or None.
+    """What was seen on so many images.
 
-    A rectangular reduction goes by no score and drops none: steps are those of all patch tokens, and `points` is empty.
+    deltas  one entry a block, mean steps (directions, E) of the tokens dropped before it, float64, or None. A
+            rectangular reduction drops none: they are those of all patch tokens
+    points  none for a rectangular reduction, which goes by no score
+    repair  what a repair did, on these images and more; None if none was asked for
     """
 
     images: int
     deltas: tuple[Tensor | None, ...] = field(repr=False)
     points: tuple[PointStatistics, ...]
+    repair: Repaired | None = None
 
 
 class _Observer(nn.Module, Pruner):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
@@ -11,7 +16,12 @@ from ssmprune_cli.pruning.images import Images, as_batches
 from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
+from ssmprune_cli.pruning.repair import Asked
+from ssmprune_cli.pruning.repair import repair as repair_pruned
 from ssmprune_cli.pruning.schedule import PruneSchedule
+
+DEFAULT_REDUCTION = "context"  # where there is nothing to measure by
+ALIGNMENT_IMAGES = 64  # that calibrate the alignment, of more for a repair: the mean steps of many tokens settle soon
 
 
 def choose_alignment(alignment: str, reduction: str, *, calibrated: bool) -> str:
@@ -42,9 +52,11 @@ def compress(
     tokens: Sequence[int] | None = None,
     points: Sequence[int] | None = None,
     importance: str = "clip",
-    reduction: str = "context",
+    reduction: str = DEFAULT_REDUCTION,
     alignment: str = "auto",
     calibration: Images | None = None,
+    dense: Tensor | None = None,
+    repair: Asked = "auto",
     seed: int = 0,
 ) -> Calibration | None:
     """Make `model` drop tokens between blocks, in place; `restore` undoes it. The weights do not change.
@@ -55,9 +67,14 @@ def compress(
     alignment    see `choose_alignment`
     calibration  images (B, 3, H, W), normalised floats or uint8: a tensor, an array, or a loader of batches, with
                  labels or without (see `as_batches`)
+    dense        logits (images, classes) of the same images, in their order, that the alignment `mass` and a repair
+                 bring the model near to; by default those of `model` as it is. Give the dense model's if `model` was
+                 resized
+    repair       see `repair`: it takes all calibration images, best 1,024 or more, and is not tried with fewer than 64.
+                 Unless it is "none", ALIGNMENT_IMAGES of them are enough for all else
 
-    Returns what calibration saw, or None without it. Raises UsageError for a module that is none of our backbones, and
-    for settings or images that do not fit it.
+    Returns what calibration saw and what the repair did; None without calibration images. Raises UsageError for a
+    module that is none of our backbones, and for settings or images that do not fit it.
     """
     _check_backbone(model)
     rectangular = REDUCTIONS.get(reduction).rectangular
@@ -66,14 +83,37 @@ def compress(
     settings = PruneSettings(schedule, importance, reduction, chosen, seed)
     like, fits_mass = next(model.parameters()), ALIGNMENTS.get(chosen).needs_sizes
     batches = () if calibration is None else as_batches(model, calibration)
-    kept = list(batches) if fits_mass else []  # read once more for every mass: a loader may shuffle
-    seen = None if calibration is None else calibrate(model, settings, kept or batches)
+    aligned, known = (batches, dense) if repair == "none" else _few(model, calibration, batches, dense)
+    kept = list(aligned) if fits_mass else []  # read once more for every mass: a loader may shuffle
+    seen = None if calibration is None else calibrate(model, settings, kept or aligned)
     pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen and not fits_mass else None)
     pruner.to(like.device, like.dtype)
     if seen is not None and fits_mass:
-        fit_mass(model, pruner, kept)
+        fit_mass(model, pruner, kept, known)
     model.pruner = pruner
-    return seen
+    if seen is None or repair == "none":
+        return seen
+    return replace(seen, repair=repair_pruned(model, batches, kind=repair, dense=dense))
+
+
+def _few(
+    model: Prunable, images: Images | None, batches: Iterable[Tensor], dense: Tensor | None
+) -> tuple[Iterable[Tensor], Tensor | None]:
+    """ALIGNMENT_IMAGES of the images, and their `dense` logits. Of batches the first; of an array from all over it, for
+    it may come class by class."""
+    if isinstance(images, Tensor | np.ndarray) and len(images) > ALIGNMENT_IMAGES:
+        rows = torch.arange(ALIGNMENT_IMAGES) * len(images) // ALIGNMENT_IMAGES
+        return as_batches(model, torch.as_tensor(images)[rows]), None if dense is None else dense[rows]
+    return _first(batches, ALIGNMENT_IMAGES), None if dense is None else dense[:ALIGNMENT_IMAGES]
+
+
+def _first(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The first `count` images."""
+    for batch in batches:
+        yield batch[:count]
+        count -= len(batch)
+        if count <= 0:
+            return
 
 
 def restore(model: Prunable) -> None:

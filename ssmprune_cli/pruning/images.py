@@ -80,12 +80,18 @@ def _prepared(images: Tensor, model: Prunable) -> Tensor:
 def _by_preprocessing(images: Tensor, settings: Preprocessing) -> Tensor:
     """uint8 (B, 3, H, W) of any size, resized, cropped and normalised. float32 (B, 3, crop, crop)."""
     height, width = images.shape[2:]
-    if min(height, width) != settings.resize:
+    long = settings.resize
+    if not settings.squeeze:
         long = int(settings.resize * max(height, width) / min(height, width))
-        size = (settings.resize, long) if height <= width else (long, settings.resize)
+    size = (settings.resize, long) if height <= width else (long, settings.resize)
+    if size != (height, width):
+        if settings.interpolation == "lanczos":
+            raise UsageError("arrays are not resized with lanczos", hint=f"Give them {size[0]} x {size[1]} pixels.")
         images = functional.interpolate(images.cpu(), size=size, mode=settings.interpolation, antialias=True)
     height, width = images.shape[2:]
     top, left = round((height - settings.crop) / 2), round((width - settings.crop) / 2)
     images = images[:, :, top : top + settings.crop, left : left + settings.crop].cpu()
+    if settings.channels == "bgr":
+        images = images.flip(1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     return (images.float() / 255 - mean) / std

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.calibration import Prunable
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.pruner import TokenPruner
@@ -18,8 +19,10 @@ from ssmprune_cli.pruning.pruner import TokenPruner
 MASSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def fit_mass(model: Prunable, pruner: TokenPruner, batches: Sequence[Tensor]) -> float:
+def fit_mass(model: Prunable, pruner: TokenPruner, batches: Sequence[Tensor], dense: Tensor | None = None) -> float:
     """Give `pruner` the mass at which `model` with it is nearest to the dense model on `batches` of images.
+
+    dense  the logits (images, classes) to be near to; None for those of `model` without a pruner
 
     Nearest is the least mean divergence of the class probabilities; of equals, the smallest mass.
     """
@@ -31,12 +34,18 @@ def fit_mass(model: Prunable, pruner: TokenPruner, batches: Sequence[Tensor]) ->
     try:
         with torch.inference_mode():
             model.pruner = None
-            dense = logits()
+            wanted = logits()
+            if dense is not None:
+                if dense.shape != wanted.shape:
+                    raise UsageError(
+                        f"the dense logits are {tuple(dense.shape)}, and the model's {tuple(wanted.shape)}"
+                    )
+                wanted = dense.to(wanted)
             model.pruner = pruner
             found = []
             for mass in MASSES:
                 pruner.set_mass(mass)
-                found.append((float(divergence(dense, logits()).mean()), mass))
+                found.append((float(divergence(wanted, logits()).mean()), mass))
     finally:
         model.pruner = installed
     best = min(found)[1]

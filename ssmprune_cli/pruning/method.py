@@ -53,13 +53,18 @@ class Method:
 def known_methods(
     importance: str | None = None, reduction: str | None = None, alignment: str | None = None
 ) -> Iterator[Method]:
-    """Every method that saves work and fits together, those with the given names only."""
+    """Every method that saves work and fits together, those with the given names only.
+
+    A reduction that goes by no score is there once, unless a score is given.
+    """
     for score, way, source in product(
         [importance] if importance else IMPORTANCES.names(),
         [reduction] if reduction else REDUCTIONS.names(),
         [alignment] if alignment else ALIGNMENTS.names(),
     ):
         if not REDUCTIONS.get(way).shortens:
+            continue
+        if REDUCTIONS.get(way).rectangular and score not in (importance, Method.importance):
             continue
         try:
             yield Method(score, way, source)

@@ -10,25 +10,31 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError, listing
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
+from ssmprune_cli.pruning.correction import Correction, Held, dropped_mean
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Readout, TokenSequence
 
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """All that defines a pruner beside its calibrated deltas; plain values, stored in an artefact's config.json."""
+    """All that defines a pruner beside its buffers; plain values, stored in an artefact's config.json.
+
+    repair  which corrections it holds, see `Correction`
+    """
 
     schedule: PruneSchedule
     importance: str = "clip"
     reduction: str = "context"
     alignment: str = "none"
     seed: int = 0
+    repair: Held = "none"
 
     def __post_init__(self) -> None:
         IMPORTANCES.get(self.importance)
@@ -124,8 +130,42 @@ class TokenPruner(nn.Module, Pruner):
 
     def set_mass(self, mass: float) -> None:
         """The mass of every block, for the alignment of this name."""
-        for stored in self.buffers():
-            stored.fill_(mass)
+        for name, stored in self.named_buffers():
+            if name.startswith("alignment_"):
+                stored.fill_(mass)
+
+    @property
+    def drops(self) -> bool:
+        """Whether any token is dropped, for good or by `mask`."""
+        return any(self._count(point - 1) is not None for point in self.settings.schedule.points)
+
+    @property
+    def dropping_points(self) -> tuple[int, ...]:
+        """The points after which tokens are missing. None for a reduction that leaves whole grids: it loses nothing."""
+        points = self.settings.schedule.points
+        drops = self.shortens and not self._reduction.rectangular
+        return tuple(point for point in points if drops and self._count(point - 1) is not None)
+
+    @property
+    def correction(self) -> Correction:
+        """What a repair has left here."""
+        head = None
+        if self.settings.repair.startswith("head"):
+            head = (self.get_buffer("head_weight"), self.get_buffer("head_bias"))
+        names = {point: f"side_{point}" for point in self.settings.schedule.points}
+        return Correction(head, {point: self.get_buffer(name) for point, name in names.items() if hasattr(self, name)})
+
+    def correct(self, correction: Correction) -> None:
+        """Hold `correction` from now on, in the place of another one."""
+        for name, _ in list(self.named_buffers()):
+            if name.startswith(("head_", "side_")):
+                delattr(self, name)
+        if correction.head is not None:
+            self.register_buffer("head_weight", correction.head[0])
+            self.register_buffer("head_bias", correction.head[1])
+        for point, projection in correction.side.items():
+            self.register_buffer(f"side_{point}", projection)
+        self.settings = replace(self.settings, repair=correction.held)
 
     def wants(self, block: int) -> Wanted:
         if self._count(block) is None:
@@ -150,7 +190,15 @@ class TokenPruner(nn.Module, Pruner):
         score = sequence.sizes()  # for a reduction that does not look at it
         if self.goes_by_score:
             score = self.score(block, sequence, statistics)
-        return self._reduction.apply(sequence, score, count + len(sequence.protected))
+        after = self._reduction.apply(sequence, score, count + len(sequence.protected))
+        if self.settings.repair == "none":
+            return after
+        side = None if after.readout is None else after.readout.side
+        projection: Tensor | None = getattr(self, f"side_{block + 1}", None)
+        if projection is not None:
+            added = functional.linear(dropped_mean(sequence, after).to(projection.dtype), projection)
+            side = added if side is None else side + added
+        return replace(after, readout=Readout(side, self.correction.head))
 
     def _count(self, block: int) -> int | None:
         """Patches to keep after `block`. None for all of them: there is not even a gather then, so that a keep ratio of

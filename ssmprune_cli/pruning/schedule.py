@@ -74,6 +74,11 @@ class PruneSchedule:
         grid = fitting(self.grids_per_block(stages)[point - 1], count)
         return PruneSchedule(points, (*self.tokens, math.prod(grid)), (*self.grids, grid))
 
+    def shortens(self, stages: Sequence[Stage]) -> bool:
+        """Whether any token is dropped."""
+        full = tuple(stage.num_patches for stage in stages for _ in range(stage.start, stage.stop))
+        return self.patches_per_block(stages) != full
+
     def patches_per_block(self, stages: Sequence[Stage]) -> tuple[int, ...]:
         """Patch tokens that enter each block."""
         if self.grids:

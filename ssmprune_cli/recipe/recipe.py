@@ -65,11 +65,15 @@ class Recipe(Section):
             settings["tokens"] = None
         return Recipe.model_validate({**self.to_dict(), "pruning": settings, "provenance": dict(provenance)})
 
-    def override(self, assignments: Iterable[str]) -> Recipe:
+    def override(self, assignments: Iterable[str], options: Mapping[str, str] | None = None) -> Recipe:
         """This recipe with `key=value` settings such as "pruning.keep=0.7"; values are YAML.
 
+        `options` are the keys that come from an option of their own, which messages then name; the rest is `--set`.
         Raises UsageError that lists every fault.
         """
+        assignments = list(assignments)
+        sources = {key: f"--set {key}" for text in assignments if (key := text.partition("=")[0].strip())}
+        sources.update(options or {})
         values = self.to_dict()
         faults = [fault for text in assignments if (fault := _assign(values, text))]
         if faults:
@@ -77,8 +81,8 @@ class Recipe(Section):
             raise UsageError("\n".join(faults), where="--set", hint=hint)
         try:
             return Recipe.model_validate(values)
-        except ValidationError as error:  # of values that may come from other options than --set
-            faults = [f"{'.'.join(map(str, loc)) or 'recipe'}: {text}" for loc, text in explain(error, SECTIONS)]
+        except ValidationError as error:
+            faults = [f"{_source(loc, sources)}: {text}" for loc, text in explain(error, SECTIONS)]
             raise UsageError("\n".join(faults)) from error
 
 
@@ -151,6 +155,15 @@ def shipped_recipes() -> dict[str, Path]:
     package = Path(__file__).parent.parent
     folder = next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def _source(loc: Location, sources: Mapping[str, str]) -> str:
+    """Where the value at `loc` comes from: an option, or the recipe itself. A section's fault is that of its keys."""
+    key = ".".join(map(str, loc))
+    named = [
+        source for own, source in sources.items() if f"{key}.".startswith(f"{own}.") or f"{own}.".startswith(f"{key}.")
+    ]
+    return " and ".join(dict.fromkeys(named)) or key or "recipe"
 
 
 def _assign(values: dict[str, Any], assignment: str) -> str | None:

@@ -50,21 +50,28 @@ class ModelChoice(Section):
 
 
 class Pruning(Section):
-    """Where tokens are dropped, how many stay, and how.
+    """Which images the model takes, where tokens are dropped, how many stay, and how. Without an amount none are.
 
+    image_size side in pixels of smaller square images, see `models.resize`; None for those of the dense model
     points     prune after this many blocks, rising; None is a quarter, half and three quarters of the depth
     keep       ratio of patch tokens kept *at each point*, 0 < keep <= 1: one number or one a point
     tokens     instead of `keep`: patch tokens that stay after each point
+    reduction  "auto" is the best of a few at equal time, measured on the calibration images; "context" without any
     alignment  "auto" is the best that is possible, see `pruning.compress.choose_alignment`. YAML's bare
                null means the source of that name
+    repair     after calibration: `head`, a head fitted to the dense model's answers; `head+side`, one that also sees
+               the means of the dropped tokens; "auto", the better of the two. None of them unless it is clearly better
+               on images that are held back; see `pruning.repair`
     """
 
+    image_size: PositiveInt | None = None
     points: Counts | None = None
     keep: float | tuple[float, ...] | None = None
     tokens: Counts | None = None
     importance: Name = "clip"
-    reduction: Name = "context"
+    reduction: Name = "auto"
     alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
+    repair: Literal["auto", "head", "head+side", "none"] = "auto"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)
 
@@ -102,9 +109,17 @@ class Pruning(Section):
 
     @model_validator(mode="after")
     def _says_how_many(self) -> Pruning:
-        if self.keep is None and self.tokens is None:
-            raise ValueError("give `keep` (a ratio) or `tokens` (counts)")
+        if self.drops_tokens:
+            return self
+        if self.image_size is None:
+            raise ValueError("give `keep` (a ratio), `tokens` (counts) or `image_size` (smaller images)")
+        if self.points is not None:
+            raise ValueError("`points` say where tokens are dropped: give `keep` or `tokens` too")
         return self
+
+    @property
+    def drops_tokens(self) -> bool:
+        return self.keep is not None or self.tokens is not None
 
 
 def _ratio(value: object) -> float:
@@ -122,9 +137,12 @@ def _match_points(values: Sequence[object], info: ValidationInfo) -> None:
 
 
 class CalibrationPlan(Section):
-    """How many images are taken, which ones (by `seed`), and how many run at once."""
+    """How many images are taken, if there are so many, which ones (by `seed`), and how many run at once.
 
-    images: PositiveInt = 64
+    A repair takes all of them, and should have 1,024 at least; 64 of them are enough for all else.
+    """
+
+    images: PositiveInt = 1024
     seed: Seed = 0
     batch_size: PositiveInt = 16
 

@@ -13,7 +13,11 @@ Location = tuple[int | str, ...]  # keys and indices from the top of the file
 _SENTENCES = {
     "missing": "is missing",
     "int_type": "must be a whole number, not {input}",
+    "int_parsing": "must be a whole number, not {input}",
+    "int_from_float": "must be a whole number, not {input}",
     "float_type": "must be a number, not {input}",
+    "float_parsing": "must be a number, not {input}",
+    "finite_number": "must be a finite number, not {input}",
     "string_type": "must be text, not {input}",
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "may have letters, digits, '.', '_' and '-' only, not {input}",
@@ -21,7 +25,9 @@ _SENTENCES = {
     "model_type": "must be a mapping of keys to values, not {input}",
     "dict_type": "must be a mapping of keys to values, not {input}",
     "greater_than_equal": "must be at least {ge}, not {input}",
+    "greater_than": "must be above {gt}, not {input}",
     "less_than_equal": "must be at most {le}, not {input}",
+    "less_than": "must be below {lt}, not {input}",
     "literal_error": "must be {expected}, not {input}",
     "value_error": "{error}",
 }

@@ -17,6 +17,8 @@ from ssmprune_cli.report.report import (
     ModelSpeed,
     PointFacts,
     PruningFacts,
+    ReductionTrial,
+    RepairFacts,
     Report,
     Sample,
     SampleStage,
@@ -24,6 +26,7 @@ from ssmprune_cli.report.report import (
     Sensitivity,
     SensitivityFacts,
     SpeedFacts,
+    TargetFacts,
     read_report,
 )
 
@@ -42,6 +45,8 @@ __all__ = [
     "ModelSpeed",
     "PointFacts",
     "PruningFacts",
+    "ReductionTrial",
+    "RepairFacts",
     "Report",
     "Sample",
     "SampleStage",
@@ -49,5 +54,6 @@ __all__ = [
     "Sensitivity",
     "SensitivityFacts",
     "SpeedFacts",
+    "TargetFacts",
     "read_report",
 ]

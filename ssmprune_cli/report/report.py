@@ -29,16 +29,23 @@ Judge = Literal["interval", "estimate"]  # what a limit is held against
 
 
 class Figures(Section):
-    """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included."""
+    """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included.
+
+    bytes_moved  by gathers, scatters, sorts and sums, which are no multiply-adds
+    """
 
     multiply_adds_all_directions: int
     multiply_adds_one_direction: int
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
+    bytes_moved: int
 
 
 class PruningFacts(Section):
-    """The settings as resolved for this model: after `points` blocks, `tokens` patch tokens stay."""
+    """The settings as resolved for this model: after `points` blocks, `tokens` patch tokens stay.
+
+    repair  what the pruner holds of one: a head of its own, projections of the dropped tokens ("side"), or both
+    """
 
     points: tuple[int, ...]
     keep: float | tuple[float, ...] | None
@@ -46,6 +53,20 @@ class PruningFacts(Section):
     importance: str
     reduction: str
     alignment: str
+    repair: Literal["none", "head", "head+side", "side"] = "none"
+
+
+class TargetFacts(Section):
+    """What the user asked a search for: at most `value`, of which `measured` came out; `met` if that is not more.
+
+    kind  "latency_ratio" (of the dense model's time), "latency_ms" (a batch), "multiply_adds" (share of dense) or
+          "max_drop" (the quickest that provably loses at most so many points)
+    """
+
+    kind: Literal["latency_ratio", "latency_ms", "multiply_adds", "max_drop"]
+    value: float
+    measured: float
+    met: bool
 
 
 class ModelAccuracy(Section):
@@ -136,18 +157,56 @@ class PointFacts(Section):
     importance_mass_kept: float | None
 
 
+class ReductionTrial(Section):
+    """A reduction tried at equal time on the calibration images: token counts, and mean divergence in nats."""
+
+    reduction: str
+    alignment: str
+    tokens: tuple[int, ...]
+    divergence: float | None
+    chosen: bool
+
+
 class CalibrationFacts(Section):
     images: int
     points: tuple[PointFacts, ...]
 
 
-class SearchTrial(Section):
-    """What a search tried for `budget`: a share of the dense multiply-adds, or milliseconds. Divergences in nats."""
+class RepairFacts(Section):
+    """A repair (see `pruning.repair`). Divergences: mean KL(dense || pruned) in nats on images held back from the fit.
 
+    kind                what was accepted
+    images, held_back   unlabelled images in all, and those of them that it was judged on
+    divergence_before   None if nothing was tried
+    divergence_after    None if nothing was accepted; `change_interval` is that of the difference of both
+    refused             kinds that were not accepted, and why
+    seconds             that it took, both models' answers to the images included
+    """
+
+    kind: Literal["none", "head", "head+side"]
+    images: int
+    held_back: int
+    divergence_before: float | None
+    divergence_after: float | None
+    change_interval: Interval | None
+    refused: dict[str, str]
+    seconds: float
+
+
+class SearchTrial(Section):
+    """What a search tried for `budget`, a share of the dense model's multiply-adds or time. Divergences in nats.
+
+    multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
+    divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
+    """
+
+    kind: Literal["flops", "time"]
     budget: float
     multiply_adds: float
+    latency_ratio: float | None
     divergence: float | None
     divergence_held_back: float | None
+    divergence_repaired: float | None = None
     recipe: str
     pruning: dict[str, JsonValue]
     chosen: bool
@@ -187,12 +246,14 @@ class SampleStage(Section):
 class Sample(Section):
     """One image, its file in the artefact (as the model sees it), and what is left of it after each prune point.
 
-    label  its class, or None if that is not known
+    label   its class, or None if that is not known
+    chosen  because the answers to it differ, or at random
     """
 
     name: str
     file: str
     label: int | None = None
+    chosen: Literal["changed", "random"] = "random"
     predicted_dense: int
     predicted_pruned: int
     stages: tuple[SampleStage, ...]
@@ -226,12 +287,18 @@ class FinetuningFacts(Section):
 
 
 class Report(Section):
-    """Dense and pruned model side by side, and where both come from. A model that drops nothing has no `pruned`.
+    """Dense and compressed model side by side, and where both come from. The latter drops tokens (`pruning`), takes
+    smaller images (`resized_from`) or both, and all its facts are called `pruned`; a dense model has none.
 
     task         what both models are for, and judged by
+    image_size   height and width of the images that the compressed model takes
+    resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
+    repair       what a repair did after calibration, or None if none was asked for
+    target       what a search was asked for, and what came of it
+    reductions   those that were compared, if one was to be chosen
     search       what a search tried, if it chose the settings
     finetuning   what was trained since, if anything
     warnings     what a reader must know before trusting the figures
@@ -243,20 +310,29 @@ class Report(Section):
     family: str
     task: str = "classification"
     image_size: tuple[int, int]
+    resized_from: tuple[int, int] | None = None
     parameters: int
     pruning: PruningFacts | None = None
     dense: Figures
     pruned: Figures | None = None
+    target: TargetFacts | None = None
     accuracy: AccuracyFacts | None = None
     limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None
+    reductions: tuple[ReductionTrial, ...] | None = None
+    repair: RepairFacts | None = None
     search: tuple[SearchTrial, ...] | None = None
     sensitivity: tuple[SensitivityFacts, ...] | None = None
     samples: tuple[Sample, ...] = ()
     finetuning: FinetuningFacts | None = None
     warnings: tuple[str, ...] = ()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def called(self) -> str:
+        """What the compressed model is called beside the dense one."""
+        return "resized" if self.resized_from is not None and self.pruning is None else "pruned"
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

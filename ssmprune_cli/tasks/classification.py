@@ -38,6 +38,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     quality = "accuracy"
     parts = ("class", "classes")
     metric = "top-1"
+    one_class = True
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain
@@ -130,6 +131,9 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
             classes=tuple(sorted(classes, key=lambda each: (each.right_pruned - each.right_dense) / each.images)),
         )
 
+    def changed(self, pruned: Sequence[int], dense: Sequence[int]) -> list[int]:
+        return [index for index, pair in enumerate(zip(pruned, dense, strict=True)) if (pair[0] == 0) != (pair[1] == 0)]
+
     def estimate(self, score: ModelAccuracy) -> Estimate:
         return Estimate(score.top1, score.interval)
 
@@ -153,7 +157,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
                 _share(compared.top1, compared.interval),
                 f"{100 * compared.difference:+.2f} points",
                 _interval(compared.difference_interval, "{:+.2f}"),
-                key=True,
+                better=_better(compared.difference_interval),
             )
         ]
         if compared.top5 is not None and compared.dense.top5 is not None:
@@ -216,12 +220,17 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
         truth = "" if sample.label is None else f", {names.get(sample.label, f'class {sample.label}')}"
         return (
             f"{sample.name}{truth}: the dense model says {said(sample.predicted_dense)}, "
-            f"the pruned one {said(sample.predicted_pruned)}"
+            f"the {report.called} one {said(sample.predicted_pruned)}"
         )
 
 
 def _share(share: float, interval: Interval) -> str:
     return f"{100 * share:.2f} % ({_interval(interval, '{:.1f}')})"
+
+
+def _better(ends: Interval) -> bool | None:
+    """Whether a difference is a gain, as far as its interval tells."""
+    return True if ends[0] > 0 else False if ends[1] < 0 else None
 
 
 def _interval(ends: Interval, form: str) -> str:

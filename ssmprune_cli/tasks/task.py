@@ -84,14 +84,17 @@ class TaskLimit:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table before and after. `within` is the interval of the change; `key` marks a headline's lines."""
+    """One line of a table before and after. `within` is the interval of the change.
+
+    better  whether the change is a gain; None for no change, or none that its interval tells from nothing
+    """
 
     title: str
     dense: str
     pruned: str
     change: str
     within: str = ""
-    key: bool = False
+    better: bool | None = None
 
     @property
     def whole_change(self) -> str:
@@ -119,6 +122,7 @@ class Task(ABC, Generic[Score, Compared]):
     parts     what a dataset divides into, one and several, in words
     metric    by what models are ranked
     limits    what a user may demand of a score or a comparison
+    one_class whether an answer is one class for an image: such answers can be shown with sample images and fine-tuned
     """
 
     name: ClassVar[str]
@@ -128,6 +132,7 @@ class Task(ABC, Generic[Score, Compared]):
     parts: ClassVar[tuple[str, str]]
     metric: ClassVar[str]
     limits: ClassVar[tuple[TaskLimit, ...]]
+    one_class: ClassVar[bool]
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
         """Images with what they are judged by; without a `kind`, an ImageFolder or, by its suffix, an .npz.
@@ -156,6 +161,10 @@ class Task(ABC, Generic[Score, Compared]):
         self, pruned: tuple[Sequence[Any], Score], dense: tuple[Sequence[Any], Score], dataset: ImageDataset
     ) -> Compared:
         """From the results, image by image of `dataset`, and the scores of both models."""
+
+    @abstractmethod
+    def changed(self, pruned: Sequence[Any], dense: Sequence[Any]) -> list[int]:
+        """From the results, image by image: where one model is right and the other one is not, as indices."""
 
     def facts(self, report: Report) -> Compared | None:
         """The comparison in a report."""

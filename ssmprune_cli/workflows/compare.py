@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, resize, sides
 from ssmprune_cli.pruning import (
     IMPORTANCES,
     REDUCTIONS,
@@ -28,7 +29,7 @@ from ssmprune_cli.pruning import (
 )
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.workflows.compress import recipe_settings
+from ssmprune_cli.workflows.compress import for_images, recipe_settings
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
 from ssmprune_cli.workflows.source import Source
@@ -44,6 +45,7 @@ class Row:
     """One model on the images.
 
     budget               what was asked for, such as "flops 0.7"; "" for dense models and recipes
+    image_size           height and width of its images; `resized_from` those of the dense model's, if they are smaller
     multiply_adds        of one image, all directions; `share` is that of the dense model
     divergence           mean KL(dense || this) in nats with its standard error; None for other dense models
     top1                 the metric of the model's task with its 95 % interval, and the difference from dense with its
@@ -54,6 +56,8 @@ class Row:
 
     name: str
     budget: str
+    image_size: tuple[int, int]
+    resized_from: tuple[int, int] | None
     points: tuple[int, ...]
     tokens: tuple[int, ...]
     multiply_adds: int
@@ -102,8 +106,18 @@ class EvaluationImages:
             yield batch.images.to(device)
 
 
+@dataclass(frozen=True)
+class _Smaller:
+    """The model of a comparison for smaller images, and the comparison's images as it sees them."""
+
+    model: Backbone
+    session: Session
+    images: EvaluationImages
+
+
 class Comparison:
-    """One dense model, and pruned variants of it on the same images, of which only the logits are kept."""
+    """One dense model, and variants of it on the same images, of which only the logits are kept. A variant drops
+    tokens, sees smaller images, or both."""
 
     def __init__(
         self, source: Source, dataset: ImageDataset, *, limit: int | None, batch_size: int, device: str, rounds: int
@@ -116,6 +130,7 @@ class Comparison:
         self.reference = prepare(self.model)  # its variants share its weights
         self.batch_size, self.rounds = batch_size, rounds
         self.images = EvaluationImages(dataset, self.model, limit, batch_size)
+        self._smaller: dict[int, _Smaller] = {}
         self.task = TASKS.get(self.model.task)
         self.notes: list[str] = []
         if self.images.labels is not None:
@@ -129,13 +144,13 @@ class Comparison:
         self.dense_cost = self.cost()
 
     def dense(self) -> Row:
-        return self._row(self.name, "", self.dense_logits, self.dense_cost, (self.dense_speed, 1.0), None)
+        speed = (self.dense_speed, 1.0)
+        return self._row(self.name, "", self.model, self.dense_logits, self.dense_cost, speed, None)
 
     @functools.cached_property
     def dense_speed(self) -> float:
         """Images per second of the dense model."""
-        batch = torch.zeros(self.batch_size, 3, *self.model.image_size, device=self.device)
-        (dense,) = interleaved_speeds([self.reference], batch, self.rounds)
+        (dense,) = interleaved_speeds([self.reference], self._batch(self.model), self.rounds)
         return dense.images_per_second
 
     def other_dense(self, source: Source, dataset: ImageDataset, limit: int | None) -> Row:
@@ -147,32 +162,78 @@ class Comparison:
         session = prepare(model)
         logits = run(session, EvaluationImages(dataset, model, limit, self.batch_size))
         cost = count_flops(model).all_directions
-        row = self._row(source.path.name, "", logits, cost, self._time(session, model.image_size), None)
+        speed = self._time(session, self._batch(model))
+        row = self._row(source.path.name, "", model, logits, cost, speed, None)
         return replace(row, divergence=None, divergence_se=None)
 
     def pruned(self, name: str, budget: str, settings: PruneSettings, calibration: Tensor | None) -> Row:
         """A variant's row."""
         self.prune(settings, calibration)
-        row = self._row(name, budget, self.logits(f"{name} {budget}".strip()), self.cost(), self.speed(), settings)
+        logits = self.logits(f"{name} {budget}".strip())
+        row = self._row(name, budget, self.model, logits, self.cost(), self.speed(), settings)
         restore(self.model)
         return row
 
+    def recipe(self, recipe: Recipe, calibration: ImageDataset | None) -> Row:
+        """The row of what a recipe makes, calibrated on its images where it needs any."""
+        side = recipe.pruning.image_size
+        if side is None:
+            settings = recipe_settings(self.model, recipe, calibrated=calibration is not None)
+            assert settings is not None  # else it would name a side
+            images = None if calibration is None else load_images(self.model, calibration)
+            return self.pruned(recipe.name, "", settings, images)
+        for_images(self.model, recipe)  # raises for a side that is none
+        return self.smaller(recipe.name, "", side, recipe, calibration)
+
+    def smaller(
+        self, name: str, budget: str, side: int, recipe: Recipe | None = None, calibration: ImageDataset | None = None
+    ) -> Row:
+        """The row of the model for images of `side` pixels, with tokens dropped as `recipe` says, if it says so."""
+        variant = self.at(side)
+        model = variant.model
+        settings = None if recipe is None else recipe_settings(model, recipe, calibrated=calibration is not None)
+        if settings is not None:
+            dense = None if calibration is None else run(self.reference, self._calibration(self.model, calibration))
+            _prune(model, settings, None if calibration is None else self._calibration(model, calibration), dense)
+        session = variant.session.with_pruner(model.pruner)
+        logits, cost = self._finite(run(session, variant.images), name), count_flops(model).all_directions
+        restore(model)
+        return self._row(name, budget, model, logits, cost, self._time(session, self._batch(model)), settings)
+
+    def at(self, side: int) -> _Smaller:
+        """The dense model for images of `side` pixels."""
+        if side not in self._smaller:
+            model = resize(self.model, side)
+            images = EvaluationImages(self.images.dataset, model, None, self.batch_size)
+            self._smaller[side] = _Smaller(model, prepare(model), images)
+        return self._smaller[side]
+
+    def side_for(self, budget: Budget, work: float) -> int | None:
+        """The largest smaller side in the time of `budget`, or else with at most `work` multiply-adds; None if there is
+        none.
+
+        Cost and time fall with the side, so that a few of many sides are enough to look at.
+        """
+        possible = sides(self.model)
+
+        def fits(side: int) -> bool:
+            variant = self.at(side)
+            if budget.kind == "time":
+                return 1 / self._time(variant.session, self._batch(variant.model))[1] <= budget.value
+            return count_flops(variant.model).all_directions <= work
+
+        place = bisect_left(possible, True, key=fits)
+        return possible[place] if place < len(possible) else None
+
     def prune(self, settings: PruneSettings, calibration: Tensor | None) -> None:
         """Make `model` a variant: `logits`, `cost` and `speed` are of what it is now."""
-        compress(
-            self.model,
-            tokens=settings.schedule.tokens,
-            points=settings.schedule.points,
-            importance=settings.importance,
-            reduction=settings.reduction,
-            alignment=settings.alignment,
-            calibration=None if calibration is None else calibration.split(self.batch_size),
-            seed=settings.seed,
-        )
+        _prune(self.model, settings, None if calibration is None else calibration.split(self.batch_size))
 
     def logits(self, name: str) -> Tensor:
         """(N, classes) float64, on the CPU. Raises DataError, calling the model `name`, if they are not finite."""
-        logits = run(self._session(), self.images)
+        return self._finite(run(self._session(), self.images), name)
+
+    def _finite(self, logits: Tensor, name: str) -> Tensor:
         if not bool(logits.isfinite().all()):
             raise DataError(f"{name} gives logits that are not finite", hint="`ssmprune inspect` looks at the weights.")
         return logits
@@ -183,25 +244,30 @@ class Comparison:
 
     def speed(self) -> tuple[float, float]:
         """Images per second, and how many times as fast as the dense model."""
-        return self._time(self._session(), self.model.image_size)
+        return self._time(self._session(), self._batch(self.model))
 
     def _session(self) -> Session:
         """Of what `model` is now."""
         return self.reference.with_pruner(self.model.pruner)
 
-    def _time(self, session: Session, image_size: tuple[int, int]) -> tuple[float, float]:
-        batch = torch.zeros(self.batch_size, 3, *image_size, device=self.device)
-        if image_size == self.model.image_size:
-            dense, own = interleaved_speeds([self.reference, session], batch, self.rounds)
-            speedup = dense.median_ms / own.median_ms
-            return self.dense_speed * speedup, speedup
-        (own,) = interleaved_speeds([session], batch, self.rounds)
-        return own.images_per_second, own.images_per_second / self.dense_speed
+    def _batch(self, model: Backbone) -> Tensor:
+        return torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
+
+    def _calibration(self, model: Backbone, dataset: ImageDataset) -> Sequence[Tensor]:
+        parts: Sequence[Tensor] = load_images(model, dataset).split(self.batch_size)
+        return parts
+
+    def _time(self, session: Session, batch: Tensor) -> tuple[float, float]:
+        models, batches_of_both = [self.reference, session], [self._batch(self.model), batch]
+        dense, own = interleaved_speeds(models, batches_of_both, self.rounds)
+        speedup = dense.median_ms / own.median_ms
+        return self.dense_speed * speedup, speedup
 
     def _row(
         self,
         name: str,
         budget: str,
+        model: Backbone,
         logits: Tensor,
         cost: int,
         speed: tuple[float, float],
@@ -220,6 +286,8 @@ class Comparison:
         return Row(
             name=name,
             budget=budget,
+            image_size=model.image_size,
+            resized_from=model.config.resized_from,
             points=settings.schedule.points if settings else (),
             tokens=settings.schedule.tokens if settings else (),
             multiply_adds=cost,
@@ -233,6 +301,23 @@ class Comparison:
             difference=change.value if change else None,
             difference_interval=change.interval if change else None,
         )
+
+
+def _prune(
+    model: Backbone, settings: PruneSettings, calibration: Sequence[Tensor] | None, dense: Tensor | None = None
+) -> None:
+    compress(
+        model,
+        tokens=settings.schedule.tokens,
+        points=settings.schedule.points,
+        importance=settings.importance,
+        reduction=settings.reduction,
+        alignment=settings.alignment,
+        calibration=calibration,
+        dense=dense,
+        repair="none",
+        seed=settings.seed,
+    )
 
 
 def compare(
@@ -254,7 +339,8 @@ def compare(
 ) -> tuple[list[Row], list[str]]:
     """Rows (the dense model first), and what a reader must know.
 
-    methods  each at every budget; recipes as they are; others: further dense checkpoints
+    methods  each at every budget, and beside them the model for smaller images that costs as much; recipes as they
+             are; others: further dense checkpoints
     calib    unlabelled images for methods that are calibrated
 
     Raises UsageError for a method that needs calibration without any, DataError for logits that are not finite.
@@ -262,11 +348,10 @@ def compare(
     for method in methods:
         choose_alignment(method.alignment, method.reduction, calibrated=calib is not None)
     comparison = Comparison(source, dataset, limit=limit, batch_size=batch_size, device=device, rounds=rounds)
-    calibration = None
-    if calib is not None:
-        calibration = load_images(comparison.model, calibration_images(calib, calib_images, seed))
+    chosen = None if calib is None else calibration_images(calib, calib_images, seed)
+    calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
-    total = 1 + len(methods) * len(budgets) + len(recipes) + len(others)
+    total = 1 + (len(methods) + 1) * len(budgets) + len(recipes) + len(others)
     rows, notes = [comparison.dense()], [*dataset.notes, *comparison.notes]
 
     def advance() -> None:
@@ -277,24 +362,37 @@ def compare(
         rows.append(comparison.other_dense(other, dataset, limit))
         advance()
     for recipe in recipes:
-        rows.append(
-            comparison.pruned(
-                recipe.name, "", recipe_settings(comparison.model, recipe, calibrated=calib is not None), calibration
-            )
-        )
+        rows.append(comparison.recipe(recipe, chosen))
         advance()
     seen = next(iter(comparison.images))[:2] if calibration is None else calibration
     uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
     for budget in budgets:
+        assert uniform is not None
+        title = f"{budget.kind} {budget.value:g}"
         for method in methods:
-            assert uniform is not None
-            settings, title = uniform.settings(method, budget), f"{budget.kind} {budget.value:g}"
+            settings = uniform.settings(method, budget)
             if settings is None:
                 notes.append(f"{method} cannot save enough for {title}.")
                 continue
             rows.append(comparison.pruned(str(method), title, settings, calibration))
             advance()
+        work = budget.value * comparison.dense_cost
+        if budget.kind == "keep":  # what the methods need that keep so much
+            work = max((row.multiply_adds for row in rows if row.budget == title), default=0)
+        rows += _smaller(comparison, budget, title, work, notes)
+        advance()
     return rows, notes
+
+
+def _smaller(comparison: Comparison, budget: Budget, title: str, work: float, notes: list[str]) -> list[Row]:
+    """The row of the largest smaller image within `budget`, or that needs at most `work`; none without one."""
+    side = comparison.side_for(budget, work)
+    if side is not None:
+        return [comparison.smaller("smaller image", title, side)]
+    height, width = comparison.model.image_size
+    why = f"half of {height} pixels costs more" if sides(comparison.model) else f"{height} x {width} cannot be resized"
+    notes.append(f"There is no smaller image for {title}: {why}.")
+    return []
 
 
 def published_table(

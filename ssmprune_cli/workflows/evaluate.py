@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class Evaluation:
     images_per_second  of the model alone, without reading images; the first batch is left out if there are more
     comparison         those that it has of a pruned and a dense model on the same images, such as AccuracyFacts
     notes              of the dataset: the order of its classes where others are possible, what was left out
+    changed            with `comparison`: indices in the whole dataset of images that one model is right on
     """
 
     count: int
@@ -42,6 +43,7 @@ class Evaluation:
     comparison: Any | None = None
     dense_images_per_second: float | None = None
     notes: tuple[str, ...] = ()
+    changed: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         facts = {"count": self.count, "dtype": self.dtype, "notes": list(self.notes)}
@@ -121,8 +123,10 @@ def evaluate(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("the batch size and the limit must be at least 1")
+    chosen: Sequence[int] = range(len(dataset))
     if limit is not None and limit < len(dataset):
-        dataset = Subset(dataset, spread(len(dataset), limit))
+        chosen = spread(len(dataset), limit)
+        dataset = Subset(dataset, chosen)
     models = [model] if compare is None else [model, compare]
     task = TASKS.get(model.task)
     for each in models:
@@ -151,7 +155,8 @@ def evaluate(
         return evaluation
     dense_results, dense_score, dense_speed = judges[1].collect()
     comparison = task.compare((results, score), (dense_results, dense_score), dataset)
-    return replace(evaluation, comparison=comparison, dense_images_per_second=dense_speed)
+    changed = tuple(chosen[index] for index in task.changed(results, dense_results))
+    return replace(evaluation, comparison=comparison, dense_images_per_second=dense_speed, changed=changed)
 
 
 def identity(dataset: ImageDataset, limit: int | None) -> str:

@@ -16,6 +16,7 @@ from ssmprune_cli.workflows.measure import (
     Floor,
     Progress,
     Speed,
+    bytes_moved,
     count_flops,
     floor,
     interleaved_speeds,
@@ -29,6 +30,7 @@ from ssmprune_cli.workflows.measure import (
 class Profile:
     """One model's figures. Multiply-adds are for one image; `flops` names the conventions.
 
+    bytes_moved       by gathers, sorts and sums of one image, which are no multiply-adds
     backend           what the kernels ran on; `backends_refused` says why not on a better one
     time_ms           where the median goes, by part (see `breakdown`)
     floor             what its arithmetic and bytes need at least on this machine
@@ -42,6 +44,7 @@ class Profile:
     multiply_adds_one_direction: int
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
+    bytes_moved: int
     batch_size: int
     dtype: str
     device: str
@@ -77,18 +80,20 @@ def profile(
     """Profile `models` side by side: their timed runs are interleaved, so that a drift of the machine hits all alike.
 
     Timing is on random images: static token counts make it independent of what they show. Two warm-up rounds are left
-    out. Raises UsageError for a device that is not there, or models of different dtypes or image sizes.
+    out. Each model gets images of its own size. Raises UsageError for a device that is not there, or models of
+    different dtypes.
     """
     if batch_size < 1 or rounds < 1:
         raise UsageError("the batch size and the number of rounds must be at least 1")
-    if len({model.image_size for model in models}) > 1:
-        sizes = ", ".join("x".join(map(str, model.image_size)) for model in models)
-        raise UsageError(f"the models take images of different sizes: {sizes}", hint="Give `--image-size`.")
     if len({model.dtype for model in models}) > 1:
         raise UsageError(f"the models' weights differ in dtype: {', '.join(str(model.dtype) for model in models)}")
     target = resolve_device(device)
-    images = torch.randn(batch_size, 3, *models[0].image_size, generator=torch.Generator().manual_seed(seed))
-    images = images.to(target, models[0].dtype)
+    images = [
+        torch.randn(batch_size, 3, *model.image_size, generator=torch.Generator().manual_seed(seed)).to(
+            target, model.dtype
+        )
+        for model in models
+    ]
     flops = [count_flops(model) for model in models]
     sessions = [prepare(model, device=target) for model in models]
     speeds = interleaved_speeds(sessions, images, rounds, progress)
@@ -101,6 +106,7 @@ def profile(
             multiply_adds_one_direction=count.one_direction,
             tokens_per_block=tokens_per_block(model),
             multiply_adds_per_block=count.per_block,
+            bytes_moved=bytes_moved(model),
             batch_size=batch_size,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(target),
@@ -108,10 +114,10 @@ def profile(
             backends_refused=refused_backends(target, model.dtype),
             threads=torch.get_num_threads(),
             speed=speed,
-            peak_memory_bytes=peak_memory(session, images),
-            time_ms=time_by_part(session, images, speed.median_ms),
-            floor=floor(session, images),
+            peak_memory_bytes=peak_memory(session, batch),
+            time_ms=time_by_part(session, batch, speed.median_ms),
+            floor=floor(session, batch),
             session=session.explain(),
         )
-        for model, session, count, speed in zip(models, sessions, flops, speeds, strict=True)
+        for model, session, batch, count, speed in zip(models, sessions, images, flops, speeds, strict=True)
     ]

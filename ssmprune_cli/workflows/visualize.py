@@ -24,9 +24,10 @@ TILE = 192  # about the side of one image in the overview, pixels; rounded to wh
 LEAST = 384  # smaller images are enlarged to this, by a whole factor
 MARGIN = 6
 CAPTION = 16
-DROPPED = (60, 100, 180)  # a dropped patch is faded to this blue, which stands out in grey images and photographs ...
+GREY = (128, 128, 128)  # dropped patches, and what the model's crop leaves out, are faded to this ...
 FADE = 0.7  # ... by this much
-UNSEEN = (128, 128, 128)  # what the model's crop leaves out
+HATCH = ((242, 242, 242), (34, 34, 34))  # lines over dropped patches: one of them stands out on snow, sky and night
+HATCH_PERIOD = 6  # lines' widths from one pair of lines to the next
 HEAT = ((28, 16, 68), (120, 28, 109), (207, 68, 70), (251, 155, 6), (252, 255, 164))  # lowest to highest score
 HEAT_STRENGTH = 0.6
 Box = tuple[float, float, float, float]
@@ -75,8 +76,9 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
         for stage in found:
             start = out / f"{index + 1:02d}_{name}_after_{stage.block:02d}"
             files = {kind: start.with_name(f"{start.name}_{kind}.png") for kind in ("kept", "score")}
-            _write(files["kept"], Image.fromarray(shade(large, *faded(~stage.kept[index]), whole)))
-            _write(files["score"], Image.fromarray(shade(large, *heat(stage.score[index]), whole)))
+            gone, score = ~stage.kept[index], stage.score[index]
+            _write(files["kept"], Image.fromarray(hatched(shade(large, *faded(gone), whole), gone, whole)))
+            _write(files["score"], Image.fromarray(hatched(shade(large, *heat(score), whole), np.isnan(score), whole)))
             entry["stages"].append({"after_block": stage.block, **{kind: str(path) for kind, path in files.items()}})
         drawn.append(entry)
     return Drawn(found, overview, drawn)
@@ -103,15 +105,18 @@ def picture(pixels: NDArray[np.uint8], found: Sequence[Stage], labels: Sequence[
         whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST))
         top = CAPTION + MARGIN + row * (height + CAPTION + MARGIN)
         for column in range(len(titles)):
-            shown = whole if column == 0 else shade(whole, *faded(~found[column - 1].kept[row]))
+            shown = whole
+            if column > 0:
+                gone = ~found[column - 1].kept[row]
+                shown = hatched(shade(whole, *faded(gone)), gone)
             canvas.paste(Image.fromarray(shown), (MARGIN + column * (width + MARGIN), top))
         text.text((MARGIN, top + height + 1), labels[row], fill="black", font=font)
     return canvas
 
 
 def faded(cells: NDArray[np.bool_]) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
-    """Colours (rows, columns, 3) and their strengths (rows, columns) that fade `cells` (rows, columns) to blue."""
-    return np.broadcast_to(np.array(DROPPED, float), (*cells.shape, 3)), FADE * cells
+    """Colours (rows, columns, 3) and their strengths (rows, columns) that fade `cells` (rows, columns) to grey."""
+    return np.broadcast_to(np.array(GREY, float), (*cells.shape, 3)), FADE * cells
 
 
 def heat(score: NDArray[np.float32]) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
@@ -142,9 +147,25 @@ def shade(
     x, inside_x = _cells(image.shape[1], left, right, strength.shape[1])
     inside = (inside_y[:, None] & inside_x)[..., None]  # (H, W, 1)
     alpha = np.where(inside, strength[y][:, x][..., None], FADE)
-    colour = np.where(inside, colours[y][:, x], np.array(UNSEEN, float))
+    colour = np.where(inside, colours[y][:, x], np.array(GREY, float))
     blended: NDArray[np.uint8] = np.rint((1 - alpha) * image + alpha * colour).astype(np.uint8)
     return blended
+
+
+def hatched(image: NDArray[np.uint8], cells: NDArray[np.bool_], box: Box | None = None) -> NDArray[np.uint8]:
+    """`image` (H, W, 3) with diagonal lines, a light and a dark one in turn, over those `cells` (rows, columns) of
+    `box` that are true."""
+    height, width = image.shape[:2]
+    left, top, right, bottom = box or (0, 0, width, height)
+    y, inside_y = _cells(height, top, bottom, cells.shape[0])
+    x, inside_x = _cells(width, left, right, cells.shape[1])
+    there = inside_y[:, None] & inside_x & cells[y][:, x]
+    line = max(1, round(min(height, width) / TILE))  # as wide in a large image, when it is looked at as a whole
+    place = (np.arange(height)[:, None] + np.arange(width)) // line % HATCH_PERIOD
+    result = image.copy()
+    for index, colour in enumerate(HATCH):
+        result[there & (place == index)] = colour
+    return result
 
 
 def _cells(size: int, start: float, stop: float, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -84,7 +84,7 @@ def test_accuracy_before_and_after_and_a_limit_that_is_broken(ssmprune: Run, tmp
     data, out = tmp_path / "labelled.npz", tmp_path / "out"
     images = np.random.default_rng(1).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
     np.savez(data, images=images, labels=np.arange(30) % 10)
-    common = ("compress", CHECKPOINT, "--tokens", "3,2,1", "--eval-data", data, "--out", out, "--json")
+    common = ("compress", CHECKPOINT, "--tokens", "3,2,1", "--data", data, "--out", out, "--json")
     done = ssmprune(*common, "--max-drop", "-99.9")  # it would have to gain 99.9 points, so this limit breaks
     assert done.returncode == 3
     assert "--max-drop allows -99.9" in done.stderr
@@ -120,18 +120,18 @@ def test_dry_run_reads_no_images_and_writes_nothing(ssmprune: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ([], 2, "how much to keep?"),
-        (["--keep", "1.5"], 2, "error: pruning.keep: must be above 0 and at most 1"),
+        ([], 2, "how fast is the model to be?"),
+        (["--keep", "1.5"], 2, "'--keep': each must be a number above 0 and at most 1"),
         (["--keep", "0.5", "--points", "9"], 2, "between 1 and 3"),
-        (["--keep", "0.5", "--importance", "clipp"], 2, "Did you mean 'clip'?"),
+        (["--keep", "0.5", "--importance", "clipp"], 2, "did you mean 'clip'?"),
         (["--keep", "0.5", "--alignment", "calibrated"], 2, "needs calibration images"),
         (["--keep", "0.5", "--reduction", "mask", "--alignment", "null"], 2, "nothing to align"),
-        (["--keep", "0.5", "--max-drop", "1"], 2, "--max-drop needs --eval-data"),
+        (["--keep", "0.5", "--max-drop", "1"], 2, "--max-drop needs --data"),
         (["--keep", "0.5", "--set", "pruning.ponits=[1]"], 2, "did you mean 'points'"),
         (["--keep", "0.5", "--device", "cuda:99"], 2, "cannot be used"),
         (["--keep", "0.5", "--calib", "no-such-folder"], 1, "no-such-folder"),
         (["--recipe", "vim_small_topvim"], 2, "between 1 and 3"),
-        (["--recipe", "vim_smal_topvim"], 1, "did you mean 'vim_small_topvim'?"),
+        (["--recipe", "vim_smal_topvim"], 2, "did you mean 'vim_small_topvim'?"),
     ],
 )
 def test_refusals(ssmprune: Run, tmp_path: Path, options: list[str], code: int, message: str) -> None:

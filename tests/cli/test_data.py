@@ -40,7 +40,7 @@ def tree(root: Path, images: int = 1) -> Path:
 
 
 def test_eval_says_which_order_of_the_classes_it_took(ssmprune: Run, model: Path, tmp_path: Path) -> None:
-    arguments = ("eval", model, "--dataset", "imagefolder", "--data-dir", tree(tmp_path / "images"))
+    arguments = ("eval", model, "--dataset", "imagefolder", "--data", tree(tmp_path / "images"))
     done = ssmprune(*arguments, "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     notes = json.loads(done.stdout)["notes"]
@@ -52,7 +52,7 @@ def test_eval_says_which_order_of_the_classes_it_took(ssmprune: Run, model: Path
 
 def test_compress_keeps_the_notes_in_the_report(ssmprune: Run, model: Path, tmp_path: Path) -> None:
     images, out = tree(tmp_path / "images"), tmp_path / "out"
-    done = ssmprune("compress", model, "--keep", "0.6", "--eval-data", images, "--calib", images, "--out", out)
+    done = ssmprune("compress", model, "--keep", "0.6", "--data", images, "--calib", images, "--out", out)
     assert done.returncode == 0, done.stderr
     warnings = json.loads((out / "report.json").read_text())["warnings"]
     assert sum("by number it would be" in warning for warning in warnings) == 1
@@ -81,7 +81,7 @@ def test_names_that_are_no_utf8_come_through(ssmprune: Run, model: Path, tmp_pat
     ):
         done = ssmprune(*arguments)
         assert done.returncode == 0, done.stderr
-    done = ssmprune("eval", out, "--dataset", "imagefolder", "--data-dir", named(b"nowhere\xff"))
+    done = ssmprune("eval", out, "--dataset", "imagefolder", "--data", named(b"nowhere\xff"))
     assert done.returncode == 1 and "nowhere\\udcff: does not exist" in done.stderr
 
 

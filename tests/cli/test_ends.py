@@ -216,7 +216,7 @@ def test_a_peer_that_is_killed_or_stopped_is_an_ordinary_error(number: signal.Si
 
 def test_a_peer_that_never_comes_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 64, 64), np.uint8), labels=np.zeros(2, int))
-    command = ["eval", str(CHECKPOINT), "--dataset", "npz", "--data-dir", str(tmp_path / "a.npz")]
+    command = ["eval", str(CHECKPOINT), "--dataset", "npz", "--data", str(tmp_path / "a.npz")]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "ssmprune_cli", *command, "--peer-timeout", "2"],
         cwd=ROOT,

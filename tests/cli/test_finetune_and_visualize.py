@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(ssmprune: Run, folder: Path) -> subprocess.CompletedProcess[str]:
     settings = ["image_size=[16,16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"]
     data, out = folder / "images.npz", folder / "scratch"
-    options = ["--dataset", "npz", "--data-dir", data, "--val-dir", data, "--out", out]
+    options = ["--dataset", "npz", "--data", data, "--val-data", data, "--out", out]
     sets = [part for setting in settings for part in ("--set", setting)]
     pth = ("--checkpoint", folder / "model.pth")
     return ssmprune("finetune", "--from-scratch", *sets, *options, *pth, "--epochs", "1", "--batch-size", "8", "--json")
@@ -69,7 +69,7 @@ def test_init_starts_from_a_checkpoint_of_the_same_configuration(
     settings = ["image_size=[16,16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"]
     sets = [part for setting in settings for part in ("--set", setting)]
     start, out = folder / "model.pth", folder / "more.pth"
-    data = ("--dataset", "npz", "--data-dir", folder / "images.npz")
+    data = ("--dataset", "npz", "--data", folder / "images.npz")
     common = (
         "--from-scratch",
         "--init",
@@ -109,7 +109,7 @@ def test_wrong_usage_is_found_before_anything_is_written(
     ssmprune: Run, trained: object, folder: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     out = folder / "none"
-    done = ssmprune("finetune", *arguments, "--dataset", "npz", "--data-dir", folder / "images.npz", "--out", out)
+    done = ssmprune("finetune", *arguments, "--dataset", "npz", "--data", folder / "images.npz", "--out", out)
     assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
     assert not (out / "log.jsonl").exists()
 
@@ -123,7 +123,7 @@ def artefact(ssmprune: Run, trained: object, folder: Path) -> Path:
 
 def options(folder: Path, out: str) -> tuple[str | Path, ...]:
     """Four epochs of four updates, with everything that is random."""
-    data = ("--dataset", "npz", "--data-dir", folder / "images.npz", "--out", folder / out)
+    data = ("--dataset", "npz", "--data", folder / "images.npz", "--out", folder / out)
     keys = ("mixup=0.5", "erasing=0.5", "randaugment=9", "drop_path=0.2", "ema=0.5", "progressive=2", "repeats=2")
     return (
         *data,
@@ -207,7 +207,7 @@ def test_two_processes_train_and_evaluate_as_one(ssmprune: Run, artefact: Path, 
     """Each takes half of every batch, and of the 15 images to evaluate, of which one gets 8 and the other 7."""
     with np.load(folder / "images.npz") as arrays:
         np.savez(folder / "odd.npz", images=arrays["images"][:15], labels=arrays["labels"][:15])
-    data = ("--dataset", "npz", "--data-dir", folder / "images.npz", "--val-dir", folder / "odd.npz")
+    data = ("--dataset", "npz", "--data", folder / "images.npz", "--val-data", folder / "odd.npz")
     common = (*data, "--epochs", "2", "--batch-size", "8", "--lr", "1e-3", "--set", "training.mixup=0.5", "--json")
     alone = ssmprune("finetune", artefact, *common, "--out", folder / "one")
     both = torchrun("finetune", artefact, *common, "--out", folder / "two")
@@ -216,7 +216,7 @@ def test_two_processes_train_and_evaluate_as_one(ssmprune: Run, artefact: Path, 
     # Sums over a batch are taken in another order: float32 rounding, which Adam's first steps make larger.
     found, expected = (torch.tensor([loss for *_, loss in trace(folder / each)]) for each in ("two", "one"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    wanted = ("eval", artefact, "--dataset", "npz", "--data-dir", folder / "odd.npz", "--json")
+    wanted = ("eval", artefact, "--dataset", "npz", "--data", folder / "odd.npz", "--json")
     results = [json.loads(done.stdout) for done in (ssmprune(*wanted), torchrun(*wanted))]
     for result in results:
         del result["images_per_second"]

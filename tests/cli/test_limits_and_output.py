@@ -48,7 +48,7 @@ def checkpoint(folder: Path) -> Path:
 
 def test_compress_prints_and_writes_before_it_fails(ssmprune: Run, folder: Path) -> None:
     out = folder / "limited"
-    common = ("compress", checkpoint(folder), "--keep", "0.6", "--eval-data", folder / "images.npz", "--out", out)
+    common = ("compress", checkpoint(folder), "--keep", "0.6", "--data", folder / "images.npz", "--out", out)
     bad = ("--max-drop", "-99", "--min-accuracy", "99.5", "--max-flops", "0.1", "--max-latency-ratio", "0.001")
     done = ssmprune(*common, *bad, "--json")
     assert done.returncode == 3
@@ -69,7 +69,7 @@ def test_compress_prints_and_writes_before_it_fails(ssmprune: Run, folder: Path)
 
 
 def test_eval_holds_a_model_to_limits(ssmprune: Run, artefact: Path, folder: Path) -> None:
-    common = ("eval", artefact, "--dataset", "npz", "--data-dir", folder / "images.npz", "--json")
+    common = ("eval", artefact, "--dataset", "npz", "--data", folder / "images.npz", "--json")
     done = ssmprune(*common, "--min-accuracy", "99.9")
     assert done.returncode == 3 and "--min-accuracy asks for 99.9" in done.stderr
     assert json.loads(done.stdout)["limits"][0]["holds"] is False
@@ -82,7 +82,7 @@ def test_eval_holds_a_model_to_limits(ssmprune: Run, artefact: Path, folder: Pat
 
 @pytest.mark.parametrize("option", ["--max-drop", "--max-flops", "--max-latency-ratio"])
 def test_a_limit_without_what_it_needs_is_wrong_usage(ssmprune: Run, folder: Path, option: str) -> None:
-    done = ssmprune("eval", checkpoint(folder), "--dataset", "npz", "--data-dir", folder / "images.npz", option, "1")
+    done = ssmprune("eval", checkpoint(folder), "--dataset", "npz", "--data", folder / "images.npz", option, "1")
     assert done.returncode == 2 and f"{option} needs --compare" in done.stderr and done.stdout == ""
     if option == "--max-latency-ratio":
         done = ssmprune("compress", checkpoint(folder), "--keep", "0.6", "--dry-run", option, "1")
@@ -113,7 +113,7 @@ def test_quiet_leaves_warnings_and_errors(ssmprune: Run, folder: Path) -> None:
 
 def commands(folder: Path, artefact: Path) -> dict[str, tuple[Any, ...]]:
     images, ckpt = folder / "images.npz", checkpoint(folder)
-    labelled = ("--dataset", "npz", "--data-dir", images)
+    labelled = ("--dataset", "npz", "--data", images)
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "3")
     return {
         "inspect": ("inspect", ckpt),
@@ -122,7 +122,7 @@ def commands(folder: Path, artefact: Path) -> dict[str, tuple[Any, ...]]:
             ckpt,
             "--keep",
             "0.6",
-            "--eval-data",
+            "--data",
             images,
             "--out",
             folder / "again",

@@ -57,7 +57,7 @@ def test_multiply_adds_are_the_same() -> None:
 
 
 def test_eval(ssmprune: Run) -> None:
-    arguments = ("eval", DEMO / "vim_digits.pth", "--dataset", "npz", "--data-dir", DEMO / "test.npz", "--limit", "100")
+    arguments = ("eval", DEMO / "vim_digits.pth", "--dataset", "npz", "--data", DEMO / "test.npz", "--limit", "100")
     wide, half = (
         json.loads(ssmprune(*arguments, "--json", "--precision", precision).stdout) for precision in ("fp32", "bf16")
     )
@@ -65,4 +65,4 @@ def test_eval(ssmprune: Run) -> None:
     assert abs(wide["top1"] - half["top1"]) <= 0.02
     wrong = ssmprune(*arguments, "--precision", "int4")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "unknown precision 'int4'" in wrong.stderr and "fp32, bf16, fp16" in wrong.stderr
+    assert "'--precision': 'int4' is none of fp32, bf16, fp16" in wrong.stderr and "fp32, bf16, fp16" in wrong.stderr

@@ -43,8 +43,8 @@ def test_no_arguments_show_the_help(ssmprune: Run) -> None:
         (["squash"], "squash"),
         (["inspect"], "FILE"),
         (["inspect", "x", "--colour"], "--colour"),
-        (["eval", "x", "--dataset", "npz", "--data-dir", "y", "--limit", "0"], "--limit"),
-        (["eval", "x", "--dataset", "npz", "--data-dir", "y", "--max-drop", "1"], "--max-drop needs --compare"),
+        (["eval", "x", "--dataset", "npz", "--data", "y", "--limit", "0"], "--limit"),
+        (["eval", "x", "--dataset", "npz", "--data", "y", "--max-drop", "1"], "--max-drop needs --compare"),
         (["compress", "x"], "Give `--keep 0.6`"),
     ],
 )

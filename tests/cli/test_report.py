@@ -15,16 +15,17 @@ from jsonschema import Draft202012Validator
 from ssmprune_cli.report import report as facts
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+CHECKPOINT = DEMO / "vim_digits.pth"  # large enough to get faster
 VALIDATOR = Draft202012Validator(json.loads(Path(facts.__file__).with_name("report.schema.json").read_text()))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve labelled images of noise."""
+    """Twelve labelled digits."""
     path = tmp_path_factory.mktemp("data") / "images.npz"
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
-    np.savez(path, images=pixels, labels=np.arange(12) % 10)
+    few = np.load(DEMO / "test.npz")
+    np.savez(path, images=few["images"][:12], labels=few["labels"][:12])
     return path
 
 
@@ -33,7 +34,7 @@ def artefact(ssmprune: Run, data: Path, tmp_path_factory: pytest.TempPathFactory
     """Compressed by a search, evaluated, with a sensitivity beside it: everything that a report can hold."""
     out = tmp_path_factory.mktemp("artefacts") / "searched"
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "4")
-    target = ("--target-flops", "0.8", "--calib", data, "--eval-data", data, "--out", out)
+    target = ("--target-flops", "0.6", "--batch-size", "64", "--calib", data, "--data", data, "--out", out)
     done = ssmprune("compress", CHECKPOINT, *target, *few, "--samples", "2")
     assert done.returncode == 0, done.stderr
     done = ssmprune("sensitivity", CHECKPOINT, "--calib", data, "--keep", "0.5", "--out", out)
@@ -59,8 +60,8 @@ def validated(text: str) -> dict[str, Any]:
 
 def test_the_published_schema_is_that_of_the_code() -> None:
     assert Path(facts.__file__).with_name("report.schema.json").read_text() == facts.schema(), (
-        "write it again: python -c 'from ssmprune_cli import report; print(report.schema(), end=\"\")' > "
-        "ssmprune_cli/report.schema.json"
+        "write it again: python -c 'from ssmprune_cli.report.report import schema; print(schema(), end=\"\")' > "
+        "ssmprune_cli/report/report.schema.json"
     )
     Draft202012Validator.check_schema(json.loads(facts.schema()))
 
@@ -183,12 +184,12 @@ def test_a_missing_sample_image_is_named(ssmprune: Run, artefact: Path, tmp_path
 
 
 def test_reports_of_trained_models_are_valid(ssmprune: Run, plain: Path, data: Path, tmp_path: Path) -> None:
-    common = ("--dataset", "npz", "--data-dir", data, "--epochs", "1", "--set", "training.batch_size=4")
+    common = ("--dataset", "npz", "--data", data, "--epochs", "1", "--set", "training.batch_size=4")
     small = ("--set", "image_size=[16,16]", "--set", "patch_size=4", "--set", "stride=4", "--set", "embed_dim=16")
     scratch = ("--from-scratch", *small, "--set", "depth=2", "--set", "num_classes=10")
     for name, options in (("pruned", (plain,)), ("dense", (CHECKPOINT,)), ("new", scratch)):
         out = tmp_path / name
-        done = ssmprune("finetune", *options, *common, "--val-dir", data, "--out", out, "--json")
+        done = ssmprune("finetune", *options, *common, "--val-data", data, "--out", out, "--json")
         assert done.returncode == 0, done.stderr
         (epoch,) = json.loads(done.stdout)["epochs"]  # one object, and nothing else
         report = validated((out / "last" / "report.json").read_text())

@@ -53,6 +53,43 @@ def test_batches_without_labels(tmp_path: Path) -> None:
     assert [batch.labels for batch in batches(dataset, PREPROCESSING, 2)] == [None, None]
 
 
+@pytest.mark.parametrize(("limit", "together"), [(144, 1), (2 * 144 + 143, 2), (None, 8)])
+def test_large_images_wait_for_each_other(
+    limit: int | None, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of 12 x 12 pixels, and threads that may hold `limit` pixels, until the model's image is made."""
+    from ssmprune_cli.data import loader
+
+    write_images(tmp_path / "a", 24)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    at_once = threading.Semaphore(together)
+    everyone = threading.Barrier(together)
+
+    def watched(image: Image.Image, way: Preprocessing) -> torch.Tensor:
+        assert at_once.acquire(blocking=False), "too many at once"
+        everyone.wait(30)  # as many as may be are there together
+        result = preprocess(image, way)
+        at_once.release()
+        return result
+
+    monkeypatch.setattr(loader, "preprocess", watched)
+    found = list(batches(open_dataset("imagefolder", tmp_path), PREPROCESSING, 24))
+    assert len(found[0].images) == 24
+
+
+def test_room_is_given_back_by_images_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "a", 6)
+    cut = (tmp_path / "a" / "000.png").read_bytes()[:-30]
+    for index in range(3):
+        (tmp_path / "a" / f"{index:03d}.png").write_bytes(cut)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 144)
+    dataset = open_dataset("imagefolder", tmp_path)
+    for _ in range(2):
+        with pytest.raises(DataError):
+            list(batches(dataset, PREPROCESSING, 6))
+
+
 def test_unreadable_image_is_named_when_its_batch_is_due(tmp_path: Path) -> None:
     write_images(tmp_path / "a", 5)
     (tmp_path / "a" / "003.png").write_bytes(b"no image")

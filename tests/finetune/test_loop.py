@@ -22,11 +22,13 @@ from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import CheckpointError, DataError, SsmpruneError, UsageError
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.common.block import set_recompute
-from ssmprune_cli.pruning import TokenPruner, compress
+from ssmprune_cli.pruning import Correction, TokenPruner, compress
 from ssmprune_cli.recipe.sections import Training
+from ssmprune_cli.report import read_report
 from ssmprune_cli.workflows.finetune import Data, Job, finetune, run
 from ssmprune_cli.workflows.finetune.loop import Trainer
 from ssmprune_cli.workflows.finetune.new_model import build
+from ssmprune_cli.workflows.reporting import describe
 
 VIM = ("vim", ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"])
 PLAINMAMBA = ("plainmamba", ["image_size=[16, 16]", "patch_size=4", "embed_dim=16", "depth=4", "num_classes=2"])
@@ -275,3 +277,26 @@ def test_missing_tensorboard_says_how_to_get_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match=r"ssmprune\[tensorboard\]"):
         run.tensorboard_writer(tmp_path)
+
+
+def test_a_repaired_artefact_is_trained_with_its_head(images: ImageDataset, tmp_path: Path) -> None:
+    """Its head becomes the model's own, so that it learns; the projections of dropped tokens stay as they are."""
+    model = make_model(keep=0.5)
+    assert isinstance(model.pruner, TokenPruner)
+    layer, points = model.output_layer, model.pruner.dropping_points
+    side = {point: torch.randn(16, 16) for point in points}
+    model.pruner.correct(Correction((layer.weight.detach() + 0.5, layer.bias.detach() - 0.5), side))
+    checkpoint.save(tmp_path / "start", model)
+    job = Job(SETTINGS.model_copy(update={"epochs": 1}), report=describe(model))
+    start = checkpoint.load(tmp_path / "start")
+    finetune(start, Data(images), job, tmp_path / "out")
+    trained = checkpoint.load(tmp_path / "out" / "last")
+    assert isinstance(trained.pruner, TokenPruner) and trained.pruner.correction.head is None
+    found = trained.pruner.correction.side
+    assert found.keys() == side.keys() and all(torch.equal(found[point], side[point]) for point in points)
+    moved = (trained.output_layer.weight - layer.weight - 0.5).detach().abs().max()
+    assert 0 < float(moved) < 0.2, "training went on from the repaired head"
+    report = read_report(tmp_path / "out" / "last")
+    assert report.pruning is not None and report.pruning.repair == "side" and report.repair is None
+    resumed = finetune(checkpoint.load(tmp_path / "start"), Data(images), job, tmp_path / "out", resume=True)
+    assert len(resumed.epochs) == 1

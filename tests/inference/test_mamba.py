@@ -20,7 +20,7 @@ from ssmprune_cli.models.mamba.block import MambaBlock
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
-from ssmprune_cli.pruning import compress
+from ssmprune_cli.pruning import ALIGNMENTS, REDUCTIONS, choose_alignment, compress
 from ssmprune_cli.tokens import TokenSequence
 
 Counted = Callable[[Callable[[], Any]], tuple[Any, Counter[str]]]
@@ -40,6 +40,7 @@ ODD = "vim, width that no vector divides"
 MODELS: dict[str, Callable[[], MambaBackbone]] = {
     "vim": lambda: Vim(VimConfig(**SIZES)),
     "vim, layer scale": lambda: Vim(VimConfig(**SIZES, layer_scale=0.1)),
+    "vim, layer norm": lambda: Vim(VimConfig(**SIZES, norm="layer")),
     "vim, one direction": lambda: Vim(VimConfig(**SIZES, mixer="none")),
     ODD: lambda: Vim(VimConfig(**{**SIZES, "embed_dim": 20})),
     "videomamba": lambda: VideoMamba(VideoMambaConfig(**SIZES)),
@@ -62,34 +63,103 @@ def block(model: MambaBackbone, number: int) -> MambaBlock:
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    ("reduction", "alignment"),
-    [(None, "none"), ("drop", "none"), ("drop", "null"), ("drop", "neighbour"), ("context", "null"), ("mask", "none")],
-)
-def test_blocks_between_points_are_one_op(
-    name: str, reduction: str | None, alignment: str, used: Used, apart: Apart, assert_close: AssertClose
+# Every reduction, and every alignment that suits it without calibration images.
+PRUNED = [
+    (reduction, alignment)
+    for reduction in REDUCTIONS.names()
+    for alignment in ALIGNMENTS.names()
+    if (REDUCTIONS.get(reduction).aligned or alignment == "none")
+    and (REDUCTIONS.get(reduction).sized or not ALIGNMENTS.get(alignment).needs_sizes)
+    and not ALIGNMENTS.get(alignment).needs_calibration
+]
+SOME = [(None, "none"), ("drop", "null"), ("context", "null"), ("frozen-near", "null"), ("pool", "mass")]
+
+
+def check_one_op_between_points(
+    model: MambaBackbone, reduction: str | None, alignment: str, used: Used, apart: Apart, assert_close: AssertClose
 ) -> None:
-    model = make(name)
     if reduction is not None:
         compress(model, 0.6, points=[1, 4], reduction=reduction, alignment=alignment)
+    for count in (3, 1):
+        found, ops = used(model, images()[:count])
+        assert ops["mamba_blocks"] == (1 if reduction is None else 3) and not ops["selective_scan"]
+        assert_close(found, apart(model, images()[:count]))
+
+
+@pytest.mark.parametrize(("reduction", "alignment"), PRUNED)
+def test_blocks_between_points_are_one_op(
+    reduction: str, alignment: str, used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
+    check_one_op_between_points(make("vim"), reduction, alignment, used, apart, assert_close)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("vim", "vim, layer norm")])
+@pytest.mark.parametrize(("reduction", "alignment"), SOME)
+def test_and_so_they_are_in_the_whole_family(
+    name: str, reduction: str | None, alignment: str, used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
+    check_one_op_between_points(make(name), reduction, alignment, used, apart, assert_close)
+
+
+@pytest.mark.parametrize(("reduction", "alignment"), PRUNED)
+def test_the_inside_of_a_block_is_one_op_too(
+    reduction: str, alignment: str, used: Used, apart: Apart, assert_close: AssertClose
+) -> None:
+    """Where something stands in the way of more."""
+    model = make("vim, layer norm")
+    compress(model, 0.6, points=[1, 4], reduction=reduction, alignment=alignment, importance="random")
     found, ops = used(model, images())
-    assert ops["mamba_blocks"] == (1 if reduction is None else 3) and not ops["selective_scan"]
+    assert ops["mamba_inner"] == 6 and not ops["selective_scan"] and not ops["mamba_blocks"]
     assert_close(found, apart(model, images()))
 
 
-@pytest.mark.parametrize(
-    ("reduction", "alignment", "importance", "fused"),
-    [("frozen", "none", "clip", 1), ("local-merge", "mass", "clip", 1), ("drop", "null", "delta", 2)],
-)
-def test_what_a_fused_op_cannot_do_is_done_otherwise(
-    reduction: str, alignment: str, importance: str, fused: int, used: Used, apart: Apart, assert_close: AssertClose
+def test_a_score_that_looks_at_step_sizes_is_given_them_op_by_op(
+    used: Used, apart: Apart, assert_close: AssertClose
 ) -> None:
-    """Frozen tokens, growing steps, a score that looks at step sizes: block by block, and scan by scan."""
     model = make("vim")
-    compress(model, 0.6, points=[3], reduction=reduction, alignment=alignment, importance=importance)
+    compress(model, 0.6, points=[3], reduction="drop", alignment="null", importance="delta")
     found, ops = used(model, images())
-    assert ops["mamba_blocks"] == fused and ops["selective_scan"] > 0
+    assert ops["mamba_blocks"] == 2 and ops["selective_scan"] > 0
+    assert_close(found, apart(model, images()))
+
+
+class Some(nn.Module):
+    """A pruner that wants one thing after block 2, and nothing after the others."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.calls: list[tuple[int, ScanStatistics]] = []
+
+    def wants(self, block: int) -> Wanted:
+        return self.wanted if block == 2 else "nothing"
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        return None
+
+    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        self.calls.append((block, statistics))
+        return sequence
+
+
+class Turns(Some):
+    """A pruner whose alignment is of another kind in every other block."""
+
+    def wants(self, block: int) -> Wanted:
+        return "tokens" if block == 0 else "nothing"
+
+    def alignment(self, block: int) -> ScanAlignment | None:
+        return None if block % 2 else ScanAlignment()
+
+    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        return sequence.keep(torch.arange(0, 60, 2).expand(len(sequence.hidden), -1))
+
+
+def test_alignments_of_two_kinds_are_not_in_one_op(used: Used, apart: Apart, assert_close: AssertClose) -> None:
+    model = make("vim")
+    model.pruner = Turns("nothing")
+    found, ops = used(model, images())
+    assert ops["mamba_blocks"] == 6
     assert_close(found, apart(model, images()))
 
 
@@ -129,11 +199,12 @@ def test_other_backends_do_without(used: Used, assert_close: AssertClose) -> Non
     assert_close(found, used(model, images())[0])
 
 
-@pytest.mark.parametrize("reduction", [None, "drop", "context"])
+@pytest.mark.parametrize("reduction", [None, *(name for name in REDUCTIONS.names() if name != "mask")])
 def test_counters_find_the_same_multiply_adds_inside(reduction: str | None, flops: Flops, apart: Apart) -> None:
     model = make("vim")
     if reduction is not None:
-        compress(model, 0.6, points=[1, 4], reduction=reduction, alignment="null")
+        alignment = choose_alignment("auto", reduction, calibrated=False)
+        compress(model, 0.6, points=[1, 4], reduction=reduction, alignment=alignment)
     session = prepare(model)
     assert flops(lambda: session(images())) == flops(lambda: apart(model, images())) > 0
 
@@ -244,25 +315,6 @@ def test_a_hooked_block_is_called_by_itself(used: Used, assert_close: AssertClos
     assert_close(logits, before)
     handle.remove()
     assert used(model, images())[1]["mamba_blocks"] == 1 and len(seen) == 1
-
-
-class Some(nn.Module):
-    """A pruner that wants one thing after block 2, and nothing after the others."""
-
-    def __init__(self, wanted: Wanted) -> None:
-        super().__init__()
-        self.wanted = wanted
-        self.calls: list[tuple[int, ScanStatistics]] = []
-
-    def wants(self, block: int) -> Wanted:
-        return self.wanted if block == 2 else "nothing"
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        return None
-
-    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        self.calls.append((block, statistics))
-        return sequence
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -8,6 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,19 @@ from torch import Tensor, nn
 import ssmprune_cli
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.inference import Step, prepare
+from ssmprune_cli.inference.behaviour import _replaced
 from ssmprune_cli.inference.explain import complete
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import (
+    Backbone,
+    CausalConv1d,
+    DirectionProjections,
+    MambaBackbone,
+    MambaBlock,
+    MambaMixer,
+    PlainMambaMixer,
+    RMSNorm,
+    VMambaMixer,
+)
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
@@ -232,6 +244,50 @@ def test_a_forward_of_ones_own_is_refused() -> None:
     prepare(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "method"),
+    [
+        ("vim", MambaMixer, "forward"),
+        ("vim", MambaBlock, "forward"),
+        ("vim", MambaBackbone, "features"),
+        ("vim", RMSNorm, "forward"),
+        ("vim", CausalConv1d, "forward"),
+        ("vim", nn.Linear, "forward"),
+        ("plainmamba", PlainMambaMixer, "forward"),
+        ("vmamba", VMambaMixer, "forward"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_method_replaced_in_a_class_is_called(
+    name: str, kind: type[nn.Module], method: str, wrapped: bool, assert_close: AssertClose, monkeypatch: Any
+) -> None:
+    """As libraries do that change how a layer is computed: before the session is made."""
+    model = make(name)
+    plain, original = logits_of(model), getattr(kind, method)
+
+    def louder(result: Any) -> Any:
+        if isinstance(result, tuple):
+            return (louder(result[0]), *result[1:])
+        return 1.5 * result if isinstance(result, Tensor) else replace(result, hidden=1.5 * result.hidden)
+
+    def mine(self: nn.Module, *inputs: Any, **options: Any) -> Any:
+        return louder(original(self, *inputs, **options))
+
+    monkeypatch.setattr(kind, method, functools.wraps(original)(mine) if wrapped else mine)
+    changed = logits_of(model)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    session = prepare(model)
+    assert_close(session(images()), changed)
+    if kind in (MambaMixer, MambaBlock, PlainMambaMixer, VMambaMixer):
+        assert f"{kind.__name__}.{method} has been replaced" in str(session.explain())
+
+
+def test_nothing_of_ours_or_torchs_counts_as_replaced() -> None:
+    ours = (MambaMixer, MambaBlock, RMSNorm, CausalConv1d, PlainMambaMixer, VMambaMixer, DirectionProjections)
+    kinds: list[type[nn.Module]] = [*ours, nn.Linear, nn.Conv2d, nn.ModuleList, *(type(make(name)) for name in MODELS)]
+    assert [name for kind in kinds for name in _replaced(kind)] == []
+
+
 def test_a_method_of_the_same_model_is_called_in_the_snapshot(assert_close: AssertClose) -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:
@@ -365,10 +421,9 @@ def explained(model: nn.Module) -> list[str]:
 def test_explain_names_every_block_once() -> None:
     model = make()
     assert explained(model) == ["blocks 1 to 4: one call"]
-    compress(model, 0.6, points=[2], reduction="drop", alignment="none")
-    assert explained(model) == ["blocks 1 to 2: one call", "blocks 3 to 4: one call"]
-    compress(model, 0.6, points=[2], reduction="frozen", alignment="none")
-    assert explained(model) == ["blocks 1 to 2: one call", "blocks 3 to 4: op by op (frozen tokens feed its scans)"]
+    for reduction in ("drop", "frozen", "pool", "local-merge"):
+        compress(model, 0.6, points=[2], reduction=reduction)
+        assert explained(model) == ["blocks 1 to 2: one call", "blocks 3 to 4: one call"]
     compress(model, 0.6, points=[2], importance="delta", reduction="drop", alignment="none")
     assert explained(model) == [
         "block 1: one call",

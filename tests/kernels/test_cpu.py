@@ -127,7 +127,23 @@ def blocks(
         ]
         packed.append(pack_block(rounded(normal(dim)), scaled(2 * E, dim), scaled(dim, E), inner, parts))
     return backend.mamba_blocks(
-        BlocksInputs(hidden, None, torch.stack(packed), sizes, gap, gap_delta, None, None, 0.5, 1e-5, wants_y=True)
+        BlocksInputs(
+            hidden,
+            None,
+            torch.stack(packed),
+            sizes,
+            gap,
+            gap_delta,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            0.5,
+            1e-5,
+            True,
+        )
     )
 
 
@@ -161,7 +177,15 @@ def inner(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Te
     context, sources = normal(2, 4, E), torch.randint(-1, 23, (2, 2, 19, K), generator=normal.generator)
     gap, gap_delta = normal(2, 2, 19).abs(), normal(2, E).abs()
     xz = normal(2, 19, 2 * E)
-    return (backend.mamba_inner(InnerInputs(xz, pack_inner(packed), N, K, R, gap, gap_delta, context, sources, 0.5)),)
+    given = InnerInputs(xz, pack_inner(packed), N, K, R, gap, gap_delta, context, sources, None, None, None, None, 0.5)
+    # Four of 23 tokens are frozen: with steps of their own that grow, or pooled.
+    sources = torch.randint(-1, 23, (2, 2, 23, K), generator=normal.generator)
+    read = torch.rand(2, 23, generator=normal.generator).argsort(dim=1)[:, :19].sort(dim=1).values
+    cells = torch.cat((read[:, 1:], torch.full((2, 1), 23)), dim=1)
+    size, mass = normal(2, 23).abs() + 1, normal(1).abs()[0]
+    frozen = given._replace(gap=None, gap_delta=None, sources=sources, read=read, size=size, mass=mass)
+    pooled = frozen._replace(cells=cells, size=size[:, :19])
+    return tuple(backend.mamba_inner(each) for each in (given, frozen, pooled))
 
 
 def linear(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -181,7 +181,7 @@ def test_a_compiler_without_openmp_gives_kernels_for_one_thread(
 
 
 def test_where_the_kernels_are_not_built_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(cpu_backend, "levels", lambda: ("baseline",))
     with pytest.raises(OSError, match="not built on Windows"):
         build.compile_levels(Path())

@@ -20,6 +20,7 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import BlockSizes
 ops = torch.ops.ssmprune
 z = torch.zeros
+five = torch.arange(5)
 def i(*size): return torch.zeros(size, dtype=torch.int64)
 sizes = BlockSizes(16, 4, 3, 2, 2)
 block, inner = z(1, sizes.block(16)), z(2, sizes.inner)
@@ -28,10 +29,16 @@ def scan(u, delta, A, B, C, D=None, z=None, bias=None, shift=None, gap=None, gap
     return ops.selective_scan(u, delta, A, B, C, D, z, bias, True, shift, gap, gap_delta, False, read, False)
 def scan_back(grad, u, A, B, states):
     return ops.selective_scan_backward(grad, u, u, A, B, B, None, None, None, True, None, None, None, False, states)
-def blocks(hidden, residual=None, packed=block, sizes=sizes, gap=None, gap_delta=None, context=None, sources=None):
-    return ops.mamba_blocks(hidden, residual, packed, list(sizes), gap, gap_delta, context, sources, 1.0, 1e-5, True)
-def mamba(xz, packed=inner, N=4, K=3, R=2, gap=None, gap_delta=None, context=None, sources=None):
-    return ops.mamba_inner(xz, packed, N, K, R, gap, gap_delta, context, sources, 1.0)
+names = ("gap", "gap_delta", "context", "sources", "read", "cells", "size", "mass")
+def lost(**given):
+    return [given.get(name) for name in names]
+def blocks(hidden, residual=None, packed=block, sizes=sizes, **given):
+    return ops.mamba_blocks(hidden, residual, packed, list(sizes), *lost(**given), 1.0, 1e-5, True)
+def mamba(xz, packed=inner, N=4, K=3, R=2, **given):
+    return ops.mamba_inner(xz, packed, N, K, R, *lost(**given), 1.0)
+def frozen(count, read=five[None], **given):
+    # what is given where tokens beside the five have steps of their own
+    return dict(context=z(1, 9, 16), sources=i(2, 1, count, 3), read=read, **given)
 def routes(u, projected, packed, order, rows=None, extra=None, gap=None, gap_delta=None):
     return ops.routed_scans(u, projected, packed, 4, order, rows, extra, gap, gap_delta)
 """
@@ -78,6 +85,22 @@ mamba(z(2, 5, 32), packed=z(1, 1))
 mamba(z(2, 5, 32), N=-4, K=19)
 mamba(z(1, 5, 32), context=z(1, 1, 16), sources=far)
 mamba(z(2, 500, 32), gap=z(2, 2, 5))
+mamba(z(1, 5, 32), context=z(1, 1, 16), sources=i(2, 1, 9, 3))
+mamba(z(1, 5, 32), read=i(1, 5))
+mamba(z(1, 5, 32), **frozen(3))
+mamba(z(1, 5, 32), **frozen(9, read=i(1, 5)))
+mamba(z(1, 5, 32), **frozen(9, read=i(1, 5) + 9))
+mamba(z(1, 5, 32), **frozen(9, read=i(1, 4)))
+mamba(z(1, 5, 32), **frozen(9), gap=z(2, 1, 5))
+mamba(z(1, 5, 32), **frozen(9), size=z(1, 5), mass=z(()))
+mamba(z(1, 5, 32), **frozen(9), size=z(1, 9))
+mamba(z(1, 5, 32), **frozen(9), cells=i(1, 5))
+mamba(z(1, 5, 32), **frozen(9), cells=i(1, 5), size=z(1, 5), mass=z(()))
+mamba(z(1, 5, 32), **frozen(9), cells=five[None] + 9**9, size=z(1, 5), mass=z(()))
+mamba(z(1, 5, 32), **frozen(9), cells=five[None] + 1, size=z(1, 9), mass=z(()))
+mamba(z(1, 5, 32), context=z(1, 9, 16), sources=far[:, :, :1].expand(-1, -1, 9, -1), read=five[None])
+blocks(z(1, 5, 16), **frozen(9), size=z(1, 9), mass=z(7))
+blocks(z(1, 5, 16), **frozen(9), cells=five[None] + 6, size=z(1, 5), mass=z(1))
 routes(z(1, 50, 64), z(1, 5, 1, 10), z(2, 64 * 8), i(2, 1, 50))
 routes(z(1, 5, 64), z(1, 5, 1, 10), z(2, 8), i(2, 1, 5))
 routes(z(1, 5, 64), z(1, 5, 1, 10), z(2, 64 * 8), i(2, 1, 5) + 10**9)
@@ -91,6 +114,9 @@ blocks(z(2, 0, 16))
 blocks(z(0, 5, 16))
 mamba(z(2, 0, 32))
 mamba(z(0, 5, 32))
+mamba(z(1, 0, 32), **frozen(9, read=i(1, 0)))
+blocks(z(1, 0, 16), **frozen(9, read=i(1, 0)))
+mamba(z(1, 5, 32), **frozen(5), cells=five[None] + 1, size=z(1, 5) + 1, mass=z(()))
 scan(z(2, 0, 64), z(2, 0, 64), z(64, 4), z(2, 0, 4), z(2, 0, 4))
 scan(z(2, 5, 0), z(2, 5, 0), z(0, 4), z(2, 5, 4), z(2, 5, 4))
 scan_back(z(2, 0, 64), z(2, 0, 64), z(64, 4), z(2, 0, 4), z(0))

@@ -43,6 +43,11 @@ SHAPES = [
 ]
 
 
+# With gaps, by the next step or by steps of their own; with tokens that only convolutions see; with steps that
+# grow; with frozen tokens beside such, and with sizes too; pooled, with gaps and without.
+MODES = ["plain", "gap", "gap+delta", "context", "size", "frozen", "frozen+size", "pool", "pool+gap"]
+
+
 @dataclass
 class Case:
     """float64 inputs of both ops, of `blocks` blocks."""
@@ -51,7 +56,7 @@ class Case:
     length: int
     dim: int
     sizes: BlockSizes
-    mode: str  # "plain", "gap" (the next token's own step), "gap+delta", "context" (with gaps too)
+    mode: str  # one of MODES
     blocks: int = 3
 
     def __post_init__(self) -> None:
@@ -102,14 +107,24 @@ class Case:
     def lost(self, width: int, blocks: tuple[int, ...] = ()) -> dict[str, Any]:
         """What pruned tokens leave behind, the context being `width` wide."""
         given: dict[str, Any] = {}
-        G, B, L = self.sizes.directions, self.batch, self.length
-        if self.mode != "plain":
-            given["gap"] = torch.randint(0, 4, (G, B, L), generator=self.generator).double()
-        if self.mode in ("gap+delta", "context"):
+        G, B, L, random = self.sizes.directions, self.batch, self.length, self.generator
+        tokens = L + 4 if self.mode.startswith(("frozen", "pool")) else L
+        steps = L if self.mode.startswith("pool") else tokens
+        if self.mode in ("gap", "gap+delta", "context", "frozen", "pool+gap"):
+            given["gap"] = torch.randint(0, 4, (G, B, steps), generator=random).double()
+        if self.mode in ("gap+delta", "context", "frozen"):
             given["gap_delta"] = self.normal(*blocks, G, self.sizes.d_inner).abs()
-        if self.mode == "context":
+        if self.mode.startswith(("context", "frozen", "pool")):
             given["context"] = self.normal(B, 6, width)
-            given["sources"] = torch.randint(-1, L + 6, (G, B, L, self.sizes.d_conv), generator=self.generator)
+            given["sources"] = torch.randint(-1, L + 6, (G, B, tokens, self.sizes.d_conv), generator=random)
+        if tokens > L:
+            given["read"] = torch.rand(B, tokens, generator=random).argsort(dim=1)[:, :L]
+        if self.mode.startswith("pool"):
+            given["read"] = given["read"].sort(dim=1).values
+            given["cells"] = torch.cat((given["read"][:, 1:], torch.full((B, 1), tokens)), dim=1)
+        if self.mode in ("size", "frozen+size", "pool", "pool+gap"):
+            given["size"] = torch.randint(1, 5, (B, steps), generator=random).double()
+            given["mass"] = torch.rand(blocks, generator=random).double()
         return given
 
     def inner(self, backend: str, dtype: torch.dtype, sample: int | None = None) -> Tensor:
@@ -121,7 +136,7 @@ class Case:
         if "context" in lost:
             lost["context"] = lost["context"].to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        for name in ("gap", "gap_delta"):
+        for name in ("gap", "gap_delta", "size", "mass"):
             if name in lost:
                 lost[name] = lost[name].to(wide)
         _, N, K, R, _, _ = self.sizes
@@ -161,7 +176,7 @@ class Case:
 def _only(sample: int, lost: dict[str, Any]) -> dict[str, Any]:
     """One sample's part of what `Case.lost` gives."""
     one = slice(sample, sample + 1)
-    axes = {"gap": 1, "sources": 1, "context": 0}
+    axes = {"gap": 1, "sources": 1, "context": 0, "read": 0, "cells": 0, "size": 0}
     return {
         name: value[(slice(None),) * axes[name] + (one,)] if name in axes else value for name, value in lost.items()
     }
@@ -174,7 +189,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("mode", ["plain", "gap", "gap+delta", "context"])
+@pytest.mark.parametrize("mode", MODES)
 def test_values(backend: str, shape: tuple[int, int, int, BlockSizes], mode: str) -> None:
     case = Case(*shape, mode)
     # Measured: 5e-7 in float32; 1.2e-2 (cpu) and 1.9e-2 (chunked) in bfloat16, whose values have 8 bits.
@@ -186,8 +201,8 @@ def test_values(backend: str, shape: tuple[int, int, int, BlockSizes], mode: str
             assert error(found, expected) <= 5e-6  # three blocks; measured: 1.2e-6
         half = case.run(backend, torch.bfloat16, first=first)
         assert [each.dtype for each in half] == [torch.bfloat16, torch.float32, torch.bfloat16]
-        # Measured: 2.4e-2 and 2e-2 of hidden state and y, 4e-3 of the stream, by either backend.
-        assert max(error(half[0], truth[0]), error(half[2], truth[2])) <= 4e-2 and error(half[1], truth[1]) <= 8e-3
+        # Measured: 3.1e-2 of hidden state and y, 4e-3 of the stream; pooled and op by op, 4.2e-2 and 1.1e-2.
+        assert max(error(half[0], truth[0]), error(half[2], truth[2])) <= 5e-2 and error(half[1], truth[1]) <= 1.6e-2
 
 
 @pytest.mark.skipif(not CPU.has_tiles(), reason="the processor has no products of bfloat16 matrices")
@@ -203,10 +218,11 @@ def test_float32_made_of_bfloat16_values_is_as_exact(shape: tuple[int, int, int,
 @pytest.mark.parametrize("backend", CPUS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["context", "frozen", "pool"])
 def test_threads_and_batches_do_not_change_a_bit(
-    backend: str, shape: tuple[int, int, int, BlockSizes], dtype: torch.dtype
+    backend: str, shape: tuple[int, int, int, BlockSizes], dtype: torch.dtype, mode: str
 ) -> None:
-    case = Case(*shape, "context")
+    case = Case(*shape, mode)
     torch.set_num_threads(1)
     inner, blocks = case.inner(backend, dtype), case.run(backend, dtype)
     for threads in (2, 3, 8):
@@ -252,19 +268,26 @@ def test_packing_loses_nothing(dim: int, sizes: BlockSizes, dtype: torch.dtype, 
         assert all(torch.equal(one.to(dtype), other) for one, other in zip(unpacked, given_parameters, strict=True))
 
 
+def _in_order(lost: dict[str, Tensor]) -> list[Tensor | None]:
+    """In float32, as the ops themselves take it."""
+    names = ("gap", "gap_delta", "context", "sources", "read", "cells", "size", "mass")
+    found = [lost.get(name) for name in names]
+    return [each.float() if each is not None and each.is_floating_point() else each for each in found]
+
+
 def test_pass_opcheck() -> None:
-    case = Case(2, 5, 16, BlockSizes(16, 4, 3, 2, 2), "context")
+    case = Case(2, 5, 16, BlockSizes(16, 4, 3, 2, 2), "pool+gap")
     E, N, K, R, _, _ = case.sizes
     checks = ("test_schema", "test_faketensor")
     xz = torch.randn(2, 5, 2 * E)
-    lost = [each.float() if each.is_floating_point() else each for each in case.lost(E).values()]
+    lost = _in_order(case.lost(E))
     torch.library.opcheck(
         torch.ops.ssmprune.mamba_inner.default,
         (xz, pack_inner(case.directions[0]).float(), N, K, R, *lost, 0.5),
         test_utils=checks,
     )
     hidden = torch.randn(2, 5, 16)
-    lost = [each.float() if each.is_floating_point() else each for each in case.lost(16, (3,)).values()]
+    lost = _in_order(case.lost(16, (3,)))
     for wants_y in (False, True):
         packed = case.packed(torch.float32)
         arguments = (hidden, None, packed, list(case.sizes), *lost, 0.5, 1e-5, wants_y)
@@ -277,6 +300,9 @@ def test_what_does_not_fit_is_named() -> None:
     packed = case.packed(torch.float32)
     hidden = torch.randn(2, 5, 16)
     context, sources = torch.randn(2, 6, 16), torch.zeros(2, 2, 5, 3, dtype=torch.int64)
+    read = torch.arange(5).expand(2, -1)
+    more: list[dict[str, Any]] = [{"context": context, "sources": torch.zeros(2, 2, 8, 3, dtype=torch.int64)}]
+    more.append(more[0] | {"read": read, "size": torch.ones(2, 5), "mass": torch.ones(())})
     calls: dict[str, Callable[[], object]] = {
         "parameters has shape": lambda: mamba_inner(xz, parameters, 4, 3, 1),
         "two halves": lambda: mamba_inner(xz[..., :31], parameters, *sizes),
@@ -285,7 +311,6 @@ def test_what_does_not_fit_is_named() -> None:
         "go together": lambda: mamba_inner(xz, parameters, *sizes, context=context),
         "sources must be int64": lambda: mamba_inner(xz, parameters, *sizes, context=context, sources=sources[:1]),
         "a source lies outside": lambda: mamba_inner(xz, parameters, *sizes, context=context, sources=sources + 11),
-        "have no gradient": lambda: mamba_inner(xz.requires_grad_(), parameters, *sizes),
         "there are 0 blocks": lambda: mamba_blocks(hidden, None, packed[:0], case.sizes),
         r"parameters has shape \(1, ": lambda: mamba_blocks(hidden, None, packed[:1, 1:], case.sizes),
         "residual has shape": lambda: mamba_blocks(hidden, hidden[:1], packed, case.sizes),
@@ -306,6 +331,32 @@ def test_what_does_not_fit_is_named() -> None:
         "a source lies out": lambda: mamba_blocks(
             hidden, None, packed, case.sizes, context=context, sources=sources - 2
         ),
+        "sources are of 12 tokens, of 5 and a context of 6": lambda: mamba_blocks(
+            hidden,
+            None,
+            packed,
+            case.sizes,
+            context=context,
+            sources=torch.zeros(2, 2, 12, 3, dtype=torch.int64),
+            read=read,
+        ),
+        r"sources must be int64 of shape \(2, 2, 5": lambda: mamba_inner(xz, parameters, *sizes, **more[0]),
+        "read names a token twice": lambda: mamba_inner(xz, parameters, *sizes, **more[0], read=read * 0),
+        "read names a token that": lambda: mamba_inner(xz, parameters, *sizes, **more[0], read=read + 4),
+        "read needs sources": lambda: mamba_inner(xz, parameters, *sizes, read=read),
+        "cells need read and size": lambda: mamba_inner(xz, parameters, *sizes, **more[0], read=read, cells=read + 1),
+        "a cell without the token that is read": lambda: mamba_inner(xz, parameters, *sizes, **more[1], cells=read),
+        "or a cell": lambda: mamba_blocks(
+            hidden, None, packed, case.sizes, **(more[1] | {"mass": torch.ones(3)}), cells=read + 9
+        ),
+        "size and mass go together": lambda: mamba_inner(xz, parameters, *sizes, size=torch.ones(2, 5)),
+        "mass has shape": lambda: mamba_blocks(
+            hidden, None, packed, case.sizes, size=torch.ones(2, 5), mass=torch.ones(1)
+        ),
+        "size has shape": lambda: mamba_inner(
+            xz, parameters, *sizes, **more[0], read=read, size=torch.ones(2, 5), mass=torch.ones(())
+        ),
+        "have no gradient": lambda: mamba_inner(xz.requires_grad_(), parameters, *sizes),
         "no gradient": lambda: mamba_blocks(hidden.requires_grad_(), None, packed, case.sizes),
     }
     for message, call in calls.items():

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,7 +23,7 @@ from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, TokenPruner, compress, restore
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.mass import MASSES
-from ssmprune_cli.tokens import Dropped, TokenSequence
+from ssmprune_cli.tokens import Dropped, TokenSequence, nearest
 from ssmprune_cli.workflows.measure.flops import count_flops
 
 SIZE, PATCH, DIM, DEPTH = 16, 4, 8, 3
@@ -268,6 +270,21 @@ def test_the_mass_is_the_one_that_is_nearest_to_the_dense_model() -> None:
     assert found[chosen] == min(found.values()) < max(found.values())
 
 
+def test_the_mass_is_that_which_comes_nearest_to_logits_that_are_given() -> None:
+    model, batch = build("vim"), torch.randn(6, 3, SIZE, SIZE, dtype=torch.float64)
+    for mass in MASSES:
+        compress(model, 0.5, reduction="local-merge", calibration=[batch])
+        assert isinstance(model.pruner, TokenPruner)
+        model.pruner.set_mass(mass)
+        with torch.no_grad():
+            dense = model(batch)
+        compress(model, 0.5, reduction="local-merge", calibration=[batch], dense=dense)
+        assert isinstance(model.pruner, TokenPruner)
+        assert {float(stored) for stored in model.pruner.buffers()} == {mass}
+    with pytest.raises(UsageError, match="the dense logits are"):
+        compress(model, 0.5, reduction="local-merge", calibration=[batch], dense=dense[:2])
+
+
 def test_divergence_by_hand() -> None:
     dense = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))
     pruned = torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1]]))
@@ -285,3 +302,9 @@ def test_without_frozen_tokens_everything_flows_as_it_is() -> None:
     sequence = TokenSequence.dense(torch.zeros(1, 4, 2))
     flow = inflow(sequence, sequence.hidden, None, None)
     assert flow == Inflow(sequence.hidden, sequence, sequence, None, None)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12, unique=True), st.lists(st.integers(0, 30), max_size=12))
+def test_the_nearest_token_is_the_one_before_of_two(kept: list[int], wanted: list[int]) -> None:
+    found = nearest(torch.tensor([kept]), torch.tensor([wanted], dtype=torch.int64))
+    assert [kept[index] for index in found[0]] == [min(kept, key=lambda p: (abs(p - each), p)) for each in wanted]

@@ -67,12 +67,14 @@ def _report() -> Report:
             multiply_adds_one_direction=1000,
             tokens_per_block=(4, 4),
             multiply_adds_per_block=(1000, 1000),
+            bytes_moved=0,
         ),
         pruned=Figures(
             multiply_adds_all_directions=1500,
             multiply_adds_one_direction=800,
             tokens_per_block=(4, 2),
             multiply_adds_per_block=(1000, 500),
+            bytes_moved=2_000_000,
         ),
         accuracy=AccuracyFacts(
             count=10,
@@ -105,8 +107,10 @@ def _report() -> Report:
         ),
         search=tuple(
             SearchTrial(
+                kind="flops",
                 budget=0.75,
                 multiply_adds=0.7 + 0.001 * index,
+                latency_ratio=0.8 if index == 3 else None,
                 divergence=0.01 * index if index else None,
                 divergence_held_back=0.02 if index else None,
                 recipe=f"setting {index} {HOSTILE}",

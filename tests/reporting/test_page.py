@@ -22,7 +22,7 @@ from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.reporting import Entry, page, read_entries, summary
 from ssmprune_cli.workflows.reporting.drawn import front_figures, pareto
 from ssmprune_cli.workflows.reporting.facts import side_by_side, unlike
-from ssmprune_cli.workflows.reporting.page import _dropped_path
+from ssmprune_cli.workflows.reporting.page import _dropped_path, _hatch_path
 from ssmprune_cli.workflows.reporting.plot import COLOURS
 
 MakeEntry = Callable[[str], Entry]
@@ -132,6 +132,47 @@ def test_the_page_needs_nothing_else_survives_any_name_and_holds_everything(
     assert "gained" not in text  # it lost nothing
 
 
+def test_no_table_is_there_twice(entry: MakeEntry) -> None:
+    """No two tables have the same first row, and no figure of the table before and after is drawn beside it."""
+    html = page([entry("a")])
+    tables = [re.findall(r"<t[dh].*?</t[dh]>", table)[4:9] for table in re.findall(r"<table>.*?</table>", html, re.S)]
+    assert len(tables) > 4 and len({str(table) for table in tables}) == len(tables)
+    assert re.sub(r"\s|&nbsp;|\u00a0", "", html).count("1.0MiB") == 2  # dense and pruned, once each
+
+
+def test_gains_and_losses_are_told_apart_by_words_too(entry: MakeEntry) -> None:
+    made = entry("a")
+    accuracy, speed = made.report.accuracy, made.report.speed
+    assert accuracy is not None and speed is not None
+
+    def cells(lost: tuple[float, float], ratio: tuple[float, float]) -> list[tuple[str, str]]:
+        changed = {
+            "accuracy": accuracy.model_copy(update={"difference_interval": lost}),
+            "speed": speed.model_copy(update={"latency_ratio_interval": ratio}),
+        }
+        html = page([Entry("a", made.report.model_copy(update=changed), made.images)])
+        return re.findall(r'<td class="(gain|loss|even)">[^<]*(?:<span class="mark">(\w+)</span>)?', html)[:8]
+
+    # top-1, top-5 (no interval), fine-tuned top-1, multiply-adds (two), bytes moved, latency, images per second
+    better, worse, level = ("gain", "better"), ("loss", "worse"), ("even", "")
+    assert cells((-0.5, -0.1), (0.7, 0.9)) == [worse, level, level, better, better, worse, better, better]
+    assert cells((0.1, 0.5), (1.1, 1.2)) == [better, level, level, better, better, worse, worse, worse]
+    assert cells((-0.5, 0.1), (0.9, 1.1)) == [level, level, level, better, better, worse, level, level]
+
+
+def test_how_samples_were_chosen_is_said(entry: MakeEntry) -> None:
+    made = entry("a")
+    (sample,) = made.report.samples
+    changed = sample.model_copy(update={"chosen": "changed"})
+    for drawn, words in (
+        ((sample,), "The images are random ones."),
+        ((changed, sample), "The first of the 2 images was chosen because its answer changed; the others are random"),
+        ((changed, changed, sample, sample), "The first 2 of the 4 images were chosen because their answers changed;"),
+    ):
+        report = made.report.model_copy(update={"samples": drawn})
+        assert words in checked(page([Entry("a", report, made.images)])).text
+
+
 def test_a_report_with_next_to_nothing_says_so(entry: MakeEntry) -> None:
     full = entry("dense")
     bare = Report(family="vim", image_size=(8, 8), parameters=10, dense=full.report.dense)
@@ -182,6 +223,15 @@ def test_the_first_line_says_whether_it_is_faster(entry: MakeEntry, ratio: Any, 
     report = made.report.model_copy(update={"speed": speed if ratio else None})
     text = summary([Entry("a", report, made.images)])
     assert text.startswith(f"# a: {words}") and "saves time" not in text
+    shown = checked(page([Entry("a", report, made.images)])).text
+    first = [line for line in shown.partition("Skip to the report")[2].splitlines() if line.strip()][:2]
+    verdict = {
+        0.8: "Faster: 1.25 times",
+        1.1: "Slower: 0.91 times",
+        0.98: "No faster, as far as",
+        None: "Speed was not",
+    }
+    assert first[0] == "a" and first[1].startswith(verdict[ratio])
     if ratio is not None:
         assert f"takes {ratio:.2f} times the time and 1.00 times the memory" in text
     assert words in checked(page([Entry("a", report, made.images)])).text.replace("\u00a0", " ")
@@ -291,7 +341,7 @@ def test_text_and_figures_stand_out_on_every_ground() -> None:
     assert len(schemes) == 3
     for scheme in schemes:
         for ground in (scheme["paper"], scheme["card"]):
-            assert min(contrast(scheme[ink], ground) for ink in ("ink", "soft", "pruned")) >= 4.5
+            assert min(contrast(scheme[ink], ground) for ink in ("ink", "soft", "pruned", "gain", "loss")) >= 4.5
             assert min(contrast(colour, ground) for colour in (*COLOURS, scheme["dense"])) >= 3
         assert contrast(scheme["note-ink"], scheme["note"]) >= 4.5
 
@@ -304,3 +354,5 @@ def test_the_shade_covers_exactly_the_dropped_patches(kept: Any) -> None:
     for left, row, width in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", _dropped_path(stage)):
         covered[int(row), int(left) : int(left) + int(width)] += 1
     np.testing.assert_array_equal(covered, ~kept)
+    lines = {(int(bottom) - 1, int(left)) for left, bottom in re.findall(r"M(\d+) (\d+)l1-1", _hatch_path(stage))}
+    assert lines == set(zip(*np.nonzero(~kept), strict=True))

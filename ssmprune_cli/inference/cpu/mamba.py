@@ -1,10 +1,12 @@
 """Vim, VideoMamba and Mamba-Reg: all blocks between two prune points in one call, or the inside of a block in one.
 
-Letters: B batch, L tokens now, M tokens that only convolutions see, d model width, E inner channels, G directions.
+Letters: B batch, L tokens now, F frozen tokens, M tokens that only convolutions see, d model width, E inner channels,
+G directions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -33,9 +35,10 @@ from ssmprune_cli.models import (
     StepProjection,
     conv_sources,
     decay_rates,
+    inflow,
     unit_tokens,
 )
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Derivation, TokenSequence
 
 ONE_CALL = "one call"
 INSIDE = "the inside of each block in one call"
@@ -73,9 +76,44 @@ def block_refused(block: nn.Module) -> str | None:
     return reason or first_unlike((mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear))
 
 
-def alignment_refused(alignment: ScanAlignment | None) -> str | None:
-    """Why the fused ops have not this kind of alignment; None if they have."""
-    return None if alignment is None or alignment.mass is None else "steps grow with the size of tokens"
+def _kind(alignment: ScanAlignment | None) -> tuple[bool, ...]:
+    """Alignments of one kind can be in one call."""
+    return () if alignment is None else (alignment.gap_delta is None, alignment.mass is None)
+
+
+_ENDS = Derivation[Tensor]("ends of cells")
+
+
+def lost_tokens(
+    sequence: TokenSequence, alignments: Sequence[ScanAlignment | None], directions: int, width: int
+) -> dict[str, Tensor]:
+    """What `sequence` has lost and what goes on feeding its scans, but for the values of those tokens, as
+    `mamba_blocks` takes it for blocks with these `alignments` of one kind."""
+    frozen, lost = sequence.frozen, dict[str, Tensor]()
+    # The rules are those of the small ops. No values: only what is derived from positions is used.
+    nothing = None if frozen is None else frozen.stream[..., :0]
+    flow = inflow(sequence, sequence.hidden[..., :0], nothing, alignments[0])
+    if flow.alignment is not None:
+        steps = [each.gap_delta for each in alignments if each is not None and each.gap_delta is not None]
+        masses = [each.mass.float() for each in alignments if each is not None and each.mass is not None]
+        if not masses:
+            lost["gap"] = flow.scanned.both_gaps()[:directions]
+        elif flow.size is not None:
+            lost |= {"size": flow.size, "mass": torch.stack(masses)}
+        if steps:
+            lost["gap_delta"] = torch.stack(steps)
+    cells = flow.cells
+    if cells is not None:
+        size = cells.size
+        lost |= {"read": cells.live, "cells": sequence.geometry.once(_ENDS, lambda: size.cumsum(dim=1).long())}
+        if "size" not in lost:  # all of a cell is put into the state, and nothing decays for it
+            lost |= {"size": size, "mass": size.new_ones(len(alignments))}
+            lost.setdefault("gap", torch.zeros_like(size).expand(directions, -1, -1))
+    elif flow.read is not None:
+        lost["read"] = flow.read
+    if frozen is not None or sequence.context is not None:
+        lost["sources"] = conv_sources(sequence, width)[:directions]
+    return lost
 
 
 def directions_of(mixer: MambaMixer) -> list[InnerParameters]:
@@ -120,28 +158,28 @@ class FusedMambaMixer(MambaMixer):
         frozen: Tensor | None,
         context: Tensor | None,
     ) -> tuple[Tensor, ScanStatistics]:
-        reason = alignment_refused(alignment)
         if wanted not in ("nothing", "tokens"):
-            reason = "the pruner looks at its scans"
-        if frozen is not None:
-            reason = "frozen tokens feed its scans"
-        if reason is not None:
-            self.journal.write(self.block, self.block, BY_OP, reason)
+            self.journal.write(self.block, self.block, BY_OP, "the pruner looks at its scans")
             return super().mix(xz, sequence, alignment, wanted, frozen, context)
         self.journal.write(self.block, self.block, INSIDE, self.why)
+        lost = lost_tokens(sequence, [alignment], self.directions, self.d_conv)
+        lost |= {name: lost[name][0] for name in ("gap_delta", "mass") if name in lost}
         mixed = mamba_inner(
             xz,
             self.packed,
             self.d_state,
             self.d_conv,
             self.splits[0],
-            gap=None if alignment is None else sequence.both_gaps()[: self.directions],
-            gap_delta=None if alignment is None else alignment.gap_delta,
-            context=context,
-            sources=None if context is None else conv_sources(sequence, self.d_conv)[: self.directions],
+            context=_together(frozen, context),
             scale=self.scale,
+            **lost,
         )
         return mixed, ScanStatistics()
+
+
+def _together(frozen: Tensor | None, context: Tensor | None) -> Tensor | None:
+    both = [each for each in (frozen, context) if each is not None]
+    return torch.cat(both, dim=1) if both else None
 
 
 @dataclass(frozen=True)
@@ -223,13 +261,11 @@ def _run(
 ) -> tuple[TokenSequence, int] | None:
     """The sequence after as many blocks as one call can do, from `block` on, and the first of those that are left;
     None if it can do none. The pruner may look at the last one's output, and prune after it."""
-    if sequence.frozen is not None:
-        return None
     alignments: list[ScanAlignment | None] = []
     wanted: Wanted = "nothing"
     while (stop := block + len(alignments)) in packed.rows and wanted == "nothing":
         alignment, asked = model.ask_pruner(stop, sequence)
-        if asked == "delta" or alignment_refused(alignment):
+        if asked == "delta" or (alignments and _kind(alignment) != _kind(alignments[0])):
             break
         alignments.append(alignment)
         wanted = asked
@@ -238,21 +274,18 @@ def _run(
     journal.write(block, stop - 1, ONE_CALL)
     norm = model.layers[block].norm
     assert isinstance(norm, RMSNorm)
-    directions, width = packed.sizes.directions, packed.sizes.d_conv
-    steps = [each.gap_delta for each in alignments if each is not None and each.gap_delta is not None]
+    frozen = None if sequence.frozen is None else unit_tokens(sequence, "frozen", norm)
     context = None if sequence.context is None else unit_tokens(sequence, "context", norm)
     hidden, residual, y = mamba_blocks(
         sequence.hidden,
         sequence.residual,
         packed.run(block, stop),
         packed.sizes,
-        gap=None if alignments[0] is None else sequence.both_gaps()[:directions],
-        gap_delta=torch.stack(steps) if steps else None,
-        context=context,
-        sources=None if context is None else conv_sources(sequence, width)[:directions],
+        context=_together(frozen, context),
         scale=packed.scale,
         eps=packed.eps,
         wants_y=wanted == "y",
+        **lost_tokens(sequence, alignments, packed.sizes.directions, packed.sizes.d_conv),
     )
     sequence = replace(sequence, hidden=hidden, residual=residual)
     statistics = ScanStatistics((y,) if wanted == "y" else ())

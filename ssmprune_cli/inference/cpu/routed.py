@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from ssmprune_cli.inference.behaviour import first_unlike
 from ssmprune_cli.inference.copying import as_kind
-from ssmprune_cli.inference.cpu.mamba import alignment_refused
 from ssmprune_cli.inference.explain import BY_OP, Journal
 from ssmprune_cli.interface import ScanStatistics, Wanted
 from ssmprune_cli.kernels import pack_routes, routed_scans
@@ -47,7 +46,9 @@ def _refused_now(flow: Inflow, wanted: Wanted) -> str | None:
         return "the pruner looks at step sizes"
     if flow.read is not None or flow.cells is not None:
         return "frozen tokens feed the scans"
-    return alignment_refused(flow.alignment)
+    if flow.alignment is not None and flow.alignment.mass is not None:
+        return "steps grow with the size of tokens"
+    return None
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ class CpuSession(Session):
             output: Tensor = fast(images)
             return output
         assert isinstance(fast, MambaBackbone)
-        output = fast.head(fast.pool(run_features(fast, self._packed, self._journal, images)))
-        return output
+        sequence = run_features(fast, self._packed, self._journal, images)
+        return fast.classify(fast.pool(sequence), sequence.readout)
 
     def repruned(self, pruner: Pruner | None) -> None:
         self._modules["fast"] = with_slot(self.fast, pruner)

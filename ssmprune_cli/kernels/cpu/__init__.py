@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ssmprune_cli.kernels.cpu.backend import CPU, cpu_facts
+from ssmprune_cli.kernels.cpu.build import cache_folders
 
 __all__ = [
     "CPU",
+    "cache_folders",
     "cpu_facts",
 ]

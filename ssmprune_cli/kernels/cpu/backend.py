@@ -28,6 +28,7 @@ from ssmprune_cli.kernels.cpu.call import (
     Scan,
     Sum,
     check_structs,
+    slots_of,
 )
 from ssmprune_cli.kernels.inputs import (
     BlocksInputs,
@@ -53,6 +54,7 @@ _ROWS_OF_SUM, _CHANNELS_OF_SUM = 64, 256
 _TILE = 32  # inputs or outputs of a whole tile, as in csrc/tiles.h
 _PRODUCTS_WORTH_TILES = 1 << 26  # multiply-adds; PyTorch starts its linear layers sooner
 SOURCE_OUTSIDE = "a source lies outside the tokens and their context"
+_FUSED_OUTSIDE = f"{SOURCE_OUTSIDE}, or a cell without the token that is read"
 
 
 def _threads(values: int, worth: int) -> int:
@@ -61,18 +63,6 @@ def _threads(values: int, worth: int) -> int:
 
 def _position(inputs: GridConvInputs) -> str:
     return f"a position lies outside the grid of {inputs.rows} x {inputs.columns}"
-
-
-def _slots(read: Tensor, batch: int, length: int) -> Tensor:
-    """(B, L): which of the tokens `read` (B, K) each token is, -1 if none of them."""
-    if read.ndim != 2 or len(read) != batch or read.dtype != torch.int64:
-        raise KernelError(f"read must be int64 (B, K), not {read.dtype} {tuple(read.shape)}")
-    if read.numel() and not 0 <= int(read.min()) <= int(read.max()) < length:
-        raise KernelError("read names a token that is not there")
-    slots = torch.full((batch, length), -1).scatter_(1, read, torch.arange(read.shape[1]).expand(batch, -1))
-    if int((slots >= 0).sum()) != read.numel():
-        raise KernelError("read names a token twice")
-    return slots
 
 
 def channel_groups(batch: int) -> int:
@@ -172,7 +162,7 @@ class CpuBackend(Backend):
         if states is not None:
             call.set(states=states)
         if inputs.read is not None:
-            call.set(slots=_slots(inputs.read, batch, length))
+            call.set(slots=slots_of(inputs.read, batch, length))
         self.run("scan_forward", call.struct(Scan))
         return y
 
@@ -357,7 +347,7 @@ class CpuBackend(Backend):
         batch, length, channels = inputs.xz.shape
         y = torch.empty(batch, length, channels // 2, dtype=inputs.xz.dtype)
         call.set(y=y)
-        self.run("mamba_inner", call.struct(Inner), outside=SOURCE_OUTSIDE)
+        self.run("mamba_inner", call.struct(Inner), outside=_FUSED_OUTSIDE)
         return y
 
     def block_parts(self, dim: int, d_inner: int, dtype: torch.dtype) -> int | None:
@@ -377,7 +367,7 @@ class CpuBackend(Backend):
         call.set(out=out, stream=stream)
         if inputs.wants_y:
             call.set(ungated=y)
-        self.run("mamba_blocks", call.struct(Blocks), outside=SOURCE_OUTSIDE)
+        self.run("mamba_blocks", call.struct(Blocks), outside=_FUSED_OUTSIDE)
         return out.to(dtype), stream, y.to(dtype)
 
     def routed_scans(self, inputs: RoutedInputs) -> Tensor:

@@ -73,7 +73,7 @@ def load_library(level: str, check: Callable[[ctypes.CDLL], None]) -> ctypes.CDL
     `check` raises OSError for a library that cannot be used. Like one that is damaged it is compiled again. torch must
     be imported before: its OpenMP runtime is already loaded then, and both share one pool of threads.
     """
-    if os.name == "nt":
+    if sys.platform == "win32":
         raise OSError("the C kernels are not built on Windows")
     stems = [library_stem(level, openmp) for openmp in openmp_flags()]
     for stem in stems:
@@ -178,7 +178,7 @@ def library_name(stem: str, content: bytes) -> str:
 
 def compile_levels(folder: Path) -> list[Path]:
     """Compile for every level of this architecture into `folder`, for a wheel. Raises OSError."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         raise OSError("the C kernels are not built on Windows")
     return [compile_library(name, folder) for name in (LIBRARIES if is_x86() else ("baseline",))]
 

@@ -21,6 +21,7 @@ from ssmprune_cli.kernels.inputs import (
     LinearInputs,
     RoutedInputs,
     ScanInputs,
+    tokens_and_steps,
 )
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes, tiled_words
 
@@ -37,10 +38,10 @@ def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctyp
 Scan = _struct(
     "Scan",
     "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots visits "
-    "rank dt_weight sum ungated states",
+    "rank dt_weight sum skip size ungated states",
     "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l A_c A_n "
-    "softplus reverse half half_out threads groups outputs rank_l R",
-    "scale",
+    "softplus reverse half half_out threads groups outputs rank_l R stay",
+    "scale mass",
 )
 Conv = _struct(
     "Conv",
@@ -55,9 +56,10 @@ Sum = _struct("Sum", "x y", "outer count columns threads")
 Gate = _struct("Gate", "y0 y1 y2 y3 z grad out dy dz", "batch length channels count z_b z_l half threads", "scale")
 Inner = _struct(
     "Inner",
-    "xz context y ungated parameters gap gap_delta sources rows",
-    "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way parts",
-    "scale",
+    "xz context y ungated parameters gap gap_delta size sources slots cells read rows",
+    "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way parts "
+    "tokens steps",
+    "scale mass",
 )
 Routed = _struct(
     "Routed",
@@ -66,8 +68,8 @@ Routed = _struct(
 )
 Blocks = _struct(
     "Blocks",
-    "hidden residual context gap gap_delta parameters out stream ungated sources",
-    "blocks each batch length dim channels state width rank directions others threads parts tiles",
+    "hidden residual context gap gap_delta size mass parameters out stream ungated sources slots cells read",
+    "blocks each batch length dim channels state width rank directions others threads parts tiles tokens steps",
     "scale eps",
 )
 Linear = _struct("Linear", "x weight bias out", "rows inputs outputs x_l parts threads")
@@ -211,6 +213,8 @@ class Call:
         self.floats("gap_delta", inputs.gap_delta, (sizes.directions, sizes.d_inner))
         self._sizes(inputs, batch, length, sizes)
         self.numbers.update(y_b=length * sizes.d_inner, scale=inputs.scale)
+        if inputs.mass is not None:
+            self.numbers["mass"] = float(inputs.mass)
         self.numbers["half"] = inputs.xz.dtype == torch.bfloat16
 
     def blocks(self, inputs: BlocksInputs) -> None:
@@ -228,6 +232,7 @@ class Call:
             self.floats("context", inputs.context, (batch, inputs.context.shape[1], dim))
         self.values("parameters", inputs.parameters, (count, sizes.block(dim)), torch.float32)
         self.floats("gap_delta", inputs.gap_delta, (count, sizes.directions, sizes.d_inner))
+        self.floats("mass", inputs.mass, (count,))
         self._sizes(inputs, batch, length, sizes)
         self.numbers.update(blocks=count, each=sizes.block(dim), dim=dim, parts=sizes.parts)
         self.numbers.update(scale=inputs.scale, eps=inputs.eps)
@@ -276,14 +281,42 @@ class Call:
             raise KernelError(f"there are {sizes.directions} directions")
         if (inputs.context is None) != (inputs.sources is None):
             raise KernelError("context and sources go together")
-        self.floats("gap", inputs.gap, (sizes.directions, batch, length))
-        self.values("sources", inputs.sources, (sizes.directions, batch, length, sizes.d_conv), torch.int64)
+        if (inputs.size is None) != (inputs.mass is None):
+            raise KernelError("size and mass go together")
+        if inputs.cells is not None and (inputs.read is None or inputs.size is None):
+            raise KernelError("cells need read and size")
+        tokens, steps = tokens_and_steps(length, None if inputs.sources is None else inputs.sources.shape, inputs.cells)
+        self.values("sources", inputs.sources, (sizes.directions, batch, tokens, sizes.d_conv), torch.int64)
+        self.floats("gap", inputs.gap, (sizes.directions, batch, steps))
+        self.floats("size", inputs.size, (batch, steps))
+        self.values("cells", inputs.cells, (batch, length), torch.int64)
+        if inputs.read is None and tokens != length:
+            raise KernelError(f"there are {tokens} tokens, and read does not say which {length} of them are read")
+        if inputs.read is not None:
+            _fits("read", inputs.read, (batch, length), torch.int64)
+            if inputs.sources is None:
+                raise KernelError("read needs sources")
+            slots = slots_of(inputs.read, batch, tokens)
+            self.set(read=inputs.read.contiguous()) if inputs.cells is not None else self.set(slots=slots)
         self.numbers["others"] = 0 if inputs.context is None else inputs.context.shape[1]
+        self.numbers.update(tokens=tokens, steps=steps)
         self.numbers.update(batch=batch, length=length, channels=sizes.d_inner, state=sizes.d_state)
         self.numbers.update(width=sizes.d_conv, rank=sizes.dt_rank, directions=sizes.directions)
 
     def struct(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
         return kind(**self.numbers)
+
+
+def slots_of(read: Tensor, batch: int, length: int) -> Tensor:
+    """(B, L): which of the tokens `read` (B, K) each token is, -1 if none of them."""
+    if read.ndim != 2 or len(read) != batch or read.dtype != torch.int64:
+        raise KernelError(f"read must be int64 (B, K), not {read.dtype} {tuple(read.shape)}")
+    if read.numel() and not 0 <= int(read.min()) <= int(read.max()) < length:
+        raise KernelError("read names a token that is not there")
+    slots = torch.full((batch, length), -1).scatter_(1, read, torch.arange(read.shape[1]).expand(batch, -1))
+    if int((slots >= 0).sum()) != read.numel():
+        raise KernelError("read names a token twice")
+    return slots
 
 
 def _dimensions(name: str, tensor: Tensor, count: int) -> None:

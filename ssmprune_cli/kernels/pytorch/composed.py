@@ -21,23 +21,50 @@ def mamba_inner(backend: Backend, inputs: InnerInputs) -> Tensor:
 
 def _scans(backend: Backend, inputs: InnerInputs) -> list[Tensor]:
     """The scan outputs of each direction, (B, L, E)."""
-    x = inputs.xz[..., : inputs.channels]  # (B, L, E)
+    x, context, pool = inputs.xz[..., : inputs.channels], inputs.context, _pool(inputs)  # (B, L, E)
     sizes = BlockSizes(x.shape[2], inputs.d_state, inputs.d_conv, inputs.dt_rank, len(inputs.parameters))
+    if context is not None and inputs.sources is not None:  # all tokens that are convolved, and the rest
+        tokens, both = inputs.sources.shape[2], torch.cat((x, context), dim=1)
+        x, context = both.split([tokens, both.shape[1] - tokens], dim=1)
+    growth = None if inputs.size is None or inputs.mass is None else inputs.mass * (inputs.size - 1)  # (B, S)
     ys = []
     for g, packed in enumerate(inputs.parameters):
         own, reverse = unpack_inner(packed, sizes), g == 1
-        if inputs.context is None or inputs.sources is None:
+        if context is None or inputs.sources is None:
             u = backend.conv(x, own.conv_weight, own.conv_bias, reverse)
         else:
-            u = backend.sparse_conv(x, inputs.context, inputs.sources[g], own.conv_weight, own.conv_bias)
+            u = backend.sparse_conv(x, context, inputs.sources[g], own.conv_weight, own.conv_bias)
+        convolved = u
+        if pool is not None:
+            u = (pool @ u.to(pool.dtype)).to(u.dtype)
         projected = functional.linear(u, own.x_weight.to(u.dtype))
         rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
         delta = functional.linear(rank_values, own.dt_weight.to(u.dtype))
-        gap = None if inputs.gap is None else inputs.gap[g]
+        gap = growth if inputs.gap is None else inputs.gap[g]
         gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
-        scan = ScanInputs(u, delta, own.A, B, C, own.D, None, own.dt_bias, True, None, gap, gap_delta, reverse)
-        ys.append(backend.scan(scan))
+        if growth is not None:
+            B = B * (1 + growth).to(B.dtype)[..., None]
+        D = own.D if pool is None else None
+        y = backend.scan(ScanInputs(u, delta, own.A, B, C, D, None, own.dt_bias, True, None, gap, gap_delta, reverse))
+        if inputs.read is not None:
+            read = inputs.read[..., None].expand(-1, -1, u.shape[2])  # (B, L, E)
+            y = y.gather(1, read) if pool is None else torch.addcmul(y, convolved.gather(1, read), own.D.to(y.dtype))
+        ys.append(y)
     return ys
+
+
+def _pool(inputs: InnerInputs) -> Tensor | None:
+    """(B, L, T): the part of each token in the mean of each cell; a token that is not read counts `mass` times."""
+    if inputs.cells is None or inputs.read is None or inputs.size is None or inputs.mass is None:
+        return None
+    assert inputs.sources is not None
+    batch, length = inputs.cells.shape
+    places = torch.arange(inputs.sources.shape[2], device=inputs.cells.device).expand(batch, -1).contiguous()  # (B, T)
+    owner = torch.searchsorted(inputs.cells, places, right=True)
+    part = inputs.mass.expand(owner.shape).scatter(1, inputs.read, 1.0)
+    whole = 1 + inputs.mass * (inputs.size - 1)  # (B, L)
+    rows = torch.arange(length, device=owner.device)[:, None]
+    return (owner[:, None] == rows) * part[:, None] / whole[..., None]
 
 
 def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +79,8 @@ def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor
             context = functional.linear(inputs.context * norm, in_proj[: sizes.d_inner])
         gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[block]
         xz = functional.linear(normed, in_proj)
-        lost = (inputs.gap, gap_delta, context, inputs.sources)
+        mass = None if inputs.mass is None else inputs.mass[block]
+        lost = (inputs.gap, gap_delta, context, inputs.sources, inputs.read, inputs.cells, inputs.size, mass)
         given = InnerInputs(xz, inner, sizes.d_state, sizes.d_conv, sizes.dt_rank, *lost, inputs.scale)
         ys = _scans(backend, given)
         hidden = functional.linear(backend.gated_sum(ys, xz[..., sizes.d_inner :], inputs.scale), out_proj)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssmprune_cli.models.common.backbone import (
+    FAMILIES,
     SMALL_SIDE,
     Backbone,
     Family,
@@ -28,6 +29,7 @@ from ssmprune_cli.models.common.layers import (
 from ssmprune_cli.models.common.routes import Visits, reorder, steps_of, visits
 
 __all__ = [
+    "FAMILIES",
     "MAX_SIDE",
     "SMALL_SIDE",
     "Backbone",

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from ssmprune_cli.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     INTERPOLATIONS,
+    Channels,
     Interpolation,
     Preprocessing,
     Triple,
 )
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.registry import Registry
+from ssmprune_cli.tokens import Readout, TokenSequence
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,19 +38,27 @@ class ImageConfig:
 
     eval_crop_ratio  the part of the resized image that the centre crop keeps; None where it is not known
     interpolation    of the resizing
-    mean, std        of the channels, for images scaled to 0..1
+    mean, std        of the channels in the model's order, for images scaled to 0..1
+    squeeze          both sides are resized, and not the short one alone
+    channels         their order
+    resized_from     height and width of the images that the dense model takes, where `resize` has changed them since
     """
 
     eval_crop_ratio: float | None = 0.875
     interpolation: Interpolation = "bicubic"
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+    squeeze: bool = False
+    channels: Channels = "rgb"
+    resized_from: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.eval_crop_ratio is not None and not 0.01 <= self.eval_crop_ratio <= 1:
             raise UsageError(f"a crop keeps a part of the image from 0.01 to 1, not {self.eval_crop_ratio:g}")
         if self.interpolation not in INTERPOLATIONS:
             raise UsageError(f"the interpolation is {' or '.join(INTERPOLATIONS)}, not {self.interpolation!r}")
+        if self.channels not in get_args(Channels):
+            raise UsageError(f"the channels are {' or '.join(get_args(Channels))}, not {self.channels!r}")
         for name in ("mean", "std"):
             values = tuple(getattr(self, name))  # a list from JSON
             object.__setattr__(self, name, values)
@@ -56,6 +66,11 @@ class ImageConfig:
                 raise UsageError(f"{name} must be three finite numbers, not {values}")
         if min(self.std) <= 0:
             raise UsageError(f"std must be above 0, not {self.std}")
+        if self.resized_from is not None:
+            size: tuple[int, ...] = tuple(self.resized_from)  # a list from JSON
+            if len(size) != 2 or min(size) < 1:
+                raise UsageError(f"resized_from must be a height and a width, not {size}")
+            object.__setattr__(self, "resized_from", size)
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,18 @@ class Backbone(nn.Module, ABC):
         if self.pruner is None or wanted == "nothing":
             return sequence
         return self.pruner(block, sequence, statistics)
+
+    def classify(self, pooled: Tensor, readout: Readout | None) -> Tensor:
+        """Logits (B, classes) of what the head sees, `pooled` (B, d); a pruner may have something to say to that."""
+        if readout is not None:
+            return readout.logits(pooled, self.output_layer)
+        logits: Tensor = self.output_layer(pooled)
+        return logits
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The layer that makes logits. Raises UsageError for a model without one."""
+        raise UsageError(f"this {self.family} has no classifier")
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
@@ -190,13 +217,14 @@ class Backbone(nn.Module, ABC):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """As the authors evaluate. UsageError for images that are not square, which they do not define, and where
-        nothing says how much of an image the crop keeps."""
+        """As the authors evaluate; a model that was resized sees the same part of an image as before. UsageError for
+        images that are not square, which they do not define, and where nothing says how much the crop keeps."""
         height, width = self.image_size
         config: ImageConfig = self.config
         if height != width:
             raise UsageError(f"no preprocessing is published for images of {height} x {width} pixels")
-        ratio = 1.0 if height <= SMALL_SIDE else config.eval_crop_ratio
+        small = max(config.resized_from or self.image_size) <= SMALL_SIDE
+        ratio = 1.0 if small else config.eval_crop_ratio
         if ratio is None:
             raise UsageError(
                 "neither the weights nor the file say how images are resized and cropped for this model",
@@ -204,7 +232,15 @@ class Backbone(nn.Module, ABC):
                 "the centre is cropped, as published models are evaluated) or another ratio; `--interpolation` is "
                 "bicubic unless you say otherwise.",
             )
-        return Preprocessing(int(height / ratio), height, config.interpolation, config.mean, config.std)
+        return Preprocessing(
+            int(height / ratio),
+            height,
+            config.interpolation,
+            config.mean,
+            config.std,
+            config.squeeze and not small,
+            config.channels,
+        )
 
 
 @dataclass(frozen=True)
@@ -218,7 +254,7 @@ class Hints:
     stride                of the patches, in pixels
     settings              what the file states, by lower-case name: each value once
     refused               name of a field here, to what the file says of it and is not done here
-    eval_crop_ratio, interpolation, mean, std: see ImageConfig
+    eval_crop_ratio, interpolation, mean, std, squeeze, channels: see ImageConfig
     """
 
     filename: str = ""
@@ -231,6 +267,8 @@ class Hints:
     interpolation: Interpolation | None = None
     mean: Triple | None = None
     std: Triple | None = None
+    squeeze: bool | None = None
+    channels: Channels | None = None
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -256,6 +294,7 @@ class Family:
     variants   published configurations by name
     resize     (state dict, config, image side) -> the same for square images of another size; UsageError if patches do
                not fill them
+    fills      (config, image side) -> whether patches cover square images of that side, and nothing beyond them
     computes   settings that authors' code can have and that change no weight's shape: name (in lower case) to the
                values that mean what this family computes
     """
@@ -269,4 +308,8 @@ class Family:
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     variants: Mapping[str, Any]
     resize: Callable[[dict[str, Tensor], Any, int], tuple[dict[str, Tensor], Any]]
+    fills: Callable[[Any, int], bool]
     computes: Mapping[str, frozenset[Any]] = field(default_factory=dict)
+
+
+FAMILIES: Registry[Family] = Registry("model family")  # filled in the `__init__` of the wing

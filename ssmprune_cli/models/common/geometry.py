@@ -99,6 +99,8 @@ def image_fields(hints: Hints, published: ImageConfig | None) -> dict[str, Any]:
         "interpolation": hints.interpolation or default.interpolation,
         "mean": hints.mean or default.mean,
         "std": hints.std or default.std,
+        "squeeze": default.squeeze if hints.squeeze is None else hints.squeeze,
+        "channels": hints.channels or default.channels,
     }
 
 

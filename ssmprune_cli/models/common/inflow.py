@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssmprune_cli.interface import ScanAlignment
 from ssmprune_cli.kernels import selective_scan
-from ssmprune_cli.tokens import Derivation, TokenSequence, gather_tokens, sum_tokens
+from ssmprune_cli.tokens import Derivation, TokenSequence, gather_tokens, nearest, sum_tokens
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,12 @@ def inflow(
 
 def _cells(centres: Tensor, places: Tensor, live: Tensor, columns: int | None) -> Cells:
     """The cells around `centres` (B, L) among `places` (B, L + F). Of two that are as near, the one before owns."""
-    a, b = places[:, :, None], centres[:, None, :]
     if columns is None:
-        distance = (a - b).abs()  # (B, L + F, L)
+        owner = nearest(centres, places)
     else:
-        distance = (a // columns - b // columns).abs() + (a % columns - b % columns).abs()
-    owner = distance.argmin(dim=2)
+        a, b = places[:, :, None], centres[:, None, :]
+        distance = (a // columns - b // columns).abs() + (a % columns - b % columns).abs()  # (B, L + F, L)
+        owner = distance.argmin(dim=2)
     ones = torch.ones_like(owner, dtype=torch.float32)
     size = torch.zeros_like(centres, dtype=torch.float32).scatter_add(1, owner, ones)
     return Cells(live, owner, size)

@@ -127,8 +127,12 @@ class MambaBackbone(Backbone):
         return sequence
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.pool(self.features(images)))
-        return logits
+        sequence = self.features(images)
+        return self.classify(self.pool(sequence), sequence.readout)
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.head
 
     @property
     def blocks(self) -> list[Block]:

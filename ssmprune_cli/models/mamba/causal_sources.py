@@ -12,27 +12,31 @@ _SOURCES = Derivation[Tensor]("sources of a causal convolution")
 
 
 def conv_sources(sequence: TokenSequence, width: int) -> Tensor:
-    """(2, B, L, K): which row of the live tokens followed by `sequence.context` each tap of a causal convolution meets,
-    and of one in reverse: that of the token so many places away among both, or -1 beyond the ends."""
+    """(2, B, T, K): which row of the live tokens followed by `sequence.frozen` and by `sequence.context` each tap of a
+    causal convolution meets, and of one in reverse: that of the token so many places away among them all, or -1 beyond
+    the ends. The T tokens are the live and frozen ones, in ascending position if there are any frozen ones."""
 
     def compute() -> Tensor:
         order, rank = _together(sequence)
         beyond = width - 1  # what a tap may meet at either end
         rows = functional.pad(order, (beyond, beyond), value=-1)
         taps = torch.arange(width, device=order.device)
-        wanted = rank[..., None] + torch.stack((taps, 2 * beyond - taps))[:, None, None]  # (2, B, L, K)
+        wanted = rank[..., None] + torch.stack((taps, 2 * beyond - taps))[:, None, None]  # (2, B, T, K)
         return rows.expand(2, -1, -1).gather(2, wanted.flatten(2)).view_as(wanted)
 
     return sequence.geometry.once(_SOURCES, compute, width)
 
 
 def _together(sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-    """Live tokens and `sequence.context` in ascending position: their rows (B, L + M), the live ones first, and the
-    place of each live one among them (B, L)."""
-    assert sequence.context is not None
-    positions = torch.cat((sequence.positions, sequence.context.positions), dim=1)
+    """Live, frozen and context tokens in ascending position: their rows (B, L + F + M), one group after the other, and
+    the place of each of the T tokens among them (B, T)."""
+    groups = [each.positions for each in (sequence, sequence.frozen, sequence.context) if each is not None]
+    positions = torch.cat(groups, dim=1)
+    tokens = groups[0] if sequence.frozen is None else torch.cat(groups[:2], dim=1)
     places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     if positions.shape[1] == sequence.length:  # none is missing: a position is a place
-        return torch.empty_like(positions).scatter(1, positions, places), sequence.positions
-    order = positions.argsort(dim=1)
-    return order, torch.empty_like(order).scatter(1, order, places)[:, : sequence.positions.shape[1]]
+        order, rank = torch.empty_like(positions).scatter(1, positions, places), tokens
+    else:
+        order = positions.argsort(dim=1)
+        rank = torch.empty_like(order).scatter(1, order, places)[:, : tokens.shape[1]]
+    return order, rank if sequence.frozen is None else rank.sort(dim=1).values

@@ -151,6 +151,11 @@ def as_published(
     )
 
 
+def fills(config: MambaConfig, side: int) -> bool:
+    """Whether patches cover square images of `side` pixels exactly."""
+    return side >= config.patch_size and (side - config.patch_size) % config.stride == 0
+
+
 def resize_positions(
     embedding: Tensor, config: Config, side: int, *, old_class: Sequence[int] = (), new_class: Sequence[int] = ()
 ) -> tuple[Tensor, Config]:

@@ -18,6 +18,7 @@ from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, class
 from ssmprune_cli.models.mamba.checkpoint import (
     COMPUTES,
     as_published,
+    fills,
     is_mamba,
     mixer_has,
     read_sizes,
@@ -149,5 +150,6 @@ MAMBA_REG: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    fills=fills,
     computes=COMPUTES,
 )

@@ -119,6 +119,7 @@ class MambaMixer(nn.Module, Mixer):
         super().__init__()
         self.kind = kind
         self.scale = 0.5 if halve and kind == "v2" else 1.0
+        self.d_model = dim
         self.d_inner = d_inner
         self.directions = 1 if kind == "none" else 2
         self.d_state, self.d_conv = d_state, d_conv

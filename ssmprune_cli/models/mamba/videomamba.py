@@ -16,6 +16,7 @@ from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, class
 from ssmprune_cli.models.mamba.checkpoint import (
     COMPUTES,
     as_published,
+    fills,
     is_mamba,
     mixer_has,
     named_families,
@@ -118,5 +119,6 @@ VIDEOMAMBA: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    fills=fills,
     computes=COMPUTES,
 )

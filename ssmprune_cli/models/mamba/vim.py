@@ -16,6 +16,7 @@ from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, class
 from ssmprune_cli.models.mamba.checkpoint import (
     COMPUTES,
     as_published,
+    fills,
     is_mamba,
     mixer_has,
     named_families,
@@ -188,7 +189,10 @@ def _hidden_choices(shapes: Shapes, hints: Hints) -> tuple[ClassToken, bool]:
 
 
 def resize(state: dict[str, Tensor], config: VimConfig, image_size: int) -> tuple[dict[str, Tensor], VimConfig]:
-    """For images of another size: bicubic for the patches' positions, class tokens taken from their true index."""
+    """For images of another size: bicubic for the patches' positions, class tokens taken from their true index.
+
+    UsageError for rotary tables that are not those of the first release: nothing says what they are for another grid.
+    """
     check_side(image_size, config.patch_size, config.stride)
     new = patch_grid((image_size, image_size), config.patch_size, config.stride)
     old = patch_grid(config.image_size, config.patch_size, config.stride)
@@ -196,8 +200,19 @@ def resize(state: dict[str, Tensor], config: VimConfig, image_size: int) -> tupl
     moved, resized = resize_positions(state["pos_embed"], config, image_size, old_class=old_class, new_class=new_class)
     changed = {**state, "pos_embed": moved}
     if config.rope:
-        changed["rope.freqs_cos"], changed["rope.freqs_sin"] = rotary_tables(config.embed_dim, new)
+        names = ("rope.freqs_cos", "rope.freqs_sin")
+        for name, known in zip(names, rotary_tables(config.embed_dim, old), strict=True):
+            if not torch.allclose(state[name].float(), known, atol=_HALF_PRECISION):
+                raise UsageError(
+                    f"the rotary tables for {old[0]} x {old[1]} patches are others than those of the first Vim "
+                    "release, so they cannot be made for another image size",
+                    where=name,
+                )
+        changed |= zip(names, rotary_tables(config.embed_dim, new), strict=True)
     return changed, resized
+
+
+_HALF_PRECISION = 2e-3  # a cosine stored in 8 bits of mantissa is as far from the true one
 
 
 def _remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,5 +230,6 @@ VIM: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    fills=fills,
     computes=COMPUTES,
 )

@@ -124,6 +124,11 @@ def resize(
     return {**state, "backbone.pos_embed": embedding}, resized
 
 
+def fills(config: PlainMambaConfig, side: int) -> bool:
+    """Whether square images of `side` pixels need no padding."""
+    return side > 0 and side % config.patch_size == 0
+
+
 def _remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what mmcv's moving average leaves in the file: the weights proper already hold it."""
     return {key: value for key, value in state.items() if not key.startswith("ema_")}
@@ -139,5 +144,6 @@ PLAINMAMBA: Family = Family(
     remap=_remap,
     variants=VARIANTS,
     resize=resize,
+    fills=fills,
     computes=COMPUTES,
 )

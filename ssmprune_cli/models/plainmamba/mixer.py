@@ -33,6 +33,7 @@ class PlainMambaMixer(nn.Module, Mixer):
 
     def __init__(self, dim: int, *, d_inner: int, d_state: int, d_conv: int, dt_rank: int) -> None:
         super().__init__()
+        self.d_model = dim
         self.d_inner = d_inner
         self.splits = [dt_rank, d_state, d_state]
         self.in_proj = nn.Linear(dim, 2 * self.d_inner)

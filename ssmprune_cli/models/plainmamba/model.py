@@ -224,8 +224,12 @@ class PlainMamba(Backbone):
         return sequence.mean(self.backbone.ln1(sequence.hidden))
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head["fc"](self.pool(self.features(images)))
-        return logits
+        sequence = self.features(images)
+        return self.classify(self.pool(sequence), sequence.readout)
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.head["fc"]  # type: ignore[return-value]
 
     @property
     def blocks(self) -> list[Block]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.models.common import Visits, visits
-from ssmprune_cli.tokens import Derivation, TokenSequence
+from ssmprune_cli.tokens import Derivation, TokenSequence, nearest
 
 ROUTES = 4
 START, RIGHT, LEFT, UP, DOWN = range(5)  # rows of the weight `direction_Bs`
@@ -80,15 +80,4 @@ def _walk(sequence: TokenSequence, route: Tensor, grid: tuple[int, int]) -> Walk
     taken, made = visits(route, sequence), moves(route, grid)
     if sequence.is_dense:
         return Walk(taken, made, None)
-    return Walk(taken, made[taken.ranks], _nearest(sequence.positions, taken.ranks))
-
-
-def _nearest(positions: Tensor, wanted: Tensor) -> Tensor:
-    """(B, L) index of the token whose position is nearest to `wanted` (B, L); of two, the one before it."""
-    ascending, index = positions.sort(dim=1)
-    after = torch.searchsorted(ascending, wanted).clamp(
-        0, positions.shape[1] - 1
-    )  # not max alone: a traced size is a tensor on the CPU
-    before = (after - 1).clamp(min=0)
-    is_before = wanted - ascending.gather(1, before) <= ascending.gather(1, after) - wanted
-    return index.gather(1, torch.where(is_before, before, after))
+    return Walk(taken, made[taken.ranks], nearest(sequence.positions, taken.ranks))

@@ -151,6 +151,11 @@ def resize(state: dict[str, Tensor], config: VMambaConfig, image_size: int) -> t
     return state, replace(config, image_size=(image_size, image_size))
 
 
+def fills(config: VMambaConfig, side: int) -> bool:
+    """Whether patches of 4 pixels, or two strides of 2, cover square images of `side` pixels exactly."""
+    return side > 0 and side % 4 == 0
+
+
 def _names(keys: Shapes | dict[str, Tensor]) -> dict[str, str]:
     """Today's name of every key of a file, to that key. A backbone saved with its detector's prefix loses it."""
     prefix = "backbone." if keys and all(key.startswith("backbone.") for key in keys) else ""
@@ -179,5 +184,6 @@ VMAMBA: Family = Family(
     remap=remap,
     variants=VARIANTS,
     resize=resize,
+    fills=fills,
     computes=COMPUTES,
 )

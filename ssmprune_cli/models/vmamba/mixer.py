@@ -69,6 +69,7 @@ class VMambaMixer(nn.Module, Mixer):
 
     def __init__(self, dim: int, *, d_inner: int, d_state: int, dt_rank: int, gated: bool, conv_bias: bool) -> None:
         super().__init__()
+        self.d_model = dim
         self.d_inner = d_inner
         self.gated = gated
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False)

@@ -180,8 +180,13 @@ class VMamba(Backbone):
         if not self.config.num_classes:
             return self.feature_maps(images)[-1].mean(dim=(2, 3))
         *_, whole = self._stages(images)
-        logits: Tensor = self.classifier["head"](whole.mean(self.classifier["norm"](whole.hidden)))
-        return logits
+        return self.classify(whole.mean(self.classifier["norm"](whole.hidden)), whole.readout)
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        if not self.config.num_classes:
+            return super().output_layer
+        return self.classifier["head"]  # type: ignore[return-value]
 
     @property
     def blocks(self) -> list[Block]:
@@ -217,7 +222,8 @@ class VMamba(Backbone):
 
 def _whole(x: Tensor, before: TokenSequence | None) -> TokenSequence:
     """The tokens x (B, rows, columns, d) of a stage; `before` the downsampling that made them they were those."""
-    sequence = TokenSequence.dense(x.flatten(1, 2), grid=(x.shape[1], x.shape[2]), restorable=True)
+    readout = None if before is None else before.readout
+    sequence = TokenSequence.dense(x.flatten(1, 2), grid=(x.shape[1], x.shape[2]), restorable=True, readout=readout)
     if before is None or before.merged is None:
         return sequence
     merged = before.merged.divided(before.patch_grid, STRIDE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.pruning.reduction.base import Reduction, ascending
-from ssmprune_cli.tokens import Dropped, TokenSequence
+from ssmprune_cli.tokens import Dropped, TokenSequence, nearest
 
 
 def _frozen(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
@@ -38,7 +38,8 @@ def _near(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
     kept = sequence.keep(ascending(sequence, score, count), others="frozen")
     tokens = kept.frozen
     assert tokens is not None
-    distance = (tokens.positions[:, :, None] - kept.positions[:, None, :]).abs().min(dim=2).values  # (B, F)
+    closest = kept.positions.gather(1, nearest(kept.positions, tokens.positions))
+    distance = (tokens.positions - closest).abs()  # (B, F)
     order, half = distance.argsort(dim=1, stable=True), -(-distance.shape[1] // 2)
     return replace(kept, frozen=tokens.take(order[:, :half]), context=tokens.take(order[:, half:]).join(kept.context))
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmprune_cli.pruning.reduction.base import Reduction, ascending
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.pruning.reduction.base import Reduction, rank
+from ssmprune_cli.tokens import TokenSequence, nearest
 
 
 def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    index = ascending(sequence, score, count)
-    kept = sequence.positions.gather(1, index)  # (B, K)
-    distance = (sequence.positions[:, :, None] - kept[:, None, :]).abs()  # (B, L, K)
+    kept = rank(sequence, score)[:, :count]  # protected tokens first
+    place = torch.zeros_like(sequence.positions).scatter(1, kept, 1).cumsum(dim=1) - 1  # of a kept token among those
+    patches = kept[:, len(sequence.protected) :]
+    closest = patches.gather(1, nearest(sequence.positions.gather(1, patches), sequence.positions))  # (B, L)
     # A protected token takes in nobody but itself.
-    closed = sequence.is_protected().gather(1, index)[:, None, :] & (distance > 0)
-    target = distance.masked_fill(closed, torch.iinfo(distance.dtype).max).argmin(dim=2)  # of two, the one before
-    return sequence.merge(index, target)
+    target = torch.where(sequence.is_protected(), place, place.gather(1, closest))
+    return sequence.merge(kept.sort(dim=1).values, target)
 
 
 LOCAL_MERGE = Reduction(_apply, aligned=True, shortens=True, sized=True)

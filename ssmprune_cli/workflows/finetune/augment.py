@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.data import center_crop, normalised, resize_short_side, to_rgb
+from ssmprune_cli.data import framed, normalised, to_rgb
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.recipe import Training
 
@@ -32,9 +32,7 @@ def training_image(image: Image.Image, preprocessing: Preprocessing, settings: T
     if settings.crop_scale is not None:
         image = random_resized_crop(image, preprocessing.crop, settings.crop_scale, draw)
     else:
-        image = center_crop(
-            resize_short_side(image, preprocessing.resize, preprocessing.interpolation), preprocessing.crop
-        )
+        image = framed(image, preprocessing)
     if settings.shift:
         image = shifted(image, *(draw.randint(-settings.shift, settings.shift) for _ in "xy"))
     if settings.flip and draw.random() < 0.5:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +152,8 @@ def _images(parts: Iterator[_Part]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _start(loader: DataLoader[_Part]) -> Iterator[_Part]:
     """A loader at work. Its workers inherit that signals wait, so that none is hit before it can ignore them."""
+    if sys.platform == "win32":  # no signal is sent to a group there
+        return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINING)
     try:
         return iter(loader)
@@ -164,13 +167,15 @@ def _end(workers: set[BaseProcess], patience: float = 0.0) -> bool:
     waits for them, forever, as they ignore the signal that it sends."""
     if not workers:
         return False
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker dies
+    if sys.platform != "win32":
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker dies
     ended = wait([worker.sentinel for worker in workers], timeout=patience)
     for worker in workers:
         if worker.sentinel not in ended:
             worker.kill()
         worker.join()
-    signal.signal(signal.SIGCHLD, handler)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, handler)
     return any(worker.exitcode for worker in workers if worker.sentinel in ended)
 
 

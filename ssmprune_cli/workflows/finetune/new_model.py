@@ -18,6 +18,7 @@ from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import FAMILIES, Backbone, Hints, ImageConfig
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
+_IMAGES = [field.name for field in fields(ImageConfig) if field.name != "resized_from"]  # which no new model is
 _GRID = {"image_size", "stride"}  # settings that change how many tokens there are, and no weight but their positions
 
 
@@ -28,7 +29,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     of the model's `name` would be read as another configuration (see `write_checkpoint`).
     """
     known = FAMILIES.get(family)
-    names = [field.name for field in fields(known.config_class)]
+    names = [field.name for field in fields(known.config_class) if field.name != "resized_from"]
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -48,7 +49,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     torch.manual_seed(seed)
     model = known.build(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    images = {field.name: getattr(config, field.name) for field in fields(ImageConfig)}
+    images = {name: getattr(config, name) for name in _IMAGES}
     hints = Hints(model_name=name, image_size=model.image_size[0], **images)
     if any(each.matches(shapes, hints) != (each is known) for _, each in FAMILIES.items()):
         raise UsageError(
@@ -100,7 +101,7 @@ def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> N
             model=name,
             input_size=model.image_size[0],
             nb_classes=model.num_classes,
-            **{field.name: getattr(model.config, field.name) for field in fields(ImageConfig)},
+            **{name: getattr(model.config, name) for name in _IMAGES},
         ),
     }
     content = io.BytesIO()  # saved in memory first: torch.save to a path would put that path's name into the bytes

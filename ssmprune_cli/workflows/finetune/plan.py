@@ -17,6 +17,7 @@ from ssmprune_cli.recipe import Pruning, Recipe, Training, load_recipe
 from ssmprune_cli.report import read_report
 from ssmprune_cli.workflows.finetune.run import Job
 
+_OPTIONS = {"warmup_epochs": "warmup"}  # options that are not called as their setting is
 _MOST_BYTES = 1 << 25  # of calibration.json
 _KEEP_ALL = Recipe(pruning=Pruning(keep=1.0))  # stands in where there is no recipe: only its training section is used
 
@@ -42,7 +43,8 @@ def plan(
     own = None if path is None or not (path / "recipe.yaml").is_file() else load_recipe(path / "recipe.yaml")
     base = load_recipe(recipe) if recipe is not None else own or _KEEP_ALL
     texts = [f"training.{key}={yaml.safe_dump(value).split()[0]}" for key, value in options.items()]
-    chosen = base.override([*texts, *assignments])
+    names = {f"training.{key}": f"--{_OPTIONS.get(key, key).replace('_', '-')}" for key in options}
+    chosen = base.override([*texts, *assignments], names)
     training = chosen.training or Training()
     files: dict[str, str] = {}
     report = None

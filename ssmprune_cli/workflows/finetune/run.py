@@ -21,6 +21,7 @@ from ssmprune_cli.data import ImageDataset
 from ssmprune_cli.errors import MAX_MESSAGE, DataError, UsageError, shown
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import TokenPruner, fold_head
 from ssmprune_cli.recipe import Training
 from ssmprune_cli.report import EpochFacts, FinetuningFacts, Report
 from ssmprune_cli.tasks import TASKS
@@ -103,12 +104,18 @@ def finetune(
     Ctrl-C or SIGTERM saves after the update at hand, and the result says `interrupted`. Raises SsmpruneError for a
     folder without room, data that do not fit, and a training that diverges.
     """
+    if not TASKS.get(model.task).one_class:
+        raise UsageError(
+            f"a model for {model.task} cannot be fine-tuned: the training is one of image classes",
+            hint="`ssmprune compress` takes it as it is.",
+        )
     settings = job.settings
     resolve_device(job.device)  # raises now: without the device, Accelerate would take a CPU and say nothing
     for images in (data.training, data.validation):
         if images is not None:
             _check(model, images)
-    job = replace(job, report=job.report or describe(model))
+    fold_head(model)  # a repaired head is trained like the rest
+    job = replace(job, report=_as_trained(job.report or describe(model), model))
     if job.teacher is not None:
         teach(model, job.teacher)
     made_with = {
@@ -181,6 +188,14 @@ def finetune(
         # Where another process got the signal, this one stopped as for Ctrl-C.
         number = next(iter(asked), signal.SIGINT) if done.epoch < settings.epochs else 0
         return Finetuned(done.epochs, done.skipped, int(number), *found)
+
+
+def _as_trained(report: Report, model: Backbone) -> Report:
+    """`report` without what a repair said of the weights before; its side features stay."""
+    if report.pruning is None or not isinstance(model.pruner, TokenPruner):
+        return report
+    pruning = report.pruning.model_copy(update={"repair": model.pruner.settings.repair})
+    return report.model_copy(update={"pruning": pruning, "repair": None})
 
 
 def _end_epoch(

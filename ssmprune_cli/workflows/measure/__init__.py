@@ -11,12 +11,14 @@ from ssmprune_cli.workflows.measure.machine import machine, processor
 from ssmprune_cli.workflows.measure.memory import peak_memory
 from ssmprune_cli.workflows.measure.precision import in_precision
 from ssmprune_cli.workflows.measure.time import Progress, Speed, interleaved_speeds, quartiles
+from ssmprune_cli.workflows.measure.traffic import bytes_moved
 
 __all__ = [
     "EveryOp",
     "Floor",
     "Progress",
     "Speed",
+    "bytes_moved",
     "count_flops",
     "floor",
     "in_precision",

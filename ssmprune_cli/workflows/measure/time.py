@@ -25,22 +25,27 @@ class Speed:
 
 
 def interleaved_speeds(
-    models: Sequence[nn.Module], images: Tensor, rounds: int, progress: Progress | None = None
+    models: Sequence[nn.Module],
+    images: Tensor | Sequence[Tensor],
+    rounds: int,
+    progress: Progress | None = None,
 ) -> list[Speed]:
-    """Of a forward pass of each model on `images` (B, 3, H, W): `rounds` turns each, after two that are left out."""
+    """Of a forward pass of each model on `images` (B, 3, H, W), or on its own of several: `rounds` turns each, after
+    two that are left out."""
+    given = [images] * len(models) if isinstance(images, Tensor) else images
     seconds: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
         for round_number in range(-2, rounds):
-            for model, times in zip(models, seconds, strict=True):
+            for model, batch, times in zip(models, given, seconds, strict=True):
                 start = time.perf_counter()
-                model(images)
-                if images.is_cuda:
-                    torch.cuda.synchronize(images.device)
+                model(batch)
+                if batch.is_cuda:
+                    torch.cuda.synchronize(batch.device)
                 if round_number >= 0:
                     times.append(time.perf_counter() - start)
             if progress is not None and round_number >= 0:
                 progress(round_number + 1, rounds)
-    return [_speed(times, len(images)) for times in seconds]
+    return [_speed(times, len(batch)) for batch, times in zip(given, seconds, strict=True)]
 
 
 def _speed(times: list[float], batch_size: int) -> Speed:

@@ -10,10 +10,11 @@ from ssmprune_cli.workflows.reporting.describe import (
     describe,
     figures,
     pruning_facts,
+    repair_facts,
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.reporting.facts import verdicts
+from ssmprune_cli.workflows.reporting.facts import repaired, resizing, verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
@@ -45,7 +46,10 @@ __all__ = [
     "pixels",
     "pruning_facts",
     "read_entries",
+    "repair_facts",
+    "repaired",
     "report_files",
+    "resizing",
     "samples",
     "search_series",
     "sensitivity_series",

@@ -10,39 +10,49 @@ import torch
 
 import ssmprune_cli
 from ssmprune_cli.kernels import active_backend, refused_backends
-from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import Calibration, TokenPruner
+from ssmprune_cli.models import FAMILIES, Backbone, before_resizing
+from ssmprune_cli.pruning import Calibration, Repaired, TokenPruner
 from ssmprune_cli.report import (
     CalibrationFacts,
     Figures,
     ModelSpeed,
     PointFacts,
     PruningFacts,
+    RepairFacts,
     Report,
     SpeedFacts,
 )
 from ssmprune_cli.statistics import ratio_of_medians
-from ssmprune_cli.workflows.measure import Progress, count_flops, machine, resolve_device
+from ssmprune_cli.workflows.measure import Progress, bytes_moved, count_flops, machine, resolve_device
 from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
 
 def describe(model: Backbone) -> Report:
-    """What can be said of `model` without its source: a pruned one is compared with itself without its pruner."""
-    inner = model.pruner
-    pruned = figures(model) if inner is not None else None
+    """What can be said of `model` without its source: it is compared with itself without its pruner, and for the images
+    that it was made for."""
+    inner, config = model.pruner, before_resizing(model.config)
+    resized = config != model.config
+    pruned = figures(model) if inner is not None or resized else None
     model.pruner = None
-    dense = figures(model)
+    dense = figures(_of_its_size(model, config) if resized else model)
     model.pruner = inner
     return Report(
         family=model.family,
         task=model.task,
         image_size=model.image_size,
+        resized_from=model.config.resized_from,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
         dense=dense,
         pruned=pruned,
         provenance=versions(next(model.parameters()).device),
     )
+
+
+def _of_its_size(model: Backbone, config: Any) -> Backbone:
+    """A model of `config`, which has the family of `model`: whatever its weights, it costs what that one did."""
+    like = next(model.parameters())
+    return FAMILIES.get(model.family).build(config).to(like.device, like.dtype)
 
 
 def versions(device: torch.device) -> dict[str, Any]:
@@ -64,6 +74,7 @@ def figures(model: Backbone) -> Figures:
         multiply_adds_one_direction=count.one_direction,
         tokens_per_block=tokens_per_block(model),
         multiply_adds_per_block=count.per_block,
+        bytes_moved=bytes_moved(model),
     )
 
 
@@ -76,6 +87,7 @@ def pruning_facts(pruner: TokenPruner, keep: float | tuple[float, ...] | None = 
         importance=settings.importance,
         reduction=settings.reduction,
         alignment=settings.alignment,
+        repair=settings.repair,
     )
 
 
@@ -88,14 +100,30 @@ def calibration_facts(calibration: Calibration) -> CalibrationFacts:
     return CalibrationFacts(images=calibration.images, points=tuple(points))
 
 
-def speed_facts(dense: Backbone, pruned: Backbone, device: str, progress: Progress | None = None) -> SpeedFacts:
-    """Both models timed in turns on batches of 8: ten rounds, or fewer where a forward pass takes more than 2 s."""
-    images = torch.zeros(8, 3, *dense.image_size, device=resolve_device(device))
+def repair_facts(repaired: Repaired) -> RepairFacts:
+    return RepairFacts(
+        kind=repaired.kind,
+        images=repaired.images,
+        held_back=repaired.held_back,
+        divergence_before=repaired.before,
+        divergence_after=repaired.after,
+        change_interval=repaired.change,
+        refused=dict(repaired.refused),
+        seconds=repaired.seconds,
+    )
+
+
+def speed_facts(
+    dense: Backbone, pruned: Backbone, device: str, batch_size: int, progress: Progress | None = None
+) -> SpeedFacts:
+    """Both models timed in turns on batches of images of their own size: ten rounds, or fewer where a forward
+    pass takes more than 2 s."""
+    images = torch.zeros(batch_size, 3, *dense.image_size, device=resolve_device(device))
     start = time.perf_counter()
     with torch.inference_mode():
         dense.to(images.device).eval()(images)
     rounds = timed_rounds(time.perf_counter() - start)
-    first, second = profile([dense, pruned], batch_size=8, device=device, rounds=rounds, progress=progress)
+    first, second = profile([dense, pruned], batch_size=batch_size, device=device, rounds=rounds, progress=progress)
     ratio, interval = ratio_of_medians(first.speed.rounds_ms, second.speed.rounds_ms)
     return SpeedFacts(
         batch_size=first.batch_size,

@@ -10,33 +10,96 @@ from ssmprune_cli.tasks import TASKS, Loss
 from ssmprune_cli.workflows.reporting.rows import giga
 
 
-def title(name: str, report: Report) -> str:
+def name(given: str, report: Report) -> str:
+    """What a model is called: as given, or else by the file that it was made from."""
+    return given or str(report.provenance.get("input", report.family))
+
+
+def title(given: str, report: Report) -> str:
     """What the model is and what it costs, in a line."""
-    name = name or str(report.provenance.get("input", report.family))
+    own = name(given, report)
     if report.pruned is None:
-        return f"{name}: all tokens kept"
+        return f"{own}: all tokens kept"
     task, compared = TASKS.get(report.task), judged(report)
     lost = "" if compared is None else f", {task.metric} {100 * task.change(compared).value:+.2f} points"
     saved = saving(report)
     work = f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"
-    return f"{name}: {pace(report)}, {work}{lost}"
+    return f"{own}: {', '.join([pace(report), work, *resizing(report)])}{lost}"
+
+
+def gain(report: Report) -> bool | None:
+    """Whether the pruned model is faster than the dense one; None if that was not measured or cannot be told."""
+    if report.speed is None:
+        return None
+    low, high = report.speed.latency_ratio_interval
+    return True if high < 1 else False if low > 1 else None
+
+
+def kind(better: bool | None) -> str:
+    """The class of a change on the page."""
+    return "even" if better is None else "gain" if better else "loss"
+
+
+def verdict(report: Report) -> str:
+    """Faster or not, first of all; then what it costs."""
+    if report.pruned is None:
+        return "All tokens are kept: there is nothing to compare."
+    speed, task, compared = report.speed, TASKS.get(report.task), judged(report)
+    if speed is None:
+        text = "Speed was not measured."
+    else:
+        low, high = speed.latency_ratio_interval
+        word = {True: "Faster", False: "Slower", None: "No faster, as far as the timing tells"}[gain(report)]
+        ends = f"95 % interval {1 / high:.2f} to {1 / low:.2f}"
+        text = f"{word}: {1 / speed.latency_ratio:.2f} times the dense model's speed ({ends})."
+    saved = saving(report)
+    parts = [f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds", *resizing(report)]
+    if compared is not None:
+        change = task.change(compared)
+        within = ""
+        if change.interval is not None:
+            within = f" (95 % interval {100 * change.interval[0]:+.2f} to {100 * change.interval[1]:+.2f})"
+        parts.append(f"{task.metric} {100 * change.value:+.2f} points{within}")
+    return f"{text} {'; '.join(parts)}."
+
+
+def drawn(report: Report) -> str:
+    """How the sample images were chosen."""
+    changed, count = sum(sample.chosen == "changed" for sample in report.samples), len(report.samples)
+    if not changed:
+        return "The images are random ones."
+    if changed == 1:
+        return f"The first of the {count} images was chosen because its answer changed; the others are random ones."
+    return (
+        f"The first {changed} of the {count} images were chosen because their answers changed; the others are random "
+        "ones."
+    )
+
+
+def resizing(report: Report) -> list[str]:
+    """Which images the model takes in place of the dense one's, if they are others."""
+    return [] if report.resized_from is None else [f"image {report.resized_from[0]} -> {report.image_size[0]} pixels"]
 
 
 def pace(report: Report) -> str:
     """Whether the pruned model is faster than the dense one, as far as the timing tells."""
     if report.speed is None:
         return "speed not measured"
-    ratio, (low, high) = report.speed.latency_ratio, report.speed.latency_ratio_interval
-    if high < 1:
+    ratio, better = report.speed.latency_ratio, gain(report)
+    if better:
         return f"{1 / ratio:.2f} times as fast"
-    if low > 1:
+    if better is False:
         return f"slower, {ratio:.2f} times the time"
     return "no faster, as far as the timing tells"
 
 
 def savings(report: Report) -> str:
-    """What pruning changes beside the answers, and what it does not."""
+    """What a compression changes beside the answers, and what it does not."""
     text = "The number of parameters and the size of the file do not change."
+    if report.resized_from is not None:
+        text = "The parameters do not change, but for position embeddings, which are interpolated."
+    if report.pruning is not None and report.pruning.repair != "none":
+        text += " The repair adds a few of its own."
     if report.speed is None:
         return text
     memory = report.speed.pruned.peak_memory_bytes / report.speed.dense.peak_memory_bytes
@@ -63,7 +126,8 @@ def saving(report: Report) -> float:
 
 def description(report: Report) -> str:
     height, width = report.image_size
-    text = f"Family {report.family}, {height}x{width} pixels, {report.parameters:,} parameters"
+    size = next(iter(resizing(report)), f"{height}x{width} pixels")
+    text = f"Family {report.family}, {size}, {report.parameters:,} parameters"
     if report.pruned is not None:
         return f"{text}."
     dense = report.dense
@@ -74,14 +138,75 @@ def description(report: Report) -> str:
 
 
 def method(report: Report) -> str:
-    """Where tokens are dropped, and how."""
+    """Where tokens are dropped, how, and why so."""
+    if report.pruning is None and report.resized_from is not None:
+        return "Smaller images alone make it cheaper: no tokens are dropped."
     if report.pruning is None:
         return "No tokens are dropped."
     pruning = report.pruning
-    return (
-        f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
-        f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}."
+    return " ".join(
+        [
+            f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
+            f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}.",
+            *_target(report),
+            *_reductions(report),
+        ]
     )
+
+
+_TARGETS = {
+    "latency_ratio": "{:.3g} of the dense model's time",
+    "latency_ms": "{:.4g} ms a batch",
+    "multiply_adds": "{:.4g} of the dense multiply-adds",
+    "max_drop": "the fastest model that loses at most {:.3g} points",
+}
+_MEASURED = {
+    "latency_ratio": "{:.3g} were measured",
+    "latency_ms": "{:.4g} were measured",
+    "multiply_adds": "it has {:.4g}",
+    "max_drop": "{:.2f} were measured",
+}
+
+
+def _target(report: Report) -> list[str]:
+    target = report.target
+    if target is None:
+        return []
+    asked, measured = _TARGETS[target.kind].format(target.value), _MEASURED[target.kind].format(target.measured)
+    return [f"Asked for: {asked}; {measured}{'' if target.met else ', so it is not met'}."]
+
+
+def _reductions(report: Report) -> list[str]:
+    if report.reductions is None:
+        return []
+    shown = ", ".join(
+        f"{each.reduction} {'not finite' if each.divergence is None else f'{each.divergence:.4f}'}"
+        for each in report.reductions
+    )
+    return [f"Divergence of the reductions at equal time, in nats on the calibration images: {shown}."]
+
+
+_REPAIRS = {"head": "head", "head+side": "head and side features"}
+
+
+def repaired(report: Report) -> list[str]:
+    """What the repair did, and what of it was refused; [] if none was asked for."""
+    found = report.repair
+    if found is None:
+        return []
+    refused = [f"{_REPAIRS[kind].capitalize()}: {why}." for kind, why in found.refused.items()]
+    if found.kind == "none" or found.divergence_before is None or found.divergence_after is None:
+        reasons = list(dict.fromkeys(found.refused.values()))  # one may hold for all
+        return [f"Repair: none; {reasons[0]}."] if len(reasons) == 1 else ["Repair: none.", *refused]
+    before, after = found.divergence_before, found.divergence_after
+    within = ""
+    if found.change_interval is not None:
+        within = " (change {:+.3f} to {:+.3f}, 95 %)".format(*found.change_interval)
+    text = (
+        f"Repair: {_REPAIRS[found.kind]}, divergence {before:.3f} to {after:.3f} nats on {found.held_back:,} held-back "
+        f"images{within}."
+    )
+    return [text, *(f"Refused: {reason}" for reason in refused)]
 
 
 def joined(values: Iterable[object]) -> str:
@@ -183,7 +308,7 @@ def unmeasured(report: Report) -> list[str]:
     if report.pruned is None:
         return []
     quality = TASKS.get(report.task).quality.capitalize()
-    reason = f"{quality} was not measured (--eval-data)."
+    reason = f"{quality} was not measured (--data)."
     if report.finetuning is not None:
         reason = f"{quality} was not compared with the dense model since the fine-tuning (ssmprune eval --compare)."
     missing = [

@@ -89,7 +89,12 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
     """
     inner = model.pruner
     if inner is None:
-        raise UsageError("this model drops no tokens", hint="Give the folder that `ssmprune compress` wrote.")
+        hint = "Give the folder that `ssmprune compress` wrote."
+        if model.config.resized_from is not None:
+            hint = (
+                "It was made for smaller images alone: give `ssmprune compress` a `--keep` below 1 beside `--resize`."
+            )
+        raise UsageError("this model drops no tokens", hint=hint)
     recorder = _Recorder(inner)
     del model.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
     model.pruner = recorder
@@ -116,8 +121,10 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
 
 
 def pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3)."""
+    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     scaled = ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    if preprocessing.channels == "bgr":
+        scaled = scaled.flip(1)
     result: NDArray[np.uint8] = scaled.permute(0, 2, 3, 1).numpy()
     return result

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.files import read_bytes
 from ssmprune_cli.report import Report, Sample, SampleStage, read_report
+from ssmprune_cli.tasks import Loss
 from ssmprune_cli.workflows.reporting import facts
 from ssmprune_cli.workflows.reporting.drawn import front_figures, search_figure, sensitivity_figure
 from ssmprune_cli.workflows.reporting.rows import rows
@@ -73,6 +74,8 @@ def page(entries: Sequence[Entry]) -> str:
         fronts=front_figures(named) if len(entries) > 1 else [],
         image_data=_image_data,
         dropped_path=_dropped_path,
+        hatch_path=_hatch_path,
+        loss_rows=_loss_rows,
         rows=rows,
         worst_parts=_WORST_PARTS,
         sensitivity_figure=sensitivity_figure,
@@ -96,6 +99,18 @@ def _unbroken(text: str) -> str:
 
 def _image_data(entry: Entry, sample: Sample) -> str:
     return "data:image/png;base64," + base64.b64encode(entry.images[sample.file]).decode()
+
+
+def _loss_rows(losses: Sequence[Loss]) -> list[tuple[object, ...]]:
+    return [(each.name, each.images, each.dense, each.pruned, each.change) for each in losses]
+
+
+def _hatch_path(stage: SampleStage) -> str:
+    """An SVG path with a diagonal in each cell that is dropped, in a grid of unit squares."""
+    rows, columns = stage.grid
+    kept = set(stage.kept)
+    gone = (divmod(cell, columns) for cell in range(rows * columns) if cell not in kept)
+    return "".join(f"M{column} {row + 1}l1-1" for row, column in gone)
 
 
 def _dropped_path(stage: SampleStage) -> str:

@@ -18,7 +18,7 @@ def _judged_rows(report: Report) -> list[Row]:
     return [
         *(() if compared is None else task.rows(compared)),
         *(
-            Row(f"{task.metric} on the validation images, fine-tuned", "-", f"{100 * epoch.top1:.2f} %", "", key=True)
+            Row(f"{task.metric} on the validation images, fine-tuned", "-", f"{100 * epoch.top1:.2f} %", "")
             for epoch in trained
             if epoch.top1 is not None
         ),
@@ -32,11 +32,18 @@ def _cost_rows(report: Report) -> list[Row]:
     return [
         _cost("multiply-adds, all directions", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
         _cost("multiply-adds, one direction", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
+        Row(
+            "moved by gathers, sorts and sums",
+            f"{dense.bytes_moved / 1e6:.2f} MB",
+            f"{pruned.bytes_moved / 1e6:.2f} MB",
+            f"{(pruned.bytes_moved - dense.bytes_moved) / 1e6:+.2f} MB",
+            better=_less(dense.bytes_moved, pruned.bytes_moved),
+        ),
     ]
 
 
 def _cost(what: str, before: int, after: int) -> Row:
-    return Row(what, giga(before), giga(after), _change(after / before), key=True)
+    return Row(what, giga(before), giga(after), _change(after / before), better=_less(before, after))
 
 
 def _speed_rows(report: Report) -> list[Row]:
@@ -45,6 +52,7 @@ def _speed_rows(report: Report) -> list[Row]:
         return []
     dense, pruned, size = speed.dense, speed.pruned, speed.batch_size
     low, high = speed.latency_ratio_interval
+    faster = True if high < 1 else False if low > 1 else None
     before, after = dense.peak_memory_bytes / 2**20, pruned.peak_memory_bytes / 2**20
     return [
         Row(
@@ -53,7 +61,7 @@ def _speed_rows(report: Report) -> list[Row]:
             _latency(pruned),
             _change(speed.latency_ratio),
             _changes(low, high),
-            key=True,
+            better=faster,
         ),
         Row(
             "images per second (quartiles; of the change 95 %)",
@@ -61,16 +69,28 @@ def _speed_rows(report: Report) -> list[Row]:
             _throughput(pruned, size),
             _change(1 / speed.latency_ratio),
             _changes(1 / high, 1 / low),
-            key=True,
+            better=faster,
         ),
-        Row("peak memory", f"{before:.1f} MiB", f"{after:.1f} MiB", _change(after / before), key=True),
+        Row(
+            "peak memory",
+            f"{before:.1f} MiB",
+            f"{after:.1f} MiB",
+            _change(after / before),
+            better=_less(round(before, 1), round(after, 1)),
+        ),
         Row(
             "least time for its arithmetic and bytes",
             f"{dense.floor_ms:.1f} ms",
             f"{pruned.floor_ms:.1f} ms",
             _change(pruned.floor_ms / dense.floor_ms),
+            better=_less(dense.floor_ms, pruned.floor_ms),
         ),
     ]
+
+
+def _less(before: float, after: float) -> bool | None:
+    """Whether what had better be small has become less."""
+    return None if before == after else after < before
 
 
 def giga(count: int) -> str:

@@ -23,7 +23,8 @@ def sensitivity_series(found: Sequence[SensitivityFacts]) -> list[Series]:
 
 
 def search_series(trials: Sequence[SearchTrial]) -> list[Series]:
-    """Divergence by share of the dense multiply-adds: all that was tried, and what was chosen for each budget."""
+    """Divergence by share of the dense multiply-adds: all that was tried, and what was chosen for each budget; a search
+    by time too, since only its finalists were timed."""
     tried = [(each.multiply_adds, each.divergence) for each in trials if each.divergence is not None]
     chosen = [(each.multiply_adds, each.divergence) for each in trials if each.chosen and each.divergence is not None]
     return [Series("tried", tried, line=False), Series("chosen", sorted(chosen))]

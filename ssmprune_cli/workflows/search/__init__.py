@@ -3,6 +3,25 @@
 from __future__ import annotations
 
 from ssmprune_cli.workflows.search.algorithm import Limits
-from ssmprune_cli.workflows.search.workflow import Found, SearchPlan, SearchResult, search, search_to_folder, state_file
+from ssmprune_cli.workflows.search.workflow import (
+    Found,
+    Searches,
+    SearchPlan,
+    SearchResult,
+    open_search,
+    search,
+    search_to_folder,
+    state_file,
+)
 
-__all__ = ["Found", "Limits", "SearchPlan", "SearchResult", "search", "search_to_folder", "state_file"]
+__all__ = [
+    "Found",
+    "Limits",
+    "SearchPlan",
+    "SearchResult",
+    "Searches",
+    "open_search",
+    "search",
+    "search_to_folder",
+    "state_file",
+]

@@ -1,12 +1,16 @@
 """The search: uniform schedules screened by successive halving, then steps from the best ones.
 
 1. Uniform schedules at the budget: every reduction that saves work, from three layouts of points, with the paper's and
-   with random scores. All on a quarter of the search images, the better quarter of them on half, the best few on all.
-2. From the best: neighbours in random order, which move a point or swap the score, reduction or alignment. What is
-   clearly worse on a quarter or half of the images is left there; the first that is better on all by more than the
-   error of the difference is the next step. Where there is none, it goes on from the second best start.
-3. The best few and the uniform default meet on the images held back. Of those that are clearly better there than the
-   default, by a t test, the best is chosen, or else the default: few images find no more than what they can show.
+   with random scores; smaller images, alone and with some tokens dropped. All on a quarter of the search images, the
+   better quarter of them on half, the best few on all.
+2. From the best: neighbours in random order, which move a point or swap the score, reduction, alignment or image size.
+   What is clearly worse on a quarter or half of the images is left there; the first that is better on all by more than
+   the error of the difference is the next step. Where there is none, it goes on from the second best start.
+3. The best few and the uniform default are timed as a whole, in turn with the dense model. Those that overrun a budget
+   of time prune a little harder; what is slower than the dense model is out, whatever the budget is of.
+4. They meet on the images held back. Of those that are clearly better there than the default, by a t test, the best is
+   chosen, or else the default: few images find no more than what they can show. If the result is to be repaired, each
+   of them is repaired first, and judged on images that its repair has not seen: the order of methods may change.
 
 Candidates are compared by `soft_divergence`, image by image.
 """
@@ -18,17 +22,33 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, zip_longest
 
 import torch
+from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.pruning import Method, PruneSettings, choose_alignment, clearly_less, default_points, paired
+from ssmprune_cli.models import sides
+from ssmprune_cli.pruning import (
+    Method,
+    PruneSchedule,
+    PruneSettings,
+    choose_alignment,
+    clearly_less,
+    default_points,
+    paired,
+)
 from ssmprune_cli.workflows.trials import (
+    Budget,
     Candidate,
+    Clock,
     Costs,
     Distances,
     Measurements,
+    Spending,
+    Timing,
+    Variant,
     layouts,
     neighbours,
     schedule_at,
@@ -37,7 +57,12 @@ from ssmprune_cli.workflows.trials import (
 )
 
 FINALISTS = 6
+_KINDS_MORE = 3  # finalists that are the best of their reduction or image size, though no better than the first ones
 _STARTS = 3
+_SIDES = 4  # of smaller images from which tokens are dropped too
+_BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller image at first
+_TIMINGS = 4  # of finalists that overrun a time, each time pruning harder
+_TIMING_SECONDS = 8.0  # for each of them, all finalists together
 _WIDE = 1.2  # first candidates for each evaluation: three tenths of the evaluations, on a quarter of the images
 
 Progress = Callable[[int, int], None]
@@ -45,13 +70,23 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """What was tried: divergence in nats on the search images (all of them), and on those held back for finalists."""
+    """What was tried.
+
+    multiply_adds  share of the dense model's
+    divergence     in nats on the search images (all of them), and for finalists on those held back
+    repaired       of finalists, if they were repaired: in nats on images that their repair has not seen
+    timing         of finalists, beside the dense model
+    side           in pixels, of smaller images; None is the model's own
+    """
 
     settings: PruneSettings
-    multiply_adds: float  # fraction of dense
+    multiply_adds: float
     divergence: float
     held_back: float | None = None
     chosen: bool = False
+    timing: Timing | None = None
+    side: int | None = None
+    repaired: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,34 +103,42 @@ class Limits:
 class Search:
     """One search for the least divergence within a budget.
 
-    budget  method -> multiply-adds that it may use (the same for all, unless the budget is a time)
+    budget  a share of the dense multiply-adds or of the dense time
     parts   the images searched on, and those held back
+    repair  variant -> divergences (n,) of images, the same for all, that were held back from its repair; None if it is
+            not to be repaired
     """
 
     def __init__(
         self,
         measurements: Measurements,
         methods: Sequence[Method],
-        budget: Callable[[Method], float],
+        budget: Budget,
         parts: tuple[range, range],
         *,
+        costs: Costs,
+        clock: Clock,
+        repair: Callable[[Variant], Tensor] | None = None,
         seed: int = 0,
         limits: Limits = Limits(),
-        costs: Costs | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._measurements = measurements
         self._methods = list(methods)
-        self._budget = budget
+        self._costs, self._clock, self._repair = costs, clock, repair
+        self._timed = budget.kind == "time"
+        self._spending: Spending = clock if self._timed else costs
+        self._limit = budget.value if self._timed else budget.value * measurements.dense_cost
         self._searched, self._held_back = parts
         count = len(self._searched)
         self._rungs = sorted({max(1, count // 4), max(1, count // 2), count})
         self._seed = seed
         self._limits = limits
         self._progress = progress
-        self._costs = costs or Costs(measurements)
-        self._known: dict[PruneSettings, Distances] = {}  # on the first search images
-        self._candidates: dict[Candidate, PruneSettings | None] = {}
+        self._sides = () if measurements.load is None else sides(measurements.model)
+        self._known: dict[Variant, Distances] = {}  # on the first search images
+        self._candidates: dict[Candidate, Variant | None] = {}
+        self._successor: dict[Variant, Variant] = {}  # to what pruned harder in its place
         self._done = 0.0
         self._started = time.monotonic()
 
@@ -106,15 +149,15 @@ class Search:
             self._climb(start)
         return self._choose(default)
 
-    def _default(self) -> PruneSettings | None:
+    def _default(self) -> Variant | None:
         """What `compress` does when nothing else is asked for, at this budget; None if that is not to be had."""
         method = Method(alignment=choose_alignment("auto", Method().reduction, calibrated=True))
         if method not in self._methods:
             return None
-        settings = self._settings(uniform(method, default_points(self._measurements.model.stages)))
-        if settings is not None:
-            self._distances(settings)
-        return settings
+        variant = self._variant(uniform(method, default_points(self._measurements.model.stages)))
+        if variant is not None:
+            self._distances(variant)
+        return variant
 
     def _start(self) -> list[Candidate]:
         """The best few uniform candidates, the best one first."""
@@ -140,14 +183,33 @@ class Search:
         )
         left = round(_WIDE * self._limits.evaluations)
         found: dict[tuple[str, str], int] = {}
+        smaller = list(islice(self._smaller(list(first.values()), layouts(stages)), left // 2))
+        yield from smaller
+        left -= len(smaller)
         for candidate in every:
             if found and self._spent():
                 return
             key = (candidate.method.reduction, candidate.method.importance)
-            if left and found.get(key, 0) < 3 and self._settings(candidate) is not None:
+            if left and found.get(key, 0) < 3 and self._variant(candidate) is not None:
                 found[key] = found.get(key, 0) + 1
                 left -= 1
                 yield candidate
+
+    def _smaller(self, methods: Sequence[Method], places: Sequence[tuple[int, ...]]) -> Iterator[Candidate]:
+        """The largest image within the budget; larger ones with tokens dropped, the nearest to it first."""
+        alone = [uniform(methods[0], (), side) for side in self._sides]
+        fitting = next((i for i, each in enumerate(alone) if self._variant(each) is not None), len(alone))
+        yield from alone[fitting : fitting + 1]
+        larger = self._sides[:fitting][::-1]
+        if len(larger) > _SIDES:  # from all over
+            larger = tuple(larger[i * len(larger) // _SIDES] for i in range(_SIDES))
+        usual = [method for method in methods if method.reduction in _BESIDE and method.importance != "random"]
+        for points in (places[0], *places[4:6]):
+            for side in larger:
+                for method in usual:
+                    candidate = uniform(method, points, side)
+                    if self._variant(candidate) is not None:
+                        yield candidate
 
     def _best(self, candidates: Iterable[Candidate], count: int, left: int) -> list[Candidate]:
         """The best `left` by their distance on the first `count` search images."""
@@ -155,9 +217,9 @@ class Search:
         for candidate in candidates:
             if self._spent() and scored:
                 break
-            settings = self._settings(candidate)
-            if settings is not None:
-                scored.append((float(self._distances(settings, count).soft.mean()), candidate))
+            variant = self._variant(candidate)
+            if variant is not None:
+                scored.append((float(self._distances(variant, count).soft.mean()), candidate))
         scored.sort(key=lambda pair: pair[0])
         return [candidate for value, candidate in scored[:left] if math.isfinite(value)]
 
@@ -166,7 +228,7 @@ class Search:
         improved = True
         while improved:
             improved = False
-            around = [*neighbours(leader, stages), *self._swaps(leader)]
+            around = [*neighbours(leader, stages), *self._swaps(leader), *self._other_sides(leader)]
             choice.shuffle(around)
             for candidate in around:
                 if self._spent():
@@ -178,14 +240,28 @@ class Search:
     def _swaps(self, candidate: Candidate) -> Iterator[Candidate]:
         """The same points with another score or alignment, or with another reduction as that is usually aligned."""
         method = candidate.method
+        at_ends = {stage.start for stage in self._measurements.model.stages} & set(candidate.points)
         for other in self._methods:
+            if at_ends and not other.rectangular:
+                continue
             same = [getattr(method, name) == getattr(other, name) for name in ("importance", "reduction", "alignment")]
-            if same.count(False) == 1 or (same[0] and not same[1] and _usually_aligned(other)):
+            scored = same[0] or other.rectangular  # which goes by no score
+            if same.count(False) == 1 or (scored and not same[1] and _usually_aligned(other)):
                 yield replace(candidate, method=other)
+
+    def _other_sides(self, candidate: Candidate) -> Iterator[Candidate]:
+        """The same with the next larger and smaller images; from larger ones it has to drop tokens, if it did not."""
+        known = (None, *self._sides)
+        place = known.index(candidate.side)
+        for side in (*known[max(0, place - 1) : place], *known[place + 1 : place + 2]):
+            yield replace(candidate, side=side)
+            if not candidate.points:
+                for points in layouts(self._measurements.model.stages, rectangular=candidate.method.rectangular):
+                    yield uniform(candidate.method, points, side)
 
     def _better(self, candidate: Candidate, leader: Candidate) -> bool:
         """Whether `candidate` is better than `leader` on the search images by more than the error of the difference."""
-        found, known = self._settings(candidate), self._settings(leader)
+        found, known = self._variant(candidate), self._variant(leader)
         if found is None or known is None or found == known:
             return False
         for count in self._rungs:
@@ -194,11 +270,11 @@ class Search:
                 return False
         return mean < -error
 
-    def _choose(self, default: PruneSettings | None) -> list[Trial]:
+    def _choose(self, default: Variant | None) -> list[Trial]:
         whole = {each: found for each, found in self._known.items() if len(found.nats) == len(self._searched)}
         ranked = sorted(whole, key=lambda each: float(whole[each].soft.mean()))
         ranked = [each for each in ranked if bool(whole[each].soft.isfinite().all())]
-        finalists = list(islice(filter(self._affordable, ranked), FINALISTS))
+        finalists = list(self._finalists(ranked if self._timed else filter(self._affordable, ranked)))
         if not finalists:
             raise SsmpruneError(
                 "no candidate within the budget gave finite logits",
@@ -206,67 +282,161 @@ class Search:
             )
         if default in ranked and default not in finalists:
             finalists.append(default)
-        held_back = {each: self._measurements.distances(each, self._held_back) for each in finalists}
+        timings = self._in_time(finalists)
+        finalists = list(timings)
+        default = default if default is None else self._successor.get(default, default)
+        whole |= {each: self._distances(each) for each in finalists}
+        held_back = {each: self._measured(each, self._held_back) for each in finalists}
+        repaired = {} if self._repair is None else {each: self._repair(each) for each in finalists}
 
-        def over_all(settings: PruneSettings) -> float:
-            return float(torch.cat((whole[settings].soft, held_back[settings].soft)).sqrt().mean())
+        def over_all(variant: Variant) -> float:
+            if repaired:
+                return float(repaired[variant].sqrt().mean())
+            return float(torch.cat((whole[variant].soft, held_back[variant].soft)).sqrt().mean())
 
-        def is_better(settings: PruneSettings) -> bool:
+        def is_better(variant: Variant) -> bool:
             if default not in held_back:
                 return True
-            found, reference = held_back[settings], held_back[default]
+            if repaired:
+                ours, theirs = repaired[variant], repaired[default]
+                return variant == default or (
+                    clearly_less(ours.sqrt(), theirs.sqrt()) and bool(ours.mean() < theirs.mean())
+                )
+            found, reference = held_back[variant], held_back[default]
             # Roots, so that one image far off does not hide what all others show; the plain mean has to agree.
             less = clearly_less(found.soft.sqrt(), reference.soft.sqrt())
-            return settings == default or (less and bool(found.nats.mean() < reference.nats.mean()))
+            return variant == default or (less and bool(found.nats.mean() < reference.nats.mean()))
 
         winner = next(filter(is_better, sorted(finalists, key=over_all)), default)
-        trials = [self._trial(each, whole[each], held_back.get(each), each == winner) for each in whole]
+        trials = [
+            replace(
+                self._trial(each, whole[each], held_back.get(each), each == winner, timings.get(each)),
+                repaired=float(repaired[each].mean()) if each in repaired else None,
+            )
+            for each in whole
+        ]
         return sorted(trials, key=lambda trial: (not trial.chosen, trial.held_back is None, trial.divergence))
 
-    def _affordable(self, settings: PruneSettings) -> bool:
-        """Whether `count_flops` agrees with the cost model that the budget is met."""
-        return self._measurements.multiply_adds(settings) <= self._budget(_method(settings)) * (1 + 1e-6)
+    def _finalists(self, ranked: Iterable[Variant]) -> Iterator[Variant]:
+        """The best few, and some that are the best of their kind: the order may change once they are repaired."""
+        kinds: set[tuple[str, bool]] = set()
+        more = 0
+        for place, variant in enumerate(ranked):
+            kind = (variant.settings.reduction if variant.settings.schedule.points else "", variant.side is None)
+            if place < FINALISTS or (kind not in kinds and more < _KINDS_MORE and self._repair is not None):
+                more += place >= FINALISTS
+                yield variant
+            kinds.add(kind)
 
-    def _trial(self, settings: PruneSettings, searched: Distances, held_back: Distances | None, chosen: bool) -> Trial:
+    def _affordable(self, variant: Variant) -> bool:
+        """Whether `count_flops` agrees with the cost model that a budget of multiply-adds is met."""
+        return self._multiply_adds(variant) <= self._limit * (1 + 1e-6)
+
+    def _multiply_adds(self, variant: Variant) -> int:
+        return self._measurements.at(variant.side).multiply_adds(variant.settings)
+
+    def _measured(self, variant: Variant, part: range) -> Distances:
+        return self._measurements.at(variant.side).distances(variant.settings, part)
+
+    def _in_time(self, finalists: Sequence[Variant]) -> dict[Variant, Timing]:
+        """The finalists that are within the budget and not slower than the dense model, by the clock.
+
+        Where the budget is a time and none is within it after all tries, the quickest alone. Raises SsmpruneError if
+        all are slower than the dense model.
+        """
+        kept: dict[Variant, Timing] = {}
+        waiting = list(dict.fromkeys(finalists))
+        for _ in range(_TIMINGS if self._timed else 1):
+            timings = dict(zip(waiting, self._clock.timings(waiting, _TIMING_SECONDS), strict=True))
+            over = {each: timing for each, timing in timings.items() if self._timed and timing.ratio > self._limit}
+            kept |= {each: timing for each, timing in timings.items() if each not in over}
+            waiting = [harder for each, timing in over.items() if (harder := self._harder(each, timing)) is not None]
+            if not waiting:
+                break
+        if not kept and self._timed:
+            kept = dict([min(over.items(), key=lambda pair: pair[1].ratio)])
+        faster = {each: timing for each, timing in kept.items() if timing.interval[0] <= 1}
+        if not faster:
+            quickest = min(timing.ratio for timing in kept.values())
+            raise SsmpruneError(
+                f"all candidates are slower than the dense model on this device with a batch of "
+                f"{self._clock.batch_size}: the quickest takes {quickest:.2f} times its time",
+                hint="Try a larger `--batch-size`, or a smaller target; a small model may gain nothing by pruning.",
+            )
+        return faster
+
+    def _harder(self, variant: Variant, timing: Timing) -> Variant | None:
+        """The same candidate with fewer tokens, by as much as it overran the budget; None if there is none."""
+        candidate = next(each for each, solved in self._candidates.items() if solved == variant)
+        model = self._clock.of(candidate.method, candidate.side)
+        limit = model.predict(variant.settings.schedule) * 0.99 * self._limit / timing.ratio
+        schedule = solve(self._build(candidate), model, limit)
+        harder = None if schedule is None else Variant(candidate.method.settings(schedule, self._seed), candidate.side)
+        if harder is None or harder == variant:
+            return None
+        self._candidates[candidate] = harder
+        self._successor = {each: harder if last == variant else last for each, last in self._successor.items()}
+        self._successor[variant] = harder
+        return harder
+
+    def _trial(
+        self,
+        variant: Variant,
+        searched: Distances,
+        held_back: Distances | None,
+        chosen: bool,
+        timing: Timing | None,
+    ) -> Trial:
+        settings = variant.settings
         if held_back is None:
-            cost = self._costs.of(_method(settings)).predict(settings.schedule)
+            cost = self._costs.of(_method(settings), variant.side).predict(settings.schedule)
         else:
-            cost = self._measurements.multiply_adds(settings)
+            cost = self._multiply_adds(variant)
         return Trial(
             settings,
             cost / self._measurements.dense_cost,
             float(searched.nats.mean()),
             None if held_back is None else float(held_back.nats.mean()),
             chosen,
+            timing,
+            variant.side,
         )
 
-    def _distances(self, settings: PruneSettings, count: int | None = None) -> Distances:
+    def _distances(self, variant: Variant, count: int | None = None) -> Distances:
         """On the first `count` search images, by default on all."""
         count = len(self._searched) if count is None else count
-        known = self._known.get(settings)
+        known = self._known.get(variant)
         start = 0 if known is None else len(known.nats)
         if start < count:
             first = self._searched.start
-            more = self._measurements.distances(settings, range(first + start, first + count))
+            more = self._measured(variant, range(first + start, first + count))
             known = more if known is None else Distances(*map(torch.cat, zip(known, more, strict=True)))
-            self._known[settings] = known
+            self._known[variant] = known
             self._done += (count - start) / len(self._searched)
             if self._progress:
                 self._progress(min(round(self._done), self._limits.evaluations), self._limits.evaluations)
         assert known is not None
         return Distances(known.nats[:count], known.soft[:count])
 
-    def _settings(self, candidate: Candidate) -> PruneSettings | None:
-        """What the candidate is at this budget; None if that is out of its reach."""
+    def _variant(self, candidate: Candidate) -> Variant | None:
+        """What the candidate is at this budget; None if that is out of its reach, or drops nothing though it should."""
         if candidate not in self._candidates:
-            stages, method = self._measurements.model.stages, candidate.method
-            schedule = solve(
-                lambda level: schedule_at(stages, candidate.points, candidate.weights, level, method.rectangular),
-                self._costs.of(method),
-                self._budget(method),
-            )
-            self._candidates[candidate] = None if schedule is None else method.settings(schedule, self._seed)
+            spends, build = self._spending.of(candidate.method, candidate.side), self._build(candidate)
+            schedule: PruneSchedule | None = build(0.0)
+            if candidate.points:
+                solved = solve(build, spends, self._limit)
+                schedule = None if solved == schedule else solved
+            elif candidate.side is None or spends.predict(build(0.0)) > self._limit:
+                schedule = None
+            settings = None if schedule is None else candidate.method.settings(schedule, self._seed)
+            self._candidates[candidate] = None if settings is None else Variant(settings, candidate.side)
         return self._candidates[candidate]
+
+    def _build(self, candidate: Candidate) -> Callable[[float], PruneSchedule]:
+        """Level -> schedule."""
+        stages = self._measurements.at(candidate.side).model.stages
+        rectangular = candidate.method.rectangular
+        return partial(schedule_at, stages, candidate.points, candidate.weights, rectangular=rectangular)
 
     def _spent(self) -> bool:
         seconds = self._limits.seconds

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ssmprune_cli.data import Subset, calibration_images, fingerprint
-from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
-from ssmprune_cli.pruning import Method
+import torch
+from torch import Tensor
+
+from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images, fingerprint
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, divergence, judged_rows, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.identity import run_identity
@@ -19,22 +24,26 @@ from ssmprune_cli.workflows.reporting import search_series, write_plot
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
+    Budget,
+    Clock,
     Costs,
-    LatencyBudget,
     Measurements,
     SavedState,
+    TimeTable,
+    Timing,
+    Variant,
     check_budget,
-    check_latency,
-    least,
+    check_time,
     load_images,
+    run,
 )
-from ssmprune_cli.workflows.write import write_text
+from ssmprune_cli.workflows.write import check_folder, check_place, write_text
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
+_NOISY = 0.2  # width of an interval of times, as a share of them, that tells candidates badly apart
 MIN_IMAGES = 8  # fewer tell nothing, once a part of them is held back
 FEW_IMAGES = 64  # with fewer the search mostly keeps the default: see docs/results.md
-_LATENCY_TRIES = 4
 _ALIGNED_ON = 16  # images that calibrate a candidate's alignment; the chosen one's is calibrated on all
 
 
@@ -42,17 +51,23 @@ _ALIGNED_ON = 16  # images that calibrate a candidate's alignment; the chosen on
 class SearchPlan:
     """What to search for, and how long.
 
-    flops       budgets: fractions of the dense multiply-adds, all scan directions counted
-    latency_ms  instead: milliseconds for a batch of `batch_size` images on `device`
+    budgets     shares of the dense multiply-adds (all scan directions counted), or of the dense model's time
+    latency_ms  instead: milliseconds for a batch
+    batch_size  images in a batch that is timed on `device`
     methods     those to choose from
+    resize      whether smaller images are among the candidates
+    repair      what the result is to be repaired by, on `repair_images` of the images: finalists are judged repaired
     calibration how many images, and by which seed they are chosen
     state       file that keeps what was found, so that a killed search continues; deleted at the end by the caller
     """
 
     calib: Path
     methods: Sequence[Method]
-    flops: tuple[float, ...] = ()
+    budgets: tuple[Budget, ...] = ()
     latency_ms: float | None = None
+    resize: bool = True
+    repair: Asked = "none"
+    repair_images: int = ENOUGH
     batch_size: int = 8
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     seed: int = 0
@@ -63,13 +78,11 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Found:
-    """The result for one budget. `trials` has the chosen one first; `budget` is a share of dense, or milliseconds."""
+    """The result for one budget. `trials` has the chosen one first."""
 
-    budget: float
+    budget: Budget
     trials: list[Trial]
     recipe: Recipe
-    latency_ms: float | None = None
-    dense_latency_ms: float | None = None
 
     @property
     def chosen(self) -> Trial:
@@ -79,10 +92,13 @@ class Found:
         """Everything that was tried on all search images."""
         return [
             SearchTrial(
-                budget=self.budget,
+                kind="time" if self.budget.kind == "time" else "flops",
+                budget=self.budget.value,
                 multiply_adds=trial.multiply_adds,
+                latency_ratio=None if trial.timing is None else trial.timing.ratio,
                 divergence=trial.divergence if trial.divergence < float("inf") else None,
                 divergence_held_back=trial.held_back,
+                divergence_repaired=trial.repaired,
                 recipe=_name(trial),
                 pruning=_pruning(trial).model_dump(mode="json", exclude_none=True),
                 chosen=trial.chosen,
@@ -112,15 +128,15 @@ def search_to_folder(
 
     Raises UsageError if there are files in `out`, unless they may be replaced.
     """
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UsageError("the folder is not empty", where=str(out), hint="Choose another, or give `--overwrite`.")
+    check_folder(out, "--overwrite", allowed=overwrite)
+    check_place(plan.state, "--state")
     if plan.state is None:
         plan = replace(plan, state=state_file(out))
     result = search(source, plan, progress)
     out.mkdir(parents=True, exist_ok=True)
     trace = [entry for found in result.found for entry in found.trace()]
     for found in result.found:
-        write_text(out / f"flops_{found.budget:g}.yaml", found.recipe.to_yaml())
+        write_text(out / f"{found.budget.kind}_{found.budget.value:g}.yaml", found.recipe.to_yaml())
     write_text(out / "search.json", json.dumps([each.model_dump(mode="json") for each in trace], indent=1) + "\n")
     write_plot(
         out / "front.svg",
@@ -135,11 +151,20 @@ def search_to_folder(
 
 
 def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -> SearchResult:
-    """The best recipe for every budget of `plan`. Deterministic for a seed, unless time limits or is the budget.
+    """The best recipe for every budget of `plan`. Deterministic for a seed, but for what a clock decides.
 
     Raises UsageError for a budget that cannot be met, saying what can; DataError for images that are too few, cannot
     be read or are all alike, and for logits that are not finite.
     """
+    searches = open_search(source, plan, progress)
+    found = [searches.find(budget) for budget in plan.budgets]
+    if plan.latency_ms is not None:
+        found.append(searches.find(searches.as_share(plan.latency_ms)))
+    return SearchResult(found, *searches.counts, searches.state, searches.warnings)
+
+
+def open_search(source: Source, plan: SearchPlan, progress: Progress | None = None) -> Searches:
+    """What is needed to search for one budget after another. Raises as `search`."""
     if not plan.methods:
         raise UsageError("no method of these names both saves work and fits together, so there is nothing to search")
     model = source.load().to(resolve_device(plan.device))
@@ -164,64 +189,141 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
         "images": fingerprint(dataset),
         "seed": plan.seed,
         "batch_size": plan.calibration.batch_size,
-        "latency_ms": plan.latency_ms,
-        "machine": None if plan.latency_ms is None else machine(plan.device),
+        "timed_batch_size": plan.batch_size,
+        "machine": machine(plan.device),
     }
     state = SavedState(plan.state, identity)
     if state.found:
         warnings.append(f"{plan.state}: continues an earlier run, {state.found} results are known.")
     parts = split(len(dataset))
-    images = load_images(model, Subset(dataset, order))
+    mixed = Subset(dataset, order)
+
+    def load(sized: Backbone) -> Tensor:
+        return load_images(sized, mixed)
+
     measurements = Measurements(
-        model, images, calibration=min(_ALIGNED_ON, len(parts[0])), batch_size=plan.calibration.batch_size, state=state
+        model,
+        load(model),
+        calibration=min(_ALIGNED_ON, len(parts[0])),
+        batch_size=plan.calibration.batch_size,
+        state=state,
+        load=load if plan.resize else None,
     )
-    searches = _Searches(measurements, plan, parts, Costs(measurements), progress)
-    found = [searches.by_flops(fraction) for fraction in plan.flops]
-    if plan.latency_ms is not None:
-        found.append(searches.by_latency(plan.latency_ms))
-    return SearchResult(found, len(images), len(parts[1]), state, warnings)
+    clock = Clock(measurements, plan.batch_size, TimeTable.of(model, plan.device, plan.batch_size))
+    repairing = None
+    if plan.repair != "none":
+        repairing = calibration_images(plan.calib, plan.repair_images, plan.calibration.seed)
+        repairing = repairing if len(repairing) >= LEAST else None
+    return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
 
 
 @dataclass
-class _Searches:
+class Searches:
+    """Searches on the same images, which share what they measure."""
+
     measurements: Measurements
     plan: SearchPlan
     parts: tuple[range, range]
     costs: Costs
+    clock: Clock
     progress: Progress | None
+    warnings: list[str]
+    images_to_repair: ImageDataset | None = None
 
-    def by_flops(self, fraction: float) -> Found:
-        check_budget(self.measurements, self.plan.methods, fraction)
-        work = fraction * self.measurements.dense_cost
-        trials = self._run(lambda method: work, f"Searching at {fraction:g}")
-        return Found(fraction, trials, self._recipe(trials[0], f"{fraction:g} of the dense multiply-adds"))
+    def repaired(self, variant: Variant) -> Tensor:
+        """(n,) divergences of a variant that was repaired, of images that its repair has not seen."""
+        assert self.images_to_repair is not None
+        images, sized = self.images_to_repair, self.measurements.at(variant.side)
 
-    def by_latency(self, milliseconds: float) -> Found:
-        budget = LatencyBudget(self.measurements, milliseconds, self.plan.batch_size, self.costs)
-        check_latency(budget, milliseconds, least(self.measurements.model.stages, self.plan.methods[0]))
-        for _ in range(_LATENCY_TRIES):
-            trials = self._run(budget, f"Searching for {milliseconds:g} ms")
-            pruned, dense = budget.measure(trials[0].settings)
-            if pruned <= milliseconds:
-                recipe = self._recipe(trials[0], f"{milliseconds:g} ms a batch of {self.plan.batch_size}")
-                return Found(milliseconds, trials, recipe, pruned, dense)
-            budget.slack *= 0.99 * milliseconds / pruned
-        raise SsmpruneError(
-            f"the best candidate of {_LATENCY_TRIES} tries takes {pruned:.1f} ms, not {milliseconds:g}",
-            hint="The device may be busy: try again, or ask for a little more time.",
-        )
+        def prepared(model: Backbone) -> Iterator[Tensor]:
+            device = next(model.parameters()).device
+            for batch in batches(images, model.preprocessing, self.plan.calibration.batch_size):
+                yield batch.images.to(device)
 
-    def _run(self, budget: Callable[[Method], float], title: str) -> list[Trial]:
-        return Search(
+        def compute() -> list[float]:
+            if self._wanted is None:
+                self._wanted = run(self.measurements.session, prepared(self.measurements.model))
+            sized.prune(variant.settings)
+            if not variant.settings.schedule.points:  # a model that drops nothing is not repaired
+                logits = run(sized.session, prepared(sized.model))
+                found = divergence(self._wanted, logits)[judged_rows(len(logits))]
+            else:
+                pruner = copy.deepcopy(sized.model.pruner)
+                sized.model.pruner = pruner
+                result = repair(
+                    sized.model,
+                    list(prepared(sized.model)),
+                    kind=self.plan.repair,
+                    runner=sized.session.with_pruner,
+                    dense=self._wanted,
+                )
+                assert result.judged is not None  # there are enough images
+                found = result.judged
+            restore(sized.model)
+            numbers: list[float] = found.tolist()
+            return numbers
+
+        key = f"repaired {self.plan.repair} {variant.side} {json.dumps(variant.settings.to_dict(), sort_keys=True)}"
+        return torch.tensor(self.state.get(key, compute), dtype=torch.float64)
+
+    _wanted: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def state(self) -> SavedState:
+        return self.measurements.state
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """All images, and those held back."""
+        return len(self.measurements.images), len(self.parts[1])
+
+    def as_share(self, milliseconds: float) -> Budget:
+        """The share of the dense model's time that is so many ms a batch. UsageError if the dense model is as fast."""
+        dense_ms = self.clock.dense_ms()
+        if milliseconds >= dense_ms:
+            raise UsageError(
+                f"the dense model takes {dense_ms:.1f} ms a batch of {self.plan.batch_size}: {milliseconds:g} are met "
+                "without pruning"
+            )
+        return Budget("time", milliseconds / dense_ms)
+
+    def find(self, budget: Budget, limits: Limits | None = None) -> Found:
+        """The best within `budget`. Raises UsageError if it cannot be met."""
+        if budget.kind == "time":
+            what = "of the dense model's time"
+            check_time(self.clock, self.plan.methods, budget.value)
+        else:
+            what = "of the dense multiply-adds"
+            check_budget(self.measurements, self.plan.methods, budget.value)
+        trials = Search(
             self.measurements,
             self.plan.methods,
             budget,
             self.parts,
-            seed=self.plan.seed,
-            limits=self.plan.limits,
             costs=self.costs,
-            progress=self.progress(title) if self.progress else None,
+            clock=self.clock,
+            repair=self.repaired if self.images_to_repair is not None else None,
+            seed=self.plan.seed,
+            limits=limits or self.plan.limits,
+            progress=self.progress(f"Searching at {budget.value:.3g} {what}") if self.progress else None,
         ).run()
+        self._warn(budget, trials[0].timing)
+        return Found(budget, trials, self._recipe(trials[0], f"{budget.value:.4g} {what}"))
+
+    def _warn(self, budget: Budget, timing: Timing | None) -> None:
+        assert timing is not None  # the chosen one was timed
+        low, high = timing.interval
+        batch = f"a batch of {self.clock.batch_size} on {self.plan.device}"
+        if budget.kind == "time" and timing.ratio > budget.value:
+            self.warnings.append(
+                f"Nothing that was tried takes {budget.value:.3g} of the dense model's time for {batch}: the quickest "
+                f"takes {timing.ratio:.3g}."
+            )
+        if high - low > _NOISY * timing.ratio:
+            self.warnings.append(
+                f"This machine is noisy: the time of {batch} is {low:.2f} to {high:.2f} of the dense model's (95 %). "
+                "What was chosen by time may not be the best. Stop what else runs, and search again."
+            )
 
     def _recipe(self, trial: Trial, target: str) -> Recipe:
         return Recipe(
@@ -235,7 +337,10 @@ class _Searches:
 
 def _pruning(trial: Trial) -> Pruning:
     settings = trial.settings
+    if not settings.schedule.points:
+        return Pruning(image_size=trial.side)
     return Pruning(
+        image_size=trial.side,
         points=settings.schedule.points,
         tokens=settings.schedule.tokens,
         importance=settings.importance,
@@ -246,5 +351,9 @@ def _pruning(trial: Trial) -> Pruning:
 
 def _name(trial: Trial) -> str:
     settings = trial.settings
+    image = "" if trial.side is None else f"{trial.side} pixels"
+    if not settings.schedule.points:
+        return image
     method = Method(settings.importance, settings.reduction, settings.alignment)
-    return f"{method} after {', '.join(map(str, settings.schedule.points))}"
+    dropped = f"{method} after {', '.join(map(str, settings.schedule.points))}"
+    return f"{image}, {dropped}" if image else dropped

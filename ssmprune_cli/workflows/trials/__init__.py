@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
+from ssmprune_cli.workflows.trials.budgets import Budget, Spending, Uniform
 from ssmprune_cli.workflows.trials.candidates import Candidate, layouts, neighbours, uniform
-from ssmprune_cli.workflows.trials.cost import Costs, check_budget, least, schedule_at, solve
-from ssmprune_cli.workflows.trials.latency import LatencyBudget, check_latency
-from ssmprune_cli.workflows.trials.measure import Distances, Measurements, load_images, run
+from ssmprune_cli.workflows.trials.clock import Clock, TimeTable, Timing, check_time
+from ssmprune_cli.workflows.trials.cost import Costs, Spends, check_budget, schedule_at, solve
+from ssmprune_cli.workflows.trials.measure import Distances, Measurements, Variant, load_images, run
 from ssmprune_cli.workflows.trials.state import SavedState
 
 __all__ = [
     "Budget",
     "Candidate",
+    "Clock",
     "Costs",
     "Distances",
-    "LatencyBudget",
     "Measurements",
     "SavedState",
+    "Spending",
+    "Spends",
+    "TimeTable",
+    "Timing",
     "Uniform",
+    "Variant",
     "check_budget",
-    "check_latency",
+    "check_time",
     "layouts",
-    "least",
     "load_images",
     "neighbours",
     "run",

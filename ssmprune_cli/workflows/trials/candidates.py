@@ -13,17 +13,19 @@ from ssmprune_cli.pruning import Method, default_points
 class Candidate:
     """At point i, the share exp(-level * weights[i]) of the tokens left stays; the level follows from the budget.
 
-    Equal weights are the same keep ratio at each point.
+    Equal weights are the same keep ratio at each point. Without points no tokens are dropped.
+    side  in pixels, of smaller images; None is the model's own
     """
 
     method: Method
     points: tuple[int, ...]
     weights: tuple[float, ...]
+    side: int | None = None
 
 
-def uniform(method: Method, points: Sequence[int]) -> Candidate:
+def uniform(method: Method, points: Sequence[int], side: int | None = None) -> Candidate:
     """The same keep ratio at each point."""
-    return Candidate(method, tuple(points), (1.0,) * len(points))
+    return Candidate(method, tuple(points), (1.0,) * len(points), side)
 
 
 def layouts(stages: Sequence[Stage], *, rectangular: bool = False) -> list[tuple[int, ...]]:
@@ -67,7 +69,7 @@ def neighbours(candidate: Candidate, stages: Sequence[Stage]) -> Iterator[Candid
                 yield _candidate(candidate, {**others, point: weight * factor})
         if others:
             yield _candidate(candidate, others)
-    mean = sum(weights) / len(weights)
+    mean = sum(weights) / max(1, len(weights)) or 1.0
     for place in places:
         if place not in pairs:
             yield _candidate(candidate, {**pairs, place: mean})

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.pruning import REDUCTIONS, Method, PruneSchedule, PruneSettings
+from ssmprune_cli.pruning import REDUCTIONS, Method, PruneSchedule
 from ssmprune_cli.tokens import Dropped, TokenSequence
 from ssmprune_cli.workflows.measure import EveryOp, op_name
 from ssmprune_cli.workflows.trials.measure import Measurements
@@ -35,19 +35,31 @@ _EXACT = 1e-6  # relative
 _CLOSE = 0.004  # how much of a budget may be left where every schedule has to be traced
 
 
+class Spends(Protocol):
+    """What schedules of one method spend. `exact` says whether `predict` can be relied on without a `count`."""
+
+    @property
+    def exact(self) -> bool: ...
+
+    def predict(self, schedule: PruneSchedule) -> float: ...
+
+    def count(self, schedule: PruneSchedule) -> float: ...
+
+
 class Costs:
     """The cost models of a model's methods, made when they are asked for."""
 
     def __init__(self, measurements: Measurements) -> None:
         self._measurements = measurements
-        self._models: dict[tuple[str, bool], CostModel] = {}
+        self._models: dict[int | None, dict[tuple[str, bool], CostModel]] = {}
 
-    def of(self, method: Method) -> CostModel:
+    def of(self, method: Method, side: int | None = None) -> CostModel:
         """Scores cost nothing that is counted, and all ways to align cost the same: they share a model."""
+        known = self._models.setdefault(side, {})
         key = (method.reduction, method.alignment != "none")
-        if key not in self._models:
-            self._models[key] = CostModel(self._measurements, method, list(self._models.values()))
-        return self._models[key]
+        if key not in known:
+            known[key] = CostModel(self._measurements.at(side), method, list(known.values()))
+        return known[key]
 
 
 class CostModel:
@@ -242,10 +254,10 @@ def schedule_at(
     return schedule
 
 
-def solve(build: Callable[[float], PruneSchedule], cost: CostModel, budget: float) -> PruneSchedule | None:
-    """The most costly schedule of `build` (level -> schedule, level 0 is dense) within `budget` multiply-adds, or None.
+def solve(build: Callable[[float], PruneSchedule], cost: Spends, budget: float) -> PruneSchedule | None:
+    """The most costly schedule of `build` (level -> schedule, level 0 is dense) within `budget`, or None.
 
-    Found by bisection on the predicted cost; where that is not exact, corrected by what `count_flops` says.
+    By bisection on the predicted cost; where that is not exact, corrected by what `count` says.
     """
     target, best = budget, None
     for _ in range(1 if cost.exact else 5):
@@ -261,7 +273,7 @@ def solve(build: Callable[[float], PruneSchedule], cost: CostModel, budget: floa
     return best
 
 
-def _bisect(build: Callable[[float], PruneSchedule], cost: CostModel, budget: float) -> PruneSchedule | None:
+def _bisect(build: Callable[[float], PruneSchedule], cost: Spends, budget: float) -> PruneSchedule | None:
     low, high = 0.0, 16.0
     if cost.predict(build(high)) > budget:
         return None
@@ -276,25 +288,14 @@ def _bisect(build: Callable[[float], PruneSchedule], cost: CostModel, budget: fl
     return build(high)
 
 
-def least(stages: Sequence[Stage], method: Method) -> PruneSettings:
-    """`method` with one patch token left after the first block of every stage of two blocks or more."""
-    schedule = PruneSchedule((), ())
-    for stage in stages:
-        if stage.stop - stage.start > 1:
-            schedule = schedule.then(stage.start + 1, 1, stages, rectangular=method.rectangular)
-    return method.settings(schedule, 0)
-
-
 def check_budget(measurements: Measurements, methods: Sequence[Method], fraction: float) -> None:
     """Raises UsageError, saying what can be met, if no schedule of `methods` costs as little as `fraction` of dense."""
     if not 0 < fraction < 1:
         raise UsageError(f"a budget lies between 0 and 1 of the dense model's multiply-adds, not at {fraction:g}")
-    stages = measurements.model.stages
-    if all(stage.stop - stage.start < 2 for stage in stages):
-        raise UsageError("no stage of this model has two blocks, so there is no place to prune after")
     lowest = measurements.dense_cost
     for method in {method.reduction: method for method in methods}.values():
-        lowest = min(lowest, measurements.multiply_adds(least(stages, method)))
+        least = smallest(measurements.model.stages, method)
+        lowest = min(lowest, measurements.multiply_adds(method.settings(least, 0)))
         if lowest <= fraction * measurements.dense_cost:
             return
     raise UsageError(
@@ -302,3 +303,14 @@ def check_budget(measurements: Measurements, methods: Sequence[Method], fraction
         hint=f"One patch token left after the first block of every stage costs "
         f"{lowest / measurements.dense_cost:.3f} of them; ask for more.",
     )
+
+
+def smallest(stages: Sequence[Stage], method: Method) -> PruneSchedule:
+    """One patch token left after the first block of every stage. UsageError if no stage has two blocks."""
+    schedule = PruneSchedule((), ())
+    for stage in stages:
+        if stage.stop - stage.start > 1:
+            schedule = schedule.then(stage.start + 1, 1, stages, rectangular=method.rectangular)
+    if not schedule.points:
+        raise UsageError("no stage of this model has two blocks, so there is no place to prune after")
+    return schedule

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ssmprune_cli.data import ImageDataset, batches
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.inference import Session, prepare
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, resize
 from ssmprune_cli.pruning import (
     ALIGNMENTS,
     PruneSettings,
@@ -40,6 +41,14 @@ def run(session: Session, batches: Iterable[Tensor]) -> Tensor:
         return torch.cat([session(batch).double().cpu() for batch in batches])
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A pruned model, for images of `side` pixels if that is not None. A schedule without points drops nothing."""
+
+    settings: PruneSettings
+    side: int | None = None
+
+
 class Distances(NamedTuple):
     """From the dense model, (N,) float64 each, image by image: `divergence`, and `soft_divergence`. All are infinite if
     one image's logits are not finite."""
@@ -52,6 +61,8 @@ class Measurements:
     """Pruned variants of `model` on fixed unlabelled `images` (N, 3, H, W); every result goes through `state`.
 
     calibration  how many of the images, from the first, alignment is calibrated on
+    load         model -> the same images, prepared for it: for `at`
+    like         measurements of the dense model that this one, for smaller images, is to be near to
     Raises DataError, naming the image by its number, if the dense model's logits are not finite or all alike.
     """
 
@@ -63,6 +74,8 @@ class Measurements:
         calibration: int,
         batch_size: int = 32,
         state: SavedState | None = None,
+        load: Callable[[Backbone], Tensor] | None = None,
+        like: Measurements | None = None,
     ) -> None:
         self.model = model.eval()
         self.images = images
@@ -70,8 +83,16 @@ class Measurements:
         self._calibration = calibration
         self._batch_size = batch_size
         self._pruners: dict[PruneSettings, TokenPruner] = {}
+        self._sizes: dict[int, Measurements] = {}
+        self.load = load
+        self._prefix = "" if like is None else f"{model.image_size[0]} pixels "
         restore(model)
         self.session = prepare(model)  # of the dense model; pruned ones share its weights
+        self.dense: Tensor
+        self.dense_cost: int
+        if like is not None:
+            self.dense, self.dense_cost = like.dense, like.dense_cost
+            return
         self.dense = run(self.session, images.split(batch_size))
         bad = (~self.dense.isfinite().all(dim=1)).nonzero()
         if len(bad):
@@ -86,8 +107,29 @@ class Measurements:
             )
         self.dense_cost = self._count(None)["total"]
 
+    def at(self, side: int | None) -> Measurements:
+        """Of the same model for images of `side` pixels; None is its own size. Needs `load`."""
+        if side is None:
+            return self
+        if side not in self._sizes:
+            assert self.load is not None
+            restore(self.model)
+            model = resize(self.model, side)
+            self._sizes[side] = Measurements(
+                model,
+                self.load(model),
+                calibration=self._calibration,
+                batch_size=self._batch_size,
+                state=self.state,
+                like=self,
+            )
+        return self._sizes[side]
+
     def prune(self, settings: PruneSettings) -> None:
         """Make the model the pruned one, its alignment calibrated."""
+        if not settings.schedule.points:
+            restore(self.model)
+            return
         if settings not in self._pruners:
             restore(self.model)
             self._pruners[settings] = self._calibrated(settings)
@@ -102,7 +144,7 @@ class Measurements:
         if not alignment.needs_calibration:
             pruner = self.pruner(settings)
             if alignment.needs_sizes:
-                fit_mass(self.model, pruner, batches)
+                fit_mass(self.model, pruner, batches, self.dense[: self._calibration])
             return pruner
         deltas = calibrate(self.model, settings, batches).deltas
         like = next(self.model.parameters())
@@ -127,7 +169,7 @@ class Measurements:
             dense = self.dense[rows]
             return [divergence(dense, logits).tolist(), soft_divergence(dense, logits).tolist()]
 
-        found = self.state.get(f"distances {part.start}:{part.stop} {_key(settings)}", compute)
+        found = self.state.get(f"{self._prefix}distances {part.start}:{part.stop} {_key(settings)}", compute)
         both = torch.tensor(found or [[math.inf] * len(part)] * 2, dtype=torch.float64)
         return Distances(both[0], both[1])
 
@@ -142,7 +184,7 @@ class Measurements:
 
     def _count(self, settings: PruneSettings | None) -> dict[str, Any]:
         def compute() -> dict[str, Any]:
-            if settings is None:
+            if settings is None or not settings.schedule.points:
                 restore(self.model)
             else:
                 self.model.pruner = self.pruner(settings)
@@ -150,7 +192,7 @@ class Measurements:
             restore(self.model)
             return {"total": count.all_directions, "blocks": list(count.per_block)}
 
-        return self.state.get(f"multiply-adds {_key(settings)}", compute)
+        return self.state.get(f"{self._prefix}multiply-adds {_key(settings)}", compute)
 
 
 def _key(settings: PruneSettings | None) -> str:

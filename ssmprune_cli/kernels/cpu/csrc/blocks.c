@@ -6,13 +6,14 @@
 #include "rows.h"
 
 /* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean
- * square 1; gap (G, B, L); gap_delta (blocks, G, E); sources (G, B, L, K). `parameters` (blocks, each) are as
+ * square 1; gap_delta (blocks, G, E); mass (blocks); the rest as in inner.h. `parameters` (blocks, each) are as
  * packing.pack_block lays them out for `parts`. */
 ARGUMENTS(Blocks,
-    const float *hidden, *residual, *context, *gap, *gap_delta, *parameters;
+    const float *hidden, *residual, *context, *gap, *gap_delta, *size, *mass, *parameters;
     float *out, *stream, *ungated;
-    const int64_t *sources;
+    const int64_t *sources, *slots, *cells, *read;
     int64_t blocks, each, batch, length, dim, channels, state, width, rank, directions, others, threads, parts, tiles;
+    int64_t tokens, steps;
     double scale, eps;
 );
 DESCRIBE(Blocks)
@@ -46,11 +47,12 @@ static void project(const Inner *a, Rows x, const float *weight, Rows out, int64
 static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, float *scratch, int64_t size, uint16_t *rows) {
     int64_t L = a->length, d = a->dim, E = a->channels, M = a->others, start, stop, context_start, context_stop;
     Inner inner = {.batch = a->batch, .length = L, .channels = E, .state = a->state, .width = a->width, .rank = a->rank,
-                   .directions = a->directions, .others = M, .scale = a->scale, .gap = a->gap,
-                   .sources = a->sources, .xz_b = size, .xz_l = 2 * E, .y_b = size, .context_b = size, .context_l = E,
+                   .directions = a->directions, .others = M, .scale = a->scale, .gap = a->gap, .size = a->size,
+                   .sources = a->sources, .slots = a->slots, .cells = a->cells, .read = a->read, .tokens = a->tokens,
+                   .steps = a->steps, .xz_b = size, .xz_l = 2 * E, .y_b = size, .context_b = size, .context_l = E,
                    .way = way, .parts = a->parts, .rows = rows};
-    float *u = scratch, *y = u + (a->directions - 1) * L * E, *xz = u + inner_scratch(&inner), *normed = xz + L * 2 * E;
-    float *context = normed + L * d, *unit = context + M * E;
+    float *u = scratch, *xz = u + inner_scratch(&inner), *normed = xz + L * 2 * E, *context = normed + L * d;
+    float *unit = context + M * E, *y = a->slots ? unit + M * d : u + (a->directions - 1) * L * E;
     Rows tokens = {normed, d, L, size, d}, gated = {y, E, L, size, E};
     Rows x = {xz, E, L, size, 2 * E}, z = {xz + E, E, L, size, 2 * E}, both = {xz, 2 * E, L, size, 2 * E};
     Rows seen = {unit, d, M, size, d}, seen_x = {context, E, M, size, E}, out = {a->out + first * L * d, d, L, L * d, d};
@@ -65,6 +67,7 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, floa
         inner.parameters = back + weight_size(E, d, way, a->parts);
         if (block == a->blocks - 1) inner.ungated = a->ungated;
         inner.gap_delta = a->gap_delta ? a->gap_delta + block * a->directions * E : 0;
+        inner.mass = a->mass ? a->mass[block] : 0;
         for (int64_t row = start; row < stop; row++) {
             int64_t at = (first * L + row) * d;
             const float *residual = block ? a->stream : a->residual;
@@ -94,11 +97,12 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, floa
 }
 
 /* With `parts` and without `tiles`, products of bfloat16 matrices by the processor, parts is 1. Returns 0, 1 when memory ran
- * out, or 2 for a source that is not there. */
+ * out, or 2 for a source that is not there or a cell that is none. */
 int mamba_blocks(const Blocks *a) {
     Inner inner = {.length = a->length, .channels = a->channels, .state = a->state, .rank = a->rank,
-                   .directions = a->directions};
+                   .directions = a->directions, .steps = a->steps, .cells = a->cells};
     int64_t size = inner_scratch(&inner) + a->length * (2 * a->channels + a->dim) + a->others * (a->channels + a->dim);
+    size += a->slots ? a->length * a->channels : 0; /* outputs then have other rows than inputs */
     size = (size + 15) / 16 * 16;
     if (!a->batch || !a->length) return 0;
     int64_t threads = team(a->threads), each = size < SHARE ? SHARE / size : 1;

@@ -55,11 +55,17 @@ INLINE int outside(const Conv *a, const int64_t *sources) {
     return 0;
 }
 
-/* silu(y) to row `row` of `out` (., E). */
-INLINE void write_silu(void *out, int64_t row, int64_t channels, int64_t c, int half, vf *y) {
+/* y becomes silu(y). */
+INLINE void silu(vf *y) {
     vf gate[UNROLL];
     STAGE gate[i] = y[i];
     sigmoid(gate);
-    FOR_SLAB(channels, c, store(out, row * channels + c + i * W, y[i] * gate[i], lanes, half))
+    STAGE y[i] *= gate[i];
+}
+
+/* silu(y) to row `row` of `out` (., E). */
+INLINE void write_silu(void *out, int64_t row, int64_t channels, int64_t c, int half, vf *y) {
+    silu(y);
+    FOR_SLAB(channels, c, store(out, row * channels + c + i * W, y[i], lanes, half))
 }
 #endif

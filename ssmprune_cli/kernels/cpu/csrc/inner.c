@@ -2,10 +2,34 @@
 
 DESCRIBE(Inner)
 
-/* `together` tokens in direction g, the first at `row` of those of the samples from `first` on; `stop` is past the last. */
+/* Row t of u (S, E) of sample b: the mean of its cell, and the token's own values to row t of `own`. `sources` (T, K) are of
+ * all its tokens. Returns whether a source is missing, or a cell is none. */
+INLINE int pool_cell(const Inner *a, const Conv *conv, int64_t b, int64_t t, const int64_t *sources, int half, float *u,
+                     float *own) {
+    const int64_t *ends = a->cells + b * a->length;
+    int64_t E = a->channels, start = t ? ends[t - 1] : 0, stop = ends[t], read = a->read[b * a->length + t];
+    if (start < 0 || stop > a->tokens || read < start || read >= stop) return 1;
+    for (int64_t j = start; j < stop; j++)
+        if (outside(conv, sources + j * a->width)) return 1;
+    float mass = (float)a->mass, live = 1.0f / (1.0f + mass * (a->size[b * a->length + t] - 1.0f)), frozen = mass * live;
+    for (int64_t c = 0; c < E; c += SLAB) {
+        vf mean[UNROLL] = {{0}};
+        for (int64_t j = start; j < stop; j++) {
+            vf y[UNROLL] = {{0}};
+            convolve_sources(conv, b, sources + j * a->width, c, half, y);
+            silu(y);
+            STAGE mean[i] += y[i] * (j == read ? live : frozen);
+            if (j == read) { FOR_SLAB(E, c, store(own, t * E + c + i * W, y[i], lanes, 0)) }
+        }
+        FOR_SLAB(E, c, store(u, t * E + c + i * W, mean[i], lanes, 0))
+    }
+    return 0;
+}
+
+/* `together` steps in direction g, the first at `row` of those of the samples from `first` on; `stop` is past the last. */
 INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int64_t together, int64_t stop, int half, int way,
                      float *scratch, int64_t size) {
-    int64_t E = a->channels, K = a->width, L = a->length, stride = padded(a);
+    int64_t E = a->channels, K = a->width, L = a->length, S = a->steps, stride = padded(a);
     Parameters p = parameters_of(a, g);
     Conv conv = {.x = a->xz, .context = a->context, .taps = p.taps, .bias = p.conv_bias, .length = L, .channels = E,
                  .width = K, .x_b = a->xz_b, .x_l = a->xz_l, .context_b = a->context_b, .context_l = a->context_l,
@@ -14,11 +38,16 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
     float *to[MOST_ROWS];
     for (int64_t r = 0; r < together; r++) {
         int64_t at = row + r < stop ? row + r : stop - 1; /* the last one again */
-        int64_t b = first + at / L, t = at % L;
-        float *u = scratch + at / L * size + g * L * E;
-        const int64_t *sources = a->sources ? a->sources + ((g * a->batch + b) * L + t) * K : 0;
-        from[r] = u + t * E, to[r] = scratch + at / L * size + a->directions * L * E + (g * L + t) * stride;
+        int64_t b = first + at / S, t = at % S;
+        float *own = scratch + at / S * size, *u = own + g * S * E;
+        const int64_t *sources = a->sources ? a->sources + (g * a->batch + b) * a->tokens * K : 0;
+        from[r] = u + t * E, to[r] = own + a->directions * S * E + (g * S + t) * stride;
         if (row + r > at) continue;
+        if (a->cells) {
+            if (pool_cell(a, &conv, b, t, sources, half, u, own + own_at(a) + g * L * E)) return 1;
+            continue;
+        }
+        if (sources) sources += t * K;
         if (sources && outside(&conv, sources)) return 1;
         for (int64_t c = 0; c < E; c += SLAB) {
             vf y[UNROLL] = {{0}};
@@ -39,7 +68,7 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
 int feed_rows(const Inner *a, int64_t first, int64_t count, float *scratch, int64_t size) {
     int64_t start, stop;
     int missing = 0, way = (int)a->way;
-    own_share(count * a->length, &start, &stop);
+    own_share(count * a->steps, &start, &stop);
     int64_t together = way == TILES ? group_size(start, stop) : TILE_ROWS;
     if (way == TILES && together) tiles_begin(together);
     for (int64_t row = start; row < stop; row += together)
@@ -53,23 +82,26 @@ int feed_rows(const Inner *a, int64_t first, int64_t count, float *scratch, int6
 
 /* The scans of sample b for the channel blocks `from` ... `to`. The first one's outputs take the place of its inputs. */
 static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *u) {
-    int64_t E = a->channels, N = a->state, R = a->rank, L = a->length, stride = padded(a), G = a->directions;
+    int64_t E = a->channels, N = a->state, R = a->rank, S = a->steps, stride = padded(a), G = a->directions;
     int64_t size = a->half ? 2 : 4;
     int failed = 0;
     for (int64_t g = 0; g < G; g++) {
-        float *input = u + g * L * E, *own = u + G * L * E + g * L * stride;
+        float *input = u + g * S * E, *own = u + G * S * E + g * S * stride;
         Parameters p = parameters_of(a, g);
         Scan scan = {.u = input, .u_l = E, .rank = own, .rank_l = stride, .R = R, .dt_weight = p.dt_weight, .B = own + R,
                      .B_l = stride, .C = own + R + N, .C_l = stride, .A = p.A, .A_c = 1, .A_n = E, .D = p.D,
-                     .bias = p.dt_bias, .y = input, .batch = 1, .length = L, .channels = E, .state = N, .softplus = 1,
-                     .reverse = g, .outputs = L, .scale = a->scale};
-        if (a->gap) scan.gap = a->gap + (g * a->batch + b) * L, scan.gap_l = 1;
+                     .bias = p.dt_bias, .y = input, .batch = 1, .length = S, .channels = E, .state = N, .softplus = 1,
+                     .reverse = g, .outputs = S, .scale = a->scale, .mass = a->mass, .stay = g < G - 1};
+        if (a->gap) scan.gap = a->gap + (g * a->batch + b) * S, scan.gap_l = 1;
+        if (a->size) scan.size = a->size + b * S;
+        if (a->slots) scan.slots = a->slots + b * S;
+        if (a->cells) scan.skip = u + own_at(a) + g * S * E;
         if (a->gap_delta) scan.gap_delta = a->gap_delta + g * E;
         if (g) scan.sum = u;
         if (g == G - 1) {
             scan.z = (const char *)a->xz + (b * a->xz_b + E) * size, scan.z_l = a->xz_l;
             scan.y = (char *)a->y + b * a->y_b * size, scan.half_out = a->half;
-            if (a->ungated) scan.ungated = a->ungated + b * L * E;
+            if (a->ungated) scan.ungated = a->ungated + b * a->length * E;
         }
         failed |= scan_forward_group(&scan, 0, from, to);
     }
@@ -92,7 +124,7 @@ int scan_channels(const Inner *a, int64_t first, int64_t count, float *scratch, 
     return failed;
 }
 
-/* Returns 0, 1 when memory ran out, or 2 for a source that is not there. */
+/* Returns 0, 1 when memory ran out, or 2 for a source that is not there or a cell that is none. */
 int mamba_inner(const Inner *a) {
     int64_t threads = team(a->threads), together = threads < a->batch ? threads : a->batch, size = inner_scratch(a);
     float *scratch = aligned_alloc(64, (size_t)(together * size + 16) * sizeof(float));

@@ -10,18 +10,23 @@
 #include "scan.h"
 #include "threads.h"
 
-/* xz is (B, L, 2E), y (B, L, E), context (B, M, E), gap (G, B, L), gap_delta (G, E), sources (G, B, L, K). The second of
- * the G directions scans in reverse. `parameters` are as packing.pack_inner lays them out. */
+/* xz is (B, L, 2E), y (B, L, E), context (B, M, E), gap (G, B, S), gap_delta (G, E), sources (G, B, T, K), size (B, S). The
+ * second of the G directions scans in reverse. `parameters` are as packing.pack_inner lays them out.
+ *
+ * T tokens are convolved, and scans take S steps: L of both, or more. With `slots` (B, S) every token has a step, and is
+ * read into that row of y, or not for -1. With `cells` (B, L), which have the end of each token's cell among the T tokens,
+ * its step is that of the cell's mean, in which it is row `read` (B, L), and others count `mass` times as much. */
 ARGUMENTS(Inner,
     const void *xz, *context;
     void *y;
     float *ungated; /* (B, L, E): the sum of the directions before the gate, if it is wanted */
     const float *parameters, *gap, *gap_delta;
-    const int64_t *sources;
+    const float *size;
+    const int64_t *sources, *slots, *cells, *read;
     uint16_t *rows; /* room for what tile_rows gives of E channels, if `way` is TILES */
     int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;
-    int64_t half, threads, way, parts;
-    double scale;
+    int64_t half, threads, way, parts, tokens, steps;
+    double scale, mass;
 );
 
 /* The parameters of one direction. P = R + 2N; x_weight as `way` has it. */
@@ -56,9 +61,11 @@ INLINE Parameters parameters_of(const Inner *a, int64_t g) {
     return p;
 }
 
-/* Scratch memory of one sample: u (G, L, E), then rank values, B and C (G, L, padded). In whole vectors. */
+/* Scratch memory of one sample: u (G, S, E), then rank values, B and C (G, S, padded), and with cells the tokens' own
+ * values (G, L, E). In whole vectors. */
+INLINE int64_t own_at(const Inner *a) { return a->directions * a->steps * (a->channels + padded(a)); }
 INLINE int64_t inner_scratch(const Inner *a) {
-    return (a->directions * a->length * (a->channels + padded(a)) + 15) / 16 * 16;
+    return (own_at(a) + (a->cells ? a->directions * a->length * a->channels : 0) + 15) / 16 * 16;
 }
 
 /* Of the samples `first` ... `first + count` the rows that the calling thread takes: their u, and their rank values, B and

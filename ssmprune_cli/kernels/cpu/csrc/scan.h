@@ -15,14 +15,16 @@ ARGUMENTS(Scan,
     const int64_t *visits; /* (B, L): the row of u, y and `sum` that each step takes, if it is not its own; forward only */
     /* For inner.c, forward only. Of `rank` (L, R) `dt_weight` (R, E) makes delta, instead of reading it; `sum` (L, E) is
      * added to the output before the gate, which is times `scale`; what comes before the gate goes to `ungated` (L, E)
-     * too; z and y are bfloat16 if `half_out` says so. */
-    const float *rank, *dt_weight, *sum;
+     * too; z and y are bfloat16 if `half_out` says so. D is times `skip` (L, E), if it is there, and not u. Steps grow by
+     * 1 + mass (size - 1) of their `size` (L): what they put into the state, and their decay if there is no gap. With
+     * `slots`, z and `ungated` have rows as y has, unless outputs `stay` in the rows of their tokens. */
+    const float *rank, *dt_weight, *sum, *skip, *size;
     float *ungated;
     float *states; /* (B, chunks, N, E): before each chunk, which the forward pass keeps for the backward pass, or none */
     int64_t batch, length, channels, state;
     int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l, A_c, A_n;
-    int64_t softplus, reverse, half, half_out, threads, groups, outputs, rank_l, R;
-    double scale;
+    int64_t softplus, reverse, half, half_out, threads, groups, outputs, rank_l, R, stay;
+    double scale, mass;
 );
 
 /* Channels `c` ... of sample `b`: the parameters of one block. A (N vectors) is in units of log 2. */
@@ -89,7 +91,7 @@ INLINE void project_steps(const Scan *a, const float *ranks, int64_t c, int lane
     }
 }
 
-/* Raw steps, steps, decay times and inputs; places after `size` repeat the last token. With `ranks`, they give the steps.
+/* Raw steps, steps (grown), decay times and inputs; places after `size` repeat the last token. With `ranks`, they give the steps.
  * Returns whether every exponent is far from overflow. */
 INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int size, int64_t c, int lanes, int half,
                        const Block *k, const float *ranks, Tokens *x) {
@@ -104,11 +106,15 @@ INLINE int read_tokens(const Scan *a, int64_t b, int64_t first, int way, int siz
         else STAGE step[i] = k->bias + load_ahead(a->delta, b * a->delta_b + row[i] * a->delta_l + c, lanes, half);
         STAGE x->raw[j + i] = step[i];
         if (a->softplus) softplus(step);
-        STAGE x->step[j + i] = step[i];
         vf decay[UNROLL];
         STAGE decay[i] = step[i];
+        if (a->size) {
+            STAGE step[i] *= 1.0f + (float)a->mass * (a->size[row[i]] - 1.0f);
+            if (!a->gap) STAGE decay[i] = step[i];
+        }
+        STAGE x->step[j + i] = step[i];
         if (a->shift) STAGE decay[i] += load_ahead(a->shift, b * a->shift_b + row[i] * a->shift_l + c, lanes, half);
-        if (a->gap) STAGE decay[i] += a->gap[b * a->gap_b + row[i] * a->gap_l] * (a->gap_delta ? k->gap_delta : step[i]);
+        if (a->gap) STAGE decay[i] += a->gap[b * a->gap_b + row[i] * a->gap_l] * (a->gap_delta ? k->gap_delta : decay[i]);
         STAGE x->decay[j + i] = decay[i];
         if (BOUNDED) STAGE outside |= ~(absolute(decay[i]) * k->steepest < 126.0f);
     }

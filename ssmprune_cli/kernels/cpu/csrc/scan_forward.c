@@ -13,6 +13,22 @@ typedef struct { Block k; vf h[MAX_INNER]; } Column;
 /* Up to CHUNK tokens in scan order, which starts at token `first`. */
 typedef struct { int64_t start, first; int size; const float *ranks; } Chunk;
 
+/* Moves the outputs of the tokens that are read to the front of y. Their rows, the last one again up to a whole STAGE, and
+ * how many there are. */
+INLINE int place_outputs(const Scan *a, int64_t b, int64_t first, int way, int size, const int64_t *slots, vf *y,
+                         int64_t *rows) {
+    int count = size;
+    if (slots) {
+        count = 0;
+        for (int j = 0; j < size; j++)
+            if (slots[j * way] >= 0) rows[count] = a->stay ? first + j * way : slots[j * way], y[count++] = y[j];
+    } else {
+        for (int j = 0; j < size; j++) rows[j] = visited(a, b, first + j * way);
+    }
+    for (int j = count; j % UNROLL && count; j++) rows[j] = rows[count - 1];
+    return count;
+}
+
 INLINE void forward_chunk(const Scan *a, int64_t b, Chunk of, int64_t c, int lanes, int N, int half, int half_out,
                           Column *column) {
     const Block *k = &column->k;
@@ -25,25 +41,26 @@ INLINE void forward_chunk(const Scan *a, int64_t b, Chunk of, int64_t c, int lan
             store(a->states, state_at(a, b, of.start, c) + n * a->channels, column->h[n], lanes, 0);
     const int64_t *slots = a->slots ? a->slots + b * a->length + first : 0;
     int safe = read_tokens(a, b, first, way, size, c, lanes, half, k, of.ranks, &x);
-    for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j], y[j] = k->D * x.u[j];
+    for (int j = 0; j < size; j++) drive[j] = x.step[j] * x.u[j];
+    if (a->skip) for (int j = 0; j < size; j++) y[j] = k->D * load(a->skip, (first + j * way) * a->channels + c, lanes, 0);
+    else for (int j = 0; j < size; j++) y[j] = k->D * x.u[j];
     advance_all(a, k, x.decay, drive, column->h, y, slots, b * a->B_b + first * a->B_l, b * a->C_b + first * a->C_l, way,
                 size, N, safe, half);
     if (a->sum)
         for (int j = 0; j < size; j++) y[j] += load(a->sum, visited(a, b, first + j * way) * a->channels + c, lanes, 0);
+    int64_t rows[CHUNK]; /* of the outputs */
+    int count = place_outputs(a, b, first, way, size, slots, y, rows);
     if (a->ungated)
-        for (int j = 0; j < size; j++) store(a->ungated, (first + j * way) * a->channels + c, y[j], lanes, 0);
+        for (int j = 0; j < count; j++) store(a->ungated, rows[j] * a->channels + c, y[j], lanes, 0);
     if (a->z)
-        for (int j = 0; j < size; j += UNROLL) {
+        for (int j = 0; j < count; j += UNROLL) {
             vf gate[UNROLL];
-            STAGE gate[i] = load_ahead(a->z, b * a->z_b + row_of(first, way, size, j + i) * a->z_l + c, lanes, half_out);
+            STAGE gate[i] = load_ahead(a->z, b * a->z_b + rows[j + i] * a->z_l + c, lanes, half_out);
             STAGE y[j + i] *= gate[i] * (float)a->scale;
             sigmoid(gate);
             STAGE y[j + i] *= gate[i];
         }
-    for (int j = 0; j < size; j++) {
-        int64_t row = slots ? slots[j * way] : visited(a, b, first + j * way);
-        if (row >= 0) store(a->y, (b * a->outputs + row) * a->channels + c, y[j], lanes, half_out);
-    }
+    for (int j = 0; j < count; j++) store(a->y, (b * a->outputs + rows[j]) * a->channels + c, y[j], lanes, half_out);
 }
 
 /* All blocks go through one chunk together before any goes on to the next: memory is then read row by row. */

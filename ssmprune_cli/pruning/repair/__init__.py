@@ -1,0 +1,8 @@
+"""Repair: what pruning did to the answers, mended in closed form from unlabelled images. Knows no model family."""
+
+from __future__ import annotations
+
+from ssmprune_cli.pruning.repair.features import FeaturePruner, Runner
+from ssmprune_cli.pruning.repair.repair import ENOUGH, KINDS, LEAST, Asked, fold_head, judged_rows, repair
+
+__all__ = ["ENOUGH", "KINDS", "LEAST", "Asked", "FeaturePruner", "Runner", "fold_head", "judged_rows", "repair"]

@@ -1,0 +1,312 @@
+"""Time as what a schedule spends: shares of the dense session's time on this device, from a table that is measured.
+
+One row of the table is the time of a uniform variant over that of the dense model, timed in turn with it: one point
+after the first block of a stage, and so many tokens in all of its other blocks. Between rows the share is linear in the
+tokens of each block, and every point costs what pruning itself takes. So a few seconds tell the time of every schedule
+about as well as the machine keeps time; what is chosen in the end is timed as a whole.
+
+A smaller whole grid makes later stages cheaper too: from its row goes what the rows of those stages say of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli import __version__
+from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.files import read_bytes
+from ssmprune_cli.interface import Stage
+from ssmprune_cli.kernels import active_backend, cache_folders
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings
+from ssmprune_cli.statistics import ratio_of_medians
+from ssmprune_cli.workflows.measure import interleaved_speeds, machine
+from ssmprune_cli.workflows.trials.cost import smallest
+from ssmprune_cli.workflows.trials.measure import Measurements, Variant
+from ssmprune_cli.workflows.write import write_text
+
+_FRACTIONS = (0.95, 0.7, 0.45, 0.2)  # of a stage's tokens; the first shows what it costs to prune at all
+_FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
+_SECONDS = 4.0  # for the rows of one reduction
+_ROUNDS = (3, 15)
+_MOST_POINTS = 6  # that tell what a point takes
+_MOST_BYTES = 1 << 22  # of a saved table
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A variant's time over the dense model's, timed in turn, with its 95 % interval; and both in ms a batch."""
+
+    ratio: float
+    interval: tuple[float, float]
+    ms: float
+    dense_ms: float
+
+
+class Clock:
+    """Times variants of a model in turn with the dense one, on batches of `batch_size` images.
+
+    table  rows that are known, by key; those that are measured are added
+    """
+
+    def __init__(self, measurements: Measurements, batch_size: int, table: TimeTable | None = None) -> None:
+        self.measurements = measurements
+        self.batch_size = batch_size
+        self.table = table or TimeTable(None)
+        self._models: dict[str, TimeModel] = {}
+
+    def of(self, method: Method, side: int | None = None) -> TimeModel | SmallerModel:
+        """Scores and alignments change little of the time: methods with one reduction share a model."""
+        if method.reduction not in self._models:
+            self._models[method.reduction] = TimeModel(self, method)
+        whole = self._models[method.reduction]
+        return whole if side is None else SmallerModel(whole, self, method, side)
+
+    def of_side(self, side: int) -> float:
+        """The share of the dense model's time that the model for images of `side` pixels takes, all tokens kept."""
+        if f"side {side}" not in self.table.rows:
+            (timing,) = self.timings([Variant(_nothing(), side)], _SECONDS / 2)
+            self.table.add({f"side {side}": timing.ratio})
+        return self.table.rows[f"side {side}"]
+
+    def dense_ms(self) -> float:
+        """Milliseconds of a batch of the dense model."""
+        (dense,) = interleaved_speeds([self.measurements.session], self._batch(self.measurements), _ROUNDS[1])
+        return dense.median_ms
+
+    def timing(self, variant: Variant) -> Timing:
+        (timing,) = self.timings([variant], _SECONDS, most=40)
+        return timing
+
+    def timings(self, variants: Sequence[Variant], seconds: float, *, most: int = _ROUNDS[1]) -> list[Timing]:
+        """Of several variants and the dense model in turn, for about so many seconds."""
+        sessions: list[nn.Module] = [self.measurements.session]
+        images = [self._batch(self.measurements)]
+        for variant in variants:
+            sized = self.measurements.at(variant.side)
+            dropped = bool(variant.settings.schedule.points)
+            sessions.append(sized.session.with_pruner(sized.pruner(variant.settings)) if dropped else sized.session)
+            images.append(self._batch(sized))
+        with torch.inference_mode():
+            sessions[0](images[0])
+            start = time.perf_counter()
+            sessions[0](images[0])
+            once = time.perf_counter() - start
+        rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
+        first, *others = interleaved_speeds(sessions, images, rounds)
+        return [
+            Timing(*ratio_of_medians(first.rounds_ms, each.rounds_ms), each.median_ms, first.median_ms)
+            for each in others
+        ]
+
+    def _batch(self, measurements: Measurements) -> Tensor:
+        images = measurements.images
+        return images.repeat(-(-self.batch_size // len(images)), 1, 1, 1)[: self.batch_size]
+
+
+def _nothing() -> PruneSettings:
+    """Settings that drop nothing."""
+    return Method().settings(PruneSchedule((), ()), 0)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A schedule to time, for the blocks of `stage` that then have `tokens`, and its name in the table."""
+
+    schedule: PruneSchedule
+    name: str
+    stage: Stage
+    tokens: int
+
+
+class TimeModel:
+    """Share of the dense model's time that a schedule of one reduction takes."""
+
+    exact = True  # as exact as it gets without timing every schedule
+
+    def __init__(self, clock: Clock, method: Method) -> None:
+        self._clock = clock
+        self._method = method
+        self._stages = clock.measurements.model.stages
+        rows, many = self._rows(), self._many_points()
+        names = {row.schedule: row.name for row in rows}
+        if many is not None:
+            names[many] = f"{many.points[0] - 1} {many.tokens[0]} {len(many.points)} points"
+        ratios = self._measured(names)
+        self._point = {stage.start: 0.0 for stage in self._stages}  # what pruning at a point itself takes, by stage
+        self._blocks: dict[
+            int, list[tuple[int, float]]
+        ] = {}  # by the start of a stage: tokens, change of a block's share
+        self._fit(rows, ratios)
+        if many is not None:
+            mixers = clock.measurements.model.mixers
+            work = {stage.start: stage.num_tokens * mixers[stage.start].d_inner for stage in self._stages}
+            # In the rows every point is among what its blocks save. What many points take more than that is theirs.
+            each = max(0.0, (ratios[many] - self._share(many)) / (len(many.points) - 1))
+            self._point = {start: each * own / work[many.points[0] - 1] for start, own in work.items()}
+            self._fit(rows, ratios)
+
+    def predict(self, schedule: PruneSchedule) -> float:
+        return max(self._share(schedule), 1e-3)
+
+    def _share(self, schedule: PruneSchedule) -> float:
+        patches = schedule.patches_per_block(self._stages)
+        share = 1.0
+        for point, tokens in zip(schedule.points, schedule.tokens, strict=True):
+            if tokens < patches[point - 1]:
+                share += self._point[next(stage.start for stage in self._stages if stage.start < point <= stage.stop)]
+        for stage in self._stages:
+            for tokens in patches[stage.start : stage.stop]:
+                if tokens < stage.num_patches:
+                    share += self._change(stage.start, tokens)
+        return share
+
+    def _fit(self, rows: Sequence[_Row], ratios: Mapping[PruneSchedule, float]) -> None:
+        self._blocks.clear()
+        for stage in reversed(self._stages):  # what a row changes in later stages is known then
+            own = [row for row in rows if row.stage == stage]
+            known = [self._share(row.schedule) for row in own]
+            for row, share in zip(own, known, strict=True):
+                change = (ratios[row.schedule] - share) / (stage.stop - max(stage.start, row.schedule.points[0]))
+                self._blocks.setdefault(stage.start, []).append((row.tokens, change))
+
+    def count(self, schedule: PruneSchedule) -> float:
+        """What a clock says."""
+        return self._clock.timing(Variant(self._method.settings(schedule, 0))).ratio
+
+    def _change(self, start: int, live: int) -> float:
+        """Linear between the rows of a stage, and beyond its ends along the last two; 0 while there are none."""
+        rows = sorted(self._blocks.get(start, [(live, 0.0)]))
+        upper = next((i for i, (tokens, _) in enumerate(rows) if tokens >= live), len(rows) - 1)
+        upper = max(upper, min(1, len(rows) - 1))
+        (few, low), (many, high) = rows[max(0, upper - 1)], rows[upper]
+        return low if many == few else low + (high - low) * (live - few) / (many - few)
+
+    def _rows(self) -> list[_Row]:
+        found: dict[str, _Row] = {}
+        for stage in self._stages:
+            depth = stage.stop - stage.start
+            point = stage.start + 1
+            if depth == 1:  # only what was merged before is missing in it
+                point = stage.start if self._method.rectangular else 0
+            if point == 0:
+                continue
+            before = next(each.num_patches for each in self._stages if each.start < point <= each.stop)
+            for fraction in _FRACTIONS if depth > 3 else _FEW_FRACTIONS:
+                schedule = self._then(PruneSchedule((), ()), point, round(fraction * before))
+                tokens = schedule.patches_per_block(self._stages)[stage.stop - 1]
+                name = f"{stage.start} {tokens}"
+                found[name] = _Row(schedule, name, stage, tokens)
+        return list(found.values())
+
+    def _many_points(self) -> PruneSchedule | None:
+        """Points in a row that prune next to nothing after the first; None for a model too shallow for it."""
+        longest = max(self._stages, key=lambda stage: stage.stop - stage.start)
+        if longest.stop - longest.start <= 3:
+            return None
+        tokens, schedule = round(_FRACTIONS[1] * longest.num_patches), PruneSchedule((), ())
+        for point in range(longest.start + 1, longest.stop)[:_MOST_POINTS]:
+            if tokens < 1:
+                break
+            schedule = self._then(schedule, point, tokens)
+            tokens = schedule.tokens[-1] - 1
+        return schedule if len(schedule.points) > 1 else None
+
+    def _then(self, schedule: PruneSchedule, point: int, tokens: int) -> PruneSchedule:
+        return schedule.then(point, max(1, tokens), self._stages, rectangular=self._method.rectangular)
+
+    def _measured(self, names: Mapping[PruneSchedule, str]) -> dict[PruneSchedule, float]:
+        """Shares of schedules, which have these names in the table."""
+        keys = [f"{self._method.reduction} {name}" for name in names.values()]
+        if any(key not in self._clock.table.rows for key in keys):
+            timings = self._clock.timings([Variant(self._method.settings(row, 0)) for row in names], _SECONDS)
+            self._clock.table.add({key: timing.ratio for key, timing in zip(keys, timings, strict=True)})
+        return {row: self._clock.table.rows[key] for row, key in zip(names, keys, strict=True)}
+
+
+class SmallerModel:
+    """The same for images of `side` pixels: the time of that model, and what pruning the same share of tokens saves."""
+
+    exact = True
+
+    def __init__(self, whole: TimeModel, clock: Clock, method: Method, side: int) -> None:
+        self._whole, self._clock, self._method, self._side = whole, clock, method, side
+        stages, smaller = clock.measurements.model.stages, clock.measurements.at(side).model.stages
+        self._grids = list(zip(stages, smaller, strict=True))
+        self._share = clock.of_side(side)
+
+    def predict(self, schedule: PruneSchedule) -> float:
+        as_whole, stages = PruneSchedule((), ()), [whole for whole, _ in self._grids]
+        for point, count in zip(schedule.points, schedule.tokens, strict=True):
+            whole, own = next(pair for pair in self._grids if pair[0].start < point <= pair[0].stop)
+            tokens = max(1, round(count * whole.num_patches / own.num_patches))
+            as_whole = as_whole.then(point, tokens, stages, rectangular=self._method.rectangular)
+        return self._share * self._whole.predict(as_whole)
+
+    def count(self, schedule: PruneSchedule) -> float:
+        """What a clock says."""
+        return self._clock.timing(Variant(self._method.settings(schedule, 0), self._side)).ratio
+
+
+def check_time(clock: Clock, methods: Sequence[Method], share: float) -> None:
+    """Raises UsageError, saying what can be met, if no schedule of `methods` takes as little as `share` of dense."""
+    if not 0 < share < 1:
+        raise UsageError(f"a time to search for lies between 0 and 1 of the dense model's, not at {share:g}")
+    stages = clock.measurements.model.stages
+    by_reduction = {method.reduction: (method, smallest(stages, method)) for method in methods}.values()
+    method, least = min(by_reduction, key=lambda pair: clock.of(pair[0]).predict(pair[1]))
+    timing = clock.timing(Variant(method.settings(least, 0)))
+    if timing.ratio > share:
+        raise UsageError(
+            f"{share:g} of the dense model's time cannot be reached on this device with a batch of {clock.batch_size}",
+            hint=f"With one patch token left after each stage's first block a batch takes {timing.ms:.1f} ms, "
+            f"{timing.ratio:.2f} of the dense model's {timing.dense_ms:.1f}; ask for more, or try a larger batch.",
+        )
+
+
+class TimeTable:
+    """Measured rows (shares of the dense time by key), in a file for the next run of the same model and machine."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.rows: dict[str, float] = {}
+        if path is not None and path.exists():
+            with suppress(SsmpruneError, ValueError):  # a broken cache is measured anew
+                rows = json.loads(read_bytes(path, _MOST_BYTES, SsmpruneError))
+                self.rows = {str(key): float(value) for key, value in rows.items() if 0 < float(value) < 1e3}
+
+    @classmethod
+    def of(cls, model: Backbone, device: str, batch_size: int) -> TimeTable:
+        """That of this model's shape (not its weights), device and versions, in the user's cache."""
+        facts: dict[str, Any] = {
+            "family": model.family,
+            "config": asdict(model.config),
+            "dtype": str(model.dtype),
+            "device": device,
+            "machine": machine(device),
+            "batch_size": batch_size,
+            "threads": torch.get_num_threads(),
+            "kernel": active_backend(device),
+            "torch": str(torch.__version__),
+            "ssmprune": __version__,
+        }
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        folders = cache_folders()
+        return cls(folders[0] / "times" / f"{name}.json" if folders else None)
+
+    def add(self, rows: dict[str, float]) -> None:
+        self.rows |= rows
+        if self._path is not None:
+            with suppress(OSError, SsmpruneError):  # without a cache it is measured again
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_text(self._path, json.dumps(self.rows, indent=1) + "\n")

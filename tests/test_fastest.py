@@ -1,0 +1,52 @@
+"""The fastest model within a loss: which one of the ladder it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.pruning import Method
+from ssmprune_cli.recipe import Pruning, Recipe
+from ssmprune_cli.workflows.fastest import LADDER, fastest
+from ssmprune_cli.workflows.search import Found, Limits, SearchPlan
+from ssmprune_cli.workflows.trials import Budget
+
+
+class Searches:
+    """Finds something for every share of at least `reach`, and notes what was asked."""
+
+    def __init__(self, reach: float = 0.0) -> None:
+        self.plan = SearchPlan(Path("calib"), [Method()], limits=Limits(30))
+        self.reach = reach
+        self.asked: list[tuple[float, int]] = []
+
+    def find(self, budget: Budget, limits: Limits) -> Found:
+        if budget.value < self.reach:
+            raise UsageError("cannot be reached")
+        self.asked.append((budget.value, limits.evaluations))
+        return Found(budget, [], Recipe(pruning=Pruning(keep=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("holds_from", "reach", "chosen"), [(0.7, 0.0, 0.7), (0.0, 0.5, 0.5), (0.0, 0.0, LADDER[-1]), (0.97, 0.0, 0.95)]
+)
+def test_the_last_before_the_first_that_fails(holds_from: float, reach: float, chosen: float) -> None:
+    searches = Searches(reach)
+    judged: list[float] = []
+
+    def holds(found: Found) -> bool:
+        judged.append(found.budget.value)
+        return found.budget.value >= holds_from
+
+    assert fastest(cast(Any, searches), holds).budget.value == chosen
+    assert judged == list(LADDER[: len(judged)]), "from the mildest on, none left out"
+    assert sum(value < holds_from for value in judged) <= 1, "none is judged after the first that fails"
+    assert {evaluations for _, evaluations in searches.asked} == {10}
+
+
+def test_what_nothing_can_reach_is_an_error() -> None:
+    with pytest.raises(SsmpruneError, match="cannot be reached"):
+        fastest(cast(Any, Searches(reach=0.99)), lambda found: True)
