@@ -98,6 +98,7 @@ def test_costs_are_shared_between_scores_and_methods_that_cost_the_same(
     [
         ("plainmamba", "clip/frozen-once/calibrated"),
         ("vmamba", "delta/keep-target-source/mass"),
+        ("vmamba", "clip/grid-merge/null"),
     ],
 )
 def test_heads_that_see_all_tokens_and_stages_are_priced_exactly(family: str, method: str) -> None:
@@ -115,8 +116,9 @@ def test_heads_that_see_all_tokens_and_stages_are_priced_exactly(family: str, me
     assert cost.exact
     points = tuple(point for stage in small.stages for point in range(stage.start + 1, stage.stop))
     rectangular = Method.parse(method).rectangular
-    schedule = schedule_at(small.stages, points, (1.0,) * len(points), 0.3, rectangular)
-    assert cost.predict(schedule) == pytest.approx(cost.count(schedule), rel=1e-6)
+    for some in (points, points[:1], points[-1:], *([(2,), (2, 4)] if rectangular else [])):  # after 2 a stage ends
+        schedule = schedule_at(small.stages, some, (1.0,) * len(some), 0.3, rectangular)
+        assert cost.predict(schedule) == pytest.approx(cost.count(schedule), rel=1e-6), some
 
 
 @given(weights=st.lists(st.floats(0.1, 4.0), min_size=3, max_size=3), low=st.floats(0, 3), more=st.floats(0, 3))
@@ -142,6 +144,37 @@ def test_neighbours_are_valid_and_differ(seed: int) -> None:
     for candidate in around:
         PruneSchedule.resolve(STAGES, points=candidate.points, keep=[0.9] * len(candidate.points))
         assert sum(candidate.weights) / len(candidate.weights) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_reduction_that_goes_by_no_score_is_tried_with_one() -> None:
+    assert {method.importance for method in known_methods(None, "grid-merge")} == {"clip"}
+    assert {method.importance for method in known_methods("l1", "grid-merge")} == {"l1"}
+    assert len({method.importance for method in known_methods(None, "drop")}) > 2
+
+
+def test_every_step_of_a_search_is_a_schedule_that_its_reduction_can_have() -> None:
+    """A whole grid may shrink where a stage ends, and a token cannot be dropped there."""
+    torch.manual_seed(0)
+    small = VMamba(VMambaConfig(image_size=(32, 32), embed_dim=8, depths=(1, 3), num_classes=5)).eval()
+    load = partial(functional.interpolate, torch.randn(4, 3, 32, 32), mode="bilinear")
+    measurements = Measurements(small, load((32, 32)), calibration=2, load=lambda model: load(model.image_size))
+    merging, dropping = Method("clip", "grid-merge", "null"), Method("clip", "drop", "null")
+    steps = Search(
+        measurements, [merging, dropping], Budget("flops", 0.8), split(4), **meters(measurements), limits=Limits(1)
+    )
+    for points, others in (((1, 2), {merging}), ((2,), {merging, dropping})):
+        leader = uniform(merging, points)
+        around = [*neighbours(leader, small.stages), *steps._swaps(leader), *steps._other_sides(leader)]
+        assert {each.method for each in around} == others
+        for candidate in around:
+            variant = steps._variant(candidate)
+            if variant is not None:
+                stages, schedule = measurements.at(variant.side).model.stages, variant.settings.schedule
+                rectangular = candidate.method.rectangular
+                again = PruneSchedule.resolve(
+                    stages, points=schedule.points, tokens=schedule.tokens, rectangular=rectangular
+                )
+                assert again == schedule
 
 
 def meters(measurements: Measurements) -> Meters:
@@ -472,6 +505,18 @@ def test_a_table_of_few_rows_predicts_the_time_of_any_schedule(family: str) -> N
             schedule = schedule_at(small.stages, points, (1.0,) * len(points), level)
             predicted, timing = clock.of(method).predict(schedule), clock.timing(Variant(method.settings(schedule, 0)))
             assert predicted == pytest.approx(timing.ratio, abs=0.03), (reduction, level)
+
+
+def test_a_table_knows_that_a_smaller_grid_saves_in_later_stages_too() -> None:
+    torch.manual_seed(0)
+    small = VMamba(VMambaConfig(image_size=(64, 64), embed_dim=16, depths=(1, 4, 1), num_classes=10))
+    measurements = Measurements(small, torch.randn(2, 3, 64, 64), calibration=2)
+    clock, method = Clock(measurements, 4), Method("clip", "grid-merge", "none")
+    for points in ((1,), (3,), (1, 2, 4), (5,)):  # stages end after 1 and 5 blocks
+        for level in (0.2, 0.7):
+            schedule = schedule_at(small.stages, points, (1.0,) * len(points), level, rectangular=True)
+            timing = clock.timing(Variant(method.settings(schedule, 0)))
+            assert clock.of(method).predict(schedule) == pytest.approx(timing.ratio, abs=0.03), schedule
 
 
 def test_a_table_is_measured_once_on_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

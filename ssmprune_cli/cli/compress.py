@@ -137,8 +137,8 @@ def command(
         choice_option(
             "--alignment",
             ("auto", *values.ALIGNMENTS),
-            "How scans make up for dropped tokens. auto, the default, is mass for merged and pooled tokens, else "
-            "calibrated with --calib and null without. One of",
+            "How scans make up for dropped tokens. auto, the default, is mass for merged and pooled tokens, null for "
+            "grid-merge, else calibrated with --calib and null without. One of",
         ),
     ] = None,
     repair: Annotated[

@@ -266,6 +266,11 @@ class CompressRequest:
                     text.startswith(f"pruning.{name}=") for text in self.overrides
                 ):
                     raise UsageError("is about dropping tokens, and none are: give --keep too", where=f"--{name}")
+        scored = self.importance is not None or any(text.startswith("pruning.importance=") for text in self.overrides)
+        if scored and recipe.pruning.reduction in REDUCTIONS.names():
+            name = recipe.pruning.reduction
+            if REDUCTIONS.get(name).rectangular:
+                raise UsageError(f"the reduction {name!r} goes by no score: leave it out", where="--importance")
         if recipe.pruning.repair == "none" and not self.counts_images:
             return recipe.override([f"calibration.images={ALIGNMENT_IMAGES}"])
         return recipe

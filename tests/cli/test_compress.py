@@ -17,6 +17,7 @@ from ssmprune_cli.pruning import TokenPruner, compress
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
+VMAMBA = CHECKPOINT.with_name("vmamba_4d_weights.pth")
 MEASURED = {"README.md", "report.html", "report.json"}  # they hold times
 SAMPLES = {f"sample_{number}.png" for number in range(1, 5)}
 FILES = {"calibration.json", "config.json", "model.safetensors", "recipe.yaml"} | MEASURED | SAMPLES
@@ -106,6 +107,30 @@ def test_without_calibration_it_says_so(ssmprune: Run, tmp_path: Path) -> None:
     assert (report["pruning"]["points"], report["pruning"]["tokens"]) == ([1, 3], [58, 47])
     assert report["pruning"]["alignment"] == "null" and report["calibration"] is None
     assert "Nothing was calibrated" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_grid_merge_of_a_vmamba(ssmprune: Run, photos: Path, tmp_path: Path) -> None:
+    out, labelled = tmp_path / "out", tmp_path / "labelled.npz"
+    asked = ("compress", VMAMBA, "--image-size", "64", "--crop", "1.0", "--reduction", "grid-merge", "--keep", "0.6")
+    asked = (*asked, "--points", "1,3")  # after the whole of the first stage, and within the third
+    done = ssmprune(*asked, "--calib", photos, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "fewer tokens than asked for: 12 x 12, 2 x 3 after the prune points" in done.stderr
+    report = json.loads(done.stdout)
+    assert report["pruning"]["tokens"] == [144, 6] and report["pruning"]["alignment"] == "null"
+    assert report["pruned"]["tokens_per_block"] == [256, 36, 9, 6, 2]
+    images = np.random.default_rng(1).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    np.savez(labelled, images=images, labels=np.arange(12) % 10)
+    done = ssmprune("eval", out, "--dataset", "npz", "--data", labelled, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accuracy"]["count"] == 12
+    model = checkpoint.load(VMAMBA, image_size=64, crop=1.0)
+    compress(model, 0.6, points=(1, 3), reduction="grid-merge")
+    batch = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(out)(batch), model(batch))
+    done = ssmprune(*asked, "--importance", "l1", "--out", tmp_path / "other")
+    assert done.returncode == 2 and "'grid-merge' goes by no score" in done.stderr
 
 
 def test_dry_run_reads_no_images_and_writes_nothing(ssmprune: Run, tmp_path: Path) -> None:

@@ -27,7 +27,16 @@ from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
-from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, TokenPruner, attach, compress
+from ssmprune_cli.pruning import (
+    REDUCTIONS,
+    Correction,
+    PruneSchedule,
+    PruneSettings,
+    TokenPruner,
+    attach,
+    compress,
+    repair,
+)
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.finetune.progressive import ProgressiveSchedule
 from ssmprune_cli.workflows.profile import tokens_per_block
@@ -475,3 +484,26 @@ def test_gradients_flow_to_every_pixel() -> None:
 
 def test_early_layouts_begin_at_the_ends_of_stages() -> None:
     assert (1, 2) in layouts(STAGES, rectangular=True) and (1, 2) not in layouts(STAGES)
+
+
+def test_a_repair_has_no_mean_of_tokens_since_none_is_lost() -> None:
+    model = merged("vmamba", dtype=torch.float32)
+    assert isinstance(model.pruner, TokenPruner) and model.pruner.dropping_points == () and model.pruner.drops
+    found = repair(model, images(model, 64))
+    assert found.kind == "head" or set(found.refused) == {"head"}
+    asked = repair(model, images(model, 64), kind="head+side")
+    assert asked.kind == "none" and "merges tokens and loses none" in asked.refused["head+side"]
+
+
+@pytest.mark.parametrize("points", [(1, 2), (1,), (3,)])
+def test_the_head_of_a_repair_is_heard_whatever_stage_merged(points: tuple[int, ...]) -> None:
+    """The model has stages of 1, 2 and 1 blocks."""
+    model = make("vmamba")
+    compress(model, 0.5, points=points, reduction="grid-merge")
+    assert isinstance(model.pruner, TokenPruner)
+    with torch.no_grad():
+        before = model(images(model))
+        weight, bias = model.output_layer.weight, model.output_layer.bias
+        model.pruner.correct(Correction((2 * weight, 2 * bias + 1), {}))
+        torch.testing.assert_close(model(images(model)), 2 * before + 1)
+        torch.testing.assert_close(prepare(model)(images(model)), 2 * before + 1)

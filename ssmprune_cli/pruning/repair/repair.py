@@ -78,7 +78,8 @@ def _hopeless(model: Prunable, pruner: TokenPruner, kind: Asked) -> str | None:
     if not pruner.drops:
         return "no token is dropped, so there is nothing to repair"
     if kind == "head+side" and not pruner.dropping_points:
-        return f"the reduction {pruner.settings.reduction!r} only zeroes tokens, so there is no mean of dropped ones"
+        does = "only zeroes tokens" if pruner.goes_by_score else "merges tokens and loses none"
+        return f"the reduction {pruner.settings.reduction!r} {does}, so there is no mean of dropped ones"
     try:
         layer: object = model.output_layer
     except UsageError as error:
@@ -89,7 +90,7 @@ def _hopeless(model: Prunable, pruner: TokenPruner, kind: Asked) -> str | None:
 
 
 def _tried(kind: Asked, pruner: TokenPruner) -> list[Kind]:
-    """The kinds that are asked for, as far as there are side features: `mask` drops no token for good."""
+    """The kinds that are asked for, as far as there are side features: `mask` drops no token for good, and none is lost where all merge."""
     kinds: list[Kind] = ["head", "head+side"] if pruner.dropping_points else ["head"]
     return [each for each in kinds if kind in ("auto", each)]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ Vector = NDArray[np.float64]
 Shapes = tuple[object, ...]
 
 _TRACES = 3
+_FRACTIONS = (0.75, 0.3)  # of the tokens of a grid that becomes smaller
 _EXACT = 1e-6  # relative
 _CLOSE = 0.004  # how much of a budget may be left where every schedule has to be traced
 
@@ -86,15 +87,15 @@ class CostModel:
                 self._kinds.append((stage.num_tokens, *(tuple(each.shape) for each in block.parameters())))
         self._coefficients: dict[Shapes, Vector] = {}
         self._rest: Vector
-        unseen = self._example(0)
+        unseen = _example(self._stages, 0, method.rectangular)
         total = self.count(unseen)
         for other in others:
             self._coefficients, self._rest = other._coefficients, other._rest
             self.exact = math.isclose(self.predict(unseen), total, rel_tol=_EXACT)
             if self.exact:
                 return
-        for traces in (_TRACES, 2 * _TRACES):  # the second for models with few blocks of a kind
-            self._fit([self._example(seed) for seed in range(1, traces + 1)])
+        for examples in self._examples():
+            self._fit(examples)
             self.exact = math.isclose(self.predict(unseen), total, rel_tol=_EXACT)
             if self.exact:
                 return
@@ -108,8 +109,13 @@ class CostModel:
         costs = (row @ self._coefficients[group] for row, group in zip(rows, self._groups, strict=True))
         return float(rest @ self._rest) + math.fsum(costs)
 
-    def _example(self, seed: int) -> PruneSchedule:
-        return _example(self._stages, seed, self._method.rectangular)
+    def _examples(self) -> Iterator[list[PruneSchedule]]:
+        """Schedules to learn from; more than those if they are too few."""
+        if self._method.rectangular:
+            yield list(_smaller_grids(self._stages))
+            return
+        for traces in (_TRACES, 2 * _TRACES):  # the second for models with few blocks of a kind
+            yield [_example(self._stages, seed, False) for seed in range(1, traces + 1)]
 
     def _fit(self, schedules: Sequence[PruneSchedule]) -> None:
         rows: dict[Shapes, list[Vector]] = {group: [] for group in self._groups}
@@ -234,6 +240,17 @@ def _example(stages: Sequence[Stage], seed: int, rectangular: bool) -> PruneSche
     return PruneSchedule(tuple(points), tuple(tokens))
 
 
+def _smaller_grids(stages: Sequence[Stage]) -> Iterator[PruneSchedule]:
+    """The dense grid, and grids that become smaller before each stage and before the last block, by much and by little:
+    so each block is seen with all places and with fewer, and the stages in more than one proportion."""
+    dense = PruneSchedule((), ())
+    yield dense
+    for point in sorted({*(max(1, stage.start) for stage in stages), stages[-1].stop - 1} - {0, stages[-1].stop}):
+        before = dense.patches_per_block(stages)[point - 1]
+        for fraction in _FRACTIONS:
+            yield dense.then(point, max(1, int(fraction * before)), stages, rectangular=True)
+
+
 def schedule_at(
     stages: Sequence[Stage],
     points: Sequence[int],
@@ -306,11 +323,11 @@ def check_budget(measurements: Measurements, methods: Sequence[Method], fraction
 
 
 def smallest(stages: Sequence[Stage], method: Method) -> PruneSchedule:
-    """One patch token left after the first block of every stage. UsageError if no stage has two blocks."""
-    schedule = PruneSchedule((), ())
-    for stage in stages:
-        if stage.stop - stage.start > 1:
-            schedule = schedule.then(stage.start + 1, 1, stages, rectangular=method.rectangular)
-    if not schedule.points:
+    """One patch token left after the first block of every stage; of a whole grid after the very first block. UsageError
+    if no stage has two blocks."""
+    points = tuple(stage.start + 1 for stage in stages if stage.stop - stage.start > 1)
+    if not points:
         raise UsageError("no stage of this model has two blocks, so there is no place to prune after")
-    return schedule
+    if method.rectangular:
+        return PruneSchedule((), ()).then(1, 1, stages, rectangular=True)
+    return PruneSchedule(points, (1,) * len(points))
