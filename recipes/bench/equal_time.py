@@ -4,9 +4,9 @@
         [--batch-sizes 8] [--evaluations 40] [--limit 1000] [--csv FILE] [--device cuda]
 
 prints a Markdown table, and with --csv FILE writes it too. Every row takes the same share of the dense session's time,
-by the table that searches plan with; "time" is what was measured then, in turn with the dense model, with its quartiles.
-"searched" is what `compress --target-latency-ratio` returns. "nats" is the mean divergence KL(dense || pruned) on images
-that had no part in any choice; ± is one standard error, for top-1 of the paired difference from the dense model.
+by the table that searches plan with; "time" is what was measured then, in turn with the dense model, with quartiles.
+"searched" is what `compress --target-latency-ratio` returns. "nats" is the mean divergence KL(dense || pruned) on
+images that had no part in any choice; ± is one standard error, for top-1 of the difference from the dense model.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.reporting.facts import repaired, resizing, verdicts
+from ssmprune_cli.workflows.reporting.facts import repaired, resizing, verdict, verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
@@ -56,6 +56,7 @@ __all__ = [
     "speed_facts",
     "stages",
     "summary",
+    "verdict",
     "verdicts",
     "versions",
     "write_plot",
