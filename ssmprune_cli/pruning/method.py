@@ -48,13 +48,13 @@ class Method:
 def known_methods(
     importance: str | None = None, reduction: str | None = None, alignment: str | None = None
 ) -> Iterator[Method]:
-    """Every method that saves work and fits together, those with the given names only."""
+    """Every method that saves work and fits together, those with the given names only; baselines only by name."""
     for score, way, source in product(
         [importance] if importance else IMPORTANCES.names(),
         [reduction] if reduction else REDUCTIONS.names(),
         [alignment] if alignment else ALIGNMENTS.names(),
     ):
-        if not REDUCTIONS.get(way).shortens:
+        if not REDUCTIONS.get(way).shortens or (reduction is None and REDUCTIONS.get(way).baseline):
             continue
         try:
             yield Method(score, way, source)

@@ -16,13 +16,15 @@ class Reduction:
     """`apply` (sequence, score (B, L), K) -> the sequence that goes on; K counts protected tokens.
 
     `aligned` says whether the result has gaps in ascending order, so that a scan can be aligned over them.
-    `shortens` says whether it costs less than the dense model. `sized` says whether its tokens have sizes.
+    `shortens` says whether it costs less than the dense model. `sized` says whether its tokens have sizes. A `baseline`
+    is for comparison only: no search tries it unless it is named.
     """
 
     apply: Callable[[TokenSequence, Tensor, int], TokenSequence]
     aligned: bool
     shortens: bool
     sized: bool = False
+    baseline: bool = False
 
 
 def rank(sequence: TokenSequence, score: Tensor) -> Tensor:

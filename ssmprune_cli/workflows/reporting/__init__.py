@@ -20,7 +20,7 @@ from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
 from ssmprune_cli.workflows.reporting.samples import samples
 from ssmprune_cli.workflows.reporting.summary import summary
-from ssmprune_cli.workflows.reporting.traces import search_series, sensitivity_series
+from ssmprune_cli.workflows.reporting.traces import search_label, search_series, sensitivity_series
 
 PAGE, CARD = "report.html", "README.md"
 
@@ -51,6 +51,7 @@ __all__ = [
     "report_files",
     "resizing",
     "samples",
+    "search_label",
     "search_series",
     "sensitivity_series",
     "speed_facts",
