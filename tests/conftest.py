@@ -49,7 +49,7 @@ def without_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
             known[key] = 0.2 + count_flops(model).all_directions / 1e7
         return known[key]
 
-    def speeds(sessions: list[Session], images: torch.Tensor, rounds: int) -> list[Speed]:
+    def speeds(sessions: list[Session], images: torch.Tensor, rounds: int, **_: int) -> list[Speed]:
         times = [milliseconds(each.definition) for each in sessions if isinstance(each.definition, Backbone)]
         return [Speed(time, (time, time), 1.0, rounds, (time,) * rounds) for time in times]
 

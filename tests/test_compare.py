@@ -81,7 +81,7 @@ def test_a_smaller_image_stands_beside_the_methods_at_equal_cost(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def speeds(models: Sequence[Session], images: Tensor | Sequence[Tensor], rounds: int) -> list[Speed]:
+    def speeds(models: Sequence[Session], images: Tensor | Sequence[Tensor], rounds: int, **_: int) -> list[Speed]:
         """As many ms as there are pixels in a row."""
         given = [images] * len(models) if isinstance(images, Tensor) else images
         times = [float(each.shape[3]) for each in given]

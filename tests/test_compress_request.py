@@ -250,7 +250,7 @@ def test_how_many_images_a_repair_and_its_absence_ask_for() -> None:
     assert count(repair="none") == count(overrides=("pruning.repair=none",)) == ALIGNMENT_IMAGES == 64
     assert count(repair="none", calib_images=300) == count(calib_images=300) == 300
     assert count(repair="none", overrides=("calibration.images=90",)) == 90
-    with pytest.raises(UsageError, match=r"pruning\.repair"):
+    with pytest.raises(UsageError, match="--repair: must be"):
         count(repair="everything")
     assert count(keep=None, target_flops=0.6) == 1024, "for the model that a search finds"
 

@@ -315,7 +315,7 @@ def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(monkeypatch
     both = [trial for trial in trials if trial.side is not None and trial.settings.schedule.points]
     assert alone and both and all(trial.side is not None for trial in alone)
     best = trials[0]
-    assert best.timing is not None and best.multiply_adds <= 0.6
+    assert best.timing is not None and best.multiply_adds is not None and best.spent == best.multiply_adds <= 0.6
     for trial in trials:
         sized = measurements.at(trial.side)
         assert sized.model.image_size == ((trial.side, trial.side) if trial.side else (24, 24))
@@ -476,7 +476,7 @@ def test_a_time_is_met_though_the_table_is_wrong(calib: Path, monkeypatch: pytes
 
 
 def test_what_is_slower_than_dense_is_never_chosen(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(sessions: list[Session], images: torch.Tensor, rounds: int) -> list[Speed]:
+    def slow(sessions: list[Session], images: torch.Tensor, rounds: int, **_: int) -> list[Speed]:
         times = [1.0, *(1.5 for _ in sessions[1:])]
         return [Speed(time, (time, time), 1.0, rounds, (time,) * rounds) for time in times]
 

@@ -23,7 +23,7 @@ SEED = 20240911
 SIZE = 48  # side of a canvas, pixels
 LEVELS = 16  # grey levels: few, so that the committed files compress
 TEST_DIGITS = 500
-COUNTS = {"train": 16_000, "test": 1_000, "calib": 96}
+COUNTS = {"train": 16_000, "test": 1_000, "calib": 1_024}
 
 Canvas = NDArray[np.float64]
 

@@ -275,7 +275,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import repaired, resizing, verdicts
+    from ssmprune_cli.workflows.reporting import repaired, resizing, verdict, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -324,7 +324,7 @@ def _tables(report: Report) -> Group:
         )
     notes += repaired(report)
     notes += verdicts(report.limits)
-    return Group(table, lengths, *notes)
+    return Group(verdict(report), table, lengths, *notes)
 
 
 def _runs(values: tuple[int, ...]) -> list[tuple[int, int]]:

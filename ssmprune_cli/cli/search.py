@@ -141,7 +141,7 @@ def _table(name: str, result: SearchResult) -> Table:
     for found in result.found:
         best, settings = found.chosen, found.chosen.settings
         table.add_row(
-            f"{best.multiply_adds:.4f}",
+            "-" if best.multiply_adds is None else f"{best.multiply_adds:.4f}",
             "-"
             if best.timing is None
             else f"{best.timing.ratio:.2f} ({best.timing.interval[0]:.2f} to {best.timing.interval[1]:.2f})",

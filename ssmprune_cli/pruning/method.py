@@ -53,7 +53,7 @@ class Method:
 def known_methods(
     importance: str | None = None, reduction: str | None = None, alignment: str | None = None
 ) -> Iterator[Method]:
-    """Every method that saves work and fits together, those with the given names only.
+    """Every method that saves work and fits together, those with the given names only; baselines only by name.
 
     A reduction that goes by no score is there once, unless a score is given.
     """
@@ -62,7 +62,7 @@ def known_methods(
         [reduction] if reduction else REDUCTIONS.names(),
         [alignment] if alignment else ALIGNMENTS.names(),
     ):
-        if not REDUCTIONS.get(way).shortens:
+        if not REDUCTIONS.get(way).shortens or (reduction is None and REDUCTIONS.get(way).baseline):
             continue
         if REDUCTIONS.get(way).rectangular and score not in (importance, Method.importance):
             continue

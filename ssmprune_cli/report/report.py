@@ -196,13 +196,15 @@ class RepairFacts(Section):
 class SearchTrial(Section):
     """What a search tried for `budget`, a share of the dense model's multiply-adds or time. Divergences in nats.
 
+    spent                         share of the dense multiply-adds or time, as `kind` says; measured for finalists
     multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
     divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
     """
 
     kind: Literal["flops", "time"]
     budget: float
-    multiply_adds: float
+    spent: float
+    multiply_adds: float | None
     latency_ratio: float | None
     divergence: float | None
     divergence_held_back: float | None

@@ -111,8 +111,9 @@ def test_without_calibration_it_says_so(ssmprune: Run, tmp_path: Path) -> None:
 
 def test_grid_merge_of_a_vmamba(ssmprune: Run, photos: Path, tmp_path: Path) -> None:
     out, labelled = tmp_path / "out", tmp_path / "labelled.npz"
-    asked = ("compress", VMAMBA, "--image-size", "64", "--crop", "1.0", "--reduction", "grid-merge", "--keep", "0.6")
-    asked = (*asked, "--points", "1,3")  # after the whole of the first stage, and within the third
+    model = ("compress", VMAMBA, "--image-size", "64", "--crop", "1.0")
+    # After the whole of the first stage, and within the third.
+    asked = (*model, "--reduction", "grid-merge", "--keep", "0.6", "--points", "1,3")
     done = ssmprune(*asked, "--calib", photos, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert "fewer tokens than asked for: 12 x 12, 2 x 3 after the prune points" in done.stderr
@@ -124,11 +125,11 @@ def test_grid_merge_of_a_vmamba(ssmprune: Run, photos: Path, tmp_path: Path) -> 
     done = ssmprune("eval", out, "--dataset", "npz", "--data", labelled, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"]["count"] == 12
-    model = checkpoint.load(VMAMBA, image_size=64, crop=1.0)
-    compress(model, 0.6, points=(1, 3), reduction="grid-merge")
+    again = checkpoint.load(VMAMBA, image_size=64, crop=1.0)
+    compress(again, 0.6, points=(1, 3), reduction="grid-merge")
     batch = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(checkpoint.load(out)(batch), model(batch))
+        assert torch.equal(checkpoint.load(out)(batch), again(batch))
     done = ssmprune(*asked, "--importance", "l1", "--out", tmp_path / "other")
     assert done.returncode == 2 and "'grid-merge' goes by no score" in done.stderr
 

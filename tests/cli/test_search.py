@@ -124,7 +124,8 @@ def test_what_gets_no_faster_is_not_returned(ssmprune: Run, images: Path, tmp_pa
 
 def test_compress_for_a_time_and_for_the_fastest_within_a_loss(ssmprune: Run, tmp_path: Path) -> None:
     calib, data = DEMO.with_name("calib.npz"), DEMO.with_name("test.npz")
-    few = ("--importance", "clip", "--reduction", "drop", "--evaluations", "9", *BATCH, "--calib", calib)
+    images = ("--calib", calib, "--calib-images", "64")
+    few = ("--importance", "clip", "--reduction", "drop", "--evaluations", "9", *BATCH, *images)
     done = ssmprune("compress", DEMO, "--target-speedup", "1.15", *few, "--out", tmp_path / "time", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -109,6 +109,7 @@ def _report() -> Report:
             SearchTrial(
                 kind="flops",
                 budget=0.75,
+                spent=0.7 + 0.001 * index,
                 multiply_adds=0.7 + 0.001 * index,
                 latency_ratio=0.8 if index == 3 else None,
                 divergence=0.01 * index if index else None,

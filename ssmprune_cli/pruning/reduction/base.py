@@ -17,7 +17,8 @@ class Reduction:
 
     `aligned` says whether the result has gaps in ascending order, so that a scan can be aligned over them.
     `shortens` says whether it costs less than the dense model. `sized` says whether its tokens have sizes.
-    `rectangular` says whether a whole grid is left, which later stages start from: see `grids.fitting`.
+    `rectangular` says whether a whole grid is left, which later stages start from: see `grids.fitting`. A `baseline`
+    is for comparison only: no search tries it unless it is named.
     """
 
     apply: Callable[[TokenSequence, Tensor, int], TokenSequence]
@@ -25,6 +26,7 @@ class Reduction:
     shortens: bool
     sized: bool = False
     rectangular: bool = False
+    baseline: bool = False
 
 
 def rank(sequence: TokenSequence, score: Tensor) -> Tensor:

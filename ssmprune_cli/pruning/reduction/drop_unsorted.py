@@ -20,4 +20,4 @@ def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
     return sequence.keep(by_score.where(patch_slot, ascending))
 
 
-DROP_UNSORTED = Reduction(_apply, aligned=False, shortens=True)
+DROP_UNSORTED = Reduction(_apply, aligned=False, shortens=True, baseline=True)

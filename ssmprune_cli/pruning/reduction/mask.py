@@ -23,4 +23,4 @@ def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
     return replace(sequence, hidden=sequence.hidden * weight, residual=residual, live=live)
 
 
-MASK = Reduction(_apply, aligned=False, shortens=False)
+MASK = Reduction(_apply, aligned=False, shortens=False, baseline=True)

@@ -90,7 +90,7 @@ def _hopeless(model: Prunable, pruner: TokenPruner, kind: Asked) -> str | None:
 
 
 def _tried(kind: Asked, pruner: TokenPruner) -> list[Kind]:
-    """The kinds that are asked for, as far as there are side features: `mask` drops no token for good, and none is lost where all merge."""
+    """The kinds that are asked for, as far as there are side features: `mask` and a merged grid lose no token."""
     kinds: list[Kind] = ["head", "head+side"] if pruner.dropping_points else ["head"]
     return [each for each in kinds if kind in ("auto", each)]
 

@@ -29,13 +29,14 @@ def interleaved_speeds(
     images: Tensor | Sequence[Tensor],
     rounds: int,
     progress: Progress | None = None,
+    warm_up: int = 2,
 ) -> list[Speed]:
     """Of a forward pass of each model on `images` (B, 3, H, W), or on its own of several: `rounds` turns each, after
-    two that are left out."""
+    `warm_up` that are left out."""
     given = [images] * len(models) if isinstance(images, Tensor) else images
     seconds: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
-        for round_number in range(-2, rounds):
+        for round_number in range(-warm_up, rounds):
             for model, batch, times in zip(models, given, seconds, strict=True):
                 start = time.perf_counter()
                 model(batch)

@@ -14,13 +14,13 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.reporting.facts import repaired, resizing, verdicts
+from ssmprune_cli.workflows.reporting.facts import repaired, resizing, verdict, verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
 from ssmprune_cli.workflows.reporting.samples import samples
 from ssmprune_cli.workflows.reporting.summary import summary
-from ssmprune_cli.workflows.reporting.traces import search_series, sensitivity_series
+from ssmprune_cli.workflows.reporting.traces import search_label, search_series, sensitivity_series
 
 PAGE, CARD = "report.html", "README.md"
 
@@ -51,11 +51,13 @@ __all__ = [
     "report_files",
     "resizing",
     "samples",
+    "search_label",
     "search_series",
     "sensitivity_series",
     "speed_facts",
     "stages",
     "summary",
+    "verdict",
     "verdicts",
     "versions",
     "write_plot",

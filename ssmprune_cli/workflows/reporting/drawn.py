@@ -11,7 +11,7 @@ from ssmprune_cli.report import Report
 from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.reporting.facts import judged, same_images, same_input
 from ssmprune_cli.workflows.reporting.plot import PART, Series, mark, plot
-from ssmprune_cli.workflows.reporting.traces import search_series, sensitivity_series
+from ssmprune_cli.workflows.reporting.traces import search_label, search_series, sensitivity_series
 
 Point = tuple[float, float]
 
@@ -31,8 +31,8 @@ def sensitivity_figure(report: Report) -> Figure:
 
 
 def search_figure(report: Report) -> Figure:
-    series, x_label = search_series(report.search or ()), "multiply-adds, share of dense"
-    return _figure("Divergence by multiply-adds", series, x_label, "divergence, nats", log_y=True)
+    series, x_label = search_series(report.search or ()), search_label(report.search or ())
+    return _figure(f"Divergence by {x_label.partition(',')[0]}", series, x_label, "divergence, nats", log_y=True)
 
 
 def front_figures(named: Sequence[tuple[str, Report]]) -> list[Figure]:

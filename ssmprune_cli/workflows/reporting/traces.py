@@ -23,8 +23,13 @@ def sensitivity_series(found: Sequence[SensitivityFacts]) -> list[Series]:
 
 
 def search_series(trials: Sequence[SearchTrial]) -> list[Series]:
-    """Divergence by share of the dense multiply-adds: all that was tried, and what was chosen for each budget; a search
-    by time too, since only its finalists were timed."""
-    tried = [(each.multiply_adds, each.divergence) for each in trials if each.divergence is not None]
-    chosen = [(each.multiply_adds, each.divergence) for each in trials if each.chosen and each.divergence is not None]
+    """Divergence by share of the dense multiply-adds or time: all that was tried, and what was chosen by budget."""
+    tried = [(each.spent, each.divergence) for each in trials if each.divergence is not None]
+    chosen = [(each.spent, each.divergence) for each in trials if each.chosen and each.divergence is not None]
     return [Series("tried", tried, line=False), Series("chosen", sorted(chosen))]
+
+
+def search_label(trials: Sequence[SearchTrial]) -> str:
+    """What the share is of."""
+    by_time = any(each.kind == "time" for each in trials)
+    return "time, share of dense" if by_time else "multiply-adds, share of dense"

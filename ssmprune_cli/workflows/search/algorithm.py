@@ -72,7 +72,8 @@ Progress = Callable[[int, int], None]
 class Trial:
     """What was tried.
 
-    multiply_adds  share of the dense model's
+    spent          share of the dense multiply-adds or time, as the budget is: predicted, measured for finalists
+    multiply_adds  share of the dense model's; in a search by time, of finalists only
     divergence     in nats on the search images (all of them), and for finalists on those held back
     repaired       of finalists, if they were repaired: in nats on images that their repair has not seen
     timing         of finalists, beside the dense model
@@ -80,7 +81,8 @@ class Trial:
     """
 
     settings: PruneSettings
-    multiply_adds: float
+    spent: float
+    multiply_adds: float | None
     divergence: float
     held_back: float | None = None
     chosen: bool = False
@@ -388,13 +390,16 @@ class Search:
         timing: Timing | None,
     ) -> Trial:
         settings = variant.settings
-        if held_back is None:
-            cost = self._costs.of(_method(settings), variant.side).predict(settings.schedule)
-        else:
-            cost = self._multiply_adds(variant)
+        predicted = self._spending.of(_method(settings), variant.side).predict(settings.schedule)
+        work = None if self._timed else predicted / self._measurements.dense_cost
+        spent = predicted if work is None else work
+        if held_back is not None:
+            work = self._multiply_adds(variant) / self._measurements.dense_cost
+            spent = timing.ratio if self._timed and timing is not None else work
         return Trial(
             settings,
-            cost / self._measurements.dense_cost,
+            spent,
+            work,
             float(searched.nats.mean()),
             None if held_back is None else float(held_back.nats.mean()),
             chosen,

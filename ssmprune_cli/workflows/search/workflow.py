@@ -20,7 +20,7 @@ from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
-from ssmprune_cli.workflows.reporting import search_series, write_plot
+from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
@@ -94,6 +94,7 @@ class Found:
             SearchTrial(
                 kind="time" if self.budget.kind == "time" else "flops",
                 budget=self.budget.value,
+                spent=trial.spent,
                 multiply_adds=trial.multiply_adds,
                 latency_ratio=None if trial.timing is None else trial.timing.ratio,
                 divergence=trial.divergence if trial.divergence < float("inf") else None,
@@ -142,7 +143,7 @@ def search_to_folder(
         out / "front.svg",
         search_series(trace),
         title=f"{source.path.name}: search on {result.images} images",
-        x_label="multiply-adds, share of dense",
+        x_label=search_label(trace),
         y_label="divergence, nats",
         log_y=True,
     )

@@ -35,9 +35,9 @@ from ssmprune_cli.workflows.trials.cost import smallest
 from ssmprune_cli.workflows.trials.measure import Measurements, Variant
 from ssmprune_cli.workflows.write import write_text
 
-_FRACTIONS = (0.95, 0.7, 0.45, 0.2)  # of a stage's tokens; the first shows what it costs to prune at all
+_FRACTIONS = (0.9, 0.6, 0.3)  # of a stage's tokens; the first shows what it costs to prune at all
 _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
-_SECONDS = 4.0  # for the rows of one reduction
+_SECONDS = 3.0  # for the rows of one reduction
 _ROUNDS = (3, 15)
 _MOST_POINTS = 6  # that tell what a point takes
 _MOST_BYTES = 1 << 22  # of a saved table
@@ -103,7 +103,7 @@ class Clock:
             sessions[0](images[0])
             once = time.perf_counter() - start
         rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
-        first, *others = interleaved_speeds(sessions, images, rounds)
+        first, *others = interleaved_speeds(sessions, images, rounds, warm_up=1)
         return [
             Timing(*ratio_of_medians(first.rounds_ms, each.rounds_ms), each.median_ms, first.median_ms)
             for each in others
@@ -144,9 +144,7 @@ class TimeModel:
             names[many] = f"{many.points[0] - 1} {many.tokens[0]} {len(many.points)} points"
         ratios = self._measured(names)
         self._point = {stage.start: 0.0 for stage in self._stages}  # what pruning at a point itself takes, by stage
-        self._blocks: dict[
-            int, list[tuple[int, float]]
-        ] = {}  # by the start of a stage: tokens, change of a block's share
+        self._blocks: dict[int, list[tuple[int, float]]] = {}  # by stage: tokens, change of a block's share
         self._fit(rows, ratios)
         if many is not None:
             mixers = clock.measurements.model.mixers
