@@ -15,39 +15,41 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.calibration import Prunable
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.pruner import TokenPruner
+from ssmprune_cli.pruning.repair.features import Runner, model_runner
 
 MASSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def fit_mass(model: Prunable, pruner: TokenPruner, batches: Sequence[Tensor], dense: Tensor | None = None) -> float:
+def fit_mass(
+    model: Prunable,
+    pruner: TokenPruner,
+    batches: Sequence[Tensor],
+    dense: Tensor | None = None,
+    runner: Runner | None = None,
+) -> float:
     """Give `pruner` the mass at which `model` with it is nearest to the dense model on `batches` of images.
 
-    dense  the logits (images, classes) to be near to; None for those of `model` without a pruner
+    dense   the logits (images, classes) to be near to; None for those of `model` without a pruner
+    runner  runs the model with a pruner; by default the model itself, op by op
 
-    Nearest is the least mean divergence of the class probabilities; of equals, the smallest mass.
+    Nearest is the least mean divergence of the class probabilities; of equals, the smallest mass. Raises UsageError for
+    logits of another shape.
     """
-    installed = model.pruner
+    run = runner or model_runner(model)
 
-    def logits() -> Tensor:
-        return torch.cat([model.forward(batch).float() for batch in batches])
+    def logits(with_pruner: TokenPruner | None) -> Tensor:
+        answer = run(with_pruner)
+        return torch.cat([answer(batch).float() for batch in batches])
 
-    try:
-        with torch.inference_mode():
-            model.pruner = None
-            wanted = logits()
-            if dense is not None:
-                if dense.shape != wanted.shape:
-                    raise UsageError(
-                        f"the dense logits are {tuple(dense.shape)}, and the model's {tuple(wanted.shape)}"
-                    )
-                wanted = dense.to(wanted)
-            model.pruner = pruner
-            found = []
-            for mass in MASSES:
-                pruner.set_mass(mass)
-                found.append((float(divergence(wanted, logits()).mean()), mass))
-    finally:
-        model.pruner = installed
+    wanted, found = dense, []
+    if wanted is None:
+        wanted = logits(None)
+    for mass in MASSES:
+        pruner.set_mass(mass)
+        own = logits(pruner)
+        if own.shape != wanted.shape:
+            raise UsageError(f"the dense logits are {tuple(wanted.shape)}, and the model's {tuple(own.shape)}")
+        found.append((float(divergence(wanted.to(own), own).mean()), mass))
     best = min(found)[1]
     pruner.set_mass(best)
     return best

@@ -45,7 +45,7 @@ def test_no_arguments_show_the_help(ssmprune: Run) -> None:
         (["inspect", "x", "--colour"], "--colour"),
         (["eval", "x", "--dataset", "npz", "--data", "y", "--limit", "0"], "--limit"),
         (["eval", "x", "--dataset", "npz", "--data", "y", "--max-drop", "1"], "--max-drop needs --compare"),
-        (["compress", "x"], "Give `--keep 0.6`"),
+        (["compress", "x"], "Give `--target-speedup 1.4`"),
     ],
 )
 def test_wrong_usage_exits_with_2(ssmprune: Run, arguments: list[str], message: str) -> None:

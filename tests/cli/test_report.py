@@ -34,8 +34,8 @@ def artefact(ssmprune: Run, data: Path, tmp_path_factory: pytest.TempPathFactory
     """Compressed by a search, evaluated, with a sensitivity beside it: everything that a report can hold."""
     out = tmp_path_factory.mktemp("artefacts") / "searched"
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "4")
-    target = ("--target-flops", "0.6", "--batch-size", "64", "--calib", data, "--data", data, "--out", out)
-    done = ssmprune("compress", CHECKPOINT, *target, *few, "--samples", "2")
+    target = ("--target-flops", "0.6", "--batch-size", "64", "--keep-image-size", "--samples", "2")
+    done = ssmprune("compress", CHECKPOINT, *target, *few, "--calib", data, "--data", data, "--out", out)
     assert done.returncode == 0, done.stderr
     done = ssmprune("sensitivity", CHECKPOINT, "--calib", data, "--keep", "0.5", "--out", out)
     assert done.returncode == 0, done.stderr

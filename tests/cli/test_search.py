@@ -113,15 +113,6 @@ def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: 
     assert done.returncode == 2 and "not empty" in done.stderr
 
 
-def test_what_gets_no_faster_is_not_returned(ssmprune: Run, images: Path, tmp_path: Path) -> None:
-    """A model of a few microseconds, to which pruning only adds work."""
-    few = ("--importance", "clip", "--reduction", "drop", "--evaluations", "4", "--batch-size", "1")
-    target = ("--target-flops", "0.8", "--calib", images, "--out", tmp_path / "out")
-    done = ssmprune("compress", CHECKPOINT, *target, *few)
-    assert done.returncode == 1 and "all candidates are slower than the dense model" in done.stderr, done.stderr
-    assert "with a batch of 1" in done.stderr and not (tmp_path / "out").exists()
-
-
 def test_compress_for_a_time_and_for_the_fastest_within_a_loss(ssmprune: Run, tmp_path: Path) -> None:
     calib, data = DEMO.with_name("calib.npz"), DEMO.with_name("test.npz")
     images = ("--calib", calib, "--calib-images", "64")

@@ -61,6 +61,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--importance": NAME,
     "--reduction": NAME,
     "--alignment": NAME,
+    "--repair": NAME,
     "--methods": ("", "klip", "clip/drop", "clip/drop/klip", "clip/klip/none", "klip/drop/none", "clip/drop/mass"),
     "--recipe": ("", "klip"),
     "--set": ("", "klip", "klip=1", "pruning.klip=1", "pruning.keep=x", "training.epochs=x", "training.keep=1"),
