@@ -15,7 +15,7 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.calibration import Prunable
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.pruner import TokenPruner
-from ssmprune_cli.pruning.repair.features import Runner, model_runner
+from ssmprune_cli.pruning.repair import Runner, model_runner
 
 MASSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

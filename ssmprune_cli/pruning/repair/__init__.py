@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.pruning.repair.features import FeaturePruner, Runner
+from ssmprune_cli.pruning.repair.features import FeaturePruner, Runner, model_runner
 from ssmprune_cli.pruning.repair.repair import ENOUGH, KINDS, LEAST, Asked, fold_head, judged_rows, repair
 
-__all__ = ["ENOUGH", "KINDS", "LEAST", "Asked", "FeaturePruner", "Runner", "fold_head", "judged_rows", "repair"]
+__all__ = [
+    "ENOUGH",
+    "KINDS",
+    "LEAST",
+    "Asked",
+    "FeaturePruner",
+    "Runner",
+    "fold_head",
+    "judged_rows",
+    "model_runner",
+    "repair",
+]
