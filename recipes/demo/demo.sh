@@ -13,7 +13,7 @@ run() {
 }
 
 run ssmprune inspect recipes/demo/vim_digits.pth
-run ssmprune compress recipes/demo/vim_digits.pth --keep 0.6 --calib recipes/demo/calib.npz \
+run ssmprune compress recipes/demo/vim_digits.pth --keep 0.6 --batch-size 64 --calib recipes/demo/calib.npz \
   --dataset npz --data recipes/demo/test.npz --out demo-out/vim_digits_k60 --overwrite
 run ssmprune profile demo-out/vim_digits_k60 --compare recipes/demo/vim_digits.pth --batch-size 64
 run ssmprune visualize demo-out/vim_digits_k60 recipes/demo/test.npz --out demo-out/pictures
