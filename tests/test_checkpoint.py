@@ -452,13 +452,15 @@ def test_a_failed_save_leaves_everything_as_it_was(
     if overwrite:
         save(folder, model)
     before = tree(tmp_path)
-    write_bytes, rename = Path.write_bytes, Path.rename
+    opened, rename = Path.open, Path.rename
 
-    def failing_write(path: Path, data: bytes) -> int:
+    def failing_open(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = opened(path, *arguments, **options)
         if step == "write" and path.name == "model.safetensors":
-            write_bytes(path, data[:100])
+            file.write(bytes(100))
+            file.close()
             raise stop
-        return write_bytes(path, data)
+        return file
 
     def failing_rename(path: Path, target: Path) -> Path:
         if step == "rename" and path.suffix == ".tmp":
@@ -472,7 +474,7 @@ def test_a_failed_save_leaves_everything_as_it_was(
 
     exchange = replacing._exchange
     monkeypatch.setattr(replacing, "_exchange", failing_exchange)
-    monkeypatch.setattr(Path, "write_bytes", failing_write)
+    monkeypatch.setattr(Path, "open", failing_open)
     monkeypatch.setattr(Path, "rename", failing_rename)
     if isinstance(stop, OSError):
         with pytest.raises(CheckpointError, match=r"out: the disk is full; writing needs 0\.\d MB"):

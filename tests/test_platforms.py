@@ -62,7 +62,7 @@ WINDOWS = (
     *(f"os.{name}" for name in ("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fchmod", "sched_getaffinity")),
     *(f"signal.{name}" for name in ("SIGKILL", "SIGCHLD", "SIGHUP", "SIGALRM", "pthread_sigmask", "SIG_BLOCK")),
 )
-MACOS = ("os.sched_getaffinity", "os.O_TMPFILE", "signal.SIGRTMIN")
+MACOS = ("os.sched_getaffinity", "signal.SIGRTMIN")
 
 
 @pytest.mark.parametrize(("kind", "lacking"), [("win32", WINDOWS), ("darwin", MACOS)])

@@ -85,14 +85,14 @@ def test_a_full_report_is_valid_and_holds_everything(ssmprune: Run, artefact: Pa
     assert [trial["chosen"] for trial in report["search"]].count(True) == 1
     assert [len(stage["kept"]) for stage in report["samples"][0]["stages"]] == [
         tokens
-        for tokens, before in zip(report["pruning"]["tokens"], [64, *report["pruning"]["tokens"]], strict=False)
+        for tokens, before in zip(report["pruning"]["tokens"], [121, *report["pruning"]["tokens"]], strict=False)
         if tokens < before
     ]
     done = ssmprune("report", artefact, "--json")
     assert done.returncode == 0 and done.stderr == ""
     (printed,) = json.loads(done.stdout)["reports"]
     assert printed.pop("name") == "searched"
-    assert [each["keep"] for each in printed["sensitivity"]] == [0.5] * 3  # from sensitivity.json
+    assert [each["keep"] for each in printed["sensitivity"]] == [0.5] * 11  # from sensitivity.json
     assert {**printed, "sensitivity": None} == report
     written = json.loads((artefact / "sensitivity.json").read_text())
     assert written["measurements"] == printed["sensitivity"]
@@ -116,7 +116,7 @@ def test_html_is_the_default_and_markdown_goes_to_stdout(ssmprune: Run, artefact
     report = json.loads((artefact / "report.json").read_text())
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("# searched: ")
     assert f"{100 * report['accuracy']['difference']:+.2f} points" in done.stdout
-    assert done.stdout.count("\n| ") == 10  # titles, a rule and eight figures
+    assert done.stdout.count("\n| ") == 11  # titles, a rule and nine figures
     for place in (artefact / "report.json" / "x.html", artefact):  # a folder that is a file, a file that is a folder
         done = ssmprune("report", artefact, "--out", place)
         assert done.returncode == 1 and str(artefact) in done.stderr and "bug" not in done.stderr, done.stderr

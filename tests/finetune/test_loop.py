@@ -175,7 +175,7 @@ def test_three_in_a_row_stop_with_a_diagnosis_and_keep_the_last_good_checkpoint(
     images: ImageDataset, tmp_path: Path
 ) -> None:
     model = make_model(keep=0.5)
-    Poison(model, range(11, 99))  # two passes count multiply-adds, 6 updates are an epoch
+    Poison(model, range(13, 99))  # two passes count multiply-adds, two bytes, and 6 updates are an epoch
     expected = r"epoch 2, step 5: the loss is nan, 3 updates in a row.*output of .*head \(Linear\).*rate 0.*float32"
     with pytest.raises(SsmpruneError, match=expected):
         finetune(model, Data(images), Job(SETTINGS), tmp_path)

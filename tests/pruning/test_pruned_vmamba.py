@@ -178,11 +178,11 @@ def test_the_convolution_sees_dropped_tokens_if_they_are_remembered(kind: str) -
     torch.manual_seed(2)
     x = torch.randn(2, 20, 16, dtype=torch.float64)
     kept = torch.tensor([[0, 3, 4, 8, 9, 15], [2, 5, 8, 11, 13, 19]])
-    dense = TokenSequence.dense(x, restorable=True)
-    _, expected = block(dense, (4, 5), None, "delta")
+    dense = TokenSequence.dense(x, grid=(4, 5), restorable=True)
+    _, expected = block(dense, None, "delta")
     fates: tuple[tuple[Fate, bool], ...] = (("frozen", True), ("context", True), ("gone", False))
     for others, same in fates:
-        _, found = block(dense.keep(kept, others=others), (4, 5), None, "delta")
+        _, found = block(dense.keep(kept, others=others), None, "delta")
         for direction in range(4):  # steps come from the convolution's output alone
             at_kept = expected.delta[direction].gather(1, kept[..., None].expand(-1, -1, found.delta[0].shape[-1]))
             assert torch.allclose(found.delta[direction], at_kept, rtol=0, atol=1e-12) == same

@@ -126,7 +126,7 @@ def cache_folders() -> list[Path]:
     if own.is_absolute():  # others are to be ignored, says the XDG specification
         folders = [own / "ssmprune"]
     with contextlib.suppress(OSError):
-        folders.append(Path(tempfile.gettempdir()) / f"ssmprune-{os.geteuid()}")
+        folders.append(Path(tempfile.gettempdir()) / f"ssmprune-{getattr(os, 'geteuid', int)()}")
     return [folder for folder in folders if folder.is_absolute()]
 
 

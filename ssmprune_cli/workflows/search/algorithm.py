@@ -62,7 +62,7 @@ _STARTS = 3
 _SIDES = 4  # of smaller images from which tokens are dropped too
 _BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller image at first
 _TIMINGS = 4  # of finalists that overrun a time, each time pruning harder
-_TIMING_SECONDS = 8.0  # for each of them, all finalists together
+_TIMING_SECONDS = 4.0  # for each of them, all finalists together
 _WIDE = 1.2  # first candidates for each evaluation: three tenths of the evaluations, on a quarter of the images
 
 Progress = Callable[[int, int], None]
