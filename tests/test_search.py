@@ -548,6 +548,17 @@ def test_a_table_is_measured_once_on_a_machine(tmp_path: Path, monkeypatch: pyte
         predicted(4)
 
 
+def test_a_noisy_moment_is_not_kept_for_other_runs(tmp_path: Path) -> None:
+    table = TimeTable(tmp_path / "times.json")
+    table.add({"noisy": Timing(0.8, (0.6, 1.1), 8.0, 10.0)})
+    assert table.rows == {"noisy": 0.8} and not (tmp_path / "times.json").exists()
+    table.add({"steady": Timing(0.8, (0.79, 0.82), 8.0, 10.0)})
+    assert TimeTable(tmp_path / "times.json").rows == {"steady": 0.8}
+    for broken in ("[1]", '{"a": null}', "[" * 100000, "3"):
+        (tmp_path / "times.json").write_text(broken)
+        assert TimeTable(tmp_path / "times.json").rows == {}
+
+
 def test_images_that_cannot_be_used_end_a_search(tmp_path: Path) -> None:
     def plan(path: Path) -> SearchPlan:
         return SearchPlan(path, [CALIBRATED], budgets=(Budget("flops", 0.8),), calibration=CalibrationPlan(images=10))

@@ -38,7 +38,8 @@ from ssmprune_cli.workflows.write import write_text
 _FRACTIONS = (0.9, 0.6, 0.3)  # of a stage's tokens; the first shows what it costs to prune at all
 _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
 _SECONDS = 3.0  # for the rows of one reduction
-_ROUNDS = (3, 15)
+_ROUNDS = (4, 15)
+_STEADY = 0.15  # width of an interval, as a share, up to which a row is good enough for other runs
 _MOST_POINTS = 6  # that tell what a point takes
 _MOST_BYTES = 1 << 22  # of a saved table
 
@@ -76,7 +77,7 @@ class Clock:
         """The share of the dense model's time that the model for images of `side` pixels takes, all tokens kept."""
         if f"side {side}" not in self.table.rows:
             (timing,) = self.timings([Variant(_nothing(), side)], _SECONDS / 2)
-            self.table.add({f"side {side}": timing.ratio})
+            self.table.add({f"side {side}": timing})
         return self.table.rows[f"side {side}"]
 
     def dense_ms(self) -> float:
@@ -228,7 +229,7 @@ class TimeModel:
         keys = [f"{self._method.reduction} {name}" for name in names.values()]
         if any(key not in self._clock.table.rows for key in keys):
             timings = self._clock.timings([Variant(self._method.settings(row, 0)) for row in names], _SECONDS)
-            self._clock.table.add({key: timing.ratio for key, timing in zip(keys, timings, strict=True)})
+            self._clock.table.add(dict(zip(keys, timings, strict=True)))
         return {row: self._clock.table.rows[key] for row, key in zip(names, keys, strict=True)}
 
 
@@ -277,11 +278,12 @@ class TimeTable:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.rows: dict[str, float] = {}
+        self._kept: dict[str, float] = {}  # what is in the file
         if path is not None and path.exists():
-            with suppress(SsmpruneError, ValueError):  # a broken cache is measured anew
-                rows = json.loads(read_bytes(path, _MOST_BYTES, SsmpruneError))
-                self.rows = {str(key): float(value) for key, value in rows.items() if 0 < float(value) < 1e3}
+            with suppress(SsmpruneError, ValueError, TypeError, RecursionError):  # a broken cache is measured anew
+                rows = dict(json.loads(read_bytes(path, _MOST_BYTES, SsmpruneError)))
+                self._kept = {str(key): float(value) for key, value in rows.items() if 0 < float(value) < 1e3}
+        self.rows = dict(self._kept)
 
     @classmethod
     def of(cls, model: Backbone, device: str, batch_size: int) -> TimeTable:
@@ -302,9 +304,15 @@ class TimeTable:
         folders = cache_folders()
         return cls(folders[0] / "times" / f"{name}.json" if folders else None)
 
-    def add(self, rows: dict[str, float]) -> None:
-        self.rows |= rows
-        if self._path is not None:
+    def add(self, timings: Mapping[str, Timing]) -> None:
+        """Take up what was measured. In a moment too noisy to tell, it is for this run alone, not for the file."""
+        shares = {key: timing.ratio for key, timing in timings.items()}
+        self.rows |= shares
+        steady = all(
+            high - low <= _STEADY * timing.ratio for timing in timings.values() for low, high in [timing.interval]
+        )
+        if self._path is not None and steady:
             with suppress(OSError, SsmpruneError):  # without a cache it is measured again
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_text(self._path, json.dumps(self.rows, indent=1) + "\n")
+                self._kept |= shares
+                write_text(self._path, json.dumps(self._kept, indent=1) + "\n")
