@@ -258,7 +258,7 @@ def test_how_many_images_a_repair_and_its_absence_ask_for() -> None:
 def test_a_repair_is_in_the_artefact_its_report_and_its_recipe(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (140, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
-    asked = request(keep="0.3", calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
+    asked = request(keep="0.3", reduction="context", calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
     result = compress_checkpoint(asked)
     facts = result.report.repair
     assert facts is not None and facts.images == facts.held_back == 140 and facts.divergence_before is not None
@@ -292,7 +292,7 @@ def test_a_repair_is_in_the_artefact_its_report_and_its_recipe(tmp_path: Path) -
 def test_a_repair_that_was_asked_for_and_refused_is_a_warning(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
-    asked = request(keep="0.6", calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
+    asked = request(keep="0.6", reduction="context", calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
     result = compress_checkpoint(asked)
     assert not any("repair" in each for each in result.warnings), "auto says it in the report alone"
     assert result.report.repair is not None and result.report.repair.kind == "none"
@@ -307,7 +307,9 @@ def test_a_repair_that_was_asked_for_and_refused_is_a_warning(tmp_path: Path) ->
 def test_a_model_for_smaller_images_is_repaired_too(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
-    asked = request(keep="0.5", resize=48, calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0)
+    asked = request(
+        keep="0.5", reduction="context", resize=48, calib=tmp_path / "images.npz", out=tmp_path / "out", samples=0
+    )
     facts = compress_checkpoint(asked).report.repair
     assert facts is not None and facts.images == 70 and facts.divergence_before is not None
     alone = compress_checkpoint(replace(asked, keep=None, overwrite=True)).report
