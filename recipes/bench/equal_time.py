@@ -25,7 +25,7 @@ from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, compress, divergence, known_methods, paired, repair, restore
+from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
 from ssmprune_cli.workflows.compress import for_images, recipe_settings
@@ -118,17 +118,7 @@ class Bench:
             self.row(prepare(model), model, share, batch_size, "searched", "none", what)
             return
         dense = run(self.comparison.reference, load_images(self.comparison.model, self.calibration).split(64))
-        compress(
-            model,
-            points=settings.schedule.points,
-            tokens=settings.schedule.tokens,
-            importance=settings.importance,
-            reduction=settings.reduction,
-            alignment=settings.alignment,
-            calibration=images,
-            dense=dense,
-            repair="none",
-        )
+        prune(model, settings, images, dense=dense)
         self.rows(model, prepare(model), images, share, batch_size, "searched", what, dense)
 
     def rows(

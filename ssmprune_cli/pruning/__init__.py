@@ -10,7 +10,14 @@ import torch
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
-from ssmprune_cli.pruning.compress import ALIGNMENT_IMAGES, DEFAULT_REDUCTION, choose_alignment, compress, restore
+from ssmprune_cli.pruning.compress import (
+    ALIGNMENT_IMAGES,
+    DEFAULT_REDUCTION,
+    choose_alignment,
+    compress,
+    prune,
+    restore,
+)
 from ssmprune_cli.pruning.correction import Correction, Held, Repaired
 from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, soft_divergence
 from ssmprune_cli.pruning.importance import IMPORTANCES
@@ -95,6 +102,7 @@ __all__ = [
     "judged_rows",
     "known_methods",
     "paired",
+    "prune",
     "repair",
     "restore",
     "soft_divergence",

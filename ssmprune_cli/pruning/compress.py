@@ -81,7 +81,19 @@ def compress(
     schedule = PruneSchedule.resolve(model.stages, points=points, keep=keep, tokens=tokens, rectangular=rectangular)
     chosen = choose_alignment(alignment, reduction, calibrated=calibration is not None)
     settings = PruneSettings(schedule, importance, reduction, chosen, seed)
-    like, fits_mass = next(model.parameters()), ALIGNMENTS.get(chosen).needs_sizes
+    return prune(model, settings, calibration, dense=dense, repair=repair)
+
+
+def prune(
+    model: Prunable,
+    settings: PruneSettings,
+    calibration: Images | None,
+    *,
+    dense: Tensor | None = None,
+    repair: Asked = "none",
+) -> Calibration | None:
+    """`compress` by settings that are resolved already."""
+    like, fits_mass = next(model.parameters()), ALIGNMENTS.get(settings.alignment).needs_sizes
     batches = () if calibration is None else as_batches(model, calibration)
     aligned, known = (batches, dense) if repair == "none" else _few(model, calibration, batches, dense)
     kept = list(aligned) if fits_mass else []  # read once more for every mass: a loader may shuffle

@@ -23,8 +23,8 @@ from ssmprune_cli.pruning import (
     Method,
     PruneSettings,
     choose_alignment,
-    compress,
     divergence,
+    prune,
     restore,
 )
 from ssmprune_cli.recipe import Recipe
@@ -194,7 +194,7 @@ class Comparison:
         settings = None if recipe is None else recipe_settings(model, recipe, calibrated=calibration is not None)
         if settings is not None:
             dense = None if calibration is None else run(self.reference, self._calibration(self.model, calibration))
-            _prune(model, settings, None if calibration is None else self._calibration(model, calibration), dense)
+            prune(model, settings, None if calibration is None else self._calibration(model, calibration), dense=dense)
         session = variant.session.with_pruner(model.pruner)
         logits, cost = self._finite(run(session, variant.images), name), count_flops(model).all_directions
         restore(model)
@@ -227,7 +227,7 @@ class Comparison:
 
     def prune(self, settings: PruneSettings, calibration: Tensor | None) -> None:
         """Make `model` a variant: `logits`, `cost` and `speed` are of what it is now."""
-        _prune(self.model, settings, None if calibration is None else calibration.split(self.batch_size))
+        prune(self.model, settings, None if calibration is None else calibration.split(self.batch_size))
 
     def logits(self, name: str) -> Tensor:
         """(N, classes) float64, on the CPU. Raises DataError, calling the model `name`, if they are not finite."""
@@ -301,23 +301,6 @@ class Comparison:
             difference=change.value if change else None,
             difference_interval=change.interval if change else None,
         )
-
-
-def _prune(
-    model: Backbone, settings: PruneSettings, calibration: Sequence[Tensor] | None, dense: Tensor | None = None
-) -> None:
-    compress(
-        model,
-        tokens=settings.schedule.tokens,
-        points=settings.schedule.points,
-        importance=settings.importance,
-        reduction=settings.reduction,
-        alignment=settings.alignment,
-        calibration=calibration,
-        dense=dense,
-        repair="none",
-        seed=settings.seed,
-    )
 
 
 def compare(

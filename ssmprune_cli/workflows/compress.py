@@ -26,8 +26,8 @@ from ssmprune_cli.pruning import (
     PruneSettings,
     TokenPruner,
     choose_alignment,
-    compress,
     known_methods,
+    prune,
     repair,
 )
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
@@ -485,18 +485,7 @@ def _prune_on(
     parts = None
     if images is not None:
         parts = _Batches(images, model, recipe.calibration.batch_size, progress and progress("Calibrating"))
-    return compress(
-        model,
-        points=settings.schedule.points,
-        tokens=settings.schedule.tokens,
-        importance=settings.importance,
-        reduction=settings.reduction,
-        alignment=settings.alignment,
-        calibration=parts,
-        dense=dense_logits,
-        repair="none",
-        seed=settings.seed,
-    )
+    return prune(model, settings, parts, dense=dense_logits)
 
 
 def _compressed(
