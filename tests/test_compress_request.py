@@ -14,7 +14,9 @@ from ssmprune_cli.errors import DataError, RecipeError, UsageError
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, TokenPruner
 from ssmprune_cli.recipe import load_recipe
 from ssmprune_cli.report import ModelSpeed, SpeedFacts
-from ssmprune_cli.workflows.compress import SEARCH_IMAGES, CompressRequest, _slow, compress_checkpoint
+from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
+from ssmprune_cli.workflows.compress.request import SEARCH_IMAGES
+from ssmprune_cli.workflows.compress.run import _slow
 from ssmprune_cli.workflows.identity import weights_sha256
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.limits import Limits
@@ -312,7 +314,7 @@ def test_a_model_for_smaller_images_is_repaired_too(tmp_path: Path) -> None:
     )
     facts = compress_checkpoint(asked).report.repair
     assert facts is not None and facts.images == 70 and facts.divergence_before is not None
-    alone = compress_checkpoint(replace(asked, keep=None, overwrite=True)).report
+    alone = compress_checkpoint(replace(asked, keep=None, reduction=None, overwrite=True)).report
     assert alone.repair is None and alone.pruning is None
     with pytest.raises(UsageError, match="is about dropping tokens, and none are"):
-        compress_checkpoint(replace(asked, keep=None, repair="head", overwrite=True))
+        compress_checkpoint(replace(asked, keep=None, reduction=None, repair="head", overwrite=True))

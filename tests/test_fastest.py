@@ -10,7 +10,7 @@ import pytest
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.pruning import Method
 from ssmprune_cli.recipe import Pruning, Recipe
-from ssmprune_cli.workflows.fastest import LADDER, fastest
+from ssmprune_cli.workflows.compress.fastest import LADDER, fastest
 from ssmprune_cli.workflows.search import Found, Limits, SearchPlan
 from ssmprune_cli.workflows.trials import Budget
 

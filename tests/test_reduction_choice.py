@@ -11,8 +11,8 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import PruneSchedule, compress, divergence, restore
+from ssmprune_cli.workflows.compress.reductions import CANDIDATES, compare_reductions
 from ssmprune_cli.workflows.measure import count_flops
-from ssmprune_cli.workflows.reduction_choice import CANDIDATES, compare_reductions
 from ssmprune_cli.workflows.trials import Measurements
 
 pytestmark = pytest.mark.usefixtures("without_noise")

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output, values
-from ssmprune_cli.cli.help import DATA, DEVICE, HOW_MUCH, OUTPUT
+from ssmprune_cli.cli.help import DATA, HOW_MUCH, OUTPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
 from ssmprune_cli.cli.options import (
     MAX_SIDE,
@@ -21,7 +21,9 @@ from ssmprune_cli.cli.options import (
     DeviceName,
     Evaluations,
     KeepImageSize,
+    RepairKind,
     StateFile,
+    TimedBatch,
     TimeLimit,
     choice_option,
     counts_option,
@@ -141,16 +143,7 @@ def command(
             "grid-merge, else calibrated with --calib and null without. One of",
         ),
     ] = None,
-    repair: Annotated[
-        str | None,
-        choice_option(
-            "--repair",
-            values.REPAIRS,
-            "What to mend after calibration, without labels: head (a head fitted to the dense model's answers), "
-            "head+side (one that also sees means of the dropped tokens), none, or auto, the default: the better of "
-            "both. It is kept only if it is clearly better on images held back. One of",
-        ),
-    ] = None,
+    repair: RepairKind = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
     keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
@@ -207,9 +200,7 @@ def command(
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     device: DeviceName = "cpu",
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
-    ] = 8,
+    batch_size: TimedBatch = 8,
     backend: BackendName = "auto",
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
@@ -265,8 +256,6 @@ def command(
         result = compress_checkpoint(request, progress)
     for warning in result.warnings:
         output.warn(warning)
-    for note in result.notes:
-        output.note(note)
     output.emit(_tables(result.report), result.report.to_dict(), as_json=as_json)
     if result.out is not None:
         output.note(f"Written to {result.out}")

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -100,6 +100,21 @@ def choice_option(flag: str, names: tuple[str, ...], help_text: str, panel: str 
         help=f"{help_text}: {values.listed(names)}.",
         rich_help_panel=panel,
     )
+
+
+RepairKind = Annotated[
+    Literal["auto", "head", "head+side", "none"] | None,
+    choice_option(
+        "--repair",
+        values.REPAIRS,
+        "What to mend after calibration, without labels: head (a head fitted to the dense model's answers), head+side "
+        "(one that also sees means of the dropped tokens), none, or auto, the default: the better of both. It is kept "
+        "only if it is clearly better on images held back. One of",
+    ),
+]
+TimedBatch = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
+]
 
 
 def importance_option(help_text: str) -> Any:

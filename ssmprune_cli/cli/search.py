@@ -15,7 +15,9 @@ from ssmprune_cli.cli.options import (
     DeviceName,
     Evaluations,
     KeepImageSize,
+    RepairKind,
     StateFile,
+    TimedBatch,
     TimeLimit,
     choice_option,
     importance_option,
@@ -60,6 +62,7 @@ def command(
         str | None,
         choice_option("--alignment", values.ALIGNMENTS, "Only this alignment [default: the search chooses]"),
     ] = None,
+    repair: RepairKind = None,
     seed: Annotated[int, seed_option("Seed of the search and of the choice of images.")] = 0,
     keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
@@ -73,12 +76,11 @@ def command(
     state: StateFile = None,
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images that run at once; more of them suit a GPU.", rich_help_panel=DEVICE)
+    batch_size: TimedBatch = 8,
+    images_at_once: Annotated[
+        int,
+        typer.Option(min=1, help="Images that are judged at once; more suit a GPU.", rich_help_panel=DEVICE),
     ] = 16,
-    timed_batch_size: Annotated[
-        int, typer.Option(min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
-    ] = 8,
     device: DeviceName = "cpu",
     backend: BackendName = "auto",
 ) -> None:
@@ -86,7 +88,8 @@ def command(
 
     Points, token counts, score, reduction and alignment are chosen by the divergence of the logits from the dense
     model's on unlabelled images. A part of them is held back: the uniform default schedule is kept unless something is
-    clearly better there. `ssmprune compress --recipe` then makes the model. A run that was killed continues with the
+    clearly better there. With 64 images or more they are judged as they will be repaired. `ssmprune compress --recipe`
+    then makes the model. A run that was killed continues with the
     same command.
     """
     if times is not None and flops is not None:
@@ -106,9 +109,10 @@ def command(
         calib=calib,
         methods=list(known_methods(importance, reduction, alignment)),
         budgets=tuple(Budget(kind, value) for value in shares),
-        batch_size=timed_batch_size,
+        batch_size=batch_size,
+        repair=repair or "auto",
         resize=not keep_image_size,
-        calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=batch_size),
+        calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=images_at_once),
         seed=seed,
         limits=Limits(evaluations, time_limit),
         device=device,

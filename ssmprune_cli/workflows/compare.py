@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images
+from ssmprune_cli.data import ImageDataset, Subset, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.models import Backbone, resize, sides
 from ssmprune_cli.pruning import (
+    DEFAULT_REDUCTION,
     IMPORTANCES,
     REDUCTIONS,
     Method,
@@ -33,7 +34,7 @@ from ssmprune_cli.workflows.compress import for_images, recipe_settings
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Budget, Uniform, load_images, run
+from ssmprune_cli.workflows.trials import Budget, Prepared, Uniform, load_images, run
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -101,9 +102,7 @@ class EvaluationImages:
         yield from self._read() if self._kept is None else self._kept
 
     def _read(self) -> Iterator[Tensor]:
-        device = next(self._model.parameters()).device
-        for batch in batches(self.dataset, self._model.preprocessing, self._batch_size):
-            yield batch.images.to(device)
+        yield from Prepared(self._model, self.dataset, self._batch_size)
 
 
 @dataclass(frozen=True)
@@ -177,6 +176,8 @@ class Comparison:
     def recipe(self, recipe: Recipe, calibration: ImageDataset | None) -> Row:
         """The row of what a recipe makes, calibrated on its images where it needs any."""
         side = recipe.pruning.image_size
+        if recipe.pruning.drops_tokens and recipe.pruning.reduction == "auto":
+            self.notes.append(f"{recipe.name} leaves its reduction to `compress`; here it is {DEFAULT_REDUCTION!r}.")
         if side is None:
             settings = recipe_settings(self.model, recipe, calibrated=calibration is not None)
             assert settings is not None  # else it would name a side
@@ -335,7 +336,7 @@ def compare(
     calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
     total = 1 + (len(methods) + 1) * len(budgets) + len(recipes) + len(others)
-    rows, notes = [comparison.dense()], [*dataset.notes, *comparison.notes]
+    rows, notes = [comparison.dense()], list(dataset.notes)
 
     def advance() -> None:
         if done:
@@ -364,7 +365,7 @@ def compare(
             work = max((row.multiply_adds for row in rows if row.budget == title), default=0)
         rows += _smaller(comparison, budget, title, work, notes)
         advance()
-    return rows, notes
+    return rows, [*comparison.notes, *notes]
 
 
 def _smaller(comparison: Comparison, budget: Budget, title: str, work: float, notes: list[str]) -> list[Row]:
@@ -391,7 +392,10 @@ def published_table(
         if recipe.published is None or recipe.model is None or recipe.model.family != family:
             continue
         file = checkpoints / recipe.published.checkpoint
-        if recipe.pruning.reduction not in REDUCTIONS.names() or recipe.pruning.importance not in IMPORTANCES.names():
+        if (
+            recipe.pruning.reduction not in ("auto", *REDUCTIONS.names())
+            or recipe.pruning.importance not in IMPORTANCES.names()
+        ):
             missing.add(f"{recipe.name} needs a score or reduction that this ssmprune does not have.")
             continue
         if file.exists():

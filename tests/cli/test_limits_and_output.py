@@ -116,7 +116,7 @@ def commands(folder: Path, artefact: Path) -> dict[str, tuple[Any, ...]]:
     images, ckpt = folder / "images.npz", checkpoint(folder)
     labelled = ("--dataset", "npz", "--data", images)
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "3")
-    large = ("--timed-batch-size", "64", "--keep-image-size")  # so that it gets faster
+    large = ("--batch-size", "64", "--keep-image-size")  # so that it gets faster
     return {
         "inspect": ("inspect", ckpt),
         "compress": (

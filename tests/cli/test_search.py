@@ -99,7 +99,7 @@ def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: 
     out, few_images = tmp_path / "front", tmp_path / "few.npz"
     np.savez(few_images, images=np.load(DEMO.with_name("calib.npz"))["images"][:12])
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "6")
-    batch = ("--timed-batch-size", "64", "--keep-image-size")
+    batch = ("--batch-size", "64", "--keep-image-size")
     done = ssmprune("search", DEMO, "--calib", few_images, "--flops", "0.7,0.6", *batch, *few, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "Only 12 of 256 calibration images" in done.stderr and "12 images are few" in done.stderr

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, batches, calibration_images, fingerprint
+from ssmprune_cli.data import ImageDataset, Subset, calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, divergence, judged_rows, repair, restore
@@ -28,6 +28,7 @@ from ssmprune_cli.workflows.trials import (
     Clock,
     Costs,
     Measurements,
+    Prepared,
     SavedState,
     TimeTable,
     Timing,
@@ -56,7 +57,8 @@ class SearchPlan:
     batch_size  images in a batch that is timed on `device`
     methods     those to choose from
     resize      whether smaller images are among the candidates
-    repair      what the result is to be repaired by, on `repair_images` of the images: finalists are judged repaired
+    repair      what the result is to be repaired by, on `repair_images` of the images: finalists are judged repaired,
+                and the recipe says so
     calibration how many images, and by which seed they are chosen
     state       file that keeps what was found, so that a killed search continues; deleted at the end by the caller
     """
@@ -185,6 +187,10 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         )
     order = list(range(len(dataset)))  # by name, so perhaps by class: the part held back must not be other classes
     random.Random(plan.seed).shuffle(order)
+    repairing = None
+    if plan.repair != "none":
+        repairing = calibration_images(plan.calib, plan.repair_images, plan.calibration.seed)
+        repairing = repairing if len(repairing) >= LEAST else None
     identity = {
         **run_identity(model, plan.device),
         "images": fingerprint(dataset),
@@ -192,6 +198,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         "batch_size": plan.calibration.batch_size,
         "timed_batch_size": plan.batch_size,
         "machine": machine(plan.device),
+        "repair_images": None if repairing is None else fingerprint(repairing),
     }
     state = SavedState(plan.state, identity)
     if state.found:
@@ -211,10 +218,6 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         load=load if plan.resize else None,
     )
     clock = Clock(measurements, plan.batch_size, TimeTable.of(model, plan.device, plan.batch_size))
-    repairing = None
-    if plan.repair != "none":
-        repairing = calibration_images(plan.calib, plan.repair_images, plan.calibration.seed)
-        repairing = repairing if len(repairing) >= LEAST else None
     return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
 
 
@@ -230,16 +233,15 @@ class Searches:
     progress: Progress | None
     warnings: list[str]
     images_to_repair: ImageDataset | None = None
+    _wanted: Tensor | None = field(default=None, repr=False)  # the dense model's logits of those
 
     def repaired(self, variant: Variant) -> Tensor:
         """(n,) divergences of a variant that was repaired, of images that its repair has not seen."""
         assert self.images_to_repair is not None
         images, sized = self.images_to_repair, self.measurements.at(variant.side)
 
-        def prepared(model: Backbone) -> Iterator[Tensor]:
-            device = next(model.parameters()).device
-            for batch in batches(images, model.preprocessing, self.plan.calibration.batch_size):
-                yield batch.images.to(device)
+        def prepared(model: Backbone) -> Prepared:
+            return Prepared(model, images, self.plan.calibration.batch_size)
 
         def compute() -> list[float]:
             if self._wanted is None:
@@ -249,11 +251,10 @@ class Searches:
                 logits = run(sized.session, prepared(sized.model))
                 found = divergence(self._wanted, logits)[judged_rows(len(logits))]
             else:
-                pruner = copy.deepcopy(sized.model.pruner)
-                sized.model.pruner = pruner
+                sized.model.pruner = copy.deepcopy(sized.model.pruner)  # the repair is left in it
                 result = repair(
                     sized.model,
-                    list(prepared(sized.model)),
+                    prepared(sized.model),
                     kind=self.plan.repair,
                     runner=sized.session.with_pruner,
                     dense=self._wanted,
@@ -266,8 +267,6 @@ class Searches:
 
         key = f"repaired {self.plan.repair} {variant.side} {json.dumps(variant.settings.to_dict(), sort_keys=True)}"
         return torch.tensor(self.state.get(key, compute), dtype=torch.float64)
-
-    _wanted: Tensor | None = field(default=None, repr=False)
 
     @property
     def state(self) -> SavedState:
@@ -327,16 +326,17 @@ class Searches:
             )
 
     def _recipe(self, trial: Trial, target: str) -> Recipe:
+        images = self.plan.calibration.images if self.plan.repair == "none" else self.plan.repair_images
         return Recipe(
             name="searched",
             description=f"found by search for {target}",
-            pruning=_pruning(trial),
-            calibration=self.plan.calibration,
+            pruning=_pruning(trial, self.plan.repair),
+            calibration=self.plan.calibration.model_copy(update={"images": images}),
             seed=self.plan.seed,
         )
 
 
-def _pruning(trial: Trial) -> Pruning:
+def _pruning(trial: Trial, repaired: Asked = "none") -> Pruning:
     settings = trial.settings
     if not settings.schedule.points:
         return Pruning(image_size=trial.side)
@@ -347,6 +347,7 @@ def _pruning(trial: Trial) -> Pruning:
         importance=settings.importance,
         reduction=settings.reduction,
         alignment=settings.alignment,
+        repair=repaired,
     )
 
 

@@ -6,7 +6,7 @@ from ssmprune_cli.workflows.trials.budgets import Budget, Spending, Uniform
 from ssmprune_cli.workflows.trials.candidates import Candidate, layouts, neighbours, uniform
 from ssmprune_cli.workflows.trials.clock import Clock, TimeTable, Timing, check_time
 from ssmprune_cli.workflows.trials.cost import Costs, Spends, check_budget, schedule_at, solve
-from ssmprune_cli.workflows.trials.measure import Distances, Measurements, Variant, load_images, run
+from ssmprune_cli.workflows.trials.measure import Distances, Measurements, Prepared, Variant, load_images, run
 from ssmprune_cli.workflows.trials.state import SavedState
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Costs",
     "Distances",
     "Measurements",
+    "Prepared",
     "SavedState",
     "Spending",
     "Spends",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,10 +29,29 @@ from ssmprune_cli.workflows.measure import count_flops
 from ssmprune_cli.workflows.trials.state import SavedState
 
 
+class Prepared(Iterable[Tensor]):
+    """The images of `dataset` as `model` takes them, batches (B, 3, H, W) on its device; read anew each time.
+
+    done  called with how many of how many are read
+    """
+
+    def __init__(
+        self, model: Backbone, dataset: ImageDataset, batch_size: int, done: Callable[[int, int], None] | None = None
+    ) -> None:
+        self._model, self._dataset, self._batch_size, self._done = model, dataset, batch_size, done
+
+    def __iter__(self) -> Iterator[Tensor]:
+        device, read = next(self._model.parameters()).device, 0
+        for batch in batches(self._dataset, self._model.preprocessing, self._batch_size):
+            yield batch.images.to(device)
+            read += len(batch.images)
+            if self._done:
+                self._done(read, len(self._dataset))
+
+
 def load_images(model: Backbone, dataset: ImageDataset) -> Tensor:
     """All images of `dataset`, prepared for `model`: (images, 3, H, W) on its device."""
-    device = next(model.parameters()).device
-    return torch.cat([batch.images for batch in batches(dataset, model.preprocessing, 64)]).to(device)
+    return torch.cat(list(Prepared(model, dataset, 64)))
 
 
 def run(session: Session, batches: Iterable[Tensor]) -> Tensor:

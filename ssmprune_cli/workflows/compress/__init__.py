@@ -1,0 +1,9 @@
+"""`ssmprune compress`: a request in, an artefact and its report out."""
+
+from __future__ import annotations
+
+from ssmprune_cli.workflows.compress.request import CompressRequest
+from ssmprune_cli.workflows.compress.run import CompressResult, compress_checkpoint
+from ssmprune_cli.workflows.compress.settings import for_images, recipe_settings
+
+__all__ = ["CompressRequest", "CompressResult", "compress_checkpoint", "for_images", "recipe_settings"]

@@ -1,0 +1,144 @@
+"""The model that a recipe makes: for smaller images, pruned, repaired. What is judged and delivered is made here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ssmprune_cli.data import ImageDataset, Subset, calibration_images
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import (
+    ALIGNMENT_IMAGES,
+    DEFAULT_REDUCTION,
+    Calibration,
+    PruneSettings,
+    Repaired,
+    prune,
+    repair,
+)
+from ssmprune_cli.recipe import Recipe
+from ssmprune_cli.report import ReductionTrial
+from ssmprune_cli.workflows.compress.reductions import compare_reductions
+from ssmprune_cli.workflows.compress.request import CompressRequest
+from ssmprune_cli.workflows.compress.settings import rounded
+from ssmprune_cli.workflows.evaluate import spread
+from ssmprune_cli.workflows.trials import Prepared, load_images, run
+
+Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model, and what there is to say of how it was made.
+
+    settings    of its pruner; None if no tokens are dropped
+    images      that it was calibrated on, or None without any
+    seen        by calibration
+    reductions  those that were compared, if one was to be chosen
+    """
+
+    model: Backbone
+    settings: PruneSettings | None
+    images: ImageDataset | None
+    seen: Calibration | None
+    repaired: Repaired | None
+    reductions: tuple[ReductionTrial, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def drops(self) -> bool:
+        """Whether any token is dropped."""
+        return self.settings is not None and self.settings.schedule.shortens(self.model.stages)
+
+
+def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress: Progress | None) -> Made:
+    """Make the model of `recipe`, which is that of `request` or one that a search for it found.
+
+    reference  the dense model, on the device of choice
+    """
+    model = request.resized(request.source.load(), recipe).to(next(reference.parameters()).device)
+    settings = request.settings(model, recipe)
+    warnings = []
+    if request.calib is None:
+        if settings is not None:
+            text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
+            warnings.append(text)
+            warnings += rounded(settings, recipe.pruning, model)
+            prune(model, settings, None)
+        return Made(model, settings, None, None, None, (), tuple(warnings))
+    images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
+    if len(images) < recipe.calibration.images and request.counts_images:
+        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
+    warnings += images.notes
+    if settings is None:
+        return Made(model, None, images, None, None, (), tuple(warnings))
+
+    # What all but a repair is chosen and calibrated on.
+    kind, batch_size = recipe.pruning.repair, recipe.calibration.batch_size
+    every = kind == "none" or len(images) <= ALIGNMENT_IMAGES
+    rows = list(range(len(images))) if every else spread(len(images), ALIGNMENT_IMAGES)
+    few = images if every else Subset(images, rows)
+    dense = None  # the logits of the dense model, if it sees the images larger
+    if model.config.resized_from is not None:
+        dense = run(prepare(reference), Prepared(reference, images, batch_size))
+    few_dense = None if dense is None else dense[rows]
+    tried: tuple[ReductionTrial, ...] = ()
+    if recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
+        if progress:
+            progress("Comparing reductions")
+        tried = _compared(request, model, recipe, settings, few, few_dense)
+        best = next((each.reduction for each in tried if each.chosen), None)
+        if best is None:
+            warnings.append(
+                "The reductions could not be compared at equal time: the clock of this machine is too uneven. "
+                f"{DEFAULT_REDUCTION!r} was taken."
+            )
+        settings = request.settings(model, recipe, reduction=best or DEFAULT_REDUCTION)
+        assert settings is not None
+    warnings += rounded(settings, recipe.pruning, model)
+    seen = prune(
+        model, settings, Prepared(model, few, batch_size, progress and progress("Calibrating")), dense=few_dense
+    )
+    repaired = None
+    if kind != "none":
+        parts = Prepared(model, images, batch_size, progress and progress("Repairing"))
+        repaired = repair(model, parts, kind=kind, runner=prepare(model).with_pruner, dense=dense)
+        warnings += repaired.warnings
+        if kind != "auto" and repaired.kind == "none":
+            warnings.append(f"The repair {kind!r} was refused: {repaired.refused[kind]}.")
+    return Made(model, settings, images, seen, repaired, tried, tuple(warnings))
+
+
+def _compared(
+    request: CompressRequest,
+    model: Backbone,
+    recipe: Recipe,
+    settings: PruneSettings,
+    images: ImageDataset,
+    dense: Tensor | None,
+) -> tuple[ReductionTrial, ...]:
+    choices = compare_reductions(
+        model,
+        settings.schedule,
+        load_images(model, images),
+        importance=settings.importance,
+        alignment=recipe.pruning.alignment,
+        batch_size=request.batch_size,
+        device=request.device,
+        dense=dense,
+        seed=settings.seed,
+    )
+    return tuple(
+        ReductionTrial(
+            reduction=each.method.reduction,
+            alignment=each.method.alignment,
+            tokens=each.schedule.tokens,
+            divergence=each.divergence if math.isfinite(each.divergence) else None,
+            chosen=each is choices[0],
+        )
+        for each in choices
+    )

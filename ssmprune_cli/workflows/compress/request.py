@@ -1,0 +1,261 @@
+"""What `ssmprune compress` is asked for: checked against itself, and resolved to a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import ALIGNMENT_IMAGES, REDUCTIONS, PruneSettings
+from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
+from ssmprune_cli.workflows.compress.settings import for_images, recipe_settings
+from ssmprune_cli.workflows.limits import Limits
+from ssmprune_cli.workflows.search import state_file
+from ssmprune_cli.workflows.source import Source
+from ssmprune_cli.workflows.trials import Budget
+
+SEARCH_IMAGES = 256  # unless the user says how many: a search needs more to choose by than an alignment
+_KEEP_ALL = Pruning(keep=1.0)  # of a recipe whose amounts come from elsewhere
+
+
+@dataclass(frozen=True)
+class CompressRequest:
+    """What a user asks for, as typed: None is what was not typed.
+
+    resize         side in pixels of smaller images, alone or before tokens are dropped
+    keep_image_size   of a search: smaller images are no candidates
+    keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
+    target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
+                   `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
+                   `limits.max_drop`: search for the fastest that loses no more on `data`
+    evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
+    calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
+    recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
+    data           labelled images, of the kind `dataset`, on which both models are judged; `limit` of them
+    samples        so many of them (or of the calibration images) are put into the artefact, for its report
+    dry_run        read no images and write nothing
+    command        how to do it again, for the report
+    """
+
+    source: Source
+    resize: int | None = None
+    keep_image_size: bool = False
+    keep: str | None = None
+    tokens: str | None = None
+    target_latency_ratio: float | None = None
+    target_speedup: float | None = None
+    target_latency: float | None = None
+    target_flops: float | None = None
+    batch_size: int = 8
+    evaluations: int = 200
+    time_limit: float | None = None
+    state: Path | None = None
+    points: str | None = None
+    importance: str | None = None
+    reduction: str | None = None
+    alignment: str | None = None
+    repair: str | None = None
+    calib: Path | None = None
+    calib_images: int | None = None
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    data: Path | None = None
+    dataset: str | None = None
+    limit: int | None = None
+    samples: int = 4
+    limits: Limits = field(default_factory=Limits)
+    out: Path | None = None
+    overwrite: bool = False
+    device: str = "cpu"
+    seed: int | None = None
+    dry_run: bool = False
+    command: str = ""
+
+    @property
+    def targets(self) -> list[str]:
+        """The options among those that search for a target."""
+        return [option for option, value in self._targets() if value is not None]
+
+    def _targets(self) -> list[tuple[str, float | None]]:
+        return [
+            ("--target-latency-ratio", self.target_latency_ratio),
+            ("--target-speedup", self.target_speedup),
+            ("--target-latency", self.target_latency),
+            ("--target-flops", self.target_flops),
+        ]
+
+    @property
+    def by_drop(self) -> bool:
+        """Whether the fastest model within `limits.max_drop` is searched for."""
+        amounts = any(each is not None for each in (self.resize, self.keep, self.tokens, self.points, self.recipe))
+        said = amounts or self.targets or any(text.startswith("pruning.") for text in self.overrides)
+        return self.limits.max_drop is not None and self.data is not None and not said
+
+    @property
+    def searched(self) -> bool:
+        return bool(self.targets) or self.by_drop
+
+    @property
+    def budget(self) -> Budget | None:
+        """What to search within; None for milliseconds, whose share of the dense time has to be measured."""
+        if self.target_latency_ratio is not None:
+            return Budget("time", self.target_latency_ratio)
+        if self.target_speedup is not None:
+            return Budget("time", 1 / self.target_speedup)
+        return None if self.target_flops is None else Budget("flops", self.target_flops)
+
+    @property
+    def state_file(self) -> Path | None:
+        """Where a search keeps what it has measured; None if there is no search, or nowhere to write."""
+        if not self.searched or self.out is None:
+            return self.state
+        return self.state or state_file(self.out)
+
+    def check(self) -> None:
+        """Raises UsageError for options that contradict each other, or that nothing would come of."""
+        if self.keep is not None and self.tokens is not None:
+            raise UsageError("--keep and --tokens both say how much to keep: give one of them")
+        if self.searched:
+            self._check_search()
+        elif self.time_limit is not None or self.state is not None or self.keep_image_size:
+            given = "--time-limit" if self.time_limit is not None else "--state"
+            given = "--keep-image-size" if self.keep_image_size else given
+            raise UsageError(f"{given} is for a search: it needs a target, such as --target-speedup 1.4")
+        if not self._says_what_to_keep and not self._says_which_images:
+            raise UsageError(
+                "how fast is the model to be?",
+                hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--data`, `--keep 0.6`, "
+                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images) or `--recipe FILE`.",
+            )
+        typed = {key for key, _, _ in self._settings()}
+        for text in self.overrides:
+            key = text.partition("=")[0].strip()
+            if key in typed:
+                raise UsageError(f"another option says what {key} is: give one of them", where=f"--set {text}")
+        if self.calib is None and self.calib_images is not None:
+            raise UsageError("--calib-images needs --calib, the images to choose from")
+        if self.calib is None and self.repair not in (None, "none"):
+            raise UsageError("--repair needs --calib, the images to fit it to")
+        if self.data is None:
+            for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
+                if value is not None:
+                    raise UsageError(f"{option} needs --data, the images that it is about")
+            self.limits.require(("max_drop", "min_accuracy"), "--data, the images to measure accuracy on")
+        if self.dry_run:
+            measured = ("max_drop", "min_accuracy", "max_latency_ratio")
+            self.limits.require(measured, "a run: nothing is measured in a dry run")
+        elif self.out is None:
+            raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
+
+    @property
+    def _says_what_to_keep(self) -> bool:
+        said = self.keep is not None or self.tokens is not None or self.recipe is not None or self.searched
+        return said or any(text.startswith(("pruning.keep=", "pruning.tokens=")) for text in self.overrides)
+
+    @property
+    def _says_which_images(self) -> bool:
+        return self.resize is not None or any(text.startswith("pruning.image_size=") for text in self.overrides)
+
+    def _check_search(self) -> None:
+        ways = (self.resize, self.keep, self.tokens, self.points, self.recipe)
+        if len(self.targets) + sum(each is not None for each in ways) > 1:
+            raise UsageError(
+                "a target settles what to keep: give one, without --resize, --keep, --tokens, --points or --recipe"
+            )
+        for text in self.overrides:
+            if text.startswith("pruning."):
+                raise UsageError(
+                    "a target settles how to prune",
+                    where=f"--set {text}",
+                    hint="Give `--importance`, `--reduction` and `--alignment` to search among those only.",
+                )
+        for option, value in self._targets():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"must be a finite number above 0, not {value:g}", where=option)
+        if self.target_speedup is not None and self.target_speedup <= 1:
+            raise UsageError(f"must be above 1, not {self.target_speedup:g}", where="--target-speedup")
+        if self.calib is None:
+            raise UsageError("a search needs calibration images", hint="Give `--calib DIR` with a few dozen of them.")
+        if self.dry_run:
+            raise UsageError("a search reads images, so it cannot be a dry run")
+
+    def _settings(self) -> list[tuple[str, str | int, str]]:
+        """Keys of a recipe that options set, their values as YAML, and the options."""
+        settings: list[tuple[str, str | int | None, str]] = []
+        if self.keep is not None:
+            settings += [("pruning.keep", _list(self.keep), "--keep"), ("pruning.tokens", "null", "--keep")]
+        if self.tokens is not None:
+            settings += [("pruning.tokens", f"[{self.tokens}]", "--tokens"), ("pruning.keep", "null", "--tokens")]
+        if not self._says_what_to_keep:
+            settings.append(("pruning.keep", "null", "--resize"))  # smaller images alone
+        settings += [
+            ("pruning.image_size", self.resize, "--resize"),
+            ("pruning.points", None if self.points is None else f"[{self.points}]", "--points"),
+            ("pruning.importance", self.importance, "--importance"),
+            ("pruning.reduction", self.reduction, "--reduction"),
+            ("pruning.alignment", self.alignment, "--alignment"),
+            ("pruning.repair", self.repair, "--repair"),
+            ("calibration.images", self.calib_images, "--calib-images"),
+            ("calibration.seed", self.seed, "--seed"),
+            ("seed", self.seed, "--seed"),
+        ]
+        return [(key, value, option) for key, value, option in settings if value is not None]
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether it is said how many calibration images there are to be."""
+        said = any(text.partition("=")[0].strip() == "calibration.images" for text in self.overrides)
+        return said or self.calib_images is not None or self.recipe is not None
+
+    def search_images(self, recipe: Recipe) -> int:
+        """How many images a search chooses by; what it finds has those of the recipe."""
+        return recipe.calibration.images if self.counts_images else SEARCH_IMAGES
+
+    def resolved(self) -> Recipe:
+        """The recipe to follow; a search replaces its pruning section. Raises RecipeError or UsageError."""
+        base = Recipe(pruning=_KEEP_ALL) if self.recipe is None else load_recipe(self.recipe)
+        settings = [f"{key}={value}" for key, value, _ in self._settings()]
+        options = {key: option for key, _, option in self._settings()}
+        recipe = base.override([*settings, *self.overrides], options)
+        if not recipe.pruning.drops_tokens:
+            for name in ("importance", "reduction", "alignment", "repair"):
+                if getattr(self, name) is not None or any(
+                    text.startswith(f"pruning.{name}=") for text in self.overrides
+                ):
+                    raise UsageError("is about dropping tokens, and none are: give --keep too", where=f"--{name}")
+        scored = self.importance is not None or any(text.startswith("pruning.importance=") for text in self.overrides)
+        if scored and recipe.pruning.reduction in REDUCTIONS.names():
+            name = recipe.pruning.reduction
+            if REDUCTIONS.get(name).rectangular:
+                raise UsageError(f"the reduction {name!r} goes by no score: leave it out", where="--importance")
+        if recipe.pruning.repair == "none" and not self.counts_images:
+            return recipe.override([f"calibration.images={ALIGNMENT_IMAGES}"])
+        return recipe
+
+    def settings(self, model: Backbone, recipe: Recipe, **chosen: str) -> PruneSettings | None:
+        """What `recipe`, resolved from this request, means for `model`. Raises UsageError for what does not fit."""
+        with self._named("keep", "tokens", "points", "importance", "reduction", "alignment"):
+            return recipe_settings(model, recipe, calibrated=self.calib is not None, **chosen)
+
+    def resized(self, model: Backbone, recipe: Recipe) -> Backbone:
+        """`for_images`; its errors name the option."""
+        with self._named("resize"):
+            return for_images(model, recipe)
+
+    @contextmanager
+    def _named(self, *names: str) -> Iterator[None]:
+        """Around what goes by these options: an error names those that were typed."""
+        try:
+            yield
+        except UsageError as error:
+            typed = " ".join(f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
+            raise UsageError(error.what, where=typed or error.where, hint=error.hint) from error
+
+
+def _list(text: str) -> str:
+    """ "0.9,0.8" as a YAML list; one number stays a number."""
+    return f"[{text}]" if "," in text else text

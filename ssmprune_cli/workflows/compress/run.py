@@ -1,0 +1,293 @@
+"""`ssmprune compress`: check what is asked, search for it or take it, calibrate, prune, measure, write the artefact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.data import ImageDataset, fingerprint
+from ssmprune_cli.errors import MAX_MESSAGE, shown
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import TokenPruner, known_methods
+from ssmprune_cli.recipe import Recipe
+from ssmprune_cli.report import Figures, Report, Sample, SpeedFacts, TargetFacts
+from ssmprune_cli.tasks import TASKS, Estimate
+from ssmprune_cli.workflows.compress.fastest import fastest
+from ssmprune_cli.workflows.compress.make import Progress, make
+from ssmprune_cli.workflows.compress.request import CompressRequest
+from ssmprune_cli.workflows.compress.settings import rounded
+from ssmprune_cli.workflows.evaluate import evaluate, identity
+from ssmprune_cli.workflows.identity import weights_sha256
+from ssmprune_cli.workflows.limits import Limits
+from ssmprune_cli.workflows.measure import resolve_device
+from ssmprune_cli.workflows.reporting import (
+    calibration_facts,
+    figures,
+    pruning_facts,
+    repair_facts,
+    report_files,
+    samples,
+    speed_facts,
+    versions,
+)
+from ssmprune_cli.workflows.search import Found, SearchPlan, SearchResult, open_search, search
+from ssmprune_cli.workflows.search import Limits as SearchLimits
+from ssmprune_cli.workflows.source import Source
+from ssmprune_cli.workflows.write import check_place
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What came of it: the facts, with a verdict on every limit, and the artefact, which a dry run does not have.
+
+    warnings  what a reader must know, those of the report included
+    """
+
+    report: Report
+    out: Path | None
+    warnings: tuple[str, ...] = ()
+
+
+def compress_checkpoint(request: CompressRequest, progress: Progress | None = None) -> CompressResult:
+    """Do what `request` asks: write the artefact folder atomically, or say what would be in it.
+
+    The same input, recipe and seed give the same bytes, but for the reports, which hold measured times. Raises
+    UsageError for requests that make no sense, SsmpruneError for what goes wrong; the folder is then as it was before.
+    """
+    request.check()
+    recipe = request.resolved()
+    out = request.out
+    if request.dry_run or out is None:
+        report = _planned(request, recipe)
+        return CompressResult(report, None, report.warnings)
+    checkpoint.check_writable(out, overwrite=request.overwrite)
+    check_place(request.state, "--state")
+    resolve_device(request.device)
+    evaluation = _evaluation(request)  # what is wrong with it is said before a search, which may take an hour
+    if not request.searched:
+        report = _compressed(request, recipe, out, evaluation, None, progress)
+        return CompressResult(report, out, report.warnings)
+    result = _search(request, recipe, evaluation, progress)
+    (found,) = result.found
+    report = _compressed(request, found.recipe, out, evaluation, found, progress)
+    result.state.remove()
+    return CompressResult(report, out, tuple(dict.fromkeys((*result.warnings, *report.warnings))))
+
+
+def _evaluation(request: CompressRequest) -> ImageDataset | None:
+    """The labelled images. Raises DataError if the model cannot be judged on them."""
+    if request.data is None:
+        return None
+    model = request.source.load()
+    task = TASKS.get(model.task)
+    dataset = task.open(request.data, request.dataset)
+    task.check(model, dataset)
+    return dataset
+
+
+def _search(
+    request: CompressRequest, recipe: Recipe, evaluation: ImageDataset | None, progress: Progress | None
+) -> SearchResult:
+    assert request.calib is not None  # by request.check
+    reduction, alignment = (None if name == "auto" else name for name in (request.reduction, request.alignment))
+    plan = SearchPlan(
+        calib=request.calib,
+        methods=list(known_methods(request.importance, reduction, alignment)),
+        budgets=() if request.budget is None else (request.budget,),
+        latency_ms=request.target_latency,
+        resize=not request.keep_image_size,
+        repair=recipe.pruning.repair,
+        repair_images=recipe.calibration.images,
+        batch_size=request.batch_size,
+        calibration=recipe.calibration.model_copy(update={"images": request.search_images(recipe)}),
+        seed=recipe.seed,
+        limits=SearchLimits(request.evaluations, request.time_limit),
+        device=request.device,
+        state=request.state_file,
+    )
+    if not request.by_drop:
+        return search(request.source, plan, progress)
+    assert evaluation is not None
+    searches = open_search(request.source, plan, progress)
+    reference = request.source.load().to(resolve_device(request.device))
+    limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
+
+    def holds(found: Found) -> bool:
+        model = make(request, found.recipe, reference, progress).model
+        done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
+        result = evaluate(
+            model, evaluation, compare=reference, limit=request.limit, device=request.device, progress=done
+        )
+        verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
+        return all(each.holds for each in verdicts)
+
+    return SearchResult([fastest(searches, holds)], *searches.counts, searches.state, searches.warnings)
+
+
+def _planned(request: CompressRequest, recipe: Recipe) -> Report:
+    """Tokens per block and multiply-adds: what is known without images."""
+    reference = request.source.load()
+    dense, weights = figures(reference), weights_sha256(reference)
+    model = request.resized(reference, recipe)
+    settings = request.settings(model, recipe)
+    if settings is not None:
+        model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
+    report = _report(request.source, model, recipe, dense, {"weights_sha256": weights})
+    warnings = [*request.source.warnings(), *rounded(settings, recipe.pruning, model)]
+    if request.calib is not None and settings is not None and recipe.pruning.reduction == "auto":
+        warnings.append(
+            f"The reduction is chosen on the calibration images, which a dry run does not read: this is for "
+            f"{settings.reduction!r}."
+        )
+    report = report.model_copy(update={"warnings": tuple(warnings)})
+    return _judged(report, request.limits)
+
+
+def _compressed(
+    request: CompressRequest,
+    recipe: Recipe,
+    out: Path,
+    evaluation: ImageDataset | None,
+    found: Found | None,
+    progress: Progress | None,
+) -> Report:
+    """Compress by `recipe`, which may have been `found` by a search, and write the artefact."""
+    source = request.source
+    target = resolve_device(request.device)
+    reference = source.load().to(target)
+    dense = figures(reference)
+    made = make(request, recipe, reference, progress)
+    model, images, settings = made.model, made.images, made.settings
+    warnings = [*source.warnings(), *made.warnings, *(() if evaluation is None else evaluation.notes)]
+    result = None
+    if evaluation is not None:
+        done = progress("Evaluating") if progress else None
+        result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
+    done = progress("Timing") if progress else None
+    speed = speed_facts(reference, model, str(target), request.batch_size, done)
+    warnings += _slow(speed)
+    chosen = evaluation if evaluation is not None else images
+    differs = settings is None or made.drops
+    drawn: tuple[Sample, ...] = ()
+    files: dict[str, bytes] = {}
+    if chosen and differs and request.samples:
+        if TASKS.get(model.task).one_class:
+            changed = None if result is None else result.changed
+            drawn, files = samples(model, reference, chosen, request.samples, target, changed)
+        else:
+            warnings.append(f"A report on {model.task} has no sample images: it cannot show the answers.")
+    provenance = {
+        "weights_sha256": weights_sha256(reference),
+        "calibration_images": len(images) if images is not None and settings is not None else 0,
+        "calibration_sha256": fingerprint(images) if images is not None else None,
+        "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
+    }
+    report = _report(source, model, recipe, dense, provenance).model_copy(
+        update={
+            **({result.task.section: result.comparison} if result else {}),
+            "speed": speed,
+            "calibration": calibration_facts(made.seen) if made.seen else None,
+            "reductions": made.reductions or None,
+            "repair": repair_facts(made.repaired) if made.repaired else None,
+            "search": None if found is None else tuple(found.trace()),
+            "samples": drawn,
+            "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
+        }
+    )
+    report = _targeted(_judged(report, request.limits), request)
+    used = {} if report.pruning is None else report.pruning.model_dump(mode="json")
+    final = recipe.resolved({"image_size": recipe.pruning.image_size, **used}, report.provenance)
+    if request.command:
+        command = shown(request.command, MAX_MESSAGE)
+        report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
+    contents: dict[str, bytes | str] = {
+        "recipe.yaml": final.to_yaml(),
+        **files,
+        **report_files(report, files),
+    }
+    if made.seen is not None:
+        points = [point.to_dict() for point in made.seen.points]
+        contents["calibration.json"] = json.dumps({"images": made.seen.images, "points": points}, indent=1) + "\n"
+    checkpoint.save(out, model.cpu(), contents, dense=reference, overwrite=request.overwrite)
+    return report
+
+
+def _targeted(report: Report, request: CompressRequest) -> Report:
+    """With what was asked for, if that was a target, and a warning if it is missed."""
+    speed, pruned = report.speed, report.pruned
+    assert speed is not None and pruned is not None
+    kind: Literal["latency_ratio", "latency_ms", "multiply_adds"]
+    kind, value, measured = "latency_ratio", request.target_latency_ratio, speed.latency_ratio
+    how = f"of the dense model's time, for a batch of {speed.batch_size} on {speed.device}"
+    if request.target_speedup is not None:
+        value = 1 / request.target_speedup
+    elif request.target_latency is not None:
+        kind, value, measured = "latency_ms", request.target_latency, speed.pruned.median_ms
+        how = f"ms a batch of {speed.batch_size} on {speed.device}"
+    elif request.target_flops is not None:
+        kind, value, how = "multiply_adds", request.target_flops, "of the dense multiply-adds"
+        measured = pruned.multiply_adds_all_directions / report.dense.multiply_adds_all_directions
+    elif request.by_drop:
+        verdict = next(each for each in report.limits if each.name == "max_drop")
+        target = TargetFacts(kind="max_drop", value=verdict.limit, measured=verdict.value, met=verdict.holds)
+        return report.model_copy(update={"target": target})
+    if value is None:
+        return report
+    target = TargetFacts(kind=kind, value=value, measured=measured, met=measured <= value)
+    warnings = report.warnings
+    if not target.met:
+        text = f"Asked for were {value:.4g} {how}; {measured:.4g} were measured in the end."
+        hint = "A busy machine times badly: try again, or ask for a little less."
+        warnings = (*warnings, f"{text} {hint}")
+    return report.model_copy(update={"target": target, "warnings": warnings})
+
+
+def _slow(speed: SpeedFacts) -> list[str]:
+    """A warning if the model does not get faster by what was done to it."""
+    low, high = speed.latency_ratio_interval
+    if high < 1:
+        return []
+    how = "slower than the dense one" if low > 1 else "no faster than the dense one, as far as the timing tells"
+    return [
+        f"On {speed.device} with a batch of {speed.batch_size} the model is {how} ({speed.latency_ratio:.2f} times the "
+        "time). Other batches may differ (`ssmprune profile --batch-size`); `--target-latency-ratio` searches by time."
+    ]
+
+
+def _judged(report: Report, limits: Limits) -> Report:
+    """With a verdict on every limit whose value is in `report`."""
+    task, dense, pruned, speed = TASKS.get(report.task), report.dense, report.pruned, report.speed
+    compared = task.facts(report)
+    assert pruned is not None
+    verdicts = limits.check(
+        task,
+        score=None if compared is None else task.pruned(compared),
+        comparison=compared,
+        flops=pruned.multiply_adds_all_directions / dense.multiply_adds_all_directions,
+        latency_ratio=None if speed is None else Estimate(speed.latency_ratio, speed.latency_ratio_interval),
+    )
+    return report.model_copy(update={"limits": verdicts})
+
+
+def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, provenance: dict[str, Any]) -> Report:
+    """What is known before anything is measured."""
+    pruner = model.pruner
+    return Report(
+        family=model.family,
+        task=model.task,
+        image_size=model.image_size,
+        resized_from=model.config.resized_from,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        pruning=pruning_facts(pruner, recipe.pruning.keep) if isinstance(pruner, TokenPruner) else None,
+        dense=dense,
+        pruned=figures(model),
+        provenance={
+            "input": shown(source.path.name),
+            "input_sha256": checkpoint.sha256(source.path),
+            **provenance,
+            **versions(next(model.parameters()).device),
+        },
+    )
