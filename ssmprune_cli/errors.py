@@ -53,6 +53,10 @@ class UsageError(SsmpruneError):
     exit_code = 2
 
 
+class BudgetError(UsageError):
+    """What is asked for cannot be had of this model on this device: in so little time, or with so few multiply-adds."""
+
+
 class LimitError(SsmpruneError):
     """A limit that the user set (such as `--max-drop`) is broken; the result itself is valid."""
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.errors import BudgetError, DataError
 from ssmprune_cli.pruning import Method
 from ssmprune_cli.recipe import Pruning, Recipe
 from ssmprune_cli.workflows.compress.fastest import LADDER, fastest
@@ -25,7 +25,7 @@ class Searches:
 
     def find(self, budget: Budget, limits: Limits) -> Found:
         if budget.value < self.reach:
-            raise UsageError("cannot be reached")
+            raise BudgetError("cannot be reached")
         self.asked.append((budget.value, limits.evaluations))
         return Found(budget, [], Recipe(pruning=Pruning(keep=1.0)))
 
@@ -48,5 +48,16 @@ def test_the_last_before_the_first_that_fails(holds_from: float, reach: float, c
 
 
 def test_what_nothing_can_reach_is_an_error() -> None:
-    with pytest.raises(SsmpruneError, match="cannot be reached"):
+    with pytest.raises(BudgetError, match="cannot be reached"):
         fastest(cast(Any, Searches(reach=0.99)), lambda found: True)
+
+
+def test_another_error_is_not_taken_for_the_end_of_the_ladder() -> None:
+    class Broken(Searches):
+        def find(self, budget: Budget, limits: Limits) -> Found:
+            if budget.value < 0.8:
+                raise DataError("an image cannot be read")
+            return super().find(budget, limits)
+
+    with pytest.raises(DataError, match="cannot be read"):
+        fastest(cast(Any, Broken()), lambda found: True)

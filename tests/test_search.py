@@ -21,7 +21,7 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.inference import Session
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.models import resize
+from ssmprune_cli.models import resize, sides
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
@@ -546,6 +546,38 @@ def test_a_table_is_measured_once_on_a_machine(tmp_path: Path, monkeypatch: pyte
     file.write_text("{broken")
     with pytest.raises(TypeError):
         predicted(4)
+
+
+def test_fewer_tokens_never_take_more_time_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a busy moment: every schedule that keeps little would seem to be as slow as the dense model."""
+    shares = iter((0.9, 1.3, 0.8, 0.85))  # at 0.9, 0.6 and 0.3 of the tokens, and with many points
+    torch.manual_seed(0)
+    vim = Vim(VimConfig(image_size=(32, 32), patch_size=4, stride=4, embed_dim=16, depth=8, num_classes=10))
+
+    def timings(self: Clock, variants: Sequence[Variant], seconds: float) -> list[Timing]:
+        return [Timing(share, (share, share), 1.0, 1.0) for _, share in zip(variants, shares, strict=True)]
+
+    monkeypatch.setattr(Clock, "timings", timings)
+    model = Clock(Measurements(vim, torch.randn(2, 3, 32, 32), calibration=2), 4).of(Method("clip", "context", "none"))
+    predicted = [model.predict(PruneSchedule((1,), (tokens,))) for tokens in range(64, 0, -1)]
+    assert predicted[0] == 1 and predicted[1:] == sorted(predicted[1:], reverse=True) and predicted[-1] < 0.85
+
+
+def test_many_sides_are_thinned_and_few_of_them_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    small = PlainMamba(PlainMambaConfig(image_size=(64, 64), patch_size=2, embed_dim=8, depth=2, num_classes=10))
+    asked: list[int] = []
+
+    def load(sized: Backbone) -> torch.Tensor:
+        asked.append(sized.image_size[0])
+        return torch.zeros(4, 3, *sized.image_size).normal_(generator=torch.Generator().manual_seed(0))
+
+    measurements = Measurements(small, load(small), calibration=2, load=load)
+    methods = [Method("clip", "drop", "none")]
+    found = Search(measurements, methods, Budget("flops", 0.6), split(4), **meters(measurements), limits=Limits(6))
+    assert len(sides(small)) == 16 and len(found._sides) == 8
+    found.run()
+    assert 64 in asked and 2 <= len(set(asked)) <= 6, "cost is counted without images"
 
 
 def test_a_noisy_moment_is_not_kept_for_other_runs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.errors import BudgetError
 from ssmprune_cli.workflows.search import Found, Searches
 from ssmprune_cli.workflows.trials import Budget
 
@@ -30,7 +30,7 @@ def fastest(searches: Searches, holds: Callable[[Found], bool]) -> Found:
     for share in LADDER:
         try:
             rung = searches.find(Budget("time", share), limits)
-        except SsmpruneError:
+        except BudgetError:
             if best is None:
                 raise
             break

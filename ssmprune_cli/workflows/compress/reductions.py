@@ -48,9 +48,8 @@ def compare_reductions(
     if alignment != "auto":
         ALIGNMENTS.get(alignment)
     images = images[:_MOST_IMAGES]
-    measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size)
-    if dense is not None:
-        measurements.dense = dense[:_MOST_IMAGES]
+    dense = None if dense is None else dense[:_MOST_IMAGES]
+    measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size, dense=dense)
     clock = Clock(measurements, batch_size, TimeTable.of(model, device, batch_size))
     methods = []
     for reduction in CANDIDATES:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +29,7 @@ from itertools import islice, zip_longest
 import torch
 from torch import Tensor
 
-from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.errors import BudgetError, SsmpruneError
 from ssmprune_cli.models import sides
 from ssmprune_cli.pruning import (
     Method,
@@ -59,7 +60,8 @@ from ssmprune_cli.workflows.trials import (
 FINALISTS = 6
 _KINDS_MORE = 3  # finalists that are the best of their reduction or image size, though no better than the first ones
 _STARTS = 3
-_SIDES = 4  # of smaller images from which tokens are dropped too
+_MOST_SIDES = 8  # of smaller images that are tried: each is a model and its images in memory
+_SIDES = 4  # of them from which tokens are dropped too
 _BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller image at first
 _TIMINGS = 4  # of finalists that overrun a time, each time pruning harder
 _TIMING_SECONDS = 4.0  # for each of them, all finalists together
@@ -137,7 +139,7 @@ class Search:
         self._seed = seed
         self._limits = limits
         self._progress = progress
-        self._sides = () if measurements.load is None else sides(measurements.model)
+        self._sides = () if measurements.load is None else _thinned(sides(measurements.model))
         self._known: dict[Variant, Distances] = {}  # on the first search images
         self._candidates: dict[Candidate, Variant | None] = {}
         self._successor: dict[Variant, Variant] = {}  # to what pruned harder in its place
@@ -200,11 +202,9 @@ class Search:
     def _smaller(self, methods: Sequence[Method], places: Sequence[tuple[int, ...]]) -> Iterator[Candidate]:
         """The largest image within the budget; larger ones with tokens dropped, the nearest to it first."""
         alone = [uniform(methods[0], (), side) for side in self._sides]
-        fitting = next((i for i, each in enumerate(alone) if self._variant(each) is not None), len(alone))
+        fitting = bisect_left(alone, True, key=lambda each: self._variant(each) is not None)
         yield from alone[fitting : fitting + 1]
-        larger = self._sides[:fitting][::-1]
-        if len(larger) > _SIDES:  # from all over
-            larger = tuple(larger[i * len(larger) // _SIDES] for i in range(_SIDES))
+        larger = self._sides[max(0, fitting - _SIDES) : fitting][::-1]
         usual = [method for method in methods if method.reduction in _BESIDE and method.importance != "random"]
         for points in (places[0], *places[4:6]):
             for side in larger:
@@ -343,8 +343,8 @@ class Search:
     def _in_time(self, finalists: Sequence[Variant]) -> dict[Variant, Timing]:
         """The finalists that are within the budget and not slower than the dense model, by the clock.
 
-        Where the budget is a time and none is within it after all tries, the quickest alone. Raises SsmpruneError if
-        all are slower than the dense model.
+        Where the budget is a time and none is within it after all tries, the quickest alone. Those that only may be
+        slower than the dense model are out too, if there is another. Raises BudgetError if all are slower.
         """
         kept: dict[Variant, Timing] = {}
         waiting = list(dict.fromkeys(finalists))
@@ -357,10 +357,11 @@ class Search:
                 break
         if not kept and self._timed:
             kept = dict([min(over.items(), key=lambda pair: pair[1].ratio)])
-        faster = {each: timing for each, timing in kept.items() if timing.interval[0] <= 1}
+        faster = {each: timing for each, timing in kept.items() if timing.ratio < 1}
+        faster = faster or {each: timing for each, timing in kept.items() if timing.interval[0] <= 1}
         if not faster:
             quickest = min(timing.ratio for timing in kept.values())
-            raise SsmpruneError(
+            raise BudgetError(
                 f"all candidates are slower than the dense model on this device with a batch of "
                 f"{self._clock.batch_size}: the quickest takes {quickest:.2f} times its time",
                 hint="Try a larger `--batch-size`, or a smaller target; a small model may gain nothing by pruning.",
@@ -448,6 +449,12 @@ class Search:
         return self._done >= self._limits.evaluations or (
             seconds is not None and time.monotonic() - self._started > seconds
         )
+
+
+def _thinned(possible: Sequence[int]) -> tuple[int, ...]:
+    """At most so many of the sides, from all over."""
+    count = min(_MOST_SIDES, len(possible))
+    return tuple(possible[i * len(possible) // count] for i in range(count))
 
 
 def _method(settings: PruneSettings) -> Method:

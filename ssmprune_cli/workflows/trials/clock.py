@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli import __version__
-from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.errors import BudgetError, SsmpruneError
 from ssmprune_cli.files import read_bytes
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.kernels import active_backend, cache_folders
+from ssmprune_cli.kernels import active_backend, cache_folders, cpu_facts
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings
 from ssmprune_cli.statistics import ratio_of_medians
@@ -82,7 +83,7 @@ class Clock:
 
     def dense_ms(self) -> float:
         """Milliseconds of a batch of the dense model."""
-        (dense,) = interleaved_speeds([self.measurements.session], self._batch(self.measurements), _ROUNDS[1])
+        (dense,) = interleaved_speeds([self.measurements.session], self._batch(self.measurements.model), _ROUNDS[1])
         return dense.median_ms
 
     def timing(self, variant: Variant) -> Timing:
@@ -92,12 +93,12 @@ class Clock:
     def timings(self, variants: Sequence[Variant], seconds: float, *, most: int = _ROUNDS[1]) -> list[Timing]:
         """Of several variants and the dense model in turn, for about so many seconds."""
         sessions: list[nn.Module] = [self.measurements.session]
-        images = [self._batch(self.measurements)]
+        images = [self._batch(self.measurements.model)]
         for variant in variants:
             sized = self.measurements.at(variant.side)
             dropped = bool(variant.settings.schedule.points)
             sessions.append(sized.session.with_pruner(sized.pruner(variant.settings)) if dropped else sized.session)
-            images.append(self._batch(sized))
+            images.append(self._batch(sized.model))
         with torch.inference_mode():
             sessions[0](images[0])
             start = time.perf_counter()
@@ -110,9 +111,10 @@ class Clock:
             for each in others
         ]
 
-    def _batch(self, measurements: Measurements) -> Tensor:
-        images = measurements.images
-        return images.repeat(-(-self.batch_size // len(images)), 1, 1, 1)[: self.batch_size]
+    def _batch(self, model: Backbone) -> Tensor:
+        """Black images: token counts are static, so that what they show makes no difference."""
+        like = next(model.parameters())
+        return torch.zeros(self.batch_size, 3, *model.image_size, device=like.device, dtype=like.dtype)
 
 
 def _nothing() -> PruneSettings:
@@ -132,8 +134,6 @@ class _Row:
 
 class TimeModel:
     """Share of the dense model's time that a schedule of one reduction takes."""
-
-    exact = True  # as exact as it gets without timing every schedule
 
     def __init__(self, clock: Clock, method: Method) -> None:
         self._clock = clock
@@ -175,13 +175,15 @@ class TimeModel:
         for stage in reversed(self._stages):  # what a row changes in later stages is known then
             own = [row for row in rows if row.stage == stage]
             known = [self._share(row.schedule) for row in own]
-            for row, share in zip(own, known, strict=True):
+            least = math.inf
+            for row, share in sorted(zip(own, known, strict=True), key=lambda pair: -pair[0].tokens):
                 change = (ratios[row.schedule] - share) / (stage.stop - max(stage.start, row.schedule.points[0]))
-                self._blocks.setdefault(stage.start, []).append((row.tokens, change))
+                least = min(least, change)  # fewer tokens take no more time: what says so is noise
+                self._blocks.setdefault(stage.start, []).append((row.tokens, least))
 
-    def count(self, schedule: PruneSchedule) -> float:
-        """What a clock says."""
-        return self._clock.timing(Variant(self._method.settings(schedule, 0))).ratio
+    def checked(self, schedule: PruneSchedule) -> float | None:
+        """None: without timing every schedule it gets no better."""
+        return None
 
     def _change(self, start: int, live: int) -> float:
         """Linear between the rows of a stage, and beyond its ends along the last two; 0 while there are none."""
@@ -236,8 +238,6 @@ class TimeModel:
 class SmallerModel:
     """The same for images of `side` pixels: the time of that model, and what pruning the same share of tokens saves."""
 
-    exact = True
-
     def __init__(self, whole: TimeModel, clock: Clock, method: Method, side: int) -> None:
         self._whole, self._clock, self._method, self._side = whole, clock, method, side
         stages, smaller = clock.measurements.model.stages, clock.measurements.at(side).model.stages
@@ -252,21 +252,21 @@ class SmallerModel:
             as_whole = as_whole.then(point, tokens, stages, rectangular=self._method.rectangular)
         return self._share * self._whole.predict(as_whole)
 
-    def count(self, schedule: PruneSchedule) -> float:
-        """What a clock says."""
-        return self._clock.timing(Variant(self._method.settings(schedule, 0), self._side)).ratio
+    def checked(self, schedule: PruneSchedule) -> float | None:
+        """None: without timing every schedule it gets no better."""
+        return None
 
 
 def check_time(clock: Clock, methods: Sequence[Method], share: float) -> None:
     """Raises UsageError, saying what can be met, if no schedule of `methods` takes as little as `share` of dense."""
     if not 0 < share < 1:
-        raise UsageError(f"a time to search for lies between 0 and 1 of the dense model's, not at {share:g}")
+        raise BudgetError(f"a time to search for lies between 0 and 1 of the dense model's, not at {share:g}")
     stages = clock.measurements.model.stages
     by_reduction = {method.reduction: (method, smallest(stages, method)) for method in methods}.values()
     method, least = min(by_reduction, key=lambda pair: clock.of(pair[0]).predict(pair[1]))
     timing = clock.timing(Variant(method.settings(least, 0)))
     if timing.ratio > share:
-        raise UsageError(
+        raise BudgetError(
             f"{share:g} of the dense model's time cannot be reached on this device with a batch of {clock.batch_size}",
             hint=f"With one patch token left after each stage's first block a batch takes {timing.ms:.1f} ms, "
             f"{timing.ratio:.2f} of the dense model's {timing.dense_ms:.1f}; ask for more, or try a larger batch.",
@@ -297,6 +297,7 @@ class TimeTable:
             "batch_size": batch_size,
             "threads": torch.get_num_threads(),
             "kernel": active_backend(device),
+            "level": cpu_facts().get("level"),
             "torch": str(torch.__version__),
             "ssmprune": __version__,
         }

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import BudgetError, UsageError
 from ssmprune_cli.interface import Stage
 from ssmprune_cli.pruning import REDUCTIONS, Method, PruneSchedule
 from ssmprune_cli.tokens import Dropped, TokenSequence
@@ -37,14 +37,11 @@ _CLOSE = 0.004  # how much of a budget may be left where every schedule has to b
 
 
 class Spends(Protocol):
-    """What schedules of one method spend. `exact` says whether `predict` can be relied on without a `count`."""
-
-    @property
-    def exact(self) -> bool: ...
+    """What schedules of one method spend: predicted, and as it really is where predictions cannot be relied on."""
 
     def predict(self, schedule: PruneSchedule) -> float: ...
 
-    def count(self, schedule: PruneSchedule) -> float: ...
+    def checked(self, schedule: PruneSchedule) -> float | None: ...
 
 
 class Costs:
@@ -99,6 +96,10 @@ class CostModel:
             self.exact = math.isclose(self.predict(unseen), total, rel_tol=_EXACT)
             if self.exact:
                 return
+
+    def checked(self, schedule: PruneSchedule) -> float | None:
+        """What `count_flops` says, if predictions are not exact; else None."""
+        return None if self.exact else self.count(schedule)
 
     def count(self, schedule: PruneSchedule) -> int:
         """As `count_flops` says."""
@@ -274,14 +275,17 @@ def schedule_at(
 def solve(build: Callable[[float], PruneSchedule], cost: Spends, budget: float) -> PruneSchedule | None:
     """The most costly schedule of `build` (level -> schedule, level 0 is dense) within `budget`, or None.
 
-    By bisection on the predicted cost; where that is not exact, corrected by what `count` says.
+    By bisection on the predicted cost; where that cannot be relied on, corrected by what it really is.
     """
     target, best = budget, None
-    for _ in range(1 if cost.exact else 5):
+    for _ in range(5):
         schedule = _bisect(build, cost, target)
         if schedule is None:
             break
-        excess = 0.0 if cost.exact else cost.count(schedule) - budget
+        known = cost.checked(schedule)
+        if known is None:
+            return schedule
+        excess = known - budget
         if excess <= 0:
             best = schedule
         if -_CLOSE * budget <= excess <= 0:
@@ -308,14 +312,14 @@ def _bisect(build: Callable[[float], PruneSchedule], cost: Spends, budget: float
 def check_budget(measurements: Measurements, methods: Sequence[Method], fraction: float) -> None:
     """Raises UsageError, saying what can be met, if no schedule of `methods` costs as little as `fraction` of dense."""
     if not 0 < fraction < 1:
-        raise UsageError(f"a budget lies between 0 and 1 of the dense model's multiply-adds, not at {fraction:g}")
+        raise BudgetError(f"a budget lies between 0 and 1 of the dense model's multiply-adds, not at {fraction:g}")
     lowest = measurements.dense_cost
     for method in {method.reduction: method for method in methods}.values():
         least = smallest(measurements.model.stages, method)
         lowest = min(lowest, measurements.multiply_adds(method.settings(least, 0)))
         if lowest <= fraction * measurements.dense_cost:
             return
-    raise UsageError(
+    raise BudgetError(
         f"{fraction:g} of the dense multiply-adds cannot be reached",
         hint=f"One patch token left after the first block of every stage costs "
         f"{lowest / measurements.dense_cost:.3f} of them; ask for more.",

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,37 +82,37 @@ class Measurements:
 
     calibration  how many of the images, from the first, alignment is calibrated on
     load         model -> the same images, prepared for it: for `at`
-    like         measurements of the dense model that this one, for smaller images, is to be near to
+    dense        logits (N, classes) to be near to, of a dense model that sees the images larger; by default of `model`
     Raises DataError, naming the image by its number, if the dense model's logits are not finite or all alike.
     """
 
     def __init__(
         self,
         model: Backbone,
-        images: Tensor,
+        images: Tensor | Callable[[], Tensor],
         *,
         calibration: int,
         batch_size: int = 32,
         state: SavedState | None = None,
         load: Callable[[Backbone], Tensor] | None = None,
-        like: Measurements | None = None,
+        dense: Tensor | None = None,
+        prefix: str = "",
     ) -> None:
         self.model = model.eval()
-        self.images = images
+        self._images = images
         self.state = state or SavedState(None, {})
         self._calibration = calibration
         self._batch_size = batch_size
         self._pruners: dict[PruneSettings, TokenPruner] = {}
         self._sizes: dict[int, Measurements] = {}
         self.load = load
-        self._prefix = "" if like is None else f"{model.image_size[0]} pixels "
+        self._prefix = prefix
         restore(model)
-        self.session = prepare(model)  # of the dense model; pruned ones share its weights
-        self.dense: Tensor
-        self.dense_cost: int
-        if like is not None:
-            self.dense, self.dense_cost = like.dense, like.dense_cost
+        self.session = prepare(model)  # of the model as it is; pruned ones share its weights
+        if dense is not None:
+            self.dense = dense
             return
+        images = self.images
         self.dense = run(self.session, images.split(batch_size))
         bad = (~self.dense.isfinite().all(dim=1)).nonzero()
         if len(bad):
@@ -124,7 +125,18 @@ class Measurements:
                 "the dense model gives the same logits for all calibration images, so there is nothing to compare",
                 hint="Give images that differ, or look at the weights with `ssmprune inspect`.",
             )
-        self.dense_cost = self._count(None)["total"]
+
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, H, W), read when they are first needed: what a size costs needs none."""
+        if not isinstance(self._images, Tensor):
+            self._images = self._images()
+        return self._images
+
+    @cached_property
+    def dense_cost(self) -> int:
+        """Multiply-adds of the model as it is."""
+        return int(self._count(None)["total"])
 
     def at(self, side: int | None) -> Measurements:
         """Of the same model for images of `side` pixels; None is its own size. Needs `load`."""
@@ -136,11 +148,12 @@ class Measurements:
             model = resize(self.model, side)
             self._sizes[side] = Measurements(
                 model,
-                self.load(model),
+                partial(self.load, model),
                 calibration=self._calibration,
                 batch_size=self._batch_size,
                 state=self.state,
-                like=self,
+                dense=self.dense,
+                prefix=f"{side} pixels ",
             )
         return self._sizes[side]
 
