@@ -25,6 +25,7 @@ from ssmprune_cli.workflows.measure import Speed, count_flops
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import Budget
 from ssmprune_cli.workflows.trials import clock as clocks
+from ssmprune_cli.workflows.trials import measure
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 
@@ -68,7 +69,7 @@ def test_many_images_are_read_anew_for_each_model_and_few_are_kept(
         return [number for row in rows for number in (row.divergence, row.top1, row.share)]
 
     expected = compared()
-    monkeypatch.setattr(workflow, "batches", counted)
+    monkeypatch.setattr(measure, "batches", counted)
     if not few:
         monkeypatch.setattr(workflow, "KEPT_BYTES", 9 * 4 * 3 * 64 * 64)
     assert compared() == expected
