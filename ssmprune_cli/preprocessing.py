@@ -31,6 +31,39 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class KeepRatio:
+    """What a dense model expects: the whole image, its sides in proportion, as mmsegmentation and mmdetection prepare it.
+
+    The factor is the largest by which the long side is at most `long` and the short side at most `short`; a new side is
+    its product, rounded half up. Resized without antialiasing, as cv2's INTER_LINEAR does. Then scaled to 0..1 and
+    normalised.
+
+    divisor  both sides become multiples of it
+    fill     how: "resize" again to the next multiple, or "pad" with zeros on the right and below, after normalisation
+    """
+
+    long: int
+    short: int
+    divisor: int = 1
+    fill: Literal["resize", "pad"] = "resize"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    channels: Channels = "rgb"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where one image lies in what a model is given: heights and widths in pixels.
+
+    original  as it was read
+    scaled    as resized, padding left out
+    """
+
+    original: tuple[int, int]
+    scaled: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Reading:
     """How a checkpoint is to be read: what its user says goes before what the file says. None leaves it to the file.
 
