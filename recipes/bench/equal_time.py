@@ -24,7 +24,7 @@ import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, resize
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
@@ -41,6 +41,7 @@ METHODS = (
     "clip/local-merge/mass",
     "clip/pool/mass",
     "clip/frozen-pairs/mass",
+    "clip/grid-merge/mass",
     "random/drop/none",
 )
 TITLES = (
@@ -94,8 +95,9 @@ class Bench:
         side = self.comparison.side_for(budget, 0)
         self.comparison.batch_size = 64
         if side is not None:
-            small = self.comparison.at(side)
-            self.row(small.session, small.model, share, batch_size, "smaller image", "none", f"{side} pixels")
+            small = resize(model, side)
+            seen, dense = load_images(small, self.calibration), run(self.comparison.reference, images.split(64))
+            self.rows(small, prepare(small), seen, share, batch_size, "smaller image", f"{side} pixels", dense)
         self.searched(share, batch_size)
 
     def searched(self, share: float, batch_size: int) -> None:
@@ -114,11 +116,9 @@ class Bench:
         settings = recipe_settings(model, found.recipe, calibrated=True)
         images = load_images(model, self.calibration)
         what = found.trace()[0].recipe
-        if settings is None:
-            self.row(prepare(model), model, share, batch_size, "searched", "none", what)
-            return
         dense = run(self.comparison.reference, load_images(self.comparison.model, self.calibration).split(64))
-        prune(model, settings, images, dense=dense)
+        if settings is not None:
+            prune(model, settings, images, dense=dense)
         self.rows(model, prepare(model), images, share, batch_size, "searched", what, dense)
 
     def rows(
@@ -132,11 +132,12 @@ class Bench:
         what: str,
         dense: Tensor | None = None,
     ) -> None:
-        """Of a pruned model as it is, and repaired."""
+        """Of a model that drops tokens or sees smaller images, as it is and repaired."""
         self.row(session.with_pruner(model.pruner), model, share, batch_size, name, "none", what)
         done = repair(model, images.split(64), runner=session.with_pruner, dense=dense)
         if done.kind != "none":
-            self.row(session.with_pruner(model.pruner), model, share, batch_size, name, done.kind, what)
+            repaired = prepare(model) if model.pruner is None else session.with_pruner(model.pruner)
+            self.row(repaired, model, share, batch_size, name, done.kind, what)
 
     def row(
         self, session: Session, model: Backbone, share: float, batch_size: int, name: str, repaired: str, what: str

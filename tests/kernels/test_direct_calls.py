@@ -145,7 +145,9 @@ LEVELS = build.levels() if build.compiler() is not None else ()
 
 def run(code: str, level: str) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", SETUP + code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "SSMPRUNE_CPU_LEVEL": level})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "SSMPRUNE_CPU_LEVEL": level}
+    )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
     return done.stdout.splitlines()
 
