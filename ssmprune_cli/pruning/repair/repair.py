@@ -75,13 +75,12 @@ def repair(
     # Without side features where no token is lost: `mask` and a merged grid lose none either.
     kinds: list[Kind] = ["head", "head+side"] if points else ["head"]
     found, correction = _repaired(features, weight, bias, [each for each in kinds if kind in ("auto", each)], widths)
-    if correction is None:
-        pass
-    elif pruner is None:
-        _take_head(model, correction)
-    else:
-        pruner.correct(correction)
-        pruner.to(layer.weight.device, layer.weight.dtype)
+    if correction is not None:
+        if pruner is None:
+            _take_head(model, correction)
+        else:
+            pruner.correct(correction)
+            pruner.to(layer.weight.device, layer.weight.dtype)
     return replace(found, seconds=time.perf_counter() - start)
 
 
