@@ -1,4 +1,4 @@
-"""What is the best model for a time: the default of `compress`, reductions, a smaller image, with and without repair.
+"""What is the best model for a time: what a search finds, reductions, a smaller image, fewer blocks, each repaired or not.
 
     python recipes/bench/equal_time.py CKPT... --data-dir DIR --calib DIR [--dataset imagefolder] [--times 0.7]
         [--batch-sizes 8] [--evaluations 40] [--limit 1000] [--csv FILE] [--device cuda]
@@ -15,6 +15,7 @@ import argparse
 import platform
 import statistics
 import sys
+from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import Backbone, resize
+from ssmprune_cli.models import Backbone, cut_short, longest_stage, resize
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
@@ -98,7 +99,25 @@ class Bench:
             small = resize(model, side)
             seen, dense = load_images(small, self.calibration), run(self.comparison.reference, images.split(64))
             self.rows(small, prepare(small), seen, share, batch_size, "smaller image", f"{side} pixels", dense)
+        self.cut_short(images, share, batch_size)
         self.searched(share, batch_size)
+
+    def cut_short(self, images: Tensor, share: float, batch_size: int) -> None:
+        """The model without its last blocks: as few as bring it within the time."""
+        model, reference = self.comparison.model, self.comparison.reference
+        batch = torch.zeros(batch_size, 3, *model.image_size, device=self.comparison.device)
+
+        def fits(blocks: int) -> bool:
+            both = interleaved_speeds([reference, prepare(cut_short(model, blocks))], batch, self.arguments.rounds)
+            return both[1].median_ms <= share * both[0].median_ms
+
+        possible = range(1, longest_stage(model))
+        place = bisect_left(possible, True, key=fits)
+        if place < len(possible):
+            cut = cut_short(model, possible[place])
+            dense = run(reference, images.split(64))
+            what = f"{len(cut.mixers)} of {len(model.mixers)} blocks"
+            self.rows(cut, prepare(cut), images, share, batch_size, "cut short", what, dense)
 
     def searched(self, share: float, batch_size: int) -> None:
         plan = SearchPlan(

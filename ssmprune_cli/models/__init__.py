@@ -20,6 +20,7 @@ from ssmprune_cli.models.common import (
     set_drop_path,
     set_recompute,
 )
+from ssmprune_cli.models.cutting import cut_short, longest_stage
 from ssmprune_cli.models.mamba import (
     MAMBA_REG,
     VIDEOMAMBA,
@@ -66,8 +67,10 @@ __all__ = [
     "channels_last_taps",
     "column_gaps",
     "conv_sources",
+    "cut_short",
     "decay_rates",
     "inflow",
+    "longest_stage",
     "resize",
     "set_drop_path",
     "set_recompute",
