@@ -1,4 +1,4 @@
-"""What is the best model for a time: what a search finds, reductions, a smaller image, fewer blocks, each repaired or not.
+"""The best model for a time: what a search finds, reductions, a smaller image, fewer blocks, each repaired or not.
 
     python recipes/bench/equal_time.py CKPT... --data-dir DIR --calib DIR [--dataset imagefolder] [--times 0.7]
         [--batch-sizes 8] [--evaluations 40] [--limit 1000] [--csv FILE] [--device cuda]
