@@ -49,7 +49,7 @@ from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
-from ssmprune_cli.workflows.trials.measure import load_images
+from ssmprune_cli.workflows.trials.measure import Images, load_images
 from ssmprune_cli.workflows.trials.state import SavedState
 from tables import Tables
 

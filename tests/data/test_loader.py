@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from ssmprune_cli.data import batches, calibration_images, fingerprint, open_dataset
-from ssmprune_cli.data.preprocess import preprocess
+from ssmprune_cli.data.preprocess import prepare_image, preprocess
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.preprocessing import Frame, Preprocessing
 
 PREPROCESSING = Preprocessing(resize=10, crop=8)
 
@@ -65,14 +65,14 @@ def test_large_images_wait_for_each_other(
     at_once = threading.Semaphore(together)
     everyone = threading.Barrier(together)
 
-    def watched(image: Image.Image, way: Preprocessing) -> torch.Tensor:
+    def watched(image: Image.Image, way: Preprocessing) -> tuple[torch.Tensor, Frame]:
         assert at_once.acquire(blocking=False), "too many at once"
         everyone.wait(30)  # as many as may be are there together
-        result = preprocess(image, way)
+        result = prepare_image(image, way)
         at_once.release()
         return result
 
-    monkeypatch.setattr(loader, "preprocess", watched)
+    monkeypatch.setattr(loader, "prepare_image", watched)
     found = list(batches(open_dataset("imagefolder", tmp_path), PREPROCESSING, 24))
     assert len(found[0].images) == 24
 
