@@ -32,8 +32,9 @@ def open_segfolder(root: Path, split: Split) -> MaskedImages:
     """`root`/images/** and `root`/masks/** (or labels, annotations), each mask of the name of its image.
 
     If these are divided, `split` of them: images/val and masks/val, or val/images and val/masks. `root` may also be
-    such a part itself, images/test. A mask's values are classes, 255 is none. A classes.txt beside images/, or
-    beside the part of the data that it is in, has their names, one a line from class 0 on; a line of VOID says that the value is none, and a note tells.
+    such a part itself, images/test. A mask's values are classes, 255 is none. A classes.txt beside images/, or beside
+    the part of the data that it is in, has their names, one a line from class 0 on; a line of VOID says that the value
+    is none, and a note tells.
 
     Raises DataError for another layout, an image or a mask alone, and a classes.txt that is no list of names.
     """
