@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.models.heads.upernet import UperNet, UperNetConfig
+from ssmprune_cli.models.heads.upernet import UperNet, UperNetConfig, configure_upernet
 
-__all__ = ["UperNet", "UperNetConfig"]
+__all__ = ["UperNet", "UperNetConfig", "configure_upernet"]
