@@ -155,7 +155,7 @@ def _tables(names: list[str], result: Evaluation) -> Group:
         table.add_row(*row)
     shown: list[Table | str] = [table]
     if lines := result.task.by_part(scores):
-        parts = Table(title=f"{result.task.metric} by {result.task.parts[0]}", title_justify="left")
+        parts = Table(title=f"By {result.task.parts[0]}, %", title_justify="left")
         parts.add_column("")
         for name in names:
             parts.add_column(name, justify="right", overflow="fold")

@@ -290,14 +290,20 @@ class Sample(Section):
 
     label   its class, or None if that is not known
     chosen  because the answers to it differ, or at random
+    predicted_...  the class that the models name; None where an answer is more than a class
+    words          then in words how far their answers differ, and `pictures` of these, files by title
+    size           height and width of the file; None for those that the model takes
     """
 
     name: str
     file: str
     label: int | None = None
     chosen: Literal["changed", "random"] = "random"
-    predicted_dense: int
-    predicted_pruned: int
+    predicted_dense: int | None = None
+    predicted_pruned: int | None = None
+    words: str = ""
+    pictures: dict[str, str] = Field(default_factory=dict)
+    size: tuple[int, int] | None = None
     stages: tuple[SampleStage, ...]
 
 

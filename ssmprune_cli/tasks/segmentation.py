@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.data import NOT_JUDGED, Batch, ImageDataset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import Frame
 from ssmprune_cli.report import ClassIou, Interval, ModelSegmentation, Report, Sample, SegmentationFacts
 from ssmprune_cli.tasks.confusion import RESAMPLES, Counts, counted, interval, resampled, shares
-from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.painted import differing, painted
+from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
 
 GRID = 32  # rows and columns of pixels of an image by which models are compared
 _NUMBERS = 1 << 26  # logits of an image that are enlarged at once
@@ -61,7 +64,8 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     metric = "mIoU"
     key = "miou"
     batch_size = 1
-    one_class = False
+    trained = False
+    draws = True
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain
@@ -188,6 +192,20 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             if abs(int(own[0].sum()) - int(other[0].sum())) > _CHANGED * int(own[1].sum())
         ]
 
+    def drawn(self, image: Image.Image, frame: Frame, dense: Tensor, pruned: Tensor) -> Drawing:
+        size = (image.height, image.width)
+        own, other = (classes_of(each[0], frame.scaled, size).cpu().numpy() for each in (pruned, dense))
+        pixels = np.asarray(image)
+        pictures = {
+            "dense": painted(pixels, other),
+            "pruned": painted(pixels, own),
+            "differs": differing(pixels, own, other),
+        }
+        return Drawing(
+            {title: Image.fromarray(each) for title, each in pictures.items()},
+            f"{100 * float((own != other).mean()):.1f} % of the pixels change their class",
+        )
+
     def estimate(self, score: ModelSegmentation) -> Estimate:
         return Estimate(score.miou, score.interval)
 
@@ -268,7 +286,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
         ]
 
     def answers(self, report: Report, sample: Sample) -> str:
-        return sample.name
+        return f"{sample.name}: {sample.words}"
 
 
 def classes_of(logits: Tensor, scaled: tuple[int, int], original: tuple[int, int]) -> Tensor:

@@ -104,7 +104,7 @@ def finetune(
     Ctrl-C or SIGTERM saves after the update at hand, and the result says `interrupted`. Raises SsmpruneError for a
     folder without room, data that do not fit, and a training that diverges.
     """
-    if not TASKS.get(model.task).one_class:
+    if not TASKS.get(model.task).trained:
         raise UsageError(
             f"a model for {model.task} cannot be fine-tuned: the training is one of image classes",
             hint="`ssmprune compress` takes it as it is.",
