@@ -92,6 +92,10 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
     add("parameters", [p.parameters for p in profiles], "{:,}")
     add("multiply-adds, all directions (G)", [p.multiply_adds_all_directions / 1e9 for p in profiles], "{:.4f}")
     add("multiply-adds, one direction (G)", [p.multiply_adds_one_direction / 1e9 for p in profiles], "{:.4f}")
+    if any(p.multiply_adds_head for p in profiles):
+        encoders = [(p.multiply_adds_all_directions - p.multiply_adds_head) / 1e9 for p in profiles]
+        add("  of the backbone, all directions", encoders, "{:.4f}")
+        add("  of the head, which is not pruned", [p.multiply_adds_head / 1e9 for p in profiles], "{:.4f}")
     add("moved by gathers, sorts and sums (MB)", [p.bytes_moved / 1e6 for p in profiles], "{:.2f}")
     add("latency of a batch (ms), median", [p.speed.median_ms for p in profiles], "{:.1f}")
     spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]

@@ -32,6 +32,7 @@ class Figures(Section):
     """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included.
 
     bytes_moved  by gathers, scatters, sorts and sums, which are no multiply-adds
+    multiply_adds_head   of all, those of a dense model's head, which no pruning changes; 0 for a classifier
     """
 
     multiply_adds_all_directions: int
@@ -39,6 +40,7 @@ class Figures(Section):
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
     bytes_moved: int
+    multiply_adds_head: int = 0
 
 
 class PruningFacts(Section):
@@ -308,11 +310,13 @@ class Sample(Section):
 
 
 class EpochFacts(Section):
-    """loss is None if no update was made, top1 (of the validation images) if there were none."""
+    """loss is None if no update was made; the metric of the model's task is of the validation images, None if there
+    were none."""
 
     epoch: int
     loss: float | None
-    top1: float | None
+    top1: float | None = None
+    miou: float | None = None
 
 
 class FinetuningFacts(Section):

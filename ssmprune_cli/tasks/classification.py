@@ -38,10 +38,11 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     section = "accuracy"
     quality = "accuracy"
     parts = ("class", "classes")
+    part_metric = "right"
+    unharmed = "No class has fewer right answers than before."
     metric = "top-1"
     key = "top1"
     batch_size = 32
-    trained = True
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain

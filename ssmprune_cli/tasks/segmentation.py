@@ -59,12 +59,13 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     name = "segmentation"
     datasets = ("ade20k", "segfolder")
     section = "segmentation"
-    quality = "mIoU"
+    quality = "accuracy"
     parts = ("class", "classes")
+    part_metric = "IoU"
+    unharmed = "No class has a lower IoU than before."
     metric = "mIoU"
     key = "miou"
     batch_size = 1
-    trained = False
     draws = True
     limits = (
         TaskLimit(

@@ -130,11 +130,11 @@ class Task(ABC, Generic[Score, Compared]):
     datasets  kinds of dataset that hold what answers are judged by
     section   the field of a Report that holds a comparison
     quality   what is judged, in a word
-    parts     what a dataset divides into, one and several, in words
+    parts     what a dataset divides into, one and several, in words; `part_metric` what is said of each, and `unharmed`
+              is said where none is worse than before
     metric    by what models are ranked; `key` is its name in JSON
     limits    what a user may demand of a score or a comparison
     batch_size   of images that are judged at once, unless the user says how many
-    trained   whether its models can be fine-tuned
     draws     whether its answers are pictures themselves: see `drawn`
     """
 
@@ -143,11 +143,12 @@ class Task(ABC, Generic[Score, Compared]):
     section: ClassVar[str]
     quality: ClassVar[str]
     parts: ClassVar[tuple[str, str]]
+    part_metric: ClassVar[str]
+    unharmed: ClassVar[str]
     metric: ClassVar[str]
     key: ClassVar[str]
     batch_size: ClassVar[int]
     limits: ClassVar[tuple[TaskLimit, ...]]
-    trained: ClassVar[bool]
     draws: ClassVar[bool] = False
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:

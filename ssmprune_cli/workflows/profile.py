@@ -30,6 +30,7 @@ from ssmprune_cli.workflows.measure import (
 class Profile:
     """One model's figures. Multiply-adds are for one image; `flops` names the conventions.
 
+    multiply_adds_head   of all, those of a dense model's head; 0 for a classifier
     bytes_moved       by gathers, sorts and sums of one image, which are no multiply-adds
     backend           what the kernels ran on; `backends_refused` says why not on a better one
     time_ms           where the median goes, by part (see `breakdown`)
@@ -42,6 +43,7 @@ class Profile:
     parameters: int
     multiply_adds_all_directions: int
     multiply_adds_one_direction: int
+    multiply_adds_head: int
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
     bytes_moved: int
@@ -104,6 +106,7 @@ def profile(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             multiply_adds_all_directions=count.all_directions,
             multiply_adds_one_direction=count.one_direction,
+            multiply_adds_head=count.head,
             tokens_per_block=tokens_per_block(model),
             multiply_adds_per_block=count.per_block,
             bytes_moved=bytes_moved(model),

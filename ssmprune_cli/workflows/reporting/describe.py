@@ -75,6 +75,7 @@ def figures(model: Backbone) -> Figures:
         tokens_per_block=tokens_per_block(model),
         multiply_adds_per_block=count.per_block,
         bytes_moved=bytes_moved(model),
+        multiply_adds_head=count.head,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.grids import Grid
 from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted, at_least_tokens
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, DenseModel
 from ssmprune_cli.preprocessing import KeepRatio, Preprocessing
 from ssmprune_cli.pruning import TokenPruner
 from ssmprune_cli.tokens import TokenSequence
@@ -99,14 +99,15 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
             )
         raise UsageError("this model drops no tokens", hint=hint)
     recorder = _Recorder(inner)
-    del model.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
-    model.pruner = recorder
+    slot: Backbone = model.encoder if isinstance(model, DenseModel) else model
+    del slot.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
+    slot.pruner = recorder
     try:
         with torch.inference_mode():
             logits: Tensor = model(images)
     finally:
-        del model.pruner
-        model.pruner = inner
+        del slot.pruner
+        slot.pruner = inner
     found: list[Stage] = []
     for stage in model.stages:  # each begins with all of its tokens
         for block in range(stage.start, stage.stop):
