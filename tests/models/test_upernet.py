@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,9 +21,16 @@ from ssmprune_cli.preprocessing import KeepRatio
 
 HEAD = UperNetConfig(in_channels=(4, 6, 8), channels=5, num_classes=3, pool_scales=(1, 2))
 ENCODERS: dict[str, Any] = {
-    "vmamba-upernet": VMambaConfig(32, embed_dim=8, depths=(1, 2, 1), num_classes=0, out_stages=(0, 1, 2)),
+    "vmamba-upernet": VMambaConfig((32, 32), embed_dim=8, depths=(1, 2, 1), num_classes=0, out_stages=(0, 1, 2)),
     "plainmamba-upernet": PlainMambaConfig(
-        32, patch_size=8, embed_dim=16, depth=3, d_state=4, out_indices=(0, 1, -1), num_classes=0, positions=(3, 3)
+        (32, 32),
+        patch_size=8,
+        embed_dim=16,
+        depth=3,
+        d_state=4,
+        out_indices=(0, 1, -1),
+        num_classes=0,
+        positions=(3, 3),
     ),
 }
 
@@ -236,8 +243,8 @@ def test_images_are_said_once() -> None:
 
 
 def test_the_slot_of_a_pruner_is_the_encoders() -> None:
-    model, pruner = build("vmamba-upernet"), nn.Identity()
-    model.pruner = pruner  # type: ignore[assignment]
+    model, pruner = build("vmamba-upernet"), cast(Any, nn.Identity())
+    model.pruner = pruner
     assert model.pruner is model.encoder.pruner is pruner
     assert [key for key, module in model.named_modules() if module is pruner] == ["encoder.pruner"]
     model.pruner = None
