@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,18 +12,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import FAMILIES, DenseModel, set_recompute
 from ssmprune_cli.models.dense.upernet import PlainMambaUperNetConfig, VMambaUperNetConfig
 from ssmprune_cli.models.heads import UperNet, UperNetConfig, configure_upernet
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.preprocessing import KeepRatio
+from ssmprune_cli.pruning import compress
+from ssmprune_cli.workflows.measure import count_flops, time_by_part
 
 HEAD = UperNetConfig(in_channels=(4, 6, 8), channels=5, num_classes=3, pool_scales=(1, 2))
 ENCODERS: dict[str, Any] = {
-    "vmamba-upernet": VMambaConfig(32, embed_dim=8, depths=(1, 2, 1), num_classes=0, out_stages=(0, 1, 2)),
+    "vmamba-upernet": VMambaConfig((32, 32), embed_dim=8, depths=(1, 2, 1), num_classes=0, out_stages=(0, 1, 2)),
     "plainmamba-upernet": PlainMambaConfig(
-        32, patch_size=8, embed_dim=16, depth=3, d_state=4, out_indices=(0, 1, -1), num_classes=0, positions=(3, 3)
+        (32, 32),
+        patch_size=8,
+        embed_dim=16,
+        depth=3,
+        d_state=4,
+        out_indices=(0, 1, -1),
+        num_classes=0,
+        positions=(3, 3),
     ),
 }
 
@@ -236,8 +246,8 @@ def test_images_are_said_once() -> None:
 
 
 def test_the_slot_of_a_pruner_is_the_encoders() -> None:
-    model, pruner = build("vmamba-upernet"), nn.Identity()
-    model.pruner = pruner  # type: ignore[assignment]
+    model, pruner = build("vmamba-upernet"), cast(Any, nn.Identity())
+    model.pruner = pruner
     assert model.pruner is model.encoder.pruner is pruner
     assert [key for key, module in model.named_modules() if module is pruner] == ["encoder.pruner"]
     model.pruner = None
@@ -256,3 +266,26 @@ def test_a_model_without_maps() -> None:
             torch.zeros(1, 3, 32, 32)
         )
     assert isinstance(build("vmamba-upernet").encoder, VMamba)
+
+
+def test_multiply_adds_of_the_head_by_hand() -> None:
+    """Convolutions alone: pooled sizes are 1, 2, 3 and 6, and nothing is counted for resizing."""
+    model = build("vmamba-upernet", torch.float32)
+    places, channels, width = [(8, 8), (4, 4), (2, 2)], (8, 16, 32), 6
+    area = [rows * columns for rows, columns in places]
+    expected = sum(scale**2 * channels[2] * width for scale in (1, 2, 3, 6))  # after pooling
+    expected += area[2] * 9 * (channels[2] + 4 * width) * width  # what they are joined by
+    expected += sum(area[level] * (channels[level] * width + 9 * width * width) for level in (0, 1))
+    expected += area[0] * (9 * 3 * width * width + width * 4)
+    count = count_flops(model)
+    assert count.head == expected and count.encoder == count.all_directions - expected
+    compress(model, 0.5, points=[2], alignment="none")
+    pruned = count_flops(model)
+    assert pruned.head == expected and pruned.encoder < count.encoder
+
+
+def test_the_time_of_the_head_is_a_part_of_its_own() -> None:
+    model = build("vmamba-upernet", torch.float32)
+    parts = time_by_part(prepare(model), torch.randn(1, 3, 64, 64), 1e6, rounds=1)
+    assert parts["head"] > 0 and sum(parts.values()) == pytest.approx(1e6)
+    assert "head" not in time_by_part(prepare(model.encoder), torch.randn(1, 3, 64, 64), 1e6, rounds=1)

@@ -12,6 +12,7 @@ import math
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def test_mini(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         maps = model.encoder.feature_maps(images)
         found = {f"feature{number}": each for number, each in enumerate(maps)}
-        found |= {"psp_out": model.head.pooled(maps[-1]), "decode_logits": model.head(maps)}
+        head: Any = model.head
+        found |= {"psp_out": head.pooled(maps[-1]), "decode_logits": head(maps)}
         found["logits_input_size"] = model(images)
     assert found.keys() == expected.keys()
     differences = {key: float((found[key] - expected[key]).abs().max()) for key in expected}

@@ -31,7 +31,7 @@ _COMPUTES = {
     "decode_head.align_corners": frozenset({False}),
     "decode_head.act_cfg": frozenset({"relu"}),
     "decode_head.norm_cfg": frozenset({"syncbn", "bn", "bn2d"}),
-    "decode_head.in_index": frozenset({(0, 1, 2, 3)}),
+    "decode_head.in_index": frozenset(tuple(range(count)) for count in range(1, 9)),  # all maps, in order
     "test_cfg.mode": frozenset({"whole"}),
     "final_norm": frozenset({True}),
     "use_rms_norm": frozenset({False}),
