@@ -206,7 +206,7 @@ def command(
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     device: DeviceName = "cpu",
-    batch_size: TimedBatch = 8,
+    batch_size: TimedBatch = None,
     backend: BackendName = "auto",
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.

@@ -114,7 +114,7 @@ def command(
         result = evaluate(
             models[0],
             images,
-            batch_size=batch_size,
+            batch_size=task.at_once(32, batch_size),
             limit=limit,
             compare=models[1] if compare else None,
             task=task,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.help import DEVICE, INPUT
-from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, reads_checkpoints
+from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, TimedBatch, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def command(
     ] = None,
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.", rich_help_panel=DEVICE)] = 8,
+    batch_size: TimedBatch = None,
     rounds: Annotated[
         int, typer.Option(min=1, help="Timed rounds; the median is reported.", rich_help_panel=DEVICE)
     ] = 10,

@@ -42,7 +42,6 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     unharmed = "No class has fewer right answers than before."
     metric = "top-1"
     key = "top1"
-    batch_size = 32
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain

@@ -65,7 +65,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     unharmed = "No class has a lower IoU than before."
     metric = "mIoU"
     key = "miou"
-    batch_size = 1
+    most = 1
     draws = True
     limits = (
         TaskLimit(

@@ -134,7 +134,7 @@ class Task(ABC, Generic[Score, Compared]):
               is said where none is worse than before
     metric    by what models are ranked; `key` is its name in JSON
     limits    what a user may demand of a score or a comparison
-    batch_size   of images that are judged at once, unless the user says how many
+    most      images that go through a model together, unless the user says how many
     draws     whether its answers are pictures themselves: see `drawn`
     """
 
@@ -147,7 +147,7 @@ class Task(ABC, Generic[Score, Compared]):
     unharmed: ClassVar[str]
     metric: ClassVar[str]
     key: ClassVar[str]
-    batch_size: ClassVar[int]
+    most: ClassVar[int] = 1 << 16
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
 
@@ -159,7 +159,7 @@ class Task(ABC, Generic[Score, Compared]):
         kind = kind or self.kind(path)
         if kind not in self.datasets:
             raise UsageError(
-                f"unknown dataset {kind!r} for {self.name}, which the model is for",
+                f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
         return open_dataset(kind, path, split=split)
@@ -185,6 +185,11 @@ class Task(ABC, Generic[Score, Compared]):
         """(B,) bool: whether the outputs for an image are finite."""
         finite: Tensor = outputs.isfinite().flatten(1).all(dim=1)
         return finite
+
+    def at_once(self, many: int, asked: int | None = None) -> int:
+        """How many images go through a model together: `many`, or fewer where they are large, unless the user has
+        `asked` for a number."""
+        return min(many, self.most) if asked is None else asked
 
     @abstractmethod
     def results(self, outputs: Any, batch: Batch) -> list[Any]:

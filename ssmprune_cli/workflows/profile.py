@@ -12,6 +12,7 @@ from ssmprune_cli.inference import Explanation, prepare
 from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.measure import (
     Floor,
     Progress,
@@ -73,7 +74,7 @@ def tokens_per_block(model: Backbone) -> tuple[int, ...]:
 def profile(
     models: list[Backbone],
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: str = "cpu",
     rounds: int = 10,
     seed: int = 0,
@@ -85,6 +86,7 @@ def profile(
     out. Each model gets images of its own size. Raises UsageError for a device that is not there, or models of
     different dtypes.
     """
+    batch_size = TASKS.get(models[0].task).at_once(8, batch_size)
     if batch_size < 1 or rounds < 1:
         raise UsageError("the batch size and the number of rounds must be at least 1")
     if len({model.dtype for model in models}) > 1:

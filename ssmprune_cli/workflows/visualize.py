@@ -74,7 +74,7 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     places: list[tuple[list[Stage], int]] = []  # by image: the stages of its batch, and its place in that
     drawings: list[tuple[Image.Image, Drawing]] = []
     names: list[str] = []
-    for batch in batches(dataset, model.preprocessing, task.batch_size):
+    for batch in batches(dataset, model.preprocessing, task.at_once(32)):
         found, outputs = stages(model, batch.images)
         dense = _dense(model, batch.images) if task.draws else None
         sights += list(pixels(batch.images, model.preprocessing))

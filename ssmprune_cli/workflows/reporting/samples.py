@@ -105,7 +105,7 @@ def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: t
     chosen, task, found = Subset(dataset, pool), TASKS.get(pruned.task), []
     with torch.inference_mode():
         for model in (pruned, dense):
-            parts = batches(chosen, model.preprocessing, task.batch_size)
+            parts = batches(chosen, model.preprocessing, task.at_once(16))
             found.append(torch.cat([task.sample(model(batch.images.to(device))) for batch in parts]))
     differs = task.differ(found[1], found[0])
     return [index for index, each in zip(pool, differs.tolist(), strict=True) if each]
