@@ -118,7 +118,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
                 hint="mIoU means nothing across different classes. Is this the right dataset? A line `void` in its "
                 "classes.txt names a value that is not judged.",
             )
-        own = [name.casefold() for name in getattr(model, "class_names", ())]
+        own = [name.casefold() for name in model.class_names]
         theirs = [name.casefold() for name in dataset.class_names]
         if own != theirs and sorted(own) == sorted(theirs):
             at = next(index for index, pair in enumerate(zip(own, theirs, strict=True)) if pair[0] != pair[1])
@@ -166,7 +166,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     def score(self, results: Sequence[Counts], model: Backbone, dataset: ImageDataset) -> ModelSegmentation:
         counts = np.stack(results)
         (drawn,) = resampled([counts])
-        return _score(counts, drawn, dataset.class_names or getattr(model, "class_names", ()))
+        return _score(counts, drawn, dataset.class_names or model.class_names)
 
     def compare(
         self,
