@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ssmprune_cli.cli import output, values
 from ssmprune_cli.cli.help import DATA, HOW_MUCH, OUTPUT
-from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
+from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
     MAX_SIDE,
     AsJson,
@@ -164,7 +164,12 @@ def command(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Labelled images: accuracy before and after, on the same images.", rich_help_panel=DATA),
+        typer.Option(
+            "--data",
+            "--eval-data",
+            help="Images with labels or masks: accuracy before and after, on the same images.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     dataset: Annotated[str | None, dataset_option("Layout of --data")] = None,
     limit: Annotated[
@@ -181,6 +186,7 @@ def command(
     ] = 4,
     max_drop: MaxDrop = None,
     min_accuracy: MinAccuracy = None,
+    min_miou: MinMiou = None,
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
     judge: JudgeBy = "interval",
@@ -200,7 +206,7 @@ def command(
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     device: DeviceName = "cpu",
-    batch_size: TimedBatch = 8,
+    batch_size: TimedBatch = None,
     backend: BackendName = "auto",
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
@@ -244,7 +250,7 @@ def command(
         dataset=dataset,
         limit=limit,
         samples=samples,
-        limits=Limits(max_drop, min_accuracy, max_flops, max_latency_ratio, judge),
+        limits=Limits(max_drop, min_accuracy, min_miou, max_flops, max_latency_ratio, judge),
         out=out,
         overwrite=overwrite,
         device=device,
@@ -271,10 +277,15 @@ def _tables(report: Report) -> Group:
     table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
     for column in ("", "dense", report.called, "change"):
         table.add_column(column, justify="left" if not column else "right")
-    for title, before, after in (
+    costs = [
         ("multiply-adds, all directions (G)", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
         ("multiply-adds, one direction (G)", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
-    ):
+    ]
+    if dense.multiply_adds_head:
+        encoders = [each.multiply_adds_all_directions - each.multiply_adds_head for each in (dense, pruned)]
+        costs.append(("  of the backbone, all directions (G)", encoders[0], encoders[1]))
+        costs.append(("  of the head (G)", dense.multiply_adds_head, pruned.multiply_adds_head))
+    for title, before, after in costs:
         table.add_row(title, f"{before / 1e9:.4f}", f"{after / 1e9:.4f}", f"{after / before - 1:+.1%}")
     table.add_row(
         "moved by gathers, sorts and sums (MB)",
@@ -296,7 +307,8 @@ def _tables(report: Report) -> Group:
     if compared is not None:
         row = task.brief(compared)
         table.add_row(row.title, row.dense, row.pruned, row.change)
-        notes.append(f"{task.metric.capitalize()} changes by {row.within} points (95 %).")
+        named = task.metric.capitalize() if task.metric.islower() else task.metric
+        notes.append(f"{named} changes by {row.within} points (95 %).")
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")

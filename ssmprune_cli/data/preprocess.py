@@ -1,15 +1,21 @@
-"""Apply a model's `Preprocessing` to a PIL image, with the rounding of torchvision's Resize and CenterCrop on PIL."""
+"""Apply what a model expects to a PIL image.
+
+`Preprocessing` has the rounding of torchvision's Resize and CenterCrop on PIL, `KeepRatio` that of mmcv on OpenCV.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ssmprune_cli.data.image_file import check_pixels
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.data.resize import resize_linear
+from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing
 
 _NARROW = 1 << 23  # pixels of a resized image that may be narrower than 1:16; eight threads hold so many at once
 _RESAMPLING: dict[str, Image.Resampling] = {
@@ -65,15 +71,69 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def visible_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+def visible_box(size: tuple[int, int], preprocessing: Preprocessing | KeepRatio) -> tuple[float, float, float, float]:
     """What a model sees of an image of `size` (width, height): left, top, right, bottom in pixels of that image.
 
-    It reaches beyond the image where the crop is padded.
+    It reaches beyond the image where the crop, or the image, is padded.
     """
+    if isinstance(preprocessing, KeepRatio):
+        scaled, whole = _sizes(size[1], size[0], preprocessing)
+        return 0.0, 0.0, size[0] * whole[1] / scaled[1], size[1] * whole[0] / scaled[0]
     x, y = size[0] / 2, size[1] / 2
     width, height = size if preprocessing.squeeze else (min(size), min(size))  # that become `resize` pixels
     share = preprocessing.crop / preprocessing.resize / 2
     return x - share * width, y - share * height, x + share * width, y + share * height
+
+
+def prepare_image(image: Image.Image, way: Preprocessing | KeepRatio) -> tuple[Tensor, Frame]:
+    """Normalised float32 image (3, H, W) of an image of any mode and size, and where it lies in that.
+
+    Raises ValueError for an image that cannot be converted.
+    """
+    if isinstance(way, KeepRatio):
+        return _keep_ratio(image, way)
+    return preprocess(image, way), Frame((image.height, image.width), (way.crop, way.crop))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, as cv2.imread does: masks and boxes of dense data sets are of the turned image.
+
+    A `Preprocessing` does not turn: the authors of classifiers read with Pillow, which leaves an image as it is stored.
+    """
+    return ImageOps.exif_transpose(image)
+
+
+def _keep_ratio(image: Image.Image, way: KeepRatio) -> tuple[Tensor, Frame]:
+    pixels = np.asarray(to_rgb(upright(image)))  # (H, W, 3)
+    height, width = pixels.shape[:2]
+    size, whole = _sizes(height, width, way)
+    check_pixels(*whole)
+    pixels = resize_linear(resize_linear(pixels, *_scaled(height, width, way)), *size)  # twice, as mmsegmentation does
+    values = normalised(pixels, way)
+    if size != whole:
+        values = np.pad(values, ((0, 0), (0, whole[0] - size[0]), (0, whole[1] - size[1])))
+    return torch.from_numpy(values), Frame((height, width), size)
+
+
+def _scaled(height: int, width: int, way: KeepRatio) -> tuple[int, int]:
+    """Height and width in proportion. Raises ValueError if nothing is left of a side."""
+    factor = min(way.long / max(height, width), way.short / min(height, width))
+    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    if min(size) < 1:
+        raise ValueError(f"{width} x {height} pixels are too narrow: resized, nothing is left of the short side")
+    return size
+
+
+def _sizes(height: int, width: int, way: KeepRatio) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heights and widths: of the image as the model sees it, and of what it is given, padding included."""
+    size = _scaled(height, width, way)
+    whole = (_multiple(size[0], way.divisor), _multiple(size[1], way.divisor))
+    return (whole if way.fill == "resize" else size), whole
+
+
+def _multiple(side: int, divisor: int) -> int:
+    """The next multiple of `divisor`."""
+    return math.ceil(side / divisor) * divisor
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
@@ -94,8 +154,9 @@ def framed(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     return center_crop(image, preprocessing.crop)
 
 
-def normalised(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """(3, H, W): an RGB image in the model's order of channels, less the mean, over the deviation.
+def normalised(image: Image.Image | NDArray[np.uint8], preprocessing: Preprocessing | KeepRatio) -> NDArray[np.float32]:
+    """(3, H, W): an RGB image, or its pixels (H, W, 3), in the model's order of channels, less the mean, over the
+    deviation.
 
     NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
     """

@@ -21,6 +21,7 @@ from ssmprune_cli.models.common import (
     set_recompute,
 )
 from ssmprune_cli.models.cutting import cut_short, longest_stage
+from ssmprune_cli.models.dense import PLAINMAMBA_UPERNET, VMAMBA_UPERNET, DenseConfig, DenseModel, Segmenter
 from ssmprune_cli.models.mamba import (
     MAMBA_REG,
     VIDEOMAMBA,
@@ -42,6 +43,8 @@ FAMILIES.register("videomamba", VIDEOMAMBA)
 FAMILIES.register("mambar", MAMBA_REG)
 FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
+FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
+FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 
 __all__ = [
     "FAMILIES",
@@ -49,6 +52,8 @@ __all__ = [
     "SMALL_SIDE",
     "Backbone",
     "CausalConv1d",
+    "DenseConfig",
+    "DenseModel",
     "DirectionProjections",
     "Family",
     "Hints",
@@ -59,6 +64,7 @@ __all__ = [
     "MambaMixer",
     "PlainMambaMixer",
     "RMSNorm",
+    "Segmenter",
     "Shapes",
     "StepProjection",
     "VMambaMixer",

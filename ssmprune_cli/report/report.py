@@ -32,6 +32,7 @@ class Figures(Section):
     """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included.
 
     bytes_moved  by gathers, scatters, sorts and sums, which are no multiply-adds
+    multiply_adds_head   of all, those of a dense model's head, which no pruning changes; 0 for a classifier
     """
 
     multiply_adds_all_directions: int
@@ -39,6 +40,7 @@ class Figures(Section):
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
     bytes_moved: int
+    multiply_adds_head: int = 0
 
 
 class PruningFacts(Section):
@@ -100,6 +102,46 @@ class AccuracyFacts(ModelAccuracy):
     difference_interval: Interval
     p_value: float
     classes: tuple[ClassChange, ...] = ()
+
+
+class ClassIou(Section):
+    """One class, over all images: intersection over union, and the share of its pixels that are named rightly. None
+    where the class is neither in the masks nor in the answers, or not in the masks.
+
+    images  whose masks have it
+    """
+
+    index: int
+    name: str | None
+    images: int
+    iou: float | None
+    accuracy: float | None
+
+
+class ModelSegmentation(Section):
+    """Shares of pixels, summed up over all images before they are divided.
+
+    miou      mean over classes of intersection over union; `interval` is from resampled images, None of a single one
+    aacc      of all judged pixels those named rightly; macc the mean of that over classes
+    """
+
+    miou: float
+    interval: Interval | None
+    aacc: float
+    macc: float
+    classes: tuple[ClassIou, ...]
+
+
+class SegmentationFacts(ModelSegmentation):
+    """The pruned model and the `dense` one on the same `count` images; `difference` is pruned less dense, of miou.
+
+    difference_interval  95 %, from images that are resampled for both models alike
+    """
+
+    count: int
+    dense: ModelSegmentation
+    difference: float
+    difference_interval: Interval | None
 
 
 class LimitFacts(Section):
@@ -250,23 +292,31 @@ class Sample(Section):
 
     label   its class, or None if that is not known
     chosen  because the answers to it differ, or at random
+    predicted_...  the class that the models name; None where an answer is more than a class
+    words          then in words how far their answers differ, and `pictures` of these, files by title
+    size           height and width of the file; None for those that the model takes
     """
 
     name: str
     file: str
     label: int | None = None
     chosen: Literal["changed", "random"] = "random"
-    predicted_dense: int
-    predicted_pruned: int
+    predicted_dense: int | None = None
+    predicted_pruned: int | None = None
+    words: str = ""
+    pictures: dict[str, str] = Field(default_factory=dict)
+    size: tuple[int, int] | None = None
     stages: tuple[SampleStage, ...]
 
 
 class EpochFacts(Section):
-    """loss is None if no update was made, top1 (of the validation images) if there were none."""
+    """loss is None if no update was made; the metric of the model's task is of the validation images, None if there
+    were none."""
 
     epoch: int
     loss: float | None
-    top1: float | None
+    top1: float | None = None
+    miou: float | None = None
 
 
 class FinetuningFacts(Section):
@@ -296,6 +346,7 @@ class Report(Section):
     image_size   height and width of the images that the compressed model takes
     resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
+    segmentation likewise of segmenters
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
     repair       what a repair did after calibration, or None if none was asked for
@@ -319,6 +370,7 @@ class Report(Section):
     pruned: Figures | None = None
     target: TargetFacts | None = None
     accuracy: AccuracyFacts | None = None
+    segmentation: SegmentationFacts | None = None
     limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None

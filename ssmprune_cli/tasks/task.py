@@ -1,8 +1,8 @@
 """What a task is: its data, how answers are judged and compared, what a user may demand, and the words for it.
 
-A *result* is what is kept of a model's answer to one image: a plain value that processes can send each other. A *score*
-are the facts of one model on a dataset. A *comparison* are the facts of a pruned and a dense model on the same images:
-a section of a report.
+The *outputs* of a model are what it computes of a batch: logits, masks of logits, features. A *result* is what is kept
+of its answer to one image: a plain value that processes can send each other. A *score* are the facts of one model on a
+dataset. A *comparison* are the facts of a pruned and a dense model on the same images: a section of a report.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Split, open_dataset
+from ssmprune_cli.data import Batch, ImageDataset, Split, open_dataset
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import Frame
+from ssmprune_cli.pruning import divergence, soft_divergence
 from ssmprune_cli.recipe import Section
 from ssmprune_cli.report import Interval, Judge, LimitFacts, Report, Sample
 
@@ -112,6 +115,14 @@ class Loss:
     change: str
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What two models say of an image, in pictures by title, and in words how far they differ."""
+
+    pictures: dict[str, Image.Image]
+    words: str
+
+
 class Task(ABC, Generic[Score, Compared]):
     """A task is a file: a subclass, and a line in `tasks.TASKS`.
 
@@ -119,10 +130,12 @@ class Task(ABC, Generic[Score, Compared]):
     datasets  kinds of dataset that hold what answers are judged by
     section   the field of a Report that holds a comparison
     quality   what is judged, in a word
-    parts     what a dataset divides into, one and several, in words
-    metric    by what models are ranked
+    parts     what a dataset divides into, one and several, in words; `part_metric` what is said of each, and `unharmed`
+              is said where none is worse than before
+    metric    by what models are ranked; `key` is its name in JSON
     limits    what a user may demand of a score or a comparison
-    one_class whether an answer is one class for an image: such answers can be shown with sample images and fine-tuned
+    most      images that go through a model together, unless the user says how many
+    draws     whether its answers are pictures themselves: see `drawn`
     """
 
     name: ClassVar[str]
@@ -130,31 +143,74 @@ class Task(ABC, Generic[Score, Compared]):
     section: ClassVar[str]
     quality: ClassVar[str]
     parts: ClassVar[tuple[str, str]]
+    part_metric: ClassVar[str]
+    unharmed: ClassVar[str]
     metric: ClassVar[str]
+    key: ClassVar[str]
+    most: ClassVar[int] = 1 << 16
     limits: ClassVar[tuple[TaskLimit, ...]]
-    one_class: ClassVar[bool]
+    draws: ClassVar[bool] = False
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
-        """Images with what they are judged by; without a `kind`, an ImageFolder or, by its suffix, an .npz.
+        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
 
         Raises UsageError for a kind that is not of this task, DataError for data that are not laid out so.
         """
-        kind = kind or ("npz" if path.suffix == ".npz" else "imagefolder")
+        kind = kind or self.kind(path)
         if kind not in self.datasets:
-            raise UsageError(f"unknown dataset {kind!r} for {self.name}", hint=f"Known: {', '.join(self.datasets)}.")
+            raise UsageError(
+                f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
+                hint=f"Fitting kinds are {', '.join(self.datasets)}.",
+            )
         return open_dataset(kind, path, split=split)
+
+    @abstractmethod
+    def kind(self, path: Path) -> str:
+        """The kind of dataset that `path` is taken for."""
 
     @abstractmethod
     def check(self, model: Backbone, dataset: ImageDataset) -> None:
         """Raises DataError unless `model` can be judged on `dataset`."""
 
-    @abstractmethod
-    def results(self, logits: Tensor, labels: Tensor) -> list[Any]:
-        """The result of every image of a batch, from the model's output and what the dataset says."""
+    def sliding(self, crop: tuple[int, int], stride: tuple[int, int]) -> Task[Score, Compared]:
+        """The same task with windows of `crop` pixels that move by `stride` (heights, widths), each seen alone. Raises
+        UsageError for a task whose models see an image whole."""
+        raise UsageError(f"is for segmentation: a model for {self.name} sees the image whole", where="--slide")
+
+    def answer(self, forward: Callable[[Tensor], Any], images: Tensor) -> Any:
+        """The outputs for normalised images (B, 3, H, W); `forward` is a model or a session of it."""
+        return forward(images)
+
+    def finite(self, outputs: Any) -> Tensor:
+        """(B,) bool: whether the outputs for an image are finite."""
+        finite: Tensor = outputs.isfinite().flatten(1).all(dim=1)
+        return finite
+
+    def at_once(self, many: int, asked: int | None = None) -> int:
+        """How many images go through a model together: `many`, or fewer where they are large, unless the user has
+        `asked` for a number."""
+        return min(many, self.most) if asked is None else asked
 
     @abstractmethod
-    def score(self, results: Sequence[Any], model: Backbone) -> Score:
-        """From the results of all images."""
+    def results(self, outputs: Any, batch: Batch) -> list[Any]:
+        """The result of every image of a batch. Raises DataError, naming the image, for a target that does not fit."""
+
+    @abstractmethod
+    def sample(self, outputs: Any) -> Tensor:
+        """What of the outputs the distance of two models is computed from, (B, ...): of one shape for all images,
+        whatever their sizes."""
+
+    def divergence(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """How far a pruned model's samples are from the dense model's: KL(dense || pruned) in nats, (B,) float64."""
+        return divergence(dense, pruned)
+
+    def soft_divergence(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """The same, by which candidates are ordered on few images (see `pruning.soft_divergence`)."""
+        return soft_divergence(dense, pruned)
+
+    @abstractmethod
+    def score(self, results: Sequence[Any], model: Backbone, dataset: ImageDataset) -> Score:
+        """From the results of all images, those of `dataset`."""
 
     @abstractmethod
     def compare(
@@ -165,6 +221,21 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def changed(self, pruned: Sequence[Any], dense: Sequence[Any]) -> list[int]:
         """From the results, image by image: where one model is right and the other one is not, as indices."""
+
+    def differ(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """(B,) bool: whether the samples of two models differ enough to be shown. By default, in the class of more than
+        one in a hundred places."""
+        differs = dense.argmax(dim=1) != pruned.argmax(dim=1)
+        return differs.reshape(len(differs), -1).double().mean(dim=1) > 0.01
+
+    def told(self, outputs: Any) -> list[int | None]:
+        """The class that is said of each image; None where an answer is more than that."""
+        return [None] * len(outputs)
+
+    def drawn(self, image: Image.Image, frame: Frame, dense: Any, pruned: Any) -> Drawing:
+        """The outputs of two models for one image, whose colours are `image`, upright and of any size. Of a task that
+        draws."""
+        raise NotImplementedError
 
     def facts(self, report: Report) -> Compared | None:
         """The comparison in a report."""
@@ -202,6 +273,11 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def table(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with a column for each score, titles first."""
+
+    def by_part(self, scores: Sequence[Score]) -> list[list[str]]:
+        """Lines of a table with the metric of each part of the data (see `parts`), a column for each score, titles
+        first. None where they are too many, and say little."""
+        return []
 
     @abstractmethod
     def difference(self, compared: Compared) -> str:

@@ -11,6 +11,7 @@ from ssmprune_cli.models.common.backbone import (
     ImageConfig,
     Places,
     Shapes,
+    check_channels,
     count_numbered,
 )
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
@@ -21,6 +22,7 @@ from ssmprune_cli.models.common.layers import (
     RMSNorm,
     RotaryEmbedding,
     channels_last_taps,
+    check_size,
     decay_rates,
     patch_grid,
     resize_grid,
@@ -45,7 +47,9 @@ __all__ = [
     "Shapes",
     "Visits",
     "channels_last_taps",
+    "check_channels",
     "check_side",
+    "check_size",
     "count_numbered",
     "decay_rates",
     "image_fields",

@@ -22,6 +22,7 @@ from ssmprune_cli.pruning import (
 )
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import ReductionTrial
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.compress.reductions import compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
@@ -79,7 +80,8 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     if len(images) < recipe.calibration.images and request.counts_images:
         warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
     warnings += images.notes
-    kind, batch_size = recipe.pruning.repair, recipe.calibration.batch_size
+    kind, task = recipe.pruning.repair, TASKS.get(model.task)
+    batch_size = task.at_once(recipe.calibration.batch_size)
     dense = None  # the logits of the dense model, if it sees the images larger
     if model.config.resized_from is not None:
         dense = run(prepare(reference), Prepared(reference, images, batch_size))
@@ -137,7 +139,7 @@ def _compared(
         load_images(model, images),
         importance=settings.importance,
         alignment=recipe.pruning.alignment,
-        batch_size=request.batch_size,
+        batch_size=TASKS.get(model.task).at_once(8, request.batch_size),
         device=request.device,
         dense=dense,
         seed=settings.seed,

@@ -78,11 +78,13 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
 
 
 def _evaluation(request: CompressRequest) -> ImageDataset | None:
-    """The labelled images. Raises DataError if the model cannot be judged on them."""
+    """The images to judge on. Raises DataError if the model cannot be judged on them, UsageError for another task's
+    limits."""
     if request.data is None:
         return None
     model = request.source.load()
     task = TASKS.get(model.task)
+    request.limits.fit(task)
     dataset = task.open(request.data, request.dataset)
     task.check(model, dataset)
     return dataset
@@ -174,11 +176,8 @@ def _compressed(
     drawn: tuple[Sample, ...] = ()
     files: dict[str, bytes] = {}
     if chosen and differs and request.samples:
-        if TASKS.get(model.task).one_class:
-            changed = None if result is None else result.changed
-            drawn, files = samples(model, reference, chosen, request.samples, target, changed)
-        else:
-            warnings.append(f"A report on {model.task} has no sample images: it cannot show the answers.")
+        changed = None if result is None else result.changed
+        drawn, files = samples(model, reference, chosen, request.samples, target, changed)
     provenance = {
         "weights_sha256": weights_sha256(reference),
         "calibration_images": len(images) if images is not None and made.uses_images else 0,
