@@ -130,6 +130,7 @@ class VMamba(Backbone):
     """See VMambaConfig."""
 
     family = "vmamba"
+    restores = True
 
     def __init__(self, config: VMambaConfig) -> None:
         super().__init__()
@@ -167,7 +168,7 @@ class VMamba(Backbone):
                 sequence, statistics = each(sequence, alignment, wanted)
                 sequence = self.prune(block, sequence, statistics, wanted)
                 block += 1
-            whole = sequence.restored()
+            whole = sequence.restored(sequence.returning)
             yield whole
             if layer.downsample is not None:
                 x = layer.downsample(whole.hidden.unflatten(1, whole.patch_grid))
