@@ -134,7 +134,8 @@ class TokenSequence:
     pooled    whether frozen tokens reach the scans through the live token nearest to each, in its step
     gone      dropped tokens that wait for `restored`
     restorable  whether `restored` will be asked for, in models that make the grid whole again
-    returning  share of the nearest token here in a dropped one that comes back; None: it comes back as it left
+    returning  share of the token here that is nearest in position in a dropped one that comes back; None: it comes back
+              as it left
     grid      rows and columns of patch tokens that the positions count; None: they are one row
     merged    what became of the dense grid, after `merge_neighbours`. The sequence is a whole grid again, and `length`,
               `positions`, `protected` and `grid` are those of this smaller one
@@ -384,10 +385,8 @@ class TokenSequence:
         size = None if size is None else size.gather(1, order)
         return _Joined(order, order.argsort(dim=1)[:, : self.positions.shape[1]], positions, size, Geometry())
 
-    def restored(self, share: Tensor | float | None) -> TokenSequence:
-        """The whole grid, with nothing dropped. For `restorable` ones.
-
-        share  see `returning`: how much of the nearest token, in scan position, is in a dropped one that comes back
+    def restored(self) -> TokenSequence:
+        """The whole grid, with nothing dropped: for `restorable` ones, and as `returning` says.
 
         The reduction `mask` drops nothing, so its zeroed tokens stay what they are. A merged grid is whole as it is.
         """
@@ -399,9 +398,9 @@ class TokenSequence:
         values = self.hidden.new_empty(len(self.hidden), self.length, self.hidden.shape[2])
         for group in groups:
             came = group.stream
-            if share is not None:
+            if self.returning is not None:
                 near = gather_tokens(self.hidden, nearest(self.positions, group.positions))
-                came = torch.lerp(came, near.to(came.dtype), share)
+                came = torch.lerp(came, near.to(came.dtype), self.returning)
             values = _put(values, group.positions, came)
         return self._whole(_put(values, self.positions, self.hidden))
 

@@ -8,6 +8,7 @@ are missing then come nearest, in the last block before the next point, to what 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,6 @@ class _Watch(nn.Module, Pruner):
 def _products(dense: TokenSequence, pruned: TokenSequence) -> Tensor:
     """(2,) float64: of the change from each missing token's value as it left to the nearest one's, the product with the
     change to its value in the dense model, and with itself."""
-    left, nearest = (pruned.restored(share).hidden.double() for share in (None, 1.0))
+    left, nearest = (replace(pruned, returning=share).restored().hidden.double() for share in (None, 1.0))
     change = nearest - left  # zero where a token is there
     return torch.stack([(change * (dense.hidden.double() - left)).sum(), change.square().sum()])

@@ -229,7 +229,7 @@ class PlainMamba(Backbone):
             index = -1 if block == self.config.depth - 1 else block
             if index in self.config.out_indices:
                 norm = self.backbone.get_submodule("ln1" if index == -1 else f"norm_layer{index}")
-                whole = sequence.restored(sequence.returning)
+                whole = sequence.restored()
                 values = whole.spread(norm(whole.hidden))  # merged tokens at every place that they took in
                 maps.append(values.transpose(1, 2).unflatten(2, grid))
         return tuple(maps)

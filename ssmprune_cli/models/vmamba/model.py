@@ -168,7 +168,7 @@ class VMamba(Backbone):
                 sequence, statistics = each(sequence, alignment, wanted)
                 sequence = self.prune(block, sequence, statistics, wanted)
                 block += 1
-            whole = sequence.restored(sequence.returning)
+            whole = sequence.restored()
             yield whole
             if layer.downsample is not None:
                 x = layer.downsample(whole.hidden.unflatten(1, whole.patch_grid))
