@@ -14,7 +14,7 @@ from ssmprune_cli.inference.behaviour import global_hooks
 from ssmprune_cli.inference.copying import shallow
 from ssmprune_cli.inference.explain import BY_OP, Explanation, Journal, complete
 from ssmprune_cli.interface import Pruner
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, DenseModel
 
 S = TypeVar("S", bound="Session")
 
@@ -157,6 +157,9 @@ class PlainSession(Session):
 def with_slot(model: Backbone, pruner: Pruner | None) -> Backbone:
     """A backbone of the same modules with another pruner."""
     other = shallow(model)
+    if isinstance(other, DenseModel):  # the slot is its encoder's
+        other._modules["encoder"] = with_slot(other.encoder, pruner)
+        return other
     other._modules.pop("pruner", None)  # a slot that holds a module takes nothing else
     other.__dict__.pop("pruner", None)
     other.pruner = pruner

@@ -20,6 +20,7 @@ from ssmprune_cli.models.common import (
     set_drop_path,
     set_recompute,
 )
+from ssmprune_cli.models.dense import DenseConfig, DenseModel, Segmenter
 from ssmprune_cli.models.mamba import (
     MAMBA_REG,
     VIDEOMAMBA,
@@ -48,6 +49,8 @@ __all__ = [
     "SMALL_SIDE",
     "Backbone",
     "CausalConv1d",
+    "DenseConfig",
+    "DenseModel",
     "DirectionProjections",
     "Family",
     "Hints",
@@ -58,6 +61,7 @@ __all__ = [
     "MambaMixer",
     "PlainMambaMixer",
     "RMSNorm",
+    "Segmenter",
     "Shapes",
     "StepProjection",
     "VMambaMixer",

@@ -12,13 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.errors import CheckpointError, DataError, UsageError, listing
+from ssmprune_cli.errors import CheckpointError, UsageError, listing
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.correction import Correction, Held, dropped_mean
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.reduction import REDUCTIONS
-from ssmprune_cli.pruning.schedule import PruneSchedule
+from ssmprune_cli.pruning.schedule import PruneSchedule, share
 from ssmprune_cli.tokens import Readout, TokenSequence
 
 
@@ -76,7 +76,7 @@ class PruneSettings:
 
 
 class TokenPruner(nn.Module, Pruner):
-    """The pruner of one backbone.
+    """The pruner of one backbone. On a grid of another size than the stages' own, the same share of it stays.
 
     stages      of the backbone
     mixers      of the backbone, one a block
@@ -124,9 +124,9 @@ class TokenPruner(nn.Module, Pruner):
     def _plan(self) -> None:
         schedule, stages = self.settings.schedule, self._stages
         self._patches = schedule.patches_per_block(stages)
-        self._lengths = tuple(stage.num_tokens for stage in stages for _ in range(stage.start, stage.stop))
+        self._whole = tuple(stage.num_patches for stage in stages for _ in range(stage.start, stage.stop))
         if schedule.grids:  # what was merged is no longer counted
-            self._lengths = schedule.tokens_per_block(stages)
+            self._whole = self._patches
 
     def set_mass(self, mass: float) -> None:
         """The mass of every block, for the alignment of this name."""
@@ -178,19 +178,17 @@ class TokenPruner(nn.Module, Pruner):
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         if block + 1 not in self.settings.schedule.points:
             return sequence
-        if sequence.length != self._lengths[block]:
-            raise DataError(
-                f"these images give {sequence.length} tokens in block {block}, and the pruned model counts on "
-                f"{self._lengths[block]}",
-                hint="Give images of the model's size, or compress the dense checkpoint with `--image-size`.",
-            )
         count = self._count(block)
         if count is None:
+            return sequence
+        protected = len(sequence.protected)
+        count = share(count, self._whole[block], sequence.length - protected)
+        if count + protected >= sequence.positions.shape[1]:  # a small grid, of which every token stays
             return sequence
         score = sequence.sizes()  # for a reduction that does not look at it
         if self.goes_by_score:
             score = self.score(block, sequence, statistics)
-        after = self._reduction.apply(sequence, score, count + len(sequence.protected))
+        after = self._reduction.apply(sequence, score, count + protected)
         if self.settings.repair == "none":
             return after
         side = None if after.readout is None else after.readout.side

@@ -126,6 +126,11 @@ def default_points(stages: Sequence[Stage]) -> tuple[int, ...]:
     return tuple(longest.start + point for point in points if point < depth)
 
 
+def share(count: int, whole: int, now: int) -> int:
+    """Of a grid of `now` tokens as many as `count` are of `whole`, rounded to the nearest, a half up; at least one."""
+    return max(1, (2 * count * now + whole) // (2 * whole))
+
+
 def _check_places(points: Sequence[int], stages: Sequence[Stage], where: str, *, ends: bool) -> None:
     """`ends`: whether a point may lie at the end of a stage."""
     num_blocks = stages[-1].stop

@@ -328,11 +328,17 @@ def test_model_is_traced_exported_and_built_on_meta(pruned: bool) -> None:
             assert copy.deepcopy(model).to("meta")(first.to("meta")).shape == (2, 3)
 
 
-def test_feature_maps_need_all_tokens() -> None:
+def test_a_dropped_token_is_in_later_feature_maps_with_the_value_it_left_with() -> None:
     model = build(replace(SMALL, out_indices=(0, 1)), torch.float32)
-    model.pruner = Halving()
-    with pytest.raises(UsageError, match="need all tokens"):
-        model.feature_maps(images(SMALL, 1, torch.float32))
+    batch = images(SMALL, 2, torch.float32)
+    with torch.no_grad():
+        first_block, _ = model._blocks(batch)
+        model.pruner = Halving()
+        _, second = model.feature_maps(batch)
+        left = model.features(batch)
+    places = second.flatten(2).transpose(1, 2)
+    assert torch.equal(places[:, 1::2], model.backbone.ln1(first_block.hidden[:, 1::2]))
+    assert torch.equal(places[:, 0::2], model.backbone.ln1(left.hidden))
 
 
 # --- published shapes, and configurations found from them

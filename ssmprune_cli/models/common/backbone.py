@@ -140,6 +140,11 @@ class Backbone(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of normalised images (B, 3, H, W)."""
 
+    def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What a head of a dense model reads, (B, d_i, rows_i, columns_i) each, the finest first: every place of the
+        grid, also where tokens are dropped. Images (B, 3, H, W) may be of any size. UsageError for a model without."""
+        raise UsageError(f"this {self.family} makes no feature maps")
+
     @property
     @abstractmethod
     def blocks(self) -> list[Block]:

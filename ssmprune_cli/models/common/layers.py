@@ -50,13 +50,19 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[1:]) != (3, *self.image_size):
-            raise DataError(
-                f"the model takes images of shape {(3, *self.image_size)}, not {tuple(images.shape[1:])}",
-                hint="Resize the images, or load the checkpoint for another size (`--image-size`).",
-            )
+        check_size(images, self.image_size)
         embedded: Tensor = self.proj(images)
         return embedded.flatten(2).transpose(1, 2)
+
+
+def check_size(images: Tensor, image_size: tuple[int, int]) -> None:
+    """DataError unless `images` are (B, 3, H, W) of this height and width."""
+    size = (3, *image_size)
+    if tuple(images.shape[1:]) != size:
+        raise DataError(
+            f"the model takes images of shape {size}, not {tuple(images.shape[1:])}",
+            hint="Resize the images, or load the checkpoint for another size (`--image-size`).",
+        )
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""What reads the feature maps of an encoder: heads, each in a room that knows no encoder."""
+"""Heads of dense models: what makes pixels' classes, or boxes and masks, of feature maps. They know no backbone."""
 
 from __future__ import annotations
 
 from ssmprune_cli.models.heads.mask_rcnn import Detections, MaskRCNN, MaskRCNNConfig
+from ssmprune_cli.models.heads.upernet import UperNet, UperNetConfig
 
-__all__ = ["Detections", "MaskRCNN", "MaskRCNNConfig"]
+__all__ = ["Detections", "MaskRCNN", "MaskRCNNConfig", "UperNet", "UperNetConfig"]

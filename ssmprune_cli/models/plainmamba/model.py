@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places, check_size, resize_grid
 from ssmprune_cli.models.plainmamba.mixer import PlainMambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
@@ -36,6 +36,8 @@ class PlainMambaConfig(ImageConfig):
     dw_layers        blocks that end in a depthwise 3 x 3 convolution
     out_indices      blocks whose outputs `feature_maps` returns, in rising order; all but the last (-1) have a norm of
                      their own
+    num_classes      0 for the encoder of a dense model, which has no classifier
+    positions        rows and columns of the position embeddings that are stored; None is the grid of `image_size`
     d_inner          channels of the scans; None is twice `embed_dim`
     dt_rank          rank of the step projection; None is `embed_dim / 16`, rounded up
     """
@@ -52,15 +54,23 @@ class PlainMambaConfig(ImageConfig):
     d_conv: int = 7
     d_inner: int | None = None
     dt_rank: int | None = None
+    positions: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given: Any = self.image_size  # an int, or a list from JSON
         size = (given, given) if isinstance(given, int) else tuple(given)
         object.__setattr__(self, "image_size", size)
-        for name in ("patch_size", "embed_dim", "depth", "num_classes", "d_state", "d_conv"):
+        for name in ("patch_size", "embed_dim", "depth", "d_state", "d_conv"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_classes < 0:
+            raise UsageError(f"num_classes must not be negative, but is {self.num_classes}")
+        if self.positions is not None:
+            stored = tuple(self.positions)  # a list from JSON
+            object.__setattr__(self, "positions", stored)
+            if len(stored) != 2 or min(stored) < 1:
+                raise UsageError(f"positions must be rows and columns, not {stored}")
         if len(size) != 2 or min(size) < 1:
             raise UsageError(f"an image cannot have the size {size}")
         if self.patch_size % 2 or not self.d_conv % 2:
@@ -77,16 +87,19 @@ class PlainMambaConfig(ImageConfig):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        rows, columns = (math.ceil(math.ceil(side / 2) / (self.patch_size // 2)) for side in self.image_size)
+        return self.grid_of(self.image_size)
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of an image of this height and width."""
+        rows, columns = (math.ceil(math.ceil(side / 2) / (self.patch_size // 2)) for side in image_size)
         return rows, columns
 
 
 class ConvPatchEmbed(nn.Module):
-    """Images (B, 3, H, W) to embedded patches (B, G, d)."""
+    """Images (B, 3, H, W) to embedded patches (B, d, rows, columns)."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
-        self.image_size = config.image_size
         half, width = config.patch_size // 2, STEM_CHANNELS
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -96,18 +109,13 @@ class ConvPatchEmbed(nn.Module):
             layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         self.convs = nn.Sequential(*layers)
         self.projection = nn.Conv2d(width, config.embed_dim, half, stride=half)
-        self.padded = tuple(half * count for count in config.grid)
 
     def forward(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[1:]) != (3, *self.image_size):
-            raise DataError(
-                f"the model takes images of shape {(3, *self.image_size)}, not {tuple(images.shape[1:])}",
-                hint="Resize the images, or load the checkpoint for another size (`--image-size`).",
-            )
         pixels = self.convs(self.stem(images))  # (B, 64, H / 2, W / 2), rounded up
-        bottom, right = (want - have for want, have in zip(self.padded, pixels.shape[2:], strict=True))
+        half = self.projection.stride[0]
+        bottom, right = (-side % half for side in pixels.shape[2:])
         embedded: Tensor = self.projection(functional.pad(pixels, (0, right, 0, bottom)))
-        return embedded.flatten(2).transpose(1, 2)
+        return embedded
 
 
 class PlainMambaLayer(Block):
@@ -163,17 +171,21 @@ class _Trunk(nn.Module):
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
         dim = config.embed_dim
+        self.positions = config.positions or config.grid
         self.patch_embed = ConvPatchEmbed(config)
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(config.grid), dim), std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(self.positions), dim), std=0.02))
         self.layers = nn.ModuleList(PlainMambaLayer(config, dw=i in config.dw_layers) for i in range(config.depth))
         self.ln1 = nn.LayerNorm(dim, eps=FINAL_NORM_EPS)
         for index in config.out_indices:
             if index != -1:
                 self.add_module(f"norm_layer{index}", nn.LayerNorm(dim, eps=FINAL_NORM_EPS))
 
-    def forward(self, images: Tensor) -> Tensor:
-        embedded: Tensor = self.patch_embed(images) + self.pos_embed
-        return embedded  # (B, G, d)
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Embedded patches (B, G, d) of images (B, 3, H, W), and the rows and columns of their grid."""
+        embedded: Tensor = self.patch_embed(images)  # (B, d, rows, columns)
+        grid = (embedded.shape[2], embedded.shape[3])
+        positions = self.pos_embed if grid == self.positions else resize_grid(self.pos_embed, self.positions, grid)
+        return embedded.flatten(2).transpose(1, 2) + positions, grid
 
 
 class PlainMamba(Backbone):
@@ -185,7 +197,8 @@ class PlainMamba(Backbone):
         super().__init__()
         self.config: PlainMambaConfig = config
         self.backbone = _Trunk(config)
-        self.head = nn.ModuleDict({"fc": nn.Linear(config.embed_dim, config.num_classes)})
+        if config.num_classes:
+            self.head = nn.ModuleDict({"fc": nn.Linear(config.embed_dim, config.num_classes)})
         for name, module in self.named_modules():
             # As the authors' training configuration, which also overrides what their code does with dt_proj.
             if isinstance(module, nn.Linear):
@@ -194,25 +207,31 @@ class PlainMamba(Backbone):
                     nn.init.zeros_(module.bias)
 
     def features(self, images: Tensor) -> TokenSequence:
-        """The tokens that are left after all blocks."""
+        """The tokens that are left after all blocks. DataError for images of another size than the model's."""
+        check_size(images, self.image_size)
         return deque(self._blocks(images), maxlen=1).pop()
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normed outputs of the blocks `out_indices`, (B, d, rows, columns) each. UsageError if tokens are missing."""
-        maps = []
-        for block, sequence in enumerate(self._blocks(images)):
+        """Normed outputs of the blocks `out_indices`, (B, d, rows, columns) each, at every place of the grid.
+
+        A dropped token is in them with the value that it had when it left; the blocks after go on without it.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise DataError(f"the model takes images (B, 3, H, W), not {tuple(images.shape)}")
+        maps, grid = [], self.config.grid_of((images.shape[2], images.shape[3]))
+        for block, sequence in enumerate(self._blocks(images, restorable=True)):
             index = -1 if block == self.config.depth - 1 else block
             if index in self.config.out_indices:
-                if not sequence.is_dense:
-                    raise UsageError("feature maps need all tokens", hint="Call `restore(model)` first.")
                 norm = self.backbone.get_submodule("ln1" if index == -1 else f"norm_layer{index}")
-                values = sequence.spread(norm(sequence.hidden))  # merged tokens at every place that they took in
-                maps.append(values.transpose(1, 2).unflatten(2, self.grid))
+                whole = sequence.restored()
+                values = whole.spread(norm(whole.hidden))  # merged tokens at every place that they took in
+                maps.append(values.transpose(1, 2).unflatten(2, grid))
         return tuple(maps)
 
-    def _blocks(self, images: Tensor) -> Iterator[TokenSequence]:
-        """The tokens after each block."""
-        sequence = TokenSequence.dense(self.backbone(images), grid=self.grid)
+    def _blocks(self, images: Tensor, *, restorable: bool = False) -> Iterator[TokenSequence]:
+        """The tokens after each block; `restorable` ones can be brought back."""
+        embedded, grid = self.backbone(images)
+        sequence = TokenSequence.dense(embedded, grid=grid, restorable=restorable)
         for block, layer in enumerate(self.backbone.layers):
             alignment, wanted = self.ask_pruner(block, sequence)
             sequence, statistics = layer(sequence, alignment, wanted)
@@ -224,11 +243,14 @@ class PlainMamba(Backbone):
         return sequence.mean(self.backbone.ln1(sequence.hidden))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of normalised images (B, 3, H, W)."""
         sequence = self.features(images)
         return self.classify(self.pool(sequence), sequence.readout)
 
     @property
     def output_layer(self) -> nn.Linear:
+        if not self.config.num_classes:
+            return super().output_layer
         return self.head["fc"]  # type: ignore[return-value]
 
     @property
@@ -237,13 +259,15 @@ class PlainMamba(Backbone):
 
     @property
     def places(self) -> Places:
-        maps = tuple(f"backbone.norm_layer{index}" for index in self.config.out_indices if index != -1)
+        names = {index: f"backbone.norm_layer{index}" for index in self.config.out_indices if index != -1}
+        maps = {name: index + 1 for index, name in names.items()}
         return Places(
             before=("backbone.patch_embed", "backbone.pos_embed"),
             after=("backbone.ln1", "head"),
             undecayed=("pos_embed", "A_log"),
             decayed=("direction_Bs",),
-            idle=maps,
+            between={} if self.config.num_classes else maps,
+            idle=tuple(maps) if self.config.num_classes else (),
         )
 
     @property

@@ -20,7 +20,7 @@ from torch.nn import functional
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.grids import divided
 from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places
+from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places, check_size
 from ssmprune_cli.models.vmamba.layers import MLP, STRIDE, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
 from ssmprune_cli.tokens import TokenSequence
@@ -179,6 +179,8 @@ class VMamba(Backbone):
         """Logits (B, classes) of normalised images (B, 3, H, W); without classes the last map's mean (B, d)."""
         if not self.config.num_classes:
             return self.feature_maps(images)[-1].mean(dim=(2, 3))
+        if self.pruner is not None:
+            check_size(images, self.image_size)  # accuracy was judged at the counts of this size
         *_, whole = self._stages(images)
         return self.classify(whole.mean(self.classifier["norm"](whole.hidden)), whole.readout)
 
@@ -194,13 +196,16 @@ class VMamba(Backbone):
 
     @property
     def places(self) -> Places:
+        stops = [stage.stop for stage in self.stages]
+        downsamplings = {f"layers.{number}.downsample": stop for number, stop in enumerate(stops)}
+        maps = {f"outnorm{number}": stops[number] for number in self.config.out_stages}
         return Places(
             before=("patch_embed",),
             after=("classifier",),
             undecayed=("A_logs", "dt_projs_bias"),
             decayed=("x_proj_weight", "dt_projs_weight"),
-            between={f"layers.{number}.downsample": stage.stop for number, stage in enumerate(self.stages)},
-            idle=tuple(f"outnorm{number}" for number in self.config.out_stages),
+            between=downsamplings if self.config.num_classes else {**downsamplings, **maps},
+            idle=tuple(maps) if self.config.num_classes else (),
         )
 
     @property

@@ -1,0 +1,12 @@
+"""Dense models: a backbone of a known family as encoder, and a head that answers for every pixel or object."""
+
+from __future__ import annotations
+
+from ssmprune_cli.models.dense.model import DenseConfig, DenseModel
+from ssmprune_cli.models.dense.segmenter import Segmenter
+
+__all__ = [
+    "DenseConfig",
+    "DenseModel",
+    "Segmenter",
+]

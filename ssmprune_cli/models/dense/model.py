@@ -1,0 +1,117 @@
+"""What every dense model is: an encoder that makes feature maps, and a head that reads them.
+
+To what prunes, calibrates and measures it is a backbone: its blocks, stages and the slot for a pruner are the
+encoder's. Letters: B batch, H and W height and width of the images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import Mixers, Pruner, Stage
+from ssmprune_cli.models.common import Backbone, Block, Places
+from ssmprune_cli.preprocessing import KeepRatio
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Everything that defines a dense model. A subclass says the types of `encoder` and `head`.
+
+    encoder        configuration of the backbone. Tokens are counted for its image size; images of any size are taken
+    head           configuration of the head, which has `num_classes`
+    preprocessing  how the authors bring an image to the model
+    class_names    in the order of the logits; empty where the file does not say
+    """
+
+    encoder: Any
+    head: Any
+    preprocessing: KeepRatio
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))  # a list from JSON
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise UsageError(f"{len(self.class_names)} names of classes for {self.num_classes} classes")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that tokens are counted for."""
+        size: tuple[int, int] = self.encoder.image_size
+        return size
+
+    @property
+    def num_classes(self) -> int:
+        count: int = self.head.num_classes
+        return count
+
+    @property
+    def resized_from(self) -> None:
+        """No dense model is made smaller for good: it takes images of any size."""
+
+
+class DenseModel(Backbone):
+    """A backbone of ours with a head. A subclass says `family`, `task` and what `forward` answers."""
+
+    config: DenseConfig
+
+    def __init__(self, config: DenseConfig, encoder: Backbone, head: nn.Module) -> None:
+        nn.Module.__init__(self)  # a Backbone would make a slot of its own
+        self.config = config
+        self.encoder = encoder
+        self.head = head
+
+    @property
+    def pruner(self) -> Pruner | None:  # type: ignore[override]
+        """The encoder's slot."""
+        return self.encoder.pruner
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module that is assigned would become a part of this one, whatever property has its name.
+        if name == "pruner":
+            self.encoder.pruner = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self.encoder.blocks
+
+    @property
+    def mixers(self) -> Mixers:
+        return self.encoder.mixers
+
+    @property
+    def places(self) -> Places:
+        inside = self.encoder.places
+        return Places(
+            before=tuple(f"encoder.{name}" for name in inside.before),
+            after=(*(f"encoder.{name}" for name in inside.after), "head"),
+            undecayed=inside.undecayed,
+            decayed=inside.decayed,
+            between={f"encoder.{name}": depth for name, depth in inside.between.items()},
+            idle=tuple(f"encoder.{name}" for name in inside.idle),
+        )
+
+    @property
+    def protected(self) -> tuple[int, ...]:
+        return self.encoder.protected
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.encoder.grid
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.encoder.stages
+
+    @property
+    def preprocessing(self) -> KeepRatio:  # type: ignore[override]
+        return self.config.preprocessing
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.config.class_names
