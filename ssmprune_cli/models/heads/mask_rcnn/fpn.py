@@ -1,4 +1,4 @@
-"""The feature pyramid: every map also sees what the coarser ones saw. Lin et al., arXiv 1612.03144; mmdet 3.3.0 (FPN)."""
+"""The feature pyramid: every map also sees what coarser ones saw. Lin et al., arXiv 1612.03144; mmdet 3.3.0 (FPN)."""
 
 from __future__ import annotations
 

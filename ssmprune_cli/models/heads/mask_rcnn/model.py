@@ -98,9 +98,7 @@ class MaskRCNN(nn.Module):
         shapes = shapes[torch.arange(len(labels), device=labels.device), labels].sigmoid()  # (R, m, m)
         return Detections(original, scores, labels, paste(shapes, original, frame.original))
 
-    def choose(
-        self, proposals: Tensor, logits: Tensor, deltas: Tensor, frame: Frame
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def choose(self, proposals: Tensor, logits: Tensor, deltas: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4), scores (N,) and labels (N,) of the best detections, of logits (R, K + 1) and deltas (R, K, 4)
         of `proposals` (R, 4). Boxes are those of the original image with `original_first`, else of the scaled one."""
         chances = logits.softmax(dim=1)[:, :-1]  # (R, K)

@@ -6,8 +6,8 @@ Letters: R boxes, C channels, K classes, n cells of a side of a box.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,7 +28,7 @@ class BoxHead(nn.Module):
         super().__init__()
         self.shared_convs = nn.ModuleList(Convolution(channels, channels, 3, normed=True) for _ in range(convs))
         widths = [channels * BOX_CELLS**2, *[hidden] * fcs]
-        self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
+        self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         self.fc_cls = nn.Linear(hidden, classes + 1)  # the last one is the background
         self.fc_reg = nn.Linear(hidden, 4 * classes)
 

@@ -1,4 +1,4 @@
-"""The region proposal network: which boxes of an image may hold an object. Ren et al., arXiv 1506.01497; mmdet 3.3.0."""
+"""The region proposal network: which boxes may hold an object. Ren et al., arXiv 1506.01497; mmdet 3.3.0 (RPNHead)."""
 
 from __future__ import annotations
 

@@ -95,4 +95,4 @@ class Interaction(nn.Module):
     @property
     def extractors(self) -> list[Extractor]:
         """All of them, in order."""
-        return [self.extractor, *(self.extra_extractors or [])]  # type: ignore[list-item]
+        return [self.extractor, *(self.extra_extractors or [])]

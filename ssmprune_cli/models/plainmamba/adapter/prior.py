@@ -23,8 +23,10 @@ class SpatialPrior(nn.Module):
         self.conv2 = nn.Sequential(*_convolved(width, 2 * width, 2))
         self.conv3 = nn.Sequential(*_convolved(2 * width, 4 * width, 2))
         self.conv4 = nn.Sequential(*_convolved(4 * width, 4 * width, 2))
-        for number, factor in enumerate((1, 2, 4, 4), start=1):
-            self.add_module(f"fc{number}", nn.Conv2d(factor * width, dim, 1))
+        self.fc1 = nn.Conv2d(width, dim, 1)
+        self.fc2 = nn.Conv2d(2 * width, dim, 1)
+        self.fc3 = nn.Conv2d(4 * width, dim, 1)
+        self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W) to maps (B, d, h, w) with strides of 4, 8, 16 and 32 pixels."""
