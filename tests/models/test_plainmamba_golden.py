@@ -78,7 +78,7 @@ def test_mini(name: str) -> None:
     model.backbone.get_submodule("layers.0.mamba").register_forward_hook(lambda *called: mixed.append(called[2][0]))
     model.pruner = recorder = Recorder()
     with torch.no_grad():
-        found = {"logits": model(images), "patch_embed.out": model.backbone.patch_embed(images)}
+        found = {"logits": model(images), "patch_embed.out": model.backbone.patch_embed(images).flatten(2).mT}
         found |= {f"layers.{block}.out": output for block, output in enumerate(recorder.outputs)}
         found |= {"mamba0.out": mixed[0], "backbone.tokens": model.backbone.ln1(recorder.outputs[-1])}
         found |= {f"backbone.map{number}": each for number, each in enumerate(model.feature_maps(images))}

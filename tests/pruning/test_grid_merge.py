@@ -293,7 +293,7 @@ def by_hand(name: str, batch: Tensor) -> Tensor:
 
 def _plainmamba_by_hand(model: Any, image: Tensor, goals: dict[int, tuple[int, int]]) -> Tensor:
     grid = model.grid
-    x, size = model.backbone(image), torch.ones(math.prod(grid), dtype=torch.float64)
+    (x, _), size = model.backbone(image), torch.ones(math.prod(grid), dtype=torch.float64)
     for block, layer in enumerate(model.backbone.layers):
         x = layer(TokenSequence.dense(x, grid=grid), None, "nothing")[0].hidden
         if block + 1 in goals:

@@ -81,9 +81,9 @@ class UperNet(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits (B, num_classes, h, w) of feature maps (B, in_channels[i], h_i, w_i), the finest first."""
-        features = (
-            functional.dropout2d(self.features(maps), self.config.dropout) if self.training else self.features(maps)
-        )
+        features = self.features(maps)
+        if self.training:
+            features = functional.dropout2d(features, self.config.dropout)
         logits: Tensor = self.conv_seg(features)
         return logits
 
