@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
-from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset
+from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.loader import Batch, batches, unprepared
 from ssmprune_cli.data.npz import open_npz
-from ssmprune_cli.data.preprocess import framed, normalised, to_rgb, visible_box
+from ssmprune_cli.data.preprocess import framed, normalised, prepare_image, to_rgb, upright, visible_box
 from ssmprune_cli.registry import Registry
 
 DATASETS: Registry[Callable[[Path, Split], ImageDataset]] = Registry("dataset")
@@ -40,14 +40,17 @@ __all__ = [
     "Joined",
     "Split",
     "Subset",
+    "Target",
     "batches",
     "calibration_images",
     "fingerprint",
     "framed",
     "normalised",
     "open_dataset",
+    "prepare_image",
     "some_images",
     "to_rgb",
     "unprepared",
+    "upright",
     "visible_box",
 ]
