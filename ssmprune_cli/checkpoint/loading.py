@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ _FOREIGN = (
 _NOT_OF_A_VARIANT = (
     *(field.name for field in fields(ImageConfig)),
     *("image_size", "num_classes", "out_indices", "out_stages"),
+    *("preprocessing", "class_names", "dropout"),
 )
 MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
-_PRUNER = "pruner."  # what the names of a pruner's buffers begin with
+_PRUNER = ("pruner.", "encoder.pruner.")  # what the names of a pruner's buffers begin with
 _GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
 
@@ -157,6 +158,7 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
         hints = replace(hints, stride=reading.stride)
     if chosen is None:
         chosen = _detect(checkpoint)
+    _check_images(chosen, reading)
     try:
         state = chosen.remap(checkpoint.state)
         config = chosen.configure(_shapes(state), hints)
@@ -179,10 +181,29 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
             )
     small = max(config.image_size) <= SMALL_SIDE  # not resized, so it does not matter how
     for name, refusal in checkpoint.hints.refused.items():
-        if _images(reading)[name] is None and not (small and name in ("eval_crop_ratio", "interpolation")):
+        if (name == "keep_ratio") != chosen.whole_image:  # of the other kind of images
+            continue
+        if name == "keep_ratio":
+            if reading.image_size is None:
+                hint = f"Give the short side of images, `--image-size`, for something else. {at_fault}"
+                raise CheckpointError(refusal, where=where, hint=hint)
+        elif _images(reading)[name] is None and not (small and name in ("eval_crop_ratio", "interpolation")):
             option = "--crop" if name == "eval_crop_ratio" else f"--{name}"
             raise CheckpointError(refusal, where=where, hint=f"Give `{option}` for something else. {at_fault}")
     return Resolved(chosen, config, state)
+
+
+def _check_images(family: Family, reading: Reading) -> None:
+    """UsageError for options that have no meaning for the images of `family`."""
+    if not family.whole_image:
+        return
+    for name, value in (("--crop", reading.crop), ("--interpolation", reading.interpolation)):
+        if value is not None:
+            raise UsageError(
+                f"a {family.title} is given whole images, resized bilinearly and in proportion",
+                where=name,
+                hint="Give the short side to which images are resized: `--image-size 512`, for example.",
+            )
 
 
 def _images(reading: Reading) -> dict[str, Any]:
@@ -199,11 +220,17 @@ def _images(reading: Reading) -> dict[str, Any]:
 
 def variant_name(family: Family, config: Any) -> str | None:
     """The published configuration that `config` is, whatever its image size, crop and outputs; None if it is none."""
-    for name, published in family.variants.items():
-        same = {key: getattr(config, key) for key in _NOT_OF_A_VARIANT if hasattr(config, key)}
-        if replace(published, **same) == config:
-            return name
-    return None
+    return next((name for name, published in family.variants.items() if _alike(published, config)), None)
+
+
+def _alike(published: Any, config: Any) -> bool:
+    """Whether two configurations of one class are the same in all that is of a variant."""
+    for each in fields(published):
+        wanted, value = getattr(published, each.name), getattr(config, each.name)
+        same = _alike(wanted, value) if is_dataclass(wanted) else wanted == value
+        if each.name not in _NOT_OF_A_VARIANT and not same:
+            return False
+    return True
 
 
 def non_finite(state: dict[str, Tensor]) -> list[str]:
@@ -280,8 +307,13 @@ def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Re
     stride = getattr(config, "stride", None)
     if reading.stride not in (None, stride):
         raise UsageError(f"says a stride of {stride}, not {reading.stride}", where=where, hint="Leave out `--stride`.")
+    _check_images(family, reading)
     given = {key: value for key, value in _images(reading).items() if value is not None}
-    return Resolved(family, replace(config, **given), checkpoint.state)
+    if family.whole_image:
+        config = replace(config, preprocessing=replace(config.preprocessing, **given))
+    else:
+        config = replace(config, **given)
+    return Resolved(family, config, checkpoint.state)
 
 
 def _config(family: Family, values: dict[str, Any], weights: int, where: str) -> Any:
@@ -289,13 +321,7 @@ def _config(family: Family, values: dict[str, Any], weights: int, where: str) ->
     unknown = sorted(set(values) - {field.name for field in fields(family.config_class)})
     if unknown:
         raise CheckpointError(f"the configuration is not valid: {listing(unknown)} is unknown", where=where)
-    for name, value in values.items():
-        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        limit = weights if name in ("depth", "depths") else MAX_NUMBER
-        if sum(map(abs, numbers)) > limit or (isinstance(value, list) and len(value) > weights + 2):
-            raise CheckpointError(
-                f"the configuration is not valid: {name} is larger than {weights} weights can be", where=where
-            )
+    _check_numbers(values, weights, where)
     try:
         config = TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
         before_resizing(config)  # raises where the dense model's size is none
@@ -305,6 +331,23 @@ def _config(family: Family, values: dict[str, Any], weights: int, where: str) ->
         raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error
     except (ValueError, UsageError) as error:
         raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
+
+
+def _check_numbers(values: dict[str, Any], weights: int, where: str) -> None:
+    """CheckpointError unless a model of so many `weights` can have these sizes."""
+    waiting = list(values.items())
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+            continue
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
+        limit = weights if name in ("depth", "depths") else MAX_NUMBER
+        most = MAX_NUMBER if name == "class_names" else weights + 2
+        if sum(map(abs, numbers)) > limit or (isinstance(value, list) and len(value) > most):
+            raise CheckpointError(
+                f"the configuration is not valid: {name} is larger than {weights} weights can be", where=where
+            )
 
 
 def _detect(checkpoint: Checkpoint) -> Family:

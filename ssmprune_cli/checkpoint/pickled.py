@@ -68,6 +68,9 @@ _SEQUENCES = {"builtins.set", "builtins.frozenset", "builtins.list", "builtins.t
 _PLAIN = {"builtins.int", "builtins.float", "builtins.bool", "builtins.str", "builtins.object", "builtins.complex"}
 _ARRAYS = {"numpy.ndarray", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
 _SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
+# What mmengine keeps of a training's log. Such an object and its methods stand for nothing here.
+_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
+_HISTORY_METHODS = {f"{_HISTORY}.{name}" for name in ("min", "max", "current", "mean")}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _TENSOR_TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 
@@ -120,6 +123,11 @@ class _Global:
 
 class _Namespace(dict[Any, Any]):
     """Attributes of an object, which come with its BUILD."""
+
+
+@dataclass(frozen=True)
+class _Inert:
+    """An object that is known, of no use here, and left as it is."""
 
 
 @dataclass(frozen=True)
@@ -336,6 +344,8 @@ def _known(name: str) -> Any:
     module, _, last = name.rpartition(".")
     if name in _CONSTANTS_OF_TORCH:
         return name
+    if name in _HISTORY_METHODS:
+        return _Inert()
     is_storage = last.endswith("Storage") and module in ("torch", "torch.cuda", "torch.storage")
     is_tensor = module in ("torch._utils", "torch._tensor") and last.startswith("_rebuild_")
     if is_storage or is_tensor or name in _CALLED or name in _PLAIN or name in _TENSOR_TYPES:
@@ -423,6 +433,14 @@ def _items(*arguments: Any) -> Any:
     return items if isinstance(items, tuple) else list(items)
 
 
+def _attribute(owner: Any, name: Any) -> _Inert:
+    """The methods that a HistoryBuffer holds, as pickles of protocol 2 have them. Nothing else has attributes."""
+    full = f"{owner.name}.{name}" if isinstance(owner, _Global) else f"{type(owner).__name__}.{name}"
+    if not isinstance(owner, _Global) or full not in _HISTORY_METHODS:
+        raise ForeignGlobal(f"getattr of {full}")
+    return _Inert()
+
+
 def _instance(kind: Any, *_: Any) -> Any:
     """copyreg's way to make an object without calling its class."""
     return _call(kind, ())
@@ -436,6 +454,8 @@ _CALLED: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_SCALARS, _scalar),
     **dict.fromkeys(_ARRAYS, lambda *_: OtherTensor("numpy array")),
     "numpy.dtype": _dtype,
+    _HISTORY: lambda *_: _Inert(),
+    "builtins.getattr": _attribute,
     "_codecs.encode": _encode,
     "torch.device": lambda *parts: ":".join(map(str, parts[:2])),
     "torch.serialization._get_layout": lambda *_: OtherTensor("layout"),

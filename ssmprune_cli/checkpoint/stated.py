@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssmprune_cli.checkpoint.pipelines import keep_ratio
 from ssmprune_cli.errors import CheckpointError, listing, shown
 from ssmprune_cli.models import MAX_SIDE, Hints
-from ssmprune_cli.preprocessing import INTERPOLATIONS, Triple
+from ssmprune_cli.preprocessing import INTERPOLATIONS, KeepRatio, Triple
 
 # Entries of a container that may state something; others are weights, or of the training.
 SECTIONS = (
@@ -26,6 +27,9 @@ SECTIONS = (
 )
 _SIZES = ("input_size", "img_size", "image_size")
 _CROPS = ("eval_crop_ratio", "crop_pct")
+# What is in these has its section's name too: other sections have settings of the same names.
+_NAMED_WHOLE = ("test", "test_cfg", "decode_head", "data_preprocessor")
+_MAX_CLASSES = 1 << 16
 _MAX_TEXT = 1 << 20  # characters of a configuration in text
 _MAX_ENTRIES = 50_000
 _MAX_DEPTH = 24
@@ -37,6 +41,7 @@ class _Found:
 
     values: dict[str, list[Any]] = field(default_factory=dict)
     pipelines: list[Sequence[Any]] = field(default_factory=list)
+    inner_pipelines: list[Sequence[Any]] = field(default_factory=list)  # of the data set to test on
     entries: int = 0
 
     def add(self, name: str, value: Any) -> None:
@@ -60,7 +65,9 @@ def hints(filename: str, content: Mapping[Any, Any]) -> Hints:
     if crop is None and centre is not None:
         # Swin's scripts: 256 pixels for a crop of 224, or both sides straight to 224.
         crop, squeeze = (0.875, False) if centre else (1.0, True)
-    for pipeline in found.pipelines[:1]:
+    whole: KeepRatio | None = None
+    for pipeline in (found.pipelines or found.inner_pipelines)[:1]:
+        whole = keep_ratio(pipeline, found.values, refused)
         size, crop, squeeze, interpolation = _of_pipeline(pipeline, size, crop, squeeze, interpolation, refused)
     red_first = _one(found, ("to_rgb", "bgr_to_rgb"), _flag, "whether red comes first")
     strides = re.findall(r"stride_?(\d{1,3})(?!\d)", name.lower())
@@ -76,6 +83,8 @@ def hints(filename: str, content: Mapping[Any, Any]) -> Hints:
         std=_one(found, ("std",), _triple, "the deviation"),
         squeeze=squeeze,
         channels=None if red_first is None else "rgb" if red_first else "bgr",
+        keep_ratio=whole,
+        class_names=_class_names(content),
         settings={key: tuple(values) for key, values in found.values.items()},
         refused=refused,
     )
@@ -86,7 +95,8 @@ def plain(value: Any) -> Any:
     return re.split(r"[.']", value.strip("'<> ").lower())[-1] if isinstance(value, str) else value
 
 
-def _collect(value: Any, found: _Found, name: str, depth: int) -> None:
+def _collect(value: Any, found: _Found, name: str, depth: int, *, tests: bool = False) -> None:
+    """`tests`: whether this is about the data to test on."""
     if depth > _MAX_DEPTH or found.entries > _MAX_ENTRIES:
         raise CheckpointError(f"its `{shown(name)}` is too long or too deep to be a configuration")
     if isinstance(value, str) and depth <= 1 and name in (*SECTIONS, "config", "cfg"):
@@ -95,16 +105,19 @@ def _collect(value: Any, found: _Found, name: str, depth: int) -> None:
         return
     for key, inner in value.items():
         found.entries += 1
-        if not isinstance(key, str):
+        if not isinstance(key, str) or key == "auxiliary_head":  # which only training uses
             continue
+        full = f"{name}.{key}" if name.lower() in _NAMED_WHOLE else None
         if isinstance(inner, Mapping):
             if isinstance(inner.get("type"), str):
                 found.add(key, inner["type"])
-            _collect(inner, found, key, depth + 1)
+                if full:
+                    found.add(full, inner["type"])
+            _collect(inner, found, key, depth + 1, tests=tests or key in ("test", "test_dataloader"))
         elif isinstance(inner, str | bool | int | float):
             found.add(key, inner)
-            if name.lower() == "test" and key.lower() == "crop":
-                found.add("test.crop", inner)
+            if full:
+                found.add(full, inner)
             if key == "stride" and "patch_size" in value:
                 found.add("patch_stride", inner)
             if key in SECTIONS:
@@ -112,8 +125,12 @@ def _collect(value: Any, found: _Found, name: str, depth: int) -> None:
         elif isinstance(inner, list | tuple):
             if key == "test_pipeline":
                 found.pipelines.append(inner)
+            elif key == "pipeline" and tests:
+                found.inner_pipelines.append(inner)
             elif len(inner) <= 4 and all(isinstance(each, int | float) for each in inner):
                 found.add(key, tuple(inner))
+                if full:
+                    found.add(full, tuple(inner))
 
 
 def _parse(text: str) -> Any:
@@ -167,6 +184,22 @@ def _model_name(content: Mapping[Any, Any]) -> str:
             if isinstance(name, str) and name:
                 return name[:1000]
     return ""
+
+
+def _class_names(content: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Names of the classes, as mmcv (`CLASSES`) and mmengine (`dataset_meta`) store them; none where there are none."""
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return ()
+    inner = meta.get("dataset_meta")
+    for values in (meta, inner if isinstance(inner, Mapping) else {}):
+        for key in ("CLASSES", "classes"):
+            names = values.get(key)
+            if isinstance(names, list | tuple) and names and all(isinstance(each, str) for each in names):
+                if len(names) > _MAX_CLASSES:
+                    raise CheckpointError(f"names {len(names):,} classes")
+                return tuple(map(str, names))
+    return ()
 
 
 def _one(found: _Found, names: Sequence[str], read: Any, title: str) -> Any:

@@ -20,7 +20,7 @@ from ssmprune_cli.models.common import (
     set_drop_path,
     set_recompute,
 )
-from ssmprune_cli.models.dense import DenseConfig, DenseModel, Segmenter
+from ssmprune_cli.models.dense import PLAINMAMBA_UPERNET, VMAMBA_UPERNET, DenseConfig, DenseModel, Segmenter
 from ssmprune_cli.models.mamba import (
     MAMBA_REG,
     VIDEOMAMBA,
@@ -42,6 +42,8 @@ FAMILIES.register("videomamba", VIDEOMAMBA)
 FAMILIES.register("mambar", MAMBA_REG)
 FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
+FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
+FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 
 __all__ = [
     "FAMILIES",

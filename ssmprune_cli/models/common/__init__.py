@@ -11,6 +11,7 @@ from ssmprune_cli.models.common.backbone import (
     ImageConfig,
     Places,
     Shapes,
+    check_channels,
     count_numbered,
 )
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
@@ -46,6 +47,7 @@ __all__ = [
     "Shapes",
     "Visits",
     "channels_last_taps",
+    "check_channels",
     "check_side",
     "check_size",
     "count_numbered",

@@ -21,6 +21,7 @@ from ssmprune_cli.preprocessing import (
     INTERPOLATIONS,
     Channels,
     Interpolation,
+    KeepRatio,
     Preprocessing,
     Triple,
 )
@@ -60,17 +61,22 @@ class ImageConfig:
         if self.channels not in get_args(Channels):
             raise UsageError(f"the channels are {' or '.join(get_args(Channels))}, not {self.channels!r}")
         for name in ("mean", "std"):
-            values = tuple(getattr(self, name))  # a list from JSON
-            object.__setattr__(self, name, values)
-            if len(values) != 3 or not all(math.isfinite(value) for value in values):
-                raise UsageError(f"{name} must be three finite numbers, not {values}")
-        if min(self.std) <= 0:
-            raise UsageError(f"std must be above 0, not {self.std}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list from JSON
+        check_channels(self.mean, self.std)
         if self.resized_from is not None:
             size: tuple[int, ...] = tuple(self.resized_from)  # a list from JSON
             if len(size) != 2 or min(size) < 1:
                 raise UsageError(f"resized_from must be a height and a width, not {size}")
             object.__setattr__(self, "resized_from", size)
+
+
+def check_channels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """UsageError unless these can be a mean and a deviation of three channels."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            raise UsageError(f"{name} must be three finite numbers, not {values}")
+    if min(std) <= 0:
+        raise UsageError(f"std must be above 0, not {std}")
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,8 @@ class Hints:
     settings              what the file states, by lower-case name: each value once
     refused               name of a field here, to what the file says of it and is not done here
     eval_crop_ratio, interpolation, mean, std, squeeze, channels: see ImageConfig
+    keep_ratio            how whole images are resized for a dense model; mean, std and channels are said apart
+    class_names           in the order of the logits
     """
 
     filename: str = ""
@@ -274,6 +282,8 @@ class Hints:
     std: Triple | None = None
     squeeze: bool | None = None
     channels: Channels | None = None
+    keep_ratio: KeepRatio | None = None
+    class_names: tuple[str, ...] = ()
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -302,6 +312,7 @@ class Family:
     fills      (config, image side) -> whether patches cover square images of that side, and nothing beyond them
     computes   settings that authors' code can have and that change no weight's shape: name (in lower case) to the
                values that mean what this family computes
+    whole_image  whether it is given whole images (`KeepRatio`), and not a crop of the centre
     """
 
     name: str
@@ -315,6 +326,7 @@ class Family:
     resize: Callable[[dict[str, Tensor], Any, int], tuple[dict[str, Tensor], Any]]
     fills: Callable[[Any, int], bool]
     computes: Mapping[str, frozenset[Any]] = field(default_factory=dict)
+    whole_image: bool = False
 
 
 FAMILIES: Registry[Family] = Registry("model family")  # filled in the `__init__` of the wing

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ssmprune_cli.models.dense.model import DenseConfig, DenseModel
 from ssmprune_cli.models.dense.segmenter import Segmenter
+from ssmprune_cli.models.dense.upernet import PLAINMAMBA_UPERNET, VMAMBA_UPERNET
 
 __all__ = [
+    "PLAINMAMBA_UPERNET",
+    "VMAMBA_UPERNET",
     "DenseConfig",
     "DenseModel",
     "Segmenter",

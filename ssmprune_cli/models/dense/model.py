@@ -6,15 +6,18 @@ encoder's. Letters: B batch, H and W height and width of the images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers, Pruner, Stage
-from ssmprune_cli.models.common import Backbone, Block, Places
+from ssmprune_cli.models.common import MAX_SIDE, Backbone, Block, ImageConfig, Places, check_channels
 from ssmprune_cli.preprocessing import KeepRatio
+
+E = TypeVar("E", bound=ImageConfig)
+_NO_IMAGES = ImageConfig(eval_crop_ratio=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,11 @@ class DenseConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))  # a list from JSON
+        object.__setattr__(self, "encoder", without_images(self.encoder))
+        images = self.preprocessing
+        if not 1 <= images.short <= images.long <= MAX_SIDE or not 1 <= images.divisor <= MAX_SIDE:
+            raise UsageError(f"images cannot be resized to {images.long} x {images.short} by {images.divisor}")
+        check_channels(images.mean, images.std)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UsageError(f"{len(self.class_names)} names of classes for {self.num_classes} classes")
 
@@ -51,6 +59,11 @@ class DenseConfig:
     @property
     def resized_from(self) -> None:
         """No dense model is made smaller for good: it takes images of any size."""
+
+
+def without_images(encoder: E) -> E:
+    """The configuration of an encoder of a dense model, whose images are the business of a KeepRatio."""
+    return replace(encoder, **{field.name: getattr(_NO_IMAGES, field.name) for field in fields(ImageConfig)})
 
 
 class DenseModel(Backbone):

@@ -7,14 +7,14 @@ Letters: B batch, C channels of the head, h and w rows and columns of the finest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import CheckpointError, UsageError, listing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +109,37 @@ class UperNet(nn.Module):
 def resized(x: Tensor, like: Tensor) -> Tensor:
     """`x` at the rows and columns of `like`."""
     return functional.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def configure_upernet(
+    shapes: Mapping[str, tuple[int, ...]], pool_scales: tuple[int, ...] | None, dropout: float
+) -> UperNetConfig:
+    """The configuration of a head with these shapes. Nothing in them says `pool_scales`: None is the published ones.
+
+    Raises CheckpointError for what is no such head, or where other scales would be needed than the published.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        found = shapes.get(key)
+        if found is None or len(found) != 4:
+            problem = "is missing" if found is None else f"has the shape {found}"
+            raise CheckpointError(f"not a head of UperNet: the weight {key} {problem}")
+        return found
+
+    levels = sum(key.startswith("lateral_convs.") and key.endswith(".conv.weight") for key in shapes)
+    laterals = [shape(f"lateral_convs.{level}.conv.weight")[1] for level in range(levels)]
+    pools = sum(key.startswith("psp_modules.") and key.endswith(".conv.weight") for key in shapes)
+    scales = UperNetConfig.pool_scales if pool_scales is None else pool_scales
+    if len(scales) != pools:
+        raise CheckpointError(
+            f"the head pools its features to {pools} sizes, and {'the file says' if pool_scales else 'published are'} "
+            f"{listing(scales, 16)}"
+        )
+    classes, channels = shape("conv_seg.weight")[:2]
+    return UperNetConfig(
+        in_channels=(*laterals, shape("psp_modules.0.1.conv.weight")[1]),
+        channels=channels,
+        num_classes=classes,
+        pool_scales=scales,
+        dropout=dropout,
+    )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.models.plainmamba.checkpoint import PLAINMAMBA
+from ssmprune_cli.models.plainmamba.checkpoint import PLAINMAMBA, configure_encoder
 from ssmprune_cli.models.plainmamba.mixer import PlainMambaMixer
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.plainmamba.routes import walks
 
 __all__ = [
     "PLAINMAMBA",
+    "PlainMamba",
+    "PlainMambaConfig",
     "PlainMambaMixer",
+    "configure_encoder",
     "walks",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -33,45 +34,58 @@ VARIANTS = {
 COMPUTES = {name: frozenset({"silu", "swish"}) for name in ("act_layer", "hidden_act", "activation")}
 
 
+# What names of a dense model begin with, here and in the authors' files: its encoder has the same ones.
+_DENSE = ("encoder.", "decode_head.", "neck.", "rpn_head.", "roi_head.")
+
+
 def matches(shapes: Shapes, hints: Hints) -> bool:
     """Whether these are PlainMamba's keys: no other family has weights for the directions of a scan's steps."""
-    return any(key.endswith("layers.0.mamba.direction_Bs") for key in shapes)
+    ours = any(key.endswith("layers.0.mamba.direction_Bs") for key in shapes)
+    return ours and not any(key.startswith(_DENSE) for key in shapes)
 
 
 def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
     """The configuration that fits `shapes`; with `hints.variant` that one, for the classes and image size of the file.
 
-    Raises CheckpointError, also for detection and segmentation models, which have no classifier.
+    Raises CheckpointError, also for an encoder, which has no classifier.
     """
-
-    def shape(key: str, dimensions: int) -> tuple[int, ...]:
-        found = shapes.get(key)
-        if found is None or len(found) != dimensions:
-            problem = "is missing" if found is None else f"has the shape {found}"
-            raise CheckpointError(f"not a PlainMamba classifier: the weight {key} {problem}")
-        return found
-
     no_stride(hints, "PlainMamba")
-    num_classes = shape("head.fc.weight", 2)[0]
-    positions = shape("backbone.pos_embed", 3)[1]
+    num_classes = _shape(shapes, "head.fc.weight", 2)[0]
+    positions = _shape(shapes, "backbone.pos_embed", 3)[1]
     if hints.variant:
         config = VARIANTS[hints.variant]
         side = _image_side(positions, config.patch_size, hints)
         images = image_fields(hints, config if side == config.image_size[0] else None)
         return replace(config, image_size=(side, side), num_classes=num_classes, **images)
-    embed_dim, _, half_patch, _ = shape("backbone.patch_embed.projection.weight", 4)
-    d_inner, d_state = shape("backbone.layers.0.mamba.A_log", 2)
-    dt_rank = shape("backbone.layers.0.mamba.dt_proj.weight", 2)[1]
+    embed_dim, _, half_patch, _ = _shape(shapes, "backbone.patch_embed.projection.weight", 4)
     depth = count_numbered(shapes, r"backbone\.layers\.(\d+)\.mamba\.A_log$")
     side = _image_side(positions, 2 * half_patch, hints)
     sizes = [(config.patch_size, config.embed_dim, config.depth, config.image_size[0]) for config in VARIANTS.values()]
     published = L1 if (2 * half_patch, embed_dim, depth, side) in sizes else None
+    return _config(shapes, image_size=(side, side), num_classes=num_classes, **image_fields(hints, published))
+
+
+def configure_encoder(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
+    """The configuration of an encoder with these shapes. Tokens are counted for `hints.image_size`: give one.
+
+    Raises CheckpointError.
+    """
+    assert hints.image_size is not None
+    rows = square_side(_shape(shapes, "backbone.pos_embed", 3)[1])
+    size = (hints.image_size, hints.image_size)
+    return _config(shapes, image_size=size, num_classes=0, positions=(rows, rows))
+
+
+def _config(shapes: Shapes, **known: Any) -> PlainMambaConfig:
+    """The configuration with what is `known`, the rest from `shapes`."""
+    embed_dim, _, half_patch, _ = _shape(shapes, "backbone.patch_embed.projection.weight", 4)
+    d_inner, d_state = _shape(shapes, "backbone.layers.0.mamba.A_log", 2)
+    dt_rank = _shape(shapes, "backbone.layers.0.mamba.dt_proj.weight", 2)[1]
     try:
         return PlainMambaConfig(
-            image_size=(side, side),
             patch_size=2 * half_patch,
             embed_dim=embed_dim,
-            depth=depth,
+            depth=count_numbered(shapes, r"backbone\.layers\.(\d+)\.mamba\.A_log$"),
             # Each has three layers, of which only the first one's weight is four-dimensional.
             stem_convs=sum(
                 bool(re.match(r"backbone\.patch_embed\.convs", key)) and len(shapes[key]) == 4 for key in shapes
@@ -79,15 +93,22 @@ def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
             dw_layers=_numbers(shapes, r"backbone\.layers\.(\d+)\.dw\.0\.weight"),
             # The norm of the last block's output is the final one, so whether it was among them is in no key.
             out_indices=(*_numbers(shapes, r"backbone\.norm_layer(\d+)\.weight"), -1),
-            num_classes=num_classes,
             d_state=d_state,
-            d_conv=shape("backbone.layers.0.mamba.conv2d.weight", 4)[2],
+            d_conv=_shape(shapes, "backbone.layers.0.mamba.conv2d.weight", 4)[2],
             d_inner=None if d_inner == 2 * embed_dim else d_inner,
             dt_rank=None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
-            **image_fields(hints, published),
+            **known,
         )
     except UsageError as error:
-        raise CheckpointError(f"not a PlainMamba classifier: {error.what}") from error
+        raise CheckpointError(f"not a PlainMamba: {error.what}") from error
+
+
+def _shape(shapes: Shapes, key: str, dimensions: int) -> tuple[int, ...]:
+    found = shapes.get(key)
+    if found is None or len(found) != dimensions:
+        problem = "is missing" if found is None else f"has the shape {found}"
+        raise CheckpointError(f"not a PlainMamba classifier: the weight {key} {problem}")
+    return found
 
 
 def _numbers(shapes: Shapes, pattern: str) -> tuple[int, ...]:

@@ -89,6 +89,11 @@ class PlainMambaConfig(ImageConfig):
         """Rows and columns of patches."""
         return self.grid_of(self.image_size)
 
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Of the feature maps."""
+        return (self.embed_dim,) * len(self.out_indices)
+
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of an image of this height and width."""
         rows, columns = (math.ceil(math.ceil(side / 2) / (self.patch_size // 2)) for side in image_size)

@@ -77,6 +77,11 @@ class VMambaConfig(ImageConfig):
     def width(self, stage: int) -> int:
         return self.embed_dim << stage
 
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Of the feature maps."""
+        return tuple(self.width(stage) for stage in self.out_stages)
+
 
 class VMambaBlock(Block):
     """Tokens plus the mixer of their norm, plus the MLP of their norm. Tokens that are gone cost nothing."""
