@@ -206,10 +206,8 @@ def _answers(targets: Sequence[Objects], found: Sequence[Found], kind: Kind) -> 
     _, _, encoding = coco_tools()
     annotations: list[dict[str, Any]] = []
     for each in results(targets, found):
-        if kind == "bbox":
-            area = each["bbox"][2] * each["bbox"][3]
-        else:  # the size of an object is that of its mask
-            area = float(encoding.area(each["segmentation"]))
+        sides = each["bbox"][2:]
+        area = sides[0] * sides[1] if kind == "bbox" else float(encoding.area(each["segmentation"]))
         annotations.append({**each, "area": area, "iscrowd": 0})
     return _indexed(targets, annotations)
 

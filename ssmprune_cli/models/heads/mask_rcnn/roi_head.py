@@ -18,7 +18,7 @@ from ssmprune_cli.models.heads.mask_rcnn.rpn import STRIDES
 BOX_CELLS = 7
 MASK_CELLS = 14
 MASK_CONVS = 4
-_FINEST = 56.0  # pixels: twice this is the side of the square boxes from which on the second level is read
+FINEST = 56.0  # pixels: twice this is the side of the square boxes from which on the second level is read
 
 
 class BoxHead(nn.Module):
@@ -72,7 +72,7 @@ def regions(levels: Sequence[Tensor], boxes: Tensor, cells: int) -> Tensor:
     """(R, C, n, n): what the levels (C, h, w) of one image show inside of `boxes` (R, 4). A box is read from the level
     whose cells fit its size; of the levels the last one is never read."""
     sides = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
-    number = (sides / _FINEST + 1e-6).log2().floor().clamp(0, len(levels) - 2).long()
+    number = (sides / FINEST + 1e-6).log2().floor().clamp(0, len(levels) - 2).long()
     result = boxes.new_zeros(len(boxes), levels[0].shape[0], cells, cells)
     for level, (features, stride) in enumerate(zip(levels[:-1], STRIDES, strict=False)):
         members = (number == level).nonzero()[:, 0]

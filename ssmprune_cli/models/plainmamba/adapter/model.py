@@ -63,6 +63,11 @@ class AdapterConfig(PlainMambaConfig):
         if runs[-1] != self.depth or any(later <= former for former, later in pairwise(runs)):
             raise UsageError(f"runs must rise to the depth of {self.depth}, not {self.runs}")
 
+    @property
+    def map_channels(self) -> tuple[int, ...]:
+        """Of the feature maps."""
+        return (self.embed_dim,) * len(_SCALES)
+
 
 class AdapterTrunk(Trunk):
     """The weights that the authors' checkpoints hold under `backbone.`."""
