@@ -39,7 +39,7 @@ TABLES = {"imagenet-vim": "vim"}  # name -> family
 def command(
     data: Annotated[
         Path,
-        typer.Option(help="Images to compare on; without labels there is no accuracy.", rich_help_panel=DATA),
+        typer.Option(help="Images to compare on; without labels or masks there is no accuracy.", rich_help_panel=DATA),
     ],
     ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
     dense: Annotated[
@@ -113,6 +113,7 @@ def command(
 
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.compare import compare, published_table
     from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.trials import Budget
@@ -120,8 +121,10 @@ def command(
 
     check_place(plot, "--plot")
     use_backend(backend)
-    default = "npz" if data.suffix == ".npz" else "imagenet" if table else "imagefolder"
-    images = open_dataset(dataset or default, data)
+    if ckpt is None:
+        images = open_dataset(dataset or ("npz" if data.suffix == ".npz" else "imagenet"), data)
+    else:
+        images = TASKS.get(Source(ckpt, reading).load().task).open(data, dataset)
     run = partial(
         compare,
         calib=calib,

@@ -89,7 +89,7 @@ class ImageFiles(ImageDataset):
     def image(self, index: int) -> Image.Image:
         return read_image(self._files[index])
 
-    def target(self, index: int) -> int | None:
+    def target(self, index: int) -> Target:
         return None if self._labels is None else self._labels[index]
 
     def name(self, index: int) -> str:

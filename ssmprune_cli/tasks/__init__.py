@@ -6,9 +6,11 @@ from typing import Any
 
 from ssmprune_cli.registry import Registry
 from ssmprune_cli.tasks.classification import Classification
+from ssmprune_cli.tasks.segmentation import Segmentation
 from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
 
 TASKS: Registry[Task[Any, Any]] = Registry("task")
 TASKS.register(Classification.name, Classification())
+TASKS.register(Segmentation.name, Segmentation())
 
 __all__ = ["TASKS", "Estimate", "LimitKind", "Loss", "Row", "Task", "TaskLimit"]

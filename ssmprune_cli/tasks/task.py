@@ -241,6 +241,11 @@ class Task(ABC, Generic[Score, Compared]):
     def table(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with a column for each score, titles first."""
 
+    def by_part(self, scores: Sequence[Score]) -> list[list[str]]:
+        """Lines of a table with the metric of each part of the data (see `parts`), a column for each score, titles
+        first. None where they are too many, and say little."""
+        return []
+
     @abstractmethod
     def difference(self, compared: Compared) -> str:
         """The change with its interval and test, as a sentence."""

@@ -35,13 +35,14 @@ class DeformableAttention(nn.Module):
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
-        direction = torch.stack((angles.cos(), angles.sin()), dim=-1)
-        direction = direction / direction.abs().max(dim=1, keepdim=True).values  # (H, 2)
-        steps = torch.arange(1, POINTS + 1)[:, None]
-        offsets = (direction[:, None, None] * steps).expand(-1, self.maps, -1, -1)  # (H, M, P, 2)
+        offsets: list[float] = []  # (H, M, P, 2); numbers, since arithmetic on the meta device imports a compiler
+        for head in range(self.heads):
+            x, y = (turn(2 * math.pi * head / self.heads) for turn in (math.cos, math.sin))
+            longest = max(abs(x), abs(y))
+            steps = [(x / longest * step, y / longest * step) for step in range(1, POINTS + 1)]
+            offsets += [side for _ in range(self.maps) for place in steps for side in place]
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.flatten())
+            self.sampling_offsets.bias.copy_(torch.tensor(offsets))
         for layer in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
