@@ -21,6 +21,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
 
 FORMAT, FORMAT_VERSION = "ssmprune", 1
+RESIZED = ("resized_from", "resized")  # where the configuration of a classifier, or of a dense model, says what it was
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def is_compressed(path: Path) -> bool:
     if not (path / CONFIG).is_file() or not _is_ours(path):
         return False
     said = read_config(path)
-    return said.pruning is not None or said.config.get("resized_from") is not None
+    return said.pruning is not None or any(said.config.get(name) is not None for name in RESIZED)
 
 
 def _is_ours(folder: Path) -> bool:

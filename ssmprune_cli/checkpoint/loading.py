@@ -42,7 +42,7 @@ _FOREIGN = (
 _NOT_OF_A_VARIANT = (
     *(field.name for field in fields(ImageConfig)),
     *("image_size", "num_classes", "out_indices", "out_stages"),
-    *("preprocessing", "class_names", "dropout"),
+    *("preprocessing", "resized", "class_names", "dropout"),
 )
 MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
 _PRUNER = ("pruner.", "encoder.pruner.")  # what the names of a pruner's buffers begin with

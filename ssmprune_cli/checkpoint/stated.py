@@ -246,7 +246,8 @@ def _triple(value: Any, name: str) -> Iterator[Triple]:
         numbers = [float(each) for each in value]
         scale = 255.0 if max(map(abs, numbers)) > 2 else 1.0
         if all(map(math.isfinite, numbers)) and (name != "std" or min(numbers) > 0):
-            yield (numbers[0] / scale, numbers[1] / scale, numbers[2] / scale)
+            red, green, blue = (round(each / scale, 12) for each in numbers)  # 57.12 of 255 is 0.224
+            yield (red, green, blue)
 
 
 def _interpolation(found: _Found, refused: dict[str, str]) -> str | None:

@@ -9,11 +9,13 @@ import torch
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.common import FAMILIES, MAX_SIDE, Backbone
+from ssmprune_cli.models.dense import DenseConfig
 
 
 @torch.inference_mode(False)  # as of a checkpoint: weights made in inference mode have no version
 def resize(model: Backbone, side: int) -> Backbone:
-    """A new model of the weights of `model` for square images of `side` pixels, on its device and in its dtype.
+    """A new model of the weights of `model` for square images of `side` pixels, on its device and in its dtype; for a
+    dense model, which is given whole images, `side` is the short one.
 
     Position embeddings are interpolated (bicubic), as `load(..., image_size=side)` does. Of an image the new model sees
     the same part as `model`, scaled to its own side: see `preprocessing`. At the side of `model` it is a copy of it.
@@ -45,7 +47,10 @@ def resize(model: Backbone, side: int) -> Backbone:
         like = next(model.parameters())
         changed = {name: value for name, value in found.items() if value is not exact[name]}
         state |= {name: value.to(like.device, state[name].dtype) for name, value in changed.items()}
-        config = replace(config, resized_from=model.image_size)
+        if isinstance(config, DenseConfig):
+            config = replace(config, resized=model.config.preprocessing)
+        else:
+            config = replace(config, resized_from=model.image_size)
     with torch.device("meta"):
         resized = family.build(config)
     for name, parameter in resized.named_parameters():
@@ -70,6 +75,9 @@ def before_resizing(config: Any) -> Any:
     """The configuration of the dense model that one of `config` was made of; `config` itself if it is that model's."""
     if config.resized_from is None:
         return config
+    if isinstance(config, DenseConfig):
+        assert config.resized is not None
+        return replace(config.with_images(config.resized), resized=None)
     return replace(config, image_size=config.resized_from, resized_from=None)
 
 

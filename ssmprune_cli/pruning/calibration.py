@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.preprocessing import KeepRatio, Preprocessing
 from ssmprune_cli.pruning.correction import Repaired
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
 from ssmprune_cli.pruning.reduction import REDUCTIONS, rank
+from ssmprune_cli.pruning.schedule import share
 from ssmprune_cli.tokens import TokenSequence
 
 
@@ -37,24 +38,29 @@ class Prunable(Protocol):
     def image_size(self) -> tuple[int, int]: ...
 
     @property
-    def preprocessing(self) -> Preprocessing: ...
+    def preprocessing(self) -> Preprocessing | KeepRatio: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
+    @property
+    def any_size(self) -> bool: ...
+
     def forward(self, images: Tensor) -> Tensor: ...
+
+    def observe(self, images: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
 class PointStatistics:
     """What calibration saw at one prune point.
 
-    kept       (images, K) dense positions of the kept tokens, protected ones included
+    kept       of each image (K,) dense positions of the kept tokens, protected ones included
     mean, std  of the importance score over patch tokens and images
     mass_kept  mean over images of the share of the (non-negative) score that the kept patch tokens carry, or None
     """
 
     point: int
-    kept: Tensor = field(repr=False)
+    kept: tuple[Tensor, ...] = field(repr=False)
     mean: float
     std: float
     mass_kept: float | None
@@ -65,7 +71,7 @@ class PointStatistics:
             "importance_mean": self.mean,
             "importance_std": self.std,
             "importance_mass_kept": self.mass_kept,
-            "kept_positions": self.kept.tolist(),
+            "kept_positions": [each.tolist() for each in self.kept],
         }
 
 
@@ -92,6 +98,7 @@ class _Observer(nn.Module, Pruner):
         super().__init__()
         self.settings = settings
         self.starts = {stage.start for stage in stages}
+        self.whole = [stage.num_patches for stage in stages for _ in range(stage.start, stage.stop)]
         self.observed = set(settings.schedule.blocks_after_points(stages))
         self.rectangular = REDUCTIONS.get(settings.reduction).rectangular
         points = () if self.rectangular else settings.schedule.points
@@ -136,7 +143,9 @@ class _Observer(nn.Module, Pruner):
                 hint="Check the weights with `ssmprune inspect` and the images' preprocessing.",
             )
         schedule = self.settings.schedule
-        count = schedule.tokens[schedule.points.index(point)] + len(sequence.protected)
+        protected = len(sequence.protected)
+        count = schedule.tokens[schedule.points.index(point)]
+        count = share(count, self.whole[point - 1], sequence.length - protected) + protected
         open_score = score.masked_fill(self.dropped, -torch.inf)
         kept = rank(sequence, open_score)[:, :count].sort(dim=1).values
         self.dropped = torch.ones_like(self.dropped).scatter(1, kept, False)
@@ -155,7 +164,7 @@ def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor
     try:
         with torch.inference_mode():
             for batch in batches:
-                model.forward(batch)
+                model.observe(batch)
                 images += len(batch)
     finally:
         model.pruner = pruner
@@ -165,16 +174,17 @@ def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor
         observer.delta_sum[block] / observer.delta_count[block] if block in observer.delta_sum else None
         for block in range(len(model.mixers))
     )
-    points = tuple(
-        _summary(point, torch.cat(observer.kept[point]), torch.cat(scores)) for point, scores in observer.scores.items()
-    )
+    points = tuple(_summary(point, observer.kept[point], scores) for point, scores in observer.scores.items())
     return Calibration(images, deltas, points)
 
 
-def _summary(point: int, kept: Tensor, score: Tensor) -> PointStatistics:
-    patches = score[~score.isnan()].double()
-    filled = score.nan_to_num(nan=0.0).double()
+def _summary(point: int, kept: Sequence[Tensor], scores: Sequence[Tensor]) -> PointStatistics:
+    """Of batches, (B, K) and (B, L) each, whose images may be of another size in each."""
+    patches = torch.cat([score[~score.isnan()] for score in scores]).double()
+    filled = [score.nan_to_num(nan=0.0).double() for score in scores]
     mass = None
-    if bool((filled >= 0).all()) and bool((filled.sum(dim=1) > 0).all()):
-        mass = float((filled.gather(1, kept).sum(dim=1) / filled.sum(dim=1)).mean())
-    return PointStatistics(point, kept, float(patches.mean()), float(patches.std(unbiased=False)), mass)
+    if all(bool((each >= 0).all()) and bool((each.sum(dim=1) > 0).all()) for each in filled):
+        shares = [each.gather(1, index).sum(dim=1) / each.sum(dim=1) for each, index in zip(filled, kept, strict=True)]
+        mass = float(torch.cat(shares).mean())
+    images = tuple(image for batch in kept for image in batch)
+    return PointStatistics(point, images, float(patches.mean()), float(patches.std(unbiased=False)), mass)

@@ -1,27 +1,24 @@
-"""How far a pruned model's answers are from the dense model's, without labels."""
+"""How far a pruned model's answers are from the dense model's, without labels. Of pixels, an image's is their mean."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 SOFTNESS = 4.0
+_AT_ONCE = 1 << 21  # logits that are compared together: those of an image's pixels are many, and in float64
 
 
 def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
-    """KL(dense || pruned) of the class probabilities in nats, (B,) float64; both are logits (B, classes).
+    """KL(dense || pruned) of the class probabilities in nats, (B,) float64; both are logits (B, classes), or
+    (B, classes, H, W): then the mean over the pixels of each image.
 
     One logit is that of a yes against a no: its probabilities are the sigmoid's.
     """
-    expected, found = (_two_sided(each.double()).log_softmax(dim=1) for each in (dense, pruned))
-    return (expected.exp() * (expected - found)).sum(dim=1)
-
-
-def _two_sided(logits: Tensor) -> Tensor:
-    """A single logit (B, 1) as two of the same probabilities: the softmax of (x, 0) is the sigmoid of x."""
-    return logits if logits.shape[1] > 1 else functional.pad(logits, (0, 1))
+    return _divergence(dense, pruned, 1.0)
 
 
 def soft_divergence(dense: Tensor, pruned: Tensor) -> Tensor:
@@ -30,7 +27,32 @@ def soft_divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     A few images make up most of a mean divergence, so few images order candidates badly by it. Softened, all classes of
     all images have a say, and it tells with fewer images which of two candidates is nearer on unseen ones.
     """
-    return SOFTNESS**2 * divergence(dense.double() / SOFTNESS, pruned.double() / SOFTNESS)
+    return SOFTNESS**2 * _divergence(dense, pruned, SOFTNESS)
+
+
+def _divergence(dense: Tensor, pruned: Tensor, temperature: float) -> Tensor:
+    if dense.ndim == 2:
+        return _of_rows(dense, pruned, temperature)
+    return torch.stack([_of_pixels(*image, temperature) for image in zip(dense, pruned, strict=True)])
+
+
+def _of_pixels(dense: Tensor, pruned: Tensor, temperature: float) -> Tensor:
+    """() of one image (classes, H, W)."""
+    pixels = max(1, _AT_ONCE // len(dense))
+    parts = zip(dense.flatten(1).split(pixels, dim=1), pruned.flatten(1).split(pixels, dim=1), strict=True)
+    sums = [_of_rows(expected.t(), found.t(), temperature).sum() for expected, found in parts]
+    return torch.stack(sums).sum() / dense[0].numel()
+
+
+def _of_rows(dense: Tensor, pruned: Tensor, temperature: float) -> Tensor:
+    """(B,) of logits (B, classes)."""
+    expected, found = (_two_sided(each.double() / temperature).log_softmax(dim=1) for each in (dense, pruned))
+    return (expected.exp() * (expected - found)).sum(dim=1)
+
+
+def _two_sided(logits: Tensor) -> Tensor:
+    """A single logit (B, 1) as two of the same probabilities: the softmax of (x, 0) is the sigmoid of x."""
+    return logits if logits.shape[1] > 1 else functional.pad(logits, (0, 1))
 
 
 def paired(found: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.preprocessing import KeepRatio, Preprocessing
 from ssmprune_cli.pruning.calibration import Prunable
 
 _AT_ONCE = 64  # images of one array that go through the model together
@@ -28,8 +28,9 @@ def as_batches(model: Prunable, images: Images) -> Iterable[Tensor]:
     """Batches (B, 3, H, W) of normalised images on the model's device and in its dtype; they can be read twice.
 
     images  one tensor or array (B, 3, H, W), or batches of them, or pairs (images, labels) as a loader gives. Floats
-            are normalised already and as large as the model expects. Of uint8, (B, H, W, 3) is taken too, and what
-            the model's preprocessing says is done: resized, cropped and normalised.
+            are normalised already and as large as the model expects; for a dense model they may be of any size, another
+            in each batch. Of uint8, (B, H, W, 3) is taken too, and what the model's preprocessing says is done:
+            resized, cropped and normalised.
 
     Raises UsageError, when a batch is read, for what is none of it.
     """
@@ -62,10 +63,13 @@ def _prepared(images: Tensor, model: Prunable) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise UsageError(f"calibration images are {images.dtype} {tuple(images.shape)}", hint=_WANTED)
     if images.dtype == torch.uint8:
-        return _by_preprocessing(images, model.preprocessing)
+        settings = model.preprocessing
+        if isinstance(settings, KeepRatio):
+            return _in_proportion(images, settings)
+        return _by_preprocessing(images, settings)
     if not images.is_floating_point():
         raise UsageError(f"calibration images are {images.dtype}, neither floats nor uint8", hint=_WANTED)
-    if tuple(images.shape[2:]) != model.image_size:
+    if not model.any_size and tuple(images.shape[2:]) != model.image_size:
         found, wanted = ("x".join(map(str, size)) for size in (images.shape[2:], model.image_size))
         raise UsageError(f"calibration images have {found} pixels, and the model takes {wanted}", hint=_WANTED)
     if not bool(images.isfinite().all()):
@@ -90,8 +94,25 @@ def _by_preprocessing(images: Tensor, settings: Preprocessing) -> Tensor:
         images = functional.interpolate(images.cpu(), size=size, mode=settings.interpolation, antialias=True)
     height, width = images.shape[2:]
     top, left = round((height - settings.crop) / 2), round((width - settings.crop) / 2)
-    images = images[:, :, top : top + settings.crop, left : left + settings.crop].cpu()
-    if settings.channels == "bgr":
-        images = images.flip(1)
+    return _normalised(images[:, :, top : top + settings.crop, left : left + settings.crop], settings)
+
+
+def _in_proportion(images: Tensor, settings: KeepRatio) -> Tensor:
+    """uint8 (B, 3, H, W) of any size as a dense model takes them, to a grey level: float32 (B, 3, H', W')."""
+    sides = height, width = images.shape[2], images.shape[3]
+    factor = min(settings.long / max(sides), settings.short / min(sides))
+    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    filled = tuple(-(-side // settings.divisor) * settings.divisor for side in size)
+    values = images.cpu().float()
+    for wanted in (size, filled if settings.fill == "resize" else size):
+        if tuple(values.shape[2:]) != wanted:
+            values = functional.interpolate(values, size=wanted, mode="bilinear", align_corners=False)
+    normalised = _normalised(values.round(), settings)
+    return functional.pad(normalised, (0, filled[1] - normalised.shape[3], 0, filled[0] - normalised.shape[2]))
+
+
+def _normalised(images: Tensor, settings: Preprocessing | KeepRatio) -> Tensor:
+    """Pixels of 0 to 255, (B, 3, H, W), in the order and scale of the model."""
+    images = images.cpu().flip(1) if settings.channels == "bgr" else images.cpu()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     return (images.float() / 255 - mean) / std

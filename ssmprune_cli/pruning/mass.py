@@ -6,6 +6,7 @@ each block on 96 images, it was no better on others.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -36,20 +37,22 @@ def fit_mass(
     logits of another shape.
     """
     run = runner or model_runner(model)
-
-    def logits(with_pruner: TokenPruner | None) -> Tensor:
-        answer = run(with_pruner)
-        return torch.cat([answer(batch).float() for batch in batches])
-
-    wanted, found = dense, []
-    if wanted is None:
-        wanted = logits(None)
+    answer, candidates = run(None), []
     for mass in MASSES:
-        pruner.set_mass(mass)
-        own = logits(pruner)
-        if own.shape != wanted.shape:
-            raise UsageError(f"the dense logits are {tuple(wanted.shape)}, and the model's {tuple(own.shape)}")
-        found.append((float(divergence(wanted.to(own), own).mean()), mass))
-    best = min(found)[1]
+        candidate = copy.deepcopy(pruner)
+        candidate.set_mass(mass)
+        candidates.append(run(candidate))
+    # Batch by batch, for the logits of pixels are too many to keep.
+    nats: list[list[Tensor]] = [[] for _ in MASSES]
+    first = 0
+    for batch in batches:
+        wanted = answer(batch).float() if dense is None else dense[first : first + len(batch)]
+        first += len(batch)
+        for each, pruned in zip(nats, candidates, strict=True):
+            own = pruned(batch).float()
+            if own.shape != wanted.shape:
+                raise UsageError(f"the dense logits are {tuple(wanted.shape)}, and the model's {tuple(own.shape)}")
+            each.append(divergence(wanted.to(own), own))
+    best = min((float(torch.cat(each).mean()), mass) for each, mass in zip(nats, MASSES, strict=True))[1]
     pruner.set_mass(best)
     return best

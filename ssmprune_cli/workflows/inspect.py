@@ -16,7 +16,9 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 class Inspection:
     """Plain values about one checkpoint.
 
+    task            what its answers are: the task of this name
     variant         published configuration, whatever its image size and classes; None if it is none
+    class_names     in the order of the answers; none where the file does not say
     parameters      numbers in the model's parameters (no buffers, no pruner)
     tokens          length of the dense sequence, class and register tokens included; `protected` are their positions
     container       kind of file, its top-level entries (none for a bare state dict), and the entry that was used
@@ -28,10 +30,12 @@ class Inspection:
     """
 
     family: str
+    task: str
     variant: str | None
     parameters: int
     image_size: tuple[int, int]
     num_classes: int
+    class_names: tuple[str, ...]
     tokens: int
     protected: tuple[int, ...]
     blocks: int
@@ -64,10 +68,12 @@ def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
     parameters = model.parameters()
     return Inspection(
         family=model.family,
+        task=model.task,
         variant=variant_name(resolved.family, resolved.config),
         parameters=sum(parameter.numel() for parameter in parameters),
         image_size=model.image_size,
         num_classes=model.num_classes,
+        class_names=model.class_names,
         tokens=model.num_tokens,
         protected=model.protected,
         blocks=len(model.mixers),

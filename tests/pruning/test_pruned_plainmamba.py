@@ -226,7 +226,7 @@ def test_calibrated_deltas_are_the_means_over_the_steps_of_the_dropped_tokens() 
             expected = dense.statistics[block].delta[direction][dropped].mean(dim=0)
             # Sums in another order: a few float32 roundings.
             torch.testing.assert_close(stored[direction], expected, rtol=1e-5, atol=0)
-    assert torch.equal(seen.points[0].kept, (~dropped).nonzero()[:, 1].view(6, 10))
+    assert torch.equal(torch.stack(seen.points[0].kept), (~dropped).nonzero()[:, 1].view(6, 10))
 
 
 def test_every_alignment_and_its_absence_differ() -> None:

@@ -217,7 +217,7 @@ def test_calibrated_deltas_are_the_means_over_the_dropped_tokens() -> None:
             torch.testing.assert_close(
                 getattr(model.pruner, f"alignment_{block}")[direction], expected, rtol=1e-5, atol=0
             )
-    assert torch.equal(seen.points[0].kept, (~dropped).nonzero()[:, 1].view(6, 11))
+    assert torch.equal(torch.stack(seen.points[0].kept), (~dropped).nonzero()[:, 1].view(6, 11))
 
 
 def test_restore_and_compress_again() -> None:

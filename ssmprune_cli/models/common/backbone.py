@@ -106,10 +106,12 @@ class Backbone(nn.Module, ABC):
 
     `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again. Every
     family's is an ImageConfig and has `image_size` and `num_classes`.
-    `task` names what the answers are: see the tasks wing.
+    `task` names what the answers are: see the tasks wing. With `any_size` it takes images of any height and width, and
+    tokens are counted for `image_size`.
     """
 
     task: str = "classification"
+    any_size: bool = False
     family: str
     config: Any
     pruner: Pruner | None
@@ -145,6 +147,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of normalised images (B, 3, H, W)."""
+
+    def observe(self, images: Tensor) -> None:
+        """Compute the blocks on normalised images (B, 3, H, W), for a pruner that looks on."""
+        self.forward(images)
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """What a head of a dense model reads, (B, d_i, rows_i, columns_i) each, the finest first: every place of the
@@ -225,6 +231,11 @@ class Backbone(nn.Module, ABC):
     def num_classes(self) -> int:
         count: int = self.config.num_classes
         return count
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the answers; none where nothing says."""
+        return ()
 
     @property
     def preprocessing(self) -> Preprocessing:

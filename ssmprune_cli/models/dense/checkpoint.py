@@ -83,5 +83,4 @@ def resize(state: dict[str, Tensor], config: C, side: int) -> tuple[dict[str, Te
     """For images whose short side is another: the weights stay, as positions are resized image by image."""
     if not 4 <= side <= MAX_SIDE:
         raise UsageError(f"images of {side} pixels are not possible", hint=f"From 4 to {MAX_SIDE} are.")
-    encoder = replace(config.encoder, image_size=(side, side))
-    return state, replace(config, encoder=encoder, preprocessing=scaled(config.preprocessing, side))
+    return state, config.with_images(scaled(config.preprocessing, side))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers, Pruner, Stage
@@ -17,6 +17,7 @@ from ssmprune_cli.models.common import MAX_SIDE, Backbone, Block, ImageConfig, P
 from ssmprune_cli.preprocessing import KeepRatio
 
 E = TypeVar("E", bound=ImageConfig)
+C = TypeVar("C", bound="DenseConfig")
 _NO_IMAGES = ImageConfig(eval_crop_ratio=None)
 
 
@@ -28,20 +29,22 @@ class DenseConfig:
     head           configuration of the head, which has `num_classes`
     preprocessing  how the authors bring an image to the model
     class_names    in the order of the logits; empty where the file does not say
+    resized        preprocessing of the model for larger images that this one was made of by `resize`
     """
 
     encoder: Any
     head: Any
     preprocessing: KeepRatio
     class_names: tuple[str, ...] = ()
+    resized: KeepRatio | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))  # a list from JSON
         object.__setattr__(self, "encoder", without_images(self.encoder))
-        images = self.preprocessing
-        if not 1 <= images.short <= images.long <= MAX_SIDE or not 1 <= images.divisor <= MAX_SIDE:
-            raise UsageError(f"images cannot be resized to {images.long} x {images.short} by {images.divisor}")
-        check_channels(images.mean, images.std)
+        for images in (self.preprocessing, self.resized or self.preprocessing):
+            if not 1 <= images.short <= images.long <= MAX_SIDE or not 1 <= images.divisor <= MAX_SIDE:
+                raise UsageError(f"images cannot be resized to {images.long} x {images.short} by {images.divisor}")
+            check_channels(images.mean, images.std)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UsageError(f"{len(self.class_names)} names of classes for {self.num_classes} classes")
 
@@ -57,8 +60,15 @@ class DenseConfig:
         return count
 
     @property
-    def resized_from(self) -> None:
-        """No dense model is made smaller for good: it takes images of any size."""
+    def resized_from(self) -> tuple[int, int] | None:
+        """What tokens of the model are counted for that this one was made of."""
+        return None if self.resized is None else (self.resized.short, self.resized.short)
+
+    def with_images(self: C, images: KeepRatio) -> C:
+        """The same for images that are brought to the model so; tokens are counted for squares of the short side."""
+        return replace(
+            self, encoder=replace(self.encoder, image_size=(images.short, images.short)), preprocessing=images
+        )
 
 
 def without_images(encoder: E) -> E:
@@ -69,6 +79,7 @@ def without_images(encoder: E) -> E:
 class DenseModel(Backbone):
     """A backbone of ours with a head. A subclass says `family`, `task` and what `forward` answers."""
 
+    any_size = True
     config: DenseConfig
 
     def __init__(self, config: DenseConfig, encoder: Backbone, head: nn.Module) -> None:
@@ -88,6 +99,13 @@ class DenseModel(Backbone):
             self.encoder.pruner = value
         else:
             super().__setattr__(name, value)
+
+    def observe(self, images: Tensor) -> None:
+        self.encoder.feature_maps(images)
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        raise UsageError(f"a model for {self.task} has no linear classifier of pooled features, so nothing is repaired")
 
     @property
     def blocks(self) -> list[Block]:

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.inference import Session
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, DenseModel
 from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 
-PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER = (
+PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, HEAD, OTHER = (
     "projections",
     "convolution",
     "scan",
     "norms",
     "gather",
     "outside the blocks",
+    "head",
     "other",
 )
 MATRIX_PRODUCTS = frozenset({"addmm", "baddbmm", "bmm", "linear", "mm"})
@@ -67,6 +68,7 @@ def time_by_part(session: Session, images: Tensor, total_ms: float, rounds: int 
               as Python between them, is "other"; if they took longer than that, all are scaled. So it is where fused
               ops do the work: the model's definition is watched, op by op.
 
+    A dense model's head is a part of its own, "head", which no pruning changes.
     "gather" is the pruner (scoring, choosing, taking tokens out) and all moving of tokens in blocks, "projections" are
     the matrix products in blocks, "outside the blocks" patch embedding, downsampling and head.
     """
@@ -79,7 +81,8 @@ def time_by_part(session: Session, images: Tensor, total_ms: float, rounds: int 
             with _places(model, watch), watch:
                 model(images)
             found.append(watch.seconds)
-    parts = (PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, OTHER)
+    head = (HEAD,) if isinstance(model, DenseModel) else ()
+    parts = (PROJECTIONS, CONVOLUTION, SCAN, NORMS, GATHER, ENDS, *head, OTHER)
     times = {part: 1e3 * statistics.median(seconds[part] for seconds in found) for part in parts}
     watched = sum(times.values())
     if watched > total_ms:
@@ -89,7 +92,7 @@ def time_by_part(session: Session, images: Tensor, total_ms: float, rounds: int 
 
 @contextmanager
 def _places(model: Backbone, watch: _Stopwatch) -> Iterator[None]:
-    """Tells `watch` when a block or the pruner begins and ends."""
+    """Tells `watch` when a block, the pruner or a dense model's head begins and ends."""
 
     def hook(module: nn.Module, place: str | None) -> list[Any]:
         def enter(*_: Any) -> None:
@@ -103,6 +106,8 @@ def _places(model: Backbone, watch: _Stopwatch) -> Iterator[None]:
     handles = [handle for block in model.blocks for handle in hook(block, None)]
     if isinstance(model.pruner, nn.Module):
         handles += hook(model.pruner, GATHER)
+    if isinstance(model, DenseModel):
+        handles += hook(model.head, HEAD)
     try:
         yield
     finally:

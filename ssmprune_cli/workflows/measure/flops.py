@@ -4,8 +4,8 @@ Convention: one multiply-add counts as one, as in fvcore and the papers; torch's
 `directions: all` counts every scan direction. `directions: one` counts what the directions of a mixer repeat (the scan
 and `Mixer.per_direction`) once, as the Vim literature does (Vim-T 1.45 G, Vim-S 5.08 G). A scan counts 9 B L E N, and
 B L E each for D, a gate inside it and alignment; a token that is never read out (see `frozen`) counts 7 E N there, and
-no D. Element-wise arithmetic outside of an op is free, and so are norms, whether PyTorch has an op for them or not:
-Vim's gate is a product after both scans, and so is D of pooled tokens.
+no D. Element-wise arithmetic outside of an op is free, and so are interpolations and norms, whether PyTorch has an op
+for them or not: Vim's gate is a product after both scans, and so is D of pooled tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fvcore.nn import FlopCountAnalysis
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.kernels import FORMULAS
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, DenseModel
 
 # What fvcore and the papers do not count: element-wise arithmetic, norms built from it, reshaping, sorting, gathering.
 _FREE = (
@@ -32,7 +32,8 @@ _FREE = (
     "lt masked_fill max maximum mean min movedim mul mul_ nan_to_num ne neg new_ones new_zeros norm ones ones_like "
     "pad permute pow reciprocal relu remainder repeat reshape rsqrt rsub scatter scatter_add searchsorted select "
     "sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile "
-    "to transpose type_as unbind unflatten unsqueeze view view_as where zeros zeros_like __and__ __lshift__ __or__ "
+    "to transpose type_as unbind unflatten unsqueeze upsample_bicubic2d upsample_bilinear2d view view_as where zeros "
+    "zeros_like __and__ __lshift__ __or__ "
     "__rshift__ __xor__"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
@@ -40,11 +41,20 @@ _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::a
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Multiply-adds for one image. `per_block` has one entry a block, all directions counted."""
+    """Multiply-adds for one image. `per_block` has one entry a block, all directions counted.
+
+    head  of all, those of a dense model's head, which no pruning changes; the rest are its encoder's
+    """
 
     all_directions: int
     one_direction: int
     per_block: tuple[int, ...]
+    head: int = 0
+
+    @property
+    def encoder(self) -> int:
+        """Those of the backbone, all directions counted; a classifier's last layer is in it."""
+        return self.all_directions - self.head
 
 
 def _size(value: Any) -> Any:
@@ -99,4 +109,5 @@ def count_flops(model: Backbone) -> FlopCount:
         own = by_operator[name]["selective_scan"] + sum(by_module[f"{name}.{child}"] for child in mixer.per_direction)
         repeated += own * (1 - 1 / mixer.directions)
     blocks = (names[id(block)] for block in model.blocks)
-    return FlopCount(total, total - round(repeated), tuple(int(by_module[block]) for block in blocks))
+    head = int(by_module["head"]) if isinstance(model, DenseModel) else 0
+    return FlopCount(total, total - round(repeated), tuple(int(by_module[block]) for block in blocks), head)
