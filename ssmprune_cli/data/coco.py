@@ -58,7 +58,7 @@ class CocoImages(ImageFiles):
         super().__init__(root, files, None, names, notes)
         self._objects = objects
 
-    def target(self, index: int) -> Objects:  # type: ignore[override]  # of another kind than a class
+    def target(self, index: int) -> Objects:
         return self._objects[index]
 
     @property

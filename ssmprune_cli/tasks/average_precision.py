@@ -87,9 +87,9 @@ class Judgement:
         with redirect_stdout(io.StringIO()):
             self._eval.accumulate()
             self._eval.summarize()
-        names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-        values = (None if value < 0 else float(value) for value in self._eval.stats[:6])  # below 0: no such objects
-        return AveragePrecision(**dict(zip(names, values, strict=True)))
+        ap, ap50, ap75, *sizes = map(float, self._eval.stats[:6])
+        small, medium, large = (None if value < 0 else value for value in sizes)  # below 0 there are no such objects
+        return AveragePrecision(ap=ap, ap50=ap50, ap75=ap75, ap_small=small, ap_medium=medium, ap_large=large)
 
     def by_category(self) -> list[float | None]:
         """The average precision of every category; None for one without objects. After `average_precision`."""
@@ -132,8 +132,8 @@ class Judgement:
                 for name in ("dtMatches", "dtIgnore")
             )
             lengths = [len(each["dtScores"][:_MOST]) for _, each in known]
-            image = np.repeat([image for image, _ in known], lengths)[order]
-            yield _Category(image, matched & ~ignored, ~ignored, objects)
+            places = np.repeat([image for image, _ in known], lengths)[order]
+            yield _Category(places, matched & ~ignored, ~ignored, objects)
 
 
 def _precision(category: _Category, draws: Floats, objects: Floats) -> Floats:
@@ -171,7 +171,7 @@ def has_outlines(targets: Sequence[Objects]) -> bool:
     return all(each.outline is not None for target in targets for each in target.annotations)
 
 
-def results(targets: Sequence[Objects], found: Sequence[Found]) -> list[dict[str, Any]]:
+def listed(targets: Sequence[Objects], found: Sequence[Found]) -> list[dict[str, Any]]:
     """In the format of COCO's results: a box and a mask of each detection."""
     return [
         {
@@ -205,7 +205,7 @@ def _truth(targets: Sequence[Objects], kind: Kind) -> Any:
 def _answers(targets: Sequence[Objects], found: Sequence[Found], kind: Kind) -> Any:
     _, _, encoding = coco_tools()
     annotations: list[dict[str, Any]] = []
-    for each in results(targets, found):
+    for each in listed(targets, found):
         sides = each["bbox"][2:]
         area = sides[0] * sides[1] if kind == "bbox" else float(encoding.area(each["segmentation"]))
         annotations.append({**each, "area": area, "iscrowd": 0})

@@ -9,9 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.common import Backbone, Family, Hints, Shapes, no_stride
@@ -32,7 +30,17 @@ from ssmprune_cli.preprocessing import KeepRatio
 COCO = KeepRatio(1333, 800, divisor=32, fill="pad")
 _CLASSES = 80
 _ASPECT = 1.6  # of the image that tokens are counted for: 800 x 1280 pixels, as the authors count operations
+C = TypeVar("C", bound="MaskRCNNModelConfig")
 _HEADS = {name: f"head.{name}" for name in ("neck.", "rpn_head.", "roi_head.")}
+
+
+def counted(images: KeepRatio) -> tuple[int, int]:
+    """Height and width that tokens are counted for: of a usual photograph, padded."""
+    height, width = (
+        math.ceil(side / images.divisor) * images.divisor
+        for side in (images.short, min(images.long, round(_ASPECT * images.short)))
+    )
+    return height, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +56,14 @@ class MaskRCNNModelConfig(DenseConfig):
                 f"the head takes feature maps of {self.head.in_channels} channels, and the encoder makes them of "
                 f"{self.encoder.map_channels}"
             )
+
+    @property
+    def resized_from(self) -> tuple[int, int] | None:
+        return None if self.resized is None else counted(self.resized)
+
+    def with_images(self: C, images: KeepRatio) -> C:
+        """The same for images that are brought to the model so; tokens are counted for a usual photograph."""
+        return replace(self, encoder=replace(self.encoder, image_size=counted(images)), preprocessing=images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,20 +157,11 @@ def _family(kind: _Kind) -> Family:
         config_class=kind.config_class,
         remap=partial(renamed, encoder=kind.family, heads=_HEADS, dropped=()),
         variants=variants,
-        resize=_resize,
+        resize=resize,
         fills=lambda config, side: side % config.preprocessing.divisor == 0,
         computes={**kind.family.computes, **MASK_RCNN_COMPUTES, **kind.computes},
         whole_image=True,
     )
-
-
-def counted(images: KeepRatio) -> tuple[int, int]:
-    """Height and width that tokens are counted for: of a usual photograph, padded."""
-    height, width = (
-        math.ceil(side / images.divisor) * images.divisor
-        for side in (images.short, min(images.long, round(_ASPECT * images.short)))
-    )
-    return height, width
 
 
 def _original_first(hints: Hints, kind: _Kind) -> bool:
@@ -172,13 +179,6 @@ def _plainmamba_head(channels: tuple[int, ...]) -> MaskRCNNConfig:
     return MaskRCNNConfig(
         in_channels=channels, num_classes=_CLASSES, box_convs=4, box_fcs=1, normed=True, original_first=True
     )
-
-
-def _resize(
-    state: dict[str, Tensor], config: MaskRCNNModelConfig, side: int
-) -> tuple[dict[str, Tensor], MaskRCNNModelConfig]:
-    state, resized = resize(state, config, side)
-    return state, replace(resized, encoder=replace(resized.encoder, image_size=counted(resized.preprocessing)))
 
 
 def _is_adapter(shapes: Shapes) -> bool:

@@ -81,7 +81,7 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def detect(self, levels: Sequence[Tensor], frames: Sequence[Frame]) -> list[Detections]:
         """What is in each image, from the levels that `forward` gives."""
-        outputs = self.rpn_head(levels)
+        outputs = [(exact(logits), exact(deltas)) for logits, deltas in self.rpn_head(levels)]
         found = []
         for number, frame in enumerate(frames):
             proposals, _ = propose([(logits[number], deltas[number]) for logits, deltas in outputs], frame.scaled)
@@ -91,11 +91,11 @@ class MaskRCNN(nn.Module):
     def _judge(self, levels: Sequence[Tensor], proposals: Tensor, frame: Frame) -> Detections:
         """What is in one image, whose levels are (C, h_i, w_i)."""
         logits, deltas = self.roi_head.bbox_head(regions(levels, proposals, BOX_CELLS))
-        boxes, scores, labels = self.choose(proposals, logits, deltas, frame)
+        boxes, scores, labels = self.choose(proposals, exact(logits), exact(deltas), frame)
         factors = _factors(boxes, frame)
         scaled, original = (boxes * factors, boxes) if self.config.original_first else (boxes, boxes / factors)
         shapes = self.roi_head.mask_head(regions(levels, scaled, MASK_CELLS))
-        shapes = shapes[torch.arange(len(labels), device=labels.device), labels].sigmoid()  # (R, m, m)
+        shapes = exact(shapes[torch.arange(len(labels), device=labels.device), labels]).sigmoid()  # (R, m, m)
         return Detections(original, scores, labels, paste(shapes, original, frame.original))
 
     def choose(self, proposals: Tensor, logits: Tensor, deltas: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +109,11 @@ class MaskRCNN(nn.Module):
         boxes, scores = boxes[box, labels], chances[box, labels]
         kept = suppress(boxes, scores, labels, OVERLAP)[:MOST]
         return boxes[kept], scores[kept], labels[kept]
+
+
+def exact(values: Tensor) -> Tensor:
+    """In float32 at least: a coordinate of a thousand pixels needs more bits than half precision has."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _factors(like: Tensor, frame: Frame) -> Tensor:

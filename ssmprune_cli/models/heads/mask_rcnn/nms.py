@@ -35,13 +35,13 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) ->
 
 def _stays(over: Tensor) -> Tensor:
     """(N,) bool: what a pass from the best box to the worst leaves, `over` (N, N) saying which pairs overlap."""
-    before = over.triu(diagonal=1)  # only a better box takes away another one
+    before = over.triu(diagonal=1).float()  # only a better box takes away another one
     stays = torch.ones_like(before[0])
     while True:
         # The first box stays. Each round settles at least the next box, so nothing changes once all are settled.
-        after = ~(before & stays[:, None]).any(dim=0)
-        if bool((after == stays).all()):
-            return after
+        after = (stays @ before == 0).float()  # by none that stays itself
+        if torch.equal(after, stays):
+            return after.bool()
         stays = after
 
 

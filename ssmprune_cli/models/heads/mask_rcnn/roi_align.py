@@ -22,8 +22,9 @@ def roi_align(features: Tensor, boxes: Tensor, cells: int, stride: int) -> Tenso
     """(R, C, n, n): `features` (C, H, W), one cell for `stride` pixels, inside of `boxes` (R, 4) in pixels."""
     ops = torchvision_ops()
     if ops is not None:
-        pooled: Tensor = ops.roi_align(features[None], [boxes], cells, 1 / stride, sampling_ratio=0, aligned=True)
-        return pooled
+        exact = features.to(boxes.dtype)
+        pooled: Tensor = ops.roi_align(exact[None], [boxes], cells, 1 / stride, sampling_ratio=0, aligned=True)
+        return pooled.to(features.dtype)
     result = features.new_empty(len(boxes), features.shape[0], cells, cells)
     if not len(boxes):
         return result
@@ -36,8 +37,8 @@ def roi_align(features: Tensor, boxes: Tensor, cells: int, stride: int) -> Tenso
         second, across = columns.weights(members)  # (R, L), (R, n, L)
         index = first[:, :, None] * features.shape[2] + second[:, None]  # (R, K, L)
         window = lines[index.flatten()].view(*index.shape[:2], -1)  # (R, K, L * C)
-        summed = (down @ window).unflatten(2, (index.shape[2], -1))  # (R, n, L, C)
-        result[members] = (across[:, None] @ summed).permute(0, 3, 1, 2)  # from (R, n, n, C)
+        summed = (down.to(window.dtype) @ window).unflatten(2, (index.shape[2], -1))  # (R, n, L, C)
+        result[members] = (across[:, None].to(window.dtype) @ summed).permute(0, 3, 1, 2)  # from (R, n, n, C)
     return result
 
 

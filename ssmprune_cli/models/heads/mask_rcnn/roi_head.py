@@ -73,7 +73,7 @@ def regions(levels: Sequence[Tensor], boxes: Tensor, cells: int) -> Tensor:
     whose cells fit its size; of the levels the last one is never read."""
     sides = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
     number = (sides / FINEST + 1e-6).log2().floor().clamp(0, len(levels) - 2).long()
-    result = boxes.new_zeros(len(boxes), levels[0].shape[0], cells, cells)
+    result = levels[0].new_zeros(len(boxes), levels[0].shape[0], cells, cells)
     for level, (features, stride) in enumerate(zip(levels[:-1], STRIDES, strict=False)):
         members = (number == level).nonzero()[:, 0]
         result[members] = roi_align(features, boxes[members], cells, stride)

@@ -75,7 +75,7 @@ class AdapterTrunk(Trunk):
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__(config)
         dim, count = config.embed_dim, len(config.runs)
-        self.level_embed = nn.Parameter(nn.init.normal_(torch.empty(MAPS, dim)))
+        self.level_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(MAPS, dim)))
         self.spm = SpatialPrior(config.prior_channels, dim)
         self.interactions = nn.ModuleList(
             Interaction(dim, config.heads, config.mlp_channels, last=number == count - 1) for number in range(count)
