@@ -106,7 +106,7 @@ class Images(ImageDataset):
     def image(self, index: int) -> Image.Image:
         return Image.new("RGB", (4, 4), (self._red[index], self._green[index], 0))
 
-    def label(self, index: int) -> int | None:
+    def target(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
 
     def name(self, index: int) -> str:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ssmprune_cli.data import DATASETS
+from ssmprune_cli.data import DATASETS, Batch
 from ssmprune_cli.errors import LimitError, UsageError
 from ssmprune_cli.models import FAMILIES
+from ssmprune_cli.preprocessing import Frame
 from ssmprune_cli.report import AccuracyFacts, ModelAccuracy, Report
 from ssmprune_cli.statistics import paired_interval, wilson_interval
 from ssmprune_cli.tasks import TASKS, Estimate
@@ -42,7 +43,8 @@ def test_every_family_and_every_dataset_has_a_task_and_every_task_a_section_of_t
 
 def test_a_result_is_the_rank_of_the_right_class_and_ties_are_no_right_answers() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
-    assert TASK.results(logits, torch.tensor([1, 0, 1])) == [0, 2, 1]
+    batch = Batch(torch.zeros(3, 3, 4, 4), (1, 0, 1), (Frame((4, 4), (4, 4)),) * 3, ("a", "b", "c"))
+    assert TASK.results(logits, batch) == [0, 2, 1]
 
 
 def test_data_are_opened_by_suffix_and_another_tasks_kind_is_refused(tmp_path: Path) -> None:

@@ -72,13 +72,20 @@ class Bench:
             device=arguments.device,
             rounds=1,
         )
-        assert self.comparison.images.labels is not None, "labelled images are needed"
-        self.labels: Tensor = self.comparison.images.labels
+        assert self.comparison.judged, "labelled images are needed"
+        judged = self.comparison.images.dataset
+        self.labels = torch.tensor([judged.target(index) for index in range(len(judged))])
         self.calibration = calibration_images(arguments.calib, 1024, 0)
+
+    def images(self, model: Backbone) -> Tensor:
+        """For calibration, (N, 3, H, W)."""
+        images = load_images(model, self.calibration)
+        assert isinstance(images, Tensor), "a classifier's images are of one size"
+        return images
 
     def run(self, share: float, batch_size: int) -> None:
         model, budget = self.comparison.model, Budget("time", share)
-        images = load_images(model, self.calibration)
+        images = self.images(model)
         mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         uniform = Uniform(model, images[mixed[:ALIGNMENT_IMAGES]], batch_size=batch_size)
         for name in self.arguments.methods:
@@ -112,12 +119,12 @@ class Bench:
         (found,) = search(self.source, plan).found
         model = for_images(self.source.load(), found.recipe).to(self.comparison.device).eval()
         settings = recipe_settings(model, found.recipe, calibrated=True)
-        images = load_images(model, self.calibration)
+        images = self.images(model)
         what = found.trace()[0].recipe
         if settings is None:
             self.row(prepare(model), model, share, batch_size, "searched", "none", what)
             return
-        dense = run(self.comparison.reference, load_images(self.comparison.model, self.calibration).split(64))
+        dense = run(self.comparison.reference, self.images(self.comparison.model).split(64))
         prune(model, settings, images, dense=dense)
         self.rows(model, prepare(model), images, share, batch_size, "searched", what, dense)
 
@@ -144,7 +151,7 @@ class Bench:
         comparison = self.comparison
         smaller = model.config.resized_from is not None
         seen = comparison.at(model.image_size[0]).images if smaller else comparison.images
-        logits, dense = run(session, seen), comparison.dense_logits
+        logits, dense = run(session, (batch.images for batch in seen)), comparison.dense_answers.sample
         nats = divergence(dense, logits)
         right, wanted = (100 * (each.argmax(dim=1) == self.labels).double() for each in (logits, dense))
         change = paired(right, wanted)

@@ -49,7 +49,7 @@ from ssmprune_cli.workflows.search.algorithm import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials.budgets import Budget, Uniform
-from ssmprune_cli.workflows.trials.measure import load_images
+from ssmprune_cli.workflows.trials.measure import Images, load_images
 from ssmprune_cli.workflows.trials.state import SavedState
 from tables import Tables
 
@@ -129,8 +129,8 @@ class Evidence:
         if not values:
             return
         self.tables.start(kind, "keep" if kind == "keep" else "budget", *METHOD_TITLES)
-        if self.comparison.images.labels is not None:
-            right = self._right(self.comparison.dense_logits)
+        if self.comparison.judged:
+            right = self._right(self.comparison.dense_answers.sample)
             self.tables.row("", "dense", "1.0000", "", plus_minus(100 * right, 2), "", "")
         for value in values:
             for title, method in methods.items():
@@ -165,11 +165,11 @@ class Evidence:
         cost = self.comparison.cost() / self.comparison.dense_cost
         speed, faster = self.comparison.speed()
         restore(self.comparison.model)
-        nats = torch.stack([divergence(self.comparison.dense_logits, logits) for logits in found])
+        nats = torch.stack([divergence(self.comparison.dense_answers.sample, logits) for logits in found])
         cells = [f"{cost:.4f}", f"{speed:.0f} ({faster:.2f}x)", "", "", plus_minus(nats)]
-        if self.comparison.images.labels is not None:
+        if self.comparison.judged:
             right = 100 * torch.stack([self._right(logits) for logits in found])
-            change = right - 100 * self._right(self.comparison.dense_logits)
+            change = right - 100 * self._right(self.comparison.dense_answers.sample)
             cells[2:4] = plus_minus(right, 2), plus_minus(change, 2, "+")
         return cells
 
@@ -193,10 +193,10 @@ class Evidence:
         default, plain = (self.uniform.settings(method, Budget("flops", budget)) for method in pair)
         assert default is not None and plain is not None, "the default reduction cannot save so much"
         logits = [self._logits(settings, calibration) for settings in (found, default, plain)]
-        nats = [divergence(self.comparison.dense_logits, each) for each in logits]
+        nats = [divergence(self.comparison.dense_answers.sample, each) for each in logits]
         right = ["" for _ in range(3)]
-        if self.comparison.images.labels is not None:
-            shown = [self.comparison.dense_logits, *logits[:2]]
+        if self.comparison.judged:
+            shown = [self.comparison.dense_answers.sample, *logits[:2]]
             right = [f"{100 * float(self._right(each).mean()):.2f}" for each in shown]
         costs = [self._cost(settings) for settings in (found, default)]
         return [
@@ -210,19 +210,19 @@ class Evidence:
             *("{:+.4f} ± {:.4f}".format(*paired(nats[0], other)) for other in nats[1:]),
         ]
 
-    def _calibration(self, count: int) -> Tensor:
+    def _calibration(self, count: int) -> Images:
         return load_images(self.comparison.model, calibration_images(self.arguments.calib, count, 0))
 
-    def _needed(self, settings: PruneSettings, calibration: Tensor) -> Tensor | None:
+    def _needed(self, settings: PruneSettings, calibration: Images) -> Images | None:
         alignment = ALIGNMENTS.get(settings.alignment)
         return calibration if alignment.needs_calibration or alignment.needs_sizes else None
 
-    def _logits(self, settings: PruneSettings, calibration: Tensor | None = None) -> Tensor:
+    def _logits(self, settings: PruneSettings, calibration: Images | None = None) -> Tensor:
         given = self.calibration if calibration is None else calibration
         self.comparison.prune(settings, self._needed(settings, given))
-        logits = self.comparison.logits(f"{settings.importance}/{settings.reduction}/{settings.alignment}")
+        answers = self.comparison.answers(f"{settings.importance}/{settings.reduction}/{settings.alignment}")
         restore(self.comparison.model)
-        return logits
+        return answers.sample
 
     def _cost(self, settings: PruneSettings) -> float:
         self.comparison.prune(replace(settings, alignment="none" if settings.alignment == "none" else "null"), None)
@@ -232,8 +232,9 @@ class Evidence:
 
     def _right(self, logits: Tensor) -> Tensor:
         """(N,) float64: 1 for a right answer."""
-        assert self.comparison.images.labels is not None
-        return (logits.argmax(dim=1) == self.comparison.images.labels).double()
+        dataset = self.comparison.images.dataset
+        labels = torch.tensor([dataset.target(index) for index in range(len(dataset))])
+        return (logits.argmax(dim=1) == labels).double()
 
 
 def plus_minus(values: Tensor, digits: int = 4, sign: str = "") -> str:

@@ -59,9 +59,11 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
         device=arguments.device,
         rounds=1,
     )
-    model, labels = comparison.model, comparison.images.labels
-    assert labels is not None, "labelled images are needed"
+    assert comparison.judged, "labelled images are needed"
+    model, judged = comparison.model, comparison.images.dataset
+    labels = torch.tensor([judged.target(index) for index in range(len(judged))])
     images = load_images(model, calibration_images(arguments.calib, max(arguments.counts), 0))
+    assert isinstance(images, Tensor), "a classifier's images are of one size"
     mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = images[mixed]  # they come class by class
     aligned = images[:ALIGNMENT_IMAGES]
@@ -70,7 +72,7 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
     def right(logits: Tensor) -> Tensor:
         return 100 * (logits.argmax(dim=1) == labels).double()
 
-    dense = comparison.dense_logits
+    dense = comparison.dense_answers.sample
     for budget in arguments.flops:
         for name in arguments.methods:
             settings = uniform.settings(Method.parse(name), Budget("flops", budget))
@@ -79,7 +81,7 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
                 continue
             comparison.prune(settings, aligned)
             share = comparison.cost() / comparison.dense_cost
-            before = comparison.logits(name)
+            before = comparison.answers(name).sample
             for count in arguments.counts:
                 found = repair(
                     model,
@@ -87,7 +89,7 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
                     kind=arguments.kind,
                     runner=comparison.reference.with_pruner,
                 )
-                after = comparison.logits(f"{name}, repaired")
+                after = comparison.answers(f"{name}, repaired").sample
                 nats = [divergence(dense, logits) for logits in (before, after)]
                 points, change = paired(right(after), right(before)), paired(nats[1], nats[0])
                 tables.row(

@@ -39,7 +39,7 @@ TABLES = {"imagenet-vim": "vim"}  # name -> family
 def command(
     data: Annotated[
         Path,
-        typer.Option(help="Images to compare on; without labels there is no accuracy.", rich_help_panel=DATA),
+        typer.Option(help="Images to compare on; without labels or masks there is no accuracy.", rich_help_panel=DATA),
     ],
     ckpt: Annotated[Path | None, typer.Argument(help="The dense checkpoint (not with --table).")] = None,
     dense: Annotated[
@@ -113,6 +113,7 @@ def command(
 
     from ssmprune_cli.data import open_dataset
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.compare import compare, published_table
     from ssmprune_cli.workflows.source import Source
     from ssmprune_cli.workflows.trials import Budget
@@ -120,8 +121,10 @@ def command(
 
     check_place(plot, "--plot")
     use_backend(backend)
-    default = "npz" if data.suffix == ".npz" else "imagenet" if table else "imagefolder"
-    images = open_dataset(dataset or default, data)
+    if ckpt is None:
+        images = open_dataset(dataset or ("npz" if data.suffix == ".npz" else "imagenet"), data)
+    else:
+        images = TASKS.get(Source(ckpt, reading).load().task).open(data, dataset)
     run = partial(
         compare,
         calib=calib,
@@ -190,10 +193,13 @@ def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from ssmprune_cli.tasks import TASKS
+
     title = "± is one standard error; other second lines are 95 % intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model or method", overflow="fold")
-    for column in ("multiply-\nadds", "images/s", "nats", "top-1 %", "change,\npoints"):
+    metric = TASKS.get(rows[0].task).metric
+    for column in ("multiply-\nadds", "images/s", "nats", f"{metric} %", "change,\npoints"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         recipe = recipes.get(row.name)
@@ -204,7 +210,7 @@ def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
             f"{row.share:.3f}",
             f"{row.images_per_second:.0f}\n{row.speedup:.2f}x",
             "-" if row.divergence is None else f"{row.divergence:.4f}\n±{row.divergence_se:.4f}",
-            _per_cent(row.top1, row.top1_interval, ""),
+            _per_cent(row.metric, row.metric_interval, ""),
             _per_cent(row.difference, row.difference_interval, "+"),
         )
     return table
@@ -226,23 +232,24 @@ def _per_cent(value: float | None, interval: tuple[float, float] | None, sign: s
 
 
 def _plots(path: Path, rows: list[Row]) -> None:
-    """Accuracy, or divergence without labels, against multiply-adds; and against images per second in a second file."""
+    """The task's metric, or divergence without labels, against multiply-adds; in a second file, against speed."""
+    from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.reporting import Series, write_plot
 
-    labelled = all(row.top1 is not None for row in rows)
+    judged = all(row.metric is not None for row in rows)
     names = list(dict.fromkeys(row.name for row in rows))
 
     def series(name: str, x: str) -> Series:
         own = sorted((row for row in rows if row.name == name), key=lambda row: float(getattr(row, x)))
-        if labelled:
-            points = [(float(getattr(row, x)), 100 * (row.top1 or 0.0)) for row in own]
-            ends = [row.top1_interval or (0.0, 0.0) for row in own]
+        if judged:
+            points = [(float(getattr(row, x)), 100 * (row.metric or 0.0)) for row in own]
+            ends = [row.metric_interval or (0.0, 0.0) for row in own]
             return Series(name, points, [(100 * low, 100 * high) for low, high in ends])
         known = [(row, row.divergence, row.divergence_se or 0.0) for row in own if row.divergence is not None]
         points = [(float(getattr(row, x)), value) for row, value, _ in known]
         return Series(name, points, [(value - 1.96 * error, value + 1.96 * error) for _, value, error in known])
 
-    y_label = "top-1, %" if labelled else "divergence, nats"
+    y_label = f"{TASKS.get(rows[0].task).metric}, %" if judged else "divergence, nats"
     for file, x, x_label in (
         (path, "share", "multiply-adds, share of dense"),
         (_speed_plot(path), "images_per_second", "images per second"),

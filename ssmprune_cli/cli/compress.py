@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ssmprune_cli.cli import output, values
 from ssmprune_cli.cli.help import DATA, HOW_MUCH, OUTPUT
-from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
+from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
     MAX_SIDE,
     AsJson,
@@ -164,7 +164,12 @@ def command(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Labelled images: accuracy before and after, on the same images.", rich_help_panel=DATA),
+        typer.Option(
+            "--data",
+            "--eval-data",
+            help="Images with labels or masks: accuracy before and after, on the same images.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     dataset: Annotated[str | None, dataset_option("Layout of --data")] = None,
     limit: Annotated[
@@ -181,6 +186,7 @@ def command(
     ] = 4,
     max_drop: MaxDrop = None,
     min_accuracy: MinAccuracy = None,
+    min_miou: MinMiou = None,
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
     judge: JudgeBy = "interval",
@@ -244,7 +250,7 @@ def command(
         dataset=dataset,
         limit=limit,
         samples=samples,
-        limits=Limits(max_drop, min_accuracy, max_flops, max_latency_ratio, judge),
+        limits=Limits(max_drop, min_accuracy, min_miou, max_flops, max_latency_ratio, judge),
         out=out,
         overwrite=overwrite,
         device=device,

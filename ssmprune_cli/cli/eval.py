@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmprune_cli.cli import output
+from ssmprune_cli.cli import output, values
 from ssmprune_cli.cli.help import DATA, DEVICE, INPUT
-from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy
+from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
+    MAX_SIDE,
     AsJson,
     BackendName,
     DeviceName,
@@ -18,6 +19,7 @@ from ssmprune_cli.cli.options import (
     PrecisionName,
     dataset_option,
     reads_checkpoints,
+    split,
 )
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
@@ -31,7 +33,15 @@ if TYPE_CHECKING:
 def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
     dataset: Annotated[str, dataset_option("Layout of --data")],
-    data: Annotated[Path, typer.Option(help="Labelled images: a folder; for npz, the file.", rich_help_panel=DATA)],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            "--data-dir",
+            help="Images with labels or masks: a folder; for npz, the file.",
+            rich_help_panel=DATA,
+        ),
+    ],
     compare: Annotated[
         Path | None,
         typer.Option(help="A second model, such as the dense one, judged on the same images.", rich_help_panel=INPUT),
@@ -42,20 +52,34 @@ def command(
             min=1, help="Use so many images, drawn at random from equal stretches of the dataset.", rich_help_panel=DATA
         ),
     ] = None,
+    slide: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.numbers("512,341", 1, MAX_SIDE, whole=True, count=2),
+            metavar="CROP,STRIDE",
+            help="Segmentation: look at an image through windows of CROP pixels that move by STRIDE, and not at the "
+            "whole of it.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     max_drop: MaxDrop = None,
     min_accuracy: MinAccuracy = None,
+    min_miou: MinMiou = None,
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
     judge: JudgeBy = "interval",
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.", rich_help_panel=DEVICE)] = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in a batch [default: 32; for segmentation 1].", rich_help_panel=DEVICE),
+    ] = None,
     device: DeviceName = "cpu",
     precision: PrecisionName = "fp32",
     peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
 ) -> None:
-    """Measure accuracy on labelled images: top-1 and top-5 with 95 % intervals.
+    """Measure accuracy: top-1 and top-5 of classifiers, mIoU, aAcc and mAcc of segmenters, with 95 % intervals.
 
     With --compare, also the difference on the same images, its interval and a paired test. --precision and how a
     checkpoint is read hold for both files. Limits are checked after the result is printed; those on drop,
@@ -72,7 +96,7 @@ def command(
     from ssmprune_cli.workflows.processes import join_processes
     from ssmprune_cli.workflows.reporting import verdicts
 
-    limits = Limits(max_drop, min_accuracy, max_flops, max_latency_ratio, judge)
+    limits = Limits(max_drop, min_accuracy, min_miou, max_flops, max_latency_ratio, judge)
     if compare is None:
         limits.require(("max_drop", "max_flops", "max_latency_ratio"), "--compare, the dense model")
     use_backend(backend)
@@ -80,7 +104,12 @@ def command(
     paths = [path] if compare is None else [path, compare]
     loaded = [checkpoint.load_as(each, reading) for each in paths]
     models = [in_precision(each, precision) for each in loaded]
-    images = TASKS.get(models[0].task).open(data, dataset)
+    task = TASKS.get(models[0].task)
+    limits.fit(task)
+    if slide is not None:
+        crop, stride = (int(side) for side in split(slide))
+        task = task.sliding((crop, crop), (stride, stride))
+    images = task.open(data, dataset)
     with output.progress("Evaluating") as advance:
         result = evaluate(
             models[0],
@@ -88,6 +117,7 @@ def command(
             batch_size=batch_size,
             limit=limit,
             compare=models[1] if compare else None,
+            task=task,
             device=device,
             progress=advance,
         )
@@ -123,4 +153,13 @@ def _tables(names: list[str], result: Evaluation) -> Group:
         table.add_column(name, justify="right", overflow="fold")
     for row in (*result.task.table(scores), ["images per second", *(f"{speed:.1f}" for speed in speeds)]):
         table.add_row(*row)
-    return Group(table) if result.comparison is None else Group(table, result.task.difference(result.comparison))
+    shown: list[Table | str] = [table]
+    if lines := result.task.by_part(scores):
+        parts = Table(title=f"{result.task.metric} by {result.task.parts[0]}", title_justify="left")
+        parts.add_column("")
+        for name in names:
+            parts.add_column(name, justify="right", overflow="fold")
+        for line in lines:
+            parts.add_row(*line)
+        shown.append(parts)
+    return Group(*shown, *([] if result.comparison is None else [result.task.difference(result.comparison)]))

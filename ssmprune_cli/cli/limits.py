@@ -12,7 +12,7 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(
         "--max-drop",
-        help="Exit with 3 if top-1 falls by more percentage points than this (see --judge).",
+        help="Exit with 3 if the task's metric (top-1, mIoU) falls by more percentage points than this (see --judge).",
         rich_help_panel=LIMITS,
     ),
 ]
@@ -21,6 +21,10 @@ MinAccuracy = Annotated[
     typer.Option(
         "--min-accuracy", help="Exit with 3 if top-1 (%) is below this (see --judge).", rich_help_panel=LIMITS
     ),
+]
+MinMiou = Annotated[
+    float | None,
+    typer.Option("--min-miou", help="Exit with 3 if mIoU (%) is below this (see --judge).", rich_help_panel=LIMITS),
 ]
 MaxFlops = Annotated[
     float | None,

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ssmprune_cli.data.ade20k import open_ade20k
 from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
-from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset
+from ssmprune_cli.data.coco import Annotation, Objects, open_coco
+from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.loader import Batch, batches, unprepared
+from ssmprune_cli.data.masks import NOT_JUDGED
 from ssmprune_cli.data.npz import open_npz
-from ssmprune_cli.data.preprocess import framed, normalised, to_rgb, visible_box
+from ssmprune_cli.data.preprocess import framed, normalised, prepare_image, to_rgb, upright, visible_box
+from ssmprune_cli.data.segfolder import open_segfolder
 from ssmprune_cli.registry import Registry
 
 DATASETS: Registry[Callable[[Path, Split], ImageDataset]] = Registry("dataset")
@@ -21,10 +25,13 @@ DATASETS.register("imagefolder", open_imagefolder)
 DATASETS.register("cifar10", open_cifar10)
 DATASETS.register("cifar100", open_cifar100)
 DATASETS.register("npz", open_npz)
+DATASETS.register("ade20k", open_ade20k)
+DATASETS.register("segfolder", open_segfolder)
+DATASETS.register("coco", open_coco)
 
 
 def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset:
-    """The labelled images in `root` (a folder, or a file for npz), laid out as the dataset kind `name` says.
+    """The images with targets in `root` (a folder, or a file for npz), laid out as the dataset kind `name` says.
 
     split  which part of a divided dataset; "val" are the images to evaluate on, whatever the dataset calls them
 
@@ -35,19 +42,25 @@ def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset
 
 __all__ = [
     "DATASETS",
+    "NOT_JUDGED",
+    "Annotation",
     "Batch",
     "ImageDataset",
     "Joined",
+    "Objects",
     "Split",
     "Subset",
+    "Target",
     "batches",
     "calibration_images",
     "fingerprint",
     "framed",
     "normalised",
     "open_dataset",
+    "prepare_image",
     "some_images",
     "to_rgb",
     "unprepared",
+    "upright",
     "visible_box",
 ]

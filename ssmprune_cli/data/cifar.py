@@ -82,7 +82,7 @@ class CifarBinary(ImageDataset):
         planes = self._records[index, self._kind.labels :].reshape(3, 32, 32)
         return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
 
-    def label(self, index: int) -> int:
+    def target(self, index: int) -> int:
         return int(self._records[index, self._kind.labels - 1])
 
     def name(self, index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ from ssmprune_cli.data.image_file import read_image
 from ssmprune_cli.errors import shown
 
 Split = Literal["train", "val"]
+Target = object
+"""What an image is judged by, None if that is not known. Its task knows more: an int is a class; a uint8 array (H, W),
+of the size of the image turned upright, has a class for each pixel, 255 where none is judged."""
 _LONGEST_NAME = 4096  # characters, as of a path
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "test")}
 
 
 class ImageDataset(ABC):
-    """Images by index, labelled or not. Reading is safe from several threads."""
+    """Images by index, with targets or without. Reading is safe from several threads."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -28,16 +32,26 @@ class ImageDataset(ABC):
         """The decoded image, in any mode. Raises DataError naming it if it cannot be read."""
 
     @abstractmethod
-    def label(self, index: int) -> int | None:
-        """Its class index, None if the images are not labelled."""
+    def target(self, index: int) -> Target:
+        """What its answer is judged by. Raises DataError naming its file if it cannot be read or does not fit."""
 
     @abstractmethod
     def name(self, index: int) -> str:
         """What to call the image in messages; does not depend on where the dataset lies."""
 
+    def mark(self, index: int) -> str | int | None:
+        """What stands for the image's target where datasets are told apart: equal for equal targets, None for none."""
+        target = self.target(index)
+        return target if isinstance(target, int | None) else hashlib.sha256(repr(target).encode()).hexdigest()
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether every image has a target."""
+        return all(self.target(index) is not None for index in range(len(self)))
+
     @property
     def num_classes(self) -> int | None:
-        """Number of classes that the labels are about, None if the dataset does not say."""
+        """Number of classes that the targets are about, None if the dataset does not say."""
         return len(self.class_names) or None
 
     @property
@@ -75,7 +89,7 @@ class ImageFiles(ImageDataset):
     def image(self, index: int) -> Image.Image:
         return read_image(self._files[index])
 
-    def label(self, index: int) -> int | None:
+    def target(self, index: int) -> Target:
         return None if self._labels is None else self._labels[index]
 
     def name(self, index: int) -> str:
@@ -103,11 +117,18 @@ class Subset(ImageDataset):
     def image(self, index: int) -> Image.Image:
         return self._dataset.image(self._indices[index])
 
-    def label(self, index: int) -> int | None:
-        return self._dataset.label(self._indices[index])
+    def target(self, index: int) -> Target:
+        return self._dataset.target(self._indices[index])
 
     def name(self, index: int) -> str:
         return self._dataset.name(self._indices[index])
+
+    def mark(self, index: int) -> str | int | None:
+        return self._dataset.mark(self._indices[index])
+
+    @property
+    def has_targets(self) -> bool:
+        return self._dataset.has_targets
 
     @property
     def num_classes(self) -> int | None:
@@ -123,7 +144,7 @@ class Subset(ImageDataset):
 
 
 class Joined(ImageDataset):
-    """The images of several datasets one after the other, without labels."""
+    """The images of several datasets one after the other, without targets."""
 
     def __init__(self, datasets: Sequence[ImageDataset]) -> None:
         self._datasets = datasets
@@ -136,7 +157,7 @@ class Joined(ImageDataset):
         dataset, place = self._places[index]
         return dataset.image(place)
 
-    def label(self, index: int) -> int | None:
+    def target(self, index: int) -> Target:
         return None
 
     def name(self, index: int) -> str:

@@ -7,54 +7,71 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data.datasets import ImageDataset
+from ssmprune_cli.data.datasets import ImageDataset, Target
 from ssmprune_cli.data.image_file import one_image
-from ssmprune_cli.data.preprocess import preprocess
+from ssmprune_cli.data.preprocess import prepare_image
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing
 
 _AHEAD = 2  # batches read while the model works on one
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, 3, crop, crop) float32, `labels` (B,) int64 or None if the dataset has none, and a name for each."""
+    """`images` (B, 3, H, W) float32; and of each its target, its frame and a name."""
 
     images: Tensor = field(repr=False)
-    labels: Tensor | None = field(repr=False)
+    targets: tuple[Target, ...] = field(repr=False)
+    frames: tuple[Frame, ...]
     names: tuple[str, ...]
 
 
-def batches(dataset: ImageDataset, preprocessing: Preprocessing, batch_size: int) -> Iterator[Batch]:
-    """The images of `dataset` in order, `batch_size` at a time; the last batch may be smaller.
+class _Loaded(NamedTuple):
+    image: Tensor  # (3, H, W)
+    target: Target
+    frame: Frame
+    name: str
+
+
+def batches(dataset: ImageDataset, way: Preprocessing | KeepRatio, batch_size: int) -> Iterator[Batch]:
+    """The images of `dataset` in order, `batch_size` at a time, or fewer: a batch ends where the size of the prepared
+    image changes, and the last one ends with the dataset.
 
     Raises DataError naming the image that cannot be read, when its batch is due.
     """
 
-    def load(index: int) -> Tensor:
+    def load(index: int) -> _Loaded:
         with one_image():
             image = dataset.image(index)
             try:
-                return preprocess(image, preprocessing)
+                prepared, frame = prepare_image(image, way)
             except (ValueError, OSError, MemoryError) as error:
                 raise unprepared(error, dataset.name(index)) from error
+            return _Loaded(prepared, dataset.target(index), frame, dataset.name(index))
 
-    waiting: deque[tuple[range, list[Future[Tensor]]]] = deque()
-    starts = iter(range(0, len(dataset), batch_size))
+    waiting: deque[Future[_Loaded]] = deque()
+    indices = iter(range(len(dataset)))
     pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="ssmprune-images")
     try:
         while True:
-            while len(waiting) <= _AHEAD and (start := next(starts, None)) is not None:
-                indices = range(start, min(start + batch_size, len(dataset)))
-                waiting.append((indices, [pool.submit(load, index) for index in indices]))
+            while len(waiting) < (1 + _AHEAD) * batch_size and (index := next(indices, None)) is not None:
+                waiting.append(pool.submit(load, index))
             if not waiting:
                 return
-            indices, futures = waiting.popleft()
-            yield _batch(dataset, indices, torch.stack([future.result() for future in futures]))
+            same = [waiting.popleft().result()]
+            while waiting and len(same) < batch_size and waiting[0].result().image.shape == same[0].image.shape:
+                same.append(waiting.popleft().result())
+            yield Batch(
+                torch.stack([each.image for each in same]),
+                tuple(each.target for each in same),
+                tuple(each.frame for each in same),
+                tuple(each.name for each in same),
+            )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -63,9 +80,3 @@ def unprepared(error: Exception, name: str) -> DataError:
     """What to raise for an image that was read, and cannot be made what a model expects."""
     reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
     return DataError(f"cannot be prepared for the model: {reason}", where=name)
-
-
-def _batch(dataset: ImageDataset, indices: range, images: Tensor) -> Batch:
-    found = [label for index in indices if (label := dataset.label(index)) is not None]
-    labels = torch.tensor(found) if len(found) == len(images) else None
-    return Batch(images, labels, tuple(dataset.name(index) for index in indices))

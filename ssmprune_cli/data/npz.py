@@ -57,7 +57,7 @@ class NpzImages(ImageDataset):
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self._images[index])
 
-    def label(self, index: int) -> int | None:
+    def target(self, index: int) -> int | None:
         return None if self._labels is None else int(self._labels[index])
 
     def name(self, index: int) -> str:

@@ -1,15 +1,21 @@
-"""Apply a model's `Preprocessing` to a PIL image, with the rounding of torchvision's Resize and CenterCrop on PIL."""
+"""Apply what a model expects to a PIL image.
+
+`Preprocessing` has the rounding of torchvision's Resize and CenterCrop on PIL, `KeepRatio` that of mmcv on OpenCV.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ssmprune_cli.data.image_file import check_pixels
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.data.resize import resize_linear
+from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing
 
 _NARROW = 1 << 23  # pixels of a resized image that may be narrower than 1:16; eight threads hold so many at once
 _RESAMPLING: dict[str, Image.Resampling] = {
@@ -76,6 +82,47 @@ def visible_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[fl
     return x - share * width, y - share * height, x + share * width, y + share * height
 
 
+def prepare_image(image: Image.Image, way: Preprocessing | KeepRatio) -> tuple[Tensor, Frame]:
+    """Normalised float32 image (3, H, W) of an image of any mode and size, and where it lies in that.
+
+    Raises ValueError for an image that cannot be converted.
+    """
+    if isinstance(way, KeepRatio):
+        return _keep_ratio(image, way)
+    return preprocess(image, way), Frame((image.height, image.width), (way.crop, way.crop))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, as cv2.imread does: masks and boxes of dense data sets are of the turned image.
+
+    A `Preprocessing` does not turn: the authors of classifiers read with Pillow, which leaves an image as it is stored.
+    """
+    return ImageOps.exif_transpose(image)
+
+
+def _keep_ratio(image: Image.Image, way: KeepRatio) -> tuple[Tensor, Frame]:
+    pixels = np.asarray(to_rgb(upright(image)))  # (H, W, 3)
+    height, width = pixels.shape[:2]
+    factor = min(way.long / max(height, width), way.short / min(height, width))
+    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    if min(size) < 1:
+        raise ValueError(f"{width} x {height} pixels are too narrow: resized, nothing is left of the short side")
+    check_pixels(*size)
+    pixels = resize_linear(pixels, *size)
+    whole = (_multiple(size[0], way.divisor), _multiple(size[1], way.divisor))
+    if way.fill == "resize":
+        pixels, size = resize_linear(pixels, *whole), whole
+    values = normalised(pixels, way)
+    if size != whole:
+        values = np.pad(values, ((0, 0), (0, whole[0] - size[0]), (0, whole[1] - size[1])))
+    return torch.from_numpy(values), Frame((height, width), size)
+
+
+def _multiple(side: int, divisor: int) -> int:
+    """The next multiple of `divisor`."""
+    return math.ceil(side / divisor) * divisor
+
+
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Normalised float32 image (3, crop, crop) of an image of any mode and size.
 
@@ -94,8 +141,9 @@ def framed(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     return center_crop(image, preprocessing.crop)
 
 
-def normalised(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """(3, H, W): an RGB image in the model's order of channels, less the mean, over the deviation.
+def normalised(image: Image.Image | NDArray[np.uint8], preprocessing: Preprocessing | KeepRatio) -> NDArray[np.float32]:
+    """(3, H, W): an RGB image, or its pixels (H, W, 3), in the model's order of channels, less the mean, over the
+    deviation.
 
     NumPy, not torch: images are prepared in threads, and torch would start its own threads in each of them.
     """

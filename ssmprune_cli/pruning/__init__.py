@@ -19,7 +19,7 @@ from ssmprune_cli.pruning.compress import (
     restore,
 )
 from ssmprune_cli.pruning.correction import Correction, Held, Repaired
-from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, soft_divergence
+from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, relative_error, soft_divergence
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.method import Method, known_methods
@@ -108,6 +108,7 @@ __all__ = [
     "known_methods",
     "paired",
     "prune",
+    "relative_error",
     "repair",
     "restore",
     "soft_divergence",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset
+from ssmprune_cli.data import Batch, ImageDataset
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import AccuracyFacts, ClassChange, Interval, ModelAccuracy, Report, Sample
@@ -38,6 +39,8 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     quality = "accuracy"
     parts = ("class", "classes")
     metric = "top-1"
+    key = "top1"
+    batch_size = 32
     one_class = True
     limits = (
         TaskLimit(
@@ -62,6 +65,9 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
         ),
     )
 
+    def kind(self, path: Path) -> str:
+        return "npz" if path.suffix == ".npz" else "imagefolder"
+
     def check(self, model: Backbone, dataset: ImageDataset) -> None:
         """The classes of `dataset` must be those of `model`: otherwise the score is low for no fault of the model."""
         if model.num_classes < 2:
@@ -75,9 +81,14 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
                 hint="Accuracy means nothing across different classes. Is this the right dataset kind and folder?",
             )
         for index in range(len(dataset)):
-            label = dataset.label(index)
+            label = dataset.target(index)
             if label is None:
                 raise DataError("the images have no labels, so there is no accuracy to measure")
+            if not isinstance(label, int):
+                raise DataError(
+                    "the images have no classes, and the model is for classification",
+                    hint=f"Fitting kinds of dataset are {', '.join(self.datasets)}.",
+                )
             if not 0 <= label < model.num_classes:
                 raise DataError(
                     f"has the label {label}, and the model has {model.num_classes} classes "
@@ -85,13 +96,18 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
                     where=dataset.name(index),
                 )
 
-    def results(self, logits: Tensor, labels: Tensor) -> list[int]:
+    def results(self, outputs: Tensor, batch: Batch) -> list[int]:
+        logits, labels = outputs.cpu(), torch.tensor(batch.targets)
         # A stable order: among equal logits the lowest class comes first, so that equal logits are no right answers.
         order = logits.argsort(dim=1, descending=True, stable=True)
         ranks: list[int] = (order == labels[:, None]).int().argmax(dim=1).tolist()
         return ranks
 
-    def score(self, results: Sequence[int], model: Backbone) -> ModelAccuracy:
+    def sample(self, outputs: Tensor) -> Tensor:
+        """The logits (B, classes)."""
+        return outputs.double()
+
+    def score(self, results: Sequence[int], model: Backbone, dataset: ImageDataset) -> ModelAccuracy:
         ranks = torch.tensor(results)
         right = int((ranks == 0).sum())
         return ModelAccuracy(
@@ -107,7 +123,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
         dataset: ImageDataset,
     ) -> AccuracyFacts:
         first, second = (torch.tensor(results) == 0 for results in (pruned[0], dense[0]))
-        labels = torch.tensor([dataset.label(index) for index in range(len(dataset))])
+        labels = torch.tensor([dataset.target(index) for index in range(len(dataset))])
         names = dataset.class_names
         classes = [
             ClassChange(

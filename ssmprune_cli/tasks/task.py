@@ -1,8 +1,8 @@
 """What a task is: its data, how answers are judged and compared, what a user may demand, and the words for it.
 
-A *result* is what is kept of a model's answer to one image: a plain value that processes can send each other. A *score*
-are the facts of one model on a dataset. A *comparison* are the facts of a pruned and a dense model on the same images:
-a section of a report.
+The *outputs* of a model are what it computes of a batch: logits, masks of logits, features. A *result* is what is kept
+of its answer to one image: a plain value that processes can send each other. A *score* are the facts of one model on a
+dataset. A *comparison* are the facts of a pruned and a dense model on the same images: a section of a report.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Split, open_dataset
+from ssmprune_cli.data import Batch, ImageDataset, Split, open_dataset
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import divergence, soft_divergence
 from ssmprune_cli.recipe import Section
 from ssmprune_cli.report import Interval, Judge, LimitFacts, Report, Sample
 
@@ -120,8 +121,9 @@ class Task(ABC, Generic[Score, Compared]):
     section   the field of a Report that holds a comparison
     quality   what is judged, in a word
     parts     what a dataset divides into, one and several, in words
-    metric    by what models are ranked
+    metric    by what models are ranked; `key` is its name in JSON
     limits    what a user may demand of a score or a comparison
+    batch_size   of images that are judged at once, unless the user says how many
     one_class whether an answer is one class for an image: such answers can be shown with sample images and fine-tuned
     """
 
@@ -131,30 +133,66 @@ class Task(ABC, Generic[Score, Compared]):
     quality: ClassVar[str]
     parts: ClassVar[tuple[str, str]]
     metric: ClassVar[str]
+    key: ClassVar[str]
+    batch_size: ClassVar[int]
     limits: ClassVar[tuple[TaskLimit, ...]]
     one_class: ClassVar[bool]
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
-        """Images with what they are judged by; without a `kind`, an ImageFolder or, by its suffix, an .npz.
+        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
 
         Raises UsageError for a kind that is not of this task, DataError for data that are not laid out so.
         """
-        kind = kind or ("npz" if path.suffix == ".npz" else "imagefolder")
+        kind = kind or self.kind(path)
         if kind not in self.datasets:
-            raise UsageError(f"unknown dataset {kind!r} for {self.name}", hint=f"Known: {', '.join(self.datasets)}.")
+            raise UsageError(
+                f"unknown dataset {kind!r} for {self.name}, which the model is for",
+                hint=f"Fitting kinds are {', '.join(self.datasets)}.",
+            )
         return open_dataset(kind, path, split=split)
+
+    @abstractmethod
+    def kind(self, path: Path) -> str:
+        """The kind of dataset that `path` is taken for."""
 
     @abstractmethod
     def check(self, model: Backbone, dataset: ImageDataset) -> None:
         """Raises DataError unless `model` can be judged on `dataset`."""
 
-    @abstractmethod
-    def results(self, logits: Tensor, labels: Tensor) -> list[Any]:
-        """The result of every image of a batch, from the model's output and what the dataset says."""
+    def sliding(self, crop: tuple[int, int], stride: tuple[int, int]) -> Task[Score, Compared]:
+        """The same task with windows of `crop` pixels that move by `stride` (heights, widths), each seen alone. Raises
+        UsageError for a task whose models see an image whole."""
+        raise UsageError(f"is for segmentation: a model for {self.name} sees the image whole", where="--slide")
+
+    def answer(self, forward: Callable[[Tensor], Any], images: Tensor) -> Any:
+        """The outputs for normalised images (B, 3, H, W); `forward` is a model or a session of it."""
+        return forward(images)
+
+    def finite(self, outputs: Any) -> Tensor:
+        """(B,) bool: whether the outputs for an image are finite."""
+        finite: Tensor = outputs.isfinite().flatten(1).all(dim=1)
+        return finite
 
     @abstractmethod
-    def score(self, results: Sequence[Any], model: Backbone) -> Score:
-        """From the results of all images."""
+    def results(self, outputs: Any, batch: Batch) -> list[Any]:
+        """The result of every image of a batch. Raises DataError, naming the image, for a target that does not fit."""
+
+    @abstractmethod
+    def sample(self, outputs: Any) -> Tensor:
+        """What of the outputs the distance of two models is computed from, (B, ...): of one shape for all images,
+        whatever their sizes."""
+
+    def divergence(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """How far a pruned model's samples are from the dense model's: KL(dense || pruned) in nats, (B,) float64."""
+        return divergence(dense, pruned)
+
+    def soft_divergence(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """The same, by which candidates are ordered on few images (see `pruning.soft_divergence`)."""
+        return soft_divergence(dense, pruned)
+
+    @abstractmethod
+    def score(self, results: Sequence[Any], model: Backbone, dataset: ImageDataset) -> Score:
+        """From the results of all images, those of `dataset`."""
 
     @abstractmethod
     def compare(
@@ -202,6 +240,11 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def table(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with a column for each score, titles first."""
+
+    def by_part(self, scores: Sequence[Score]) -> list[list[str]]:
+        """Lines of a table with the metric of each part of the data (see `parts`), a column for each score, titles
+        first. None where they are too many, and say little."""
+        return []
 
     @abstractmethod
     def difference(self, compared: Compared) -> str:

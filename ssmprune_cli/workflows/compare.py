@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images
+from ssmprune_cli.data import Batch, ImageDataset, Subset, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.models import Backbone, resize, sides
@@ -24,7 +24,6 @@ from ssmprune_cli.pruning import (
     Method,
     PruneSettings,
     choose_alignment,
-    divergence,
     prune,
     restore,
 )
@@ -34,7 +33,7 @@ from ssmprune_cli.workflows.compress import for_images, recipe_settings
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Budget, Prepared, Uniform, load_images, run
+from ssmprune_cli.workflows.trials import Budget, Images, Prepared, Uniform, in_batches, load_images, run
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -49,13 +48,14 @@ class Row:
     image_size           height and width of its images; `resized_from` those of the dense model's, if they are smaller
     multiply_adds        of one image, all directions; `share` is that of the dense model
     divergence           mean KL(dense || this) in nats with its standard error; None for other dense models
-    top1                 the metric of the model's task with its 95 % interval, and the difference from dense with its
-                         paired one; None for images without labels
+    metric               that of the model's `task` with its 95 % interval, and the difference from dense with its
+                         paired one; None for images that answers cannot be judged by
     speedup              median time of the dense model over this one's, timed in turns
     images_per_second    the dense model's, times `speedup`: a row says one thing, and all rows are of one moment
     """
 
     name: str
+    task: str
     budget: str
     image_size: tuple[int, int]
     resized_from: tuple[int, int] | None
@@ -67,21 +67,20 @@ class Row:
     speedup: float
     divergence: float | None
     divergence_se: float | None
-    top1: float | None
-    top1_interval: tuple[float, float] | None
+    metric: float | None
+    metric_interval: tuple[float, float] | None
     difference: float | None
     difference_interval: tuple[float, float] | None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; the metric is called by its own name."""
+        key, values = TASKS.get(self.task).key, asdict(self)
+        return {name.replace("metric", key): value for name, value in values.items() if name != "task"}
 
 
 class EvaluationImages:
-    """The images of a dataset, or `limit` of them (always the same, see `spread`), prepared for a model: batches
-    (B, 3, H, W) on its device. They are read anew each time, unless they fit into `KEPT_BYTES`.
-
-    labels  (N,), or None if the dataset has none
-    """
+    """The images of a dataset, or `limit` of them (always the same, see `spread`), prepared for a model: batches on its
+    device. They are read anew each time, unless they fit into `KEPT_BYTES`."""
 
     def __init__(self, dataset: ImageDataset, model: Backbone, limit: int | None, batch_size: int) -> None:
         if limit is not None and limit < len(dataset):
@@ -89,20 +88,27 @@ class EvaluationImages:
         self.dataset = dataset
         self._model = model
         self._batch_size = batch_size
-        self._kept: list[Tensor] | None = None
-        labels = [label for index in range(len(dataset)) if (label := dataset.label(index)) is not None]
-        self.labels = torch.tensor(labels) if len(labels) == len(dataset) else None
+        self._kept: list[Batch] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         if self._kept is None and 4 * len(self) * 3 * math.prod(self._model.image_size) <= KEPT_BYTES:
             self._kept = list(self._read())
         yield from self._read() if self._kept is None else self._kept
 
-    def _read(self) -> Iterator[Tensor]:
-        yield from Prepared(self._model, self.dataset, self._batch_size)
+    def _read(self) -> Iterator[Batch]:
+        yield from Prepared(self._model, self.dataset, self._batch_size).batches()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one model to all images: what its distance from another one is computed from, (N, ...) on the CPU, and the
+    results that its task keeps; none if the images cannot be judged."""
+
+    sample: Tensor
+    results: list[Any]
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,11 @@ class _Smaller:
 
 
 class Comparison:
-    """One dense model, and variants of it on the same images, of which only the logits are kept. A variant drops
-    tokens, sees smaller images, or both."""
+    """One dense model, and variants of it on the same images, of which only the answers are kept. A variant drops
+    tokens, sees smaller images, or both.
+
+    judged  whether the images say what the answers are judged by
+    """
 
     def __init__(
         self, source: Source, dataset: ImageDataset, *, limit: int | None, batch_size: int, device: str, rounds: int
@@ -132,19 +141,20 @@ class Comparison:
         self._smaller: dict[int, _Smaller] = {}
         self.task = TASKS.get(self.model.task)
         self.notes: list[str] = []
-        if self.images.labels is not None:
+        self.judged = self.images.dataset.has_targets
+        if self.judged:
             try:
                 self.task.check(self.model, self.images.dataset)
             except DataError as error:  # all else can be compared
                 self.notes.append(f"{self.task.quality.capitalize()} is left out: {error.what}.")
-                self.images.labels = None
+                self.judged = False
         self.name = source.path.name
-        self.dense_logits = self.logits(self.name)
+        self.dense_answers = self.answers(self.name)
         self.dense_cost = self.cost()
 
     def dense(self) -> Row:
         speed = (self.dense_speed, 1.0)
-        return self._row(self.name, "", self.model, self.dense_logits, self.dense_cost, speed, None)
+        return self._row(self.name, "", self.model, self.dense_answers, self.dense_cost, speed, None)
 
     @functools.cached_property
     def dense_speed(self) -> float:
@@ -156,20 +166,21 @@ class Comparison:
         """Another dense model on the same images, prepared its own way."""
         model = source.load().to(self.device).eval()
         restore(model)
-        if self.images.labels is not None:
+        if self.judged:
             self.task.check(model, self.images.dataset)
         session = prepare(model)
-        logits = run(session, EvaluationImages(dataset, model, limit, self.batch_size))
+        images = EvaluationImages(dataset, model, limit, self.batch_size)
+        answers = self._answers(session, images, source.path.name)
         cost = count_flops(model).all_directions
         speed = self._time(session, self._batch(model))
-        row = self._row(source.path.name, "", model, logits, cost, speed, None)
+        row = self._row(source.path.name, "", model, answers, cost, speed, None)
         return replace(row, divergence=None, divergence_se=None)
 
-    def pruned(self, name: str, budget: str, settings: PruneSettings, calibration: Tensor | None) -> Row:
+    def pruned(self, name: str, budget: str, settings: PruneSettings, calibration: Images | None) -> Row:
         """A variant's row."""
         self.prune(settings, calibration)
-        logits = self.logits(f"{name} {budget}".strip())
-        row = self._row(name, budget, self.model, logits, self.cost(), self.speed(), settings)
+        answers = self.answers(f"{name} {budget}".strip())
+        row = self._row(name, budget, self.model, answers, self.cost(), self.speed(), settings)
         restore(self.model)
         return row
 
@@ -197,9 +208,9 @@ class Comparison:
             dense = None if calibration is None else run(self.reference, self._calibration(self.model, calibration))
             prune(model, settings, None if calibration is None else self._calibration(model, calibration), dense=dense)
         session = variant.session.with_pruner(model.pruner)
-        logits, cost = self._finite(run(session, variant.images), name), count_flops(model).all_directions
+        answers, cost = self._answers(session, variant.images, name), count_flops(model).all_directions
         restore(model)
-        return self._row(name, budget, model, logits, cost, self._time(session, self._batch(model)), settings)
+        return self._row(name, budget, model, answers, cost, self._time(session, self._batch(model)), settings)
 
     def at(self, side: int) -> _Smaller:
         """The dense model for images of `side` pixels."""
@@ -226,18 +237,26 @@ class Comparison:
         place = bisect_left(possible, True, key=fits)
         return possible[place] if place < len(possible) else None
 
-    def prune(self, settings: PruneSettings, calibration: Tensor | None) -> None:
-        """Make `model` a variant: `logits`, `cost` and `speed` are of what it is now."""
-        prune(self.model, settings, None if calibration is None else calibration.split(self.batch_size))
+    def prune(self, settings: PruneSettings, calibration: Images | None) -> None:
+        """Make `model` a variant: `answers`, `cost` and `speed` are of what it is now."""
+        prune(self.model, settings, None if calibration is None else in_batches(calibration, self.batch_size))
 
-    def logits(self, name: str) -> Tensor:
-        """(N, classes) float64, on the CPU. Raises DataError, calling the model `name`, if they are not finite."""
-        return self._finite(run(self._session(), self.images), name)
+    def answers(self, name: str) -> Answers:
+        """Raises DataError, calling the model `name`, if they are not finite."""
+        return self._answers(self._session(), self.images, name)
 
-    def _finite(self, logits: Tensor, name: str) -> Tensor:
-        if not bool(logits.isfinite().all()):
-            raise DataError(f"{name} gives logits that are not finite", hint="`ssmprune inspect` looks at the weights.")
-        return logits
+    def _answers(self, session: Session, images: EvaluationImages, name: str) -> Answers:
+        samples: list[Tensor] = []
+        results: list[Any] = []
+        with torch.inference_mode():
+            for batch in images:
+                outputs = self.task.answer(session, batch.images)
+                if not bool(self.task.finite(outputs).all()):
+                    hint = "`ssmprune inspect` looks at the weights."
+                    raise DataError(f"{name} gives logits that are not finite", hint=hint)
+                samples.append(self.task.sample(outputs).cpu())
+                results += self.task.results(outputs, batch) if self.judged else []
+        return Answers(torch.cat(samples), results)
 
     def cost(self) -> int:
         """Multiply-adds of an image, all directions."""
@@ -255,8 +274,7 @@ class Comparison:
         return torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
 
     def _calibration(self, model: Backbone, dataset: ImageDataset) -> Sequence[Tensor]:
-        parts: Sequence[Tensor] = load_images(model, dataset).split(self.batch_size)
-        return parts
+        return in_batches(load_images(model, dataset), self.batch_size)
 
     def _time(self, session: Session, batch: Tensor) -> tuple[float, float]:
         models, batches_of_both = [self.reference, session], [self._batch(self.model), batch]
@@ -269,23 +287,22 @@ class Comparison:
         name: str,
         budget: str,
         model: Backbone,
-        logits: Tensor,
+        answers: Answers,
         cost: int,
         speed: tuple[float, float],
         settings: PruneSettings | None,
     ) -> Row:
-        labels = self.images.labels
         metric = change = None
-        if labels is not None:
-            judged = []
-            for each in (logits, self.dense_logits):
-                results = self.task.results(each, labels)
-                judged.append((results, self.task.score(results, self.model)))
-            metric = self.task.estimate(judged[0][1])
-            change = self.task.change(self.task.compare(judged[0], judged[1], self.images.dataset))
-        nats = divergence(self.dense_logits, logits) if logits.shape == self.dense_logits.shape else None
+        if self.judged:
+            both = [each.results for each in (answers, self.dense_answers)]
+            own, dense = ((each, self.task.score(each, model, self.images.dataset)) for each in both)
+            metric = self.task.estimate(own[1])
+            change = self.task.change(self.task.compare(own, dense, self.images.dataset))
+        alike = answers.sample.shape == self.dense_answers.sample.shape
+        nats = self.task.divergence(self.dense_answers.sample, answers.sample) if alike else None
         return Row(
             name=name,
+            task=self.task.name,
             budget=budget,
             image_size=model.image_size,
             resized_from=model.config.resized_from,
@@ -297,8 +314,8 @@ class Comparison:
             speedup=speed[1],
             divergence=None if nats is None else float(nats.mean()),
             divergence_se=None if nats is None else float(nats.std()) / math.sqrt(len(nats)),
-            top1=metric.value if metric else None,
-            top1_interval=metric.interval if metric else None,
+            metric=metric.value if metric else None,
+            metric_interval=metric.interval if metric else None,
             difference=change.value if change else None,
             difference_interval=change.interval if change else None,
         )
@@ -348,7 +365,7 @@ def compare(
     for recipe in recipes:
         rows.append(comparison.recipe(recipe, chosen))
         advance()
-    seen = next(iter(comparison.images))[:2] if calibration is None else calibration
+    seen = next(iter(comparison.images)).images[:2] if calibration is None else calibration
     uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
     for budget in budgets:
         assert uniform is not None

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, batches
+from ssmprune_cli.data import Batch, ImageDataset, Subset, batches
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone
@@ -69,25 +68,24 @@ class _Judge:
         self._sizes: list[int] = []
         self._results: list[Any] = []
 
-    def add(self, images: Tensor, labels: Tensor, names: tuple[str, ...]) -> None:
-        images = images.to(self._device, self._session.dtype)
+    def add(self, batch: Batch) -> None:
+        images = batch.images.to(self._device, self._session.dtype)
         self._synchronize()
         start = time.perf_counter()
-        logits = self._session(images)
+        outputs = self._task.answer(self._session, images)
         self._synchronize()
         self._seconds.append(time.perf_counter() - start)
         self._sizes.append(len(images))
-        logits = logits.cpu()
-        bad = (~logits.isfinite().flatten(1).all(dim=1)).nonzero()
+        bad = (~self._task.finite(outputs)).nonzero()
         if len(bad):
             raise SsmpruneError(
                 f"{self._role} gives logits that are not finite",
-                where=names[int(bad[0])],
+                where=batch.names[int(bad[0])],
                 hint="`ssmprune inspect` shows whether the weights are finite.",
             )
-        self._results += self._task.results(logits, labels)
+        self._results += self._task.results(outputs, batch)
 
-    def collect(self) -> tuple[list[Any], Any, float]:
+    def collect(self, dataset: ImageDataset) -> tuple[list[Any], Any, float]:
         """Results and speed of all processes, and the score: process r has images r, r + n, r + 2n, ..."""
         timed = slice(1, None) if len(self._sizes) > 1 else slice(None)
         parts = gathered((self._results, sum(self._sizes[timed]), sum(self._seconds[timed])))
@@ -95,7 +93,7 @@ class _Judge:
         for rank, (part, _, _) in enumerate(parts):
             results[rank :: len(parts)] = part
         speed = sum(size / seconds for _, size, seconds in parts if seconds)
-        return results, self._task.score(results, self._model), speed
+        return results, self._task.score(results, self._model, dataset), speed
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -106,21 +104,26 @@ def evaluate(
     model: Backbone,
     dataset: ImageDataset,
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     limit: int | None = None,
     compare: Backbone | None = None,
+    task: Task[Any, Any] | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Evaluation:
     """The score of `model` on `dataset`; with `compare`, the dense model, the paired difference between the two.
 
-    limit  use so many images, always the same ones, drawn from the whole dataset (see `spread`)
+    batch_size  of images at once; without one, what the task finds right
+    limit       use so many images, always the same ones, drawn from the whole dataset (see `spread`)
+    task        that of the models, if it is not to be as it is by default
 
     Each model gets images prepared its own way, and is computed by a session on `device`. Started by
     `torchrun` or `accelerate launch`, every process takes a share of the images, and all get the same result.
     Raises DataError if `dataset` is none that the model's task can judge it on; SsmpruneError, naming the image, for
     logits that are not finite.
     """
+    task = TASKS.get(model.task) if task is None else task
+    batch_size = task.batch_size if batch_size is None else batch_size
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("the batch size and the limit must be at least 1")
     chosen: Sequence[int] = range(len(dataset))
@@ -128,42 +131,43 @@ def evaluate(
         chosen = spread(len(dataset), limit)
         dataset = Subset(dataset, chosen)
     models = [model] if compare is None else [model, compare]
-    task = TASKS.get(model.task)
     for each in models:
         task.check(each, dataset)
     target = resolve_device(device)
     roles = ["the model", "the model to compare with"]
     judges = [_Judge(each, task, target, role) for each, role in zip(models, roles, strict=False)]
-    ways = list(dict.fromkeys(each.preprocessing for each in models))
     share = this_process()
     mine = dataset if share.processes == 1 else Subset(dataset, range(share.rank, len(dataset), share.processes))
-    streams = [batches(mine, way, batch_size) for way in ways]
-    done = 0
+    # Images are prepared once for models that take them alike. The way that is behind goes on: its batches may be
+    # smaller, and times are of the same moment.
+    done = {each.preprocessing: 0 for each in models}
+    streams = {way: batches(mine, way, batch_size) for way in done}
     with torch.inference_mode():
-        for prepared in zip(*streams, strict=True):
+        while (before := min(done.values())) < len(mine):
+            way = min(done, key=done.__getitem__)
+            batch = next(streams[way])
             for each, judge in zip(models, judges, strict=True):
-                batch = prepared[ways.index(each.preprocessing)]
-                assert batch.labels is not None  # by task.check
-                judge.add(batch.images, batch.labels, batch.names)
-            done += len(prepared[0].names)
-            if progress:
-                progress(done, len(mine))
-    results, score, speed = judges[0].collect()
+                if each.preprocessing == way:
+                    judge.add(batch)
+            done[way] += len(batch.names)
+            if progress and min(done.values()) > before:
+                progress(min(done.values()), len(mine))
+    results, score, speed = judges[0].collect(dataset)
     dtype = str(model.dtype).removeprefix("torch.")
     evaluation = Evaluation(len(dataset), dtype, task, score, speed, notes=dataset.notes)
     if compare is None:
         return evaluation
-    dense_results, dense_score, dense_speed = judges[1].collect()
+    dense_results, dense_score, dense_speed = judges[1].collect(dataset)
     comparison = task.compare((results, score), (dense_results, dense_score), dataset)
     changed = tuple(chosen[index] for index in task.changed(results, dense_results))
     return replace(evaluation, comparison=comparison, dense_images_per_second=dense_speed, changed=changed)
 
 
 def identity(dataset: ImageDataset, limit: int | None) -> str:
-    """SHA-256, in hexadecimal, of the names and labels of the images that `evaluate` takes, in order, and of the
+    """SHA-256, in hexadecimal, of the names and targets of the images that `evaluate` takes, in order, and of the
     classes' names: it tells datasets apart without reading their images."""
     indices = range(len(dataset)) if limit is None or limit >= len(dataset) else spread(len(dataset), limit)
-    facts = [list(dataset.class_names), *([dataset.name(index), dataset.label(index)] for index in indices)]
+    facts = [list(dataset.class_names), *([dataset.name(index), dataset.mark(index)] for index in indices)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

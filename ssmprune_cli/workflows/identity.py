@@ -49,9 +49,9 @@ def run_identity(model: Backbone, device: str) -> dict[str, Any]:
 
 
 def dataset_identity(dataset: ImageDataset) -> str:
-    """SHA-256, in hexadecimal, of all names and labels and of the pixels of at most 64 images from all over."""
+    """SHA-256, in hexadecimal, of all names and targets and of the pixels of at most 64 images from all over."""
     digest = hashlib.sha256()
     for index in range(len(dataset)):
-        digest.update(f"{dataset.name(index)}\0{dataset.label(index)}\n".encode())
+        digest.update(f"{dataset.name(index)}\0{dataset.mark(index)}\n".encode())
     some = dataset if len(dataset) <= _LOOKED_AT else Subset(dataset, spread(len(dataset), _LOOKED_AT))
     return hashlib.sha256(digest.digest() + fingerprint(some).encode()).hexdigest()

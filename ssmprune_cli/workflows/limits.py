@@ -26,9 +26,13 @@ MAX_LATENCY_RATIO = LimitKind(
 )
 
 
+# Names of the limits on what a task measures.
+OF_TASKS = tuple(dict.fromkeys(each.kind.name for _, task in TASKS.items() for each in task.limits))
+
+
 @dataclass(frozen=True)
 class Limits:
-    """None is no limit. max_drop is in points and may be negative: the model must then gain.
+    """None is no limit. max_drop is in points of the task's metric and may be negative: the model must then gain.
 
     judge  whether all of a value's 95 % interval has to keep its limit, or the estimate alone
 
@@ -37,6 +41,7 @@ class Limits:
 
     max_drop: float | None = None
     min_accuracy: float | None = None
+    min_miou: float | None = None
     max_flops: float | None = None
     max_latency_ratio: float | None = None
     judge: Judge = "interval"
@@ -50,6 +55,17 @@ class Limits:
                 if math.isfinite(kind.high):
                     ends = f"between {kind.low:g} and {kind.high:g}"
                 raise UsageError(f"must be a number {ends}, not {bound:g}", where=kind.option)
+
+    def fit(self, task: Task[Any, Any]) -> None:
+        """Raises UsageError if a limit is set that is of other tasks than `task`."""
+        own = [each.kind for each in task.limits]
+        for name in OF_TASKS:
+            if getattr(self, name) is not None and name not in [kind.name for kind in own]:
+                raise UsageError(
+                    f"is no limit for {task.name}, which the model is for",
+                    where=f"--{name.replace('_', '-')}",
+                    hint=f"Fitting ones are {', '.join(kind.option for kind in own)}.",
+                )
 
     def require(self, names: tuple[str, ...], need: str) -> None:
         """Raises UsageError if one of `names` is set: it cannot be checked without what `need` says."""

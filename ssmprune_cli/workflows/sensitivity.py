@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from ssmprune_cli.data import calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings, TokenPruner, choose_alignment, divergence
+from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings, TokenPruner, choose_alignment
 from ssmprune_cli.report import Sensitivity, SensitivityFacts
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Measurements, SavedState, load_images
+from ssmprune_cli.workflows.trials import Images, Measurements, SavedState, in_batches, load_images
 
 Progress = Callable[[int, int], None]
 BATCH_SIZE = 16
@@ -114,19 +116,34 @@ def sensitivity(
     return Sensitivity(weights_sha256=identity["weights_sha256"], measurements=tuple(found)), state
 
 
-def _measure(
-    measurements: Measurements, settings: PruneSettings, dense: tuple[Tensor, Tensor, Tensor]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Seen:
+    """Of every batch, on the CPU: what distances are computed from, the tokens after the last block (B, L, d) and their
+    positions (B, L)."""
+
+    samples: list[Tensor]
+    tokens: list[Tensor]
+    positions: list[Tensor]
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """(images, ...)"""
+        return torch.cat(self.samples)
+
+
+def _measure(measurements: Measurements, settings: PruneSettings, dense: _Seen) -> dict[str, Any]:
     multiply_adds = measurements.multiply_adds(settings) / measurements.dense_cost
     measurements.prune(settings)
     model = measurements.model
     assert isinstance(model.pruner, TokenPruner)
-    logits, tokens, positions = _tokens(model, model.pruner, measurements.images)
+    found = _tokens(model, model.pruner, measurements.images)
     model.pruner = None
-    nats = divergence(dense[0], logits)
-    place = positions[..., None].expand_as(tokens)
-    true = dense[1].gather(1, place)
-    error = (tokens - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
+    nats = measurements.task.divergence(dense.sample, found.sample)
+    errors = []
+    for tokens, positions, whole in zip(found.tokens, found.positions, dense.tokens, strict=True):
+        true = whole.gather(1, positions[..., None].expand_as(tokens))
+        errors.append((tokens - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1))
+    error = torch.cat(errors)
     finite = bool(nats.isfinite().all() and error.isfinite().all())
     return {
         "divergence": float(nats.mean()) if finite else None,
@@ -136,21 +153,20 @@ def _measure(
     }
 
 
-def _tokens(model: Backbone, pruner: TokenPruner | None, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (N, classes) float64, tokens after the last block (N, L, d) and their positions (N, L), on the CPU."""
+def _tokens(model: Backbone, pruner: TokenPruner | None, images: Images) -> _Seen:
     tap = _Tap(pruner, len(model.mixers) - 1)
     model.pruner = tap
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    task, seen = TASKS.get(model.task), _Seen([], [], [])
     try:
         with torch.inference_mode():
-            for batch in images.split(BATCH_SIZE):
-                logits = model(batch)
+            for batch in in_batches(images, BATCH_SIZE):
+                seen.samples.append(task.sample(model(batch)).cpu())
                 assert tap.tokens is not None and tap.positions is not None
-                parts.append((logits.double().cpu(), tap.tokens.cpu(), tap.positions.cpu()))
+                seen.tokens.append(tap.tokens.cpu())
+                seen.positions.append(tap.positions.cpu())
     finally:
         model.pruner = None
-    logits, tokens, positions = (torch.cat(group) for group in zip(*parts, strict=True))
-    return logits, tokens, positions
+    return seen
 
 
 def _duration(seconds: float) -> str:

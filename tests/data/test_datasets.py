@@ -26,8 +26,8 @@ def write_image(path: Path, grey: int = 0) -> None:
     Image.new("RGB", (6, 4), (grey, grey, grey)).save(path)
 
 
-def listed(dataset: ImageDataset) -> list[tuple[str, int | None]]:
-    return [(dataset.name(index), dataset.label(index)) for index in range(len(dataset))]
+def listed(dataset: ImageDataset) -> list[tuple[str, object]]:
+    return [(dataset.name(index), dataset.target(index)) for index in range(len(dataset))]
 
 
 def test_unknown_kind() -> None:
@@ -62,7 +62,7 @@ def test_npz(tmp_path: Path) -> None:
 def test_npz_grey_without_labels(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.full((2, 5, 4), 9, np.uint8))
     dataset = open_dataset("npz", tmp_path / "a.npz")
-    assert (dataset.image(0).mode, dataset.image(0).size, dataset.label(0)) == ("L", (4, 5), None)
+    assert (dataset.image(0).mode, dataset.image(0).size, dataset.target(0)) == ("L", (4, 5), None)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_imagenet_folders(inside: str, tmp_path: Path) -> None:
     write_image(tmp_path / inside / "n02099601" / "ILSVRC2012_val_00000001.JPEG")
     write_image(tmp_path / inside / "n01443537" / "ILSVRC2012_val_00000002.JPEG")
     dataset = open_dataset("imagenet", tmp_path)
-    assert [dataset.label(index) for index in range(2)] == [1, 207]
+    assert [dataset.target(index) for index in range(2)] == [1, 207]
     assert dataset.name(1) == "n02099601/ILSVRC2012_val_00000001.JPEG"
     assert dataset.num_classes == 1000
     assert dataset.class_names[207] == "n02099601"
@@ -292,7 +292,7 @@ def test_imagenet_ground_truth(tmp_path: Path) -> None:
         write_image(tmp_path / f"ILSVRC2012_val_{number:08d}.JPEG")
     (tmp_path / TRUTH).write_text("".join(f"{number}\n" for number in FIRST_IDS) + "1\n" * 49_990)
     dataset = open_dataset("imagenet", tmp_path)
-    assert tuple(dataset.label(index) for index in range(10)) == FIRST_CLASSES
+    assert tuple(dataset.target(index) for index in range(10)) == FIRST_CLASSES
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ THIRD = "ILSVRC2012_val_00000003,n02099601 0 0 9 9"
 def test_kaggle_csv(mark: str, flat: Path) -> None:
     (flat / "LOC_val_solution.csv").write_text(mark + kaggle(THIRD, FIRST), encoding="utf-8")
     dataset = open_dataset("imagenet", flat)
-    assert [dataset.label(index) for index in range(2)] == [1, 207]
+    assert [dataset.target(index) for index in range(2)] == [1, 207]
     assert dataset.notes == ()
 
 
@@ -141,8 +141,8 @@ def test_kaggle_archive(tmp_path: Path) -> None:
     write_image(inside / "val" / "ILSVRC2012_val_00000003.JPEG")
     write_image(inside / "train" / "n01443537" / "n01443537_2.JPEG")
     (tmp_path / "LOC_val_solution.csv").write_text(kaggle(FIRST, THIRD))
-    assert open_dataset("imagenet", tmp_path).label(0) == 207
-    assert open_dataset("imagenet", tmp_path, split="train").label(0) == 1
+    assert open_dataset("imagenet", tmp_path).target(0) == 207
+    assert open_dataset("imagenet", tmp_path, split="train").target(0) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def medmnist(path: Path, **changed: np.ndarray) -> Path:
 def test_medmnist(tmp_path: Path) -> None:
     path = medmnist(tmp_path / "pathmnist.npz")
     dataset = open_dataset("npz", path)
-    assert [dataset.label(index) for index in range(3)] == [0, 1, 2]
+    assert [dataset.target(index) for index in range(3)] == [0, 1, 2]
     assert (dataset.name(2), dataset.image(2).getpixel((0, 0))) == ("val_images[2]", 1)
     (note,) = dataset.notes
     assert "of test_images, train_images, val_images, `val_images` is read" in note
@@ -261,10 +261,10 @@ def test_cifar100_binary_has_fine_labels(inside: str, tmp_path: Path) -> None:
     (tmp_path / inside / "train.bin").write_bytes(record(1, 50))
     (tmp_path / inside / "fine_label_names.txt").write_text("\n".join(CIFAR100.classes) + "\n\n")
     dataset = open_dataset("cifar100", tmp_path)
-    assert [dataset.label(index) for index in range(2)] == [99, 0]
+    assert [dataset.target(index) for index in range(2)] == [99, 0]
     assert dataset.image(1).getpixel((31, 31)) == (7, 8, 9)
     assert (dataset.num_classes, dataset.class_names[99], dataset.name(1)) == (100, "worm", "test[1]")
-    assert open_dataset("cifar100", tmp_path, split="train").label(0) == 50
+    assert open_dataset("cifar100", tmp_path, split="train").target(0) == 50
 
 
 def test_cifar100_classes_are_the_alphabet() -> None:

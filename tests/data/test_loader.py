@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from ssmprune_cli.data import batches, calibration_images, fingerprint, open_dataset
-from ssmprune_cli.data.preprocess import preprocess
+from ssmprune_cli.data.preprocess import prepare_image, preprocess
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.preprocessing import Frame, Preprocessing
 
 PREPROCESSING = Preprocessing(resize=10, crop=8)
 
@@ -44,13 +44,12 @@ def test_batches_are_the_images_in_order(batch_size: int, tmp_path: Path) -> Non
     expected = torch.stack([preprocess(dataset.image(index), PREPROCESSING) for index in range(10)])
     assert torch.equal(torch.cat([batch.images for batch in found]), expected)
     assert [name for batch in found for name in batch.names] == [f"images[{index}]" for index in range(10)]
-    labels = [label for batch in found if batch.labels is not None for label in batch.labels.tolist()]
-    assert labels == list(range(10))
+    assert [target for batch in found for target in batch.targets] == list(range(10))
 
 
 def test_batches_without_labels(tmp_path: Path) -> None:
     dataset = open_dataset("npz", write_npz(tmp_path / "a.npz", 3, labels=False))
-    assert [batch.labels for batch in batches(dataset, PREPROCESSING, 2)] == [None, None]
+    assert [batch.targets for batch in batches(dataset, PREPROCESSING, 2)] == [(None, None), (None,)]
 
 
 @pytest.mark.parametrize(("limit", "together"), [(144, 1), (2 * 144 + 143, 2), (None, 8)])
@@ -66,14 +65,14 @@ def test_large_images_wait_for_each_other(
     at_once = threading.Semaphore(together)
     everyone = threading.Barrier(together)
 
-    def watched(image: Image.Image, way: Preprocessing) -> torch.Tensor:
+    def watched(image: Image.Image, way: Preprocessing) -> tuple[torch.Tensor, Frame]:
         assert at_once.acquire(blocking=False), "too many at once"
         everyone.wait(30)  # as many as may be are there together
-        result = preprocess(image, way)
+        result = prepare_image(image, way)
         at_once.release()
         return result
 
-    monkeypatch.setattr(loader, "preprocess", watched)
+    monkeypatch.setattr(loader, "prepare_image", watched)
     found = list(batches(open_dataset("imagefolder", tmp_path), PREPROCESSING, 24))
     assert len(found[0].images) == 24
 
@@ -130,7 +129,7 @@ def test_calibration_from_a_tree_has_no_labels(tmp_path: Path) -> None:
     write_images(tmp_path / "a" / "deep", 1, start=5)
     write_images(tmp_path, 1, start=9)
     assert sorted(names(tmp_path, 99)) == ["009.png", "a/deep/005.png", "b/000.png", "b/001.png"]
-    assert calibration_images(tmp_path, 99, 0).label(0) is None
+    assert calibration_images(tmp_path, 99, 0).target(0) is None
 
 
 def test_calibration_from_npz(tmp_path: Path) -> None:

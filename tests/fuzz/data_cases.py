@@ -199,7 +199,7 @@ def _read(seed: Path, content: bytes, folder: Path) -> None:
             (folder / name).write_bytes((seed.parent / "rgb.png").read_bytes())
         (folder / seed.name).write_bytes(content)
         dataset = open_dataset(kind, folder)
-        _ = dataset.notes, [dataset.label(index) for index in range(len(dataset))]
+        _ = dataset.notes, [dataset.target(index) for index in range(len(dataset))]
         return
     path = folder / seed.name
     path.write_bytes(content)

@@ -170,7 +170,7 @@ class PlainMambaLayer(Block):
         return result  # (B, L, d)
 
 
-class _Trunk(nn.Module):
+class Trunk(nn.Module):
     """The weights that the authors' checkpoints hold under `backbone.`."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
@@ -180,7 +180,8 @@ class _Trunk(nn.Module):
         self.patch_embed = ConvPatchEmbed(config)
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(self.positions), dim), std=0.02))
         self.layers = nn.ModuleList(PlainMambaLayer(config, dw=i in config.dw_layers) for i in range(config.depth))
-        self.ln1 = nn.LayerNorm(dim, eps=FINAL_NORM_EPS)
+        if config.num_classes or -1 in config.out_indices:
+            self.ln1 = nn.LayerNorm(dim, eps=FINAL_NORM_EPS)
         for index in config.out_indices:
             if index != -1:
                 self.add_module(f"norm_layer{index}", nn.LayerNorm(dim, eps=FINAL_NORM_EPS))
@@ -201,7 +202,7 @@ class PlainMamba(Backbone):
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
         self.config: PlainMambaConfig = config
-        self.backbone = _Trunk(config)
+        self.backbone = self.make_trunk(config)
         if config.num_classes:
             self.head = nn.ModuleDict({"fc": nn.Linear(config.embed_dim, config.num_classes)})
         for name, module in self.named_modules():
@@ -210,6 +211,11 @@ class PlainMamba(Backbone):
                 nn.init.trunc_normal_(module.weight, std=0.01 if name == "head.fc" else 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def make_trunk(config: Any) -> Trunk:
+        """What the authors' checkpoints hold under `backbone.`."""
+        return Trunk(config)
 
     def features(self, images: Tensor) -> TokenSequence:
         """The tokens that are left after all blocks. DataError for images of another size than the model's."""
@@ -238,11 +244,15 @@ class PlainMamba(Backbone):
         """The tokens after each block, before and after pruning; `restorable` ones can be brought back."""
         embedded, grid = self.backbone(images)
         sequence = TokenSequence.dense(embedded, grid=grid, restorable=restorable)
-        for block, layer in enumerate(self.backbone.layers):
-            alignment, wanted = self.ask_pruner(block, sequence)
-            before, statistics = layer(sequence, alignment, wanted)
-            sequence = self.prune(block, before, statistics, wanted)
+        for block in range(self.config.depth):
+            before, sequence = self.step(block, sequence)
             yield before, sequence
+
+    def step(self, block: int, sequence: TokenSequence) -> tuple[TokenSequence, TokenSequence]:
+        """The tokens after `block`, of those in front of it: before and after pruning."""
+        alignment, wanted = self.ask_pruner(block, sequence)
+        before, statistics = self.backbone.layers[block](sequence, alignment, wanted)
+        return before, self.prune(block, before, statistics, wanted)
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): what the head sees, the mean of the normalised tokens."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ALIGNMENTS, Method, PruneSchedule, choose_alignment
-from ssmprune_cli.workflows.trials import Clock, Measurements, TimeTable, schedule_at, solve
+from ssmprune_cli.workflows.trials import Clock, Images, Measurements, TimeTable, schedule_at, solve
 
 CANDIDATES = ("drop", "context", "local-merge", "pool", "frozen-pairs")
 _MOST_IMAGES = 128
@@ -29,7 +29,7 @@ class Choice:
 def compare_reductions(
     model: Backbone,
     schedule: PruneSchedule,
-    images: Tensor,
+    images: Images,
     *,
     importance: str,
     alignment: str,
@@ -41,8 +41,8 @@ def compare_reductions(
     """The candidates that can be had with `alignment`, the best first: the least soft divergence from the dense model.
 
     Each prunes at the points of `schedule`, in proportion, so hard that it takes the time of dropping with the schedule
-    itself. images (N, 3, H, W) are prepared for `model`; a batch of `batch_size` is timed. `dense` are the logits (N,
-    classes) of a dense model that sees these images larger; without them `model` is the dense one. Raises UsageError if
+    itself. `images` are prepared for `model`; a batch of `batch_size` is timed. `dense` is what `run` gives of a dense
+    model that sees these images larger; without it `model` is the dense one. Raises UsageError if
     no candidate fits.
     """
     if alignment != "auto":

@@ -13,7 +13,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, REDUCTIONS, PruneSettings
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.workflows.compress.settings import for_images, recipe_settings
-from ssmprune_cli.workflows.limits import Limits
+from ssmprune_cli.workflows.limits import OF_TASKS, Limits
 from ssmprune_cli.workflows.search import state_file
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import Budget
@@ -35,7 +35,7 @@ class CompressRequest:
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
-    data           labelled images, of the kind `dataset`, on which both models are judged; `limit` of them
+    data           images with targets, of the kind `dataset`, on which both models are judged; `limit` of them
     samples        so many of them (or of the calibration images) are put into the artefact, for its report
     dry_run        read no images and write nothing
     command        how to do it again, for the report
@@ -144,10 +144,9 @@ class CompressRequest:
             for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
                 if value is not None:
                     raise UsageError(f"{option} needs --data, the images that it is about")
-            self.limits.require(("max_drop", "min_accuracy"), "--data, the images to measure accuracy on")
+            self.limits.require(OF_TASKS, "--data, the images to measure accuracy on")
         if self.dry_run:
-            measured = ("max_drop", "min_accuracy", "max_latency_ratio")
-            self.limits.require(measured, "a run: nothing is measured in a dry run")
+            self.limits.require((*OF_TASKS, "max_latency_ratio"), "a run: nothing is measured in a dry run")
         elif self.out is None:
             raise UsageError("--out is missing", hint="Give `--out FOLDER`, or `--dry-run` to see what would be done.")
 

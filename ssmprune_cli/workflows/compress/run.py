@@ -78,11 +78,13 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
 
 
 def _evaluation(request: CompressRequest) -> ImageDataset | None:
-    """The labelled images. Raises DataError if the model cannot be judged on them."""
+    """The images to judge on. Raises DataError if the model cannot be judged on them, UsageError for another task's
+    limits."""
     if request.data is None:
         return None
     model = request.source.load()
     task = TASKS.get(model.task)
+    request.limits.fit(task)
     dataset = task.open(request.data, request.dataset)
     task.check(model, dataset)
     return dataset

@@ -77,7 +77,7 @@ class _Parts(Dataset[_Part]):
             images = torch.stack([self._image(step, place) for place in places])
         except DataError as error:
             return error
-        labels = torch.tensor([self.images.label(int(self.order[step, place])) for place in places])
+        labels = torch.tensor([self.images.target(int(self.order[step, place])) for place in places])
         targets = soft_targets(labels, self.classes, self.settings.label_smoothing)
         if self.settings.mixup or self.settings.cutmix:
             seeds = [mixed_seed(*self.seeds, step, place, 1) for place in places[::2]]

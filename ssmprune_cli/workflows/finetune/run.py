@@ -293,8 +293,8 @@ def _check(model: Backbone, images: ImageDataset) -> None:
     if model.num_classes < 2:
         raise UsageError(f"the model has {model.num_classes} classes: training needs two or more to tell apart")
     for index in range(len(images)):
-        label = images.label(index)
-        if label is None:
+        label = images.target(index)
+        if not isinstance(label, int):
             raise DataError("has no label", where=images.name(index))
         if not 0 <= label < model.num_classes:
             raise DataError(

@@ -51,7 +51,7 @@ def samples(
     files: dict[str, bytes] = {}
     described = []
     for index, picture in enumerate(pixels(images, pruned.preprocessing)):
-        buffer = io.BytesIO()
+        target, buffer = batch.targets[index], io.BytesIO()
         Image.fromarray(picture).save(buffer, format="png")
         file = f"sample_{index + 1}.png"
         files[file] = buffer.getvalue()
@@ -59,7 +59,7 @@ def samples(
             Sample(
                 name=shown(batch.names[index]),
                 file=file,
-                label=None if batch.labels is None else int(batch.labels[index]),
+                label=target if isinstance(target, int) else None,
                 chosen="changed" if index < len(first) else "random",
                 predicted_dense=int(reference[index].argmax()),
                 predicted_pruned=int(logits[index].argmax()),

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmprune_cli.data import ImageDataset, Subset, calibration_images, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, divergence, judged_rows, repair, restore
+from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, judged_rows, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.workflows.identity import run_identity
@@ -27,6 +27,7 @@ from ssmprune_cli.workflows.trials import (
     Budget,
     Clock,
     Costs,
+    Images,
     Measurements,
     Prepared,
     SavedState,
@@ -206,7 +207,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     parts = split(len(dataset))
     mixed = Subset(dataset, order)
 
-    def load(sized: Backbone) -> Tensor:
+    def load(sized: Backbone) -> Images:
         return load_images(sized, mixed)
 
     measurements = Measurements(
@@ -249,7 +250,7 @@ class Searches:
             sized.prune(variant.settings)
             if not variant.settings.schedule.points:  # a model that drops nothing is not repaired
                 logits = run(sized.session, prepared(sized.model))
-                found = divergence(self._wanted, logits)[judged_rows(len(logits))]
+                found = self.measurements.task.divergence(self._wanted, logits)[judged_rows(len(logits))]
             else:
                 sized.model.pruner = copy.deepcopy(sized.model.pruner)  # the repair is left in it
                 result = repair(

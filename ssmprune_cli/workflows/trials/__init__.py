@@ -6,7 +6,17 @@ from ssmprune_cli.workflows.trials.budgets import Budget, Spending, Uniform
 from ssmprune_cli.workflows.trials.candidates import Candidate, layouts, neighbours, uniform
 from ssmprune_cli.workflows.trials.clock import Clock, TimeTable, Timing, check_time
 from ssmprune_cli.workflows.trials.cost import Costs, Spends, check_budget, schedule_at, solve
-from ssmprune_cli.workflows.trials.measure import Distances, Measurements, Prepared, Variant, load_images, run
+from ssmprune_cli.workflows.trials.measure import (
+    Distances,
+    Images,
+    Measurements,
+    Prepared,
+    Variant,
+    in_batches,
+    load_images,
+    run,
+    task_of,
+)
 from ssmprune_cli.workflows.trials.state import SavedState
 
 __all__ = [
@@ -15,6 +25,7 @@ __all__ = [
     "Clock",
     "Costs",
     "Distances",
+    "Images",
     "Measurements",
     "Prepared",
     "SavedState",
@@ -26,11 +37,13 @@ __all__ = [
     "Variant",
     "check_budget",
     "check_time",
+    "in_batches",
     "layouts",
     "load_images",
     "neighbours",
     "run",
     "schedule_at",
     "solve",
+    "task_of",
     "uniform",
 ]

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
-from torch import Tensor
-
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings
 from ssmprune_cli.workflows.trials.candidates import layouts
 from ssmprune_cli.workflows.trials.clock import Clock, TimeTable
 from ssmprune_cli.workflows.trials.cost import Costs, Spends, schedule_at, solve
-from ssmprune_cli.workflows.trials.measure import Measurements
+from ssmprune_cli.workflows.trials.measure import Images, Measurements
 
 Kind = Literal["keep", "flops", "time"]
 
@@ -39,10 +37,10 @@ class Uniform:
     """The uniform schedule (one keep ratio, at the default points) of a method for a budget.
 
     Where the default points cannot save enough, the first of `layouts` that can. Costs come from `count_flops`.
-    A time is measured on `images` (N, 3, H, W), `batch_size` at once.
+    A time is measured with `batch_size` images at once.
     """
 
-    def __init__(self, model: Backbone, images: Tensor, *, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, model: Backbone, images: Images, *, batch_size: int, seed: int = 0) -> None:
         self._measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size)
         self._costs = Costs(self._measurements)
         device = str(next(model.parameters()).device)

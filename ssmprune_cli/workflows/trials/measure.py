@@ -5,29 +5,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, batches
+from ssmprune_cli.data import Batch, ImageDataset, batches
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.inference import Session, prepare
+from ssmprune_cli.interface import Pruner
 from ssmprune_cli.models import Backbone, resize
 from ssmprune_cli.pruning import (
     ALIGNMENTS,
     PruneSettings,
     TokenPruner,
     calibrate,
-    divergence,
     fit_mass,
     restore,
-    soft_divergence,
 )
+from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.measure import count_flops
 from ssmprune_cli.workflows.trials.state import SavedState
+
+Images = Tensor | list[Tensor]
+"""Prepared images: (N, 3, H, W), or (3, H, W) each where their sizes differ."""
 
 
 class Prepared(Iterable[Tensor]):
@@ -42,23 +45,52 @@ class Prepared(Iterable[Tensor]):
         self._model, self._dataset, self._batch_size, self._done = model, dataset, batch_size, done
 
     def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.batches():
+            yield batch.images
+
+    def batches(self) -> Iterator[Batch]:
+        """The same with targets, frames and names."""
         device, read = next(self._model.parameters()).device, 0
         for batch in batches(self._dataset, self._model.preprocessing, self._batch_size):
-            yield batch.images.to(device)
+            yield replace(batch, images=batch.images.to(device))
             read += len(batch.images)
             if self._done:
                 self._done(read, len(self._dataset))
 
 
-def load_images(model: Backbone, dataset: ImageDataset) -> Tensor:
-    """All images of `dataset`, prepared for `model`: (images, 3, H, W) on its device."""
-    return torch.cat(list(Prepared(model, dataset, 64)))
+def load_images(model: Backbone, dataset: ImageDataset) -> Images:
+    """All images of `dataset`, prepared for `model`, on its device."""
+    parts = list(Prepared(model, dataset, 64))
+    if len({part.shape[2:] for part in parts}) == 1:
+        return torch.cat(parts)
+    return [image for part in parts for image in part]
+
+
+def in_batches(images: Images, batch_size: int) -> list[Tensor]:
+    """Batches (B, 3, H, W) of `batch_size` images in order, or fewer where the size changes."""
+    if isinstance(images, Tensor):
+        return list(images.split(batch_size))
+    found: list[list[Tensor]] = []
+    for image in images:
+        if found and len(found[-1]) < batch_size and found[-1][0].shape == image.shape:
+            found[-1].append(image)
+        else:
+            found.append([image])
+    return [torch.stack(group) for group in found]
 
 
 def run(session: Session, batches: Iterable[Tensor]) -> Tensor:
-    """(images, classes) float64 logits, on the CPU, of batches (B, 3, H, W)."""
+    """(images, ...) on the CPU: what the distance of two models is computed from (`Task.sample`), of batches
+    (B, 3, H, W). Of a classifier that are its logits (images, classes) in float64."""
+    task = task_of(session)
     with torch.inference_mode():
-        return torch.cat([session(batch).double().cpu() for batch in batches])
+        return torch.cat([task.sample(session(batch)).cpu() for batch in batches])
+
+
+def task_of(session: Session) -> Task[Any, Any]:
+    """What the model of a session is for."""
+    assert isinstance(session.definition, Backbone)
+    return TASKS.get(session.definition.task)
 
 
 @dataclass(frozen=True)
@@ -70,31 +102,32 @@ class Variant:
 
 
 class Distances(NamedTuple):
-    """From the dense model, (N,) float64 each, image by image: `divergence`, and `soft_divergence`. All are infinite if
-    one image's logits are not finite."""
+    """From the dense model, (N,) float64 each, image by image: the task's `divergence`, and `soft_divergence`. All are
+    infinite if one image's logits are not finite."""
 
     nats: Tensor
     soft: Tensor
 
 
 class Measurements:
-    """Pruned variants of `model` on fixed unlabelled `images` (N, 3, H, W); every result goes through `state`.
+    """Pruned variants of `model` on fixed unlabelled `images`; every result goes through `state`.
 
     calibration  how many of the images, from the first, alignment is calibrated on
     load         model -> the same images, prepared for it: for `at`
-    dense        logits (N, classes) to be near to, of a dense model that sees the images larger; by default of `model`
+    dense        what to be near to, as `run` gives it, of a dense model that sees the images larger; by default of
+                 `model`
     Raises DataError, naming the image by its number, if the dense model's logits are not finite or all alike.
     """
 
     def __init__(
         self,
         model: Backbone,
-        images: Tensor | Callable[[], Tensor],
+        images: Images | Callable[[], Images],
         *,
         calibration: int,
         batch_size: int = 32,
         state: SavedState | None = None,
-        load: Callable[[Backbone], Tensor] | None = None,
+        load: Callable[[Backbone], Images] | None = None,
         dense: Tensor | None = None,
         prefix: str = "",
     ) -> None:
@@ -109,12 +142,13 @@ class Measurements:
         self._prefix = prefix
         restore(model)
         self.session = prepare(model)  # of the model as it is; pruned ones share its weights
+        self.task = task_of(self.session)
         if dense is not None:
             self.dense = dense
             return
         images = self.images
-        self.dense = run(self.session, images.split(batch_size))
-        bad = (~self.dense.isfinite().all(dim=1)).nonzero()
+        self.dense = run(self.session, in_batches(images, batch_size))
+        bad = (~self.dense.isfinite().flatten(1).all(dim=1)).nonzero()
         if len(bad):
             raise DataError(
                 f"the dense model's logits of calibration image {int(bad[0]) + 1} are not finite",
@@ -127,9 +161,9 @@ class Measurements:
             )
 
     @property
-    def images(self) -> Tensor:
-        """(N, 3, H, W), read when they are first needed: what a size costs needs none."""
-        if not isinstance(self._images, Tensor):
+    def images(self) -> Images:
+        """Read when they are first needed: what a size costs needs none."""
+        if callable(self._images):
             self._images = self._images()
         return self._images
 
@@ -169,18 +203,22 @@ class Measurements:
 
     def _calibrated(self, settings: PruneSettings) -> TokenPruner:
         """As `pruning.compress` makes it, without the statistics of scores and without what is not calibrated."""
-        alignment, batches = (
-            ALIGNMENTS.get(settings.alignment),
-            self.images[: self._calibration].split(self._batch_size),
-        )
+        alignment = ALIGNMENTS.get(settings.alignment)
+        batches = in_batches(self.images[: self._calibration], self._batch_size)
         if not alignment.needs_calibration:
             pruner = self.pruner(settings)
             if alignment.needs_sizes:
-                fit_mass(self.model, pruner, batches, self.dense[: self._calibration], self.session.with_pruner)
+                dense = self.dense[: self._calibration]
+                fit_mass(self.model, pruner, batches, dense, self._sampled, self.task.divergence)
             return pruner
         deltas = calibrate(self.model, settings, batches).deltas
         like = next(self.model.parameters())
         return TokenPruner(settings, self.model.stages, self.model.mixers, deltas).to(like.device, like.dtype)
+
+    def _sampled(self, pruner: Pruner | None) -> Callable[[Tensor], Tensor]:
+        """The model with this pruner, as far as distances are computed from its answers."""
+        session = self.session.with_pruner(pruner)
+        return lambda images: self.task.sample(session(images))
 
     def pruner(self, settings: PruneSettings) -> TokenPruner:
         """One that is not calibrated: it costs and takes as much as one that is."""
@@ -194,12 +232,12 @@ class Measurements:
             self.prune(settings)
             rows = slice(part.start, part.stop)
             session = self.session.with_pruner(self.model.pruner)
-            logits = run(session, self.images[rows].split(self._batch_size))
+            logits = run(session, in_batches(self.images[rows], self._batch_size))
             restore(self.model)
             if not bool(logits.isfinite().all()):
                 return None
             dense = self.dense[rows]
-            return [divergence(dense, logits).tolist(), soft_divergence(dense, logits).tolist()]
+            return [self.task.divergence(dense, logits).tolist(), self.task.soft_divergence(dense, logits).tolist()]
 
         found = self.state.get(f"{self._prefix}distances {part.start}:{part.stop} {_key(settings)}", compute)
         both = torch.tensor(found or [[math.inf] * len(part)] * 2, dtype=torch.float64)
