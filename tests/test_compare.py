@@ -23,9 +23,8 @@ from ssmprune_cli.workflows import compare as workflow
 from ssmprune_cli.workflows.compare import Comparison
 from ssmprune_cli.workflows.measure import Speed, count_flops
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Budget
+from ssmprune_cli.workflows.trials import Budget, measure
 from ssmprune_cli.workflows.trials import clock as clocks
-from ssmprune_cli.workflows.trials import measure
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 
