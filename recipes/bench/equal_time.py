@@ -25,7 +25,7 @@ import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import Backbone, cut_short, longest_stage, resize
+from ssmprune_cli.models import Backbone, cut_short, cuts, resize
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
@@ -118,7 +118,7 @@ class Bench:
             both = interleaved_speeds([reference, prepare(cut_short(model, blocks))], batch, self.arguments.rounds)
             return both[1].median_ms <= share * both[0].median_ms
 
-        possible = range(1, longest_stage(model))
+        possible = cuts(model)
         place = bisect_left(possible, True, key=fits)
         if place < len(possible):
             cut = cut_short(model, possible[place])

@@ -20,7 +20,7 @@ from ssmprune_cli.models.common import (
     set_drop_path,
     set_recompute,
 )
-from ssmprune_cli.models.cutting import cut_short, longest_stage
+from ssmprune_cli.models.cutting import cut_short, cuts
 from ssmprune_cli.models.dense import (
     PLAINMAMBA_MASK_RCNN,
     PLAINMAMBA_UPERNET,
@@ -88,9 +88,9 @@ __all__ = [
     "column_gaps",
     "conv_sources",
     "cut_short",
+    "cuts",
     "decay_rates",
     "inflow",
-    "longest_stage",
     "resize",
     "set_drop_path",
     "set_recompute",

@@ -14,13 +14,12 @@ def cut_short(model: Backbone, blocks: int) -> Backbone:
     its dtype. What follows them was not trained for what it then sees: `repair(cut, images, dense=logits)` refits the
     head.
 
-    Raises UsageError for a model that drops tokens, and unless at least one block is cut and one is left.
+    Raises UsageError for a model that drops tokens, and for another number of blocks than `cuts` names.
     """
     if model.pruner is not None:
         raise UsageError("a model that drops tokens cannot be cut short", hint="Cut the dense model.")
-    longest = longest_stage(model)
-    if not 0 < blocks < longest:
-        raise UsageError(f"of {longest} blocks 1 to {longest - 1} can be cut, not {blocks}")
+    if blocks not in cuts(model):
+        raise UsageError(f"of this {model.family} {len(cuts(model))} blocks at most can be cut, and not {blocks}")
     with torch.device("meta"):
         shorter = FAMILIES.get(model.family).build(model.config.without_blocks(blocks))
     state = model.state_dict()
@@ -31,6 +30,9 @@ def cut_short(model: Backbone, blocks: int) -> Backbone:
     return shorter.train(model.training)
 
 
-def longest_stage(model: Backbone) -> int:
-    """How many blocks the stage has that `cut_short` takes them from: the first of the longest ones."""
-    return max(stage.stop - stage.start for stage in model.stages)
+def cuts(model: Backbone) -> range:
+    """How many blocks `cut_short` can take from `model`: one of its longest stage stays. None if its outputs are of
+    several depths."""
+    if model.config.without_blocks(0) is None:
+        return range(0)
+    return range(1, max(stage.stop - stage.start for stage in model.stages))

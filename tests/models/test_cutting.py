@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models import Backbone, cut_short, longest_stage
+from ssmprune_cli.models import Backbone, cut_short, cuts
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
@@ -43,8 +43,9 @@ def test_it_is_the_first_blocks_and_what_follows_the_last(name: str) -> None:
     parent, _, last = attribute.rpartition(".")
     module = owner.get_submodule(parent)
     blocks = module.get_submodule(last)
-    assert isinstance(blocks, nn.ModuleList) and len(blocks) == longest_stage(model) == 4
+    assert isinstance(blocks, nn.ModuleList) and len(blocks) == 4 and cuts(model) == range(1, 4)
     setattr(module, last, blocks[:3])
+    by_hand.config = model.config.without_blocks(1)
     images = torch.randn(2, 3, *model.image_size)
     cut = cut_short(model, 1)
     with torch.no_grad():
@@ -70,7 +71,7 @@ def test_its_weights_are_its_own_and_its_head_is_refitted() -> None:
 
 @pytest.mark.parametrize("blocks", [0, 4, -1])
 def test_what_cannot_be_cut_is_refused(blocks: int) -> None:
-    with pytest.raises(UsageError, match="of 4 blocks 1 to 3 can be cut"):
+    with pytest.raises(UsageError, match="3 blocks at most can be cut"):
         cut_short(make("vim"), blocks)
 
 
@@ -78,4 +79,11 @@ def test_a_model_that_drops_tokens_is_not_cut() -> None:
     model = make("vim")
     compress(model, 0.5, points=[1])
     with pytest.raises(UsageError, match="drops tokens cannot be cut short"):
+        cut_short(model, 1)
+
+
+def test_outputs_of_several_depths_are_not_cut() -> None:
+    model = PlainMamba(PlainMambaConfig(**SIZES, out_indices=(1, -1)))
+    assert not cuts(model)
+    with pytest.raises(UsageError, match="0 blocks at most can be cut"):
         cut_short(model, 1)

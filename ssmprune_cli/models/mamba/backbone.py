@@ -57,7 +57,6 @@ class MambaConfig(ImageConfig):
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     def without_blocks(self, count: int) -> MambaConfig:
-        """The same without the last `count` blocks."""
         return replace(self, depth=self.depth - count)
 
     @property

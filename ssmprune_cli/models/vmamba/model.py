@@ -75,7 +75,6 @@ class VMambaConfig(ImageConfig):
             raise UsageError(f"out_stages must be stages from 0 to {len(self.depths) - 1}, not {self.out_stages}")
 
     def without_blocks(self, count: int) -> VMambaConfig:
-        """The same without the last `count` blocks of the first of the longest stages."""
         depths = list(self.depths)
         depths[depths.index(max(depths))] -= count
         return replace(self, depths=tuple(depths))
