@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict
@@ -25,10 +26,8 @@ def facts(model: Backbone, source: Path | None) -> dict[str, str]:
         "configuration": json.dumps(asdict(model.config)),
         "class_names": json.dumps(model.class_names),
     }
-    try:
+    with contextlib.suppress(UsageError):
         found["preprocessing"] = json.dumps(asdict(model.preprocessing))
-    except UsageError:
-        pass
     if isinstance(model.pruner, TokenPruner):
         settings = model.pruner.settings.to_dict()
         found["schedule"] = json.dumps(settings.pop("schedule"))

@@ -42,6 +42,7 @@ BACKENDS.register("reference", REFERENCE)
 backend_from_environment()
 
 __all__ = [
+    "CPU",
     "FORMULAS",
     "PLAIN",
     "Backend",

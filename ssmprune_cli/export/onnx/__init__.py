@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.export.onnx.target import ONNX, ONNX_PLAIN
+from ssmprune_cli.export.onnx.target import ONNX, ONNX_PLAIN, library
 
-__all__ = ["ONNX", "ONNX_PLAIN"]
+__all__ = ["ONNX", "ONNX_PLAIN", "library"]

@@ -13,7 +13,7 @@ from ssmprune_cli.export.onnx.nodes import DOMAIN, scan_name
 
 MOST_YS = 4  # directions of a gated sum
 
-# y (B, L, E) becomes silu(y), and `pre` is what it becomes it of.
+# `activated` is silu(pre).
 _SILU = "gate = Sigmoid (pre) \n activated = Mul (pre, gate)"
 
 
@@ -104,7 +104,7 @@ _SPARSE = f"""SparseConv1d (x, context, sources, weight, bias) => (y) {{
 
 
 def _grid_conv(placed: bool) -> str:
-    """x (B, L, E), weight (E, K, K), bias (E,), positions (B, L). Row 0 of `padded` is 0, for a place without a token."""
+    """x (B, L, E), weight (E, K, K), bias (E,), positions (B, L). Row 0 of `padded` is for places without a token."""
     inputs, dense, out = "x, weight, bias", "cells = Identity (x)", "y = Identity (whole)"
     if placed:
         inputs += ", positions"

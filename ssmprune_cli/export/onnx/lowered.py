@@ -1,4 +1,4 @@
-"""PyTorch's operators that ONNX has no translation of, or one that runtimes read in several ways, by those that it has."""
+"""PyTorch's operators that ONNX lacks, or that runtimes read in several ways, by those that it has."""
 
 from __future__ import annotations
 

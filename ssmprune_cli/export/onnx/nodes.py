@@ -1,6 +1,6 @@
 """Our ops as nodes of our domain. What a node computes is the function of its name, see `bodies.py`.
 
-A function cannot ask which of its inputs are there. So an op has one name for each set of inputs, and for each direction.
+A function cannot ask which of its inputs are there. So an op has a name for each set of inputs and direction.
 Letters: B batch, L tokens, E channels, N state size, K taps.
 """
 

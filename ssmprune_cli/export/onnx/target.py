@@ -1,12 +1,14 @@
 """The ONNX files: written, and opened in ONNX Runtime.
 
-`onnx`: each of our ops is a node of our domain with a function of standard operators, so that any runtime with functions
+`onnx`: each of our ops is a node of our domain with a function of standard operators: any runtime with functions
 computes it, and one with our kernels runs these. `onnx-plain`: the functions are put in the place of the nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,7 @@ from ssmprune_cli.export.onnx.bodies import functions
 from ssmprune_cli.export.onnx.lowered import LOWERED
 from ssmprune_cli.export.onnx.nodes import DOMAIN, NODES, VERSION
 from ssmprune_cli.export.target import ExportTarget, Run, Wanted
+from ssmprune_cli.kernels import CPU
 
 OPSETS = (18, 23)
 _OPSET = 18  # the least: more runtimes read it
@@ -40,15 +43,16 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool)
 
     opset = wanted.opset or _OPSET
     lowered = graph.run_decompositions({**LOWERED, **NODES})
-    program = torch.onnx.export(
-        lowered,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        opset_version=opset,
-        dynamo=True,
-        optimize=True,
-        verbose=False,
-    )
+    with _quiet():
+        program = torch.onnx.export(
+            lowered,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=opset,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     _tidy(model, opset)
@@ -63,6 +67,18 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool)
         model.metadata_props.add(key=name, value=text)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells which constants it does not fold: that is of no use to anybody here."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _tidy(model: Any, opset: int) -> None:
@@ -83,23 +99,39 @@ def _tidy(model: Any, opset: int) -> None:
     model.producer_name = DOMAIN
 
 
-def _session(path: Path) -> Any:
+def library() -> Path:
+    """Our kernels as a library of ops, for `SessionOptions.register_custom_ops_library` of ONNX Runtime 1.17 or later.
+
+    Raises KernelError where there are none, with the reason: the file works without them.
+    """
+    return CPU.library_file()
+
+
+def _session(path: Path, kernels: Path | None = None) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
+    if kernels is not None:
+        settings.register_custom_ops_library(str(kernels))
     settings.log_severity_level = 3  # its warnings are of folding constants
     settings.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
+def _run(session: Any, images: Tensor) -> Tensor:
+    (logits,) = session.run([OUTPUT], {INPUT: images.cpu().numpy()})
+    return torch.from_numpy(logits).to(images.device)
+
+
+def _open_plain(path: Path) -> Mapping[str, Run]:
+    return {"onnxruntime": partial(_run, _session(path))}
+
+
 def _open(path: Path) -> Mapping[str, Run]:
-    session = _session(path)
-
-    def run(images: Tensor) -> Tensor:
-        (logits,) = session.run([OUTPUT], {INPUT: images.cpu().numpy()})
-        return torch.from_numpy(logits).to(images.device)
-
-    return {"onnxruntime": run}
+    runs = dict(_open_plain(path))
+    if CPU.missing() is None:
+        runs["onnxruntime with our kernels"] = partial(_run, _session(path, library()))
+    return runs
 
 
 def _record(path: Path, name: str, text: str) -> None:
@@ -111,4 +143,4 @@ def _record(path: Path, name: str, text: str) -> None:
 
 
 ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS)
-ONNX_PLAIN = ExportTarget(".onnx", _missing, partial(_write, inlined=True), _open, _record, OPSETS)
+ONNX_PLAIN = ExportTarget(".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS)
