@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
 
+from ssmprune_cli.export.graph import too_old
 from ssmprune_cli.export.target import ExportTarget, Run, Wanted
 from ssmprune_cli.kernels import PLAIN
 
 FACTS = "ssmprune.json"  # in the file's `extra_files`
-
-
-def _missing() -> str | None:
-    return None if find_spec("torch.export") else f"torch {torch.__version__} has no torch.export"
 
 
 def _write(graph: ExportedProgram, path: Path, wanted: Wanted) -> None:
@@ -30,4 +26,4 @@ def _open(path: Path) -> Mapping[str, Run]:
     return {"torch": torch.export.load(path).module()}
 
 
-PT2 = ExportTarget(".pt2", _missing, _write, _open)
+PT2 = ExportTarget(".pt2", too_old, _write, _open)

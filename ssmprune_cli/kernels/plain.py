@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan_op
 
 from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs
 from ssmprune_cli.kernels.pytorch import eager, finish, steps
@@ -33,7 +32,9 @@ def _scan(
     read: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`scan_op` is the operator itself: the function of the same subject around it would compile what it is given."""
+    """`scan_op` is the operator itself: the function `scan` around it would compile what it is given."""
+    from torch._higher_order_ops.scan import scan_op  # it imports the compiler, which takes seconds
+
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, read)
     wide = ScanInputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
     sizes, decay = steps(wide)

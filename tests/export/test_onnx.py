@@ -44,7 +44,7 @@ def session(model: Path | bytes, *, kernels: bool = False, threads: int = 1) -> 
 # --- nodes
 
 
-def graph_of(name: str, inputs: dict[str, Tensor], outputs: int, **attributes: Any) -> bytes:
+def graph_of(name: str, inputs: dict[str, Tensor], count: int, **attributes: Any) -> bytes:
     """A model of one node of ours."""
     from ssmprune_cli.export.onnx.bodies import functions
 
@@ -53,8 +53,9 @@ def graph_of(name: str, inputs: dict[str, Tensor], outputs: int, **attributes: A
         onnx.helper.make_tensor_value_info(key, kinds[value.dtype], [None] * value.ndim)
         for key, value in inputs.items()
     ]
-    results = [f"out{number}" for number in range(outputs)]
-    node = onnx.helper.make_node(name, list(inputs), results, domain="ssmprune", **attributes)
+    results = [f"out{number}" for number in range(count)]
+    node = onnx.helper.make_node(name, list(inputs), results, domain="ssmprune")
+    node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in attributes.items())
     made = [onnx.helper.make_tensor_value_info(each, onnx.TensorProto.FLOAT, [None] * 3) for each in results]
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("ssmprune", 1)]
     graph = onnx.helper.make_graph([node], "one", given, made)

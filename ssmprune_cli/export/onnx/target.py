@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ssmprune_cli.export.graph import INPUT, OUTPUT
+from ssmprune_cli.export.graph import INPUT, OUTPUT, too_old
 from ssmprune_cli.export.onnx.bodies import functions
 from ssmprune_cli.export.onnx.lowered import LOWERED
 from ssmprune_cli.export.onnx.nodes import DOMAIN, NODES, VERSION
@@ -30,12 +30,10 @@ _OPSET = 18  # the least: more runtimes read it
 
 
 def _missing() -> str | None:
-    if not hasattr(torch.onnx, "ops"):
-        return f"torch {torch.__version__} has no torch.onnx.ops, which comes with 2.8"
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(name) is None:
             return f"the package {name} is missing: pip install 'ssmprune[onnx]'"
-    return None
+    return too_old()
 
 
 def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool) -> None:
