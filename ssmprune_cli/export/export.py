@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +136,7 @@ def export(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 # A batch of one would be taken for a constant.
@@ -159,6 +162,20 @@ def export(
         for module, mode in modes.items():
             module.training = mode
     return Exported(path, target, batch, path.stat().st_size, used, checks, tolerance)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of what is old in themselves, and tell which constants they do not fold."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _repeated(images: Tensor, count: int) -> Tensor:

@@ -16,6 +16,6 @@ def vim_onnx(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, Export
     """A pruned Vim with aligned scans, and its file."""
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = make("vim")
+    model = make("vim", image_size=40, patch_size=8, stride=8)
     compress(model, 0.5, points=[1], reduction="context", alignment="null")
     return model.eval(), export(model, tmp_path_factory.mktemp("onnx") / "vim.onnx")

@@ -48,14 +48,12 @@ def _searchsorted(ascending: Tensor, wanted: Tensor, **options: Any) -> Tensor:
 
 
 def _pool(images: Tensor, size: list[int]) -> Tensor:
-    """Means of windows that share the rows and columns evenly, as two products with their weights."""
+    """Means of windows that share rows, then columns, evenly: images (B, C, H, W) to (B, C, *size)."""
     for dim, count in ((2, size[0]), (3, size[1])):
         given = images.shape[dim]
-        windows = torch.zeros(given, count)
-        for number in range(count):
-            start, stop = number * given // count, -(-(number + 1) * given // count)
-            windows[start:stop, number] = 1 / (stop - start)
-        images = (images.transpose(dim, 3) @ windows).transpose(dim, 3)
+        windows = [(number * given // count, -(-(number + 1) * given // count)) for number in range(count)]
+        means = [images.narrow(dim, start, stop - start).mean(dim=dim, keepdim=True) for start, stop in windows]
+        images = torch.cat(means, dim=dim)
     return images
 
 

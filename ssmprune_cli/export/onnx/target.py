@@ -6,9 +6,7 @@ computes it, and one with our kernels runs these. `onnx-plain`: the functions ar
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,16 +39,15 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool)
 
     opset = wanted.opset or _OPSET
     lowered = graph.run_decompositions({**LOWERED, **NODES})
-    with _quiet():
-        program = torch.onnx.export(
-            lowered,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            opset_version=opset,
-            dynamo=True,
-            optimize=True,
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        lowered,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        opset_version=opset,
+        dynamo=True,
+        optimize=True,
+        verbose=False,
+    )
     assert program is not None
     model = program.model_proto
     _tidy(model, opset)
@@ -65,18 +62,6 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool)
         model.metadata_props.add(key=name, value=text)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells which constants it does not fold: that is of no use to anybody here."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _tidy(model: Any, opset: int) -> None:
