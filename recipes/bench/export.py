@@ -69,7 +69,10 @@ def compare(tables: Tables, variant: str, *, pruned: bool, seconds: float, threa
     times: dict[int, dict[str, list[float]]] = {}
     for batch in (1, 8):
         images = torch.randn(batch, 3, *model.image_size)
-        racing = {name: partial(run, images) for name, run in runs.items() if batch == 1 or name != "torch"}
+        racing: dict[str, Callable[[], object]] = {}
+        for name, run in runs.items():
+            if batch == 1 or name != "torch":
+                racing[name] = partial(run, images)
         with torch.inference_mode():
             times[batch] = race(racing, seconds)
     for name in runs:

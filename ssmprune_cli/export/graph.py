@@ -8,15 +8,15 @@ from torch.export import Dim, ExportedProgram
 
 from ssmprune_cli.models import Backbone
 
-OLDEST = (2, 8)  # version of torch: the first with `torch.onnx.ops`, and whose scan takes what we give it
+OLDEST = "2.8"  # version of torch: the first with `torch.onnx.ops`, and whose scan takes what we give it
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"  # names in a file
 
 
 def too_old() -> str | None:
     """Why this torch cannot export; None if it can."""
-    if torch.__version__ >= OLDEST:
+    if torch.__version__ >= OLDEST:  # it compares as versions do
         return None
-    return f"torch {torch.__version__} is too old, {'.'.join(map(str, OLDEST))} is needed"
+    return f"torch {torch.__version__} is too old, {OLDEST} is needed"
 
 
 class _Named(torch.nn.Module):

@@ -89,7 +89,7 @@ def scan_case(skip: bool, gap: str, reverse: bool) -> tuple[str, dict[str, Tenso
     for name, wanted in (("D", skip), ("gap", bool(gap)), ("gap_delta", gap == "Given")):
         if not wanted:
             del given[name]
-    named = {"delta_bias" if name == "bias" else name: value for name, value in given.items()}
+    named: dict[str, Any] = {"delta_bias" if name == "bias" else name: value for name, value in given.items()}
     return scan_name(has_D=skip, gap=gap, reverse=reverse), given, [selective_scan(**named, reverse=reverse)], {}
 
 
