@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -165,6 +166,26 @@ def test_a_kernel_refuses_what_does_not_fit() -> None:
     values = {key: value.numpy() for key, value in inputs.items()}
     with pytest.raises(Exception, match="lies outside"):
         run.run(None, {**values, "positions": values["positions"] + 9})
+
+
+@needs_kernels
+def test_an_older_runtime_is_refused_by_name() -> None:
+    """One that knows version 1 only, of whose table the first function is all that is needed: it makes a status."""
+    said: list[str] = []
+
+    def create_status(_: int, message: bytes) -> int:
+        said.append(message.decode())
+        return 1
+
+    pointer = ctypes.c_void_p
+    status = ctypes.CFUNCTYPE(pointer, ctypes.c_int, ctypes.c_char_p)(create_status)
+    table = (pointer * 1)(ctypes.cast(status, pointer))
+    api = ctypes.CFUNCTYPE(pointer, ctypes.c_uint32)(lambda version: ctypes.addressof(table) if version == 1 else None)
+    base = (pointer * 2)(ctypes.cast(api, pointer), None)
+    register = ctypes.CDLL(str(library())).RegisterCustomOps
+    register.restype = pointer
+    assert register(None, ctypes.byref(base)) == 1
+    assert said == ["the kernels of ssmprune need ONNX Runtime 1.17 or later"]
 
 
 # --- files

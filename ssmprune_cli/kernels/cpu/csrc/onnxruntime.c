@@ -72,12 +72,15 @@ static OrtStatus *output(const Kernel *k, OrtKernelContext *context, size_t inde
 /* What the threads do together. */
 typedef struct { const void *arguments; int64_t count, failed; } Work;
 
-INLINE void part_of(const Work *work, size_t item, int64_t *from, int64_t *to) { share(work->count, (int64_t)item, PARTS, from, to); }
+INLINE void part_of(const Work *work, size_t item, int64_t *from, int64_t *to) {
+    share(work->count, (int64_t)item, PARTS, from, to);
+}
 INLINE void fail(Work *work, int64_t failed) {
     if (failed) __atomic_fetch_or(&work->failed, failed, __ATOMIC_RELAXED);
 }
 
-static OrtStatus *together(const Kernel *k, OrtKernelContext *context, void (*body)(void *, size_t), int64_t items, Work *work) {
+static OrtStatus *together(const Kernel *k, OrtKernelContext *context, void (*body)(void *, size_t), int64_t items,
+                           Work *work) {
     TRY(ort_parallel(k->api)(context, body, (size_t)items, 0, work));
     if (work->failed & 1) return ort_create_status(k->api)(ORT_FAIL, "memory ran out");
     return work->failed ? fault(k, "a source or a position lies outside the tokens") : 0;
@@ -144,13 +147,14 @@ static void grid_item(void *data, size_t item) {
     fail(work, grid_conv_item(work->arguments, (int64_t)item));
 }
 
-/* `a` but for its taps, in `items` parts. */
+/* The convolution `a`, which lacks its taps, in `items` parts. */
 static OrtStatus *convolved(const Kernel *k, OrtKernelContext *context, Conv *a, const float *weight, int64_t taps,
                             void (*body)(void *, size_t), int64_t items) {
     float *turned = taps_of(weight, a->channels, taps);
-    Work work = {a, a->batch * a->length, !turned};
+    Work work = {a, a->batch * a->length, 0};
+    if (!turned) return ort_create_status(k->api)(ORT_FAIL, "memory ran out");
     a->taps = turned;
-    OrtStatus *status = turned ? together(k, context, body, items, &work) : ort_create_status(k->api)(ORT_FAIL, "memory ran out");
+    OrtStatus *status = together(k, context, body, items, &work);
     free(turned);
     return status;
 }
@@ -194,7 +198,8 @@ static OrtStatus *grid_conv(const Kernel *k, OrtKernelContext *context) {
     TRY(input(k, context, 2, &bias, 1, E, -1, -1));
     if (k->op->whole) TRY(input(k, context, 3, &positions, 2, B, L, -1));
     else if (L != k->grid[0] * k->grid[1]) return fault(k, "the tokens do not fill the grid");
-    if (weight.size[2] != K || k->outputs < 0 || k->outputs > L) return fault(k, "the sizes of the inputs do not fit each other");
+    if (weight.size[2] != K || k->outputs < 0 || k->outputs > L)
+        return fault(k, "the sizes of the inputs do not fit each other");
     TRY(output(k, context, 0, B, k->outputs, E, &y));
     Conv a = {.x = x.data, .y = y, .bias = bias.data, .positions = positions.data, .batch = B, .length = L, .channels = E,
               .width = K, .x_b = L * E, .x_l = E, .rows = k->grid[0], .columns = k->grid[1], .outputs = k->outputs};

@@ -39,12 +39,14 @@ enum { ORT_FLOAT = 1, ORT_INT64 = 7 };           /* types of elements */
 #define ort_type_and_shape(api) ORT(api, 65, const OrtValue *value, OrtTensorTypeAndShapeInfo **out)
 #define ort_float(api) ORT(api, 85, const OrtKernelInfo *info, const char *name, float *out)
 #define ort_input(api) ORT(api, 90, const OrtKernelContext *context, size_t index, const OrtValue **out)
-#define ort_output(api) ORT(api, 91, OrtKernelContext *context, size_t index, const int64_t *sizes, size_t rank, OrtValue **out)
+#define ort_output(api) \
+    ORT(api, 91, OrtKernelContext *context, size_t index, const int64_t *sizes, size_t rank, OrtValue **out)
 #define ort_release_type_and_shape(api) ((void (*)(OrtTensorTypeAndShapeInfo * info))(api)[99])
 #define ort_integers(api) ORT(api, 163, const OrtKernelInfo *info, const char *name, int64_t *out, size_t *count)
 /* Calls body(data, 0 ... count - 1) in the runtime's own threads; `batches` 0 leaves it to the runtime how many at once. */
 #define ort_parallel(api) \
-    ORT(api, 274, const OrtKernelContext *context, void (*body)(void *data, size_t item), size_t count, size_t batches, void *data)
+    ORT(api, 274, const OrtKernelContext *context, void (*body)(void *data, size_t item), size_t count, size_t batches, \
+        void *data)
 
 /* What a runtime asks of an op. Of two that do the same the later one is asked, if it is there. */
 typedef struct OrtCustomOp {
