@@ -69,7 +69,8 @@ class Reading:
 
     family, variant  instead of what is told from names and shapes of the weights
     weights          which copy to take from a training checkpoint: "model" or "model_ema"
-    image_size       side of square images; position embeddings are resized if the weights are for another size
+    image_size       side of square images; position embeddings are resized if the weights are for another size. Of a
+                     dense model, the short side that whole images are resized to
     stride           of the patches, in pixels
     crop             the part of the resized image that the centre crop keeps: 0.875 of 256 pixels is 224. Then the
                      short side is resized, even if the file says that both are

@@ -23,8 +23,9 @@ from ssmprune_cli.workflows import compare as workflow
 from ssmprune_cli.workflows.compare import Comparison
 from ssmprune_cli.workflows.measure import Speed, count_flops
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Budget, measure
+from ssmprune_cli.workflows.trials import Budget
 from ssmprune_cli.workflows.trials import clock as clocks
+from ssmprune_cli.workflows.trials import measure
 
 CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
 
@@ -42,7 +43,7 @@ def test_labels_of_other_classes_are_no_accuracy(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.array([0, 1, 2, 99]))
     images = open_dataset("npz", tmp_path / "images.npz")
     (row,), notes = workflow.compare(Source(CHECKPOINT), images, [], [], rounds=1)
-    assert row.metric is None and row.divergence == 0
+    assert row.top1 is None and row.divergence == 0
     assert notes == ["Accuracy is left out: has the label 99, and the model has 10 classes (0 to 9)."]
 
 
@@ -65,7 +66,7 @@ def test_many_images_are_read_anew_for_each_model_and_few_are_kept(
         for row in rows:  # one statistic for a row
             assert row.images_per_second == pytest.approx(rows[0].images_per_second * row.speedup)
         assert comparison.model.pruner is None and len(comparison.images) == 10
-        return [number for row in rows for number in (row.divergence, row.metric, row.share)]
+        return [number for row in rows for number in (row.divergence, row.top1, row.share)]
 
     expected = compared()
     monkeypatch.setattr(measure, "batches", counted)

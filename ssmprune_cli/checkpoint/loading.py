@@ -159,6 +159,11 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
     if chosen is None:
         chosen = _detect(checkpoint)
     _check_images(chosen, reading)
+    where, at_fault = str(checkpoint.path), "If the file is wrong, save its weights alone: {'model': weights}."
+    refusal = checkpoint.hints.refused.get("keep_ratio")
+    if refusal is not None and chosen.whole_image and reading.image_size is None:
+        hint = f"Give the short side of images, `--image-size`, for something else. {at_fault}"
+        raise CheckpointError(refusal, where=where, hint=hint)
     try:
         state = chosen.remap(checkpoint.state)
         config = chosen.configure(_shapes(state), hints)
@@ -168,8 +173,7 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
         shapes = _shapes(checkpoint.state)
         looks = None if chosen.matches(shapes, Hints()) else _recognise(shapes)
         hint = f"It looks like {looks}." if looks else _first_weights(shapes)
-        raise CheckpointError(error.what, where=str(checkpoint.path), hint=f"{hint} {_known()}") from error
-    where, at_fault = str(checkpoint.path), "If the file is wrong, save its weights alone: {'model': weights}."
+        raise CheckpointError(error.what, where=where, hint=f"{hint} {_known()}") from error
     for name, values in chosen.computes.items():
         stated = [each for each in hints.settings.get(name, ()) if plain(each) not in values]
         if stated:
@@ -181,13 +185,9 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
             )
     small = max(config.image_size) <= SMALL_SIDE  # not resized, so it does not matter how
     for name, refusal in checkpoint.hints.refused.items():
-        if (name == "keep_ratio") != chosen.whole_image:  # of the other kind of images
+        if chosen.whole_image or name == "keep_ratio":
             continue
-        if name == "keep_ratio":
-            if reading.image_size is None:
-                hint = f"Give the short side of images, `--image-size`, for something else. {at_fault}"
-                raise CheckpointError(refusal, where=where, hint=hint)
-        elif _images(reading)[name] is None and not (small and name in ("eval_crop_ratio", "interpolation")):
+        if _images(reading)[name] is None and not (small and name in ("eval_crop_ratio", "interpolation")):
             option = "--crop" if name == "eval_crop_ratio" else f"--{name}"
             raise CheckpointError(refusal, where=where, hint=f"Give `{option}` for something else. {at_fault}")
     return Resolved(chosen, config, state)

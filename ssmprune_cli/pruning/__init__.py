@@ -56,6 +56,11 @@ def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
     if schedule != possible:
         what = f"the pruning settings are not valid: grids {schedule.grids} are not those of {schedule.tokens} tokens"
         raise CheckpointError(what, where="config.json")
+    if read.returning != "left" and not model.restores:
+        what = (
+            f"the pruning settings are not valid: no token comes back in this model, by {read.returning!r} or otherwise"
+        )
+        raise CheckpointError(what, where="config.json")
     pruner = TokenPruner(read, model.stages, model.mixers)
     if read.repair != "none":
         pruner.correct(_empty(read.repair, pruner, model))

@@ -80,6 +80,7 @@ class DenseModel(Backbone):
     """A backbone of ours with a head. A subclass says `family`, `task` and what `forward` answers."""
 
     any_size = True
+    restores = True
     config: DenseConfig
 
     def __init__(self, config: DenseConfig, encoder: Backbone, head: nn.Module) -> None:
@@ -89,14 +90,18 @@ class DenseModel(Backbone):
         self.head = head
 
     @property
-    def pruner(self) -> Pruner | None:  # type: ignore[override]
+    def pruner(self) -> Pruner | None:
         """The encoder's slot."""
         return self.encoder.pruner
 
+    @pruner.setter
+    def pruner(self, pruner: Pruner | None) -> None:
+        self.encoder.pruner = pruner
+
     def __setattr__(self, name: str, value: Any) -> None:
-        # A module that is assigned would become a part of this one, whatever property has its name.
+        # torch makes a module that is assigned a part of this one, whatever property has its name.
         if name == "pruner":
-            self.encoder.pruner = value
+            object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 

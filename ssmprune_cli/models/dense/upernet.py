@@ -31,11 +31,31 @@ _COMPUTES = {
     "decode_head.align_corners": frozenset({False}),
     "decode_head.act_cfg": frozenset({"relu"}),
     "decode_head.norm_cfg": frozenset({"syncbn", "bn", "bn2d"}),
-    "decode_head.in_index": frozenset({(0, 1, 2, 3)}),
+    "decode_head.in_index": frozenset(tuple(range(count)) for count in range(1, 9)),  # all maps, in order
     "test_cfg.mode": frozenset({"whole"}),
     "final_norm": frozenset({True}),
     "use_rms_norm": frozenset({False}),
 }
+
+
+def _vmamba_encoders() -> dict[str, VMambaConfig]:
+    outputs = {"num_classes": 0, "out_stages": (0, 1, 2, 3), "image_size": (ADE20K, ADE20K)}
+    return {name: without_images(replace(each, **outputs)) for name, each in VMAMBA.variants.items()}
+
+
+def _plainmamba_encoders() -> dict[str, PlainMambaConfig]:
+    """Position embeddings are those of classification. The last block's norm is the classifier's."""
+    outputs = {"plainmamba_l1": (5, 11, 17, -1), "plainmamba_l2": (5, 11, 17, -1), "plainmamba_l3": (8, 17, 26, -1)}
+    size = {"num_classes": 0, "image_size": (ADE20K, ADE20K)}
+    return {
+        name: without_images(replace(each, out_indices=outputs[name], positions=each.grid, **size))
+        for name, each in PLAINMAMBA.variants.items()
+    }
+
+
+_VMAMBAS, _PLAINMAMBAS = _vmamba_encoders(), _plainmamba_encoders()
+_TINY, _L1 = _VMAMBAS["vmamba_tiny_s1l8"], _PLAINMAMBAS["plainmamba_l1"]
+_TINY_HEAD, _L1_HEAD = (UperNetConfig(in_channels=each.map_channels) for each in (_TINY, _L1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +75,20 @@ class UperNetModelConfig(DenseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VMambaUperNetConfig(UperNetModelConfig):
-    """UperNet on a VMamba."""
+    """UperNet on a VMamba; by default the smallest that is published."""
 
-    encoder: VMambaConfig
+    encoder: VMambaConfig = _TINY
+    head: UperNetConfig = _TINY_HEAD
+    preprocessing: KeepRatio = _IMAGES["vmamba"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainMambaUperNetConfig(UperNetModelConfig):
-    """UperNet on a PlainMamba."""
+    """UperNet on a PlainMamba; by default the smallest that is published."""
 
-    encoder: PlainMambaConfig
+    encoder: PlainMambaConfig = _L1
+    head: UperNetConfig = _L1_HEAD
+    preprocessing: KeepRatio = _IMAGES["plainmamba"]
 
 
 class VMambaUperNet(Segmenter):
@@ -147,22 +171,5 @@ def _stated(hints: Hints) -> tuple[tuple[int, ...] | None, float]:
     return scales, float(rates[0]) if rates else UperNetConfig.dropout
 
 
-def _vmamba_encoders() -> dict[str, VMambaConfig]:
-    outputs = {"num_classes": 0, "out_stages": (0, 1, 2, 3), "image_size": (ADE20K, ADE20K)}
-    return {name: without_images(replace(each, **outputs)) for name, each in VMAMBA.variants.items()}
-
-
-def _plainmamba_encoders() -> dict[str, PlainMambaConfig]:
-    """Position embeddings are those of classification. The last block's norm is the classifier's."""
-    outputs = {"plainmamba_l1": (5, 11, 17, -1), "plainmamba_l2": (5, 11, 17, -1), "plainmamba_l3": (8, 17, 26, -1)}
-    size = {"num_classes": 0, "image_size": (ADE20K, ADE20K)}
-    return {
-        name: without_images(replace(each, out_indices=outputs[name], positions=each.grid, **size))
-        for name, each in PLAINMAMBA.variants.items()
-    }
-
-
-VMAMBA_UPERNET = _family(VMAMBA, _vmamba_encoders(), VMAMBA.configure, VMambaUperNetConfig, VMambaUperNet)
-PLAINMAMBA_UPERNET = _family(
-    PLAINMAMBA, _plainmamba_encoders(), configure_encoder, PlainMambaUperNetConfig, PlainMambaUperNet
-)
+VMAMBA_UPERNET = _family(VMAMBA, _VMAMBAS, VMAMBA.configure, VMambaUperNetConfig, VMambaUperNet)
+PLAINMAMBA_UPERNET = _family(PLAINMAMBA, _PLAINMAMBAS, configure_encoder, PlainMambaUperNetConfig, PlainMambaUperNet)

@@ -43,7 +43,7 @@ _DENSE = ("encoder.", "decode_head.", "neck.", "rpn_head.", "roi_head.")
 def matches(shapes: Shapes, hints: Hints) -> bool:
     """Whether these are PlainMamba's keys: no other family has weights for the directions of a scan's steps."""
     ours = any(key.endswith("layers.0.mamba.direction_Bs") for key in shapes)
-    return ours and not any(key.startswith(_DENSE) for key in shapes)
+    return ours and ("head.fc.weight" in shapes or not any(key.startswith(_DENSE) for key in shapes))
 
 
 def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:

@@ -142,8 +142,8 @@ class PlainMambaAdapter(PlainMamba):
             own = places if sequence.is_untouched else places[0][sequence.dense_positions()]  # (B or 1, L, 2)
             sequence = replace(sequence, hidden=interaction.injector(sequence.hidden, own, prior, grids))
             for block in range(start, stop):
-                sequence = self.step(block, sequence)
-            whole = sequence.restored()
+                before, sequence = self.step(block, sequence)
+            whole = before.restored()
             for extractor in interaction.extractors:
                 prior = extractor(prior, centres, grids, whole.spread(whole.hidden), grid)
             start = stop
