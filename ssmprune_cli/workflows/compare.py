@@ -128,7 +128,14 @@ class Comparison:
     """
 
     def __init__(
-        self, source: Source, dataset: ImageDataset, *, limit: int | None, batch_size: int, device: str, rounds: int
+        self,
+        source: Source,
+        dataset: ImageDataset,
+        *,
+        limit: int | None,
+        batch_size: int | None,
+        device: str,
+        rounds: int,
     ) -> None:
         if len(dataset) < 2:
             raise DataError("a comparison needs at least two images")
@@ -136,10 +143,10 @@ class Comparison:
         self.model = source.load().to(self.device).eval()
         restore(self.model)
         self.reference = prepare(self.model)  # its variants share its weights
-        self.batch_size, self.rounds = batch_size, rounds
-        self.images = EvaluationImages(dataset, self.model, limit, batch_size)
-        self._smaller: dict[int, _Smaller] = {}
         self.task = TASKS.get(self.model.task)
+        self.batch_size, self.rounds = self.task.at_once(64, batch_size), rounds
+        self.images = EvaluationImages(dataset, self.model, limit, self.batch_size)
+        self._smaller: dict[int, _Smaller] = {}
         self.notes: list[str] = []
         self.judged = self.images.dataset.has_targets
         if self.judged:
@@ -332,7 +339,7 @@ def compare(
     calib: Path | None = None,
     calib_images: int = 64,
     limit: int | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     rounds: int = 5,
     device: str = "cpu",
     seed: int = 0,
@@ -366,7 +373,7 @@ def compare(
         rows.append(comparison.recipe(recipe, chosen))
         advance()
     seen = next(iter(comparison.images)).images[:2] if calibration is None else calibration
-    uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
+    uniform = Uniform(comparison.model, seen, batch_size=comparison.batch_size, seed=seed) if budgets else None
     for budget in budgets:
         assert uniform is not None
         title = f"{budget.kind} {budget.value:g}"

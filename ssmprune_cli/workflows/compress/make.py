@@ -22,6 +22,7 @@ from ssmprune_cli.pruning import (
 )
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import ReductionTrial
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.compress.reductions import compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
@@ -78,7 +79,8 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         return Made(model, None, images, None, None, (), tuple(warnings))
 
     # What all but a repair is chosen and calibrated on.
-    kind, batch_size = recipe.pruning.repair, recipe.calibration.batch_size
+    kind, task = recipe.pruning.repair, TASKS.get(model.task)
+    batch_size = task.at_once(recipe.calibration.batch_size)
     every = kind == "none" or len(images) <= ALIGNMENT_IMAGES
     rows = list(range(len(images))) if every else spread(len(images), ALIGNMENT_IMAGES)
     few = images if every else Subset(images, rows)
@@ -127,7 +129,7 @@ def _compared(
         load_images(model, images),
         importance=settings.importance,
         alignment=recipe.pruning.alignment,
-        batch_size=request.batch_size,
+        batch_size=TASKS.get(model.task).at_once(8, request.batch_size),
         device=request.device,
         dense=dense,
         seed=settings.seed,

@@ -176,11 +176,8 @@ def _compressed(
     drawn: tuple[Sample, ...] = ()
     files: dict[str, bytes] = {}
     if chosen and differs and request.samples:
-        if TASKS.get(model.task).one_class:
-            changed = None if result is None else result.changed
-            drawn, files = samples(model, reference, chosen, request.samples, target, changed)
-        else:
-            warnings.append(f"A report on {model.task} has no sample images: it cannot show the answers.")
+        changed = None if result is None else result.changed
+        drawn, files = samples(model, reference, chosen, request.samples, target, changed)
     provenance = {
         "weights_sha256": weights_sha256(reference),
         "calibration_images": len(images) if images is not None and settings is not None else 0,
