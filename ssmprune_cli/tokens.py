@@ -134,6 +134,8 @@ class TokenSequence:
     pooled    whether frozen tokens reach the scans through the live token nearest to each, in its step
     gone      dropped tokens that wait for `restored`
     restorable  whether `restored` will be asked for, in models that make the grid whole again
+    returning  share of the token here that is nearest in position in a dropped one that comes back; None: it comes back
+              as it left
     grid      rows and columns of patch tokens that the positions count; None: they are one row
     merged    what became of the dense grid, after `merge_neighbours`. The sequence is a whole grid again, and `length`,
               `positions`, `protected` and `grid` are those of this smaller one
@@ -153,6 +155,7 @@ class TokenSequence:
     pooled: bool = False
     gone: Dropped | None = None
     restorable: bool = False
+    returning: Tensor | float | None = None
     grid: Grid | None = None
     merged: Merged | None = None
     readout: Readout | None = None
@@ -383,7 +386,7 @@ class TokenSequence:
         return _Joined(order, order.argsort(dim=1)[:, : self.positions.shape[1]], positions, size, Geometry())
 
     def restored(self) -> TokenSequence:
-        """The whole grid, dropped tokens as they were when they left, forgotten. For `restorable` ones.
+        """The whole grid, with nothing dropped: for `restorable` ones, and as `returning` says.
 
         The reduction `mask` drops nothing, so its zeroed tokens stay what they are. A merged grid is whole as it is.
         """
@@ -394,7 +397,11 @@ class TokenSequence:
             return self._whole(self.hidden)
         values = self.hidden.new_empty(len(self.hidden), self.length, self.hidden.shape[2])
         for group in groups:
-            values = _put(values, group.positions, group.stream)
+            came = group.stream
+            if self.returning is not None:
+                near = gather_tokens(self.hidden, nearest(self.positions, group.positions))
+                came = torch.lerp(came, near.to(came.dtype), self.returning)
+            values = _put(values, group.positions, came)
         return self._whole(_put(values, self.positions, self.hidden))
 
     def _whole(self, hidden: Tensor) -> TokenSequence:

@@ -83,6 +83,12 @@ def mmcv_file(folder: Path, text: str = CONFIG, **meta: Any) -> Path:
     return folder / "upernet.pth"
 
 
+def opened(path: Path, **options: Any) -> DenseModel:
+    model = load(path, **options)
+    assert isinstance(model, DenseModel)
+    return model
+
+
 def same(first: DenseModel, second: DenseModel) -> bool:
     ours, theirs = first.state_dict(), second.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -175,8 +181,8 @@ def test_a_method_of_a_history_is_not_called(tmp_path: Path) -> None:
 
 def test_a_container_of_mmcv(tmp_path: Path) -> None:
     path = mmcv_file(tmp_path, CLASSES=("sky", "road", "tree"), PALETTE=None)
-    model = load(path)
-    assert isinstance(model, DenseModel) and same(model, build())
+    model = opened(path)
+    assert same(model, build())
     assert model.preprocessing == KeepRatio(320, 80, divisor=32, fill="resize")
     assert model.config == replace(build().config, class_names=("sky", "road", "tree"))
     assert model.class_names == ("sky", "road", "tree") and model.image_size == (80, 80)
@@ -227,7 +233,7 @@ def test_statements_are_heeded_or_refused_by_name(
     assert old in CONFIG
     path = mmcv_file(tmp_path, CONFIG.replace(old, new))
     if isinstance(expected, KeepRatio):
-        assert load(path).preprocessing == expected
+        assert opened(path).preprocessing == expected
         return
     with pytest.raises(CheckpointError, match=expected):
         load(path)
@@ -237,13 +243,13 @@ def test_without_a_word_on_images_their_size_is_asked_for(tmp_path: Path) -> Non
     path = mmcv_file(tmp_path, CONFIG.replace(PIPELINE, ""))
     with pytest.raises(CheckpointError, match=r"to what size images are resized(.|\n)*--image-size 512"):
         load(path)
-    model = load(path, image_size=64)
+    model = opened(path, image_size=64)
     assert model.preprocessing == KeepRatio(256, 64, divisor=32) and model.image_size == (64, 64)
     # What its user says goes before what the file says, also of a way that is not known here.
-    model = load(mmcv_file(tmp_path), image_size=160)
+    model = opened(mmcv_file(tmp_path), image_size=160)
     assert model.preprocessing == KeepRatio(640, 160, divisor=32)
     assert load(mmcv_file(tmp_path, CONFIG.replace("flip=False", "flip=True")), image_size=64).image_size == (64, 64)
-    assert load(path, image_size=64, mean=(0, 0, 0), std=(1, 1, 1)).preprocessing == KeepRatio(
+    assert opened(path, image_size=64, mean=(0, 0, 0), std=(1, 1, 1)).preprocessing == KeepRatio(
         256, 64, divisor=32, mean=(0, 0, 0), std=(1, 1, 1)
     )
 
@@ -308,9 +314,10 @@ def test_a_compressed_segmenter_is_saved_and_loaded_byte_for_byte(tmp_path: Path
 
 
 def test_a_segmenter_for_smaller_images(tmp_path: Path) -> None:
-    model = load(mmcv_file(tmp_path))
+    model = opened(mmcv_file(tmp_path))
     assert sides(model) == (72, 64, 56, 48, 40)
     smaller = resize(model, 48)
+    assert isinstance(smaller, DenseModel)
     assert smaller.preprocessing == KeepRatio(192, 48, divisor=32) and smaller.image_size == (48, 48)
     assert smaller.config.resized_from == (80, 80) and sides(smaller) == ()
     images = torch.randn(1, 3, 64, 96)

@@ -30,6 +30,7 @@ _CROPS = ("eval_crop_ratio", "crop_pct")
 # What is in these has its section's name too: other sections have settings of the same names.
 _NAMED_WHOLE = ("test", "test_cfg", "decode_head", "data_preprocessor")
 _MAX_CLASSES = 1 << 16
+_MAX_PAIRS = 64
 _MAX_TEXT = 1 << 20  # characters of a configuration in text
 _MAX_ENTRIES = 50_000
 _MAX_DEPTH = 24
@@ -131,6 +132,8 @@ def _collect(value: Any, found: _Found, name: str, depth: int, *, tests: bool = 
                 found.add(key, tuple(inner))
                 if full:
                     found.add(full, tuple(inner))
+            elif len(inner) <= _MAX_PAIRS and all(isinstance(each, list | tuple) and len(each) == 2 for each in inner):
+                found.add(key, tuple(map(tuple, inner)))
 
 
 def _parse(text: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ssmprune_cli.data.ade20k import open_ade20k
 from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
+from ssmprune_cli.data.coco import Annotation, Objects, open_coco
 from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
@@ -26,6 +27,7 @@ DATASETS.register("cifar100", open_cifar100)
 DATASETS.register("npz", open_npz)
 DATASETS.register("ade20k", open_ade20k)
 DATASETS.register("segfolder", open_segfolder)
+DATASETS.register("coco", open_coco)
 
 
 def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset:
@@ -41,9 +43,11 @@ def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset
 __all__ = [
     "DATASETS",
     "NOT_JUDGED",
+    "Annotation",
     "Batch",
     "ImageDataset",
     "Joined",
+    "Objects",
     "Split",
     "Subset",
     "Target",

@@ -1,9 +1,9 @@
-"""Copies of a module tree that share its tensors."""
+"""Copies of a module tree that share its tensors, and of what a module computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -36,3 +36,8 @@ def with_changes(module: nn.Module, changes: Changes, done: dict[nn.Module, nn.M
             copied._modules[name] = None if child is None else with_changes(child, changes, done)
         done[module] = changes[module](copied) if module in changes else copied
     return done[module]
+
+
+def cloned(outputs: Any) -> Any:
+    """A copy of what a model computes: a tensor, or a tuple of them."""
+    return tuple(map(cloned, outputs)) if isinstance(outputs, tuple) else outputs.clone()

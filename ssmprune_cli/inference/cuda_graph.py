@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.inference.behaviour import global_hooks
+from ssmprune_cli.inference.copying import cloned
 from ssmprune_cli.inference.session import Session, refuse_global_hooks
 from ssmprune_cli.interface import Pruner
 
@@ -82,7 +83,8 @@ class CudaGraphSession(Session):
                 return output
             graph.images.copy_(images)
             graph.replay()
-            return graph.output.clone()
+            copied: Tensor = cloned(graph.output)
+            return copied
 
     def _graph(self, images: Tensor) -> Graph | None:
         shape = tuple(images.shape)

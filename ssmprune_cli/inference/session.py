@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.inference.behaviour import global_hooks
-from ssmprune_cli.inference.copying import shallow
+from ssmprune_cli.inference.copying import cloned, shallow
 from ssmprune_cli.inference.explain import BY_OP, Explanation, Journal, complete
 from ssmprune_cli.interface import Pruner
 from ssmprune_cli.models import Backbone, DenseModel
@@ -52,7 +52,8 @@ class Session(nn.Module, ABC):
         """The model's output for `images` on its device and in its dtype."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model's output, logits (B, classes) of a backbone, for normalised images (B, 3, H, W).
+        """The model's output, logits (B, classes) of a backbone, for normalised images (B, 3, H, W). A detector's is a
+        tuple of tensors, see `models.Detector`.
 
         Images of another floating-point dtype or on another device are converted. Raises UsageError under autocast:
         the precision of a session was settled when it was prepared.
@@ -64,7 +65,8 @@ class Session(nn.Module, ABC):
             )
         with torch.inference_mode():
             output = self.compute(images.to(self.device, self.dtype))
-        return output.clone()  # made outside, it is an ordinary tensor, which a training may use
+        copied: Tensor = cloned(output)  # made outside, it is an ordinary tensor, which a training may use
+        return copied
 
     def with_pruner(self: S, pruner: Pruner | None) -> S:
         """A session of the same weights with another pruner, of which it takes a copy; None is the dense model."""

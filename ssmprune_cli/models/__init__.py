@@ -20,7 +20,17 @@ from ssmprune_cli.models.common import (
     set_drop_path,
     set_recompute,
 )
-from ssmprune_cli.models.dense import PLAINMAMBA_UPERNET, VMAMBA_UPERNET, DenseConfig, DenseModel, Segmenter
+from ssmprune_cli.models.dense import (
+    PLAINMAMBA_MASK_RCNN,
+    PLAINMAMBA_UPERNET,
+    VMAMBA_MASK_RCNN,
+    VMAMBA_UPERNET,
+    DenseConfig,
+    DenseModel,
+    Detector,
+    Segmenter,
+)
+from ssmprune_cli.models.heads import Detections
 from ssmprune_cli.models.mamba import (
     MAMBA_REG,
     VIDEOMAMBA,
@@ -44,6 +54,8 @@ FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
+FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)
+FAMILIES.register("plainmamba-maskrcnn", PLAINMAMBA_MASK_RCNN)
 
 __all__ = [
     "FAMILIES",
@@ -53,6 +65,8 @@ __all__ = [
     "CausalConv1d",
     "DenseConfig",
     "DenseModel",
+    "Detections",
+    "Detector",
     "DirectionProjections",
     "Family",
     "Hints",

@@ -19,7 +19,7 @@ from ssmprune_cli.pruning.compress import (
     restore,
 )
 from ssmprune_cli.pruning.correction import Correction, Held, Repaired
-from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, soft_divergence
+from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, relative_error, soft_divergence
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.method import Method, known_methods
@@ -55,6 +55,11 @@ def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
         raise CheckpointError(what, where="config.json") from error
     if schedule != possible:
         what = f"the pruning settings are not valid: grids {schedule.grids} are not those of {schedule.tokens} tokens"
+        raise CheckpointError(what, where="config.json")
+    if read.returning != "left" and not model.restores:
+        what = (
+            f"the pruning settings are not valid: no token comes back in this model, by {read.returning!r} or otherwise"
+        )
         raise CheckpointError(what, where="config.json")
     pruner = TokenPruner(read, model.stages, model.mixers)
     if read.repair != "none":
@@ -103,6 +108,7 @@ __all__ = [
     "known_methods",
     "paired",
     "prune",
+    "relative_error",
     "repair",
     "restore",
     "soft_divergence",

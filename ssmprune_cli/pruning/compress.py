@@ -14,10 +14,11 @@ from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
 from ssmprune_cli.pruning.images import Images, as_batches
 from ssmprune_cli.pruning.mass import fit_mass
-from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
+from ssmprune_cli.pruning.pruner import PruneSettings, Returning, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.repair import Asked
 from ssmprune_cli.pruning.repair import repair as repair_pruned
+from ssmprune_cli.pruning.returning import fit_returning
 from ssmprune_cli.pruning.schedule import PruneSchedule
 
 DEFAULT_REDUCTION = "context"  # where there is nothing to measure by
@@ -58,6 +59,7 @@ def compress(
     dense: Tensor | None = None,
     repair: Asked = "auto",
     seed: int = 0,
+    returning: Returning = "left",
 ) -> Calibration | None:
     """Make `model` drop tokens between blocks, in place; `restore` undoes it. The weights do not change.
 
@@ -72,6 +74,8 @@ def compress(
                  resized
     repair       see `repair`: it takes all calibration images, best 1,024 or more, and is not tried with fewer than 64.
                  Unless it is "none", ALIGNMENT_IMAGES of them are enough for all else
+    returning    with what value a dropped token comes back, in dense models and VMamba: as it left, that of the token
+                 that is `nearest`, or a `blend` of both, which takes calibration images. See `returning`
 
     Returns what calibration saw and what the repair did; None without calibration images. Raises UsageError for a
     module that is none of our backbones, and for settings or images that do not fit it.
@@ -80,7 +84,7 @@ def compress(
     rectangular = REDUCTIONS.get(reduction).rectangular
     schedule = PruneSchedule.resolve(model.stages, points=points, keep=keep, tokens=tokens, rectangular=rectangular)
     chosen = choose_alignment(alignment, reduction, calibrated=calibration is not None)
-    settings = PruneSettings(schedule, importance, reduction, chosen, seed)
+    settings = PruneSettings(schedule, importance, reduction, chosen, seed, returning=returning)
     return prune(model, settings, calibration, dense=dense, repair=repair)
 
 
@@ -94,14 +98,24 @@ def prune(
 ) -> Calibration | None:
     """`compress` by settings that are resolved already."""
     like, fits_mass = next(model.parameters()), ALIGNMENTS.get(settings.alignment).needs_sizes
+    blends = settings.returning == "blend"
+    if settings.returning != "left" and not model.restores:
+        raise UsageError(
+            f"in this model no dropped token comes back, so there is no {settings.returning!r} to choose",
+            hint="`returning` is for VMamba and for dense models.",
+        )
+    if blends and calibration is None:
+        raise UsageError("returning 'blend' needs calibration images", hint="Give some, or choose 'left'.")
     batches = () if calibration is None else as_batches(model, calibration)
     aligned, known = (batches, dense) if repair == "none" else _few(model, calibration, batches, dense)
-    kept = list(aligned) if fits_mass else []  # read once more for every mass: a loader may shuffle
+    kept = list(aligned) if fits_mass or blends else []  # read more than once: a loader may shuffle
     seen = None if calibration is None else calibrate(model, settings, kept or aligned)
     pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen and not fits_mass else None)
     pruner.to(like.device, like.dtype)
     if seen is not None and fits_mass:
         fit_mass(model, pruner, kept, known)
+    if blends:
+        fit_returning(model, pruner, kept)
     model.pruner = pruner
     if seen is None or repair == "none":
         return seen

@@ -8,17 +8,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Outputs = Tensor | tuple[Tensor, ...]
+
 SOFTNESS = 4.0
 _AT_ONCE = 1 << 21  # logits that are compared together: those of an image's pixels are many, and in float64
 
 
-def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
+def divergence(dense: Outputs, pruned: Outputs) -> Tensor:
     """KL(dense || pruned) of the class probabilities in nats, (B,) float64; both are logits (B, classes), or
     (B, classes, H, W): then the mean over the pixels of each image.
 
-    One logit is that of a yes against a no: its probabilities are the sigmoid's.
+    One logit is that of a yes against a no: its probabilities are the sigmoid's. Of feature maps, a tuple of (B, ...),
+    which have no probabilities, it is the mean of their `relative_error`.
     """
+    if isinstance(dense, tuple):
+        return torch.stack([relative_error(*pair) for pair in zip(dense, pruned, strict=True)]).mean(dim=0)
+    assert isinstance(pruned, Tensor)
     return _divergence(dense, pruned, 1.0)
+
+
+def relative_error(dense: Tensor, pruned: Tensor) -> Tensor:
+    """(B,) float64: |pruned - dense|^2 / |dense|^2 of each image's values (B, ...); 0 where both are zero."""
+    expected, found = (each.double().flatten(1) for each in (dense, pruned))
+    error, size = (found - expected).square().sum(dim=1), expected.square().sum(dim=1)
+    return torch.where(error > 0, error / size, 0)
 
 
 def soft_divergence(dense: Tensor, pruned: Tensor) -> Tensor:

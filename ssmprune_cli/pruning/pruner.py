@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -21,12 +21,15 @@ from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.schedule import PruneSchedule, share
 from ssmprune_cli.tokens import Readout, TokenSequence
 
+Returning = Literal["left", "nearest", "blend"]
+
 
 @dataclass(frozen=True)
 class PruneSettings:
     """All that defines a pruner beside its buffers; plain values, stored in an artefact's config.json.
 
-    repair  which corrections it holds, see `Correction`
+    repair     which corrections it holds, see `Correction`
+    returning  with what value a dropped token comes back where the grid is made whole again, see `returning`
     """
 
     schedule: PruneSchedule
@@ -35,6 +38,7 @@ class PruneSettings:
     alignment: str = "none"
     seed: int = 0
     repair: Held = "none"
+    returning: Returning = "left"
 
     def __post_init__(self) -> None:
         IMPORTANCES.get(self.importance)
@@ -49,6 +53,11 @@ class PruneSettings:
                 f"the reduction {self.reduction!r} leaves {'no ' if self.schedule.grids else ''}whole grids, and the "
                 f"schedule has {'some' if self.schedule.grids else 'none'}",
                 hint="Give `rectangular` of the reduction to `PruneSchedule.resolve`.",
+            )
+        reduction = REDUCTIONS.get(self.reduction)
+        if self.returning != "left" and (reduction.rectangular or not reduction.shortens):
+            raise UsageError(
+                f"the reduction {self.reduction!r} loses no token, so there is none to come back by {self.returning!r}"
             )
         if self.alignment != "none" and not REDUCTIONS.get(self.reduction).aligned:
             raise UsageError(
@@ -103,6 +112,9 @@ class TokenPruner(nn.Module, Pruner):
                 given = calibrated[block] if calibrated else None
                 stored = self._alignment.stored(mixers[block], given).detach().clone()
                 self.register_buffer(f"alignment_{block}", stored)
+        if settings.returning == "blend":
+            for point in self.dropping_points:
+                self.register_buffer(f"returning_{point}", torch.zeros(()))
 
     @property
     def shortens(self) -> bool:
@@ -133,6 +145,11 @@ class TokenPruner(nn.Module, Pruner):
         for name, stored in self.named_buffers():
             if name.startswith("alignment_"):
                 stored.fill_(mass)
+
+    def set_returning(self, shares: Mapping[int, float]) -> None:
+        """The share of the nearest token after each point, for `blend`."""
+        for point, value in shares.items():
+            self.get_buffer(f"returning_{point}").fill_(value)
 
     @property
     def drops(self) -> bool:
@@ -182,13 +199,16 @@ class TokenPruner(nn.Module, Pruner):
         if count is None:
             return sequence
         protected = len(sequence.protected)
-        count = share(count, self._whole[block], sequence.length - protected)
+        # A traced length is a tensor, and what follows is the same for all images of the traced size.
+        count = share(count, self._whole[block], int(sequence.length) - protected)
         if count + protected >= sequence.positions.shape[1]:  # a small grid, of which every token stays
             return sequence
         score = sequence.sizes()  # for a reduction that does not look at it
         if self.goes_by_score:
             score = self.score(block, sequence, statistics)
         after = self._reduction.apply(sequence, score, count + protected)
+        if self.settings.returning != "left":
+            after = replace(after, returning=getattr(self, f"returning_{block + 1}", 1.0))
         if self.settings.repair == "none":
             return after
         side = None if after.readout is None else after.readout.side

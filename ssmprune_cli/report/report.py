@@ -144,6 +144,52 @@ class SegmentationFacts(ModelSegmentation):
     difference_interval: Interval | None
 
 
+class AveragePrecision(Section):
+    """As COCO defines it, over overlaps from 0.5 to 0.95, and at two of them; and by the size of objects. None for
+    sizes that no object has."""
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+
+
+class ClassPrecision(Section):
+    """One class: images that have it, its objects, and the average precision of its boxes; None without objects."""
+
+    index: int
+    name: str | None
+    images: int
+    objects: int
+    ap: float | None
+
+
+class ModelDetection(Section):
+    """Average precision of boxes, and of masks, None where the objects have no outlines.
+
+    interval  of `boxes.ap`, from resampled images; None of a single one
+    """
+
+    boxes: AveragePrecision
+    masks: AveragePrecision | None
+    interval: Interval | None
+    classes: tuple[ClassPrecision, ...]
+
+
+class DetectionFacts(ModelDetection):
+    """The pruned model and the `dense` one on the same `count` images; `difference` is pruned less dense, of boxes.ap.
+
+    difference_interval  95 %, from images that are resampled for both models alike
+    """
+
+    count: int
+    dense: ModelDetection
+    difference: float
+    difference_interval: Interval | None
+
+
 class LimitFacts(Section):
     """A limit that the user set on a measured value: the verdict is `holds`.
 
@@ -346,7 +392,7 @@ class Report(Section):
     image_size   height and width of the images that the compressed model takes
     resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
-    segmentation likewise of segmenters
+    segmentation likewise of segmenters, detection of detectors
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
     repair       what a repair did after calibration, or None if none was asked for
@@ -371,6 +417,7 @@ class Report(Section):
     target: TargetFacts | None = None
     accuracy: AccuracyFacts | None = None
     segmentation: SegmentationFacts | None = None
+    detection: DetectionFacts | None = None
     limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None

@@ -84,8 +84,9 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
         names += batch.names
         if dense is not None:
             for place, frame in enumerate(batch.frames):
-                original, one = _original(dataset, len(drawings)), slice(place, place + 1)
-                drawings.append((original, task.drawn(original, frame, dense[one], outputs[one])))
+                original = _original(dataset, len(drawings))
+                answers = (task.one(each, place) for each in (dense, outputs))
+                drawings.append((original, task.drawn(original, frame, *answers)))
     overview = out / "overview.png"
     if drawings:
         _write(overview, side_by_side(drawings))
@@ -117,7 +118,7 @@ def _dense(model: Backbone, images: Tensor) -> Any:
     model.pruner = None
     try:
         with torch.inference_mode():
-            return model(images)
+            return TASKS.get(model.task).answer(model, images)
     finally:
         model.pruner = pruner
 

@@ -79,7 +79,7 @@ def test_what_a_session_says_and_holds(name: str) -> None:
     model = build(name)
     session = prepare(model)
     assert [str(step) for step in session.explain().steps] == ["blocks 1 to 4: the scans of each block in one call"]
-    model.get_submodule("head.conv_seg").weight.data.zero_()
+    model.get_parameter("head.conv_seg.weight").data.zero_()
     batch = torch.randn(1, 3, 64, 64)
     with torch.no_grad():  # a snapshot: it does not follow
         assert not torch.equal(session(batch), model(batch))

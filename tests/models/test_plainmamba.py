@@ -332,7 +332,7 @@ def test_a_dropped_token_is_in_later_feature_maps_with_the_value_it_left_with() 
     model = build(replace(SMALL, out_indices=(0, 1)), torch.float32)
     batch = images(SMALL, 2, torch.float32)
     with torch.no_grad():
-        first_block, _ = model._blocks(batch)
+        (first_block, _), _ = model._blocks(batch)
         model.pruner = Halving()
         _, second = model.feature_maps(batch)
         left = model.features(batch)

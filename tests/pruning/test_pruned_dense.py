@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.grids import fitting
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models import FAMILIES, DenseModel
 from ssmprune_cli.models.heads import UperNetConfig
-from ssmprune_cli.models.plainmamba.model import PlainMambaConfig
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMambaConfig
 from ssmprune_cli.preprocessing import KeepRatio
-from ssmprune_cli.pruning import REDUCTIONS, TokenPruner, calibrate, compress, divergence, repair, restore
+from ssmprune_cli.pruning import REDUCTIONS, TokenPruner, attach, calibrate, compress, divergence, repair, restore
 from ssmprune_cli.pruning.images import as_batches
 from ssmprune_cli.pruning.mass import MASSES
 from ssmprune_cli.pruning.schedule import share
@@ -205,6 +206,89 @@ def test_a_merged_grid_is_spread_over_the_places_it_took_in(name: str, size: tup
     rows = model.encoder.get_submodule(norm)(last.hidden)
     expected = torch.stack([rows[image, after.merged.owner[image]] for image in range(2)])
     torch.testing.assert_close(maps[number].flatten(2).transpose(1, 2), expected, rtol=0, atol=1e-6)
+
+
+# --- with what value dropped tokens come back
+
+
+def nearest_rows(sequence: TokenSequence) -> Tensor:
+    """(B, G, d): at every place the token whose position is nearest, of two the one before."""
+    rows = []
+    for positions, hidden in zip(sequence.positions, sequence.hidden, strict=True):
+        distance = (torch.arange(sequence.length)[:, None] - positions[None]).abs()
+        rows.append(hidden[distance.argmin(dim=1)])
+    return torch.stack(rows)
+
+
+def segments(model: DenseModel, batch: Tensor) -> list[tuple[TokenSequence, Tensor, Tensor]]:
+    """For both points: the tokens in the last block before the next one, every place as it was left, and as it is in
+    the dense model."""
+    assert isinstance(model.pruner, TokenPruner)
+    _, seen = spied(model, batch)
+    pruner, model.pruner = model.pruner, None
+    compress(model, 1.0, points=POINTS, alignment="none")
+    _, whole = spied(model, batch)
+    model.pruner = pruner
+    values, found = seen[1][0].hidden, []
+    for block in (2, 3 if model.family == "vmamba-upernet" else 4):
+        for between in range(2, block + 1):
+            before = seen[between][0]
+            values = values.scatter(1, before.positions[..., None].expand_as(before.hidden), before.hidden)
+        found.append((seen[block][0], values, whole[block][0].hidden))
+    return found
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("reduction", ["drop", "frozen", "local-merge"])
+def test_a_blend_is_the_least_squares_of_what_is_missing(name: str, reduction: str) -> None:
+    model = build(name, torch.float64)
+    batches = [images(size, 2, torch.float64) for size in SIZES[:2]]
+    compress(model, 0.5, points=POINTS, reduction=reduction, alignment="none", returning="blend", calibration=batches)
+    assert isinstance(model.pruner, TokenPruner)
+    stored = [float(model.pruner.get_buffer(f"returning_{point}")) for point in POINTS]
+    by_batch = [segments(model, batch) for batch in batches]
+    for number, fitted in enumerate(stored):
+        change, wanted = [], []
+        for sequence, left, dense in (each[number] for each in by_batch):
+            gone = torch.ones(left.shape[:2], dtype=torch.bool).scatter(1, sequence.positions, False)
+            change.append((nearest_rows(sequence) - left)[gone].flatten())
+            wanted.append((dense - left)[gone].flatten())
+        x, y = torch.cat(change), torch.cat(wanted)
+        assert fitted == pytest.approx(min(max(float(x @ y / (x @ x)), 0.0), 1.0), abs=1e-9)
+    assert reduction != "drop" or any(0 < fitted < 1 for fitted in stored)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(("returning", "share"), [("nearest", 1.0), ("blend", None)])
+def test_maps_have_the_blend(name: str, returning: Any, share: float | None) -> None:
+    model, batch = build(name, torch.float64), images((48, 72), 2, torch.float64)
+    calibration = batch if returning == "blend" else None
+    compress(model, 0.5, points=[2], reduction="drop", alignment="none", returning=returning, calibration=calibration)
+    assert isinstance(model.pruner, TokenPruner)
+    share = float(model.pruner.get_buffer("returning_2")) if share is None else share
+    maps, seen = spied(model, batch)
+    block, norm = (3, "outnorm1") if name == "vmamba-upernet" else (2, "backbone.norm_layer2")
+    sequence, left = seen[block][0], seen[1][0].hidden
+    whole = left + share * (nearest_rows(sequence) - left)
+    whole = whole.scatter(1, sequence.positions[..., None].expand_as(sequence.hidden), sequence.hidden)
+    expected = model.encoder.get_submodule(norm)(whole)
+    torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), expected, rtol=0, atol=1e-12)
+    with torch.no_grad():  # and sessions compute the same
+        torch.testing.assert_close(prepare(model)(batch), model(batch), rtol=0, atol=1e-9)
+
+
+def test_a_blend_where_it_has_no_meaning() -> None:
+    model = build("vmamba-upernet")
+    with pytest.raises(UsageError, match="'grid-merge' loses no token"):
+        compress(model, 0.5, points=[2], reduction="grid-merge", returning="nearest")
+    with pytest.raises(UsageError, match="'blend' needs calibration images"):
+        compress(model, 0.5, points=[2], returning="blend")
+    classifier = PlainMamba(PlainMambaConfig((32, 32), patch_size=8, embed_dim=16, depth=2, num_classes=2, d_state=4))
+    with pytest.raises(UsageError, match="in this model no dropped token comes back"):
+        compress(classifier, 0.5, returning="nearest")
+    settings = {"schedule": {"points": [1], "tokens": [8], "grids": []}, "returning": "nearest", "reduction": "drop"}
+    with pytest.raises(CheckpointError, match="no token comes back in this model"):
+        attach(classifier, settings)
 
 
 # --- calibration

@@ -107,11 +107,12 @@ class Backbone(nn.Module, ABC):
     `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again. Every
     family's is an ImageConfig and has `image_size` and `num_classes`.
     `task` names what the answers are: see the tasks wing. With `any_size` it takes images of any height and width, and
-    tokens are counted for `image_size`.
+    tokens are counted for `image_size`. With `restores` dropped tokens come back, where the grid is made whole again.
     """
 
     task: str = "classification"
     any_size: bool = False
+    restores: bool = False
     family: str
     config: Any
     pruner: Pruner | None

@@ -80,6 +80,7 @@ class DenseModel(Backbone):
     """A backbone of ours with a head. A subclass says `family`, `task` and what `forward` answers."""
 
     any_size = True
+    restores = True
     config: DenseConfig
 
     def __init__(self, config: DenseConfig, encoder: Backbone, head: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from ssmprune_cli.models.common import (
     square_side,
 )
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+
+C = TypeVar("C", bound=PlainMambaConfig)
 
 L1 = PlainMambaConfig(embed_dim=192, depth=24, stem_convs=1, dw_layers=(0,))
 VARIANTS = {
@@ -41,7 +43,7 @@ _DENSE = ("encoder.", "decode_head.", "neck.", "rpn_head.", "roi_head.")
 def matches(shapes: Shapes, hints: Hints) -> bool:
     """Whether these are PlainMamba's keys: no other family has weights for the directions of a scan's steps."""
     ours = any(key.endswith("layers.0.mamba.direction_Bs") for key in shapes)
-    return ours and not any(key.startswith(_DENSE) for key in shapes)
+    return ours and ("head.fc.weight" in shapes or not any(key.startswith(_DENSE) for key in shapes))
 
 
 def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
@@ -62,7 +64,8 @@ def configure(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
     side = _image_side(positions, 2 * half_patch, hints)
     sizes = [(config.patch_size, config.embed_dim, config.depth, config.image_size[0]) for config in VARIANTS.values()]
     published = L1 if (2 * half_patch, embed_dim, depth, side) in sizes else None
-    return _config(shapes, image_size=(side, side), num_classes=num_classes, **image_fields(hints, published))
+    known = image_fields(hints, published)
+    return configured(shapes, PlainMambaConfig, image_size=(side, side), num_classes=num_classes, **known)
 
 
 def configure_encoder(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
@@ -73,32 +76,32 @@ def configure_encoder(shapes: Shapes, hints: Hints) -> PlainMambaConfig:
     assert hints.image_size is not None
     rows = square_side(_shape(shapes, "backbone.pos_embed", 3)[1])
     size = (hints.image_size, hints.image_size)
-    return _config(shapes, image_size=size, num_classes=0, positions=(rows, rows))
+    return configured(shapes, PlainMambaConfig, image_size=size, num_classes=0, positions=(rows, rows))
 
 
-def _config(shapes: Shapes, **known: Any) -> PlainMambaConfig:
-    """The configuration with what is `known`, the rest from `shapes`."""
+def configured(shapes: Shapes, kind: type[C], **known: Any) -> C:
+    """The configuration of a PlainMamba of this kind with what is `known`, the rest from `shapes`. CheckpointError."""
     embed_dim, _, half_patch, _ = _shape(shapes, "backbone.patch_embed.projection.weight", 4)
     d_inner, d_state = _shape(shapes, "backbone.layers.0.mamba.A_log", 2)
     dt_rank = _shape(shapes, "backbone.layers.0.mamba.dt_proj.weight", 2)[1]
     try:
-        return PlainMambaConfig(
-            patch_size=2 * half_patch,
-            embed_dim=embed_dim,
-            depth=count_numbered(shapes, r"backbone\.layers\.(\d+)\.mamba\.A_log$"),
+        told = {
+            "patch_size": 2 * half_patch,
+            "embed_dim": embed_dim,
+            "depth": count_numbered(shapes, r"backbone\.layers\.(\d+)\.mamba\.A_log$"),
             # Each has three layers, of which only the first one's weight is four-dimensional.
-            stem_convs=sum(
+            "stem_convs": sum(
                 bool(re.match(r"backbone\.patch_embed\.convs", key)) and len(shapes[key]) == 4 for key in shapes
             ),
-            dw_layers=_numbers(shapes, r"backbone\.layers\.(\d+)\.dw\.0\.weight"),
+            "dw_layers": _numbers(shapes, r"backbone\.layers\.(\d+)\.dw\.0\.weight"),
             # The norm of the last block's output is the final one, so whether it was among them is in no key.
-            out_indices=(*_numbers(shapes, r"backbone\.norm_layer(\d+)\.weight"), -1),
-            d_state=d_state,
-            d_conv=_shape(shapes, "backbone.layers.0.mamba.conv2d.weight", 4)[2],
-            d_inner=None if d_inner == 2 * embed_dim else d_inner,
-            dt_rank=None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
-            **known,
-        )
+            "out_indices": (*_numbers(shapes, r"backbone\.norm_layer(\d+)\.weight"), -1),
+            "d_state": d_state,
+            "d_conv": _shape(shapes, "backbone.layers.0.mamba.conv2d.weight", 4)[2],
+            "d_inner": None if d_inner == 2 * embed_dim else d_inner,
+            "dt_rank": None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
+        }
+        return kind(**{**told, **known})
     except UsageError as error:
         raise CheckpointError(f"not a PlainMamba: {error.what}") from error
 

@@ -170,7 +170,7 @@ class PlainMambaLayer(Block):
         return result  # (B, L, d)
 
 
-class _Trunk(nn.Module):
+class Trunk(nn.Module):
     """The weights that the authors' checkpoints hold under `backbone.`."""
 
     def __init__(self, config: PlainMambaConfig) -> None:
@@ -180,7 +180,8 @@ class _Trunk(nn.Module):
         self.patch_embed = ConvPatchEmbed(config)
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(self.positions), dim), std=0.02))
         self.layers = nn.ModuleList(PlainMambaLayer(config, dw=i in config.dw_layers) for i in range(config.depth))
-        self.ln1 = nn.LayerNorm(dim, eps=FINAL_NORM_EPS)
+        if config.num_classes or -1 in config.out_indices:
+            self.ln1 = nn.LayerNorm(dim, eps=FINAL_NORM_EPS)
         for index in config.out_indices:
             if index != -1:
                 self.add_module(f"norm_layer{index}", nn.LayerNorm(dim, eps=FINAL_NORM_EPS))
@@ -188,7 +189,7 @@ class _Trunk(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embedded patches (B, G, d) of images (B, 3, H, W), and the rows and columns of their grid."""
         embedded: Tensor = self.patch_embed(images)  # (B, d, rows, columns)
-        grid = (embedded.shape[2], embedded.shape[3])
+        grid = (int(embedded.shape[2]), int(embedded.shape[3]))  # when traced, they are tensors
         positions = self.pos_embed if grid == self.positions else resize_grid(self.pos_embed, self.positions, grid)
         return embedded.flatten(2).transpose(1, 2) + positions, grid
 
@@ -201,7 +202,7 @@ class PlainMamba(Backbone):
     def __init__(self, config: PlainMambaConfig) -> None:
         super().__init__()
         self.config: PlainMambaConfig = config
-        self.backbone = _Trunk(config)
+        self.backbone = self.make_trunk(config)
         if config.num_classes:
             self.head = nn.ModuleDict({"fc": nn.Linear(config.embed_dim, config.num_classes)})
         for name, module in self.named_modules():
@@ -211,20 +212,26 @@ class PlainMamba(Backbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @staticmethod
+    def make_trunk(config: Any) -> Trunk:
+        """What the authors' checkpoints hold under `backbone.`."""
+        return Trunk(config)
+
     def features(self, images: Tensor) -> TokenSequence:
         """The tokens that are left after all blocks. DataError for images of another size than the model's."""
         check_size(images, self.image_size)
-        return deque(self._blocks(images), maxlen=1).pop()
+        return deque(self._blocks(images), maxlen=1).pop()[1]
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normed outputs of the blocks `out_indices`, (B, d, rows, columns) each, at every place of the grid.
 
-        A dropped token is in them with the value that it had when it left; the blocks after go on without it.
+        A dropped token is in them as it left, unless the pruner says otherwise (see `TokenSequence.returning`), and the
+        blocks after go on without it.
         """
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise DataError(f"the model takes images (B, 3, H, W), not {tuple(images.shape)}")
-        maps, grid = [], self.config.grid_of((images.shape[2], images.shape[3]))
-        for block, sequence in enumerate(self._blocks(images, restorable=True)):
+        maps, grid = [], self.config.grid_of((int(images.shape[2]), int(images.shape[3])))
+        for block, (sequence, _) in enumerate(self._blocks(images, restorable=True)):
             index = -1 if block == self.config.depth - 1 else block
             if index in self.config.out_indices:
                 norm = self.backbone.get_submodule("ln1" if index == -1 else f"norm_layer{index}")
@@ -233,15 +240,19 @@ class PlainMamba(Backbone):
                 maps.append(values.transpose(1, 2).unflatten(2, grid))
         return tuple(maps)
 
-    def _blocks(self, images: Tensor, *, restorable: bool = False) -> Iterator[TokenSequence]:
-        """The tokens after each block; `restorable` ones can be brought back."""
+    def _blocks(self, images: Tensor, *, restorable: bool = False) -> Iterator[tuple[TokenSequence, TokenSequence]]:
+        """The tokens after each block, before and after pruning; `restorable` ones can be brought back."""
         embedded, grid = self.backbone(images)
         sequence = TokenSequence.dense(embedded, grid=grid, restorable=restorable)
-        for block, layer in enumerate(self.backbone.layers):
-            alignment, wanted = self.ask_pruner(block, sequence)
-            sequence, statistics = layer(sequence, alignment, wanted)
-            sequence = self.prune(block, sequence, statistics, wanted)
-            yield sequence
+        for block in range(self.config.depth):
+            before, sequence = self.step(block, sequence)
+            yield before, sequence
+
+    def step(self, block: int, sequence: TokenSequence) -> tuple[TokenSequence, TokenSequence]:
+        """The tokens after `block`, of those in front of it: before and after pruning."""
+        alignment, wanted = self.ask_pruner(block, sequence)
+        before, statistics = self.backbone.layers[block](sequence, alignment, wanted)
+        return before, self.prune(block, before, statistics, wanted)
 
     def pool(self, sequence: TokenSequence) -> Tensor:
         """(B, d): what the head sees, the mean of the normalised tokens."""

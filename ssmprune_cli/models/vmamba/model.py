@@ -130,6 +130,7 @@ class VMamba(Backbone):
     """See VMambaConfig."""
 
     family = "vmamba"
+    restores = True
 
     def __init__(self, config: VMambaConfig) -> None:
         super().__init__()

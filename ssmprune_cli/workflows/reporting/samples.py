@@ -50,8 +50,8 @@ def samples(
         (batch,), (own,) = (batches(chosen, model.preprocessing, 1) for model in (pruned, dense))
         images, target = batch.images.to(device), batch.targets[0]
         with torch.inference_mode():
-            reference = dense(own.images.to(device))
-            found, outputs = ([], pruned(images)) if pruned.pruner is None else stages(pruned, images)
+            reference = task.answer(dense, own.images.to(device))
+            found, outputs = ([], task.answer(pruned, images)) if pruned.pruner is None else stages(pruned, images)
         picture = Image.fromarray(pixels(images, pruned.preprocessing)[0])
         file = f"sample_{number}.png"
         parts = {file: _small(picture)}

@@ -208,7 +208,8 @@ class Measurements:
         if not alignment.needs_calibration:
             pruner = self.pruner(settings)
             if alignment.needs_sizes:
-                fit_mass(self.model, pruner, batches, self.dense[: self._calibration], self._sampled)
+                dense = self.dense[: self._calibration]
+                fit_mass(self.model, pruner, batches, dense, self._sampled, self.task.divergence)
             return pruner
         deltas = calibrate(self.model, settings, batches).deltas
         like = next(self.model.parameters())
