@@ -36,7 +36,9 @@ def accuracy(right: int, dense_right: int, gained: int, lost: int, count: int) -
 
 def test_every_family_and_every_dataset_has_a_task_and_every_task_a_section_of_the_report() -> None:
     for _, family in FAMILIES.items():
-        assert family.build(family.config_class()).task in TASKS
+        config = next(iter(family.variants.values()), None) or family.config_class()
+        with torch.device("meta"):
+            assert family.build(config).task in TASKS
     assert {kind for _, task in TASKS.items() for kind in task.datasets} == set(DATASETS.names())
     assert {task.section for _, task in TASKS.items()} <= set(Report.model_fields)
 

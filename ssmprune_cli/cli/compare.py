@@ -85,8 +85,13 @@ def command(
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images in a batch, timed ones included.", rich_help_panel=DEVICE)
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images in a batch, timed ones included [default: 64; for segmentation 1].",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None,
     rounds: Annotated[
         int, typer.Option(min=1, help="Timed turns of each model; the median is reported.", rich_help_panel=DEVICE)
     ] = 5,
@@ -208,7 +213,7 @@ def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
         table.add_row(
             "\n".join(part for part in (row.name, image, f"at {row.budget}" if row.budget else "", published) if part),
             f"{row.share:.3f}",
-            f"{row.images_per_second:.0f}\n{row.speedup:.2f}x",
+            f"{row.images_per_second:.{0 if row.images_per_second >= 10 else 2}f}\n{row.speedup:.2f}x",
             "-" if row.divergence is None else f"{row.divergence:.4f}\n±{row.divergence_se:.4f}",
             _per_cent(row.metric, row.metric_interval, ""),
             _per_cent(row.difference, row.difference_interval, "+"),

@@ -206,7 +206,7 @@ def command(
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     device: DeviceName = "cpu",
-    batch_size: TimedBatch = 8,
+    batch_size: TimedBatch = None,
     backend: BackendName = "auto",
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
@@ -277,10 +277,15 @@ def _tables(report: Report) -> Group:
     table = Table(title=f"{report.provenance['input']}: before and after", title_justify="left")
     for column in ("", "dense", report.called, "change"):
         table.add_column(column, justify="left" if not column else "right")
-    for title, before, after in (
+    costs = [
         ("multiply-adds, all directions (G)", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
         ("multiply-adds, one direction (G)", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
-    ):
+    ]
+    if dense.multiply_adds_head:
+        encoders = [each.multiply_adds_all_directions - each.multiply_adds_head for each in (dense, pruned)]
+        costs.append(("  of the backbone, all directions (G)", encoders[0], encoders[1]))
+        costs.append(("  of the head (G)", dense.multiply_adds_head, pruned.multiply_adds_head))
+    for title, before, after in costs:
         table.add_row(title, f"{before / 1e9:.4f}", f"{after / 1e9:.4f}", f"{after / before - 1:+.1%}")
     table.add_row(
         "moved by gathers, sorts and sums (MB)",
@@ -302,7 +307,8 @@ def _tables(report: Report) -> Group:
     if compared is not None:
         row = task.brief(compared)
         table.add_row(row.title, row.dense, row.pruned, row.change)
-        notes.append(f"{task.metric.capitalize()} changes by {row.within} points (95 %).")
+        named = task.metric.capitalize() if task.metric.islower() else task.metric
+        notes.append(f"{named} changes by {row.within} points (95 %).")
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")

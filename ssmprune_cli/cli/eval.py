@@ -114,7 +114,7 @@ def command(
         result = evaluate(
             models[0],
             images,
-            batch_size=batch_size,
+            batch_size=task.at_once(32, batch_size),
             limit=limit,
             compare=models[1] if compare else None,
             task=task,
@@ -155,7 +155,7 @@ def _tables(names: list[str], result: Evaluation) -> Group:
         table.add_row(*row)
     shown: list[Table | str] = [table]
     if lines := result.task.by_part(scores):
-        parts = Table(title=f"{result.task.metric} by {result.task.parts[0]}", title_justify="left")
+        parts = Table(title=f"By {result.task.parts[0]}, %", title_justify="left")
         parts.add_column("")
         for name in names:
             parts.add_column(name, justify="right", overflow="fold")

@@ -30,7 +30,7 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 @reads_checkpoints
 def command(
     data: Annotated[
-        Path, typer.Option(help="Labelled images to train on: a folder, or an .npz.", rich_help_panel=DATA)
+        Path, typer.Option(help="Images with labels or masks to train on: a folder, or an .npz.", rich_help_panel=DATA)
     ],
     out: Annotated[
         Path,
@@ -97,10 +97,10 @@ def command(
         ),
     ] = None,
     seed: Annotated[int, seed_option("Seed of the order of the images, augmentation and new weights.")] = 0,
-    dataset: Annotated[str, dataset_option("Layout of --data and --val-data")] = "imagefolder",
+    dataset: Annotated[str | None, dataset_option("Layout of --data and --val-data")] = None,
     val_data: Annotated[
         Path | None,
-        typer.Option(help="Labelled images to measure the accuracy on after each epoch.", rich_help_panel=DATA),
+        typer.Option(help="Images with labels or masks to judge the model on after each epoch.", rich_help_panel=DATA),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Train on so many images, drawn at random.", rich_help_panel=DATA)
@@ -216,11 +216,16 @@ def command(
     for note in dict.fromkeys(notes):
         output.warn(note)
 
+    def metric(line: dict[str, Any]) -> str:
+        value = line[task.key]
+        return "" if value is None else f", {task.metric} {100 * value:.2f} %"
+
     def report(line: dict[str, Any]) -> None:
-        if "top1" in line:
-            top1 = "" if line["top1"] is None else f", top-1 {100 * line['top1']:.2f} %"
+        if task.key in line:
             loss = "no update" if line["loss"] is None else f"loss {line['loss']:.4f}"
-            output.note(f"epoch {line['epoch']} of {job.settings.epochs}: {loss}{top1}, {line['seconds']:.1f} s")
+            output.note(
+                f"epoch {line['epoch']} of {job.settings.epochs}: {loss}{metric(line)}, {line['seconds']:.1f} s"
+            )
         elif "loss" in line and line["loss"] is None:
             output.warn(f"epoch {line['epoch']}, step {line['step']}: not finite, so this update was skipped")
 
@@ -229,10 +234,9 @@ def command(
     if pth is not None and result.last is not None and this_process().rank == 0:
         write_checkpoint(pth, checkpoint.load(result.last), name=name, epoch=len(result.epochs))
     last = result.epochs[-1:]
-    top1 = "".join(f", top-1 {100 * line['top1']:.2f} %" for line in last if line["top1"] is not None)
     models = " and ".join(str(each) for each in (result.last, result.best) if each is not None)
     output.emit(
-        f"{models or out}: {len(result.epochs)} of {job.settings.epochs} epochs{top1}",
+        f"{models or out}: {len(result.epochs)} of {job.settings.epochs} epochs{''.join(map(metric, last))}",
         result.to_dict(),
         as_json=as_json,
     )

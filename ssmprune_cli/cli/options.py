@@ -113,7 +113,13 @@ RepairKind = Annotated[
     ),
 ]
 TimedBatch = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images in a batch that is timed.", rich_help_panel=DEVICE)
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Images in a batch that is timed [default: 8; for segmentation 1].",
+        rich_help_panel=DEVICE,
+    ),
 ]
 
 

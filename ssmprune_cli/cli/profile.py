@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.help import DEVICE, INPUT
-from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, reads_checkpoints
+from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, TimedBatch, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def command(
     ] = None,
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a timed batch.", rich_help_panel=DEVICE)] = 8,
+    batch_size: TimedBatch = None,
     rounds: Annotated[
         int, typer.Option(min=1, help="Timed rounds; the median is reported.", rich_help_panel=DEVICE)
     ] = 10,
@@ -92,6 +92,10 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
     add("parameters", [p.parameters for p in profiles], "{:,}")
     add("multiply-adds, all directions (G)", [p.multiply_adds_all_directions / 1e9 for p in profiles], "{:.4f}")
     add("multiply-adds, one direction (G)", [p.multiply_adds_one_direction / 1e9 for p in profiles], "{:.4f}")
+    if any(p.multiply_adds_head for p in profiles):
+        encoders = [(p.multiply_adds_all_directions - p.multiply_adds_head) / 1e9 for p in profiles]
+        add("  of the backbone, all directions", encoders, "{:.4f}")
+        add("  of the head, which is not pruned", [p.multiply_adds_head / 1e9 for p in profiles], "{:.4f}")
     add("moved by gathers, sorts and sums (MB)", [p.bytes_moved / 1e6 for p in profiles], "{:.2f}")
     add("latency of a batch (ms), median", [p.speed.median_ms for p in profiles], "{:.1f}")
     spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]

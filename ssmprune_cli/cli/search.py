@@ -76,7 +76,7 @@ def command(
     state: StateFile = None,
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
-    batch_size: TimedBatch = 8,
+    batch_size: TimedBatch = None,
     images_at_once: Annotated[
         int,
         typer.Option(min=1, help="Images that are judged at once; more suit a GPU.", rich_help_panel=DEVICE),

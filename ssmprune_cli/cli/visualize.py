@@ -28,9 +28,10 @@ def command(
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
 ) -> None:
-    """Draw which patches a pruned model keeps, and how it scores them.
+    """Draw which patches a pruned model keeps, how it scores them, and what a segmenter makes of it.
 
-    overview.png has a row for each image and a column for each prune point. Each image and point also has a picture of
+    overview.png has a row for each image and a column for each prune point; of a segmenter it has the masks of the
+    dense and the pruned model, and in red where they differ. Each image and point also has a picture of
     the kept patches and a heat map of the score (dark is low, bright is high), in the image's own aspect ratio. Kept
     patches are as they are. Dropped ones are grey and hatched; what the model's crop leaves out is plain grey. Where
     patches overlap, a cell of the picture is the centre of its patch.
@@ -48,5 +49,5 @@ def command(
         output.warn(note)
     drawn = visualize(checkpoint.load_as(path, reading), dataset, out)
     lines = [f"After block {stage.block}: {stage.count} of {stage.patches} patches kept" for stage in drawn.stages]
-    output.emit("\n".join(lines), drawn.to_dict(), as_json=as_json)
+    output.emit("\n".join([*lines, *drawn.words]), drawn.to_dict(), as_json=as_json)
     output.note(f"Written to {out}")

@@ -71,11 +71,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def visible_box(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+def visible_box(size: tuple[int, int], preprocessing: Preprocessing | KeepRatio) -> tuple[float, float, float, float]:
     """What a model sees of an image of `size` (width, height): left, top, right, bottom in pixels of that image.
 
-    It reaches beyond the image where the crop is padded.
+    It reaches beyond the image where the crop, or the image, is padded.
     """
+    if isinstance(preprocessing, KeepRatio):
+        scaled, whole = _sizes(size[1], size[0], preprocessing)
+        return 0.0, 0.0, size[0] * whole[1] / scaled[1], size[1] * whole[0] / scaled[0]
     x, y = size[0] / 2, size[1] / 2
     width, height = size if preprocessing.squeeze else (min(size), min(size))  # that become `resize` pixels
     share = preprocessing.crop / preprocessing.resize / 2
@@ -103,19 +106,29 @@ def upright(image: Image.Image) -> Image.Image:
 def _keep_ratio(image: Image.Image, way: KeepRatio) -> tuple[Tensor, Frame]:
     pixels = np.asarray(to_rgb(upright(image)))  # (H, W, 3)
     height, width = pixels.shape[:2]
-    factor = min(way.long / max(height, width), way.short / min(height, width))
-    size = (int(height * factor + 0.5), int(width * factor + 0.5))
-    if min(size) < 1:
-        raise ValueError(f"{width} x {height} pixels are too narrow: resized, nothing is left of the short side")
-    check_pixels(*size)
-    pixels = resize_linear(pixels, *size)
-    whole = (_multiple(size[0], way.divisor), _multiple(size[1], way.divisor))
-    if way.fill == "resize":
-        pixels, size = resize_linear(pixels, *whole), whole
+    size, whole = _sizes(height, width, way)
+    check_pixels(*whole)
+    pixels = resize_linear(resize_linear(pixels, *_scaled(height, width, way)), *size)  # twice, as mmsegmentation does
     values = normalised(pixels, way)
     if size != whole:
         values = np.pad(values, ((0, 0), (0, whole[0] - size[0]), (0, whole[1] - size[1])))
     return torch.from_numpy(values), Frame((height, width), size)
+
+
+def _scaled(height: int, width: int, way: KeepRatio) -> tuple[int, int]:
+    """Height and width in proportion. Raises ValueError if nothing is left of a side."""
+    factor = min(way.long / max(height, width), way.short / min(height, width))
+    size = (int(height * factor + 0.5), int(width * factor + 0.5))
+    if min(size) < 1:
+        raise ValueError(f"{width} x {height} pixels are too narrow: resized, nothing is left of the short side")
+    return size
+
+
+def _sizes(height: int, width: int, way: KeepRatio) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heights and widths: of the image as the model sees it, and of what it is given, padding included."""
+    size = _scaled(height, width, way)
+    whole = (_multiple(size[0], way.divisor), _multiple(size[1], way.divisor))
+    return (whole if way.fill == "resize" else size), whole
 
 
 def _multiple(side: int, divisor: int) -> int:

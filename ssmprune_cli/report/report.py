@@ -32,6 +32,7 @@ class Figures(Section):
     """Cost of one model on one image. Tokens per block are those that enter the block, protected ones included.
 
     bytes_moved  by gathers, scatters, sorts and sums, which are no multiply-adds
+    multiply_adds_head   of all, those of a dense model's head, which no pruning changes; 0 for a classifier
     """
 
     multiply_adds_all_directions: int
@@ -39,6 +40,7 @@ class Figures(Section):
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
     bytes_moved: int
+    multiply_adds_head: int = 0
 
 
 class PruningFacts(Section):
@@ -336,23 +338,31 @@ class Sample(Section):
 
     label   its class, or None if that is not known
     chosen  because the answers to it differ, or at random
+    predicted_...  the class that the models name; None where an answer is more than a class
+    words          then in words how far their answers differ, and `pictures` of these, files by title
+    size           height and width of the file; None for those that the model takes
     """
 
     name: str
     file: str
     label: int | None = None
     chosen: Literal["changed", "random"] = "random"
-    predicted_dense: int
-    predicted_pruned: int
+    predicted_dense: int | None = None
+    predicted_pruned: int | None = None
+    words: str = ""
+    pictures: dict[str, str] = Field(default_factory=dict)
+    size: tuple[int, int] | None = None
     stages: tuple[SampleStage, ...]
 
 
 class EpochFacts(Section):
-    """loss is None if no update was made, top1 (of the validation images) if there were none."""
+    """loss is None if no update was made; the metric of the model's task is of the validation images, None if there
+    were none."""
 
     epoch: int
     loss: float | None
-    top1: float | None
+    top1: float | None = None
+    miou: float | None = None
 
 
 class FinetuningFacts(Section):

@@ -7,12 +7,12 @@ from typing import Any
 from ssmprune_cli.registry import Registry
 from ssmprune_cli.tasks.classification import Classification
 from ssmprune_cli.tasks.detection import Detection
-from ssmprune_cli.tasks.segmentation import Segmentation
-from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.segmentation import Segmentation, fitting
+from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
 
 TASKS: Registry[Task[Any, Any]] = Registry("task")
 TASKS.register(Classification.name, Classification())
 TASKS.register(Segmentation.name, Segmentation())
 TASKS.register(Detection.name, Detection())
 
-__all__ = ["TASKS", "Estimate", "LimitKind", "Loss", "Row", "Task", "TaskLimit"]
+__all__ = ["TASKS", "Drawing", "Estimate", "LimitKind", "Loss", "Row", "Task", "TaskLimit", "fitting"]

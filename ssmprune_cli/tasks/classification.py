@@ -38,10 +38,10 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     section = "accuracy"
     quality = "accuracy"
     parts = ("class", "classes")
+    part_metric = "right"
+    unharmed = "No class has fewer right answers than before."
     metric = "top-1"
     key = "top1"
-    batch_size = 32
-    one_class = True
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain
@@ -150,6 +150,9 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     def changed(self, pruned: Sequence[int], dense: Sequence[int]) -> list[int]:
         return [index for index, pair in enumerate(zip(pruned, dense, strict=True)) if (pair[0] == 0) != (pair[1] == 0)]
 
+    def told(self, outputs: Tensor) -> list[int | None]:
+        return [*outputs.argmax(dim=1).tolist()]
+
     def estimate(self, score: ModelAccuracy) -> Estimate:
         return Estimate(score.top1, score.interval)
 
@@ -229,9 +232,9 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
         classes = report.accuracy.classes if report.accuracy is not None else ()
         names = {each.index: each.name for each in classes if each.name is not None}
 
-        def said(index: int) -> str:
+        def said(index: int | None) -> str:
             judged = "" if sample.label is None else " (right)" if index == sample.label else " (wrong)"
-            return names.get(index, f"class {index}") + judged
+            return names.get(-1 if index is None else index, f"class {index}") + judged
 
         truth = "" if sample.label is None else f", {names.get(sample.label, f'class {sample.label}')}"
         return (

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.data import NOT_JUDGED, Batch, ImageDataset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import Frame
 from ssmprune_cli.report import ClassIou, Interval, ModelSegmentation, Report, Sample, SegmentationFacts
 from ssmprune_cli.tasks.confusion import RESAMPLES, Counts, counted, interval, resampled, shares
-from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.painted import differing, painted
+from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
 
 GRID = 32  # rows and columns of pixels of an image by which models are compared
 _NUMBERS = 1 << 26  # logits of an image that are enlarged at once
@@ -56,12 +59,14 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     name = "segmentation"
     datasets = ("ade20k", "segfolder")
     section = "segmentation"
-    quality = "mIoU"
+    quality = "accuracy"
     parts = ("class", "classes")
+    part_metric = "IoU"
+    unharmed = "No class has a lower IoU than before."
     metric = "mIoU"
     key = "miou"
-    batch_size = 1
-    one_class = False
+    most = 1
+    draws = True
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain
@@ -113,7 +118,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
                 hint="mIoU means nothing across different classes. Is this the right dataset? A line `void` in its "
                 "classes.txt names a value that is not judged.",
             )
-        own = [name.casefold() for name in getattr(model, "class_names", ())]
+        own = [name.casefold() for name in model.class_names]
         theirs = [name.casefold() for name in dataset.class_names]
         if own != theirs and sorted(own) == sorted(theirs):
             at = next(index for index, pair in enumerate(zip(own, theirs, strict=True)) if pair[0] != pair[1])
@@ -161,7 +166,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     def score(self, results: Sequence[Counts], model: Backbone, dataset: ImageDataset) -> ModelSegmentation:
         counts = np.stack(results)
         (drawn,) = resampled([counts])
-        return _score(counts, drawn, dataset.class_names or getattr(model, "class_names", ()))
+        return _score(counts, drawn, dataset.class_names or model.class_names)
 
     def compare(
         self,
@@ -187,6 +192,20 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             for index, (own, other) in enumerate(pairs)
             if abs(int(own[0].sum()) - int(other[0].sum())) > _CHANGED * int(own[1].sum())
         ]
+
+    def drawn(self, image: Image.Image, frame: Frame, dense: Tensor, pruned: Tensor) -> Drawing:
+        size = (image.height, image.width)
+        own, other = (classes_of(each[0], frame.scaled, size).cpu().numpy() for each in (pruned, dense))
+        pixels = np.asarray(image)
+        pictures = {
+            "dense": painted(pixels, other),
+            "pruned": painted(pixels, own),
+            "differs": differing(pixels, own, other),
+        }
+        return Drawing(
+            {title: Image.fromarray(each) for title, each in pictures.items()},
+            f"{100 * float((own != other).mean()):.1f} % of the pixels change their class",
+        )
 
     def estimate(self, score: ModelSegmentation) -> Estimate:
         return Estimate(score.miou, score.interval)
@@ -268,7 +287,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
         ]
 
     def answers(self, report: Report, sample: Sample) -> str:
-        return sample.name
+        return f"{sample.name}: {sample.words}"
 
 
 def classes_of(logits: Tensor, scaled: tuple[int, int], original: tuple[int, int]) -> Tensor:

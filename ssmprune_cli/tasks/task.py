@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from PIL import Image
 from torch import Tensor
 
 from ssmprune_cli.data import Batch, ImageDataset, Split, open_dataset
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import Frame
 from ssmprune_cli.pruning import divergence, soft_divergence
 from ssmprune_cli.recipe import Section
 from ssmprune_cli.report import Interval, Judge, LimitFacts, Report, Sample
@@ -113,6 +115,14 @@ class Loss:
     change: str
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What two models say of an image, in pictures by title, and in words how far they differ."""
+
+    pictures: dict[str, Image.Image]
+    words: str
+
+
 class Task(ABC, Generic[Score, Compared]):
     """A task is a file: a subclass, and a line in `tasks.TASKS`.
 
@@ -120,11 +130,12 @@ class Task(ABC, Generic[Score, Compared]):
     datasets  kinds of dataset that hold what answers are judged by
     section   the field of a Report that holds a comparison
     quality   what is judged, in a word
-    parts     what a dataset divides into, one and several, in words
+    parts     what a dataset divides into, one and several, in words; `part_metric` what is said of each, and `unharmed`
+              is said where none is worse than before
     metric    by what models are ranked; `key` is its name in JSON
     limits    what a user may demand of a score or a comparison
-    batch_size   of images that are judged at once, unless the user says how many
-    one_class whether an answer is one class for an image: such answers can be shown with sample images and fine-tuned
+    most      images that go through a model together, unless the user says how many
+    draws     whether its answers are pictures themselves: see `drawn`
     """
 
     name: ClassVar[str]
@@ -132,11 +143,13 @@ class Task(ABC, Generic[Score, Compared]):
     section: ClassVar[str]
     quality: ClassVar[str]
     parts: ClassVar[tuple[str, str]]
+    part_metric: ClassVar[str]
+    unharmed: ClassVar[str]
     metric: ClassVar[str]
     key: ClassVar[str]
-    batch_size: ClassVar[int]
+    most: ClassVar[int] = 1 << 16
     limits: ClassVar[tuple[TaskLimit, ...]]
-    one_class: ClassVar[bool]
+    draws: ClassVar[bool] = False
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
         """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
@@ -146,7 +159,7 @@ class Task(ABC, Generic[Score, Compared]):
         kind = kind or self.kind(path)
         if kind not in self.datasets:
             raise UsageError(
-                f"unknown dataset {kind!r} for {self.name}, which the model is for",
+                f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
         return open_dataset(kind, path, split=split)
@@ -172,6 +185,11 @@ class Task(ABC, Generic[Score, Compared]):
         """(B,) bool: whether the outputs for an image are finite."""
         finite: Tensor = outputs.isfinite().flatten(1).all(dim=1)
         return finite
+
+    def at_once(self, many: int, asked: int | None = None) -> int:
+        """How many images go through a model together: `many`, or fewer where they are large, unless the user has
+        `asked` for a number."""
+        return min(many, self.most) if asked is None else asked
 
     @abstractmethod
     def results(self, outputs: Any, batch: Batch) -> list[Any]:
@@ -203,6 +221,21 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def changed(self, pruned: Sequence[Any], dense: Sequence[Any]) -> list[int]:
         """From the results, image by image: where one model is right and the other one is not, as indices."""
+
+    def differ(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """(B,) bool: whether the samples of two models differ enough to be shown. By default, in the class of more than
+        one in a hundred places."""
+        differs = dense.argmax(dim=1) != pruned.argmax(dim=1)
+        return differs.reshape(len(differs), -1).double().mean(dim=1) > 0.01
+
+    def told(self, outputs: Any) -> list[int | None]:
+        """The class that is said of each image; None where an answer is more than that."""
+        return [None] * len(outputs)
+
+    def drawn(self, image: Image.Image, frame: Frame, dense: Any, pruned: Any) -> Drawing:
+        """The outputs of two models for one image, whose colours are `image`, upright and of any size. Of a task that
+        draws."""
+        raise NotImplementedError
 
     def facts(self, report: Report) -> Compared | None:
         """The comparison in a report."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssmprune_cli.data import Batch, ImageDataset, Subset, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
-from ssmprune_cli.models import Backbone, resize, sides
+from ssmprune_cli.models import Backbone, cut_short, cuts, resize, sides
 from ssmprune_cli.pruning import (
     DEFAULT_REDUCTION,
     IMPORTANCES,
@@ -25,6 +25,7 @@ from ssmprune_cli.pruning import (
     PruneSettings,
     choose_alignment,
     prune,
+    repair,
     restore,
 )
 from ssmprune_cli.recipe import Recipe
@@ -128,7 +129,14 @@ class Comparison:
     """
 
     def __init__(
-        self, source: Source, dataset: ImageDataset, *, limit: int | None, batch_size: int, device: str, rounds: int
+        self,
+        source: Source,
+        dataset: ImageDataset,
+        *,
+        limit: int | None,
+        batch_size: int | None,
+        device: str,
+        rounds: int,
     ) -> None:
         if len(dataset) < 2:
             raise DataError("a comparison needs at least two images")
@@ -136,10 +144,10 @@ class Comparison:
         self.model = source.load().to(self.device).eval()
         restore(self.model)
         self.reference = prepare(self.model)  # its variants share its weights
-        self.batch_size, self.rounds = batch_size, rounds
-        self.images = EvaluationImages(dataset, self.model, limit, batch_size)
-        self._smaller: dict[int, _Smaller] = {}
         self.task = TASKS.get(self.model.task)
+        self.batch_size, self.rounds = self.task.at_once(64, batch_size), rounds
+        self.images = EvaluationImages(dataset, self.model, limit, self.batch_size)
+        self._smaller: dict[int, _Smaller] = {}
         self.notes: list[str] = []
         self.judged = self.images.dataset.has_targets
         if self.judged:
@@ -233,6 +241,34 @@ class Comparison:
             if budget.kind == "time":
                 return 1 / self._time(variant.session, self._batch(variant.model))[1] <= budget.value
             return count_flops(variant.model).all_directions <= work
+
+        place = bisect_left(possible, True, key=fits)
+        return possible[place] if place < len(possible) else None
+
+    def cut_short(self, budget: str, blocks: int, calibration: Images | None) -> Row:
+        """The row of the model without its last `blocks` blocks, its head refitted on the images, if there are any."""
+        model, name = cut_short(self.model, blocks), f"cut short by {blocks} blocks"
+        kind = "none"
+        if calibration is not None:
+            batches = in_batches(calibration, self.batch_size)
+            kind = repair(model, batches, dense=run(self.reference, batches)).kind
+        if kind == "none":
+            why = "that was not clearly better" if calibration is not None else "there are no calibration images"
+            self.notes.append(f"The head of the model {name} is not refitted: {why}.")
+        session = prepare(model)
+        answers, cost = self._answers(session, self.images, name), count_flops(model).all_directions
+        return self._row(name, budget, model, answers, cost, self._time(session, self._batch(model)), None)
+
+    def blocks_for(self, budget: Budget, work: float) -> int | None:
+        """How few blocks have to be cut for the time of `budget`, or else for at most `work` multiply-adds; None if
+        that cannot be."""
+        possible = cuts(self.model)
+
+        def fits(blocks: int) -> bool:
+            model = cut_short(self.model, blocks)
+            if budget.kind == "time":
+                return 1 / self._time(prepare(model), self._batch(model))[1] <= budget.value
+            return count_flops(model).all_directions <= work
 
         place = bisect_left(possible, True, key=fits)
         return possible[place] if place < len(possible) else None
@@ -332,7 +368,7 @@ def compare(
     calib: Path | None = None,
     calib_images: int = 64,
     limit: int | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     rounds: int = 5,
     device: str = "cpu",
     seed: int = 0,
@@ -340,8 +376,8 @@ def compare(
 ) -> tuple[list[Row], list[str]]:
     """Rows (the dense model first), and what a reader must know.
 
-    methods  each at every budget, and beside them the model for smaller images that costs as much; recipes as they
-             are; others: further dense checkpoints
+    methods  each at every budget, and beside them the model for smaller images and the one with fewer blocks that cost
+             as much; recipes as they are; others: further dense checkpoints
     calib    unlabelled images for methods that are calibrated
 
     Raises UsageError for a method that needs calibration without any, DataError for logits that are not finite.
@@ -352,7 +388,7 @@ def compare(
     chosen = None if calib is None else calibration_images(calib, calib_images, seed)
     calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
-    total = 1 + (len(methods) + 1) * len(budgets) + len(recipes) + len(others)
+    total = 1 + (len(methods) + 2) * len(budgets) + len(recipes) + len(others)
     rows, notes = [comparison.dense()], list(dataset.notes)
 
     def advance() -> None:
@@ -366,7 +402,7 @@ def compare(
         rows.append(comparison.recipe(recipe, chosen))
         advance()
     seen = next(iter(comparison.images)).images[:2] if calibration is None else calibration
-    uniform = Uniform(comparison.model, seen, batch_size=batch_size, seed=seed) if budgets else None
+    uniform = Uniform(comparison.model, seen, batch_size=comparison.batch_size, seed=seed) if budgets else None
     for budget in budgets:
         assert uniform is not None
         title = f"{budget.kind} {budget.value:g}"
@@ -381,6 +417,10 @@ def compare(
         if budget.kind == "keep":  # what the methods need that keep so much
             work = max((row.multiply_adds for row in rows if row.budget == title), default=0)
         rows += _smaller(comparison, budget, title, work, notes)
+        advance()
+        blocks = comparison.blocks_for(budget, work)
+        if blocks is not None:
+            rows.append(comparison.cut_short(title, blocks, calibration))
         advance()
     return rows, [*comparison.notes, *notes]
 

@@ -123,7 +123,7 @@ def evaluate(
     logits that are not finite.
     """
     task = TASKS.get(model.task) if task is None else task
-    batch_size = task.batch_size if batch_size is None else batch_size
+    batch_size = task.at_once(64, batch_size)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise UsageError("the batch size and the limit must be at least 1")
     chosen: Sequence[int] = range(len(dataset))

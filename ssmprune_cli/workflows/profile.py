@@ -12,6 +12,7 @@ from ssmprune_cli.inference import Explanation, prepare
 from ssmprune_cli.kernels import active_backend, refused_backends
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.measure import (
     Floor,
     Progress,
@@ -30,6 +31,7 @@ from ssmprune_cli.workflows.measure import (
 class Profile:
     """One model's figures. Multiply-adds are for one image; `flops` names the conventions.
 
+    multiply_adds_head   of all, those of a dense model's head; 0 for a classifier
     bytes_moved       by gathers, sorts and sums of one image, which are no multiply-adds
     backend           what the kernels ran on; `backends_refused` says why not on a better one
     time_ms           where the median goes, by part (see `breakdown`)
@@ -42,6 +44,7 @@ class Profile:
     parameters: int
     multiply_adds_all_directions: int
     multiply_adds_one_direction: int
+    multiply_adds_head: int
     tokens_per_block: tuple[int, ...]
     multiply_adds_per_block: tuple[int, ...]
     bytes_moved: int
@@ -71,7 +74,7 @@ def tokens_per_block(model: Backbone) -> tuple[int, ...]:
 def profile(
     models: list[Backbone],
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: str = "cpu",
     rounds: int = 10,
     seed: int = 0,
@@ -83,6 +86,7 @@ def profile(
     out. Each model gets images of its own size. Raises UsageError for a device that is not there, or models of
     different dtypes.
     """
+    batch_size = TASKS.get(models[0].task).at_once(8, batch_size)
     if batch_size < 1 or rounds < 1:
         raise UsageError("the batch size and the number of rounds must be at least 1")
     if len({model.dtype for model in models}) > 1:
@@ -104,6 +108,7 @@ def profile(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             multiply_adds_all_directions=count.all_directions,
             multiply_adds_one_direction=count.one_direction,
+            multiply_adds_head=count.head,
             tokens_per_block=tokens_per_block(model),
             multiply_adds_per_block=count.per_block,
             bytes_moved=bytes_moved(model),

@@ -92,8 +92,8 @@ def sensitivity(
         {**identity, "images": fingerprint(dataset), "method": str(method), "seed": seed},
     )
     start = time.perf_counter()
-    pixels = load_images(model, dataset)
-    measurements = Measurements(model, pixels, calibration=len(dataset), batch_size=BATCH_SIZE, state=state)
+    pixels, at_once = load_images(model, dataset), TASKS.get(model.task).at_once(BATCH_SIZE)
+    measurements = Measurements(model, pixels, calibration=len(dataset), batch_size=at_once, state=state)
     dense = _tokens(model, None, pixels)
     points = [point for stage in model.stages for point in range(stage.start + 1, stage.stop)]
     if not points:
@@ -159,7 +159,7 @@ def _tokens(model: Backbone, pruner: TokenPruner | None, images: Images) -> _See
     task, seen = TASKS.get(model.task), _Seen([], [], [])
     try:
         with torch.inference_mode():
-            for batch in in_batches(images, BATCH_SIZE):
+            for batch in in_batches(images, task.at_once(BATCH_SIZE)):
                 seen.samples.append(task.sample(model(batch)).cpu())
                 assert tap.tokens is not None and tap.positions is not None
                 seen.tokens.append(tap.tokens.cpu())

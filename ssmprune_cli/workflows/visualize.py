@@ -1,4 +1,5 @@
-"""`ssmprune visualize`: pictures of the patches that a pruned model keeps after each prune point, and of scores."""
+"""`ssmprune visualize`: pictures of the patches that a pruned model keeps after each prune point, of scores, and of
+answers that are pictures themselves."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, batches, to_rgb, visible_box
+from ssmprune_cli.data import ImageDataset, batches, to_rgb, upright, visible_box
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.tasks import TASKS, Drawing
 from ssmprune_cli.workflows.reporting import Stage, pixels, stages
 
 TILE = 192  # about the side of one image in the overview, pixels; rounded to whole cells
@@ -35,11 +38,17 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was written: the overview, and for each image and stage the overlay and the heat map of the score."""
+    """What was written: the overview, and for each image and stage the overlay and the heat map of the score; and for
+    each image what its task draws of the answers, which then is the overview.
+
+    stages  of the first images: others may be of another size, with more patches or fewer
+    words   one line for each image, about its answers; none if they are not drawn
+    """
 
     stages: list[Stage]
     overview: Path
     images: list[dict[str, Any]]
+    words: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -52,36 +61,112 @@ class Drawn:
 def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     """Draw all images of `dataset` into the folder `out`.
 
-    overview.png has a row for each image as the model sees it. NN_NAME_after_B_kept.png and ..._score.png show one
-    image, whole and in its own aspect ratio; what the model's crop leaves out is grey.
+    overview.png has a row for each image: as the model sees it and with the patches that stay, or with the answers of
+    the dense and the pruned model and where they differ, if the task draws them; these are files NN_NAME_TITLE.png too.
+    NN_NAME_after_B_kept.png and ..._score.png show one image, whole and in its own aspect ratio; what the model's crop
+    leaves out is grey.
     Raises UsageError if the model drops no tokens, and DataError if a picture cannot be written.
     """
-    parts = list(batches(dataset, model.preprocessing, batch_size=32))
-    images = torch.cat([batch.images for batch in parts])
-    found, logits = stages(model, images)
-    labels = [f"predicted class {int(best)}" for best in logits.argmax(dim=1)]
+    task = TASKS.get(model.task)
+    sights: list[NDArray[np.uint8]] = []  # as the model sees the images
+    told: list[int | None] = []
+    kept: list[list[Stage]] = []  # by batch
+    places: list[tuple[list[Stage], int]] = []  # by image: the stages of its batch, and its place in that
+    drawings: list[tuple[Image.Image, Drawing]] = []
+    names: list[str] = []
+    for batch in batches(dataset, model.preprocessing, task.at_once(32)):
+        found, outputs = stages(model, batch.images)
+        dense = _dense(model, batch.images) if task.draws else None
+        sights += list(pixels(batch.images, model.preprocessing))
+        told += task.told(outputs)
+        kept.append(found)
+        places += [(found, place) for place in range(len(batch.names))]
+        names += batch.names
+        if dense is not None:
+            for place, frame in enumerate(batch.frames):
+                original, one = _original(dataset, len(drawings)), slice(place, place + 1)
+                drawings.append((original, task.drawn(original, frame, dense[one], outputs[one])))
     overview = out / "overview.png"
-    _write(overview, picture(pixels(images, model.preprocessing), found, labels))
-    drawn: list[dict[str, Any]] = []
-    for index in range(len(dataset)):
-        original = to_rgb(dataset.image(index))
-        box = visible_box(original.size, model.preprocessing)
-        factor = max(1, math.ceil(LEAST / max(original.size)))
-        large = np.asarray(
-            original.resize((original.width * factor, original.height * factor), Image.Resampling.NEAREST)
+    if drawings:
+        _write(overview, side_by_side(drawings))
+    else:
+        _write(overview, picture(np.stack(sights), _joined(kept), [f"predicted class {each}" for each in told]))
+    described: list[dict[str, Any]] = []
+    for index, (name, (found, place)) in enumerate(zip(names, places, strict=True)):
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).with_suffix("").as_posix()).strip("_")
+        start = out / f"{index + 1:02d}_{plain}"
+        entry = {"name": name, "stages": _stages(found, place, _original(dataset, index), model, start)}
+        if drawings:
+            drawing = drawings[index][1]
+            files = {title: start.with_name(f"{start.name}_{title}.png") for title in drawing.pictures}
+            for title, each in drawing.pictures.items():
+                _write(files[title], each)
+            entry |= {"answers": drawing.words, **{title: str(path) for title, path in files.items()}}
+        described.append(entry)
+    words = [f"{name}: {drawing.words}" for name, (_, drawing) in zip(names, drawings, strict=False)]
+    return Drawn(kept[0], overview, described, words)
+
+
+def _original(dataset: ImageDataset, index: int) -> Image.Image:
+    return to_rgb(upright(dataset.image(index)))
+
+
+def _dense(model: Backbone, images: Tensor) -> Any:
+    """What the model answers if it drops nothing."""
+    pruner = model.pruner
+    model.pruner = None
+    try:
+        with torch.inference_mode():
+            return model(images)
+    finally:
+        model.pruner = pruner
+
+
+def _stages(
+    found: Sequence[Stage], place: int, original: Image.Image, model: Backbone, name: Path
+) -> list[dict[str, Any]]:
+    """Write the stages of the image at `place` of its batch, in files that start with `name`, and say where."""
+    box = visible_box(original.size, model.preprocessing)
+    factor = max(1, math.ceil(LEAST / max(original.size)))
+    large = np.asarray(original.resize((original.width * factor, original.height * factor), Image.Resampling.NEAREST))
+    whole: Box = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)
+    entries: list[dict[str, Any]] = []
+    for stage in found:
+        files = {kind: name.with_name(f"{name.name}_after_{stage.block:02d}_{kind}.png") for kind in ("kept", "score")}
+        gone, score = ~stage.kept[place], stage.score[place]
+        _write(files["kept"], Image.fromarray(hatched(shade(large, *faded(gone), whole), gone, whole)))
+        _write(files["score"], Image.fromarray(hatched(shade(large, *heat(score), whole), np.isnan(score), whole)))
+        entries.append({"after_block": stage.block, **{kind: str(path) for kind, path in files.items()}})
+    return entries
+
+
+def _joined(found: Sequence[Sequence[Stage]]) -> list[Stage]:
+    """The stages of batches of one size as stages of all images."""
+    return [
+        Stage(
+            same[0].block, np.concatenate([each.kept for each in same]), np.concatenate([each.score for each in same])
         )
-        whole: Box = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(dataset.name(index)).with_suffix("").as_posix()).strip("_")
-        entry: dict[str, Any] = {"name": dataset.name(index), "stages": []}
-        for stage in found:
-            start = out / f"{index + 1:02d}_{name}_after_{stage.block:02d}"
-            files = {kind: start.with_name(f"{start.name}_{kind}.png") for kind in ("kept", "score")}
-            gone, score = ~stage.kept[index], stage.score[index]
-            _write(files["kept"], Image.fromarray(hatched(shade(large, *faded(gone), whole), gone, whole)))
-            _write(files["score"], Image.fromarray(hatched(shade(large, *heat(score), whole), np.isnan(score), whole)))
-            entry["stages"].append({"after_block": stage.block, **{kind: str(path) for kind, path in files.items()}})
-        drawn.append(entry)
-    return Drawn(found, overview, drawn)
+        for same in zip(*found, strict=True)
+    ]
+
+
+def side_by_side(answers: Sequence[tuple[Image.Image, Drawing]]) -> Image.Image:
+    """A row for each image, TILE pixels high: the image, what its drawing shows, and its words below."""
+    rows = [[image, *drawing.pictures.values()] for image, drawing in answers]
+    width = max(max(1, round(TILE * row[0].width / row[0].height)) for row in rows)
+    titles = ["image", *answers[0][1].pictures]
+    step = TILE + CAPTION + MARGIN
+    canvas = Image.new("RGB", (MARGIN + len(titles) * (width + MARGIN), CAPTION + MARGIN + len(rows) * step), "white")
+    text, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    for column, title in enumerate(titles):
+        text.text((MARGIN + column * (width + MARGIN), 2), title, fill="black", font=font)
+    for number, (row, (_, drawing)) in enumerate(zip(rows, answers, strict=True)):
+        top = CAPTION + MARGIN + number * step
+        for column, each in enumerate(row):
+            shown = each.resize((max(1, round(TILE * each.width / each.height)), TILE), Image.Resampling.BOX)
+            canvas.paste(shown, (MARGIN + column * (width + MARGIN), top))
+        text.text((MARGIN, top + TILE + 1), drawing.words, fill="black", font=font)
+    return canvas
 
 
 def picture(pixels: NDArray[np.uint8], found: Sequence[Stage], labels: Sequence[str]) -> Image.Image:

@@ -75,6 +75,8 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--count": FROM_1,
     "--max-drop": LIMIT,
     "--min-accuracy": LIMIT,
+    "--min-miou": LIMIT,
+    "--slide": ("", "x", "64", "0,0", "64,-1", "64,43,2", "nan,1", "99999,1"),
     "--max-flops": NOT_NEGATIVE,
     "--max-latency-ratio": NOT_NEGATIVE,
     "--judge": NAME,

@@ -22,6 +22,7 @@ from ssmprune_cli.recipe.recipe import load_recipe
 from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune.augment import erase, mix, rand_augment, shifted, soft_targets, training_image
 from ssmprune_cli.workflows.finetune.images import order
+from ssmprune_cli.workflows.finetune.lessons.classes import ClassLesson
 from ssmprune_cli.workflows.finetune.loss import Outputs, WithTokens, taught, teach, token_error, total_loss
 from ssmprune_cli.workflows.finetune.new_model import build
 from ssmprune_cli.workflows.finetune.optimiser import learning_rate, parameter_groups
@@ -96,14 +97,14 @@ def test_loss_is_cross_entropy_and_divergence_from_the_dense_model() -> None:
     student = outputs([0.0, 0.0], [[1.0, -1.0]], [0])
     teacher = outputs([math.log(3), 0.0], [[1.0, -1.0]], [0])
     targets = torch.tensor([[0.9, 0.1]])
-    alone = total_loss(student, targets, Training(), None)
+    alone = total_loss(student, targets, Training(), None, ClassLesson())
     assert alone.item() == pytest.approx(math.log(2))
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    both = total_loss(student, targets, Training(distill=0.25), teacher)
+    both = total_loss(student, targets, Training(distill=0.25), teacher, ClassLesson())
     assert both.item() == pytest.approx(0.75 * math.log(2) + 0.25 * divergence, rel=1e-6)
     soft = math.sqrt(3) / (1 + math.sqrt(3))  # temperature 2 halves the logits
     warm = soft * math.log(soft / 0.5) + (1 - soft) * math.log((1 - soft) / 0.5)
-    found = total_loss(student, targets, Training(distill=1.0, temperature=2.0), teacher)
+    found = total_loss(student, targets, Training(distill=1.0, temperature=2.0), teacher, ClassLesson())
     assert found.item() == pytest.approx(4 * warm, rel=1e-6)
 
 

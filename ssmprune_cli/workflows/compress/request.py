@@ -32,6 +32,7 @@ class CompressRequest:
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
                    `limits.max_drop`: search for the fastest that loses no more on `data`
+    batch_size     that is timed; None is what suits the task
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
@@ -50,7 +51,7 @@ class CompressRequest:
     target_speedup: float | None = None
     target_latency: float | None = None
     target_flops: float | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     evaluations: int = 200
     time_limit: float | None = None
     state: Path | None = None
@@ -221,7 +222,7 @@ class CompressRequest:
         options = {key: option for key, _, option in self._settings()}
         recipe = base.override([*settings, *self.overrides], options)
         if not recipe.pruning.drops_tokens:
-            for name in ("importance", "reduction", "alignment", "repair"):
+            for name in ("importance", "reduction", "alignment"):
                 if getattr(self, name) is not None or any(
                     text.startswith(f"pruning.{name}=") for text in self.overrides
                 ):

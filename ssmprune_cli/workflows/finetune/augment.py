@@ -39,10 +39,7 @@ def training_image(image: Image.Image, preprocessing: Preprocessing, settings: T
         image = ImageOps.mirror(image)
     if settings.randaugment:
         image = rand_augment(image, settings.randaugment, draw)
-    if settings.colour_jitter:
-        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhancer(image).enhance(1 + draw.uniform(-1, 1) * settings.colour_jitter)
-    pixels = normalised(image, preprocessing)
+    pixels = normalised(jittered(image, settings.colour_jitter, draw), preprocessing)
     if settings.erasing and draw.random() < settings.erasing:
         erase(pixels, draw)
     return torch.from_numpy(pixels)
@@ -50,15 +47,34 @@ def training_image(image: Image.Image, preprocessing: Preprocessing, settings: T
 
 def random_resized_crop(image: Image.Image, size: int, smallest: float, draw: random.Random) -> Image.Image:
     """`size` x `size` pixels of a rectangle of `smallest` to 1 of the area and 3/4 to 4/3 as wide as high."""
-    width, height = image.size
+    box = crop_box(image.size, smallest, draw)
+    if box is None:
+        return ImageOps.fit(image, (size, size), _BICUBIC)
+    return image.resize((size, size), _BICUBIC, box=box)
+
+
+def crop_box(
+    size: tuple[int, int], smallest: float, draw: random.Random, aspect: float = 1.0
+) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of a rectangle of `smallest` to 1 of the area of an image of `size` (width, height),
+    and 3/4 to 4/3 of `aspect` as wide as high; None if none fits a very narrow image."""
+    width, height = size
     for _ in range(10):
         area = width * height * draw.uniform(smallest, 1)
-        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3))) * aspect
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = draw.randint(0, width - w), draw.randint(0, height - h)
-            return image.resize((size, size), _BICUBIC, box=(left, top, left + w, top + h))
-    return ImageOps.fit(image, (size, size), _BICUBIC)  # no rectangle fits a very narrow image
+            return left, top, left + w, top + h
+    return None
+
+
+def jittered(image: Image.Image, amount: float, draw: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation changed by up to `amount`; nothing is drawn for 0."""
+    if amount:
+        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhancer(image).enhance(1 + draw.uniform(-1, 1) * amount)
+    return image
 
 
 def shifted(image: Image.Image, dx: int, dy: int) -> Image.Image:

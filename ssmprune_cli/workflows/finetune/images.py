@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from ssmprune_cli.data import ImageDataset, unprepared
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.recipe import Training
-from ssmprune_cli.workflows.finetune.augment import mix, soft_targets, training_image
+from ssmprune_cli.workflows.finetune.lessons import LESSONS, Lesson, Pupil
 from ssmprune_cli.workflows.processes import Share
 
 _MOST_WORKERS = 8
@@ -63,8 +62,8 @@ class _Parts(Dataset[_Part]):
     """Parts of updates by (step, place of the first image). An error is a value: a loader would reword it."""
 
     images: ImageDataset
-    preprocessing: Preprocessing
-    classes: int
+    lesson: Lesson
+    pupil: Pupil
     settings: Training
     order: Tensor  # (steps, batch)
     size: int
@@ -74,23 +73,21 @@ class _Parts(Dataset[_Part]):
         step, start = at
         places = range(start, start + self.size)
         try:
-            images = torch.stack([self._image(step, place) for place in places])
+            examples = [self._example(step, place) for place in places]
         except DataError as error:
             return error
-        labels = torch.tensor([self.images.target(int(self.order[step, place])) for place in places])
-        targets = soft_targets(labels, self.classes, self.settings.label_smoothing)
-        if self.settings.mixup or self.settings.cutmix:
-            seeds = [mixed_seed(*self.seeds, step, place, 1) for place in places[::2]]
-            images, targets = mix(images, targets, self.settings, seeds)
-        return images, targets
+        images, targets = (torch.stack(each) for each in zip(*examples, strict=True))
+        seeds = [mixed_seed(*self.seeds, step, place, 1) for place in places[::2]]
+        return self.lesson.together(images, targets, self.settings, seeds)
 
-    def _image(self, step: int, place: int) -> Tensor:
+    def _example(self, step: int, place: int) -> tuple[Tensor, Tensor]:
         index = int(self.order[step, place])
-        image = self.images.image(index)
+        image, name = self.images.image(index), self.images.name(index)
+        seed = mixed_seed(*self.seeds, step, place, 0)
         try:
-            return training_image(image, self.preprocessing, self.settings, mixed_seed(*self.seeds, step, place, 0))
+            return self.lesson.example(image, self.images.target(index), name, self.pupil, self.settings, seed)
         except (ValueError, OSError, MemoryError) as error:
-            raise unprepared(error, self.images.name(index)) from error
+            raise unprepared(error, name) from error
 
 
 @contextmanager
@@ -107,9 +104,9 @@ def epoch_parts(
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """(images, targets) of every part of every step from `first_step` of `epoch`, for one process. Workers end with it.
 
-    images (b, 3, H, W) normalised, targets (b, classes), b = batch_size / accumulate / processes. What an image looks
-    like does not depend on how many processes, workers or parts there are. Raises DataError for an unreadable image and
-    SsmpruneError when a worker has died.
+    images (b, 3, H, W) normalised, targets (b, ...) of the lesson, b = batch_size / accumulate / processes. What an
+    image looks like does not depend on how many processes, workers or parts there are. Raises DataError for an
+    unreadable image and SsmpruneError when a worker has died.
     """
     size = part_size(settings, share)
     plan = order(len(dataset), settings, seed, epoch)
@@ -118,7 +115,8 @@ def epoch_parts(
         for step in range(first_step, len(plan))
         for piece in range(settings.accumulate)
     ]
-    parts = _Parts(dataset, model.preprocessing, model.num_classes, settings, plan, size, (seed, epoch))
+    pupil = Pupil(model.preprocessing, model.image_size, model.num_classes)
+    parts = _Parts(dataset, LESSONS.get(model.task), pupil, settings, plan, size, (seed, epoch))
     loader = DataLoader(
         parts,
         batch_size=None,

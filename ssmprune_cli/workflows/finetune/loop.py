@@ -22,6 +22,7 @@ from ssmprune_cli.pruning import TokenPruner
 from ssmprune_cli.recipe import Training
 from ssmprune_cli.workflows.finetune.guard import PATIENCE, first_non_finite
 from ssmprune_cli.workflows.finetune.images import default_workers, epoch_parts, mixed_seed, part_size, steps_per_epoch
+from ssmprune_cli.workflows.finetune.lessons import LESSONS
 from ssmprune_cli.workflows.finetune.loss import Outputs, WithTokens, taught, total_loss
 from ssmprune_cli.workflows.finetune.optimiser import learning_rate, optimiser
 from ssmprune_cli.workflows.finetune.progressive import ProgressiveSchedule
@@ -55,6 +56,7 @@ class Trainer:
         self.accelerator = accelerator(settings.precision, device, find_unused=bool(model.places.idle))
         self.settings, self.seed, self.progress, self.model = settings, seed, Progress(), model
         self._images, self._stop, self._share = images, stop, this_process()
+        self._lesson = LESSONS.get(model.task)
         self.last_loss: float | None = None  # the mean of the last finished epoch
         self.steps = steps_per_epoch(images, settings)
         part_size(settings, self._share)  # raises before anything is done
@@ -145,7 +147,8 @@ class Trainer:
             last = number + 1 == settings.accumulate
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
                 outputs = Outputs(*self._forward(images))
-                value = total_loss(outputs, targets, settings, taught(self._teacher, images)) / settings.accumulate
+                value = total_loss(outputs, targets, settings, taught(self._teacher, images), self._lesson)
+                value = value / settings.accumulate
                 loss += float(self.accelerator.reduce(value.detach(), "mean"))
                 finite = math.isfinite(loss)  # the same in every process
                 if finite:

@@ -1,4 +1,4 @@
-"""The loss: soft-target cross-entropy, and what the dense model says of the same images."""
+"""The loss: what the lesson says of the answers, and what the dense model says of the same images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe import Training
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
+from ssmprune_cli.workflows.finetune.lessons import Lesson
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """logits (B, classes); tokens (B, L, d) after the last block, and their positions (B, L)."""
+    """logits (B, classes, ...); tokens (B, L, d) after the last block, and their positions (B, L)."""
 
     logits: Tensor
     tokens: Tensor
@@ -56,16 +57,18 @@ def teach(student: Backbone, teacher: Backbone) -> None:
         raise UsageError("the model to distil from drops tokens itself", where="--distill")
 
 
-def total_loss(student: Outputs, targets: Tensor, settings: Training, teacher: Outputs | None) -> Tensor:
-    """Mean over the images, in float32. Without `teacher` the cross-entropy alone."""
+def total_loss(
+    student: Outputs, targets: Tensor, settings: Training, teacher: Outputs | None, lesson: Lesson
+) -> Tensor:
+    """A mean, in float32. Without `teacher` the lesson's loss alone."""
     logits = student.logits.float()
-    loss = functional.cross_entropy(logits, targets)
+    loss = lesson.loss(logits, targets, settings)
     if teacher is None:
         return loss
     temperature = settings.temperature
     divergence = functional.kl_div(
-        functional.log_softmax(logits / temperature, dim=1),
-        functional.log_softmax(teacher.logits.float() / temperature, dim=1),
+        functional.log_softmax(lesson.rows(logits) / temperature, dim=1),
+        functional.log_softmax(lesson.rows(teacher.logits.float()) / temperature, dim=1),
         reduction="batchmean",
         log_target=True,
     )

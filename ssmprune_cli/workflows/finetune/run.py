@@ -18,7 +18,7 @@ import torch
 import ssmprune_cli
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset
-from ssmprune_cli.errors import MAX_MESSAGE, DataError, UsageError, shown
+from ssmprune_cli.errors import MAX_MESSAGE, UsageError, shown
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner, fold_head
@@ -26,6 +26,7 @@ from ssmprune_cli.recipe import Training
 from ssmprune_cli.report import EpochFacts, FinetuningFacts, Report
 from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.finetune.lessons import LESSONS
 from ssmprune_cli.workflows.finetune.loop import Stopped, Trainer
 from ssmprune_cli.workflows.finetune.loss import teach
 from ssmprune_cli.workflows.finetune.state import BEST, LAST, Log, prepare_folder, read_state, write_state
@@ -37,7 +38,7 @@ from ssmprune_cli.workflows.reporting import describe, report_files
 
 @dataclass(frozen=True)
 class Data:
-    """Images to train on, and those to measure the accuracy on after every epoch, if any."""
+    """Images to train on, and those to judge the model on after every epoch, if any."""
 
     training: ImageDataset
     validation: ImageDataset | None = None
@@ -104,16 +105,16 @@ def finetune(
     Ctrl-C or SIGTERM saves after the update at hand, and the result says `interrupted`. Raises SsmpruneError for a
     folder without room, data that do not fit, and a training that diverges.
     """
-    if not TASKS.get(model.task).one_class:
+    if model.task not in LESSONS:
         raise UsageError(
-            f"a model for {model.task} cannot be fine-tuned: the training is one of image classes",
+            f"a model for {model.task} cannot be fine-tuned: trained are those for {' and '.join(LESSONS.names())}",
             hint="`ssmprune compress` takes it as it is.",
         )
-    settings = job.settings
+    settings, key = job.settings, TASKS.get(model.task).key
     resolve_device(job.device)  # raises now: without the device, Accelerate would take a CPU and say nothing
     for images in (data.training, data.validation):
         if images is not None:
-            _check(model, images)
+            LESSONS.get(model.task).check(model, images, settings)
     fold_head(model)  # a repaired head is trained like the rest
     job = replace(job, report=_as_trained(job.report or describe(model), model))
     if job.teacher is not None:
@@ -154,8 +155,8 @@ def finetune(
                 done.log_size = log.write(values)
             if board is not None and values.get("loss") is not None:
                 at = done.epoch * trainer.steps + done.step
-                kind = "epoch" if "top1" in values else "update"
-                for name in ("loss", "learning_rate", "top1"):
+                kind = "epoch" if key in values else "update"
+                for name in ("loss", "learning_rate", key):
                     if values.get(name) is not None:
                         board.add_scalar(f"{kind}/{name}", values[name], at)
             if report is not None:
@@ -209,17 +210,17 @@ def _end_epoch(
     """Measure, and write the models."""
     done, weights = trainer.progress, trainer.weights
     as_first_process(weights)
-    top1 = None
+    task, metric = TASKS.get(weights.task), None
     if data.validation is not None:
         training = weights.training
         judged = evaluate(weights, data.validation, device=str(trainer.accelerator.device))
-        top1 = judged.task.estimate(judged.score).value
+        metric = task.estimate(judged.score).value
         weights.train(training)
-    line = {"epoch": done.epoch, "loss": trainer.last_loss, "top1": top1, "seconds": time.perf_counter() - start}
+    line = {"epoch": done.epoch, "loss": trainer.last_loss, task.key: metric, "seconds": time.perf_counter() - start}
     done.epochs.append(line)
-    better = top1 is not None and (done.best is None or top1 > done.best)
+    better = metric is not None and (done.best is None or metric > done.best)
     if better and done.epoch >= job.settings.progressive:  # with all tokens that will be dropped
-        done.best, done.best_epoch = top1, done.epoch
+        done.best, done.best_epoch = metric, done.epoch
     if this_process().rank == 0:
         files = artefact_files(job, done.epochs, done.skipped)
         for name in (LAST, *([BEST] if done.best_epoch == done.epoch else [])):
@@ -229,12 +230,13 @@ def _end_epoch(
 
 def artefact_files(job: Job, epochs: list[dict[str, Any]], skipped: int) -> dict[str, bytes | str]:
     """recipe.yaml and the like as they are, and report.json with what was trained."""
+    assert job.report is not None
+    known = ("epoch", "loss", TASKS.get(job.report.task).key)
     finetuning = FinetuningFacts(
         **provenance(job),
-        epochs=tuple(EpochFacts(epoch=line["epoch"], loss=line["loss"], top1=line["top1"]) for line in epochs),
+        epochs=tuple(EpochFacts(**{name: line[name] for name in known}) for line in epochs),
         skipped_updates=skipped,
     )
-    assert job.report is not None
     stale = {TASKS.get(job.report.task).section: None, "limits": (), "samples": ()}  # of the weights before
     report = job.report.model_copy(update={**stale, "finetuning": finetuning})
     return {**job.files, **report_files(report, {})}
@@ -285,19 +287,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for each, handler in old.items():
             signal.signal(each, handler)
-
-
-def _check(model: Backbone, images: ImageDataset) -> None:
-    if len(images) == 0:
-        raise DataError("there are no images")
-    if model.num_classes < 2:
-        raise UsageError(f"the model has {model.num_classes} classes: training needs two or more to tell apart")
-    for index in range(len(images)):
-        label = images.target(index)
-        if not isinstance(label, int):
-            raise DataError("has no label", where=images.name(index))
-        if not 0 <= label < model.num_classes:
-            raise DataError(
-                f"has the label {label}, and the model has {model.num_classes} classes (0 to {model.num_classes - 1})",
-                where=images.name(index),
-            )

@@ -28,7 +28,7 @@ class Progress:
 
     loss      sum of the losses of this epoch's updates, skipped ones left out
     skipped   updates skipped for a loss or gradient that was not finite, in all; `in_a_row` just now
-    best      highest share of right answers, and after which epoch (from 1)
+    best      highest value of the task's metric, and after which epoch (from 1)
     log_size  bytes of the log that belong to what is done
     epochs    a line of figures for each finished epoch
     """

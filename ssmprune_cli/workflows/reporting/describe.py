@@ -23,6 +23,7 @@ from ssmprune_cli.report import (
     SpeedFacts,
 )
 from ssmprune_cli.statistics import ratio_of_medians
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.measure import Progress, bytes_moved, count_flops, machine, resolve_device
 from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
@@ -75,6 +76,7 @@ def figures(model: Backbone) -> Figures:
         tokens_per_block=tokens_per_block(model),
         multiply_adds_per_block=count.per_block,
         bytes_moved=bytes_moved(model),
+        multiply_adds_head=count.head,
     )
 
 
@@ -114,10 +116,11 @@ def repair_facts(repaired: Repaired) -> RepairFacts:
 
 
 def speed_facts(
-    dense: Backbone, pruned: Backbone, device: str, batch_size: int, progress: Progress | None = None
+    dense: Backbone, pruned: Backbone, device: str, batch_size: int | None, progress: Progress | None = None
 ) -> SpeedFacts:
-    """Both models timed in turns on batches of images of their own size: ten rounds, or fewer where a forward
-    pass takes more than 2 s."""
+    """Both models timed in turns on batches of images of their own size (see `profile`): ten rounds, or fewer where a
+    forward pass takes more than 2 s."""
+    batch_size = TASKS.get(dense.task).at_once(8, batch_size)
     images = torch.zeros(batch_size, 3, *dense.image_size, device=resolve_device(device))
     start = time.perf_counter()
     with torch.inference_mode():

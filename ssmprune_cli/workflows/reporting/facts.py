@@ -303,6 +303,26 @@ def answers(report: Report, sample: Sample) -> str:
     return TASKS.get(report.task).answers(report, sample)
 
 
+def epochs(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of a table with what each epoch of a fine-tuning came to."""
+    task, lines = TASKS.get(report.task), []
+    for epoch in () if report.finetuning is None else report.finetuning.epochs:
+        metric = getattr(epoch, task.key)
+        loss = "-" if epoch.loss is None else f"{epoch.loss:.4f}"
+        lines.append([str(epoch.epoch), loss, "-" if metric is None else f"{100 * metric:.2f} %"])
+    return ["epoch", "loss", task.metric], lines
+
+
+def part_metric(report: Report) -> str:
+    """What is said of a part of the data."""
+    return TASKS.get(report.task).part_metric
+
+
+def unharmed(report: Report) -> str:
+    """What to say where no part of the data is worse than before."""
+    return TASKS.get(report.task).unharmed
+
+
 def unmeasured(report: Report) -> list[str]:
     """What a reader might look for and does not find."""
     if report.pruned is None:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.grids import Grid
 from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted, at_least_tokens
-from ssmprune_cli.models import Backbone
-from ssmprune_cli.preprocessing import Preprocessing
+from ssmprune_cli.models import Backbone, DenseModel
+from ssmprune_cli.preprocessing import KeepRatio, Preprocessing
 from ssmprune_cli.pruning import TokenPruner
 from ssmprune_cli.tokens import TokenSequence
 
@@ -52,6 +53,7 @@ class _Recorder(Pruner):
         self.left: list[Tensor] = []  # for each block (B, dense length) bool
         self.scores: list[Tensor] = []  # for each block (B, dense length), NaN where there is none
         self.dropped: list[bool] = []  # for each block, whether some went after it
+        self.grids: list[Grid | None] = []  # for each block, that of its dense positions, if tokens know theirs
 
     def wants(self, block: int) -> Wanted:
         return at_least_tokens(self.inner.wants(block))
@@ -62,6 +64,7 @@ class _Recorder(Pruner):
     def __call__(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
         given = sequence
         sequence = self.inner(block, sequence, statistics)
+        self.grids.append(given.grid if given.merged is None else given.merged.grid)
         self.left.append(_dense(sequence, _live(sequence), False))
         scores = torch.full(given.positions.shape, math.nan, device=given.positions.device)
         self.dropped.append(not torch.equal(self.left[-1], _dense(given, _live(given), False)))
@@ -96,22 +99,24 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
             )
         raise UsageError("this model drops no tokens", hint=hint)
     recorder = _Recorder(inner)
-    del model.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
-    model.pruner = recorder
+    slot: Backbone = model.encoder if isinstance(model, DenseModel) else model
+    del slot.pruner  # a module's attribute that holds a module takes nothing else, so it goes first
+    slot.pruner = recorder
     try:
         with torch.inference_mode():
             logits: Tensor = model(images)
     finally:
-        del model.pruner
-        model.pruner = inner
+        del slot.pruner
+        slot.pruner = inner
     found: list[Stage] = []
-    for grid in model.stages:  # each begins with all of its tokens
-        patches = [position for position in range(grid.num_tokens) if position not in grid.protected]
-        for block in range(grid.start, grid.stop):
+    for stage in model.stages:  # each begins with all of its tokens
+        for block in range(stage.start, stage.stop):
             left = recorder.left[block]
             if recorder.dropped[block]:
+                shape = recorder.grids[block] or stage.grid  # images may be of another size than the model's own
+                patches = [position for position in range(left.shape[1]) if position not in stage.protected]
                 kept, score = (
-                    dense[:, patches].reshape(len(images), *grid.grid).cpu().numpy()  # (B, rows, columns)
+                    dense[:, patches].reshape(len(images), *shape).cpu().numpy()  # (B, rows, columns)
                     for dense in (left, recorder.scores[block])
                 )
                 found.append(Stage(block + 1, kept, score))
@@ -120,7 +125,7 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
     return found, logits
 
 
-def pixels(images: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+def pixels(images: Tensor, preprocessing: Preprocessing | KeepRatio) -> NDArray[np.uint8]:
     """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     scaled = ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.files import read_bytes
-from ssmprune_cli.report import Report, Sample, SampleStage, read_report
+from ssmprune_cli.report import Report, SampleStage, read_report
 from ssmprune_cli.tasks import Loss
 from ssmprune_cli.workflows.reporting import facts
 from ssmprune_cli.workflows.reporting.drawn import front_figures, search_figure, sensitivity_figure
@@ -53,8 +53,9 @@ def _read_entry(folder: Path, name: str) -> Entry:
     report = read_report(folder)
     images = {}
     for sample in report.samples:
-        path = folder / Path(sample.file).name  # never outside the folder, whatever the report says
-        images[sample.file] = read_bytes(path, _MOST_BYTES, SsmpruneError)
+        for file in (sample.file, *sample.pictures.values()):
+            path = folder / Path(file).name  # never outside the folder, whatever the report says
+            images[file] = read_bytes(path, _MOST_BYTES, SsmpruneError)
     return Entry(name, report, images)
 
 
@@ -97,8 +98,8 @@ def _unbroken(text: str) -> str:
     return re.sub(r"\(.*?\)", lambda found: found[0].replace(" ", "\u00a0"), _with_unit(text))
 
 
-def _image_data(entry: Entry, sample: Sample) -> str:
-    return "data:image/png;base64," + base64.b64encode(entry.images[sample.file]).decode()
+def _image_data(entry: Entry, file: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(entry.images[file]).decode()
 
 
 def _loss_rows(losses: Sequence[Loss]) -> list[tuple[object, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.report import ModelSpeed, Report
+from ssmprune_cli.report import Figures, ModelSpeed, Report
 from ssmprune_cli.tasks import TASKS, Row
 
 
@@ -18,9 +18,9 @@ def _judged_rows(report: Report) -> list[Row]:
     return [
         *(() if compared is None else task.rows(compared)),
         *(
-            Row(f"{task.metric} on the validation images, fine-tuned", "-", f"{100 * epoch.top1:.2f} %", "")
+            Row(f"{task.metric} on the validation images, fine-tuned", "-", f"{100 * value:.2f} %", "")
             for epoch in trained
-            if epoch.top1 is not None
+            if (value := getattr(epoch, task.key)) is not None
         ),
     ]
 
@@ -32,6 +32,7 @@ def _cost_rows(report: Report) -> list[Row]:
     return [
         _cost("multiply-adds, all directions", dense.multiply_adds_all_directions, pruned.multiply_adds_all_directions),
         _cost("multiply-adds, one direction", dense.multiply_adds_one_direction, pruned.multiply_adds_one_direction),
+        *_head_rows(dense, pruned),
         Row(
             "moved by gathers, sorts and sums",
             f"{dense.bytes_moved / 1e6:.2f} MB",
@@ -39,6 +40,17 @@ def _cost_rows(report: Report) -> list[Row]:
             f"{(pruned.bytes_moved - dense.bytes_moved) / 1e6:+.2f} MB",
             better=_less(dense.bytes_moved, pruned.bytes_moved),
         ),
+    ]
+
+
+def _head_rows(dense: Figures, pruned: Figures) -> list[Row]:
+    """Of a model with a head of its own, so that a saving is seen for what it is one of."""
+    if not dense.multiply_adds_head:
+        return []
+    before, after = (each.multiply_adds_all_directions - each.multiply_adds_head for each in (dense, pruned))
+    return [
+        _cost("of the backbone, all directions", before, after),
+        _cost("of the head", dense.multiply_adds_head, pruned.multiply_adds_head),
     ]
 
 

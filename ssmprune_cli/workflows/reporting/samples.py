@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssmprune_cli.data import ImageDataset, Subset, batches
+from ssmprune_cli.data import ImageDataset, Subset, batches, to_rgb, upright
 from ssmprune_cli.errors import shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import Sample, SampleStage
+from ssmprune_cli.tasks import TASKS, Drawing
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.reporting.kept import pixels, stages
 
+SIDE = 384  # pixels of a picture, at most
 POOL = 32  # images that are looked through for changed answers, where no evaluation has done so
 
 
@@ -41,33 +43,41 @@ def samples(
     first = [changed[place] for place in spread(len(changed), min(len(changed), count // 2))]
     rest = sorted(set(range(len(dataset))).difference(first))
     order = [*first, *(rest[place] for place in spread(len(rest), count - len(first)))]
-    chosen = Subset(dataset, order)
-    (batch,) = batches(chosen, pruned.preprocessing, count)
-    (own,) = batches(chosen, dense.preprocessing, count)
-    images = batch.images.to(device)
-    with torch.inference_mode():
-        reference = dense(own.images.to(device))
-        found, logits = ([], pruned(images)) if pruned.pruner is None else stages(pruned, images)
+    task, described = TASKS.get(pruned.task), []
     files: dict[str, bytes] = {}
-    described = []
-    for index, picture in enumerate(pixels(images, pruned.preprocessing)):
-        target, buffer = batch.targets[index], io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="png")
-        file = f"sample_{index + 1}.png"
-        files[file] = buffer.getvalue()
+    for number, index in enumerate(order, start=1):
+        chosen = Subset(dataset, [index])
+        (batch,), (own,) = (batches(chosen, model.preprocessing, 1) for model in (pruned, dense))
+        images, target = batch.images.to(device), batch.targets[0]
+        with torch.inference_mode():
+            reference = dense(own.images.to(device))
+            found, outputs = ([], pruned(images)) if pruned.pruner is None else stages(pruned, images)
+        picture = Image.fromarray(pixels(images, pruned.preprocessing)[0])
+        file = f"sample_{number}.png"
+        parts = {file: _small(picture)}
+        drawing = Drawing({}, "")
+        if task.draws:
+            original = _small(to_rgb(upright(dataset.image(index))))
+            drawing = task.drawn(original, batch.frames[0], reference, outputs)
+        titles = {title: f"sample_{number}_{title}.png" for title in drawing.pictures}
+        parts |= {titles[title]: each for title, each in drawing.pictures.items()}
+        files |= {name: _png(each) for name, each in parts.items()}
         described.append(
             Sample(
-                name=shown(batch.names[index]),
+                name=shown(batch.names[0]),
                 file=file,
                 label=target if isinstance(target, int) else None,
-                chosen="changed" if index < len(first) else "random",
-                predicted_dense=int(reference[index].argmax()),
-                predicted_pruned=int(logits[index].argmax()),
+                chosen="changed" if number <= len(first) else "random",
+                predicted_dense=task.told(reference)[0],
+                predicted_pruned=task.told(outputs)[0],
+                words=drawing.words,
+                pictures=titles,
+                size=(picture.height, picture.width),
                 stages=tuple(
                     SampleStage(
                         after_block=stage.block,
                         grid=(stage.kept.shape[1], stage.kept.shape[2]),
-                        kept=tuple(np.flatnonzero(stage.kept[index]).tolist()),
+                        kept=tuple(np.flatnonzero(stage.kept[0]).tolist()),
                     )
                     for stage in found
                 ),
@@ -76,12 +86,26 @@ def samples(
     return tuple(described), files
 
 
+def _small(image: Image.Image) -> Image.Image:
+    """At most SIDE pixels a side, so that a page with all of them stays small."""
+    image = image.copy()
+    image.thumbnail((SIDE, SIDE))
+    return image
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
+
+
 def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: torch.device) -> list[int]:
     """Indices of images, of POOL from all over `dataset`, that the two models answer differently."""
     pool = spread(len(dataset), min(POOL, len(dataset)))
-    chosen, found = Subset(dataset, pool), []
+    chosen, task, found = Subset(dataset, pool), TASKS.get(pruned.task), []
     with torch.inference_mode():
         for model in (pruned, dense):
-            parts = batches(chosen, model.preprocessing, batch_size=16)
-            found.append(torch.cat([model(batch.images.to(device)).argmax(dim=1) for batch in parts]))
-    return [index for index, differs in zip(pool, (found[0] != found[1]).tolist(), strict=True) if differs]
+            parts = batches(chosen, model.preprocessing, task.at_once(16))
+            found.append(torch.cat([task.sample(model(batch.images.to(device))) for batch in parts]))
+    differs = task.differ(found[1], found[0])
+    return [index for index, each in zip(pool, differs.tolist(), strict=True) if each]

@@ -18,6 +18,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, judged_rows, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
@@ -55,7 +56,7 @@ class SearchPlan:
 
     budgets     shares of the dense multiply-adds (all scan directions counted), or of the dense model's time
     latency_ms  instead: milliseconds for a batch
-    batch_size  images in a batch that is timed on `device`
+    batch_size  images in a batch that is timed on `device`; None is what suits the task
     methods     those to choose from
     resize      whether smaller images are among the candidates
     repair      what the result is to be repaired by, on `repair_images` of the images: finalists are judged repaired,
@@ -71,7 +72,7 @@ class SearchPlan:
     resize: bool = True
     repair: Asked = "none"
     repair_images: int = ENOUGH
-    batch_size: int = 8
+    batch_size: int | None = None
     calibration: CalibrationPlan = field(default_factory=CalibrationPlan)
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
@@ -172,6 +173,9 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     if not plan.methods:
         raise UsageError("no method of these names both saves work and fits together, so there is nothing to search")
     model = source.load().to(resolve_device(plan.device))
+    task = TASKS.get(model.task)
+    timed, judged = task.at_once(8, plan.batch_size), task.at_once(plan.calibration.batch_size)
+    plan = replace(plan, batch_size=timed, calibration=plan.calibration.model_copy(update={"batch_size": judged}))
     dataset = calibration_images(plan.calib, plan.calibration.images, plan.calibration.seed)
     if len(dataset) < MIN_IMAGES:
         raise DataError(
@@ -197,7 +201,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         "images": fingerprint(dataset),
         "seed": plan.seed,
         "batch_size": plan.calibration.batch_size,
-        "timed_batch_size": plan.batch_size,
+        "timed_batch_size": timed,
         "machine": machine(plan.device),
         "repair_images": None if repairing is None else fingerprint(repairing),
     }
@@ -218,7 +222,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         state=state,
         load=load if plan.resize else None,
     )
-    clock = Clock(measurements, plan.batch_size, TimeTable.of(model, plan.device, plan.batch_size))
+    clock = Clock(measurements, timed, TimeTable.of(model, plan.device, timed))
     return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
 
 
@@ -248,21 +252,14 @@ class Searches:
             if self._wanted is None:
                 self._wanted = run(self.measurements.session, prepared(self.measurements.model))
             sized.prune(variant.settings)
-            if not variant.settings.schedule.points:  # a model that drops nothing is not repaired
-                logits = run(sized.session, prepared(sized.model))
-                found = self.measurements.task.divergence(self._wanted, logits)[judged_rows(len(logits))]
-            else:
-                sized.model.pruner = copy.deepcopy(sized.model.pruner)  # the repair is left in it
-                result = repair(
-                    sized.model,
-                    prepared(sized.model),
-                    kind=self.plan.repair,
-                    runner=sized.session.with_pruner,
-                    dense=self._wanted,
-                )
-                assert result.judged is not None  # there are enough images
-                found = result.judged
+            model = copy.deepcopy(sized.model)  # a repair is left in its pruner, or in its head
             restore(sized.model)
+            parts = prepared(model)
+            result = repair(model, parts, kind=self.plan.repair, runner=sized.session.with_pruner, dense=self._wanted)
+            found = result.judged
+            if found is None:  # there was nothing to repair
+                logits = run(sized.session.with_pruner(model.pruner), parts)
+                found = self.measurements.task.divergence(self._wanted, logits)[judged_rows(len(logits))]
             numbers: list[float] = found.tolist()
             return numbers
 
@@ -340,7 +337,7 @@ class Searches:
 def _pruning(trial: Trial, repaired: Asked = "none") -> Pruning:
     settings = trial.settings
     if not settings.schedule.points:
-        return Pruning(image_size=trial.side)
+        return Pruning(image_size=trial.side, repair=repaired)
     return Pruning(
         image_size=trial.side,
         points=settings.schedule.points,
