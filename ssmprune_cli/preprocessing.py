@@ -32,7 +32,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class KeepRatio:
-    """What a dense model expects: the whole image, its sides in proportion, as mmsegmentation and mmdetection do it.
+    """What a dense model expects: the whole image in proportion, as mmsegmentation and mmdetection prepare it.
 
     The factor is the largest by which the long side is at most `long` and the short side at most `short`; a new side is
     its product, rounded half up. Resized without antialiasing, as cv2's INTER_LINEAR does. Then scaled to 0..1 and

@@ -76,7 +76,7 @@ def test_the_commands_run_and_a_broken_limit_ends_them_with_3(steps: list[dict[s
     strict = (
         commands["Compress"]["run"]
         .replace("recipes/demo/test.npz", "few.npz")
-        .replace("--max-drop 3", "--max-drop -50")
+        .replace("--max-drop 3", "--max-drop -50 --repair none")
     )
     done = run({"run": strict.replace("--out artefact", "--out broken")}, tmp_path)
     assert done.returncode == 3 and "--max-drop allows -50" in done.stderr, done.stderr

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, RecipeError, UsageError
@@ -314,7 +316,21 @@ def test_a_model_for_smaller_images_is_repaired_too(tmp_path: Path) -> None:
     )
     facts = compress_checkpoint(asked).report.repair
     assert facts is not None and facts.images == 70 and facts.divergence_before is not None
-    alone = compress_checkpoint(replace(asked, keep=None, reduction=None, overwrite=True)).report
-    assert alone.repair is None and alone.pruning is None
-    with pytest.raises(UsageError, match="is about dropping tokens, and none are"):
-        compress_checkpoint(replace(asked, keep=None, reduction=None, repair="head", overwrite=True))
+    # With all tokens kept it is the model's own head that changes.
+    alone = replace(asked, keep=None, reduction=None, overwrite=True)
+    report = compress_checkpoint(alone).report
+    facts = report.repair
+    assert report.pruning is None and facts is not None and facts.kind == "head" and facts.divergence_after is not None
+    plain = tmp_path / "plain"
+    assert compress_checkpoint(replace(alone, repair="none", out=plain)).report.repair is None
+    repaired, unrepaired = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", plain))
+    changed = {name for name, value in repaired.items() if not torch.equal(value, unrepaired[name])}
+    assert changed == {"head.weight", "head.bias"}
+    again = compress_checkpoint(
+        replace(alone, source=Source(tmp_path / "out"), resize=None, recipe=str(tmp_path / "out" / "recipe.yaml"))
+    )
+    assert again.report.repair is not None
+    assert again.report.repair == facts.model_copy(update={"seconds": again.report.repair.seconds})
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == repaired.keys()
+    result = compress_checkpoint(replace(alone, repair="head+side"))
+    assert any("no mean of dropped ones" in each for each in result.warnings)

@@ -71,7 +71,8 @@ def test_an_ordinary_run(kind: str, lacking: tuple[str, ...], tmp_path: Path) ->
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(8) % 10)
     images, out, tuned = (str(tmp_path / name) for name in ("images.npz", "out", "tuned"))
     labelled = ["--data", images, "--dataset", "npz"]
-    compress = ["compress", str(CHECKPOINT), "--keep", "0.6", "--calib", images, *labelled, "--out", out, "--quiet"]
+    named = ["--reduction", "context", "--out", out, "--quiet"]
+    compress = ["compress", str(CHECKPOINT), "--keep", "0.6", "--calib", images, *labelled, *named]
     training = ["--epochs", "2", "--batch-size", "4", "--workers", "0"]  # the second epoch replaces a folder
     commands = [
         compress,

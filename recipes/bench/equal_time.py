@@ -1,4 +1,4 @@
-"""What is the best model for a time: the default of `compress`, reductions, a smaller image, with and without repair.
+"""The best model for a time: what a search finds, reductions, a smaller image, fewer blocks, each repaired or not.
 
     python recipes/bench/equal_time.py CKPT... --data-dir DIR --calib DIR [--dataset imagefolder] [--times 0.7]
         [--batch-sizes 8] [--evaluations 40] [--limit 1000] [--csv FILE] [--device cuda]
@@ -15,6 +15,7 @@ import argparse
 import platform
 import statistics
 import sys
+from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, cut_short, cuts, resize
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
@@ -41,6 +42,7 @@ METHODS = (
     "clip/local-merge/mass",
     "clip/pool/mass",
     "clip/frozen-pairs/mass",
+    "clip/grid-merge/mass",
     "random/drop/none",
 )
 TITLES = (
@@ -76,6 +78,8 @@ class Bench:
         judged = self.comparison.images.dataset
         self.labels = torch.tensor([judged.target(index) for index in range(len(judged))])
         self.calibration = calibration_images(arguments.calib, 1024, 0)
+        # What the dense model says of them: every repair is fitted to it.
+        self.wanted = run(self.comparison.reference, self.images(self.comparison.model).split(64))
 
     def images(self, model: Backbone) -> Tensor:
         """For calibration, (N, 3, H, W)."""
@@ -101,9 +105,26 @@ class Bench:
         side = self.comparison.side_for(budget, 0)
         self.comparison.batch_size = 64
         if side is not None:
-            small = self.comparison.at(side)
-            self.row(small.session, small.model, share, batch_size, "smaller image", "none", f"{side} pixels")
+            small = resize(model, side)
+            self.rows(small, prepare(small), self.images(small), share, batch_size, "smaller image", f"{side} pixels")
+        self.cut_short(images, share, batch_size)
         self.searched(share, batch_size)
+
+    def cut_short(self, images: Tensor, share: float, batch_size: int) -> None:
+        """The model without its last blocks: as few as bring it within the time."""
+        model, reference = self.comparison.model, self.comparison.reference
+        batch = torch.zeros(batch_size, 3, *model.image_size, device=self.comparison.device)
+
+        def fits(blocks: int) -> bool:
+            both = interleaved_speeds([reference, prepare(cut_short(model, blocks))], batch, self.arguments.rounds)
+            return both[1].median_ms <= share * both[0].median_ms
+
+        possible = cuts(model)
+        place = bisect_left(possible, True, key=fits)
+        if place < len(possible):
+            cut = cut_short(model, possible[place])
+            what = f"{len(cut.mixers)} of {len(model.mixers)} blocks"
+            self.rows(cut, prepare(cut), images, share, batch_size, "cut short", what)
 
     def searched(self, share: float, batch_size: int) -> None:
         plan = SearchPlan(
@@ -121,12 +142,9 @@ class Bench:
         settings = recipe_settings(model, found.recipe, calibrated=True)
         images = self.images(model)
         what = found.trace()[0].recipe
-        if settings is None:
-            self.row(prepare(model), model, share, batch_size, "searched", "none", what)
-            return
-        dense = run(self.comparison.reference, self.images(self.comparison.model).split(64))
-        prune(model, settings, images, dense=dense)
-        self.rows(model, prepare(model), images, share, batch_size, "searched", what, dense)
+        if settings is not None:
+            prune(model, settings, images, dense=self.wanted)
+        self.rows(model, prepare(model), images, share, batch_size, "searched", what)
 
     def rows(
         self,
@@ -137,13 +155,13 @@ class Bench:
         batch_size: int,
         name: str,
         what: str,
-        dense: Tensor | None = None,
     ) -> None:
-        """Of a pruned model as it is, and repaired."""
+        """Of a model that drops tokens or sees smaller images, as it is and repaired."""
         self.row(session.with_pruner(model.pruner), model, share, batch_size, name, "none", what)
-        done = repair(model, images.split(64), runner=session.with_pruner, dense=dense)
+        done = repair(model, images.split(64), runner=session.with_pruner, dense=self.wanted)
         if done.kind != "none":
-            self.row(session.with_pruner(model.pruner), model, share, batch_size, name, done.kind, what)
+            repaired = prepare(model) if model.pruner is None else session.with_pruner(model.pruner)
+            self.row(repaired, model, share, batch_size, name, done.kind, what)
 
     def row(
         self, session: Session, model: Backbone, share: float, batch_size: int, name: str, repaired: str, what: str

@@ -173,8 +173,9 @@ def _tiled(weight: Tensor, parts: int) -> Tensor:
 def _untiled(tiles: Tensor, outputs: int, inputs: int, parts: int) -> Tensor:
     """(outputs, inputs) of what `_tiled` gives, float32."""
     values = tiles.contiguous().view(torch.bfloat16).float()
-    across = (inputs + -inputs % _INPUTS) // _INPUTS
-    each = values.view(-1, across, parts, _INPUTS // 2, _OUTPUTS, 2).permute(2, 0, 4, 1, 5, 3).flatten(3).flatten(1, 2)
+    down, across = -(-outputs // _OUTPUTS), -(-inputs // _INPUTS)
+    in_order = values.view(down, across, parts, _INPUTS // 2, _OUTPUTS, 2).permute(2, 0, 4, 1, 5, 3)
+    each = in_order.reshape(parts, down * _OUTPUTS, across * _INPUTS)
     total = each[0]  # the largest first: so that nothing is lost
     for part in each[1:]:
         total = total + part

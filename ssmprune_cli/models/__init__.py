@@ -20,6 +20,7 @@ from ssmprune_cli.models.common import (
     set_drop_path,
     set_recompute,
 )
+from ssmprune_cli.models.cutting import cut_short, cuts
 from ssmprune_cli.models.dense import (
     PLAINMAMBA_MASK_RCNN,
     PLAINMAMBA_UPERNET,
@@ -86,6 +87,8 @@ __all__ = [
     "channels_last_taps",
     "column_gaps",
     "conv_sources",
+    "cut_short",
+    "cuts",
     "decay_rates",
     "inflow",
     "resize",

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssmprune_cli.data import Batch, ImageDataset, Subset, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
-from ssmprune_cli.models import Backbone, resize, sides
+from ssmprune_cli.models import Backbone, cut_short, cuts, resize, sides
 from ssmprune_cli.pruning import (
     DEFAULT_REDUCTION,
     IMPORTANCES,
@@ -25,6 +25,7 @@ from ssmprune_cli.pruning import (
     PruneSettings,
     choose_alignment,
     prune,
+    repair,
     restore,
 )
 from ssmprune_cli.recipe import Recipe
@@ -244,6 +245,34 @@ class Comparison:
         place = bisect_left(possible, True, key=fits)
         return possible[place] if place < len(possible) else None
 
+    def cut_short(self, budget: str, blocks: int, calibration: Images | None) -> Row:
+        """The row of the model without its last `blocks` blocks, its head refitted on the images, if there are any."""
+        model, name = cut_short(self.model, blocks), f"cut short by {blocks} blocks"
+        kind = "none"
+        if calibration is not None:
+            batches = in_batches(calibration, self.batch_size)
+            kind = repair(model, batches, dense=run(self.reference, batches)).kind
+        if kind == "none":
+            why = "that was not clearly better" if calibration is not None else "there are no calibration images"
+            self.notes.append(f"The head of the model {name} is not refitted: {why}.")
+        session = prepare(model)
+        answers, cost = self._answers(session, self.images, name), count_flops(model).all_directions
+        return self._row(name, budget, model, answers, cost, self._time(session, self._batch(model)), None)
+
+    def blocks_for(self, budget: Budget, work: float) -> int | None:
+        """How few blocks have to be cut for the time of `budget`, or else for at most `work` multiply-adds; None if
+        that cannot be."""
+        possible = cuts(self.model)
+
+        def fits(blocks: int) -> bool:
+            model = cut_short(self.model, blocks)
+            if budget.kind == "time":
+                return 1 / self._time(prepare(model), self._batch(model))[1] <= budget.value
+            return count_flops(model).all_directions <= work
+
+        place = bisect_left(possible, True, key=fits)
+        return possible[place] if place < len(possible) else None
+
     def prune(self, settings: PruneSettings, calibration: Images | None) -> None:
         """Make `model` a variant: `answers`, `cost` and `speed` are of what it is now."""
         prune(self.model, settings, None if calibration is None else in_batches(calibration, self.batch_size))
@@ -347,8 +376,8 @@ def compare(
 ) -> tuple[list[Row], list[str]]:
     """Rows (the dense model first), and what a reader must know.
 
-    methods  each at every budget, and beside them the model for smaller images that costs as much; recipes as they
-             are; others: further dense checkpoints
+    methods  each at every budget, and beside them the model for smaller images and the one with fewer blocks that cost
+             as much; recipes as they are; others: further dense checkpoints
     calib    unlabelled images for methods that are calibrated
 
     Raises UsageError for a method that needs calibration without any, DataError for logits that are not finite.
@@ -359,7 +388,7 @@ def compare(
     chosen = None if calib is None else calibration_images(calib, calib_images, seed)
     calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
-    total = 1 + (len(methods) + 1) * len(budgets) + len(recipes) + len(others)
+    total = 1 + (len(methods) + 2) * len(budgets) + len(recipes) + len(others)
     rows, notes = [comparison.dense()], list(dataset.notes)
 
     def advance() -> None:
@@ -388,6 +417,10 @@ def compare(
         if budget.kind == "keep":  # what the methods need that keep so much
             work = max((row.multiply_adds for row in rows if row.budget == title), default=0)
         rows += _smaller(comparison, budget, title, work, notes)
+        advance()
+        blocks = comparison.blocks_for(budget, work)
+        if blocks is not None:
+            rows.append(comparison.cut_short(title, blocks, calibration))
         advance()
     return rows, [*comparison.notes, *notes]
 

@@ -176,11 +176,12 @@ def test_compare_at_equal_cost(ssmprune: Run, images: Path, tmp_path: Path) -> N
     )
     done = ssmprune("compare", CHECKPOINT, "--data", images, *options, "--plot", plot, "--json")
     assert done.returncode == 0, done.stderr
-    dense, other, drop, context, smaller = json.loads(done.stdout)["rows"]
+    dense, other, drop, context, smaller, cut = json.loads(done.stdout)["rows"]
     assert dense["share"] == other["share"] == 1 and dense["divergence"] == 0 and other["divergence"] is None
     assert (drop["name"], context["name"]) == ("clip/drop/none", "clip/context/none")
     assert smaller["name"] == "smaller image" and smaller["points"] == smaller["tokens"] == []
-    for row, least in ((drop, 0.75), (context, 0.75), (smaller, 0.5)):
+    assert cut["name"] == "cut short by 1 blocks" and cut["points"] == []
+    for row, least in ((drop, 0.75), (context, 0.75), (smaller, 0.5), (cut, 0.5)):
         assert least < row["share"] <= 0.8 and row["divergence"] > 0 and row["budget"] == "flops 0.8"
         low, high = row["difference_interval"]
         assert low <= row["difference"] <= high and row["difference"] == pytest.approx(row["top1"] - dense["top1"])

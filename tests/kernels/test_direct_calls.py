@@ -140,24 +140,29 @@ def lines(text: str) -> list[str]:
     return text.strip().splitlines()
 
 
-def run(code: str) -> list[str]:
+LEVELS = build.levels() if build.compiler() is not None else ()
+
+
+def run(code: str, level: str) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", SETUP + code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "SSMPRUNE_CPU_LEVEL": level}
+    )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
     return done.stdout.splitlines()
 
 
-@pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
-def test_what_does_not_fit_is_refused() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_does_not_fit_is_refused(level: str) -> None:
     tried = [
         f"try:\n    {call}\n    print('taken: ' + {call!r}, flush=True)\nexcept KernelError:\n    pass\n"
         for call in lines(REFUSED)
     ]
-    assert run("".join(tried)) == []
+    assert run("".join(tried), level) == []
 
 
-@pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
-def test_nothing_is_an_ordinary_input() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_is_an_ordinary_input(level: str) -> None:
     """Results are zeros, or there are none."""
     code = "for call in calls:\n    found = eval(call)\n    for each in [found] if torch.is_tensor(found) else found:\n"
-    assert run(f"calls = {lines(EMPTY)}\n{code}        if each.any(): print(call)\n") == []
+    assert run(f"calls = {lines(EMPTY)}\n{code}        if each.any(): print(call)\n", level) == []

@@ -186,7 +186,7 @@ def test_a_corrected_model_computes_what_its_features_say(name: str, reduction: 
     images = images_of(model)
     plain = logits_of(model, images)
     pruner = pruner_of(model)
-    features = collect(pruner, model.output_layer.in_features, [images], model_runner(model))
+    features = collect(pruner, len(model.mixers) - 1, model.output_layer.in_features, [images], model_runner(model))
     layer = model.output_layer
     expected = features.pooled @ layer.weight.double().T + layer.bias.double()
     torch.testing.assert_close(plain.double(), expected, rtol=0, atol=1e-5)
@@ -433,7 +433,9 @@ def test_a_resized_model_is_repaired_towards_the_dense_one() -> None:
     model = pruned(keep=0.3)
     images, draw = images_of(model, 200), torch.Generator().manual_seed(0)
     pooled_by = torch.randn(model.output_layer.in_features, 5, generator=draw)
-    features = collect(pruner_of(model), model.output_layer.in_features, [images], model_runner(model))
+    features = collect(
+        pruner_of(model), len(model.mixers) - 1, model.output_layer.in_features, [images], model_runner(model)
+    )
     dense = features.pooled @ pooled_by.double()
     found = repair(model, images.split(50), dense=dense)
     assert found.kind != "none" and found.before is not None and found.after is not None

@@ -24,18 +24,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tens
 
     All in float32. Returns (..., outputs). Has no gradient. Raises KernelError for what does not fit.
     """
+    _check(x, weight, bias, outputs)
+    refuse_gradients(x, weight, *(() if bias is None else (bias,)))
+    result: Tensor = torch.ops.ssmprune.linear(x, weight, bias, outputs)
+    return result
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> None:
     if x.dtype != torch.float32:
         raise KernelError(f"x must be {torch.float32}, not {x.dtype}")
     expected: Expected = {"weight": (weight, (tiled_words(outputs, x.shape[-1], FLOAT_PARTS),))}
     if bias is not None:
         expected["bias"] = (bias, (outputs,))
     check(x, {}, expected)
-    refuse_gradients(x, weight, *(() if bias is None else (bias,)))
-    result: Tensor = torch.ops.ssmprune.linear(x, weight, bias, outputs)
-    return result
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    _check(x, weight, bias, outputs)  # whoever computes it, and also for calls of the op itself
     return pick(x, 1).linear(LinearInputs(x, weight, bias, outputs))
 
 

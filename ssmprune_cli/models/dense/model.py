@@ -64,6 +64,9 @@ class DenseConfig:
         """What tokens of the model are counted for that this one was made of."""
         return None if self.resized is None else (self.resized.short, self.resized.short)
 
+    def without_blocks(self, count: int) -> None:
+        """None: a head reads feature maps of several depths."""
+
     def with_images(self: C, images: KeepRatio) -> C:
         """The same for images that are brought to the model so; tokens are counted for squares of the short side."""
         return replace(

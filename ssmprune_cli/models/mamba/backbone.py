@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,6 +55,9 @@ class MambaConfig(ImageConfig):
         for name in ("patch_size", "stride", "embed_dim", "depth", "num_classes", "d_state", "d_conv"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def without_blocks(self, count: int) -> MambaConfig:
+        return replace(self, depth=self.depth - count)
 
     @property
     def inner_channels(self) -> int:

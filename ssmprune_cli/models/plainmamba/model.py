@@ -84,6 +84,12 @@ class PlainMambaConfig(ImageConfig):
         outputs = tuple(-1 if block == self.depth - 1 else block for block in self.out_indices)
         object.__setattr__(self, "out_indices", outputs)
 
+    def without_blocks(self, count: int) -> PlainMambaConfig | None:
+        if self.out_indices != (-1,):
+            return None
+        depth = self.depth - count
+        return replace(self, depth=depth, dw_layers=tuple(index for index in self.dw_layers if index < depth))
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""

@@ -74,6 +74,11 @@ class VMambaConfig(ImageConfig):
         if self.out_stages != tuple(stage for stage in range(len(self.depths)) if stage in self.out_stages):
             raise UsageError(f"out_stages must be stages from 0 to {len(self.depths) - 1}, not {self.out_stages}")
 
+    def without_blocks(self, count: int) -> VMambaConfig:
+        depths = list(self.depths)
+        depths[depths.index(max(depths))] -= count
+        return replace(self, depths=tuple(depths))
+
     def width(self, stage: int) -> int:
         return self.embed_dim << stage
 

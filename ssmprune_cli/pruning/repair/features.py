@@ -21,19 +21,28 @@ Runner = Callable[[Pruner | None], Run]  # a pruner -> the model with it, as a f
 
 class FeaturePruner(nn.Module, Pruner):
     """Prunes as `inner`, and makes the model say what its head would see in the place of logits: x (B, d), followed by
-    the `dropped_mean` (B, w) of every point at which `inner` drops tokens."""
+    the `dropped_mean` (B, w) of every point at which `inner` drops tokens.
 
-    def __init__(self, inner: TokenPruner) -> None:
+    inner  None prunes nothing
+    last   the model's last block
+    """
+
+    def __init__(self, inner: TokenPruner | None, last: int) -> None:
         super().__init__()
         self.inner = inner
+        self.last = last
 
     def wants(self, block: int) -> Wanted:
+        if self.inner is None:
+            return "tokens" if block == self.last else "nothing"
         return self.inner.wants(block)
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        return self.inner.alignment(block)
+        return None if self.inner is None else self.inner.alignment(block)
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
+        if self.inner is None:
+            return replace(sequence, readout=_Raw())
         after: TokenSequence = self.inner(block, sequence, statistics)
         if after is sequence:
             return after
@@ -95,15 +104,16 @@ class Features:
 
 
 def collect(
-    pruner: TokenPruner,
+    pruner: TokenPruner | None,
+    last: int,
     features: int,
     batches: Iterable[Tensor],
     runner: Runner,
     dense: Tensor | None = None,
 ) -> Features:
-    """One pruned pass, and one of the dense model unless its logits are given; `features` is d. Raises DataError if
-    there are no images, UsageError if there are not as many logits."""
-    pruned, answer = runner(FeaturePruner(pruner)), runner(None)
+    """One pass with `pruner`, and one of the dense model unless its logits are given; `last` is the last block and
+    `features` is d. Raises DataError if there are no images, UsageError if there are not as many logits."""
+    pruned, answer = runner(FeaturePruner(pruner, last)), runner(None)
     seen, said = [], []
     for images in batches:
         seen.append(pruned(images).double().cpu())

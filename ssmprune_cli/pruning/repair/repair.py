@@ -38,46 +38,59 @@ def repair(
     runner: Runner | None = None,
     dense: Tensor | None = None,
 ) -> Repaired:
-    """Make `model`, which is pruned, answer more like the dense model, in place. The weights do not change.
+    """Make `model` answer more like the dense model, in place. What is accepted is in its pruner: no weights change.
+    A model for smaller images that drops no token has no pruner, so its own head changes.
 
     images  unlabelled, as `as_batches` takes them; every batch goes through the dense and the pruned model once
-    kind    `head`: the pruner gets a head of its own. `head+side`: that head also sees the means of the dropped tokens.
-            `auto`: the better of the two. All only if it is clearly better on images that are held back
+    kind    `head`: another head. `head+side`: that head also sees the means of the dropped tokens. `auto`: the better
+            of the two. All only if it is clearly better on images that are held back
     runner  runs the model with another pruner; by default the model itself, op by op
     dense   logits (images, classes) of the same images, in their order, to come near to; by default those of `model`
             without its pruner. Give the dense model's if `model` was resized
 
     One image of five is held back from the fit that is judged; with fewer than ENOUGH images each of them is, in turn.
-    What is accepted is then fitted to all images. Raises UsageError if `model` is not pruned.
+    What is accepted is then fitted to all images. Raises UsageError for a model that drops no token without `dense`.
     """
     pruner, start = model.pruner, time.perf_counter()
-    if not isinstance(pruner, TokenPruner):
-        raise UsageError("only a pruned model can be repaired", hint="Call `compress(model, keep=...)` first.")
-    pruner.correct(Correction())
+    if not isinstance(pruner, TokenPruner) and (pruner is not None or dense is None):
+        raise UsageError(
+            "only a pruned model can be repaired, or one for smaller images",
+            hint="Call `compress(model, keep=...)` first, or give the logits of the `dense` model.",
+        )
+    if pruner is not None:
+        pruner.correct(Correction())
     if kind == "none":
         return Repaired("none", 0)
     reason = _hopeless(model, pruner, kind)
     if reason is not None:
-        kinds: tuple[Kind, ...] = ("head", "head+side")
-        return Repaired("none", 0, refused={each: reason for each in kinds if kind in ("auto", each)})
+        both: tuple[Kind, ...] = ("head", "head+side")
+        return Repaired("none", 0, refused={each: reason for each in both if kind in ("auto", each)})
     layer = model.output_layer
     weight = layer.weight.detach().double().cpu()
     bias = layer.bias.detach().double().cpu()
-    features = collect(pruner, weight.shape[1], as_batches(model, images), runner or model_runner(model), dense)
-    widths = {point: model.mixers[point - 1].d_model for point in pruner.dropping_points}
-    found, correction = _repaired(features, weight, bias, _tried(kind, pruner), widths)
+    last, run = len(model.mixers) - 1, runner or model_runner(model)
+    features = collect(pruner, last, weight.shape[1], as_batches(model, images), run, dense)
+    points = () if pruner is None else pruner.dropping_points
+    widths = {point: model.mixers[point - 1].d_model for point in points}
+    # Without side features where no token is lost: `mask` and a merged grid lose none either.
+    kinds: list[Kind] = ["head", "head+side"] if points else ["head"]
+    found, correction = _repaired(features, weight, bias, [each for each in kinds if kind in ("auto", each)], widths)
     if correction is not None:
-        like = layer.weight
-        pruner.correct(correction)
-        pruner.to(like.device, like.dtype)
+        if pruner is None:
+            _take_head(model, correction)
+        else:
+            pruner.correct(correction)
+            pruner.to(layer.weight.device, layer.weight.dtype)
     return replace(found, seconds=time.perf_counter() - start)
 
 
-def _hopeless(model: Prunable, pruner: TokenPruner, kind: Asked) -> str | None:
+def _hopeless(model: Prunable, pruner: TokenPruner | None, kind: Asked) -> str | None:
     """Why there is nothing to repair; None if there may be."""
-    if not pruner.drops:
+    if pruner is not None and not pruner.drops:
         return "no token is dropped, so there is nothing to repair"
-    if kind == "head+side" and not pruner.dropping_points:
+    if kind == "head+side" and pruner is None:
+        return "no token is dropped, so there is no mean of dropped ones"
+    if kind == "head+side" and pruner is not None and not pruner.dropping_points:
         does = "only zeroes tokens" if pruner.goes_by_score else "merges tokens and loses none"
         return f"the reduction {pruner.settings.reduction!r} {does}, so there is no mean of dropped ones"
     try:
@@ -87,12 +100,6 @@ def _hopeless(model: Prunable, pruner: TokenPruner, kind: Asked) -> str | None:
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         return f"the head is a {type(layer).__name__}, and a repair is for a linear layer with a bias"
     return None
-
-
-def _tried(kind: Asked, pruner: TokenPruner) -> list[Kind]:
-    """The kinds that are asked for, as far as there are side features: `mask` and a merged grid lose no token."""
-    kinds: list[Kind] = ["head", "head+side"] if pruner.dropping_points else ["head"]
-    return [each for each in kinds if kind in ("auto", each)]
 
 
 def _repaired(
@@ -211,7 +218,12 @@ def fold_head(model: Prunable) -> None:
     correction = pruner.correction
     if correction.head is None:
         return
-    with torch.no_grad():
-        model.output_layer.weight.copy_(correction.head[0])
-        model.output_layer.bias.copy_(correction.head[1])
+    _take_head(model, correction)
     pruner.correct(Correction(None, correction.side))
+
+
+@torch.no_grad()
+def _take_head(model: Prunable, correction: Correction) -> None:
+    assert correction.head is not None
+    model.output_layer.weight.copy_(correction.head[0])
+    model.output_layer.bias.copy_(correction.head[1])

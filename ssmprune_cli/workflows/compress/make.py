@@ -51,6 +51,11 @@ class Made:
     warnings: tuple[str, ...]
 
     @property
+    def uses_images(self) -> bool:
+        """Whether the images had a part in it."""
+        return self.settings is not None or self.repaired is not None
+
+    @property
     def drops(self) -> bool:
         """Whether any token is dropped."""
         return self.settings is not None and self.settings.schedule.shortens(self.model.stages)
@@ -75,18 +80,29 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     if len(images) < recipe.calibration.images and request.counts_images:
         warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
     warnings += images.notes
-    if settings is None:
-        return Made(model, None, images, None, None, (), tuple(warnings))
-
-    # What all but a repair is chosen and calibrated on.
     kind, task = recipe.pruning.repair, TASKS.get(model.task)
     batch_size = task.at_once(recipe.calibration.batch_size)
-    every = kind == "none" or len(images) <= ALIGNMENT_IMAGES
-    rows = list(range(len(images))) if every else spread(len(images), ALIGNMENT_IMAGES)
-    few = images if every else Subset(images, rows)
     dense = None  # the logits of the dense model, if it sees the images larger
     if model.config.resized_from is not None:
         dense = run(prepare(reference), Prepared(reference, images, batch_size))
+
+    def repaired() -> Repaired | None:
+        if kind == "none":
+            return None
+        parts = Prepared(model, images, batch_size, progress and progress("Repairing"))
+        result = repair(model, parts, kind=kind, runner=prepare(model).with_pruner, dense=dense)
+        warnings.extend(result.warnings)
+        if kind != "auto" and result.kind == "none":
+            warnings.append(f"The repair {kind!r} was refused: {result.refused[kind]}.")
+        return result
+
+    if settings is None:
+        return Made(model, None, images, None, repaired() if dense is not None else None, (), tuple(warnings))
+
+    # What all but a repair is chosen and calibrated on.
+    every = kind == "none" or len(images) <= ALIGNMENT_IMAGES
+    rows = list(range(len(images))) if every else spread(len(images), ALIGNMENT_IMAGES)
+    few = images if every else Subset(images, rows)
     few_dense = None if dense is None else dense[rows]
     tried: tuple[ReductionTrial, ...] = ()
     if recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
@@ -105,14 +121,8 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     seen = prune(
         model, settings, Prepared(model, few, batch_size, progress and progress("Calibrating")), dense=few_dense
     )
-    repaired = None
-    if kind != "none":
-        parts = Prepared(model, images, batch_size, progress and progress("Repairing"))
-        repaired = repair(model, parts, kind=kind, runner=prepare(model).with_pruner, dense=dense)
-        warnings += repaired.warnings
-        if kind != "auto" and repaired.kind == "none":
-            warnings.append(f"The repair {kind!r} was refused: {repaired.refused[kind]}.")
-    return Made(model, settings, images, seen, repaired, tried, tuple(warnings))
+    result = repaired()
+    return Made(model, settings, images, seen, result, tried, tuple(warnings))
 
 
 def _compared(

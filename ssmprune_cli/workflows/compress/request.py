@@ -222,7 +222,7 @@ class CompressRequest:
         options = {key: option for key, _, option in self._settings()}
         recipe = base.override([*settings, *self.overrides], options)
         if not recipe.pruning.drops_tokens:
-            for name in ("importance", "reduction", "alignment", "repair"):
+            for name in ("importance", "reduction", "alignment"):
                 if getattr(self, name) is not None or any(
                     text.startswith(f"pruning.{name}=") for text in self.overrides
                 ):

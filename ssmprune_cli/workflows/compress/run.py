@@ -180,7 +180,7 @@ def _compressed(
         drawn, files = samples(model, reference, chosen, request.samples, target, changed)
     provenance = {
         "weights_sha256": weights_sha256(reference),
-        "calibration_images": len(images) if images is not None and settings is not None else 0,
+        "calibration_images": len(images) if images is not None and made.uses_images else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
         "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
     }
@@ -197,7 +197,9 @@ def _compressed(
         }
     )
     report = _targeted(_judged(report, request.limits), request)
-    used = {} if report.pruning is None else report.pruning.model_dump(mode="json")
+    used = {} if made.repaired is None else {"repair": made.repaired.kind}
+    if report.pruning is not None:
+        used = report.pruning.model_dump(mode="json")
     final = recipe.resolved({"image_size": recipe.pruning.image_size, **used}, report.provenance)
     if request.command:
         command = shown(request.command, MAX_MESSAGE)

@@ -276,7 +276,7 @@ class Search:
         whole = {each: found for each, found in self._known.items() if len(found.nats) == len(self._searched)}
         ranked = sorted(whole, key=lambda each: float(whole[each].soft.mean()))
         ranked = [each for each in ranked if bool(whole[each].soft.isfinite().all())]
-        finalists = list(self._finalists(ranked if self._timed else filter(self._affordable, ranked)))
+        finalists = list(self._finalists(ranked))
         if not finalists:
             raise SsmpruneError(
                 "no candidate within the budget gave finite logits",
@@ -322,13 +322,17 @@ class Search:
     def _finalists(self, ranked: Iterable[Variant]) -> Iterator[Variant]:
         """The best few, and some that are the best of their kind: the order may change once they are repaired."""
         kinds: set[tuple[str, bool]] = set()
-        more = 0
-        for place, variant in enumerate(ranked):
+        count = 0
+        most = FINALISTS if self._repair is None else FINALISTS + _KINDS_MORE
+        for variant in ranked:
+            if count == most:
+                return
             kind = (variant.settings.reduction if variant.settings.schedule.points else "", variant.side is None)
-            if place < FINALISTS or (kind not in kinds and more < _KINDS_MORE and self._repair is not None):
-                more += place >= FINALISTS
+            # Counting multiply-adds takes as long as trying a few images: only of what would be a finalist.
+            if (count < FINALISTS or kind not in kinds) and (self._timed or self._affordable(variant)):
+                kinds.add(kind)
+                count += 1
                 yield variant
-            kinds.add(kind)
 
     def _affordable(self, variant: Variant) -> bool:
         """Whether `count_flops` agrees with the cost model that a budget of multiply-adds is met."""

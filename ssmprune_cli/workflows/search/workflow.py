@@ -252,21 +252,14 @@ class Searches:
             if self._wanted is None:
                 self._wanted = run(self.measurements.session, prepared(self.measurements.model))
             sized.prune(variant.settings)
-            if not variant.settings.schedule.points:  # a model that drops nothing is not repaired
-                logits = run(sized.session, prepared(sized.model))
-                found = self.measurements.task.divergence(self._wanted, logits)[judged_rows(len(logits))]
-            else:
-                sized.model.pruner = copy.deepcopy(sized.model.pruner)  # the repair is left in it
-                result = repair(
-                    sized.model,
-                    prepared(sized.model),
-                    kind=self.plan.repair,
-                    runner=sized.session.with_pruner,
-                    dense=self._wanted,
-                )
-                assert result.judged is not None  # there are enough images
-                found = result.judged
+            model = copy.deepcopy(sized.model)  # a repair is left in its pruner, or in its head
             restore(sized.model)
+            parts = prepared(model)
+            result = repair(model, parts, kind=self.plan.repair, runner=sized.session.with_pruner, dense=self._wanted)
+            found = result.judged
+            if found is None:  # there was nothing to repair
+                logits = run(sized.session.with_pruner(model.pruner), parts)
+                found = self.measurements.task.divergence(self._wanted, logits)[judged_rows(len(logits))]
             numbers: list[float] = found.tolist()
             return numbers
 
@@ -344,7 +337,7 @@ class Searches:
 def _pruning(trial: Trial, repaired: Asked = "none") -> Pruning:
     settings = trial.settings
     if not settings.schedule.points:
-        return Pruning(image_size=trial.side)
+        return Pruning(image_size=trial.side, repair=repaired)
     return Pruning(
         image_size=trial.side,
         points=settings.schedule.points,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,8 @@ _FRACTIONS = (0.9, 0.6, 0.3)  # of a stage's tokens; the first shows what it cos
 _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
 _SECONDS = 3.0  # for the rows of one reduction
 _ROUNDS = (4, 15)
+_TURNS = 6  # after so many it is asked whether more are needed
+_NARROW = 0.03  # width of an interval, as a share, that needs no more
 _STEADY = 0.15  # width of an interval, as a share, up to which a row is good enough for other runs
 _MOST_POINTS = 6  # that tell what a point takes
 _MOST_BYTES = 1 << 22  # of a saved table
@@ -91,7 +94,7 @@ class Clock:
         return timing
 
     def timings(self, variants: Sequence[Variant], seconds: float, *, most: int = _ROUNDS[1]) -> list[Timing]:
-        """Of several variants and the dense model in turn, for about so many seconds."""
+        """Of several variants and the dense model in turn, for about so many seconds; less where all is steady."""
         sessions: list[nn.Module] = [self.measurements.session]
         images = [self._batch(self.measurements.model)]
         for variant in variants:
@@ -105,16 +108,28 @@ class Clock:
             sessions[0](images[0])
             once = time.perf_counter() - start
         rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
-        first, *others = interleaved_speeds(sessions, images, rounds, warm_up=1)
-        return [
-            Timing(*ratio_of_medians(first.rounds_ms, each.rounds_ms), each.median_ms, first.median_ms)
-            for each in others
-        ]
+        taken: list[list[float]] = [[] for _ in sessions]
+        timings: list[Timing] = []
+        while len(taken[0]) < rounds and not (timings and all(_width(each) <= _NARROW for each in timings)):
+            turns, warm_up = min(_TURNS, rounds - len(taken[0])), 0 if timings else 1
+            for times, speed in zip(taken, interleaved_speeds(sessions, images, turns, warm_up=warm_up), strict=True):
+                times += speed.rounds_ms
+            dense_ms = statistics.median(taken[0])
+            timings = [
+                Timing(*ratio_of_medians(taken[0], times), statistics.median(times), dense_ms) for times in taken[1:]
+            ]
+        return timings
 
     def _batch(self, model: Backbone) -> Tensor:
         """Black images: token counts are static, so that what they show makes no difference."""
         like = next(model.parameters())
         return torch.zeros(self.batch_size, 3, *model.image_size, device=like.device, dtype=like.dtype)
+
+
+def _width(timing: Timing) -> float:
+    """Of its interval, as a share."""
+    low, high = timing.interval
+    return (high - low) / timing.ratio
 
 
 def _nothing() -> PruneSettings:
@@ -309,9 +324,7 @@ class TimeTable:
         """Take up what was measured. In a moment too noisy to tell, it is for this run alone, not for the file."""
         shares = {key: timing.ratio for key, timing in timings.items()}
         self.rows |= shares
-        steady = all(
-            high - low <= _STEADY * timing.ratio for timing in timings.values() for low, high in [timing.interval]
-        )
+        steady = all(_width(timing) <= _STEADY for timing in timings.values())
         if self._path is not None and steady:
             with suppress(OSError, SsmpruneError):  # without a cache it is measured again
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

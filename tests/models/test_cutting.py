@@ -1,0 +1,89 @@
+"""A model cut short computes what its first blocks and what follows the last one compute."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.models import Backbone, cut_short, cuts
+from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+from ssmprune_cli.pruning import compress, repair
+from ssmprune_cli.workflows.measure import count_flops
+
+SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_classes": 5}
+MODELS: dict[str, Callable[[], Backbone]] = {
+    "vim": lambda: Vim(VimConfig(**SIZES, stride=4)),
+    "mamba-reg": lambda: MambaReg(MambaRegConfig(**SIZES, stride=4, num_cls_tokens=4, cls_reduce=2)),
+    "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES, d_conv=3, dw_layers=(0, 3))),
+    "vmamba": lambda: VMamba(VMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
+}
+
+
+def make(name: str) -> Backbone:
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_the_first_blocks_and_what_follows_the_last(name: str) -> None:
+    model = make(name)
+    by_hand = copy.deepcopy(model)
+    owner, attribute = {"plainmamba": (by_hand, "backbone.layers"), "vmamba": (by_hand, "layers.1.blocks")}.get(
+        name, (by_hand, "layers")
+    )
+    parent, _, last = attribute.rpartition(".")
+    module = owner.get_submodule(parent)
+    blocks = module.get_submodule(last)
+    assert isinstance(blocks, nn.ModuleList) and len(blocks) == 4 and cuts(model) == range(1, 4)
+    setattr(module, last, blocks[:3])
+    by_hand.config = model.config.without_blocks(1)
+    images = torch.randn(2, 3, *model.image_size)
+    cut = cut_short(model, 1)
+    with torch.no_grad():
+        assert torch.equal(cut(images), by_hand(images))
+        assert not torch.equal(cut(images), model(images))
+    assert (
+        len(cut.mixers) == len(model.mixers) - 1 and count_flops(cut).all_directions < count_flops(model).all_directions
+    )
+    assert cut.num_tokens == model.num_tokens
+
+
+def test_its_weights_are_its_own_and_its_head_is_refitted() -> None:
+    model = make("vim")
+    before = copy.deepcopy(model.state_dict())
+    cut = cut_short(model, 2)
+    images = torch.randn(200, 3, 16, 16)
+    with torch.no_grad():
+        dense = model(images)
+    done = repair(cut, images.split(50), dense=dense)
+    assert done.kind == "head" and done.before is not None and done.after is not None and done.after < done.before
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("blocks", [0, 4, -1])
+def test_what_cannot_be_cut_is_refused(blocks: int) -> None:
+    with pytest.raises(UsageError, match="3 blocks at most can be cut"):
+        cut_short(make("vim"), blocks)
+
+
+def test_a_model_that_drops_tokens_is_not_cut() -> None:
+    model = make("vim")
+    compress(model, 0.5, points=[1])
+    with pytest.raises(UsageError, match="drops tokens cannot be cut short"):
+        cut_short(model, 1)
+
+
+def test_outputs_of_several_depths_are_not_cut() -> None:
+    model = PlainMamba(PlainMambaConfig(**SIZES, out_indices=(1, -1)))
+    assert not cuts(model)
+    with pytest.raises(UsageError, match="0 blocks at most can be cut"):
+        cut_short(model, 1)
