@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssmprune_cli.data import ImageDataset, Subset, batches, to_rgb, upright
+from ssmprune_cli.data import ImageDataset, Subset, batches, in_colour
 from ssmprune_cli.errors import shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import Sample, SampleStage
@@ -57,7 +57,7 @@ def samples(
         parts = {file: _small(picture)}
         drawing = Drawing({}, "")
         if task.draws:
-            original = _small(to_rgb(upright(dataset.image(index))))
+            original = _small(in_colour(dataset.image(index), pruned.preprocessing))
             drawing = task.drawn(original, batch.frames[0], reference, outputs)
         titles = {title: f"sample_{number}_{title}.png" for title in drawing.pictures}
         parts |= {titles[title]: each for title, each in drawing.pictures.items()}
