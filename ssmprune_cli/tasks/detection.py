@@ -214,8 +214,8 @@ class Detection(Task[ModelDetection, DetectionFacts]):
                 "pruned": outlined(pixels, own, names),
                 "differs": Image.fromarray(differing(pixels, covered(own), covered(other))),
             },
-            f"the dense model finds {len(two.scores)} objects, the pruned one {len(one.scores)}, "
-            f"{len(one.scores) - _alone(one, two)} of them where the dense one does",
+            f"objects of the dense model: {len(two.scores)}; of the pruned one: {len(one.scores)}, "
+            f"{len(one.scores) - _alone(one, two)} of them in the same places",
         )
 
     def estimate(self, score: ModelDetection) -> Estimate:
