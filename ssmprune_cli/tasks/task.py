@@ -136,6 +136,7 @@ class Task(ABC, Generic[Score, Compared]):
     limits    what a user may demand of a score or a comparison
     most      images that go through a model together, unless the user says how many
     draws     whether its answers are pictures themselves: see `drawn`
+    saves     whether there is a format for what models answer: see `predictions`
     """
 
     name: ClassVar[str]
@@ -150,6 +151,7 @@ class Task(ABC, Generic[Score, Compared]):
     most: ClassVar[int] = 1 << 16
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
+    saves: ClassVar[bool] = False
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
         """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
@@ -180,6 +182,10 @@ class Task(ABC, Generic[Score, Compared]):
     def answer(self, forward: Callable[[Tensor], Any], images: Tensor) -> Any:
         """The outputs for normalised images (B, 3, H, W); `forward` is a model or a session of it."""
         return forward(images)
+
+    def one(self, outputs: Any, place: int) -> Any:
+        """Of the outputs for a batch those for the image at `place`, a batch of one."""
+        return outputs[place : place + 1]
 
     def finite(self, outputs: Any) -> Tensor:
         """(B,) bool: whether the outputs for an image are finite."""
@@ -221,6 +227,10 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def changed(self, pruned: Sequence[Any], dense: Sequence[Any]) -> list[int]:
         """From the results, image by image: where one model is right and the other one is not, as indices."""
+
+    def predictions(self, results: Sequence[Any], dataset: ImageDataset) -> str:
+        """The results, image by image of `dataset`, in the format that others read. Of a task that saves."""
+        raise NotImplementedError
 
     def differ(self, dense: Tensor, pruned: Tensor) -> Tensor:
         """(B,) bool: whether the samples of two models differ enough to be shown. By default, in the class of more than

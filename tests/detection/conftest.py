@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pprint
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -136,6 +137,31 @@ def read(name: str) -> Golden:
         original_first=is_plain,
     )
     return Golden(name, state, values, frame, images, encoder, head)
+
+
+def container(golden: Golden, path: Path, **changes: Any) -> Path:
+    """A file as mmcv and mmengine write it: weights, the configuration as a text, and the names of classes."""
+    described = json.loads((GOLDEN / golden.name / "config.json").read_text(encoding="utf-8"))
+    model = {**described["model"], **changes}
+    resize = {"type": "Resize", "scale": described["test_scale"], "keep_ratio": True}
+    pipeline: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}, resize, {"type": "PackDetInputs"}]
+    names = tuple(f"thing {number}" for number in range(80))
+    meta: dict[str, Any] = {"dataset_meta": {"classes": names}}
+    if "plainmamba" in golden.name:
+        norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
+        steps = [
+            {"type": "Resize", "keep_ratio": True},
+            {"type": "RandomFlip"},
+            {"type": "Normalize", **norm},
+            {"type": "Pad", "size_divisor": 32},
+        ]
+        test = {"type": "MultiScaleFlipAug", "img_scale": described["test_scale"], "flip": False, "transforms": steps}
+        pipeline = [{"type": "LoadImageFromFile"}, test]
+        meta = {"CLASSES": names, "mmdet_version": "2.25.0"}
+    text = f"model = {pprint.pformat(model)}\ntest_pipeline = {pprint.pformat(pipeline)}\n"
+    meta["config" if "CLASSES" in meta else "cfg"] = text
+    torch.save({"meta": meta, "state_dict": golden.state}, path)
+    return path
 
 
 @pytest.fixture(params=["vmamba_maskrcnn_mini", "plainmamba_maskrcnn_mini"])

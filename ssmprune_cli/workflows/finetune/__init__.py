@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.workflows.finetune.new_model import build, start_from, write_checkpoint
+from ssmprune_cli.workflows.finetune.new_model import build, check_container, start_from, write_checkpoint
 from ssmprune_cli.workflows.finetune.plan import plan, some
 from ssmprune_cli.workflows.finetune.run import Data, Finetuned, Job, finetune
 
@@ -11,6 +11,7 @@ __all__ = [
     "Finetuned",
     "Job",
     "build",
+    "check_container",
     "finetune",
     "plan",
     "some",
