@@ -81,6 +81,7 @@ def _plainmamba_encoders() -> dict[str, AdapterConfig]:
 
 _VMAMBA, _PLAINMAMBA = _vmamba_encoders(), _plainmamba_encoders()
 _TINY, _L1 = _VMAMBA["vmamba_tiny_s1l8"], _PLAINMAMBA["plainmamba_l1"]
+_TINY_HEAD, _L1_HEAD = _vmamba_head(_TINY.map_channels), _plainmamba_head(_L1.map_channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class VMambaMaskRCNNConfig(MaskRCNNModelConfig):
     """Mask R-CNN on a VMamba; by default the smallest that is published."""
 
     encoder: VMambaConfig = _TINY
-    head: MaskRCNNConfig = _vmamba_head(_TINY.map_channels)
+    head: MaskRCNNConfig = _TINY_HEAD
     preprocessing: KeepRatio = COCO
 
 
@@ -120,7 +121,7 @@ class PlainMambaMaskRCNNConfig(MaskRCNNModelConfig):
     """Mask R-CNN on a PlainMamba-Adapter; by default the smallest that is published."""
 
     encoder: AdapterConfig = _L1
-    head: MaskRCNNConfig = _plainmamba_head(_L1.map_channels)
+    head: MaskRCNNConfig = _L1_HEAD
     preprocessing: KeepRatio = COCO
 
 
