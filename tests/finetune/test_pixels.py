@@ -53,7 +53,7 @@ def test_image_and_mask_are_cut_and_mirrored_together(settings: dict[str, Any]) 
         assert image.shape == (3, 30, 40) and mask.shape == (30, 40) and mask.dtype == torch.int64
         agree = ((image[0] - mask).abs() <= 1) & ((image[1] - (255 - mask)).abs() <= 1)
         assert agree.double().mean() > 0.3
-    assert len({mask.numpy().tobytes() for _, mask in found}) > 6  # they differ
+    assert len({mask.numpy().tobytes() for _, mask in found}) > 3  # they differ
     assert all(torch.equal(*pair) for pair in zip(found[3], example(3, **settings), strict=True))
 
 

@@ -18,7 +18,7 @@ from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.reporting.kept import pixels, stages
 
 SIDE = 384  # pixels of a picture, at most
-POOL = 32  # images that are looked through for changed answers, where no evaluation has done so
+POOL = 32  # images, or fewer large ones, that are looked through for changed answers if no evaluation has done so
 
 
 def samples(
@@ -39,7 +39,7 @@ def samples(
     if count == 0:
         return (), {}
     if changed is None:
-        changed = _changed(pruned, dense, dataset, device)
+        changed = _changed(pruned, dense, dataset, device, max(count, TASKS.get(pruned.task).at_once(POOL)))
     first = [changed[place] for place in spread(len(changed), min(len(changed), count // 2))]
     rest = sorted(set(range(len(dataset))).difference(first))
     order = [*first, *(rest[place] for place in spread(len(rest), count - len(first)))]
@@ -99,9 +99,9 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: torch.device) -> list[int]:
-    """Indices of images, of POOL from all over `dataset`, that the two models answer differently."""
-    pool = spread(len(dataset), min(POOL, len(dataset)))
+def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: torch.device, many: int) -> list[int]:
+    """Indices of images, of so many from all over `dataset`, that the two models answer differently."""
+    pool = spread(len(dataset), min(many, len(dataset)))
     chosen, task, found = Subset(dataset, pool), TASKS.get(pruned.task), []
     with torch.inference_mode():
         for model in (pruned, dense):
