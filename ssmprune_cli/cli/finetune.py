@@ -184,6 +184,7 @@ def command(
         Data,
         build,
         check_container,
+        check_trained,
         finetune,
         plan,
         some,
@@ -204,6 +205,7 @@ def command(
             start_from(model, init, reading)
     else:
         model = checkpoint.load_as(path, reading)
+    check_trained(model)
     job = plan(
         path,
         recipe=recipe,

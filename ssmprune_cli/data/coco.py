@@ -79,7 +79,7 @@ def open_coco(root: Path, split: Split) -> CocoImages:
     objects = _objects(content, labels, path)
     folder, files = _files(root, path, [each["file_name"] for each in content["images"]])
     others = len(find_images(folder).files) - len(set(files))
-    notes = [f"{folder}: {others:,} images are in no list, and left out."] if others > 0 else []
+    notes = [f"{folder}: images in no list are left out: {others:,}."] if others > 0 else []
     return CocoImages(folder, files, objects, labels.values(), notes)
 
 

@@ -46,7 +46,8 @@ class Figures(Section):
 class PruningFacts(Section):
     """The settings as resolved for this model: after `points` blocks, `tokens` patch tokens stay.
 
-    repair  what the pruner holds of one: a head of its own, projections of the dropped tokens ("side"), or both
+    repair     what the pruner holds of one: a head of its own, projections of the dropped tokens ("side"), or both
+    returning  with what value a dropped token comes back: as it left, that of the nearest one, or a blend of both
     """
 
     points: tuple[int, ...]
@@ -56,6 +57,7 @@ class PruningFacts(Section):
     reduction: str
     alignment: str
     repair: Literal["none", "head", "head+side", "side"] = "none"
+    returning: Literal["left", "nearest", "blend"] = "left"
 
 
 class TargetFacts(Section):

@@ -58,7 +58,8 @@ def _drop(score: ModelDetection, compared: DetectionFacts | None) -> Estimate | 
     if compared is None:
         return None
     ends = compared.difference_interval
-    return Estimate(-100 * compared.difference, None if ends is None else (-100 * ends[1], -100 * ends[0]))
+    within = None if ends is None else (0 - 100 * ends[1], 0 - 100 * ends[0])
+    return Estimate(0 - 100 * compared.difference, within)  # 0 - 0 has no sign
 
 
 class Detection(Task[ModelDetection, DetectionFacts]):

@@ -24,7 +24,9 @@ from ssmprune_cli.pruning import REDUCTIONS, TokenPruner, attach, calibrate, com
 from ssmprune_cli.pruning.images import as_batches
 from ssmprune_cli.pruning.mass import MASSES
 from ssmprune_cli.pruning.schedule import share
+from ssmprune_cli.recipe import load_recipe
 from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.workflows.compress.settings import recipe_settings
 
 # Points that suit both: in VMamba they are inside its second stage, in PlainMamba two outputs follow each.
 POINTS = [2, 3]
@@ -374,3 +376,9 @@ def test_uint8_images_are_prepared_in_proportion(
     elif size == (16, 24):
         np.testing.assert_allclose(found[:, :, :16, :24].numpy(), exact, atol=1e-6)
         assert not bool(found[:, :, 16:].any()) and not bool(found[:, :, :, 24:].any())
+
+
+def test_a_recipe_says_how_dropped_tokens_come_back() -> None:
+    recipe = load_recipe("vmamba_tiny_s1l8").override(["pruning.returning=blend"])
+    settings = recipe_settings(FAMILIES.get("vmamba").build(VMambaConfig()), recipe, calibrated=True)
+    assert settings is not None and settings.returning == "blend"

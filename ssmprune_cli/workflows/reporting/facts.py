@@ -148,6 +148,7 @@ def method(report: Report) -> str:
         [
             f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
             f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}.",
+            *([] if pruning.returning == "left" else [f"A dropped token comes back by {pruning.returning!r}."]),
             *_target(report),
             *_reductions(report),
         ]
