@@ -135,8 +135,8 @@ def _table(name: str, result: SearchResult) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"{name}: the best of each budget (divergence in {result.task.unit}, on {result.images - result.held_back} images, and "
-        f"on {result.held_back} held back)",
+        title=f"{name}: the best of each budget (divergence in {result.task.unit}, on "
+        f"{result.images - result.held_back} images, and on {result.held_back} held back)",
         title_justify="left",
     )
     for column in ("multiply-adds", "time (95 %)", result.task.unit, "held back", "tried"):
