@@ -392,7 +392,8 @@ def test_masks_as_pictures() -> None:
     red = (differs[..., 0] > 180) & (differs[..., 1] < 80)
     assert red.tolist() == [[False, False], [False, True]]
     assert len({tuple(each) for each in colours(150)[0].tolist()}) == 150
-    drawing = TASK.drawn(Image.fromarray(image), Frame((2, 2), (2, 2)), certain(one, 3)[None], certain(other, 3)[None])
+    frames = (Frame((2, 2), (2, 2)), Frame((2, 2), (2, 2)))
+    drawing = TASK.drawn(Image.fromarray(image), frames, certain(one, 3)[None], certain(other, 3)[None])
     assert list(drawing.pictures) == ["dense", "pruned", "differs"]
     assert drawing.words == "25.0 % of the pixels change their class"
     np.testing.assert_array_equal(np.asarray(drawing.pictures["pruned"]), painted(image, other))

@@ -321,9 +321,10 @@ class SensitivityFacts(Section):
 
 
 class Sensitivity(Section):
-    """sensitivity.json: measurements, and the SHA-256 of the weights that they are of."""
+    """sensitivity.json: measurements, and the SHA-256 of the weights that they are of, of a model for `task`."""
 
     weights_sha256: str
+    task: str = "classification"
     measurements: tuple[SensitivityFacts, ...]
 
 

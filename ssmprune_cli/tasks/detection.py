@@ -74,6 +74,7 @@ class Detection(Task[ModelDetection, DetectionFacts]):
     unharmed = "No class has a lower AP than before."
     metric = "box AP"
     key = "box_ap"
+    unit = "squared error"
     most = 1
     draws = True
     saves = True
@@ -203,10 +204,13 @@ class Detection(Task[ModelDetection, DetectionFacts]):
     def told(self, outputs: Seen) -> list[int | None]:
         return [None] * len(outputs.levels[0])
 
-    def drawn(self, image: Image.Image, frame: Frame, dense: Seen, pruned: Seen) -> Drawing:
+    def drawn(self, image: Image.Image, frames: tuple[Frame, Frame], dense: Seen, pruned: Seen) -> Drawing:
         """The sure detections of both."""
-        size = Frame((image.height, image.width), frame.scaled)
-        own, other = (_sure(each.detector.read(each.levels, [size])[0]) for each in (pruned, dense))
+        size = (image.height, image.width)
+        other, own = (
+            _sure(each.detector.read(each.levels, [Frame(size, frame.scaled)])[0])
+            for each, frame in zip((dense, pruned), frames, strict=True)
+        )
         pixels, names = np.asarray(image), dense.detector.class_names
         one, two = (_kept(each, with_masks=False) for each in (own, other))
         return Drawing(

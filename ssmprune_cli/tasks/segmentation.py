@@ -192,9 +192,12 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             if abs(int(own[0].sum()) - int(other[0].sum())) > _CHANGED * int(own[1].sum())
         ]
 
-    def drawn(self, image: Image.Image, frame: Frame, dense: Tensor, pruned: Tensor) -> Drawing:
+    def drawn(self, image: Image.Image, frames: tuple[Frame, Frame], dense: Tensor, pruned: Tensor) -> Drawing:
         size = (image.height, image.width)
-        own, other = (classes_of(each[0], frame.scaled, size).cpu().numpy() for each in (pruned, dense))
+        other, own = (
+            classes_of(each[0], frame.scaled, size).cpu().numpy()
+            for each, frame in zip((dense, pruned), frames, strict=True)
+        )
         pixels = np.asarray(image)
         pictures = {
             "dense": painted(pixels, other),

@@ -133,6 +133,7 @@ class Task(ABC, Generic[Score, Compared]):
     parts     what a dataset divides into, one and several, in words; `part_metric` what is said of each, and `unharmed`
               is said where none is worse than before
     metric    by what models are ranked; `key` is its name in JSON
+    unit      of `divergence`
     limits    what a user may demand of a score or a comparison
     most      images that go through a model together, unless the user says how many
     draws     whether its answers are pictures themselves: see `drawn`
@@ -148,6 +149,7 @@ class Task(ABC, Generic[Score, Compared]):
     unharmed: ClassVar[str]
     metric: ClassVar[str]
     key: ClassVar[str]
+    unit: ClassVar[str] = "nats"
     most: ClassVar[int] = 1 << 16
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
@@ -242,9 +244,9 @@ class Task(ABC, Generic[Score, Compared]):
         """The class that is said of each image; None where an answer is more than that."""
         return [None] * len(outputs)
 
-    def drawn(self, image: Image.Image, frame: Frame, dense: Any, pruned: Any) -> Drawing:
-        """The outputs of two models for one image, whose colours are `image`, upright and of any size. Of a task that
-        draws."""
+    def drawn(self, image: Image.Image, frames: tuple[Frame, Frame], dense: Any, pruned: Any) -> Drawing:
+        """The outputs of two models for one image, whose colours are `image`, upright and of any size; `frames` are
+        where it lies in what the dense and the pruned model were given. Of a task that draws."""
         raise NotImplementedError
 
     def facts(self, report: Report) -> Compared | None:

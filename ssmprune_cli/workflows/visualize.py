@@ -86,7 +86,7 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
             for place, frame in enumerate(batch.frames):
                 original = in_colour(dataset.image(len(drawings)), model.preprocessing)
                 answers = (task.one(each, place) for each in (dense, outputs))
-                drawings.append((original, task.drawn(original, frame, *answers)))
+                drawings.append((original, task.drawn(original, (frame, frame), *answers)))
     overview = out / "overview.png"
     if drawings:
         _write(overview, side_by_side(drawings))

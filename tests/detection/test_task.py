@@ -223,7 +223,7 @@ def test_pictures_of_two_models_show_sure_objects() -> None:
     dense = detections(([2.0, 2, 12, 12], 0.9, 0), ([8.0, 8, 28, 18], 0.6, 1))
     pruned = detections(([2.0, 2, 12, 12], 0.8, 0), ([8.0, 8, 28, 18], 0.4, 1))
     one, two = (Seen((torch.zeros(1),), Answering(each)) for each in (dense, pruned))
-    drawing = Detection().drawn(Image.new("RGB", (30, 20)), Frame((200, 300), (64, 96)), one, two)
+    drawing = Detection().drawn(Image.new("RGB", (30, 20)), (Frame((200, 300), (64, 96)),) * 2, one, two)
     assert drawing.words == "objects of the dense model: 2; of the pruned one: 1, 1 of them in the same places"
     assert list(drawing.pictures) == ["dense", "pruned", "differs"]
     differs = np.asarray(drawing.pictures["differs"])

@@ -58,7 +58,7 @@ def samples(
         drawing = Drawing({}, "")
         if task.draws:
             original = _small(in_colour(dataset.image(index), pruned.preprocessing))
-            drawing = task.drawn(original, batch.frames[0], reference, outputs)
+            drawing = task.drawn(original, (own.frames[0], batch.frames[0]), reference, outputs)
         titles = {title: f"sample_{number}_{title}.png" for title in drawing.pictures}
         parts |= {titles[title]: each for title, each in drawing.pictures.items()}
         files |= {name: _png(each) for name, each in parts.items()}
