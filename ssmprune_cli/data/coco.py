@@ -149,12 +149,13 @@ def _objects(content: Mapping[str, Any], labels: Mapping[int, str], path: Path) 
             raise _fault(path, "annotations", number, f"is of an image that is not listed: {shown(str(image))}")
         if type(category) is not int or category not in by_category:
             raise _fault(path, "annotations", number, f"is of a category that is not listed: {shown(str(category))}")
-        inside[image].append(_annotation(each, by_category[category], path, number))
+        inside[image].append(_annotation(each, by_category[category], sizes[image], path, number))
     ids = tuple(labels)
     return [Objects(key, sizes[key], ids, tuple(annotations)) for key, annotations in inside.items()]
 
 
-def _annotation(each: Mapping[str, Any], label: int, path: Path, number: int) -> Annotation:
+def _annotation(each: Mapping[str, Any], label: int, size: tuple[int, int], path: Path, number: int) -> Annotation:
+    """The annotation of this number, in an image of `size`."""
     box = each.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(side) for side in box) or min(box[2:]) < 0:
         raise _fault(path, "annotations", number, "has no bbox [left, top, width, height]")
@@ -162,10 +163,25 @@ def _annotation(each: Mapping[str, Any], label: int, path: Path, number: int) ->
     if not _is_number(area) or crowd not in (0, 1):
         raise _fault(path, "annotations", number, "has an area or iscrowd that are no such thing")
     outline = each.get("segmentation") or None
-    if not (outline is None or isinstance(outline, list | dict)):
+    if outline is not None and not _is_outline(outline, size):
         raise _fault(path, "annotations", number, "has a segmentation that is neither polygons nor an encoding")
     left, top, width, height = map(float, box)
     return Annotation(label, (left, top, width, height), float(area), bool(crowd), outline)
+
+
+def _is_outline(value: object, size: tuple[int, int]) -> bool:
+    """Whether these are polygons, or a run-length encoding of an image of `size`: lengths, or COCO's text of them."""
+    if isinstance(value, dict):
+        counts, whole = value.get("counts"), False
+        if isinstance(counts, list):
+            whole = all(type(each) is int and each >= 0 for each in counts) and sum(counts) == size[0] * size[1]
+        elif isinstance(counts, str):
+            whole = counts.isascii()
+        return whole and value.get("size") == list(size)
+    return isinstance(value, list) and all(
+        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))
+        for polygon in value
+    )
 
 
 def _is_number(value: object) -> bool:

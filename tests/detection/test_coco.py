@@ -108,6 +108,10 @@ def test_what_is_no_layout_of_coco(tmp_path: Path) -> None:
         ("annotations", {"bbox": [1, 2, float("nan"), 4]}, r"annotations\[0\] has no bbox"),
         ("annotations", {"iscrowd": 3}, r"annotations\[0\] has an area or iscrowd"),
         ("annotations", {"segmentation": "mask"}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": [[1, 2, 3, 4]]}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": [[1, 2, 3, 4, 5, "6"]]}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": {"size": [40, 60], "counts": [7]}}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": {"size": [60, 40], "counts": [2400]}}, r"annotations\[0\] has a segmentation"),
         ("categories", {"id": 5}, r"categories\[1\] has no id of its own"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.export.export import export
 from ssmprune_cli.grids import Grid
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import FAMILIES, Detector, before_resizing, resize, sides
@@ -163,6 +165,12 @@ def test_a_session_gives_the_same_levels(name: str) -> None:
 def compressed(model: Detector) -> Detector:
     compress(model, 0.7, points=[2], calibration=images())
     return model
+
+
+def test_a_detector_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model for detection answers with several tensors"):
+        export(build("vmamba-maskrcnn"), tmp_path / "detector.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_repaired() -> None:
