@@ -88,7 +88,7 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Images in a batch, timed ones included [default: 64; for segmentation and detection 1].",
+            help="Images in a batch, timed ones included [default: 64; of a dense model 1].",
             rich_help_panel=DEVICE,
         ),
     ] = None,

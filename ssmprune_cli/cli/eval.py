@@ -81,9 +81,7 @@ def command(
     reading: Reading = NOTHING_SAID,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Images in a batch [default: 32; for segmentation and detection 1].", rich_help_panel=DEVICE
-        ),
+        typer.Option(min=1, help="Images in a batch [default: 32; of a dense model 1].", rich_help_panel=DEVICE),
     ] = None,
     device: DeviceName = "cpu",
     precision: PrecisionName = "fp32",
