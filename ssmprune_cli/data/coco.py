@@ -172,16 +172,37 @@ def _annotation(each: Mapping[str, Any], label: int, size: tuple[int, int], path
 def _is_outline(value: object, size: tuple[int, int]) -> bool:
     """Whether these are polygons, or a run-length encoding of an image of `size`: lengths, or COCO's text of them."""
     if isinstance(value, dict):
-        counts, whole = value.get("counts"), False
-        if isinstance(counts, list):
-            whole = all(type(each) is int and each >= 0 for each in counts) and sum(counts) == size[0] * size[1]
-        elif isinstance(counts, str):
-            whole = counts.isascii()
-        return whole and value.get("size") == list(size)
-    return isinstance(value, list) and all(
-        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))
-        for polygon in value
-    )
+        counts = value.get("counts")
+        lengths = _lengths(counts) if isinstance(counts, str) else counts
+        if value.get("size") != list(size) or not isinstance(lengths, list):
+            return False
+        return all(type(each) is int and each >= 0 for each in lengths) and sum(lengths) == size[0] * size[1]
+    far = 2 * max(size)  # a line to a place far outside takes a step for each of its pixels
+
+    def is_polygon(each: object) -> bool:
+        """Three or more pairs of x and y."""
+        sides = each if isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 else [None]
+        return all(_is_number(side) and -far <= side <= far for side in sides)
+
+    return isinstance(value, list) and all(map(is_polygon, value))
+
+
+def _lengths(text: str) -> list[int]:
+    """The lengths of runs in COCO's text: groups of five bits from the lowest on, and from the third length on the
+    difference to the one before the last. -1 for what is no such text: C code reads it later."""
+    found: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return [-1]
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << 1 << (shift - 5)  # the sign
+            found.append(value + (found[-2] if len(found) > 2 else 0))
+            value = shift = 0
+    return found if shift == 0 else [-1]
 
 
 def _is_number(value: object) -> bool:
