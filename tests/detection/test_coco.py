@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssmprune_cli.data import Annotation, Objects, Subset, open_dataset
+from ssmprune_cli.data.coco import _lengths
 from ssmprune_cli.errors import DataError
+from ssmprune_cli.tasks.average_precision import coco_tools
 from tests.detection.conftest import write_coco
 
 
@@ -71,6 +75,20 @@ def test_images_may_lie_elsewhere(tmp_path: Path, folder: str) -> None:
     assert open_dataset("coco", root).image(0).size == (60, 40)
 
 
+@given(st.lists(st.integers(0, 1 << 20), min_size=1, max_size=12))
+def test_cocos_text_of_lengths_is_read(lengths: list[int]) -> None:
+    """As pycocotools writes it."""
+    _, _, encoding = coco_tools()
+    size = [1, sum(lengths)]
+    text = encoding.frPyObjects({"size": size, "counts": lengths}, *size)["counts"].decode()
+    assert _lengths(text) == lengths
+
+
+@pytest.mark.parametrize("text", ["P" * 9, "0P", "é", "0 1"])
+def test_damaged_texts_of_lengths_are_none(text: str) -> None:
+    assert _lengths(text) == [-1]
+
+
 def test_splits_have_lists_of_their_own(tmp_path: Path) -> None:
     root = write_coco(tmp_path)
     with pytest.raises(DataError, match=r"has no instances_train\*\.json"):
@@ -108,6 +126,11 @@ def test_what_is_no_layout_of_coco(tmp_path: Path) -> None:
         ("annotations", {"bbox": [1, 2, float("nan"), 4]}, r"annotations\[0\] has no bbox"),
         ("annotations", {"iscrowd": 3}, r"annotations\[0\] has an area or iscrowd"),
         ("annotations", {"segmentation": "mask"}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": [[1, 2, 3, 4]]}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": [[1, 2, 3, 4, 5, 1e9]]}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": [[1, 2, 3, 4, 5, "6"]]}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": {"size": [40, 60], "counts": [7]}}, r"annotations\[0\] has a segmentation"),
+        ("annotations", {"segmentation": {"size": [60, 40], "counts": [2400]}}, r"annotations\[0\] has a segmentation"),
         ("categories", {"id": 5}, r"categories\[1\] has no id of its own"),
     ],
 )

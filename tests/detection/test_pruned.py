@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.errors import DataError
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.export.export import export
 from ssmprune_cli.grids import Grid
 from ssmprune_cli.inference import prepare
-from ssmprune_cli.models import FAMILIES, Detector
+from ssmprune_cli.models import FAMILIES, Detector, before_resizing, resize, sides
 from ssmprune_cli.models.heads import MaskRCNNConfig
 from ssmprune_cli.models.plainmamba import AdapterConfig, PlainMambaAdapter
 from ssmprune_cli.models.plainmamba.adapter.attention import DeformableAttention, grid_centres
@@ -164,6 +167,12 @@ def compressed(model: Detector) -> Detector:
     return model
 
 
+def test_a_detector_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a model for detection answers with several tensors"):
+        export(build("vmamba-maskrcnn"), tmp_path / "detector.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_repaired() -> None:
     found = repair(compressed(build("vmamba-maskrcnn")), [images()] * 40, kind="head")
     assert found.kind == "none" and "no linear classifier" in str(found.refused)
@@ -235,3 +244,18 @@ def test_attention_is_a_sum_over_places() -> None:
 def test_centres_of_grids() -> None:
     found = grid_centres([(1, 2), (2, 1)], torch.zeros(1))
     assert found.tolist() == [[[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.no_grad()
+def test_a_smaller_image_keeps_its_proportions(name: str) -> None:
+    """The weights stay. Tokens are counted for a usual photograph of the new size; the dense model can be had again."""
+    model = build(name)
+    assert sides(model) == (64,)  # from half of 96 on, what 32 divides
+    smaller = resize(model, 64)
+    assert isinstance(smaller, Detector)
+    assert smaller.preprocessing == KeepRatio(133, 64, divisor=32, fill="pad") and smaller.image_size == (64, 128)
+    assert distance(model(images((64, 96))), smaller(images((64, 96)))) == 0
+    assert before_resizing(smaller.config) == replace(model.config, encoder=before_resizing(smaller.config).encoder)
+    with pytest.raises(UsageError, match="resized before"):
+        resize(smaller, 32)
