@@ -78,6 +78,8 @@ class Bench:
         judged = self.comparison.images.dataset
         self.labels = torch.tensor([judged.target(index) for index in range(len(judged))])
         self.calibration = calibration_images(arguments.calib, 1024, 0)
+        # What the dense model says of them: every repair is fitted to it.
+        self.wanted = run(self.comparison.reference, self.images(self.comparison.model).split(64))
 
     def images(self, model: Backbone) -> Tensor:
         """For calibration, (N, 3, H, W)."""
@@ -104,8 +106,7 @@ class Bench:
         self.comparison.batch_size = 64
         if side is not None:
             small = resize(model, side)
-            seen, dense = self.images(small), run(self.comparison.reference, images.split(64))
-            self.rows(small, prepare(small), seen, share, batch_size, "smaller image", f"{side} pixels", dense)
+            self.rows(small, prepare(small), self.images(small), share, batch_size, "smaller image", f"{side} pixels")
         self.cut_short(images, share, batch_size)
         self.searched(share, batch_size)
 
@@ -122,9 +123,8 @@ class Bench:
         place = bisect_left(possible, True, key=fits)
         if place < len(possible):
             cut = cut_short(model, possible[place])
-            dense = run(reference, images.split(64))
             what = f"{len(cut.mixers)} of {len(model.mixers)} blocks"
-            self.rows(cut, prepare(cut), images, share, batch_size, "cut short", what, dense)
+            self.rows(cut, prepare(cut), images, share, batch_size, "cut short", what)
 
     def searched(self, share: float, batch_size: int) -> None:
         plan = SearchPlan(
@@ -142,10 +142,9 @@ class Bench:
         settings = recipe_settings(model, found.recipe, calibrated=True)
         images = self.images(model)
         what = found.trace()[0].recipe
-        dense = run(self.comparison.reference, self.images(self.comparison.model).split(64))
         if settings is not None:
-            prune(model, settings, images, dense=dense)
-        self.rows(model, prepare(model), images, share, batch_size, "searched", what, dense)
+            prune(model, settings, images, dense=self.wanted)
+        self.rows(model, prepare(model), images, share, batch_size, "searched", what)
 
     def rows(
         self,
@@ -156,11 +155,10 @@ class Bench:
         batch_size: int,
         name: str,
         what: str,
-        dense: Tensor | None = None,
     ) -> None:
         """Of a model that drops tokens or sees smaller images, as it is and repaired."""
         self.row(session.with_pruner(model.pruner), model, share, batch_size, name, "none", what)
-        done = repair(model, images.split(64), runner=session.with_pruner, dense=dense)
+        done = repair(model, images.split(64), runner=session.with_pruner, dense=self.wanted)
         if done.kind != "none":
             repaired = prepare(model) if model.pruner is None else session.with_pruner(model.pruner)
             self.row(repaired, model, share, batch_size, name, done.kind, what)

@@ -66,7 +66,8 @@ def test_sigterm_ends_like_ctrl_c_with_its_own_code(tmp_path: Path) -> None:
 def test_a_search_that_is_interrupted_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
     state = tmp_path / "out.search-state.json"
-    command = ["search", str(CHECKPOINT), "--calib", str(tmp_path / "a.npz"), "--out", str(tmp_path / "out")]
+    images, out = str(tmp_path / "a.npz"), str(tmp_path / "out")
+    command = ["search", str(CHECKPOINT), "--flops", "0.7", "--calib", images, "--out", out]
     process = subprocess.Popen(
         [sys.executable, "-m", "ssmprune_cli", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
