@@ -75,8 +75,10 @@ def refuse(model: Backbone, target: str) -> None:
             f"a {model.family} is not exported: its answers are lists of boxes, whose number depends on the image",
             hint="Classifiers and segmenters are exported.",
         )
-    if target != "pt2" and model.dtype != torch.float32:
-        raise UsageError(f"a file of the target {target!r} computes in float32, and this model is {model.dtype}")
+    dtypes = TARGETS.get(target).dtypes
+    if dtypes and model.dtype not in dtypes:
+        known = " or ".join(map(str, dtypes))
+        raise UsageError(f"a file of the target {target!r} computes in {known}, and this model is in {model.dtype}")
     if model.num_classes < 1:
         raise UsageError(f"this {model.family} has no head, so there are no logits to export")
 

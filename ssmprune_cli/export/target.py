@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -28,12 +29,13 @@ class Wanted:
 class ExportTarget:
     """A kind of file.
 
-    suffix  of the file's name
+    suffix   of the file's name
     missing  why it cannot be written here, or None if it can
     write    (graph of a model in evaluation mode, path, what is wanted) -> writes the file
     open     path -> by the name of each runtime the function from images (B, 3, H, W) to logits that the file computes
     record   (path, name, text) -> stores one more fact in the file; None where a file is not touched again
     opsets   the least and the most of ONNX's that can be asked for, or None
+    dtypes   of the models that it can hold; none is any
     """
 
     suffix: str
@@ -42,3 +44,4 @@ class ExportTarget:
     open: Callable[[Path], Mapping[str, Run]]
     record: Callable[[Path, str, str], None] | None = None
     opsets: tuple[int, int] | None = None
+    dtypes: tuple[torch.dtype, ...] = ()

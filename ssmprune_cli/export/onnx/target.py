@@ -24,6 +24,7 @@ from ssmprune_cli.export.target import ExportTarget, Run, Wanted
 from ssmprune_cli.kernels import CPU
 
 OPSETS = (18, 23)
+DTYPES = (torch.float32,)
 _OPSET = 18  # the least: more runtimes read it
 
 
@@ -125,5 +126,5 @@ def _record(path: Path, name: str, text: str) -> None:
     onnx.save(model, path)
 
 
-ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS)
-ONNX_PLAIN = ExportTarget(".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS)
+ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS, DTYPES)
+ONNX_PLAIN = ExportTarget(".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS, DTYPES)
