@@ -14,6 +14,7 @@ from ssmprune_cli.cli import (
     env,
     finetune,
     inspect,
+    models,
     output,
     profile,
     recipes,
@@ -79,3 +80,4 @@ for _name, _function in (
 ):
     app.command(_name, cls=Command)(quietly(_function))
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(models.app, name="models")
