@@ -263,6 +263,10 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             ["mAcc (%)", *(f"{100 * one.macc:.2f}" for one in scores)],
         ]
 
+    def columns(self, score: ModelSegmentation) -> dict[str, float | None]:
+        low, high = score.interval or (None, None)
+        return {"miou": score.miou, "miou_low": low, "miou_high": high, "aacc": score.aacc, "macc": score.macc}
+
     def by_part(self, scores: Sequence[ModelSegmentation]) -> list[list[str]]:
         """The IoU of each class."""
         return [

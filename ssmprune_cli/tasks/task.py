@@ -274,6 +274,10 @@ class Task(ABC, Generic[Score, Compared]):
     def table(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with a column for each score, titles first."""
 
+    @abstractmethod
+    def columns(self, score: Score) -> dict[str, float | None]:
+        """The figures of a score as shares, by names that are columns of a sheet: timm's where it has them."""
+
     def by_part(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with the metric of each part of the data (see `parts`), a column for each score, titles
         first. None where they are too many, and say little."""
