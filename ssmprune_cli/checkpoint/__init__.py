@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ssmprune_cli.checkpoint.artefact import check_writable, is_compressed, save
 from ssmprune_cli.checkpoint.files import hub_address, sha256
+from ssmprune_cli.checkpoint.hub import Address as HubAddress
 from ssmprune_cli.checkpoint.hub import explained as hub_errors
 from ssmprune_cli.checkpoint.hub import library as hub_library
 from ssmprune_cli.checkpoint.hub import parse as parse_address
@@ -12,6 +13,7 @@ from ssmprune_cli.checkpoint.reading import Checkpoint, read
 
 __all__ = [
     "Checkpoint",
+    "HubAddress",
     "build_empty",
     "check_writable",
     "hub_address",

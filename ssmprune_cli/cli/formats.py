@@ -30,7 +30,7 @@ TableFormat = Annotated[
 
 
 def chosen(form: str, *, as_json: bool) -> str:
-    """The form that is asked for: `--json` is short for the one of this name. UsageError if both say different things."""
+    """The form that is asked for: `--json` is short for one of them. UsageError if both say different things."""
     if as_json and form not in ("table", "json"):
         raise UsageError(f"--json and --format {form} ask for two forms: give one of them")
     return "json" if as_json else form

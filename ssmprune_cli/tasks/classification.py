@@ -41,6 +41,8 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     part_metric = "right"
     unharmed = "No class has fewer right answers than before."
     metric = "top-1"
+    hub_task = "image-classification"
+    hub_metric = "accuracy"
     key = "top1"
     limits = (
         TaskLimit(

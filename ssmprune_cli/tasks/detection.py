@@ -66,6 +66,8 @@ class Detection(Task[ModelDetection, DetectionFacts]):
     quality = "box AP"
     parts = ("class", "classes")
     metric = "box AP"
+    hub_task = "object-detection"
+    hub_metric = "mAP"
     key = "box_ap"
     batch_size = 1
     one_class = False

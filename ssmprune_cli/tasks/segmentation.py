@@ -64,6 +64,8 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     part_metric = "IoU"
     unharmed = "No class has a lower IoU than before."
     metric = "mIoU"
+    hub_task = "image-segmentation"
+    hub_metric = "mean_iou"
     key = "miou"
     most = 1
     draws = True

@@ -135,6 +135,7 @@ class Task(ABC, Generic[Score, Compared]):
     metric    by what models are ranked; `key` is its name in JSON
     limits    what a user may demand of a score or a comparison
     most      images that go through a model together, unless the user says how many
+    hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
     """
 
@@ -146,6 +147,8 @@ class Task(ABC, Generic[Score, Compared]):
     part_metric: ClassVar[str]
     unharmed: ClassVar[str]
     metric: ClassVar[str]
+    hub_task: ClassVar[str]
+    hub_metric: ClassVar[str]
     key: ClassVar[str]
     most: ClassVar[int] = 1 << 16
     limits: ClassVar[tuple[TaskLimit, ...]]
