@@ -159,6 +159,6 @@ def explained(address: Address, *, optional: bool = False) -> Iterator[None]:
 def _files(address: Address) -> str:
     """Names, for a message."""
     try:
-        return listing(library().list_repo_files(address.repository, revision=address.revision), limit=12)
+        return listing(library().HfApi().list_repo_files(address.repository, revision=address.revision), limit=12)
     except Exception:  # the error that is being told goes first
         return "see its page"

@@ -74,7 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"] and parts[4:5] == ["tree"]:
             repository, revision, file = "/".join(parts[2:4]), parts[5], ""
         else:
-            repository, revision, file = "/".join(parts[:2]), parts[3] if len(parts) > 3 else "main", "/".join(parts[4:])
+            repository, revision, file = (
+                "/".join(parts[:2]),
+                parts[3] if len(parts) > 3 else "main",
+                "/".join(parts[4:]),
+            )
         if repository in self.hub.gated:
             return self._send(status=403, X_Error_Code="GatedRepo")
         try:
