@@ -241,14 +241,14 @@ def test_a_resample_is_a_set_of_images_and_the_same_for_both_models() -> None:
 
 
 def test_an_interval_has_the_estimate_and_holds_what_it_should() -> None:
-    """Of 100 sets of 60 images from one source, about 95 intervals hold the mIoU of a large set."""
+    """Of 50 sets of 40 images from one source, about 47 intervals hold the mIoU of a large set."""
     truth = float(shares(random_counts(20_000, 3, 99).sum(axis=0)).miou)
     held = 0
-    for seed in range(100):
-        counts = random_counts(60, 3, seed)
+    for seed in range(50):
+        counts = random_counts(40, 3, seed)
         low, high = interval(resampled([counts])[0], float(shares(counts.sum(axis=0)).miou))
         held += low <= truth <= high
-    assert 88 <= held <= 100
+    assert 42 <= held <= 50
     assert interval(np.array([0.1, 0.2, 0.3]), 0.9)[1] == 0.9
 
 
@@ -392,7 +392,8 @@ def test_masks_as_pictures() -> None:
     red = (differs[..., 0] > 180) & (differs[..., 1] < 80)
     assert red.tolist() == [[False, False], [False, True]]
     assert len({tuple(each) for each in colours(150)[0].tolist()}) == 150
-    drawing = TASK.drawn(Image.fromarray(image), Frame((2, 2), (2, 2)), certain(one, 3)[None], certain(other, 3)[None])
+    frames = (Frame((2, 2), (2, 2)), Frame((2, 2), (2, 2)))
+    drawing = TASK.drawn(Image.fromarray(image), frames, certain(one, 3)[None], certain(other, 3)[None])
     assert list(drawing.pictures) == ["dense", "pruned", "differs"]
     assert drawing.words == "25.0 % of the pixels change their class"
     np.testing.assert_array_equal(np.asarray(drawing.pictures["pruned"]), painted(image, other))

@@ -38,6 +38,15 @@ def keep_ratio(
         return None
 
 
+def normalising(pipeline: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+    """The steps of `pipeline` that say mean and deviation of the channels."""
+    for step in pipeline:
+        inner = step.get("transforms") if isinstance(step, Mapping) else None
+        for each in (step, *(inner if isinstance(inner, list | tuple) else ())):
+            if isinstance(each, Mapping) and each.get("type") == "Normalize":
+                yield each
+
+
 def _resizing(pipeline: Sequence[Any], stated: Mapping[str, Sequence[Any]]) -> KeepRatio:
     sides: tuple[int, int] | None = None
     fills: dict[Fill, int] = {}

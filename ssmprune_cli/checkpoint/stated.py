@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssmprune_cli.checkpoint.pipelines import keep_ratio
+from ssmprune_cli.checkpoint.pipelines import keep_ratio, normalising
 from ssmprune_cli.errors import CheckpointError, listing, shown
 from ssmprune_cli.models import MAX_SIDE, Hints
 from ssmprune_cli.preprocessing import INTERPOLATIONS, KeepRatio, Triple
@@ -69,6 +69,12 @@ def hints(filename: str, content: Mapping[Any, Any]) -> Hints:
     whole: KeepRatio | None = None
     for pipeline in (found.pipelines or found.inner_pipelines)[:1]:
         whole = keep_ratio(pipeline, found.values, refused)
+        for step in normalising(pipeline):
+            for key in ("mean", "std"):
+                if isinstance(step.get(key), list | tuple):
+                    found.add(key, tuple(step[key]))
+            if isinstance(step.get("to_rgb"), bool):
+                found.add("to_rgb", step["to_rgb"])
         size, crop, squeeze, interpolation = _of_pipeline(pipeline, size, crop, squeeze, interpolation, refused)
     red_first = _one(found, ("to_rgb", "bgr_to_rgb"), _flag, "whether red comes first")
     strides = re.findall(r"stride_?(\d{1,3})(?!\d)", name.lower())

@@ -90,7 +90,7 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Images in a batch, timed ones included [default: 64; for segmentation 1].",
+            help="Images in a batch, timed ones included [default: 64; of a dense model 1].",
             rich_help_panel=DEVICE,
         ),
     ] = None,
@@ -216,8 +216,9 @@ def _table(rows: list[Row], recipes: dict[str, Recipe]) -> Table:
     title = "± is one standard error; other second lines are 95 % intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model or method", overflow="fold")
-    metric = TASKS.get(rows[0].task).metric
-    for column in ("multiply-\nadds", "images/s", "nats", f"{metric} %", "change,\npoints"):
+    task = TASKS.get(rows[0].task)
+    distance = task.unit.replace(" ", "\n")
+    for column in ("multiply-\nadds", "images/s", distance, f"{task.metric} %", "change,\npoints"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         recipe = recipes.get(row.name)
@@ -267,7 +268,8 @@ def _plots(path: Path, rows: list[Row]) -> None:
         points = [(float(getattr(row, x)), value) for row, value, _ in known]
         return Series(name, points, [(value - 1.96 * error, value + 1.96 * error) for _, value, error in known])
 
-    y_label = f"{TASKS.get(rows[0].task).metric}, %" if judged else "divergence, nats"
+    task = TASKS.get(rows[0].task)
+    y_label = f"{task.metric}, %" if judged else f"divergence, {task.unit}"
     for file, x, x_label in (
         (path, "share", "multiply-adds, share of dense"),
         (_speed_plot(path), "images_per_second", "images per second"),

@@ -324,6 +324,8 @@ def _tables(report: Report) -> Group:
             f"{kept}, after {', '.join(map(str, pruning.points))} blocks; importance {pruning.importance}, "
             f"reduction {pruning.reduction}, alignment {pruning.alignment}."
         )
+        if pruning.returning != "left":
+            notes.append(f"A dropped token comes back by {pruning.returning!r}.")
     notes += repaired(report)
     notes += verdicts(report.limits)
     return Group(verdict(report), table, lengths, *notes)

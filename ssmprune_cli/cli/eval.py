@@ -21,7 +21,11 @@ from ssmprune_cli.cli.options import (
     reads_checkpoints,
     split,
 )
+<<<<<<< HEAD
 from ssmprune_cli.files import distinct_names
+=======
+from ssmprune_cli.errors import UsageError
+>>>>>>> main
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ def command(
         typer.Option(
             "--data",
             "--data-dir",
-            help="Images with labels or masks: a folder; for npz, the file.",
+            help="Images with labels, masks or boxes: a folder; for npz, the file.",
             rich_help_panel=DATA,
         ),
     ],
@@ -63,6 +67,14 @@ def command(
             rich_help_panel=DATA,
         ),
     ] = None,
+    save_predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Detection: write boxes and masks of PATH's model to FILE, in COCO's own format for results.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     max_drop: MaxDrop = None,
     min_accuracy: MinAccuracy = None,
     min_miou: MinMiou = None,
@@ -74,14 +86,15 @@ def command(
     reading: Reading = NOTHING_SAID,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images in a batch [default: 32; for segmentation 1].", rich_help_panel=DEVICE),
+        typer.Option(min=1, help="Images in a batch [default: 32; of a dense model 1].", rich_help_panel=DEVICE),
     ] = None,
     device: DeviceName = "cpu",
     precision: PrecisionName = "fp32",
     peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
 ) -> None:
-    """Measure accuracy: top-1 and top-5 of classifiers, mIoU, aAcc and mAcc of segmenters, with 95 % intervals.
+    """Measure accuracy: top-1 and top-5 of classifiers, mIoU, aAcc and mAcc of segmenters, AP of boxes and masks of
+    detectors, with 95 % intervals.
 
     With --compare, also the difference on the same images, its interval and a paired test. --precision and how a
     checkpoint is read hold for both files. Limits are checked after the result is printed; those on drop,
@@ -97,6 +110,7 @@ def command(
     from ssmprune_cli.workflows.measure import count_flops, in_precision
     from ssmprune_cli.workflows.processes import join_processes
     from ssmprune_cli.workflows.reporting import verdicts
+    from ssmprune_cli.workflows.write import check_place, write_text
 
     form = formats.chosen(form, as_json=as_json)
     limits = Limits(max_drop, min_accuracy, min_miou, max_flops, max_latency_ratio, judge)
@@ -112,6 +126,10 @@ def command(
     if slide is not None:
         crop, stride = (int(side) for side in split(slide))
         task = task.sliding((crop, crop), (stride, stride))
+    if save_predictions is not None:
+        if not task.saves:
+            raise UsageError(f"is for detection, and the model is for {task.name}", where="--save-predictions")
+        check_place(save_predictions, "--save-predictions")
     images = task.open(data, dataset)
     with output.progress("Evaluating") as advance:
         result = evaluate(
@@ -126,6 +144,8 @@ def command(
         )
     for note in result.notes:
         output.warn(note)
+    if save_predictions is not None and result.images is not None:
+        write_text(save_predictions, task.predictions(result.results, result.images))
     flops = None
     if max_flops is not None:
         own, dense = (count_flops(model).all_directions for model in models)

@@ -180,7 +180,17 @@ def command(
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.finetune import Data, build, finetune, plan, some, start_from, write_checkpoint
+    from ssmprune_cli.workflows.finetune import (
+        Data,
+        build,
+        check_container,
+        check_trained,
+        finetune,
+        plan,
+        some,
+        start_from,
+        write_checkpoint,
+    )
     from ssmprune_cli.workflows.processes import join_processes, this_process
     from ssmprune_cli.workflows.write import check_folder, check_place
 
@@ -189,10 +199,13 @@ def command(
     use_backend(backend)
     if path is None:
         model = build(reading.family or "vim", of_model, name=name, seed=seed)
+        if pth is not None:
+            check_container(model)
         if init is not None:
             start_from(model, init, reading)
     else:
         model = checkpoint.load_as(path, reading)
+    check_trained(model)
     job = plan(
         path,
         recipe=recipe,

@@ -117,7 +117,7 @@ TimedBatch = Annotated[
     typer.Option(
         "--batch-size",
         min=1,
-        help="Images in a batch that is timed [default: 8; for segmentation 1].",
+        help="Images in a batch that is timed [default: 8; of a dense model 1].",
         rich_help_panel=DEVICE,
     ),
 ]

@@ -135,11 +135,11 @@ def _table(name: str, result: SearchResult) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"{name}: the best of each budget (divergence in nats, on {result.images - result.held_back} images, and "
-        f"on {result.held_back} held back)",
+        title=f"{name}: the best of each budget (divergence in {result.task.unit}, on "
+        f"{result.images - result.held_back} images, and on {result.held_back} held back)",
         title_justify="left",
     )
-    for column in ("multiply-adds", "time (95 %)", "nats", "held back", "tried"):
+    for column in ("multiply-adds", "time (95 %)", result.task.unit, "held back", "tried"):
         table.add_column(column, justify="right")
     table.add_column("image side; method; prune after blocks; patch tokens left")
     for found in result.found:

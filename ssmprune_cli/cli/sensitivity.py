@@ -66,6 +66,7 @@ def command(
     ratios = split(keep)
 
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.reporting import sensitivity_series, write_plot
     from ssmprune_cli.workflows.sensitivity import sensitivity
     from ssmprune_cli.workflows.source import Source
@@ -101,17 +102,19 @@ def command(
         output.note(f"Written to {out / 'sensitivity.json'}")
     if plot is not None:
         series = sensitivity_series(found.measurements)
-        write_plot(plot, series, title=ckpt.name, x_label="pruned after block", y_label="divergence, nats")
+        y_label = f"divergence, {TASKS.get(found.task).unit}"
+        write_plot(plot, series, title=ckpt.name, x_label="pruned after block", y_label=y_label)
         output.note(f"Plot written to {plot}")
     saved.remove()
-    output.emit(_table(ckpt.name, found.measurements), data, as_json=as_json)
+    unit = TASKS.get(found.task).unit
+    output.emit(_table(ckpt.name, unit, found.measurements), data, as_json=as_json)
 
 
-def _table(name: str, found: Sequence[SensitivityFacts]) -> Table:
+def _table(name: str, unit: str, found: Sequence[SensitivityFacts]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{name}: pruned at one point (± one standard error)", title_justify="left")
-    for column in ("after block", "keep", "divergence, nats", "token error", "multiply-adds"):
+    for column in ("after block", "keep", f"divergence, {unit}", "token error", "multiply-adds"):
         table.add_column(column, justify="right")
     for one in found:
         table.add_row(

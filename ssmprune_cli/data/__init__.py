@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+<<<<<<< HEAD
 from ssmprune_cli.data.ade20k import open_ade20k
 from ssmprune_cli.data.calibration import calibration_images, fingerprint, listed_images, some_images
+=======
+from ssmprune_cli.data.ade20k import is_ade20k, open_ade20k
+from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
+>>>>>>> main
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
 from ssmprune_cli.data.coco import Annotation, Objects, open_coco
 from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
@@ -15,7 +20,7 @@ from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.loader import Batch, batches, unprepared
 from ssmprune_cli.data.masks import NOT_JUDGED
 from ssmprune_cli.data.npz import open_npz
-from ssmprune_cli.data.preprocess import framed, normalised, prepare_image, to_rgb, upright, visible_box
+from ssmprune_cli.data.preprocess import framed, in_colour, normalised, prepare_image, to_rgb, visible_box
 from ssmprune_cli.data.segfolder import open_segfolder
 from ssmprune_cli.registry import Registry
 
@@ -55,13 +60,17 @@ __all__ = [
     "calibration_images",
     "fingerprint",
     "framed",
+<<<<<<< HEAD
     "listed_images",
+=======
+    "in_colour",
+    "is_ade20k",
+>>>>>>> main
     "normalised",
     "open_dataset",
     "prepare_image",
     "some_images",
     "to_rgb",
     "unprepared",
-    "upright",
     "visible_box",
 ]

@@ -15,6 +15,11 @@ _NAMES = "objectInfo150.txt"
 _SPLITS: dict[Split, str] = {"train": "training", "val": "validation"}
 
 
+def is_ade20k(path: Path) -> bool:
+    """Whether `path` is ADEChallengeData2016 by its name, or holds a folder of that name."""
+    return path.absolute().name == FOLDER or (path / FOLDER).is_dir()
+
+
 def open_ade20k(root: Path, split: Split) -> MaskedImages:
     """The images of `split` in `root`, which is ADEChallengeData2016 or holds it: images/validation/*.jpg and
     annotations/validation/*.png. A mask's 0 is no class (`reduce_zero_label`), 1 is class 0.

@@ -79,7 +79,7 @@ def open_coco(root: Path, split: Split) -> CocoImages:
     objects = _objects(content, labels, path)
     folder, files = _files(root, path, [each["file_name"] for each in content["images"]])
     others = len(find_images(folder).files) - len(set(files))
-    notes = [f"{folder}: {others:,} images are in no list, and left out."] if others > 0 else []
+    notes = [f"{folder}: images in no list are left out: {others:,}."] if others > 0 else []
     return CocoImages(folder, files, objects, labels.values(), notes)
 
 
@@ -149,12 +149,13 @@ def _objects(content: Mapping[str, Any], labels: Mapping[int, str], path: Path) 
             raise _fault(path, "annotations", number, f"is of an image that is not listed: {shown(str(image))}")
         if type(category) is not int or category not in by_category:
             raise _fault(path, "annotations", number, f"is of a category that is not listed: {shown(str(category))}")
-        inside[image].append(_annotation(each, by_category[category], path, number))
+        inside[image].append(_annotation(each, by_category[category], sizes[image], path, number))
     ids = tuple(labels)
     return [Objects(key, sizes[key], ids, tuple(annotations)) for key, annotations in inside.items()]
 
 
-def _annotation(each: Mapping[str, Any], label: int, path: Path, number: int) -> Annotation:
+def _annotation(each: Mapping[str, Any], label: int, size: tuple[int, int], path: Path, number: int) -> Annotation:
+    """The annotation of this number, in an image of `size`."""
     box = each.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(side) for side in box) or min(box[2:]) < 0:
         raise _fault(path, "annotations", number, "has no bbox [left, top, width, height]")
@@ -162,10 +163,46 @@ def _annotation(each: Mapping[str, Any], label: int, path: Path, number: int) ->
     if not _is_number(area) or crowd not in (0, 1):
         raise _fault(path, "annotations", number, "has an area or iscrowd that are no such thing")
     outline = each.get("segmentation") or None
-    if not (outline is None or isinstance(outline, list | dict)):
+    if outline is not None and not _is_outline(outline, size):
         raise _fault(path, "annotations", number, "has a segmentation that is neither polygons nor an encoding")
     left, top, width, height = map(float, box)
     return Annotation(label, (left, top, width, height), float(area), bool(crowd), outline)
+
+
+def _is_outline(value: object, size: tuple[int, int]) -> bool:
+    """Whether these are polygons, or a run-length encoding of an image of `size`: lengths, or COCO's text of them."""
+    if isinstance(value, dict):
+        counts = value.get("counts")
+        lengths = _lengths(counts) if isinstance(counts, str) else counts
+        if value.get("size") != list(size) or not isinstance(lengths, list):
+            return False
+        return all(type(each) is int and each >= 0 for each in lengths) and sum(lengths) == size[0] * size[1]
+    far = 2 * max(size)  # a line to a place far outside takes a step for each of its pixels
+
+    def is_polygon(each: object) -> bool:
+        """Three or more pairs of x and y."""
+        sides = each if isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 else [None]
+        return all(_is_number(side) and -far <= side <= far for side in sides)
+
+    return isinstance(value, list) and all(map(is_polygon, value))
+
+
+def _lengths(text: str) -> list[int]:
+    """The lengths of runs in COCO's text: groups of five bits from the lowest on, and from the third length on the
+    difference to the one before the last. -1 for what is no such text: C code reads it later."""
+    found: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return [-1]
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << 1 << (shift - 5)  # the sign
+            found.append(value + (found[-2] if len(found) > 2 else 0))
+            value = shift = 0
+    return found if shift == 0 else [-1]
 
 
 def _is_number(value: object) -> bool:

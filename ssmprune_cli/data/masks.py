@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssmprune_cli.data.datasets import ImageFiles
-from ssmprune_cli.data.files import counted, find_images
+from ssmprune_cli.data.files import check_folder, counted, find_images
 from ssmprune_cli.data.image_file import read_image
 from ssmprune_cli.errors import DataError, listing
 from ssmprune_cli.files import read_bytes
@@ -94,37 +94,34 @@ def paired(
 ) -> MaskedImages:
     """The images in `images` and below, each with the mask in `masks` of the same path but for its suffix; named below
     `root`. Raises DataError if there are none, or if an image or a mask is alone."""
-    found, others = find_images(images), find_images(masks)
-    for folder, one in ((images, found), (masks, others)):
-        if not one.files:
-            held = f", only {counted(one.left_out)}" if one.left_out else ""
-            raise DataError(f"has no images{held}", where=str(folder))
-    by_stem, mask_by_stem = _by_stem(images, found.files), _by_stem(masks, others.files)
-    for what, folder, own, other in (
-        ("image", images, by_stem, mask_by_stem),
-        ("mask", masks, mask_by_stem, by_stem),
+    (image_of, more), (mask_of, others) = (_by_stem(folder) for folder in (images, masks))
+    for what, partner, folder, place, own, other in (
+        ("image", "mask", images, masks, image_of, mask_of),
+        ("mask", "image", masks, images, mask_of, image_of),
     ):
         alone = [stem for stem in own if stem not in other]
         if alone:
-            partner = "mask" if what == "image" else "image"
             raise DataError(
                 f"{len(alone)} of {len(own)} {what}s have no {partner} of the same name: {listing(alone)}",
                 where=str(folder),
-                hint=f"The {'masks' if what == 'image' else 'images'} are looked for in "
-                f"{masks if what == 'image' else images}.",
+                hint=f"The {partner}s are looked for in {place}.",
             )
-    left_out = found.left_out + others.left_out
-    more = [f"{images}: files that are not read as images were left out: {counted(left_out)}."] if left_out else []
-    matching = [mask_by_stem[stem] for stem in by_stem]
-    return MaskedImages(root, list(by_stem.values()), matching, meaning, (*notes, *more))
+    matching = [mask_of[stem] for stem in image_of]
+    return MaskedImages(root, list(image_of.values()), matching, meaning, (*notes, *more, *others))
 
 
-def _by_stem(folder: Path, files: Sequence[Path]) -> dict[str, Path]:
-    """By path below `folder`, its suffix left out. DataError if two files differ in that only."""
-    found: dict[str, Path] = {}
-    for path in files:
+def _by_stem(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The images in `folder` by their paths below it, suffixes left out, and a note if there are other files. DataError
+    if two differ in their suffix only, or if there are none."""
+    check_folder(folder)
+    inside = find_images(folder)
+    left_out = counted(inside.left_out)
+    if not inside.files:
+        raise DataError(f"has no images{left_out and f', only {left_out}'}", where=str(folder))
+    files: dict[str, Path] = {}
+    for path in inside.files:
         stem = path.relative_to(folder).with_suffix("").as_posix()
-        if stem in found:
-            raise DataError(f"{found[stem].name} and {path.name} have the same name", where=str(path.parent))
-        found[stem] = path
-    return found
+        if stem in files:
+            raise DataError(f"{files[stem].name} and {path.name} have the same name", where=str(path.parent))
+        files[stem] = path
+    return files, [f"{folder}: files that are not read as images were left out: {left_out}."] if left_out else []

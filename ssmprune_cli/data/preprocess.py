@@ -95,16 +95,17 @@ def prepare_image(image: Image.Image, way: Preprocessing | KeepRatio) -> tuple[T
     return preprocess(image, way), Frame((image.height, image.width), (way.crop, way.crop))
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, as cv2.imread does: masks and boxes of dense data sets are of the turned image.
+def in_colour(image: Image.Image, way: Preprocessing | KeepRatio) -> Image.Image:
+    """The image in RGB, as a model that is given images in this `way` has it.
 
-    A `Preprocessing` does not turn: the authors of classifiers read with Pillow, which leaves an image as it is stored.
+    For a `KeepRatio` it is turned as its EXIF says, as cv2.imread does: masks and boxes are of the turned image. A
+    `Preprocessing` does not turn: the authors of classifiers read with Pillow, which leaves an image as it is stored.
     """
-    return ImageOps.exif_transpose(image)
+    return to_rgb(ImageOps.exif_transpose(image) if isinstance(way, KeepRatio) else image)
 
 
 def _keep_ratio(image: Image.Image, way: KeepRatio) -> tuple[Tensor, Frame]:
-    pixels = np.asarray(to_rgb(upright(image)))  # (H, W, 3)
+    pixels = np.asarray(in_colour(image, way))  # (H, W, 3)
     height, width = pixels.shape[:2]
     size, whole = _sizes(height, width, way)
     check_pixels(*whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,19 +93,16 @@ def _meaning(path: Path | None) -> tuple[Meaning, tuple[str, ...]]:
     fault = "names no class" if not names else "has an empty line" if "" in names else ""
     if twice := [name for name in names if names.count(name) > 1]:
         fault = f"names {shown(twice[0])!r} twice"
+    if len(names) > NOT_JUDGED + 1:
+        fault = f"names {len(names)} classes, more than a mask of 8 bits has"
     if fault:
         raise DataError(fault, where=str(path), hint="It has a name for each value of the masks, one a line.")
     void = [value for value, name in enumerate(names) if name.casefold() in VOID]
-    notes = tuple(_notes(path, names, void))
+    listed = ", ".join(f"{names[value]} ({value})" for value in void)
+    notes = (f"{path}: pixels of {listed} are not judged.",) if void else ()
     while len(names) - 1 in void:  # a void class in between keeps the numbers of those after it
         names.pop()
     return Meaning(_Without(tuple(void)), len(names), tuple(names)), notes
-
-
-def _notes(path: Path, names: list[str], void: list[int]) -> Iterator[str]:
-    if void:
-        shown = ", ".join(f"{names[value]} ({value})" for value in void)
-        yield f"{path}: pixels of {shown} are not judged."
 
 
 def _as_they_are(values: Mask) -> Mask:

@@ -36,8 +36,9 @@ def export(model: Backbone, path: Path, target: str = "pt2", batch: int = 1) -> 
     """Write `model`, dense or pruned, to `path` for batches of `batch` images of its size, dtype and device.
 
     The file is read back and run on random images, other than those that it was made with. Raises UsageError for a
-    target that is unknown or cannot be written here and for a path of another suffix or that exists; SsmpruneError if
-    the model cannot be written in this form or the file computes something else. Then there is no file.
+    target that is unknown or cannot be written here, for a path of another suffix or that exists, and for a detector,
+    which answers with several tensors; SsmpruneError if the model cannot be written in this form or the file computes
+    something else. Then there is no file.
     """
     chosen = TARGETS.get(target)
     if batch < 1:
@@ -60,7 +61,10 @@ def export(model: Backbone, path: Path, target: str = "pt2", batch: int = 1) -> 
     model.eval()
     try:
         with torch.no_grad():
-            expected = model(other).double()
+            expected = model(other)
+            if not isinstance(expected, torch.Tensor):
+                raise UsageError(f"a model for {model.task} answers with several tensors, which no target takes")
+            expected = expected.double()
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 chosen.write(model, temporary, example)

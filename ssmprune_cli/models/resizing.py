@@ -9,7 +9,7 @@ import torch
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models.common import FAMILIES, MAX_SIDE, Backbone
-from ssmprune_cli.models.dense import DenseConfig
+from ssmprune_cli.models.dense import DenseConfig, DenseModel
 
 
 @torch.inference_mode(False)  # as of a checkpoint: weights made in inference mode have no version
@@ -35,7 +35,7 @@ def resize(model: Backbone, side: int) -> Backbone:
         )
     family, config = FAMILIES.get(model.family), model.config
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    if model.image_size != (side, side):
+    if _side(model) != side:
         _check(model, side)
         # In float32 at least, as a checkpoint is read.
         exact = {
@@ -60,15 +60,15 @@ def resize(model: Backbone, side: int) -> Backbone:
 
 
 def sides(model: Backbone) -> tuple[int, ...]:
-    """Sides of smaller square images that `resize` can make of `model`: the largest first, at least half of its own.
+    """Sides of smaller images that `resize` can make of `model`: the largest first, at least half of its own.
 
-    None for a model that cannot be resized: one whose images are not square, or that was resized before.
+    None for a model that cannot be resized: a classifier whose images are not square, or one that was resized before.
     """
-    height, width = model.image_size
-    if height != width or model.config.resized_from is not None:
+    own = _side(model)
+    if own is None or model.config.resized_from is not None:
         return ()
     fills = FAMILIES.get(model.family).fills
-    return tuple(side for side in range(height - 1, -(-height // 2) - 1, -1) if fills(model.config, side))
+    return tuple(side for side in range(own - 1, -(-own // 2) - 1, -1) if fills(model.config, side))
 
 
 def before_resizing(config: Any) -> Any:
@@ -81,9 +81,17 @@ def before_resizing(config: Any) -> Any:
     return replace(config, image_size=config.resized_from, resized_from=None)
 
 
+def _side(model: Backbone) -> int | None:
+    """By what a model is resized: the side of square images, or the short side of a dense model's; None for others."""
+    if isinstance(model, DenseModel):
+        return model.preprocessing.short
+    height, width = model.image_size
+    return height if height == width else None
+
+
 def _check(model: Backbone, side: int) -> None:
     height, width = model.image_size
-    if height != width:
+    if _side(model) is None:
         raise UsageError(f"images of {height} x {width} pixels are not square, and only square ones are resized")
     first = model.config.resized_from
     if first is not None:

@@ -12,11 +12,12 @@ from torch import Tensor
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
 from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.images import Images, as_batches
-from ssmprune_cli.pruning.mass import fit_mass
+from ssmprune_cli.pruning.mass import Distance, fit_mass
 from ssmprune_cli.pruning.pruner import PruneSettings, Returning, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
-from ssmprune_cli.pruning.repair import Asked
+from ssmprune_cli.pruning.repair import Asked, Runner
 from ssmprune_cli.pruning.repair import repair as repair_pruned
 from ssmprune_cli.pruning.returning import fit_returning
 from ssmprune_cli.pruning.schedule import PruneSchedule
@@ -96,8 +97,10 @@ def prune(
     *,
     dense: Tensor | None = None,
     repair: Asked = "none",
+    runner: Runner | None = None,
+    distance: Distance = divergence,
 ) -> Calibration | None:
-    """`compress` by settings that are resolved already."""
+    """`compress` by settings that are resolved already. `runner` and `distance` are those of `fit_mass`."""
     like, fits_mass = next(model.parameters()), ALIGNMENTS.get(settings.alignment).needs_sizes
     blends = settings.returning == "blend"
     if settings.returning != "left" and not model.restores:
@@ -114,7 +117,7 @@ def prune(
     pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen and not fits_mass else None)
     pruner.to(like.device, like.dtype)
     if seen is not None and fits_mass:
-        fit_mass(model, pruner, kept, known)
+        fit_mass(model, pruner, kept, known, runner, distance)
     if blends:
         fit_returning(model, pruner, kept)
     model.pruner = pruner

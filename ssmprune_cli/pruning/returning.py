@@ -3,6 +3,10 @@
 `left`: the value with which it left. `nearest`: that of the kept token which is nearest in scan position. `blend`: a
 part of both. That part is a number for each prune point, by least squares on calibration images: how the tokens that
 are missing then come nearest, in the last block before the next point, to what they are in the dense model.
+
+The nearest token alone is a poor guess: its share comes out at 0.05 to 0.35, the more the longer a token is gone. It
+lowered the mean divergence of `benchmarks/vmamba_cifar10.pth` (reduction `context`, fitted to 64 images, on 186 others)
+from 0.218 to 0.157 at keep 0.7, and from 0.379 to 0.321 at keep 0.5.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ class Pruning(Section):
     repair     after calibration: `head`, a head fitted to the dense model's answers; `head+side`, one that also sees
                the means of the dropped tokens; "auto", the better of the two. None of them unless it is clearly better
                on images that are held back; see `pruning.repair`
+    returning  with what value a dropped token comes back, in dense models and VMamba: `left`, as it left; `nearest`,
+               that of the nearest token; `blend`, a part of both that calibration finds; see `pruning.returning`
     """
 
     image_size: PositiveInt | None = None
@@ -72,6 +74,7 @@ class Pruning(Section):
     reduction: Name = "auto"
     alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
     repair: Literal["auto", "head", "head+side", "none"] = "auto"
+    returning: Literal["left", "nearest", "blend"] = "left"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)
 

@@ -46,7 +46,8 @@ class Figures(Section):
 class PruningFacts(Section):
     """The settings as resolved for this model: after `points` blocks, `tokens` patch tokens stay.
 
-    repair  what the pruner holds of one: a head of its own, projections of the dropped tokens ("side"), or both
+    repair     what the pruner holds of one: a head of its own, projections of the dropped tokens ("side"), or both
+    returning  with what value a dropped token comes back: as it left, that of the nearest one, or a blend of both
     """
 
     points: tuple[int, ...]
@@ -56,6 +57,7 @@ class PruningFacts(Section):
     reduction: str
     alignment: str
     repair: Literal["none", "head", "head+side", "side"] = "none"
+    returning: Literal["left", "nearest", "blend"] = "left"
 
 
 class TargetFacts(Section):
@@ -319,9 +321,10 @@ class SensitivityFacts(Section):
 
 
 class Sensitivity(Section):
-    """sensitivity.json: measurements, and the SHA-256 of the weights that they are of."""
+    """sensitivity.json: measurements, and the SHA-256 of the weights that they are of, of a model for `task`."""
 
     weights_sha256: str
+    task: str = "classification"
     measurements: tuple[SensitivityFacts, ...]
 
 

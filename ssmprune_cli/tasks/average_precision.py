@@ -110,10 +110,11 @@ class Judgement:
 
     @property
     def detections(self) -> int:
-        """How many are judged."""
+        """How many are of a class that has objects."""
         return sum(len(category.image) for category in self._categories())
 
     def _categories(self) -> Iterator[_Category]:
+        """Those that have objects."""
         params = self._eval._paramsEval
         images, sizes = len(params.imgIds), len(params.areaRng)
         for number in range(len(params.catIds)):
@@ -125,6 +126,8 @@ class Judgement:
             objects = np.zeros(images)
             for image, each in known:
                 objects[image] = np.count_nonzero(np.equal(each["gtIgnore"], 0))
+            if not objects.any():  # such a category has no precision
+                continue
             scores = np.concatenate([each["dtScores"][:_MOST] for _, each in known])
             order = np.argsort(-scores, kind="mergesort")
             matched, ignored = (

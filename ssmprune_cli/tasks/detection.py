@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,6 +17,7 @@ from ssmprune_cli.data import Batch, ImageDataset, Objects
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.inference import Session
 from ssmprune_cli.models import Backbone, Detections, Detector
+from ssmprune_cli.preprocessing import Frame
 from ssmprune_cli.pruning import relative_error
 from ssmprune_cli.report import (
     ClassPrecision,
@@ -34,7 +36,9 @@ from ssmprune_cli.tasks.average_precision import (
     interval,
     listed,
 )
-from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.outlined import covered, outlined
+from ssmprune_cli.tasks.painted import differing
+from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
 
 GRID = 8  # rows and columns of places of each level by which models are compared
 _SURE = 0.5  # score from which on a detection is shown to a user
@@ -54,7 +58,8 @@ def _drop(score: ModelDetection, compared: DetectionFacts | None) -> Estimate | 
     if compared is None:
         return None
     ends = compared.difference_interval
-    return Estimate(-100 * compared.difference, None if ends is None else (-100 * ends[1], -100 * ends[0]))
+    within = None if ends is None else (0 - 100 * ends[1], 0 - 100 * ends[0])
+    return Estimate(0 - 100 * compared.difference, within)  # 0 - 0 has no sign
 
 
 class Detection(Task[ModelDetection, DetectionFacts]):
@@ -65,12 +70,16 @@ class Detection(Task[ModelDetection, DetectionFacts]):
     section = "detection"
     quality = "box AP"
     parts = ("class", "classes")
+    part_metric = "AP"
+    unharmed = "No class has a lower AP than before."
     metric = "box AP"
     hub_task = "object-detection"
     hub_metric = "mAP"
     key = "box_ap"
-    batch_size = 1
-    one_class = False
+    unit = "squared error"
+    most = 1
+    draws = True
+    saves = True
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain
@@ -112,6 +121,9 @@ class Detection(Task[ModelDetection, DetectionFacts]):
         assert isinstance(detector, Detector)
         return Seen(forward(images), detector)
 
+    def one(self, outputs: Seen, place: int) -> Seen:
+        return Seen(tuple(level[place : place + 1] for level in outputs.levels), outputs.detector)
+
     def finite(self, outputs: Seen) -> Tensor:
         return torch.stack([level.isfinite().flatten(1).all(dim=1) for level in outputs.levels]).all(dim=0)
 
@@ -127,7 +139,7 @@ class Detection(Task[ModelDetection, DetectionFacts]):
                     where=name,
                     hint="Boxes are of the image, turned as its EXIF says.",
                 )
-        return [_kept(each) for each in detected]
+        return [_kept(each, with_masks=True) for each in detected]
 
     def sample(self, outputs: Any) -> Tensor:
         """What the levels (B, L, C, GRID, GRID) are at places that are spread evenly; the last one is made of the one
@@ -180,13 +192,38 @@ class Detection(Task[ModelDetection, DetectionFacts]):
         )
 
     def predictions(self, results: Sequence[Found], dataset: ImageDataset) -> str:
-        """COCO's own format."""
+        """COCO's own format: a list of boxes and masks."""
         return json.dumps(listed(_targets(dataset), results)) + "\n"
 
     def changed(self, pruned: Sequence[Found], dense: Sequence[Found]) -> list[int]:
         """Images in which a sure detection of one model is none of the other one's, of the same class."""
         pairs = zip(pruned, dense, strict=True)
-        return [index for index, (one, other) in enumerate(pairs) if _alone(one, other) or _alone(other, one)]
+        return [index for index, (one, other) in enumerate(pairs) if _alone(one, other) + _alone(other, one)]
+
+    def differ(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        return self.divergence(dense, pruned) > 0.01
+
+    def told(self, outputs: Seen) -> list[int | None]:
+        return [None] * len(outputs.levels[0])
+
+    def drawn(self, image: Image.Image, frames: tuple[Frame, Frame], dense: Seen, pruned: Seen) -> Drawing:
+        """The sure detections of both."""
+        size = (image.height, image.width)
+        other, own = (
+            _sure(each.detector.read(each.levels, [Frame(size, frame.scaled)])[0])
+            for each, frame in zip((dense, pruned), frames, strict=True)
+        )
+        pixels, names = np.asarray(image), dense.detector.class_names
+        one, two = (_kept(each, with_masks=False) for each in (own, other))
+        return Drawing(
+            {
+                "dense": outlined(pixels, other, names),
+                "pruned": outlined(pixels, own, names),
+                "differs": Image.fromarray(differing(pixels, covered(own), covered(other))),
+            },
+            f"objects of the dense model: {len(two.scores)}; of the pruned one: {len(one.scores)}, "
+            f"{len(one.scores) - _alone(one, two)} of them in the same places",
+        )
 
     def estimate(self, score: ModelDetection) -> Estimate:
         return Estimate(score.boxes.ap, score.interval)
@@ -281,7 +318,7 @@ class Detection(Task[ModelDetection, DetectionFacts]):
         ]
 
     def answers(self, report: Report, sample: Sample) -> str:
-        return sample.name
+        return f"{sample.name}: {sample.words}"
 
 
 def _targets(dataset: ImageDataset) -> list[Objects]:
@@ -295,17 +332,25 @@ def _targets(dataset: ImageDataset) -> list[Objects]:
     return targets  # type: ignore[return-value]
 
 
-def _kept(detected: Detections) -> Found:
-    _, _, encoding = coco_tools()
+def _kept(detected: Detections, *, with_masks: bool) -> Found:
     corners = detected.boxes.double().cpu()
     boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1)
-    masks = np.asfortranarray(detected.masks.permute(1, 2, 0).to(torch.uint8).cpu().numpy())  # (H, W, N)
+    masks: tuple[str, ...] = ()
+    if with_masks:
+        _, _, encoding = coco_tools()
+        pixels = np.asfortranarray(detected.masks.permute(1, 2, 0).to(torch.uint8).cpu().numpy())  # (H, W, N)
+        masks = tuple(each["counts"].decode() for each in encoding.encode(pixels))
     return Found(
         boxes=tuple(map(tuple, boxes.tolist())),
         scores=tuple(detected.scores.tolist()),
         labels=tuple(detected.labels.tolist()),
-        masks=tuple(each["counts"].decode() for each in encoding.encode(masks)),
+        masks=masks,
     )
+
+
+def _sure(detected: Detections) -> Detections:
+    sure = detected.scores >= _SURE
+    return Detections(detected.boxes[sure], detected.scores[sure], detected.labels[sure], detected.masks[sure])
 
 
 def _classes(boxes: Judgement, targets: Sequence[Objects], names: Sequence[str]) -> tuple[ClassPrecision, ...]:
@@ -320,9 +365,9 @@ def _classes(boxes: Judgement, targets: Sequence[Objects], names: Sequence[str])
     return tuple(found)
 
 
-def _alone(one: Found, other: Found) -> bool:
-    """Whether a sure detection of `one` is none of those of `other`."""
-    return any(
+def _alone(one: Found, other: Found) -> int:
+    """How many sure detections of `one` are none of `other`."""
+    return sum(
         score >= _SURE
         and not any(
             own == label and _overlap(box, rival) >= _SAME for own, rival in zip(other.labels, other.boxes, strict=True)

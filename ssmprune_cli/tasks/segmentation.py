@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.data import NOT_JUDGED, Batch, ImageDataset
+from ssmprune_cli.data import NOT_JUDGED, Batch, ImageDataset, is_ade20k
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame
@@ -97,8 +97,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
 
     def kind(self, path: Path) -> str:
         """ADE20K by its folder's name; any other is two folders."""
-        name = "ADEChallengeData2016"
-        return "ade20k" if path.absolute().name == name or (path / name).is_dir() else "segfolder"
+        return "ade20k" if is_ade20k(path) else "segfolder"
 
     def sliding(self, crop: tuple[int, int], stride: tuple[int, int]) -> Segmentation:
         if any(step > side for step, side in zip(stride, crop, strict=True)):
@@ -195,9 +194,12 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             if abs(int(own[0].sum()) - int(other[0].sum())) > _CHANGED * int(own[1].sum())
         ]
 
-    def drawn(self, image: Image.Image, frame: Frame, dense: Tensor, pruned: Tensor) -> Drawing:
+    def drawn(self, image: Image.Image, frames: tuple[Frame, Frame], dense: Tensor, pruned: Tensor) -> Drawing:
         size = (image.height, image.width)
-        own, other = (classes_of(each[0], frame.scaled, size).cpu().numpy() for each in (pruned, dense))
+        other, own = (
+            classes_of(each[0], frame.scaled, size).cpu().numpy()
+            for each, frame in zip((dense, pruned), frames, strict=True)
+        )
         pixels = np.asarray(image)
         pictures = {
             "dense": painted(pixels, other),

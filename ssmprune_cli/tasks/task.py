@@ -133,10 +133,12 @@ class Task(ABC, Generic[Score, Compared]):
     parts     what a dataset divides into, one and several, in words; `part_metric` what is said of each, and `unharmed`
               is said where none is worse than before
     metric    by what models are ranked; `key` is its name in JSON
+    unit      of `divergence`
     limits    what a user may demand of a score or a comparison
     most      images that go through a model together, unless the user says how many
     hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
+    saves     whether there is a format for what models answer: see `predictions`
     """
 
     name: ClassVar[str]
@@ -150,9 +152,11 @@ class Task(ABC, Generic[Score, Compared]):
     hub_task: ClassVar[str]
     hub_metric: ClassVar[str]
     key: ClassVar[str]
+    unit: ClassVar[str] = "nats"
     most: ClassVar[int] = 1 << 16
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
+    saves: ClassVar[bool] = False
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
         """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
@@ -183,6 +187,10 @@ class Task(ABC, Generic[Score, Compared]):
     def answer(self, forward: Callable[[Tensor], Any], images: Tensor) -> Any:
         """The outputs for normalised images (B, 3, H, W); `forward` is a model or a session of it."""
         return forward(images)
+
+    def one(self, outputs: Any, place: int) -> Any:
+        """Of the outputs for a batch those for the image at `place`, a batch of one."""
+        return outputs[place : place + 1]
 
     def finite(self, outputs: Any) -> Tensor:
         """(B,) bool: whether the outputs for an image are finite."""
@@ -225,6 +233,10 @@ class Task(ABC, Generic[Score, Compared]):
     def changed(self, pruned: Sequence[Any], dense: Sequence[Any]) -> list[int]:
         """From the results, image by image: where one model is right and the other one is not, as indices."""
 
+    def predictions(self, results: Sequence[Any], dataset: ImageDataset) -> str:
+        """The results, image by image of `dataset`, in the format that others read. Of a task that saves."""
+        raise NotImplementedError
+
     def differ(self, dense: Tensor, pruned: Tensor) -> Tensor:
         """(B,) bool: whether the samples of two models differ enough to be shown. By default, in the class of more than
         one in a hundred places."""
@@ -235,9 +247,9 @@ class Task(ABC, Generic[Score, Compared]):
         """The class that is said of each image; None where an answer is more than that."""
         return [None] * len(outputs)
 
-    def drawn(self, image: Image.Image, frame: Frame, dense: Any, pruned: Any) -> Drawing:
-        """The outputs of two models for one image, whose colours are `image`, upright and of any size. Of a task that
-        draws."""
+    def drawn(self, image: Image.Image, frames: tuple[Frame, Frame], dense: Any, pruned: Any) -> Drawing:
+        """The outputs of two models for one image, whose colours are `image`, upright and of any size; `frames` are
+        where it lies in what the dense and the pruned model were given. Of a task that draws."""
         raise NotImplementedError
 
     def facts(self, report: Report) -> Compared | None:

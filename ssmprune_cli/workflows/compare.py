@@ -34,7 +34,7 @@ from ssmprune_cli.workflows.compress import for_images, recipe_settings
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Budget, Images, Prepared, Uniform, in_batches, load_images, run
+from ssmprune_cli.workflows.trials import Budget, Images, Prepared, Uniform, in_batches, load_images, run, sampled
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -214,7 +214,8 @@ class Comparison:
         settings = None if recipe is None else recipe_settings(model, recipe, calibrated=calibration is not None)
         if settings is not None:
             dense = None if calibration is None else run(self.reference, self._calibration(self.model, calibration))
-            prune(model, settings, None if calibration is None else self._calibration(model, calibration), dense=dense)
+            images = None if calibration is None else self._calibration(model, calibration)
+            self._prune(variant.session, model, settings, images, dense)
         session = variant.session.with_pruner(model.pruner)
         answers, cost = self._answers(session, variant.images, name), count_flops(model).all_directions
         restore(model)
@@ -275,7 +276,19 @@ class Comparison:
 
     def prune(self, settings: PruneSettings, calibration: Images | None) -> None:
         """Make `model` a variant: `answers`, `cost` and `speed` are of what it is now."""
-        prune(self.model, settings, None if calibration is None else in_batches(calibration, self.batch_size))
+        images = None if calibration is None else in_batches(calibration, self.batch_size)
+        self._prune(self.reference, self.model, settings, images, None)
+
+    def _prune(
+        self,
+        session: Session,
+        model: Backbone,
+        settings: PruneSettings,
+        images: Sequence[Tensor] | None,
+        dense: Tensor | None,
+    ) -> None:
+        """`prune` by the task's distance; the session is one of `model`."""
+        prune(model, settings, images, dense=dense, runner=sampled(session), distance=self.task.divergence)
 
     def answers(self, name: str) -> Answers:
         """Raises DataError, calling the model `name`, if they are not finite."""

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Evaluation:
     comparison         those that it has of a pruned and a dense model on the same images, such as AccuracyFacts
     notes              of the dataset: the order of its classes where others are possible, what was left out
     changed            with `comparison`: indices in the whole dataset of images that one model is right on
+    images             that were judged, and the `results` that the task keeps of each
     """
 
     count: int
@@ -43,6 +44,8 @@ class Evaluation:
     dense_images_per_second: float | None = None
     notes: tuple[str, ...] = ()
     changed: tuple[int, ...] = ()
+    images: ImageDataset | None = field(default=None, repr=False)
+    results: Sequence[Any] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         facts = {"count": self.count, "dtype": self.dtype, "notes": list(self.notes)}
@@ -154,7 +157,9 @@ def evaluate(
                 progress(min(done.values()), len(mine))
     results, score, speed = judges[0].collect(dataset)
     dtype = str(model.dtype).removeprefix("torch.")
-    evaluation = Evaluation(len(dataset), dtype, task, score, speed, notes=dataset.notes)
+    evaluation = Evaluation(
+        len(dataset), dtype, task, score, speed, notes=dataset.notes, images=dataset, results=results
+    )
     if compare is None:
         return evaluation
     dense_results, dense_score, dense_speed = judges[1].collect(dataset)

@@ -113,7 +113,8 @@ def sensitivity(
         found.append(SensitivityFacts(point=point, keep=ratio, **values))
         if progress is not None:
             progress(number, len(cases))
-    return Sensitivity(weights_sha256=identity["weights_sha256"], measurements=tuple(found)), state
+    sha256 = identity["weights_sha256"]
+    return Sensitivity(weights_sha256=sha256, task=model.task, measurements=tuple(found)), state
 
 
 @dataclass(frozen=True)

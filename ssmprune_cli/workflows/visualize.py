@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, batches, to_rgb, upright, visible_box
+from ssmprune_cli.data import ImageDataset, batches, in_colour, visible_box
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.tasks import TASKS, Drawing
@@ -84,8 +84,9 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
         names += batch.names
         if dense is not None:
             for place, frame in enumerate(batch.frames):
-                original, one = _original(dataset, len(drawings)), slice(place, place + 1)
-                drawings.append((original, task.drawn(original, frame, dense[one], outputs[one])))
+                original = in_colour(dataset.image(len(drawings)), model.preprocessing)
+                answers = (task.one(each, place) for each in (dense, outputs))
+                drawings.append((original, task.drawn(original, (frame, frame), *answers)))
     overview = out / "overview.png"
     if drawings:
         _write(overview, side_by_side(drawings))
@@ -94,8 +95,8 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     described: list[dict[str, Any]] = []
     for index, (name, (found, place)) in enumerate(zip(names, places, strict=True)):
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).with_suffix("").as_posix()).strip("_")
-        start = out / f"{index + 1:02d}_{plain}"
-        entry = {"name": name, "stages": _stages(found, place, _original(dataset, index), model, start)}
+        start, original = out / f"{index + 1:02d}_{plain}", in_colour(dataset.image(index), model.preprocessing)
+        entry = {"name": name, "stages": _stages(found, place, original, model, start)}
         if drawings:
             drawing = drawings[index][1]
             files = {title: start.with_name(f"{start.name}_{title}.png") for title in drawing.pictures}
@@ -107,17 +108,13 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     return Drawn(kept[0], overview, described, words)
 
 
-def _original(dataset: ImageDataset, index: int) -> Image.Image:
-    return to_rgb(upright(dataset.image(index)))
-
-
 def _dense(model: Backbone, images: Tensor) -> Any:
     """What the model answers if it drops nothing."""
     pruner = model.pruner
     model.pruner = None
     try:
         with torch.inference_mode():
-            return model(images)
+            return TASKS.get(model.task).answer(model, images)
     finally:
         model.pruner = pruner
 

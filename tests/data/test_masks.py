@@ -38,9 +38,13 @@ def listed(dataset: ImageDataset) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("folder", ["masks", "labels", "annotations"])
 def test_a_pair_of_folders(folder: str, tmp_path: Path) -> None:
     put(tmp_path, "images", folder, {"b": 3, "a": 0, "c": 255})
+    (tmp_path / folder / "colours.json").touch()
     dataset = open_dataset("segfolder", tmp_path)
     assert listed(dataset) == [("images/a.jpg", 0), ("images/b.jpg", 3), ("images/c.jpg", 255)]
     assert (dataset.num_classes, dataset.class_names, dataset.notes, dataset.has_targets) == (None, (), (), True)
+    (tmp_path / "images" / "d.heic").touch()
+    (note,) = open_dataset("segfolder", tmp_path).notes
+    assert note.endswith("images: files that are not read as images were left out: 1 .heic.")
     assert dataset.mark(0) != dataset.mark(1) and Subset(dataset, [1]).mark(0) == dataset.mark(1)
 
 
@@ -143,6 +147,11 @@ def test_a_mask_that_is_none_is_named_when_it_is_due(break_it: object, message: 
         (lambda root: (root / "classes.txt").write_text("sky\nroad\nsky\n"), "classes.txt: names 'sky' twice"),
         (lambda root: (root / "classes.txt").write_text("sky\n\nroad\n"), "classes.txt: has an empty line"),
         (lambda root: (root / "classes.txt").write_text("\n"), "classes.txt: names no class"),
+        (
+            lambda root: (root / "classes.txt").write_text("\n".join(map(str, range(256))) + "\nvoid\n"),
+            "classes.txt: names 257 classes, more than a mask of 8 bits has",
+        ),
+        (lambda root: put(root, "images/val", "elsewhere", {"a": 1}), "masks/val: does not exist"),
     ],
 )
 def test_what_does_not_fit_is_named_when_the_folder_is_opened(break_it: object, message: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pprint
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -136,6 +138,64 @@ def read(name: str) -> Golden:
         original_first=is_plain,
     )
     return Golden(name, state, values, frame, images, encoder, head)
+
+
+def container(golden: Golden, path: Path, **changes: Any) -> Path:
+    """A file as mmcv and mmengine write it: weights, the configuration as a text, and the names of classes."""
+    described = json.loads((GOLDEN / golden.name / "config.json").read_text(encoding="utf-8"))
+    model = {**described["model"], **changes}
+    resize = {"type": "Resize", "scale": described["test_scale"], "keep_ratio": True}
+    pipeline: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}, resize, {"type": "PackDetInputs"}]
+    names = tuple(f"thing {number}" for number in range(80))
+    meta: dict[str, Any] = {"dataset_meta": {"classes": names}}
+    if "plainmamba" in golden.name:
+        norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
+        steps = [
+            {"type": "Resize", "keep_ratio": True},
+            {"type": "RandomFlip"},
+            {"type": "Normalize", **norm},
+            {"type": "Pad", "size_divisor": 32},
+        ]
+        test = {"type": "MultiScaleFlipAug", "img_scale": described["test_scale"], "flip": False, "transforms": steps}
+        pipeline = [{"type": "LoadImageFromFile"}, test]
+        meta = {"CLASSES": names, "mmdet_version": "2.25.0"}
+    text = f"model = {pprint.pformat(model)}\ntest_pipeline = {pprint.pformat(pipeline)}\n"
+    meta["config" if "CLASSES" in meta else "cfg"] = text
+    torch.save({"meta": meta, "state_dict": golden.state}, path)
+    return path
+
+
+def write_coco(root: Path, *, images: int = 2, names: tuple[str, ...] = ("cat", "dog", "tree")) -> Path:
+    """`root` in COCO's layout: images of 60 x 40 and 40 x 60 pixels, two objects each. Ids of categories have gaps."""
+    draw, size = np.random.default_rng(0), (60, 40)
+    ids = [2 + 3 * number + number // 2 for number in range(len(names))]  # 2, 5, 9, ...
+    values: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
+    values["categories"] = [{"id": key, "name": name} for key, name in zip(ids, names, strict=True)]
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    for number in range(1, images + 1):
+        width, height = size if number % 2 else size[::-1]
+        name = f"{number:012d}.png"
+        coarse = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(root / "val2017" / name)
+        values["images"].append({"id": number, "file_name": name, "width": width, "height": height})
+        for place in range(2):
+            left, top = 4 + 8 * place, 6 + 9 * place
+            right, bottom = left + 20, top + 10
+            values["annotations"].append(
+                {
+                    "id": len(values["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": ids[(number + place - 1) % len(ids)],
+                    "bbox": [left, top, 20, 10],
+                    "area": 200,
+                    "iscrowd": 0,
+                    "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+                }
+            )
+    text = json.dumps({"info": {}, "licenses": [], **values})
+    (root / "annotations" / "instances_val2017.json").write_text(text, encoding="utf-8")
+    return root
 
 
 @pytest.fixture(params=["vmamba_maskrcnn_mini", "plainmamba_maskrcnn_mini"])

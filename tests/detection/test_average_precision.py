@@ -117,6 +117,25 @@ def test_right_boxes_are_perfect_and_no_boxes_are_nothing() -> None:
     assert nothing.resampled(draws_of(len(targets), nothing.detections)).tolist() == [0] * 1000
 
 
+def test_what_lies_in_a_crowd_is_judged_neither_way() -> None:
+    """COCO encodes crowds by lengths of runs, column by column: here the first 100 columns."""
+    crowd = {"size": list(SIZE), "counts": [0, 100 * SIZE[0], 200 * SIZE[0]]}
+    square = [[200.0, 20, 240, 20, 240, 60, 200, 60]]
+    target = Objects(
+        1,
+        SIZE,
+        CATEGORIES,
+        (
+            Annotation(0, (0.0, 0.0, 100.0, 200.0), 20000.0, True, crowd),
+            Annotation(0, (200.0, 20.0, 40.0, 40.0), 1600.0, False, square),
+        ),
+    )
+    boxes = ((10.0, 10.0, 30.0, 30.0), (200.0, 20.0, 40.0, 40.0))
+    found = Found(boxes, (0.9, 0.8), (0, 0), tuple(map(rectangle, boxes)))
+    for kind in ("bbox", "segm"):
+        assert Judgement([target], [found], kind).average_precision().ap == pytest.approx(1)
+
+
 def test_sizes_that_no_object_has_are_none() -> None:
     target = Objects(1, SIZE, CATEGORIES, (Annotation(0, (0.0, 0.0, 120.0, 120.0), 14400.0, False, None),))
     found = Found(((0.0, 0.0, 120.0, 120.0),), (0.5,), (0,), ("",))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import pprint
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,8 @@ from ssmprune_cli.checkpoint import Checkpoint, resolve, save, variant_name
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import FAMILIES, Detector, Hints
 from ssmprune_cli.preprocessing import IMAGENET_MEAN, IMAGENET_STD, KeepRatio
+from tests.detection.conftest import GOLDEN, Golden, container
 
-if TYPE_CHECKING:
-    from tests.detection.conftest import Golden
-
-GOLDEN = Path(__file__).parent.parent / "golden"
 SHAPES = GOLDEN / "shapes" / "dense"
 PUBLISHED = {
     "vmamba_maskrcnn_tiny": "maskrcnn_vmamba_tiny_s1l8",
@@ -76,31 +72,6 @@ def test_models_of_the_same_kind(variant: str, parameters: int, keys: int) -> No
     assert len(state) == keys
     names = {published_names(variant.split("_")[1], key): value.shape for key, value in state.items()}
     assert variant_name(family, resolved(names).config) == variant
-
-
-def container(golden: Golden, path: Path, **changes: Any) -> Path:
-    """A file as mmcv and mmengine write it: weights, the configuration as a text, and the names of classes."""
-    described = json.loads((GOLDEN / golden.name / "config.json").read_text(encoding="utf-8"))
-    model = {**described["model"], **changes}
-    resize = {"type": "Resize", "scale": described["test_scale"], "keep_ratio": True}
-    pipeline: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}, resize, {"type": "PackDetInputs"}]
-    names = tuple(f"thing {number}" for number in range(80))
-    meta: dict[str, Any] = {"dataset_meta": {"classes": names}}
-    if "plainmamba" in golden.name:
-        norm = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
-        steps = [
-            {"type": "Resize", "keep_ratio": True},
-            {"type": "RandomFlip"},
-            {"type": "Normalize", **norm},
-            {"type": "Pad", "size_divisor": 32},
-        ]
-        test = {"type": "MultiScaleFlipAug", "img_scale": described["test_scale"], "flip": False, "transforms": steps}
-        pipeline = [{"type": "LoadImageFromFile"}, test]
-        meta = {"CLASSES": names, "mmdet_version": "2.25.0"}
-    text = f"model = {pprint.pformat(model)}\ntest_pipeline = {pprint.pformat(pipeline)}\n"
-    meta["config" if "CLASSES" in meta else "cfg"] = text
-    torch.save({"meta": meta, "state_dict": golden.state}, path)
-    return path
 
 
 def assert_resized(images: object, long: int, short: int) -> None:

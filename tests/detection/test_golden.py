@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,9 +12,7 @@ from ssmprune_cli.models.heads.mask_rcnn.roi_head import BOX_CELLS, MASK_CELLS, 
 from ssmprune_cli.models.heads.mask_rcnn.rpn import propose
 from ssmprune_cli.models.plainmamba.adapter import PlainMambaAdapter
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
-
-if TYPE_CHECKING:
-    from tests.detection.conftest import Golden
+from tests.detection.conftest import Golden
 
 # Measured: 8e-5 (features of values up to 29), below 3e-6 elsewhere. `aligned` off moves regions by 2, two samples for
 # each cell by 0.5, a level further by 8.

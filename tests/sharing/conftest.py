@@ -20,7 +20,7 @@ from ssmprune_cli.checkpoint import hub as hub_module
 
 @dataclass
 class Hub:
-    """Repositories: commits, newest last, each a mapping of files to contents. `asked` has the paths of all requests."""
+    """Repositories: commits, the newest last, each a mapping of files to contents. `asked` has all requests."""
 
     address: str = ""
     repositories: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)

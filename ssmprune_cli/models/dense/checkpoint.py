@@ -13,7 +13,6 @@ from ssmprune_cli.models.common import MAX_SIDE, Family, Hints
 from ssmprune_cli.models.dense.model import DenseConfig
 from ssmprune_cli.preprocessing import KeepRatio
 
-ENCODER = ("backbone.", "encoder.")  # what names of an encoder's weights begin with, in the authors' files and in ours
 C = TypeVar("C", bound=DenseConfig)
 V = TypeVar("V")
 

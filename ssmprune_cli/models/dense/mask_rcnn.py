@@ -43,6 +43,47 @@ def counted(images: KeepRatio) -> tuple[int, int]:
     return height, width
 
 
+def _vmamba_head(channels: tuple[int, ...]) -> MaskRCNNConfig:
+    return MaskRCNNConfig(in_channels=channels, num_classes=_CLASSES)
+
+
+def _plainmamba_head(channels: tuple[int, ...]) -> MaskRCNNConfig:
+    return MaskRCNNConfig(
+        in_channels=channels, num_classes=_CLASSES, box_convs=4, box_fcs=1, normed=True, original_first=True
+    )
+
+
+def _vmamba_encoders() -> dict[str, VMambaConfig]:
+    names = ("vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15")
+    outputs = {"num_classes": 0, "out_stages": (0, 1, 2, 3), "image_size": counted(COCO)}
+    return {name: without_images(replace(VMAMBA.variants[name], **outputs)) for name in names}
+
+
+def _plainmamba_encoders() -> dict[str, AdapterConfig]:
+    """Position embeddings are those of classification."""
+    found = {}
+    for name, heads in (("plainmamba_l1", 6), ("plainmamba_l2", 6), ("plainmamba_l3", 8)):
+        each = PLAINMAMBA.variants[name]
+        adapter = AdapterConfig(
+            image_size=counted(COCO),
+            embed_dim=each.embed_dim,
+            depth=each.depth,
+            stem_convs=each.stem_convs,
+            dw_layers=each.dw_layers,
+            positions=each.grid,
+            heads=heads,
+            mlp_channels=each.embed_dim // 4,
+            runs=tuple(each.depth // 4 * number for number in range(1, 5)),
+        )
+        found[name] = without_images(adapter)
+    return found
+
+
+_VMAMBA, _PLAINMAMBA = _vmamba_encoders(), _plainmamba_encoders()
+_TINY, _L1 = _VMAMBA["vmamba_tiny_s1l8"], _PLAINMAMBA["plainmamba_l1"]
+_TINY_HEAD, _L1_HEAD = _vmamba_head(_TINY.map_channels), _plainmamba_head(_L1.map_channels)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskRCNNModelConfig(DenseConfig):
     """Of a Mask R-CNN. Raises UsageError where the head does not fit the encoder's feature maps."""
@@ -68,16 +109,20 @@ class MaskRCNNModelConfig(DenseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VMambaMaskRCNNConfig(MaskRCNNModelConfig):
-    """Mask R-CNN on a VMamba."""
+    """Mask R-CNN on a VMamba; by default the smallest that is published."""
 
-    encoder: VMambaConfig
+    encoder: VMambaConfig = _TINY
+    head: MaskRCNNConfig = _TINY_HEAD
+    preprocessing: KeepRatio = COCO
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainMambaMaskRCNNConfig(MaskRCNNModelConfig):
-    """Mask R-CNN on a PlainMamba-Adapter."""
+    """Mask R-CNN on a PlainMamba-Adapter; by default the smallest that is published."""
 
-    encoder: AdapterConfig
+    encoder: AdapterConfig = _L1
+    head: MaskRCNNConfig = _L1_HEAD
+    preprocessing: KeepRatio = COCO
 
 
 class VMambaMaskRCNN(Detector):
@@ -171,44 +216,8 @@ def _original_first(hints: Hints, kind: _Kind) -> bool:
     return kind.original_first
 
 
-def _vmamba_head(channels: tuple[int, ...]) -> MaskRCNNConfig:
-    return MaskRCNNConfig(in_channels=channels, num_classes=_CLASSES)
-
-
-def _plainmamba_head(channels: tuple[int, ...]) -> MaskRCNNConfig:
-    return MaskRCNNConfig(
-        in_channels=channels, num_classes=_CLASSES, box_convs=4, box_fcs=1, normed=True, original_first=True
-    )
-
-
 def _is_adapter(shapes: Shapes) -> bool:
     return PLAINMAMBA.matches(shapes, Hints()) and any(key.startswith("backbone.interactions.") for key in shapes)
-
-
-def _vmamba_encoders() -> dict[str, VMambaConfig]:
-    names = ("vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15")
-    outputs = {"num_classes": 0, "out_stages": (0, 1, 2, 3), "image_size": counted(COCO)}
-    return {name: without_images(replace(VMAMBA.variants[name], **outputs)) for name in names}
-
-
-def _plainmamba_encoders() -> dict[str, AdapterConfig]:
-    """Position embeddings are those of classification."""
-    found = {}
-    for name, heads in (("plainmamba_l1", 6), ("plainmamba_l2", 6), ("plainmamba_l3", 8)):
-        each = PLAINMAMBA.variants[name]
-        adapter = AdapterConfig(
-            image_size=counted(COCO),
-            embed_dim=each.embed_dim,
-            depth=each.depth,
-            stem_convs=each.stem_convs,
-            dw_layers=each.dw_layers,
-            positions=each.grid,
-            heads=heads,
-            mlp_channels=each.embed_dim // 4,
-            runs=tuple(each.depth // 4 * number for number in range(1, 5)),
-        )
-        found[name] = without_images(adapter)
-    return found
 
 
 VMAMBA_MASK_RCNN = _family(
@@ -217,7 +226,7 @@ VMAMBA_MASK_RCNN = _family(
         title="Mask R-CNN on VMamba",
         is_encoder=lambda shapes: VMAMBA.matches(shapes, Hints()),
         configure=VMAMBA.configure,
-        encoders=_vmamba_encoders(),
+        encoders=_VMAMBA,
         head=_vmamba_head,
         original_first=False,
         config_class=VMambaMaskRCNNConfig,
@@ -231,7 +240,7 @@ PLAINMAMBA_MASK_RCNN = _family(
         title="Mask R-CNN on PlainMamba-Adapter",
         is_encoder=_is_adapter,
         configure=configure_adapter,
-        encoders=_plainmamba_encoders(),
+        encoders=_PLAINMAMBA,
         head=_plainmamba_head,
         original_first=True,
         config_class=PlainMambaMaskRCNNConfig,

@@ -69,7 +69,8 @@ def model_runner(model: Prunable) -> Runner:
             try:
                 model.pruner = pruner
                 with torch.inference_mode():
-                    return model.forward(images)
+                    outputs: Tensor = model.forward(images)
+                    return outputs
             finally:
                 model.pruner = installed
 

@@ -27,7 +27,7 @@ from ssmprune_cli.workflows.compress.reductions import compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
 from ssmprune_cli.workflows.evaluate import spread
-from ssmprune_cli.workflows.trials import Prepared, load_images, run
+from ssmprune_cli.workflows.trials import Prepared, load_images, run, sampled
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -119,7 +119,12 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         assert settings is not None
     warnings += rounded(settings, recipe.pruning, model)
     seen = prune(
-        model, settings, Prepared(model, few, batch_size, progress and progress("Calibrating")), dense=few_dense
+        model,
+        settings,
+        Prepared(model, few, batch_size, progress and progress("Calibrating")),
+        dense=few_dense,
+        runner=sampled(prepare(model)),
+        distance=task.divergence,
     )
     result = repaired()
     return Made(model, settings, images, seen, result, tried, tuple(warnings))

@@ -127,7 +127,8 @@ def _search(
         verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
         return all(each.holds for each in verdicts)
 
-    return SearchResult([fastest(searches, holds)], *searches.counts, searches.state, searches.warnings)
+    best, task = fastest(searches, holds), searches.measurements.task
+    return SearchResult([best], *searches.counts, searches.state, task, searches.warnings)
 
 
 def _planned(request: CompressRequest, recipe: Recipe) -> Report:

@@ -44,6 +44,7 @@ def recipe_settings(
         reduction,
         choose_alignment(pruning.alignment, reduction, calibrated=calibrated),
         recipe.seed,
+        returning=pruning.returning,
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.workflows.finetune.new_model import build, start_from, write_checkpoint
+from ssmprune_cli.workflows.finetune.new_model import build, check_container, start_from, write_checkpoint
 from ssmprune_cli.workflows.finetune.plan import plan, some
-from ssmprune_cli.workflows.finetune.run import Data, Finetuned, Job, finetune
+from ssmprune_cli.workflows.finetune.run import Data, Finetuned, Job, check_trained, finetune
 
 __all__ = [
     "Data",
     "Finetuned",
     "Job",
     "build",
+    "check_container",
+    "check_trained",
     "finetune",
     "plan",
     "some",

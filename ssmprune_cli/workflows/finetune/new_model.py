@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models import FAMILIES, Backbone, Hints, ImageConfig
+from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Hints, ImageConfig
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 _IMAGES = [field.name for field in fields(ImageConfig) if field.name != "resized_from"]  # which no new model is
@@ -23,24 +23,34 @@ _GRID = {"image_size", "stride"}  # settings that change how many tokens there a
 
 
 def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Backbone:
-    """A new backbone of `family` with random weights: its default configuration, changed by "key=value" `overrides`.
+    """A new backbone of `family` with random weights: its default configuration, changed by "key=value" `overrides`;
+    of a dense model's encoder and head by "encoder.key=value" and "head.key=value".
 
     Values are YAML. Raises UsageError for a key or value that the configuration does not take, and when a checkpoint
     of the model's `name` would be read as another configuration (see `write_checkpoint`).
     """
     known = FAMILIES.get(family)
-    names = [field.name for field in fields(known.config_class) if field.name != "resized_from"]
-    values: dict[str, Any] = {}
+    names = [field.name for field in fields(known.config_class) if field.name not in ("resized_from", "resized")]
+    default, values = known.config_class(), dict[str, Any]()
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or key not in names:
+        outer, _, inner = key.partition(".")
+        part = getattr(default, outer, None)
+        inside = [field.name for field in fields(part)] if inner and is_dataclass(part) else []
+        if not equals or outer not in names or (inner and inner not in inside):
+            hint = f"Give {outer}.key=value" if inside else "Give key=value"
             raise UsageError(
-                f"`--set {override}` is no setting of {family}", hint=f"Give key=value with one of: {', '.join(names)}."
+                f"`--set {override}` is no setting of {family}",
+                hint=f"{hint} with one of: {', '.join(inside or names)}.",
             )
         try:
-            values[key] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except Exception as error:  # a tag raises nearly anything for a value that it does not expect
             raise UsageError(f"`--set {override}` is not a value: {text}") from error
+        if inner:
+            values.setdefault(outer, _settings(part))[inner] = value
+        else:
+            values[outer] = value
     try:
         config = TypeAdapter(known.config_class).validate_python(values)
     except ValidationError as error:
@@ -48,6 +58,8 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
         raise UsageError(f"the settings of {family} are not valid: {'; '.join(faults)}") from error
     torch.manual_seed(seed)
     model = known.build(config)
+    if isinstance(model, DenseModel):  # of which no checkpoint is written
+        return model
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     images = {name: getattr(config, name) for name in _IMAGES}
     hints = Hints(model_name=name, image_size=model.image_size[0], **images)
@@ -64,6 +76,19 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
             hint='The name tells the place of the class token ("midclstok") and halved outputs ("div2"): see `--name`.',
         )
     return model
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Those of a configuration that a new model may have."""
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "resized_from"}
+
+
+def check_container(model: Backbone) -> None:
+    """Raises UsageError for a model that `write_checkpoint` has no container for."""
+    if isinstance(model, DenseModel):
+        raise UsageError(
+            f"no checkpoint of a {model.family} is written", where="--checkpoint", hint="The folder `last` holds it."
+        )
 
 
 def start_from(model: Backbone, path: Path, reading: Reading = NOTHING_SAID) -> None:

@@ -86,6 +86,15 @@ class Finetuned:
         return {**asdict(self), "last": self.last and str(self.last), "best": self.best and str(self.best)}
 
 
+def check_trained(model: Backbone) -> None:
+    """UsageError for a model of a task that is not trained here."""
+    if model.task not in LESSONS:
+        raise UsageError(
+            f"a model for {model.task} cannot be fine-tuned: trained are those for {' and '.join(LESSONS.names())}",
+            hint="`ssmprune compress` takes it as it is.",
+        )
+
+
 def finetune(
     model: Backbone,
     data: Data,
@@ -105,11 +114,7 @@ def finetune(
     Ctrl-C or SIGTERM saves after the update at hand, and the result says `interrupted`. Raises SsmpruneError for a
     folder without room, data that do not fit, and a training that diverges.
     """
-    if model.task not in LESSONS:
-        raise UsageError(
-            f"a model for {model.task} cannot be fine-tuned: trained are those for {' and '.join(LESSONS.names())}",
-            hint="`ssmprune compress` takes it as it is.",
-        )
+    check_trained(model)
     settings, key = job.settings, TASKS.get(model.task).key
     resolve_device(job.device)  # raises now: without the device, Accelerate would take a CPU and say nothing
     for images in (data.training, data.validation):

@@ -90,6 +90,7 @@ def pruning_facts(pruner: TokenPruner, keep: float | tuple[float, ...] | None = 
         reduction=settings.reduction,
         alignment=settings.alignment,
         repair=settings.repair,
+        returning=settings.returning,
     )
 
 

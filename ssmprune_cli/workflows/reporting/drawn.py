@@ -27,12 +27,14 @@ class Figure:
 
 def sensitivity_figure(report: Report) -> Figure:
     series = sensitivity_series(report.sensitivity or ())
-    return _figure("Divergence by prune point", series, "pruned after block", "divergence, nats (95 %)")
+    y_label = f"divergence, {TASKS.get(report.task).unit} (95 %)"
+    return _figure("Divergence by prune point", series, "pruned after block", y_label)
 
 
 def search_figure(report: Report) -> Figure:
     series, x_label = search_series(report.search or ()), search_label(report.search or ())
-    return _figure(f"Divergence by {x_label.partition(',')[0]}", series, x_label, "divergence, nats", log_y=True)
+    y_label = f"divergence, {TASKS.get(report.task).unit}"
+    return _figure(f"Divergence by {x_label.partition(',')[0]}", series, x_label, y_label, log_y=True)
 
 
 def front_figures(named: Sequence[tuple[str, Report]]) -> list[Figure]:

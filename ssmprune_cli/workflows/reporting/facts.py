@@ -148,6 +148,7 @@ def method(report: Report) -> str:
         [
             f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
             f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}.",
+            *([] if pruning.returning == "left" else [f"A dropped token comes back by {pruning.returning!r}."]),
             *_target(report),
             *_reductions(report),
         ]
@@ -183,7 +184,8 @@ def _reductions(report: Report) -> list[str]:
         f"{each.reduction} {'not finite' if each.divergence is None else f'{each.divergence:.4f}'}"
         for each in report.reductions
     )
-    return [f"Divergence of the reductions at equal time, in nats on the calibration images: {shown}."]
+    unit = TASKS.get(report.task).unit
+    return [f"Divergence of the reductions at equal time, in {unit} on the calibration images: {shown}."]
 
 
 _REPAIRS = {"head": "head", "head+side": "head and side features"}
@@ -316,6 +318,11 @@ def epochs(report: Report) -> tuple[list[str], list[list[str]]]:
 def part_metric(report: Report) -> str:
     """What is said of a part of the data."""
     return TASKS.get(report.task).part_metric
+
+
+def unit(report: Report) -> str:
+    """Of divergences."""
+    return TASKS.get(report.task).unit
 
 
 def unharmed(report: Report) -> str:

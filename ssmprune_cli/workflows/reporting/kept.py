@@ -17,6 +17,7 @@ from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import Backbone, DenseModel
 from ssmprune_cli.preprocessing import KeepRatio, Preprocessing
 from ssmprune_cli.pruning import TokenPruner
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.tokens import TokenSequence
 
 
@@ -85,8 +86,8 @@ def _dense(sequence: TokenSequence, values: Tensor, rest: float) -> Tensor:
     return dense.scatter(1, sequence.dense_positions(), values)
 
 
-def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
-    """Run `model` on normalised `images` (B, 3, H, W): what is left after each prune point, and the logits.
+def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Any]:
+    """Run `model` on normalised `images` (B, 3, H, W): what is left after each prune point, and the outputs.
 
     Raises UsageError if the model drops no tokens.
     """
@@ -104,7 +105,7 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
     slot.pruner = recorder
     try:
         with torch.inference_mode():
-            logits: Tensor = model(images)
+            outputs = TASKS.get(model.task).answer(model, images)
     finally:
         del slot.pruner
         slot.pruner = inner
@@ -122,7 +123,7 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Tensor]:
                 found.append(Stage(block + 1, kept, score))
     if not found:
         raise UsageError("this model drops no tokens", hint="Compress it with a `--keep` below 1.")
-    return found, logits
+    return found, outputs
 
 
 def pixels(images: Tensor, preprocessing: Preprocessing | KeepRatio) -> NDArray[np.uint8]:

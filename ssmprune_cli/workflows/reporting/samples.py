@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssmprune_cli.data import ImageDataset, Subset, batches, to_rgb, upright
+from ssmprune_cli.data import ImageDataset, Subset, batches, in_colour
 from ssmprune_cli.errors import shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import Sample, SampleStage
@@ -18,7 +18,7 @@ from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.reporting.kept import pixels, stages
 
 SIDE = 384  # pixels of a picture, at most
-POOL = 32  # images that are looked through for changed answers, where no evaluation has done so
+POOL = 32  # images, or fewer large ones, that are looked through for changed answers if no evaluation has done so
 
 
 def samples(
@@ -39,7 +39,7 @@ def samples(
     if count == 0:
         return (), {}
     if changed is None:
-        changed = _changed(pruned, dense, dataset, device)
+        changed = _changed(pruned, dense, dataset, device, max(count, TASKS.get(pruned.task).at_once(POOL)))
     first = [changed[place] for place in spread(len(changed), min(len(changed), count // 2))]
     rest = sorted(set(range(len(dataset))).difference(first))
     order = [*first, *(rest[place] for place in spread(len(rest), count - len(first)))]
@@ -50,15 +50,15 @@ def samples(
         (batch,), (own,) = (batches(chosen, model.preprocessing, 1) for model in (pruned, dense))
         images, target = batch.images.to(device), batch.targets[0]
         with torch.inference_mode():
-            reference = dense(own.images.to(device))
-            found, outputs = ([], pruned(images)) if pruned.pruner is None else stages(pruned, images)
+            reference = task.answer(dense, own.images.to(device))
+            found, outputs = ([], task.answer(pruned, images)) if pruned.pruner is None else stages(pruned, images)
         picture = Image.fromarray(pixels(images, pruned.preprocessing)[0])
         file = f"sample_{number}.png"
         parts = {file: _small(picture)}
         drawing = Drawing({}, "")
         if task.draws:
-            original = _small(to_rgb(upright(dataset.image(index))))
-            drawing = task.drawn(original, batch.frames[0], reference, outputs)
+            original = _small(in_colour(dataset.image(index), pruned.preprocessing))
+            drawing = task.drawn(original, (own.frames[0], batch.frames[0]), reference, outputs)
         titles = {title: f"sample_{number}_{title}.png" for title in drawing.pictures}
         parts |= {titles[title]: each for title, each in drawing.pictures.items()}
         files |= {name: _png(each) for name, each in parts.items()}
@@ -99,9 +99,9 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: torch.device) -> list[int]:
-    """Indices of images, of POOL from all over `dataset`, that the two models answer differently."""
-    pool = spread(len(dataset), min(POOL, len(dataset)))
+def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: torch.device, many: int) -> list[int]:
+    """Indices of images, of so many from all over `dataset`, that the two models answer differently."""
+    pool = spread(len(dataset), min(many, len(dataset)))
     chosen, task, found = Subset(dataset, pool), TASKS.get(pruned.task), []
     with torch.inference_mode():
         for model in (pruned, dense):

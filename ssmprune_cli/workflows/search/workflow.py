@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, judged_rows, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
-from ssmprune_cli.tasks import TASKS
+from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
@@ -118,6 +119,7 @@ class SearchResult:
     images: int
     held_back: int
     state: SavedState
+    task: Task[Any, Any]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -148,7 +150,7 @@ def search_to_folder(
         search_series(trace),
         title=f"{source.path.name}: search on {result.images} images",
         x_label=search_label(trace),
-        y_label="divergence, nats",
+        y_label=f"divergence, {result.task.unit}",
         log_y=True,
     )
     result.state.remove()
@@ -165,7 +167,7 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
     found = [searches.find(budget) for budget in plan.budgets]
     if plan.latency_ms is not None:
         found.append(searches.find(searches.as_share(plan.latency_ms)))
-    return SearchResult(found, *searches.counts, searches.state, searches.warnings)
+    return SearchResult(found, *searches.counts, searches.state, searches.measurements.task, searches.warnings)
 
 
 def open_search(source: Source, plan: SearchPlan, progress: Progress | None = None) -> Searches:

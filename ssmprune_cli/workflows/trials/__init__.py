@@ -15,6 +15,7 @@ from ssmprune_cli.workflows.trials.measure import (
     in_batches,
     load_images,
     run,
+    sampled,
     task_of,
 )
 from ssmprune_cli.workflows.trials.state import SavedState
@@ -42,6 +43,7 @@ __all__ = [
     "load_images",
     "neighbours",
     "run",
+    "sampled",
     "schedule_at",
     "solve",
     "task_of",

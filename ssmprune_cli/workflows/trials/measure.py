@@ -20,6 +20,7 @@ from ssmprune_cli.models import Backbone, resize
 from ssmprune_cli.pruning import (
     ALIGNMENTS,
     PruneSettings,
+    Runner,
     TokenPruner,
     calibrate,
     fit_mass,
@@ -85,6 +86,17 @@ def run(session: Session, batches: Iterable[Tensor]) -> Tensor:
     task = task_of(session)
     with torch.inference_mode():
         return torch.cat([task.sample(session(batch)).cpu() for batch in batches])
+
+
+def sampled(session: Session) -> Runner:
+    """The model of a session with one pruner or another, as far as distances are computed from its answers."""
+    task = task_of(session)
+
+    def with_pruner(pruner: Pruner | None) -> Callable[[Tensor], Tensor]:
+        run = session.with_pruner(pruner)
+        return lambda images: task.sample(run(images))
+
+    return with_pruner
 
 
 def task_of(session: Session) -> Task[Any, Any]:
@@ -209,16 +221,11 @@ class Measurements:
             pruner = self.pruner(settings)
             if alignment.needs_sizes:
                 dense = self.dense[: self._calibration]
-                fit_mass(self.model, pruner, batches, dense, self._sampled, self.task.divergence)
+                fit_mass(self.model, pruner, batches, dense, sampled(self.session), self.task.divergence)
             return pruner
         deltas = calibrate(self.model, settings, batches).deltas
         like = next(self.model.parameters())
         return TokenPruner(settings, self.model.stages, self.model.mixers, deltas).to(like.device, like.dtype)
-
-    def _sampled(self, pruner: Pruner | None) -> Callable[[Tensor], Tensor]:
-        """The model with this pruner, as far as distances are computed from its answers."""
-        session = self.session.with_pruner(pruner)
-        return lambda images: self.task.sample(session(images))
 
     def pruner(self, settings: PruneSettings) -> TokenPruner:
         """One that is not calibrated: it costs and takes as much as one that is."""

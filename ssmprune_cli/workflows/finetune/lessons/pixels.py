@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.data import NOT_JUDGED, ImageDataset, normalised, to_rgb, upright
+from ssmprune_cli.data import NOT_JUDGED, ImageDataset, in_colour, normalised
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import KeepRatio
@@ -42,7 +42,7 @@ class PixelLesson(Lesson):
     ) -> tuple[Tensor, Tensor]:
         assert isinstance(pupil.way, KeepRatio)  # by the model's task
         draw = random.Random(seed)
-        image = to_rgb(upright(image))
+        image = in_colour(image, pupil.way)
         mask = Image.fromarray(fitting(target, (image.height, image.width), pupil.classes, name))
         height, width = pupil.size
         box = _box(image, pupil, settings, draw)
