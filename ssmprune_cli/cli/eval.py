@@ -21,11 +21,8 @@ from ssmprune_cli.cli.options import (
     reads_checkpoints,
     split,
 )
-<<<<<<< HEAD
-from ssmprune_cli.files import distinct_names
-=======
 from ssmprune_cli.errors import UsageError
->>>>>>> main
+from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:

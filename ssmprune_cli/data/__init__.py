@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-<<<<<<< HEAD
-from ssmprune_cli.data.ade20k import open_ade20k
-from ssmprune_cli.data.calibration import calibration_images, fingerprint, listed_images, some_images
-=======
 from ssmprune_cli.data.ade20k import is_ade20k, open_ade20k
-from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
->>>>>>> main
+from ssmprune_cli.data.calibration import calibration_images, fingerprint, listed_images, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
 from ssmprune_cli.data.coco import Annotation, Objects, open_coco
 from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
@@ -60,12 +55,9 @@ __all__ = [
     "calibration_images",
     "fingerprint",
     "framed",
-<<<<<<< HEAD
-    "listed_images",
-=======
     "in_colour",
     "is_ade20k",
->>>>>>> main
+    "listed_images",
     "normalised",
     "open_dataset",
     "prepare_image",
