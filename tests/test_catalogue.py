@@ -42,7 +42,7 @@ def test_names_are_unique_and_either_name_is_known() -> None:
     names = [each.name for each in entries()]
     assert len(set(names)) == len(names) and len({each.file for each in entries()}) == len(names)
     assert find_entry("vim_s_midclstok_80p5acc.pth") is find_entry("vim-small")
-    with pytest.raises(UsageError, match="vim-smal: there is no published.*did you mean 'vim-small'"):
+    with pytest.raises(UsageError, match=r"vim-smal: there is no published.*did you mean 'vim-small'"):
         find_entry("vim-smal")
 
 

@@ -1,4 +1,4 @@
-"""`load_state_dict`: weights of a compressed model go into one compressed alike, those of a dense one into a dense one."""
+"""`load_state_dict`: weights of a compressed model go into one compressed alike, a dense one's into a dense one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_alike_loads_all(options: dict[str, Any]) -> None:
         (
             CALIBRATED,
             {},
-            r"weights of a compressed model.*pruner\.alignment_1(.|\n)*Compress this model in the same way",
+            r"of a compressed model.*pruner\.alignment_1(.|\n)*Compress this model in the same way",
         ),
         (BARE, {}, "weights of a compressed model"),
         ({}, CALIBRATED, r"of a dense model, and this one is compressed(.|\n)*restore\(model\)"),
