@@ -94,11 +94,13 @@ def labels(rows: Sequence[Compared]) -> list[str]:
 
 def _model(model: Backbone) -> dict[str, object]:
     way: Any = model.preprocessing
-    crop = getattr(way, "crop", None)  # a dense model is given whole images
+    ratio = getattr(model.config, "eval_crop_ratio", None)  # a dense model is given whole images
+    if ratio is not None and way.resize == way.crop:
+        ratio = 1.0
     return {
         "param_count": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         "img_size": _side(model.image_size),
-        "crop_pct": None if crop is None else crop / way.resize,
+        "crop_pct": ratio,
         "interpolation": getattr(way, "interpolation", "bilinear"),
     }
 
