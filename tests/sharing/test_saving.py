@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ssmprune_cli
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import TokenPruner
+from ssmprune_cli.pruning import Correction, TokenPruner
 from ssmprune_cli.recipe import load_recipe
 from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
 from ssmprune_cli.workflows.source import Source
@@ -87,15 +87,23 @@ def test_a_resized_model_keeps_what_it_was(model: Backbone, tmp_path: Path) -> N
         ssmprune_cli.save(model, tmp_path / "dense", dense=small)
 
 
-def test_what_a_recipe_cannot_say_is_said_on_the_card(images: Tensor, tmp_path: Path) -> None:
+def test_how_tokens_come_back_is_in_the_recipe(tmp_path: Path) -> None:
     model = ssmprune_cli.load(GOLDEN / "vmamba_4d_weights.pth", image_size=64)
     ssmprune_cli.compress(model, keep=0.6, returning="nearest", reduction="drop")
     ssmprune_cli.save(model, tmp_path / "out")
+    assert load_recipe(tmp_path / "out/recipe.yaml").pruning.returning == "nearest"
+    assert repr(ssmprune_cli.load(tmp_path / "out").pruner) == repr(model.pruner)
+
+
+def test_what_a_recipe_cannot_say_is_said_on_the_card(model: Backbone, images: Tensor, tmp_path: Path) -> None:
+    ssmprune_cli.compress(model, keep=0.6, calibration=images)
+    assert isinstance(model.pruner, TokenPruner)
+    widths = {point: torch.zeros(48, 48) for point in model.pruner.dropping_points}
+    model.pruner.correct(Correction(None, widths))  # as a training leaves it, with the repaired head in the weights
+    ssmprune_cli.save(model, tmp_path / "out")
     assert not (tmp_path / "out/recipe.yaml").exists()
-    assert (
-        "> There is no recipe.yaml: it cannot say how dropped tokens come back (`returning` is 'nearest')."
-        in (tmp_path / "out/README.md").read_text()
-    )
+    card = (tmp_path / "out/README.md").read_text()
+    assert "> There is no recipe.yaml: it cannot say that the head was merged into the weights after a repair." in card
     assert repr(ssmprune_cli.load(tmp_path / "out").pruner) == repr(model.pruner)
 
 

@@ -76,8 +76,6 @@ def _recipe(model: Backbone) -> Recipe | str | None:
     seed = 0
     if isinstance(pruner, TokenPruner):
         settings, seed = pruner.settings, pruner.settings.seed
-        if settings.returning != "left":
-            return f"it cannot say how dropped tokens come back (`returning` is {settings.returning!r})"
         if settings.repair == "side":
             return "it cannot say that the head was merged into the weights after a repair"
         values |= {
@@ -87,6 +85,7 @@ def _recipe(model: Backbone) -> Recipe | str | None:
             "reduction": settings.reduction,
             "alignment": settings.alignment,
             "repair": settings.repair,
+            "returning": settings.returning,
         }
     elif not resized:
         return None
