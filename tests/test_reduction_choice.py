@@ -57,7 +57,7 @@ def test_an_alignment_leaves_those_that_it_fits(model: Backbone, tmp_path: Path)
         )
         return {each.method.reduction for each in choices}
 
-    assert reductions("mass") == {"local-merge", "pool", "frozen-pairs"}
+    assert reductions("mass") == {"local-merge", "pool", "frozen-pairs", "grid-merge"}
     with pytest.raises(UsageError, match="unknown alignment"):
         reductions("nonsense")
 

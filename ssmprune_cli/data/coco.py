@@ -181,8 +181,9 @@ def _is_outline(value: object, size: tuple[int, int]) -> bool:
 
     def is_polygon(each: object) -> bool:
         """Three or more pairs of x and y."""
-        sides = each if isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 else [None]
-        return all(_is_number(side) and -far <= side <= far for side in sides)
+        if not isinstance(each, list) or len(each) < 6 or len(each) % 2:
+            return False
+        return all(_is_number(side) and -far <= side <= far for side in each)
 
     return isinstance(value, list) and all(map(is_polygon, value))
 

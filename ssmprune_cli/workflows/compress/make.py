@@ -14,6 +14,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
     ALIGNMENT_IMAGES,
     DEFAULT_REDUCTION,
+    REDUCTIONS,
     Calibration,
     PruneSettings,
     Repaired,
@@ -23,7 +24,7 @@ from ssmprune_cli.pruning import (
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import ReductionTrial
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.workflows.compress.reductions import compare_reductions
+from ssmprune_cli.workflows.compress.reductions import CANDIDATES, compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
 from ssmprune_cli.workflows.evaluate import spread
@@ -142,6 +143,8 @@ def _compared(
         model,
         settings.schedule,
         load_images(model, images),
+        # A grid is merged by no score: it is no candidate where one is asked for.
+        candidates=[each for each in CANDIDATES if not (request.names_score and REDUCTIONS.get(each).rectangular)],
         importance=settings.importance,
         alignment=recipe.pruning.alignment,
         batch_size=TASKS.get(model.task).at_once(8, request.batch_size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ALIGNMENTS, Method, PruneSchedule, choose_alignment
 from ssmprune_cli.workflows.trials import Clock, Images, Measurements, TimeTable, schedule_at, solve
 
-CANDIDATES = ("drop", "context", "local-merge", "pool", "frozen-pairs")
+CANDIDATES = ("drop", "context", "local-merge", "pool", "frozen-pairs", "grid-merge")
 _MOST_IMAGES = 128
 
 
@@ -31,6 +32,7 @@ def compare_reductions(
     schedule: PruneSchedule,
     images: Images,
     *,
+    candidates: Sequence[str] = CANDIDATES,
     importance: str,
     alignment: str,
     batch_size: int,
@@ -52,14 +54,14 @@ def compare_reductions(
     measurements = Measurements(model, images, calibration=len(images), batch_size=batch_size, dense=dense)
     clock = Clock(measurements, batch_size, TimeTable.of(model, device, batch_size))
     methods = []
-    for reduction in CANDIDATES:
+    for reduction in candidates:
         try:
             methods.append(Method(importance, reduction, choose_alignment(alignment, reduction, calibrated=True)))
         except UsageError:
             continue
     if not methods:
         raise UsageError(
-            f"{alignment!r} fits none of {', '.join(CANDIDATES)}",
+            f"{alignment!r} fits none of {', '.join(candidates)}",
             where="--alignment",
             hint="Name a `--reduction` that it fits.",
         )

@@ -206,6 +206,11 @@ class CompressRequest:
         return [(key, value, option) for key, value, option in settings if value is not None]
 
     @property
+    def names_score(self) -> bool:
+        """Whether it is said which score tokens are ranked by."""
+        return self.importance is not None or any(text.startswith("pruning.importance=") for text in self.overrides)
+
+    @property
     def counts_images(self) -> bool:
         """Whether it is said how many calibration images there are to be."""
         said = any(text.partition("=")[0].strip() == "calibration.images" for text in self.overrides)
@@ -227,8 +232,7 @@ class CompressRequest:
                     text.startswith(f"pruning.{name}=") for text in self.overrides
                 ):
                     raise UsageError("is about dropping tokens, and none are: give --keep too", where=f"--{name}")
-        scored = self.importance is not None or any(text.startswith("pruning.importance=") for text in self.overrides)
-        if scored and recipe.pruning.reduction in REDUCTIONS.names():
+        if self.names_score and recipe.pruning.reduction in REDUCTIONS.names():
             name = recipe.pruning.reduction
             if REDUCTIONS.get(name).rectangular:
                 raise UsageError(f"the reduction {name!r} goes by no score: leave it out", where="--importance")
