@@ -69,7 +69,8 @@ def compress(
     points       after how many blocks, within a stage; by default a quarter, half and three quarters of the longest
     alignment    see `choose_alignment`
     calibration  images (B, 3, H, W), normalised floats or uint8: a tensor, an array, or a loader of batches, with
-                 labels or without (see `as_batches`)
+                 labels or without (see `as_batches`). `ssmprune_cli.compress` also takes what is on the disk: a folder,
+                 an .npz, or a list of image files (see `workflows.verbs.from_files`)
     dense        logits (images, classes) of the same images, in their order, that the alignment `mass` and a repair
                  bring the model near to; by default those of `model` as it is. Give the dense model's if `model` was
                  resized
