@@ -133,6 +133,7 @@ SIZES: dict[str, dict[str, object]] = {
     },
     "videomamba": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
     "mambar": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_cls_tokens": 4},
+    "localvim": {"image_size": (32, 32), "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
 }
 
 

@@ -17,6 +17,7 @@ from ssmprune_cli.data.preprocess import preprocess, visible_box
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -206,6 +207,7 @@ FAMILIES: dict[str, Callable[[], Backbone]] = {
     "vim, overlapping patches": lambda: Vim(VimConfig(**{**SIZES, "patch_size": 8}, stride=4)),
     "videomamba": lambda: VideoMamba(VideoMambaConfig(**SIZES, stride=4)),
     "mambar": lambda: MambaReg(MambaRegConfig(**SIZES, stride=4)),
+    "localvim": lambda: LocalVim(LocalVimConfig(**SIZES, stride=4, class_token="middle", rope=False)),
     "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES)),
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
 }

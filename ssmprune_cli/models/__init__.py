@@ -33,15 +33,19 @@ from ssmprune_cli.models.dense import (
 )
 from ssmprune_cli.models.heads import Detections
 from ssmprune_cli.models.mamba import (
+    LOCALVIM,
     MAMBA_REG,
     VIDEOMAMBA,
     VIM,
+    BranchMixer,
     CausalConv1d,
+    LocalMixer,
     MambaBackbone,
     MambaBlock,
     MambaMixer,
     StepProjection,
     conv_sources,
+    path,
     unit_tokens,
 )
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
@@ -51,6 +55,7 @@ from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer
 FAMILIES.register("vim", VIM)
 FAMILIES.register("videomamba", VIDEOMAMBA)
 FAMILIES.register("mambar", MAMBA_REG)
+FAMILIES.register("localvim", LOCALVIM)
 FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
@@ -63,6 +68,7 @@ __all__ = [
     "MAX_SIDE",
     "SMALL_SIDE",
     "Backbone",
+    "BranchMixer",
     "CausalConv1d",
     "DenseConfig",
     "DenseModel",
@@ -73,6 +79,7 @@ __all__ = [
     "Hints",
     "ImageConfig",
     "Inflow",
+    "LocalMixer",
     "MambaBackbone",
     "MambaBlock",
     "MambaMixer",
@@ -91,6 +98,7 @@ __all__ = [
     "cuts",
     "decay_rates",
     "inflow",
+    "path",
     "resize",
     "set_drop_path",
     "set_recompute",

@@ -29,7 +29,9 @@ def make(family: str, *, pruned: bool) -> Backbone:
     return model
 
 
-@pytest.mark.parametrize(("family", "pruned"), [("vim", False), ("vim", True), ("plainmamba", True), ("vmamba", True)])
+@pytest.mark.parametrize(
+    ("family", "pruned"), [("vim", False), ("vim", True), ("localvim", True), ("plainmamba", True), ("vmamba", True)]
+)
 def test_a_file_computes_what_the_model_does(family: str, pruned: bool, tmp_path: Path) -> None:
     model = make(family, pruned=pruned).train()
     made = export(model, tmp_path / "model.pt2", batch=2)

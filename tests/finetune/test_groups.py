@@ -22,6 +22,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "videomamba": ("videomamba", MAMBA),
     "mambar": ("mambar", {**MAMBA, "num_cls_tokens": 4, "cls_reduce": 2}),
     "mambar without neck": ("mambar", {**MAMBA, "num_cls_tokens": 4}),
+    "localvim": ("localvim", MAMBA),
     "plainmamba": ("plainmamba", {**PLAIN, "dw_layers": (1,), "out_indices": (0, 1)}),
     "vmamba": ("vmamba", {**VMAMBA, "out_stages": (0, 1)}),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1", "gated": True, "conv_bias": True}),

@@ -12,6 +12,7 @@ from torch import nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone, cut_short, cuts
+from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
@@ -23,6 +24,7 @@ SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "de
 MODELS: dict[str, Callable[[], Backbone]] = {
     "vim": lambda: Vim(VimConfig(**SIZES, stride=4)),
     "mamba-reg": lambda: MambaReg(MambaRegConfig(**SIZES, stride=4, num_cls_tokens=4, cls_reduce=2)),
+    "localvim": lambda: LocalVim(LocalVimConfig(**SIZES, stride=4)),
     "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES, d_conv=3, dw_layers=(0, 3))),
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
 }

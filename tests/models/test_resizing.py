@@ -28,6 +28,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vim, overlapping": ("vim", {**MAMBA, "stride": 4}),
     "videomamba": ("videomamba", MAMBA),
     "mambar": ("mambar", {**MAMBA, "num_cls_tokens": 4}),
+    "localvim": ("localvim", MAMBA),
+    "localvim, class token": ("localvim", {**MAMBA, "class_token": "middle", "rope": False}),
     "plainmamba": ("plainmamba", {key: value for key, value in MAMBA.items() if key != "stride"}),
     "vmamba": ("vmamba", VMAMBA),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1"}),

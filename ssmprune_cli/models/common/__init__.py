@@ -28,7 +28,7 @@ from ssmprune_cli.models.common.layers import (
     resize_grid,
     rotary_tables,
 )
-from ssmprune_cli.models.common.routes import Visits, reorder, steps_of, visits
+from ssmprune_cli.models.common.routes import Visits, inverse, reorder, steps_of, visits
 
 __all__ = [
     "FAMILIES",
@@ -54,6 +54,7 @@ __all__ = [
     "decay_rates",
     "image_fields",
     "inflow",
+    "inverse",
     "no_stride",
     "patch_grid",
     "reorder",
