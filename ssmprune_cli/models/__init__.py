@@ -31,6 +31,7 @@ from ssmprune_cli.models.dense import (
     Detector,
     Segmenter,
 )
+from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA
 from ssmprune_cli.models.heads import Detections
 from ssmprune_cli.models.mamba import (
     LOCALVIM,
@@ -48,6 +49,7 @@ from ssmprune_cli.models.mamba import (
     path,
     unit_tokens,
 )
+from ssmprune_cli.models.medmamba import MEDMAMBA
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
 from ssmprune_cli.models.resizing import before_resizing, resize, sides
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
@@ -58,6 +60,8 @@ FAMILIES.register("mambar", MAMBA_REG)
 FAMILIES.register("localvim", LOCALVIM)
 FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
+FAMILIES.register("medmamba", MEDMAMBA)
+FAMILIES.register("efficientvmamba", EFFICIENTVMAMBA)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)

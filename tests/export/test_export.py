@@ -23,14 +23,17 @@ VMAMBA: dict[str, Any] = {"image_size": 16, "embed_dim": 8, "depths": (1, 2), "n
 def make(family: str, *, pruned: bool) -> Backbone:
     torch.manual_seed(0)
     known = FAMILIES.get(family)
-    model = known.build(known.config_class(**{"plainmamba": PLAIN, "vmamba": VMAMBA}.get(family, MAMBA)))
+    model = known.build(
+        known.config_class(**{"plainmamba": PLAIN, "vmamba": VMAMBA, "medmamba": VMAMBA}.get(family, MAMBA))
+    )
     if pruned:
-        compress(model, 0.5, points=[2] if family == "vmamba" else [1])
+        compress(model, 0.5, points=[2] if family in ("vmamba", "medmamba") else [1])
     return model
 
 
 @pytest.mark.parametrize(
-    ("family", "pruned"), [("vim", False), ("vim", True), ("localvim", True), ("plainmamba", True), ("vmamba", True)]
+    ("family", "pruned"),
+    [("vim", False), ("vim", True), ("localvim", True), ("plainmamba", True), ("vmamba", True), ("medmamba", True)],
 )
 def test_a_file_computes_what_the_model_does(family: str, pruned: bool, tmp_path: Path) -> None:
     model = make(family, pruned=pruned).train()

@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "localvim": ("localvim", MAMBA),
     "plainmamba": ("plainmamba", {**PLAIN, "dw_layers": (1,), "out_indices": (0, 1)}),
     "vmamba": ("vmamba", {**VMAMBA, "out_stages": (0, 1)}),
+    "medmamba": ("medmamba", VMAMBA),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1", "gated": True, "conv_bias": True}),
 }
 

@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "localvim, class token": ("localvim", {**MAMBA, "class_token": "middle", "rope": False}),
     "plainmamba": ("plainmamba", {key: value for key, value in MAMBA.items() if key != "stride"}),
     "vmamba": ("vmamba", VMAMBA),
+    "medmamba": ("medmamba", VMAMBA),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1"}),
 }
 

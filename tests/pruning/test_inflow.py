@@ -19,6 +19,7 @@ from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.medmamba.model import MedMamba, MedMambaConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, TokenPruner, compress, restore
@@ -28,7 +29,7 @@ from ssmprune_cli.tokens import Dropped, TokenSequence, nearest
 from ssmprune_cli.workflows.measure.flops import count_flops
 
 SIZE, PATCH, DIM, DEPTH = 16, 4, 8, 3
-FAMILIES = ("vim", "videomamba", "mambar", "localvim", "plainmamba", "vmamba")
+FAMILIES = ("vim", "videomamba", "mambar", "localvim", "plainmamba", "vmamba", "medmamba")
 # LocalVim's gates look at the live tokens alone: see test_localvim.py.
 UNGATED = [family for family in FAMILIES if family != "localvim"]
 
@@ -36,7 +37,7 @@ UNGATED = [family for family in FAMILIES if family != "localvim"]
 def build(family: str) -> Backbone:
     torch.manual_seed(0)
     model: Backbone
-    weight = 8.0 if family in ("plainmamba", "vmamba") else 1.0  # their authors start from small weights
+    weight = 8.0 if family in ("plainmamba", "vmamba", "medmamba") else 1.0  # their authors start from small weights
     if family == "vim":
         model = Vim(VimConfig(image_size=(SIZE, SIZE), patch_size=PATCH, stride=PATCH, embed_dim=DIM, depth=DEPTH))
     elif family == "videomamba":
@@ -50,6 +51,8 @@ def build(family: str) -> Backbone:
         model = LocalVim(local)
     elif family == "plainmamba":
         model = PlainMamba(PlainMambaConfig(image_size=(SIZE, SIZE), patch_size=PATCH, embed_dim=DIM, depth=DEPTH))
+    elif family == "medmamba":
+        model = MedMamba(MedMambaConfig(image_size=(SIZE, SIZE), embed_dim=2 * DIM, depths=(DEPTH, 1)))
     else:
         model = VMamba(VMambaConfig(image_size=(SIZE, SIZE), embed_dim=DIM, depths=(DEPTH, 1)))
     with torch.no_grad():

@@ -15,6 +15,7 @@ from ssmprune_cli.models.common.backbone import (
     count_numbered,
 )
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
+from ssmprune_cli.models.common.gate import GATE_REDUCTION, ChannelGate
 from ssmprune_cli.models.common.geometry import MAX_SIDE, check_side, image_fields, no_stride, settle, square_side
 from ssmprune_cli.models.common.inflow import Inflow, inflow
 from ssmprune_cli.models.common.layers import (
@@ -32,10 +33,12 @@ from ssmprune_cli.models.common.routes import Visits, inverse, reorder, steps_of
 
 __all__ = [
     "FAMILIES",
+    "GATE_REDUCTION",
     "MAX_SIDE",
     "SMALL_SIDE",
     "Backbone",
     "Block",
+    "ChannelGate",
     "Family",
     "Hints",
     "ImageConfig",

@@ -13,31 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models.common import inflow
+from ssmprune_cli.models.common import ChannelGate, inflow
 from ssmprune_cli.models.mamba.local_routes import path
 from ssmprune_cli.models.mamba.mixer import Branch, BranchMixer, CausalConv1d, StepProjection, s4d_real
 from ssmprune_cli.tokens import TokenSequence
-
-REDUCTION = 8  # channels of the gate's inside: one for so many of its input
-
-
-class ChannelGate(nn.Module):
-    """A factor from 0 to 1 for each channel, by the mean of the normalised tokens ("BiAttn")."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.global_reduce = nn.Linear(channels, channels // REDUCTION)
-        self.channel_select = nn.Linear(channels // REDUCTION, channels)
-        for layer in (self.global_reduce, self.channel_select):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor, sequence: TokenSequence) -> Tensor:
-        """`x` (B, L, E) of the tokens of `sequence`, times the factors. A merged token counts as all it stands for."""
-        mean = sequence.mean(self.norm(x))  # (B, E)
-        factors: Tensor = self.channel_select(functional.gelu(self.global_reduce(mean))).sigmoid()
-        return x * factors[:, None]
 
 
 class LocalMixer(BranchMixer):

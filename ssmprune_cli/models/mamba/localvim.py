@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ssmprune_cli.errors import CheckpointError, UsageError, listing
-from ssmprune_cli.models.common import Family, Hints, Shapes, no_stride, patch_grid, resize_grid
+from ssmprune_cli.models.common import GATE_REDUCTION, Family, Hints, Shapes, no_stride, patch_grid, resize_grid
 from ssmprune_cli.models.mamba.backbone import classifier
 from ssmprune_cli.models.mamba.checkpoint import COMPUTES, as_published, fills, read_sizes, resize_positions, shape_of
 from ssmprune_cli.models.mamba.class_token import ClassToken, ClassTokenBackbone, ClassTokenConfig, class_positions
-from ssmprune_cli.models.mamba.local_mixer import REDUCTION, LocalMixer
+from ssmprune_cli.models.mamba.local_mixer import LocalMixer
 from ssmprune_cli.models.mamba.local_routes import DIRECTION
 
 Directions = tuple[tuple[str, ...], ...]
@@ -48,8 +48,10 @@ class LocalVimConfig(ClassTokenConfig):
             raise UsageError(f"the patches of a LocalVim do not overlap: the stride is {self.patch_size}")
         if self.class_token not in ("middle", "none") or (self.rope and self.class_token == "middle"):
             raise UsageError("a LocalVim has a class token in the middle, or rope, or neither")
-        if self.inner_channels < REDUCTION:
-            raise UsageError(f"the scans of a LocalVim have {REDUCTION} channels or more, not {self.inner_channels}")
+        if self.inner_channels < GATE_REDUCTION:
+            raise UsageError(
+                f"the scans of a LocalVim have {GATE_REDUCTION} channels or more, not {self.inner_channels}"
+            )
 
     def without_blocks(self, count: int) -> LocalVimConfig:
         left = self.depth - count
