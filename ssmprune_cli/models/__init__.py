@@ -31,7 +31,7 @@ from ssmprune_cli.models.dense import (
     Detector,
     Segmenter,
 )
-from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA
+from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA, AtrousMixer
 from ssmprune_cli.models.heads import Detections
 from ssmprune_cli.models.mamba import (
     LOCALVIM,
@@ -71,6 +71,7 @@ __all__ = [
     "FAMILIES",
     "MAX_SIDE",
     "SMALL_SIDE",
+    "AtrousMixer",
     "Backbone",
     "BranchMixer",
     "CausalConv1d",

@@ -17,15 +17,17 @@ from ssmprune_cli.pruning import compress
 
 MAMBA: dict[str, Any] = {"image_size": 16, "patch_size": 4, "stride": 4, "embed_dim": 16, "depth": 2, "num_classes": 5}
 PLAIN: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_classes": 5, "d_conv": 3}
+EFFICIENT: dict[str, Any] = {"image_size": 16, "embed_dim": 8, "depths": (2, 1, 1, 1), "num_classes": 5}
 VMAMBA: dict[str, Any] = {"image_size": 16, "embed_dim": 8, "depths": (1, 2), "num_classes": 5}
+
+
+SIZES = {"plainmamba": PLAIN, "vmamba": VMAMBA, "medmamba": VMAMBA, "efficientvmamba": EFFICIENT}
 
 
 def make(family: str, *, pruned: bool) -> Backbone:
     torch.manual_seed(0)
     known = FAMILIES.get(family)
-    model = known.build(
-        known.config_class(**{"plainmamba": PLAIN, "vmamba": VMAMBA, "medmamba": VMAMBA}.get(family, MAMBA))
-    )
+    model = known.build(known.config_class(**SIZES.get(family, MAMBA)))
     if pruned:
         compress(model, 0.5, points=[2] if family in ("vmamba", "medmamba") else [1])
     return model
@@ -33,7 +35,15 @@ def make(family: str, *, pruned: bool) -> Backbone:
 
 @pytest.mark.parametrize(
     ("family", "pruned"),
-    [("vim", False), ("vim", True), ("localvim", True), ("plainmamba", True), ("vmamba", True), ("medmamba", True)],
+    [
+        ("vim", False),
+        ("vim", True),
+        ("localvim", True),
+        ("plainmamba", True),
+        ("vmamba", True),
+        ("medmamba", True),
+        ("efficientvmamba", True),
+    ],
 )
 def test_a_file_computes_what_the_model_does(family: str, pruned: bool, tmp_path: Path) -> None:
     model = make(family, pruned=pruned).train()

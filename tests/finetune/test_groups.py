@@ -26,6 +26,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plainmamba": ("plainmamba", {**PLAIN, "dw_layers": (1,), "out_indices": (0, 1)}),
     "vmamba": ("vmamba", {**VMAMBA, "out_stages": (0, 1)}),
     "medmamba": ("medmamba", VMAMBA),
+    "efficientvmamba": ("efficientvmamba", {**VMAMBA, "depths": (1, 1, 1, 1)}),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1", "gated": True, "conv_bias": True}),
 }
 

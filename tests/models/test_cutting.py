@@ -12,6 +12,7 @@ from torch import nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone, cut_short, cuts
+from ssmprune_cli.models.efficientvmamba.model import EfficientVMamba, EfficientVMambaConfig
 from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -45,6 +46,7 @@ def test_it_is_the_first_blocks_and_what_follows_the_last(name: str) -> None:
         "plainmamba": (by_hand, "backbone.layers"),
         "vmamba": (by_hand, "layers.1.blocks"),
         "medmamba": (by_hand, "layers.1.blocks"),
+        "efficientvmamba": (by_hand, "layers.1.blocks"),
     }.get(name, (by_hand, "layers"))
     parent, _, last = attribute.rpartition(".")
     module = owner.get_submodule(parent)

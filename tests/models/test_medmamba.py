@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-def test_golden_values_of_the_authors_code() -> None:
+def test_golden_values_of_the_authors_code(golden_file: Callable[[str], Path]) -> None:
     expected: dict[str, Tensor] = load_file(GOLDEN / "medmamba_mini" / "io.safetensors")
-    model = load(GOLDEN / "medmamba_mini" / "state_dict.safetensors", image_size=64)
+    model = load(golden_file("medmamba_mini"), image_size=64)
     assert isinstance(model, MedMamba) and model.config == replace(MINI, eval_crop_ratio=None)
     assert sum(parameter.numel() for parameter in model.parameters()) == 279_742
     with torch.no_grad():

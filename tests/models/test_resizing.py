@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plainmamba": ("plainmamba", {key: value for key, value in MAMBA.items() if key != "stride"}),
     "vmamba": ("vmamba", VMAMBA),
     "medmamba": ("medmamba", VMAMBA),
+    "efficientvmamba": ("efficientvmamba", {**VMAMBA, "depths": (2, 1, 1, 1)}),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1"}),
 }
 

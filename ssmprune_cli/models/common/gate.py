@@ -1,4 +1,4 @@
-"""The gate over channels of LocalMamba and EfficientVMamba (hunto/LocalMamba 75e5d1f, TerryPei/EfficientVMamba 0bc5ee2).
+"""The gate over channels of LocalVim (hunto/LocalMamba 75e5d1f) and EfficientVMamba (TerryPei/EfficientVMamba 0bc5ee2).
 
 Letters: B batch, L tokens now, E channels.
 """

@@ -21,7 +21,7 @@ VARIANTS = {
 COMPUTES = {
     "ssm_act_layer": frozenset({"silu", "swish"}),
     "step_size": frozenset({2}),
-    "mlp_ratio": frozenset({0, 0.0}),
+    "mlp_ratio": frozenset({0}),
     "patch_norm": frozenset({True}),
     "softmax_version": frozenset({False}),
     "shared_ssm": frozenset({False}),

@@ -1,8 +1,8 @@
 """EfficientVMamba: arXiv 2403.09977, TerryPei/EfficientVMamba at 0bc5ee2, with the authors' parameter names.
 
-The first two stages are VMamba's, with a small convolution beside the scans of each block; the last two have convolutions
-alone, and no tokens are dropped there. Convolutions run on the whole grid: a dropped token is in it as it left.
-Letters: B batch, L tokens now, d model width of a stage.
+The first two stages are VMamba's, with a small convolution beside the scans of each block; the last two have
+convolutions alone, and no tokens are dropped there. Convolutions run on the whole grid: a dropped token is in it as it
+left. Letters: B batch, L tokens now, d model width of a stage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,7 +29,7 @@ EXPANSION = 4  # of the channels in the blocks of convolutions
 
 @dataclass(frozen=True)
 class EfficientVMambaConfig(ImageConfig):
-    """Everything that defines an EfficientVMamba. An int for `image_size` is a square. UsageError for what does not fit.
+    """Everything that defines an EfficientVMamba. An int for `image_size` is a square. UsageError if it cannot be.
 
     embed_dim  width of the first stage; every later stage doubles it
     depths     blocks of each of the four stages
@@ -169,7 +168,7 @@ class InvertedResidual(nn.Module):
 
 
 class ConvStage(nn.ModuleDict):
-    """A stage of convolutions. Keys are places in the authors' Sequential, which changes the layout before and after."""
+    """A stage of convolutions; keys are places in the authors' Sequential, which changes the layout around them."""
 
     def __init__(self, config: EfficientVMambaConfig, number: int) -> None:
         dim, depth = config.width(number), config.depths[number]
@@ -179,10 +178,9 @@ class ConvStage(nn.ModuleDict):
             self[str(depth + 2)] = DownsampleV1(dim, 2 * dim)
 
     @property
-    def downsample(self) -> nn.Module | None:
+    def downsample(self) -> nn.Module:
         """After the stage; the last one has none."""
-        place = str(self.depth + 2)
-        return self[place] if place in self else None
+        return self[str(self.depth + 2)]
 
     def forward(self, sequence: TokenSequence) -> TokenSequence:
         """The tokens of a whole grid to the same."""
