@@ -202,7 +202,8 @@ def test_unknown_overrides_name_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("levels.2.blocks.0.mixer.conv1d_x.weight", "MambaVision"),
+        ("temporal_pos_embedding", "VideoMamba for videos"),
+        ("backbone.embeddings.weight", "a Mamba language model"),
     ],
 )
 def test_other_families_are_recognised_and_refused(tmp_path: Path, key: str, name: str) -> None:

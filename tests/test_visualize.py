@@ -22,6 +22,7 @@ from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.mambavision.model import MambaVision, MambaVisionConfig
 from ssmprune_cli.models.medmamba.model import MedMamba, MedMambaConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
@@ -213,6 +214,7 @@ FAMILIES: dict[str, Callable[[], Backbone]] = {
     "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES)),
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
     "efficientvmamba": lambda: EfficientVMamba(EfficientVMambaConfig((32, 32), 8, (2, 2, 1, 1), num_classes=2)),
+    "mambavision": lambda: MambaVision(MambaVisionConfig((64, 64), 8, 8, (1, 1, 3, 1), (1, 1, 2, 2), num_classes=2)),
     "medmamba": lambda: MedMamba(MedMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
 }
 

@@ -49,6 +49,7 @@ from ssmprune_cli.models.mamba import (
     path,
     unit_tokens,
 )
+from ssmprune_cli.models.mambavision import MAMBAVISION, AttentionMixer, CentredMixer
 from ssmprune_cli.models.medmamba import MEDMAMBA
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
 from ssmprune_cli.models.resizing import before_resizing, resize, sides
@@ -62,6 +63,7 @@ FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
 FAMILIES.register("medmamba", MEDMAMBA)
 FAMILIES.register("efficientvmamba", EFFICIENTVMAMBA)
+FAMILIES.register("mambavision", MAMBAVISION)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)
@@ -72,9 +74,11 @@ __all__ = [
     "MAX_SIDE",
     "SMALL_SIDE",
     "AtrousMixer",
+    "AttentionMixer",
     "Backbone",
     "BranchMixer",
     "CausalConv1d",
+    "CentredMixer",
     "DenseConfig",
     "DenseModel",
     "Detections",

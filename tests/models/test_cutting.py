@@ -29,6 +29,7 @@ MODELS: dict[str, Callable[[], Backbone]] = {
     "localvim": lambda: LocalVim(LocalVimConfig(**SIZES, stride=4)),
     "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES, d_conv=3, dw_layers=(0, 3))),
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
+    "efficientvmamba": lambda: EfficientVMamba(EfficientVMambaConfig((32, 32), 8, (2, 4, 5, 1), num_classes=5)),
     "medmamba": lambda: MedMamba(MedMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
 }
 

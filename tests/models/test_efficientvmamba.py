@@ -57,19 +57,20 @@ def test_golden_values_of_the_authors_code(golden_file: Callable[[str], Path]) -
     model = load(golden_file("efficientvmamba_mini"), image_size=64, crop=0.875)
     assert isinstance(model, EfficientVMamba) and model.config == MINI
     assert sum(parameter.numel() for parameter in model.parameters()) == 387_936
-    found, block = {}, model.layers[0].blocks[0]
-    outputs: list[Tensor] = []
+    found: dict[str, Tensor] = {}
+    layers: list[Any] = list(model.layers)
+    block, outputs = layers[0].blocks[0], list[Tensor]()
     block.op.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0]))
     block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0].hidden))
     for number in (2, 3):
-        model.layers[number].register_forward_hook(lambda _module, _inputs, output: outputs.append(output.hidden))
+        layers[number].register_forward_hook(lambda _module, _inputs, output: outputs.append(output.hidden))
     with torch.no_grad():
         found["logits"] = model(expected["input"])
         op, first, third, last = (values.unflatten(1, (int(values.shape[1] ** 0.5),) * 2) for values in outputs)
         found |= {"layers.0.blocks.0.op.out": op, "layers.0.blocks.0.out": first, "layers.3.out": last}
-        found["layers.2.out"] = model.layers[2].downsample(third)
+        found["layers.2.out"] = layers[2].downsample(third)
         for number, x in enumerate(model.stage_outputs(expected["input"])):
-            found[f"layers.{number}.out"] = model.layers[number].downsample(x)
+            found[f"layers.{number}.out"] = layers[number].downsample(x)
     assert found.keys() | {"input"} == expected.keys()
     # Measured: below 3e-6.
     differences = {key: float((value - expected[key]).abs().max()) for key, value in found.items()}
@@ -105,7 +106,7 @@ def scans_by_hand(mixer: AtrousMixer, u: Tensor, kept: list[int], grid: tuple[in
 @pytest.mark.parametrize("alignment", ["none", "null"])
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
 def test_scans_step_by_step(grid: tuple[int, int], alignment: str, share: float) -> None:
-    mixer = build().layers[0].blocks[0].op
+    mixer = build().mixers[0]
     assert isinstance(mixer, AtrousMixer)
     count = grid[0] * grid[1]
     x = torch.randn(2, count, 16, dtype=torch.float64)

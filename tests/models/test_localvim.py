@@ -85,7 +85,9 @@ def test_golden_values_of_the_authors_code(tmp_path: Path) -> None:
     assert isinstance(model, LocalVim) and model.image_size == (56, 56)
     assert sum(parameter.numel() for parameter in model.parameters()) == 171_754
     outputs: list[Tensor] = []
-    model.layers[0].mixer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0]))
+    model.get_submodule("layers.0.mixer").register_forward_hook(
+        lambda _module, _inputs, output: outputs.append(output[0])
+    )
     model.pruner = recorder = Recorder()
     with torch.no_grad():
         found = {"logits": model(expected["input"]), "pooled_features": model.pool(recorder.sequences[-1])}
@@ -208,8 +210,8 @@ def test_a_keep_ratio_of_one_is_the_dense_model(config: LocalVimConfig) -> None:
 def test_frozen_tokens_feed_the_scans_as_if_nothing_had_left() -> None:
     """With a gate that looks at no token: its mean is over live tokens."""
     model = build(replace(MIDDLE, depth=3, directions=(*ROUTES, ROUTES[0])))
-    for layer in model.layers:
-        nn.init.zeros_(layer.mixer.attn.channel_select.weight)
+    for number in range(3):
+        nn.init.zeros_(model.get_parameter(f"layers.{number}.mixer.attn.channel_select.weight"))
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     seen = []
     for reduction in (None, "frozen"):

@@ -54,7 +54,7 @@ def same(first: Backbone, second: Backbone) -> bool:
 def test_a_resized_model_is_what_the_checkpoint_gives_at_that_size(name: str, tmp_path: Path) -> None:
     model = build(name)
     checkpoint.save(tmp_path / "dense", model)
-    side = sides(model)[2]
+    side = sides(model)[:3][-1]
     smaller, loaded = ssmprune.resize(model, side), ssmprune.load(tmp_path / "dense", image_size=side)
     assert same(smaller, loaded) and smaller.image_size == (side, side) and not smaller.training
     assert smaller.config == replace(loaded.config, resized_from=(64, 64))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,8 +55,9 @@ class EfficientVMambaConfig(ImageConfig):
             raise UsageError(f"each of four stages needs a block: depths {self.depths}")
         if min(self.d_state, self.num_classes) < 1 or self.ssm_ratio * self.embed_dim < 1:
             raise UsageError("d_state, num_classes and ssm_ratio must be positive")
-        if len(self.image_size) != 2 or any(side < 1 or side % PIXELS for side in self.image_size):
-            raise UsageError(f"an image of size {self.image_size} is not divided by {PIXELS}")
+        size: tuple[int, ...] = self.image_size
+        if len(size) != 2 or any(side < 1 or side % PIXELS for side in size):
+            raise UsageError(f"an image of size {size} is not divided by {PIXELS}")
 
     def without_blocks(self, count: int) -> EfficientVMambaConfig:
         depths = list(self.depths)
@@ -215,7 +217,8 @@ class EfficientVMamba(StagedBackbone):
     def forward(self, images: Tensor) -> Tensor:
         check_size(images, self.image_size)
         *_, whole = self._stages(images)
-        for before, layer in zip(self.layers[SCANNED - 1 :], self.layers[SCANNED:], strict=False):
+        layers: list[Any] = list(self.layers)
+        for before, layer in pairwise(layers[SCANNED - 1 :]):
             x = before.downsample(whole.hidden.unflatten(1, whole.patch_grid))
             whole = layer(next_stage(x, whole))
         return self.classify(whole.mean(self.classifier["norm"](whole.hidden)), whole.readout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssmprune_cli.models.mamba.backbone import MambaBackbone
 from ssmprune_cli.models.mamba.block import MambaBlock, unit_tokens
-from ssmprune_cli.models.mamba.causal_sources import conv_sources
+from ssmprune_cli.models.mamba.causal_sources import centred_sources, conv_sources
 from ssmprune_cli.models.mamba.local_mixer import LocalMixer
 from ssmprune_cli.models.mamba.local_routes import path
 from ssmprune_cli.models.mamba.localvim import LOCALVIM
@@ -25,6 +25,7 @@ __all__ = [
     "MambaBlock",
     "MambaMixer",
     "StepProjection",
+    "centred_sources",
     "conv_sources",
     "path",
     "s4d_real",

@@ -58,9 +58,10 @@ class MedMambaConfig(ImageConfig):
             raise UsageError(f"every stage needs a block: depths {self.depths}")
         if min(self.d_state, self.num_classes) < 1:
             raise UsageError("d_state and num_classes must be at least 1")
-        if len(self.image_size) != 2 or any(side < 1 or side % self.pixels for side in self.image_size):
+        size: tuple[int, ...] = self.image_size
+        if len(size) != 2 or any(side < 1 or side % self.pixels for side in size):
             raise UsageError(
-                f"an image of size {self.image_size} is not divided by {self.pixels}: a downsampling would leave out "
+                f"an image of size {size} is not divided by {self.pixels}: a downsampling would leave out "
                 "its last row or column"
             )
 

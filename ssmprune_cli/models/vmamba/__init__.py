@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ssmprune_cli.models.vmamba.checkpoint import VMAMBA, image_side, remap, stage_depths, todays_names
-from ssmprune_cli.models.vmamba.layers import DownsampleV1, PatchEmbedV1
+from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, PatchEmbedV1
 from ssmprune_cli.models.vmamba.mixer import DirectionProjections, VMambaMixer, column_gaps
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.models.vmamba.staged import StagedBackbone, next_stage
 
 __all__ = [
+    "MLP",
     "VMAMBA",
     "DirectionProjections",
     "DownsampleV1",

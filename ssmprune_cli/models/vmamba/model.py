@@ -130,6 +130,7 @@ class VMamba(StagedBackbone):
     """See VMambaConfig."""
 
     family = "vmamba"
+    patch_embed: PatchEmbedV1 | PatchEmbedV2
 
     def __init__(self, config: VMambaConfig) -> None:
         super().__init__()

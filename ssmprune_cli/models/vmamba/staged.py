@@ -9,7 +9,7 @@ stages. Letters: B batch, L tokens now, d model width of a stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ class StagedBackbone(Backbone):
     a `downsample` or None."""
 
     restores = True
-    patch_embed: Callable[[Tensor], Tensor]
+    patch_embed: Any
     layers: nn.ModuleList
 
     def stage_outputs(self, images: Tensor) -> Iterator[Tensor]:
@@ -42,8 +42,9 @@ class StagedBackbone(Backbone):
         """The tokens of the whole grid after each stage, before its downsampling."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 4:
             raise DataError(f"the model takes images (B, 3, H, W) of 4 pixels or more, not {tuple(images.shape)}")
-        block, whole, downsample = 0, None, None
-        x = self.patch_embed(images)
+        block, whole = 0, None
+        downsample: Any = None
+        x = self.embed(images)
         for layer in self.scanned_layers:
             if whole is not None:
                 x = downsample(whole.hidden.unflatten(1, whole.patch_grid))
@@ -55,6 +56,11 @@ class StagedBackbone(Backbone):
                 block += 1
             whole = sequence.restored()
             yield whole
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What the first stage with scans is given of images (B, 3, H, W): (B, rows, columns, d)."""
+        embedded: Tensor = self.patch_embed(images)
+        return embedded
 
     @property
     def scanned_layers(self) -> Sequence[Any]:

@@ -31,9 +31,9 @@ _FREE = (
     "fill_ flatten flip floor_divide full gather ge gelu gt index index_select layer_norm le lerp linalg_vector_norm "
     "lt masked_fill max maximum mean min movedim mul mul_ nan_to_num ne neg new_ones new_zeros norm ones ones_like "
     "pad permute pow reciprocal relu remainder repeat reshape rsqrt rsub scatter scatter_add searchsorted select "
-    "sigmoid silu sin slice softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t tanh tile "
-    "to transpose type_as unbind unflatten unsqueeze upsample_bicubic2d upsample_bilinear2d view view_as where zeros "
-    "zeros_like __and__ __lshift__ __or__ "
+    "sigmoid silu sin slice softmax softplus sort split split_with_sizes sqrt square squeeze stack std sub sum t tanh "
+    "tile to transpose type_as unbind unflatten unsqueeze upsample_bicubic2d upsample_bilinear2d view view_as where "
+    "zeros zeros_like __and__ __lshift__ __or__ "
     "__rshift__ __xor__"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
