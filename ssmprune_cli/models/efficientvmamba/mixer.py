@@ -84,6 +84,11 @@ class AtrousMixer(VMambaMixer):
         skips = self.Ds.unflatten(0, (self.directions, -1))  # (4, E)
         outputs, deltas = torch.zeros_like(u), []
         for direction, share in enumerate(shares(flow.scanned, flow.scanned.patch_grid)):
+            if wanted == "delta":
+                step = functional.softplus(self._projected(u, direction)[0] + self.dt_projs_bias[direction])
+                deltas.append(step if flow.read is None else gather_tokens(step, flow.read))
+            if not share.order.shape[-1]:  # merging left one row or column
+                continue
             visited = reorder(u, share.order)  # (B, S, E)
             raw_delta, b, c = self._projected(visited, direction)
             y = flow.scan(
@@ -104,9 +109,6 @@ class AtrousMixer(VMambaMixer):
                 y = y * share.own[..., None]
             places = share.order.expand(len(u), -1)[..., None].expand_as(y)
             outputs = outputs.scatter_add(1, places, y)
-            if wanted == "delta":
-                step = functional.softplus(self._projected(u, direction)[0] + self.dt_projs_bias[direction])
-                deltas.append(step if flow.read is None else gather_tokens(step, flow.read))
         if flow.read is not None:
             outputs = gather_tokens(outputs, flow.read)
         return ScanStatistics((outputs,), tuple(deltas))

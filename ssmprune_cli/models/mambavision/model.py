@@ -215,7 +215,7 @@ class MambaVision(StagedBackbone):
         nn.init.zeros_(self.head.bias)
 
     def embed(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images).permute(0, 2, 3, 1)
+        x: Tensor = self.patch_embed(images).permute(0, 2, 3, 1)
         for level in self.levels[:CONVOLVED]:
             x = level(x)
         return x
