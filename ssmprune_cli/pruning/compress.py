@@ -74,8 +74,8 @@ def compress(
                  resized
     repair       see `repair`: it takes all calibration images, best 1,024 or more, and is not tried with fewer than 64.
                  Unless it is "none", ALIGNMENT_IMAGES of them are enough for all else
-    returning    with what value a dropped token comes back, where a model makes the grid whole: as it left, that of the token
-                 that is `nearest`, or a `blend` of both, which takes calibration images. See `returning`
+    returning    with what value a dropped token comes back, where a model makes the grid whole: as it left, that of the
+                 token that is `nearest`, or a `blend` of both, which takes calibration images. See `returning`
 
     Returns what calibration saw and what the repair did; None without calibration images. Raises UsageError for a
     module that is none of our backbones, and for settings or images that do not fit it.
