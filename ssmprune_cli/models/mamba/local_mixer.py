@@ -7,6 +7,8 @@ names. Letters: B batch, L tokens now, d model width, E inner channels, N state.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ class LocalMixer(BranchMixer):
 
     def merge(self, outputs: Sequence[Tensor], sequence: TokenSequence) -> Tensor:
         """The sum of what the gate leaves of each direction's output, (B, L, E) at the tokens' own places."""
-        return torch.stack([self.attn(each, sequence) for each in outputs]).sum(dim=0)
+        return reduce(add, (self.attn(each, sequence) for each in outputs))
 
     def branches(self) -> list[Branch]:
         return [
