@@ -15,13 +15,16 @@ from ssmprune_cli.pruning import compress
 MAMBA: dict[str, Any] = {"image_size": 16, "patch_size": 4, "stride": 4, "embed_dim": 16, "depth": 2, "num_classes": 5}
 PLAIN: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_classes": 5, "d_conv": 3}
 VMAMBA: dict[str, Any] = {"image_size": 16, "embed_dim": 8, "depths": (1, 2), "num_classes": 5}
+EFFICIENT: dict[str, Any] = {**VMAMBA, "depths": (2, 1, 1, 1)}
+VISION: dict[str, Any] = {"image_size": 64, "in_dim": 8, "embed_dim": 8, "depths": (1, 1, 3, 1), "num_classes": 5}
+SIZES = {"plainmamba": PLAIN, "vmamba": VMAMBA, "efficientvmamba": EFFICIENT, "mambavision": VISION}
 
 
 def make(family: str, reduction: str | None = None, **more: Any) -> Backbone:
     """A tiny model with random weights, dense or with half of its tokens dropped before the last block."""
     torch.manual_seed(0)
     known = FAMILIES.get(family)
-    sizes = {"plainmamba": PLAIN, "vmamba": VMAMBA}.get(family, MAMBA)
+    sizes = SIZES.get(family, MAMBA)
     model = known.build(known.config_class(**{**sizes, **more}))
     if reduction is not None:
         compress(model, 0.5, points=[2] if family == "vmamba" else [1], reduction=reduction)

@@ -64,6 +64,14 @@ def test_a_file_for_one_batch(plain_write: ExportTarget, tmp_path: Path) -> None
     assert made.batch == 2 and [check.batch for check in made.checks] == [2]
 
 
+@pytest.mark.parametrize("family", ["localvim", "efficientvmamba", "mambavision"])
+def test_a_file_of_a_family_with_routes_or_attention_is_for_any_batch(
+    plain_write: ExportTarget, family: str, tmp_path: Path
+) -> None:
+    made = export(make(family, "drop"), tmp_path / "model.pt2", target="pt2")
+    assert made.error <= made.tolerance and [check.batch for check in made.checks] == [1, 3]
+
+
 def test_a_file_that_computes_something_else_is_not_kept(
     plain_write: ExportTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
-from ssmprune_cli.export import export
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.interface import ScanAlignment
 from ssmprune_cli.models import FAMILIES, cut_short, cuts, resize, sides
@@ -170,7 +169,7 @@ def test_samples_are_independent_and_gradients_flow(reduction: str) -> None:
     assert gradient.isfinite().all() and (gradient.abs().amax(dim=(1, 2, 3)) > 0).all()
 
 
-def test_a_keep_ratio_of_one_is_the_dense_model_and_sessions_and_files_compute_the_same(tmp_path: Path) -> None:
+def test_a_keep_ratio_of_one_is_the_dense_model_and_a_session_computes_both() -> None:
     model = build(dtype=torch.float32)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -185,8 +184,6 @@ def test_a_keep_ratio_of_one_is_the_dense_model_and_sessions_and_files_compute_t
     steps = str(session.explain())
     assert "blocks 1 to 2: op by op (its convolution looks ahead too)" in steps
     assert "block 3: op by op (it has attention and no scan)" in steps
-    made = export(model, tmp_path / "model.pt2", batch=2)
-    assert made.error <= made.tolerance
 
 
 # --- published shapes, and what is asked for

@@ -107,7 +107,7 @@ class AtrousMixer(VMambaMixer):
             )
             if share.own is not None:
                 y = y * share.own[..., None]
-            places = share.order.expand(len(u), -1)[..., None].expand_as(y)
+            places = share.order.expand(u.shape[0], -1)[..., None].expand_as(y)
             outputs = outputs.scatter_add(1, places, y)
         if flow.read is not None:
             outputs = gather_tokens(outputs, flow.read)

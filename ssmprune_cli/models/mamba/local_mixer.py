@@ -70,7 +70,8 @@ class LocalMixer(BranchMixer):
 
     def merge(self, outputs: Sequence[Tensor], sequence: TokenSequence) -> Tensor:
         """The sum of what the gate leaves of each direction's output, (B, L, E) at the tokens' own places."""
-        return reduce(add, (self.attn(each, sequence) for each in outputs))
+        total: Tensor = reduce(add, (self.attn(each, sequence) for each in outputs))
+        return total
 
     def branches(self) -> list[Branch]:
         return [

@@ -106,7 +106,7 @@ def steps(direction: str, grid: Grid, protected: tuple[int, ...], device: torch.
 
 def _padded(sequence: TokenSequence, length: int, padding: int) -> TokenSequence:
     """The positions and sizes of `sequence` with those of `padding` tokens behind them, among `length` in all."""
-    batch = len(sequence.positions)
+    batch = sequence.positions.shape[0]  # not `len`, which would fix the batch of an exported file
     positions, size = sequence.positions, sequence.size
     hidden = sequence.hidden[..., :0]
     if padding:
