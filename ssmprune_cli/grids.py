@@ -69,7 +69,7 @@ class Merged:
         """(B, count) position in the dense sequence of each of `count` patch tokens: of the places that it took in, in
         raster order, the middle one."""
         order = self.owner.argsort(dim=1, stable=True)
-        sizes = self.owner.new_zeros(len(order), count).scatter_add(1, self.owner, torch.ones_like(self.owner))
+        sizes = self.owner.new_zeros(order.shape[0], count).scatter_add(1, self.owner, torch.ones_like(self.owner))
         middle = sizes.cumsum(dim=1) - sizes + (sizes - 1).clamp(min=0) // 2
         place = order.gather(1, middle.clamp(max=order.shape[1] - 1))
         return patch_positions(self.grid, self.protected, order.device)[place]

@@ -224,7 +224,7 @@ class TokenSequence:
 
     def lost(self, after: TokenSequence) -> Tensor:
         """(B, M, d): `stream` of the tokens that `after`, a reduction of this sequence, does not hold any more."""
-        stays = self.positions.new_zeros(len(self.positions), self.length).scatter(
+        stays = self.positions.new_zeros(self.positions.shape[0], self.length).scatter(
             1, after.positions, torch.ones_like(after.positions)
         )
         order = stays.gather(1, self.positions).argsort(dim=1, stable=True)
@@ -307,7 +307,7 @@ class TokenSequence:
         near, far = (in_order(raster(each, grid[1])) for each in (pairs.near, pairs.far))  # (B, count)
         if self.protected:
             places = patch_positions(grid, self.protected, first.device)
-            own = torch.tensor(self.protected, device=first.device).expand(len(first), -1)
+            own = torch.tensor(self.protected, device=first.device).expand(first.shape[0], -1)
             taken = torch.tensor(protected, device=first.device)
             order = torch.cat((patch_positions(smaller, protected, first.device), taken)).argsort()
             near, far = (torch.cat((places[each], own), dim=1)[:, order] for each in (near, far))
@@ -320,7 +320,7 @@ class TokenSequence:
             return torch.lerp(gather_tokens(values, near), gather_tokens(values, far), share)
 
         length = math.prod(smaller) + len(protected)
-        positions = torch.arange(length, device=first.device).expand(len(near), -1)
+        positions = torch.arange(length, device=first.device).expand(near.shape[0], -1)
         return replace(
             self,
             hidden=mean(self.hidden),
@@ -349,7 +349,7 @@ class TokenSequence:
             patches = merged.dense_positions(self.length - len(self.protected))
             if not self.protected:
                 return patches
-            kept = torch.tensor(merged.protected, device=patches.device).expand(len(patches), -1)
+            kept = torch.tensor(merged.protected, device=patches.device).expand(patches.shape[0], -1)
             return torch.cat((patches, kept), dim=1).sort(dim=1).values
 
         return self.geometry.once(_DENSE_POSITIONS, compute)
@@ -395,7 +395,7 @@ class TokenSequence:
         groups = [each for each in (self.frozen, self.context, self.gone) if each is not None]
         if not groups:
             return self._whole(self.hidden)
-        values = self.hidden.new_empty(len(self.hidden), self.length, self.hidden.shape[2])
+        values = self.hidden.new_empty(self.hidden.shape[0], self.length, self.hidden.shape[2])
         for group in groups:
             came = group.stream
             if self.returning is not None:
@@ -447,7 +447,7 @@ class TokenSequence:
                 ahead = gaps_by_size(self.sizes())
                 return torch.stack((ahead, torch.cat((ahead[:, 1:], torch.zeros_like(ahead[:, :1])), dim=1)))
             skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
-            zero = skipped.new_zeros(len(skipped), 1)
+            zero = skipped.new_zeros(skipped.shape[0], 1)
             return torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))
 
         return self.geometry.once(_GAPS, compute)
@@ -496,10 +496,10 @@ def nearest(positions: Tensor, wanted: Tensor) -> Tensor:
 def sum_tokens(values: Tensor, target: Tensor, count: int) -> Tensor:
     """(B, count, c): in each row the sum of the rows of `values` (B, L, c) whose `target` (B, L) it is."""
     rows = _rows(target, count)[:, None].expand(-1, values.shape[2])
-    total = values.new_zeros(len(values) * count, values.shape[2])
-    return total.scatter_add(0, rows, values.flatten(0, 1)).view(len(values), count, values.shape[2])
+    total = values.new_zeros(values.shape[0] * count, values.shape[2])
+    return total.scatter_add(0, rows, values.flatten(0, 1)).view(values.shape[0], count, values.shape[2])
 
 
 def _rows(index: Tensor, length: int) -> Tensor:
     """(B * K,): `index` (B, K) into each of B runs of `length` rows, as an index into all of them in one."""
-    return (index + length * torch.arange(len(index), device=index.device)[:, None]).flatten()
+    return (index + length * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()

@@ -36,6 +36,7 @@ FAMILIES = registered("models/__init__.py", "FAMILIES")
 IMPORTANCES = registered("pruning/importance/__init__.py", "IMPORTANCES")
 REDUCTIONS = registered("pruning/reduction/__init__.py", "REDUCTIONS")
 ALIGNMENTS = registered("pruning/alignment.py", "ALIGNMENTS")
+TARGETS = registered("export/export.py", "TARGETS")
 DATASETS = registered("data/__init__.py", "DATASETS")
 PRECISIONS: tuple[str, ...] = get_args(Training.model_fields["precision"].annotation)
 REPAIRS: tuple[str, ...] = get_args(Pruning.model_fields["repair"].annotation)
@@ -77,6 +78,19 @@ def number(
         if math.isfinite(value) and low <= value <= high and value > above:
             return value
         raise typer.BadParameter(f"must be {kind}, not {shown(str(text))!r}")
+
+    return parse
+
+
+def number_or(word: str, low: int, high: int) -> Callable[[Any], str]:
+    """Takes `word`, or a whole number from `low` to `high`, and gives the text."""
+    one = number(low, high, whole=True)
+
+    def parse(text: Any) -> str:
+        try:
+            return word if text == word else str(one(text))
+        except typer.BadParameter as error:
+            raise typer.BadParameter(f"{error.message}; or {word}") from error
 
     return parse
 

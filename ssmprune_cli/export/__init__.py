@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.export.export import TARGETS, Exported, export
+from ssmprune_cli.export.export import TARGETS, Check, Exported, check_request, export, refuse
+from ssmprune_cli.export.onnx import library
 from ssmprune_cli.export.target import ExportTarget
 
-__all__ = ["TARGETS", "ExportTarget", "Exported", "export"]
+__all__ = ["TARGETS", "Check", "ExportTarget", "Exported", "check_request", "export", "library", "refuse"]

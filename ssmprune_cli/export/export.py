@@ -2,73 +2,149 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.export.facts import facts
+from ssmprune_cli.export.graph import traced
+from ssmprune_cli.export.onnx import ONNX, ONNX_PLAIN
 from ssmprune_cli.export.pt2 import PT2
-from ssmprune_cli.export.target import ExportTarget
+from ssmprune_cli.export.target import ExportTarget, Wanted
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.registry import Registry
 
 TARGETS: Registry[ExportTarget] = Registry("export target")
+TARGETS.register("onnx", ONNX)
+TARGETS.register("onnx-plain", ONNX_PLAIN)
 TARGETS.register("pt2", PT2)
 
 # Of the largest logit. Another runtime may add in another order; half precision has 8 or 11 bits.
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
+# Of the answers that have to be the same. Of millions of pixels a few have two classes that are as likely.
+_AGREEMENTS = {"classification": 1.0, "segmentation": 0.999}
+_CHECKED = (1, 3)  # sizes of the batches that a file for any is checked with
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a file does in one runtime: `error` is the largest difference of its logits from the model's, as a share of
+    the largest one; `same` the share of answers that are the model's."""
+
+    runtime: str
+    batch: int
+    error: float
+    same: float
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file. `error` is the largest difference of its logits from the model's, as a share of the largest."""
+    """A written file. `batch` is None for one that takes batches of any size; `images` are those of the check."""
 
     path: Path
     target: str
-    batch: int
-    error: float
+    batch: int | None
+    size: int
+    images: str
+    checks: tuple[Check, ...]
     tolerance: float
 
+    @property
+    def error(self) -> float:
+        """The largest of all checks."""
+        return max(check.error for check in self.checks)
 
-def export(model: Backbone, path: Path, target: str = "pt2", batch: int = 1) -> Exported:
-    """Write `model`, dense or pruned, to `path` for batches of `batch` images of its size, dtype and device.
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
 
-    The file is read back and run on random images, other than those that it was made with. Raises UsageError for a
-    target that is unknown or cannot be written here, for a path of another suffix or that exists, and for a detector,
-    which answers with several tensors; SsmpruneError if the model cannot be written in this form or the file computes
-    something else. Then there is no file.
-    """
+
+def refuse(model: Backbone, target: str) -> None:
+    """UsageError, with the reason, for a model that `target` cannot hold: it is said before minutes of work."""
+    if model.task not in _AGREEMENTS:
+        raise UsageError(
+            f"a {model.family} is not exported: its answers are lists of boxes, whose number depends on the image",
+            hint="Classifiers and segmenters are exported.",
+        )
+    dtypes = TARGETS.get(target).dtypes
+    if dtypes and model.dtype not in dtypes:
+        known = " or ".join(map(str, dtypes))
+        raise UsageError(f"a file of the target {target!r} computes in {known}, and this model is in {model.dtype}")
+    if model.num_classes < 1:
+        raise UsageError(f"this {model.family} has no head, so there are no logits to export")
+
+
+def check_request(path: Path, target: str, batch: int | None, opset: int | None) -> ExportTarget:
+    """The target. Raises UsageError if it is unknown or cannot be written here, and for what does not fit it: a path
+    of another suffix or that exists, a batch of no image, an opset that is not offered."""
     chosen = TARGETS.get(target)
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise UsageError(f"a batch has at least one image, not {batch}")
     if path.suffix != chosen.suffix:
         raise UsageError(f"a file of the target {target!r} has the suffix {chosen.suffix}", where=str(path))
     if path.exists():
         raise UsageError("exists already", where=str(path), hint="Delete it, or choose another name.")
+    if opset is not None and chosen.opsets is None:
+        raise UsageError(f"a file of the target {target!r} has no opset", where="--opset")
+    if opset is not None and chosen.opsets is not None and not chosen.opsets[0] <= opset <= chosen.opsets[1]:
+        raise UsageError(f"the opset is one from {chosen.opsets[0]} to {chosen.opsets[1]}, not {opset}")
     reason = chosen.missing()
     if reason is not None:
         raise UsageError(f"the target {target!r} cannot be written here: {reason}")
+    return chosen
+
+
+def export(
+    model: Backbone,
+    path: Path,
+    target: str = "onnx",
+    batch: int | None = None,
+    *,
+    images: Tensor | None = None,
+    opset: int | None = None,
+    source: Path | None = None,
+) -> Exported:
+    """Write `model`, dense or pruned, to `path`, for images of its size, dtype and device.
+
+    batch   images in a batch; None is any number
+    images  (N, 3, H, W), normalised, that the file is checked with; random ones without
+    opset   of ONNX; None is the target's choice
+    source  the file or artefact that the model was read from, which the file then names
+
+    The file is read back and run as its user will, on other images than those that it was made with. Raises UsageError
+    for what `check_request` and `refuse` say; SsmpruneError if the model cannot be written in this form or the file
+    computes something else. Then there is no file.
+    """
+    chosen = check_request(path, target, batch, opset)
+    refuse(model, target)
     device = next(model.parameters()).device
+    sizes = _CHECKED if batch is None else (batch,)
     random = torch.Generator().manual_seed(0)
-    example, other = (
-        torch.randn(batch, 3, *model.image_size, generator=random).to(device, model.dtype) for _ in range(2)
-    )
-    tolerance = _TOLERANCES.get(model.dtype, _HALF_TOLERANCE)
+
+    def noise(count: int) -> Tensor:
+        return torch.randn(count, 3, *model.image_size, generator=random).to(device, model.dtype)
+
+    shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
-            expected = model(other)
-            if not isinstance(expected, torch.Tensor):
-                raise UsageError(f"a model for {model.task} answers with several tensors, which no target takes")
-            expected = expected.double()
+        with torch.no_grad(), _quiet():
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                chosen.write(model, temporary, example)
-                found = chosen.compute(temporary, other).double()
+                # A batch of one would be taken for a constant.
+                graph = traced(model, noise(2 if batch is None else batch), any_batch=batch is None)
+                chosen.write(graph, temporary, Wanted(opset, facts(model, source)))
+                checks = _check(model, chosen, temporary, shown, sizes)
             except OSError:  # of the disk, not of the model
                 raise
             except Exception as error:  # whatever an exporter raises of a model that it cannot take
@@ -76,16 +152,66 @@ def export(model: Backbone, path: Path, target: str = "pt2", batch: int = 1) -> 
                 raise SsmpruneError(
                     f"{model.family} cannot be exported to {target}: {first}", where=str(path)
                 ) from error
-        share = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
-        if not share <= tolerance:
-            raise SsmpruneError(
-                f"the {target} file computes something else: its logits are {share:.2g} of the largest one away from "
-                f"the model's, and {tolerance:g} is allowed",
-                where=str(path),
-            )
+        tolerance = _TOLERANCES.get(model.dtype, _HALF_TOLERANCE)
+        _judge(checks, target, path, tolerance, _AGREEMENTS[model.task])
+        used = "random" if images is None else f"{min(len(images), max(sizes))} given"
+        if chosen.record is not None:
+            told = {"images": used, "tolerance": tolerance, "runs": [asdict(check) for check in checks]}
+            chosen.record(temporary, "check", json.dumps(told))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
         for module, mode in modes.items():
             module.training = mode
-    return Exported(path, target, batch, share, tolerance)
+    return Exported(path, target, batch, path.stat().st_size, used, checks, tolerance)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn of what is old in themselves, and tell which constants they do not fold."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _repeated(images: Tensor, count: int) -> Tensor:
+    """`count` images, the first ones again where there are fewer."""
+    return images[torch.arange(count) % len(images)]
+
+
+def _check(
+    model: Backbone, target: ExportTarget, path: Path, images: Tensor, sizes: Sequence[int]
+) -> tuple[Check, ...]:
+    """Each runtime on each size of batch."""
+    expected = {size: model(images[:size]).double() for size in sizes}
+    checks = []
+    for name, run in target.open(path).items():
+        for size, wanted in expected.items():
+            answer = run(images[:size]).double()
+            error = float((answer - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0)
+            same = float((answer.argmax(dim=1) == wanted.argmax(dim=1)).double().mean())
+            checks.append(Check(name, size, error, same))
+    return tuple(checks)
+
+
+def _judge(checks: Sequence[Check], target: str, path: Path, tolerance: float, agreement: float) -> None:
+    """SsmpruneError for the first check that fails."""
+    for check in checks:
+        where = f"in {check.runtime}, with {check.batch} images in a batch,"
+        if not check.error <= tolerance:
+            raise SsmpruneError(
+                f"the {target} file computes something else: {where} its logits are {check.error:.2g} of the largest "
+                f"one away from the model's, and {tolerance:g} is allowed",
+                where=str(path),
+            )
+        if not check.same >= agreement:
+            raise SsmpruneError(
+                f"the {target} file computes something else: {where} {check.same:.2%} of its answers are the model's",
+                where=str(path),
+            )

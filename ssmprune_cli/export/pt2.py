@@ -1,28 +1,29 @@
-"""`torch.export`: a graph of one model at one batch size. It names our kernels, so it is loaded beside this package."""
+"""`torch.export`: PyTorch's own operators only, so that the file is read with torch alone."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch.export import ExportedProgram
 
-from ssmprune_cli.export.target import ExportTarget
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.export.graph import too_old
+from ssmprune_cli.export.target import ExportTarget, Run, Wanted
+from ssmprune_cli.kernels import PLAIN
 
-
-def _missing() -> str | None:
-    return None if find_spec("torch.export") else f"torch {torch.__version__} has no torch.export"
-
-
-def _write(model: Backbone, path: Path, images: Tensor) -> None:
-    torch.export.save(torch.export.export(model, (images,)), path)
+FACTS = "ssmprune.json"  # in the file's `extra_files`
 
 
-def _compute(path: Path, images: Tensor) -> Tensor:
-    logits: Tensor = torch.export.load(path).module()(images)
-    return logits
+def _write(graph: ExportedProgram, path: Path, wanted: Wanted) -> None:
+    table = torch.export.default_decompositions()
+    table.update(PLAIN)
+    torch.export.save(graph.run_decompositions(table), path, extra_files={FACTS: json.dumps(dict(wanted.facts))})
 
 
-PT2 = ExportTarget(".pt2", _missing, _write, _compute)
+def _open(path: Path) -> Mapping[str, Run]:
+    return {"torch": torch.export.load(path).module()}
+
+
+PT2 = ExportTarget(".pt2", too_old, _write, _open)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from ssmprune_cli.models import Backbone
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a file.
+
+    opset  of ONNX's own operators; None is the target's choice
+    facts  name -> text, to be stored in the file
+    """
+
+    opset: int | None
+    facts: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -17,11 +31,17 @@ class ExportTarget:
 
     suffix   of the file's name
     missing  why it cannot be written here, or None if it can
-    write    (model in evaluation mode, path, example images (B, 3, H, W)) -> writes the file, for images of that shape
-    compute  (path, images) -> the logits (B, ...) that the written file computes
+    write    (graph of a model in evaluation mode, path, what is wanted) -> writes the file
+    open     path -> by the name of each runtime the function from images (B, 3, H, W) to logits that the file computes
+    record   (path, name, text) -> stores one more fact in the file; None where a file is not touched again
+    opsets   the least and the most of ONNX's that can be asked for, or None
+    dtypes   of the models that it can hold; none is any
     """
 
     suffix: str
     missing: Callable[[], str | None]
-    write: Callable[[Backbone, Path, Tensor], None]
-    compute: Callable[[Path, Tensor], Tensor]
+    write: Callable[[ExportedProgram, Path, Wanted], None]
+    open: Callable[[Path], Mapping[str, Run]]
+    record: Callable[[Path, str, str], None] | None = None
+    opsets: tuple[int, int] | None = None
+    dtypes: tuple[torch.dtype, ...] = ()

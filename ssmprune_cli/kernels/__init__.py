@@ -31,6 +31,7 @@ from ssmprune_cli.kernels.ops import (
     sparse_conv1d,
 )
 from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_inner, pack_linear, pack_routes
+from ssmprune_cli.kernels.plain import PLAIN
 from ssmprune_cli.kernels.triton import TRITON
 
 BACKENDS.register("triton", TRITON)
@@ -41,7 +42,9 @@ BACKENDS.register("reference", REFERENCE)
 backend_from_environment()
 
 __all__ = [
+    "CPU",
     "FORMULAS",
+    "PLAIN",
     "Backend",
     "BlockSizes",
     "InnerParameters",

@@ -76,8 +76,8 @@ def compress(
                  resized
     repair       see `repair`: it takes all calibration images, best 1,024 or more, and is not tried with fewer than 64.
                  Unless it is "none", ALIGNMENT_IMAGES of them are enough for all else
-    returning    with what value a dropped token comes back, in dense models and VMamba: as it left, that of the token
-                 that is `nearest`, or a `blend` of both, which takes calibration images. See `returning`
+    returning    with what value a dropped token comes back, where a model makes the grid whole: as it left, that of the
+                 token that is `nearest`, or a `blend` of both, which takes calibration images. See `returning`
 
     Returns what calibration saw and what the repair did; None without calibration images. Raises UsageError for a
     module that is none of our backbones, and for settings or images that do not fit it.
@@ -106,7 +106,7 @@ def prune(
     if settings.returning != "left" and not model.restores:
         raise UsageError(
             f"in this model no dropped token comes back, so there is no {settings.returning!r} to choose",
-            hint="`returning` is for VMamba and for dense models.",
+            hint="`returning` is for models with a downsampling between stages, such as VMamba, and for dense models.",
         )
     if blends and calibration is None:
         raise UsageError("returning 'blend' needs calibration images", hint="Give some, or choose 'left'.")

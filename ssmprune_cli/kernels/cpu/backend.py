@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +123,13 @@ class CpuBackend(Backend):
             return {}
         threads = bool(self._library.has_threads())
         return {"level": self._level, "processor_has": list(levels()), "threads": threads}
+
+    def library_file(self) -> Path:
+        """The compiled library, which is one of ops for ONNX Runtime too. Raises KernelError if it is missing."""
+        reason = self.missing()
+        if reason is not None or self._library is None:
+            raise KernelError(f"the C kernels cannot be used: {reason}", hint="See `ssmprune env`.")
+        return Path(self._library._name)
 
     def has_tiles(self) -> bool:
         """Whether the processor multiplies matrices of bfloat16 by itself."""

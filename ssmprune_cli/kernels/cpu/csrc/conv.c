@@ -14,12 +14,20 @@ INLINE void conv_row(const Conv *a, int64_t row, int half) {
     }
 }
 
-/* Returns 0. */
-int conv_forward(const Conv *a) {
-#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
-    for (int64_t row = 0; row < a->batch * a->length; row++) {
+void conv_rows(const Conv *a, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row++) {
         if (a->half) conv_row(a, row, 1);
         else conv_row(a, row, 0);
+    }
+}
+
+/* Returns 0. */
+int conv_forward(const Conv *a) {
+#pragma omp parallel num_threads(team(a->threads))
+    {
+        int64_t from, to;
+        own_share(a->batch * a->length, &from, &to);
+        conv_rows(a, from, to);
     }
     return 0;
 }
@@ -36,15 +44,25 @@ INLINE int sparse_row(const Conv *a, int64_t row, int half) {
     return 0;
 }
 
-/* Returns 0, or 2 for a source that is not there. */
-int sparse_conv_forward(const Conv *a) {
+int sparse_conv_rows(const Conv *a, int64_t from, int64_t to) {
     int missing = 0;
-#pragma omp parallel for num_threads(team(a->threads)) schedule(static) reduction(|: missing)
-    for (int64_t row = 0; row < a->batch * a->length; row++) {
+    for (int64_t row = from; row < to; row++) {
         if (a->half) missing |= sparse_row(a, row, 1);
         else missing |= sparse_row(a, row, 0);
     }
     return missing ? 2 : 0;
+}
+
+/* Returns 0, or 2 for a source that is not there. */
+int sparse_conv_forward(const Conv *a) {
+    int failed = 0;
+#pragma omp parallel num_threads(team(a->threads)) reduction(|: failed)
+    {
+        int64_t from, to;
+        own_share(a->batch * a->length, &from, &to);
+        failed |= sparse_conv_rows(a, from, to);
+    }
+    return failed;
 }
 
 /* Of `y`, a convolution whose output is row `row`, the gradient before its SiLU. */
@@ -246,6 +264,16 @@ INLINE int all_slabs_of_grid(const Conv *a, int back) {
         free(rows);
     }
     return failed;
+}
+
+int grid_conv_item(const Conv *a, int64_t item) {
+    int64_t slabs = (a->channels + SLAB - 1) / SLAB, b = item / slabs, *places;
+    places = malloc((size_t)(a->rows * a->columns + 1) * sizeof *places);
+    if (!places) return 1;
+    int outside = fill_places(a, b, places);
+    if (!outside) grid_slab(a, b, item % slabs * SLAB, 0, places);
+    free(places);
+    return 2 * outside;
 }
 
 int grid_conv_forward(const Conv *a) { return all_slabs_of_grid(a, 0); }

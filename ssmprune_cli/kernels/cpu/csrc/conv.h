@@ -63,6 +63,13 @@ INLINE void silu(vf *y) {
     STAGE y[i] *= gate[i];
 }
 
+/* A part of a convolution: rows `from` ... `to` of y. Returns 2 for a source that is not there. */
+void conv_rows(const Conv *a, int64_t from, int64_t to);
+int sparse_conv_rows(const Conv *a, int64_t from, int64_t to);
+/* Over a grid: a slab of channels of one sample, of batch times slabs. Returns 0, 1 when memory ran out, or 2 for a position
+ * outside the grid. */
+int grid_conv_item(const Conv *a, int64_t item);
+
 /* silu(y) to row `row` of `out` (., E). */
 INLINE void write_silu(void *out, int64_t row, int64_t channels, int64_t c, int half, vf *y) {
     silu(y);

@@ -57,12 +57,6 @@ int add_rms_norm_backward(const NormBack *a) {
     return 0;
 }
 
-ARGUMENTS(Gate,
-    const void *y[4], *z, *grad;
-    void *out, *dy, *dz;
-    int64_t batch, length, channels, count, z_b, z_l, half, threads;
-    double scale;
-);
 DESCRIBE(Gate)
 
 INLINE void gate_row(const Gate *a, int64_t row, int half) {
@@ -116,12 +110,19 @@ int sum_parts(const Sum *a) {
     return 0;
 }
 
-/* (y_0 + y_1 + ...) silu(z) scale */
-int gated_sum(const Gate *a) {
-#pragma omp parallel for num_threads(team(a->threads)) schedule(static)
-    for (int64_t row = 0; row < a->batch * a->length; row++) {
+void gate_rows(const Gate *a, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row++) {
         if (a->half) gate_row(a, row, 1);
         else gate_row(a, row, 0);
+    }
+}
+
+int gated_sum(const Gate *a) {
+#pragma omp parallel num_threads(team(a->threads))
+    {
+        int64_t from, to;
+        own_share(a->batch * a->length, &from, &to);
+        gate_rows(a, from, to);
     }
     return 0;
 }

@@ -31,4 +31,15 @@ INLINE void norm_row(const Norm *a, int64_t row, int half_in, int half_out) {
         FOR_SLAB(E, c, store(a->normed, at + c + i * W, y[i], lanes, half_out))
     }
 }
+
+/* (y_0 + y_1 + ...) silu(z) scale, and its gradients dy and dz. */
+ARGUMENTS(Gate,
+    const void *y[4], *z, *grad;
+    void *out, *dy, *dz;
+    int64_t batch, length, channels, count, z_b, z_l, half, threads;
+    double scale;
+);
+
+/* The sum at rows `from` ... `to` of `out`. */
+void gate_rows(const Gate *a, int64_t from, int64_t to);
 #endif

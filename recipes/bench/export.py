@@ -1,0 +1,108 @@
+"""Exported files against a session of ours on this CPU: ONNX with our kernels and without, OpenVINO and torch's .pt2.
+
+    python recipes/bench/export.py [--seconds 2] [--threads 1] [--models vim_tiny ...] [--csv FILE]
+
+prints a Markdown table, and with --csv writes it. Models are the published ones, dense and with half of their tokens
+after the second block, with random weights: they do not change the time. Contestants take turns in one process; figures
+are medians over rounds, with the quartiles. `pt2` walks through its scans in Python, so it is left out above batch 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from speed import cell, race
+from ssmprune_cli.export import TARGETS, export
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.models import FAMILIES, Backbone
+from ssmprune_cli.pruning import compress
+from ssmprune_cli.workflows.measure.machine import machine
+from tables import Tables
+
+MODELS = {"vim_tiny": "vim", "plainmamba_l1": "plainmamba", "vmamba_tiny_s1l8": "vmamba"}
+POINT = 2  # the block after which half of the tokens go
+Run = Callable[[torch.Tensor], object]
+
+
+def build(variant: str, *, pruned: bool) -> Backbone:
+    torch.manual_seed(0)
+    known = FAMILIES.get(MODELS[variant])
+    model = known.build(known.variants[variant]).eval()
+    if pruned:
+        compress(model, 0.5, points=[POINT])
+    return model
+
+
+def openvino(path: Path, threads: int) -> Mapping[str, Run]:
+    import openvino as ov
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    compiled = ov.Core().compile_model(str(path), "CPU", settings)
+    return {"openvino": lambda images: compiled(images.numpy())}
+
+
+def compare(tables: Tables, variant: str, *, pruned: bool, seconds: float, threads: int, folder: Path) -> None:
+    model = build(variant, pruned=pruned)
+    title = f"{variant}, {'half' if pruned else 'dense'}"
+    runs: dict[str, Run] = {"session": prepare(model)}
+    sizes, starts = {"session": ""}, {"session": ""}
+    for target in TARGETS.names():
+        made = export(model, folder / f"{variant}{pruned}{target}{TARGETS.get(target).suffix}", target)
+        files: Callable[[], Mapping[str, Run]] = partial(TARGETS.get(target).open, made.path)
+        if target == "onnx-plain":
+            if find_spec("openvino") is None:
+                continue
+            files = partial(openvino, made.path, threads)
+        begun = time.perf_counter()
+        found = dict(files())
+        taken = (time.perf_counter() - begun) / len(found)
+        for name, run in found.items():
+            runs[name], sizes[name], starts[name] = run, f"{made.size / 1e6:.1f}", f"{taken:.2f}"
+    times: dict[int, dict[str, list[float]]] = {}
+    for batch in (1, 8):
+        images = torch.randn(batch, 3, *model.image_size)
+        racing: dict[str, Callable[[], object]] = {}
+        for name, run in runs.items():
+            if batch == 1 or name != "torch":
+                racing[name] = partial(run, images)
+        with torch.inference_mode():
+            times[batch] = race(racing, seconds)
+    for name in runs:
+        cells = [cell(times[batch][name]) if name in times[batch] else "" for batch in (1, 8)]
+        tables.row(title, name, *cells, sizes[name], starts[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each contestant and batch")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tables = Tables(options.csv)
+    tables.start("", "model", "runs on", "batch 1, ms", "batch 8, ms", "file, MB", "opens in, s")
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in options.models:
+            for pruned in (False, True):
+                compare(
+                    tables,
+                    variant,
+                    pruned=pruned,
+                    seconds=options.seconds,
+                    threads=options.threads,
+                    folder=Path(folder),
+                )
+    tables.measured_on(machine())
+
+
+if __name__ == "__main__":
+    main()

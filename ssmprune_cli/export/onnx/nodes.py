@@ -1,0 +1,113 @@
+"""Our ops as nodes of our domain. What a node computes is the function of its name, see `bodies.py`.
+
+A function cannot ask which of its inputs are there. So an op has a name for each set of inputs and direction.
+Letters: B batch, L tokens, E channels, N state size, K taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.errors import SsmpruneError
+
+DOMAIN, VERSION = "ssmprune", 1
+_OPS = torch.ops.ssmprune
+
+
+def _node(name: str, inputs: Sequence[Tensor], shape: Sequence[Any], **attributes: Any) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=VERSION
+    )
+    return result
+
+
+def scan_name(*, has_D: bool, gap: str, reverse: bool) -> str:
+    """Of a scan; `gap` is "" without gaps, "Own" with those that last as the token's own step, or "Given"."""
+    return "SelectiveScan" + ("" if has_D else "NoSkip") + (f"Gap{gap}" if gap else "") + ("Reverse" if reverse else "")
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    shift: Tensor | None,
+    gap: Tensor | None,
+    gap_delta: Tensor | None,
+    reverse: bool,
+    read: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    if z is not None or shift is not None or delta_bias is None or not delta_softplus:
+        raise SsmpruneError("a scan with a gate or a shift of its own, or without a bias, has no node")
+    kind = "" if gap is None else "Own" if gap_delta is None else "Given"
+    name = scan_name(has_D=D is not None, gap=kind, reverse=reverse)
+    inputs = [each for each in (u, delta, A, B, C, delta_bias, D, gap, gap_delta) if each is not None]
+    y = _node(name, inputs, u.shape)
+    return y if read is None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2])), u.new_empty(0)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    width = weight.shape[1] - 1
+    return _node(
+        "CausalConv1dReverse" if reverse else "CausalConv1d",
+        (x, weight, bias),
+        x.shape,
+        channels=x.shape[2],
+        pads=[0, width] if reverse else [width, 0],
+    )
+
+
+def _sparse_conv(x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _node("SparseConv1d", (x, context, sources, weight, bias), x.shape)
+
+
+def _grid_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
+) -> Tensor:
+    batch, _, channels = x.shape
+    return _node(
+        "GridConv2d" if positions is None else "GridConv2dPlaced",
+        (x, weight, weight.new_zeros(channels) if bias is None else bias, *([] if positions is None else [positions])),
+        (batch, outputs, channels),
+        channels=channels,
+        grid=[rows, columns],
+        outputs=[outputs],
+        pads=[weight.shape[1] // 2] * 4,
+    )
+
+
+def _norm(hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    name, inputs = ("AddRmsNorm", (hidden, residual, weight)) if residual is not None else ("RmsNorm", (hidden, weight))
+    normed, stream = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{name}",
+        inputs,
+        {"eps": eps},
+        dtypes=(hidden.dtype, hidden.dtype),
+        shapes=(hidden.shape, hidden.shape),
+        version=VERSION,
+    )
+    return normed, stream
+
+
+def _gate(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+    return _node(f"GatedSum{len(ys)}", (*ys, z), z.shape, scale=scale)
+
+
+NODES: dict[Any, Callable[..., Any]] = {
+    _OPS.selective_scan.default: _scan,
+    _OPS.causal_conv1d.default: _conv,
+    _OPS.sparse_conv1d.default: _sparse_conv,
+    _OPS.grid_conv2d.default: _grid_conv,
+    _OPS.add_rms_norm.default: _norm,
+    _OPS.gated_sum.default: _gate,
+}

@@ -1,0 +1,130 @@
+"""The ONNX files: written, and opened in ONNX Runtime.
+
+`onnx`: each of our ops is a node of our domain with a function of standard operators: any runtime with functions
+computes it, and one with our kernels runs these. `onnx-plain`: the functions are put in the place of the nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ssmprune_cli.export.graph import INPUT, OUTPUT, too_old
+from ssmprune_cli.export.onnx.bodies import functions
+from ssmprune_cli.export.onnx.lowered import LOWERED
+from ssmprune_cli.export.onnx.nodes import DOMAIN, NODES, VERSION
+from ssmprune_cli.export.target import ExportTarget, Run, Wanted
+from ssmprune_cli.kernels import CPU
+
+OPSETS = (18, 23)
+DTYPES = (torch.float32,)
+_OPSET = 18  # the least: more runtimes read it
+
+
+def _missing() -> str | None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        if find_spec(name) is None:
+            return f"the package {name} is missing: pip install 'ssmprune[onnx]'"
+    return too_old()
+
+
+def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool) -> None:
+    import onnx
+
+    opset = wanted.opset or _OPSET
+    lowered = graph.run_decompositions({**LOWERED, **NODES})
+    program = torch.onnx.export(
+        lowered,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        opset_version=opset,
+        dynamo=True,
+        optimize=True,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    _tidy(model, opset)
+    if inlined:
+        from onnx import inliner
+
+        model = inliner.inline_local_functions(model)
+        others = [each for each in model.opset_import if each.domain != DOMAIN]
+        del model.opset_import[:]
+        model.opset_import.extend(others)
+    for name, text in wanted.facts.items():
+        model.metadata_props.add(key=name, value=text)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def _tidy(model: Any, opset: int) -> None:
+    """Give `model` the functions of its nodes, one version of our domain, and names without the exporter's traces."""
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    model.functions.extend(each for name, each in functions(opset).items() if name in used)
+    for each in model.opset_import:
+        if each.domain == DOMAIN:
+            each.version = VERSION
+    for function in model.functions:
+        for each in function.opset_import:
+            if each.domain == DOMAIN:
+                each.version = VERSION
+    del model.graph.value_info[:]  # runtimes find the shapes themselves, and those of the scans' states better
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    model.producer_name = DOMAIN
+
+
+def library() -> Path:
+    """Our kernels as a library of ops, for `SessionOptions.register_custom_ops_library` of ONNX Runtime 1.17 or later.
+
+    Raises KernelError where there are none, with the reason: the file works without them.
+    """
+    return CPU.library_file()
+
+
+def _session(path: Path, kernels: Path | None = None) -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    if kernels is not None:
+        settings.register_custom_ops_library(str(kernels))
+    settings.log_severity_level = 3  # its warnings are of folding constants
+    settings.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, images: Tensor) -> Tensor:
+    (logits,) = session.run([OUTPUT], {INPUT: images.cpu().numpy()})
+    return torch.from_numpy(logits).to(images.device)
+
+
+def _open_plain(path: Path) -> Mapping[str, Run]:
+    return {"onnxruntime": partial(_run, _session(path))}
+
+
+def _open(path: Path) -> Mapping[str, Run]:
+    runs = dict(_open_plain(path))
+    if CPU.missing() is None:
+        runs["onnxruntime with our kernels"] = partial(_run, _session(path, library()))
+    return runs
+
+
+def _record(path: Path, name: str, text: str) -> None:
+    import onnx
+
+    model = onnx.load(path)
+    model.metadata_props.add(key=name, value=text)
+    onnx.save(model, path)
+
+
+ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS, DTYPES)
+ONNX_PLAIN = ExportTarget(".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS, DTYPES)

@@ -1,0 +1,77 @@
+"""Our ops as a graph of PyTorch's own: for a file that is read where this package is not.
+
+Letters: B batch, L tokens, E channels, N state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs
+from ssmprune_cli.kernels.pytorch import eager, finish, steps
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    shift: Tensor | None,
+    gap: Tensor | None,
+    gap_delta: Tensor | None,
+    reverse: bool,
+    read: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """`scan_op` is the operator itself: the function `scan` around it would compile what it is given."""
+    from torch._higher_order_ops.scan import scan_op  # it imports the compiler, which takes seconds
+
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, read)
+    wide = ScanInputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
+    sizes, decay = steps(wide)
+    along = [each.transpose(0, 1) for each in (decay, sizes * wide.u, wide.B, wide.C)]  # (L, B, .)
+    along = [each.flip(0) if reverse else each.contiguous() for each in along]
+    start = wide.u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    _, y = scan_op(_step, [start], along, (wide.A,))  # (L, B, E)
+    y = finish((y.flip(0) if reverse else y).transpose(0, 1), wide).to(u.dtype)
+    return y if read is None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2])), u.new_empty(0)
+
+
+def _step(state: Tensor, decay: Tensor, drive: Tensor, b: Tensor, c: Tensor, rates: Tensor) -> list[Tensor]:
+    """The state (B, E, N) after a token and what is read of it, (B, E); decay, drive (B, E), b, c (B, N)."""
+    after = torch.exp(decay[..., None] * rates) * state + drive[..., None] * b[:, None]
+    return [after, (after * c[:, None]).sum(dim=-1)]
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    return eager.conv_silu(x, weight, bias, reverse)
+
+
+def _grid_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, positions: Tensor | None, outputs: int
+) -> Tensor:
+    return eager.grid_conv_silu(GridConvInputs(x, weight, bias, rows, columns, positions, outputs))
+
+
+def _gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
+    return eager.gated_sum(ys, z, scale)
+
+
+_OPS = torch.ops.ssmprune
+PLAIN: dict[Any, Callable[..., Any]] = {
+    _OPS.selective_scan.default: _scan,
+    _OPS.causal_conv1d.default: _conv,
+    _OPS.sparse_conv1d.default: eager.sparse_conv_silu,
+    _OPS.grid_conv2d.default: _grid_conv,
+    _OPS.add_rms_norm.default: eager.add_rms_norm,
+    _OPS.gated_sum.default: _gated_sum,
+}
