@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from ssmprune_cli.report import Report
 from ssmprune_cli.tasks import TASKS
@@ -28,9 +28,15 @@ def card(report: Report) -> ModelCard:
     return ModelCard(report_files(report, {"sample.png": b""})["README.md"])
 
 
+def data_of(text: str | ModelCard) -> ModelCardData:
+    data = (text if isinstance(text, ModelCard) else ModelCard(text)).data
+    assert isinstance(data, ModelCardData)
+    return data
+
+
 def test_a_hub_reads_what_the_model_is_and_how_good(report: Report) -> None:
     found = card(report)
-    data: Any = found.data
+    data = data_of(found)
     assert (data.library_name, data.pipeline_tag) == ("ssmprune", "image-classification")
     assert data.tags == ["state-space-model", "mamba", "vim", "token-pruning"]
     assert (data.base_model, data.datasets) == ("hustvl/Vim-tiny", ["imagenet-1k"])
@@ -45,13 +51,13 @@ def test_a_hub_reads_what_the_model_is_and_how_good(report: Report) -> None:
 
 def test_what_is_not_known_is_left_out(report: Report) -> None:
     plain = report.model_copy(update={"accuracy": None, "provenance": {"input": "vim.pth"}})
-    data: Any = card(plain).data
+    data = data_of(card(plain))
     assert data.base_model is None and data.datasets is None and not data.eval_results
 
 
 def test_images_of_one_s_own_have_no_name_on_the_hub(report: Report) -> None:
     own = report.model_copy(update={"provenance": {"input": "vim.pth", "evaluation_dataset": "imagefolder"}})
-    data: Any = card(own).data
+    data = data_of(card(own))
     assert data.datasets is None
     assert {each.dataset_name for each in data.eval_results or []} == {"own images (imagefolder)"}
 
@@ -69,6 +75,6 @@ def test_a_page_for_a_pull_request_has_no_block(report: Report) -> None:
 
 @pytest.mark.parametrize("task", TASKS.names())
 def test_every_task_has_its_name_on_hubs(task: str) -> None:
-    data: Any = ModelCard(card_head("family", task, pruned=False)).data
+    data = data_of(card_head("family", task, pruned=False))
     assert data.pipeline_tag == f"{'object' if task == 'detection' else 'image'}-{task}"
     assert data.tags == ["state-space-model", "mamba", "family"]
