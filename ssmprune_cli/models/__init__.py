@@ -46,7 +46,7 @@ from ssmprune_cli.models.mamba import (
     MambaMixer,
     StepProjection,
     conv_sources,
-    path,
+    scan_path,
     unit_tokens,
 )
 from ssmprune_cli.models.mambavision import MAMBAVISION, AttentionMixer, CentredMixer
@@ -107,8 +107,8 @@ __all__ = [
     "cuts",
     "decay_rates",
     "inflow",
-    "path",
     "resize",
+    "scan_path",
     "set_drop_path",
     "set_recompute",
     "sides",

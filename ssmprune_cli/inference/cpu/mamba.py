@@ -38,7 +38,7 @@ from ssmprune_cli.models import (
     conv_sources,
     decay_rates,
     inflow,
-    path,
+    scan_path,
     unit_tokens,
 )
 from ssmprune_cli.tokens import Derivation, TokenSequence
@@ -213,7 +213,7 @@ class FusedLocalMixer(LocalMixer):
         self.journal.write(self.block, self.block, BRANCHES, self.why)
         outputs = []
         for direction, route in enumerate(self.routes):
-            way, own = path(sequence, route), alignment
+            way, own = scan_path(sequence, route), alignment
             if own is not None and own.gap_delta is not None:
                 own = replace(own, gap_delta=own.gap_delta[direction : direction + 1])
             output = mamba_inner(

@@ -6,7 +6,7 @@ from ssmprune_cli.models.mamba.backbone import MambaBackbone
 from ssmprune_cli.models.mamba.block import MambaBlock, unit_tokens
 from ssmprune_cli.models.mamba.causal_sources import centred_sources, conv_sources
 from ssmprune_cli.models.mamba.local_mixer import LocalMixer
-from ssmprune_cli.models.mamba.local_routes import path
+from ssmprune_cli.models.mamba.local_routes import scan_path
 from ssmprune_cli.models.mamba.localvim import LOCALVIM
 from ssmprune_cli.models.mamba.mambar import MAMBA_REG
 from ssmprune_cli.models.mamba.mixer import BranchMixer, CausalConv1d, MambaMixer, StepProjection, s4d_real
@@ -27,7 +27,7 @@ __all__ = [
     "StepProjection",
     "centred_sources",
     "conv_sources",
-    "path",
     "s4d_real",
+    "scan_path",
     "unit_tokens",
 ]

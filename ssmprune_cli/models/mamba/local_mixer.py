@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.common import ChannelGate, inflow
-from ssmprune_cli.models.mamba.local_routes import path
+from ssmprune_cli.models.mamba.local_routes import scan_path
 from ssmprune_cli.models.mamba.mixer import Branch, BranchMixer, CausalConv1d, StepProjection, s4d_real
 from ssmprune_cli.tokens import TokenSequence
 
@@ -56,7 +56,7 @@ class LocalMixer(BranchMixer):
         x, z = xz.chunk(2, dim=-1)  # (B, L, E) each
         gate, outputs, deltas = functional.silu(z), [], []
         for direction, (route, branch) in enumerate(zip(self.routes, self.branches(), strict=True)):
-            way = path(sequence, route)
+            way = scan_path(sequence, route)
             flow = inflow(way.sequence, way.along(x), frozen, alignment)
             projected = self._project(flow, context, branch, reverse=False)
             y, delta = self._scan_branch(flow, direction, branch, projected, wanted, reverse=False)

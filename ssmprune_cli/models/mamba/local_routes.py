@@ -27,7 +27,7 @@ DIRECTION = re.compile(r"(?P<route>h|v|w(?P<window>[1-9]\d{0,3}))(?P<flip>_flip)
 
 
 @dataclass(frozen=True)
-class Path:
+class ScanPath:
     """How one direction goes through the tokens of a sequence.
 
     sequence  the tokens as its steps, with their ranks for positions, so that gaps and neighbours are the route's; its
@@ -53,17 +53,17 @@ class Path:
         return values if self.back is None else reorder(values, self.back)
 
 
-_PATH = Derivation[Path]("path")
+_PATH = Derivation[ScanPath]("path")
 
 
-def path(sequence: TokenSequence, direction: str) -> Path:
+def scan_path(sequence: TokenSequence, direction: str) -> ScanPath:
     """The way of `direction` through `sequence`."""
     return sequence.geometry.once(_PATH, lambda: _path(sequence, direction), direction)
 
 
-def _path(sequence: TokenSequence, direction: str) -> Path:
+def _path(sequence: TokenSequence, direction: str) -> ScanPath:
     if direction == "h":
-        return Path(sequence)
+        return ScanPath(sequence)
     route, padding = steps(direction, sequence.patch_grid, sequence.protected, sequence.positions.device)
     tokens, ranks, rows = _padded(sequence, len(route), padding), inverse(route), sequence.positions.shape[1]
     taken = visits(route, tokens)
@@ -76,7 +76,7 @@ def _path(sequence: TokenSequence, direction: str) -> Path:
         context=_ranked(sequence.context, ranks),
         geometry=Geometry(),
     )
-    return Path(along, padding, taken.order, taken.back[..., :rows])
+    return ScanPath(along, padding, taken.order, taken.back[..., :rows])
 
 
 def steps(direction: str, grid: Grid, protected: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
