@@ -12,18 +12,36 @@ if TYPE_CHECKING:
     from ssmprune_cli.checkpoint import load
     from ssmprune_cli.inference import prepare
     from ssmprune_cli.models import resize
-    from ssmprune_cli.pruning import compress, repair, restore
+    from ssmprune_cli.pruning import restore
+    from ssmprune_cli.workflows.sharing import from_pretrained, push_to_hub, save, save_pretrained
+    from ssmprune_cli.workflows.verbs import compress, repair
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "compress", "load", "prepare", "repair", "resize", "restore"]
+__all__ = [
+    "__version__",
+    "compress",
+    "from_pretrained",
+    "load",
+    "prepare",
+    "push_to_hub",
+    "repair",
+    "resize",
+    "restore",
+    "save",
+    "save_pretrained",
+]
 
 _HOMES = {
     "load": "ssmprune_cli.checkpoint",
-    "compress": "ssmprune_cli.pruning",
+    "compress": "ssmprune_cli.workflows.verbs",
+    "from_pretrained": "ssmprune_cli.workflows.sharing",
     "prepare": "ssmprune_cli.inference",
-    "repair": "ssmprune_cli.pruning",
+    "push_to_hub": "ssmprune_cli.workflows.sharing",
+    "repair": "ssmprune_cli.workflows.verbs",
     "resize": "ssmprune_cli.models",
     "restore": "ssmprune_cli.pruning",
+    "save": "ssmprune_cli.workflows.sharing",
+    "save_pretrained": "ssmprune_cli.workflows.sharing",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,3 +43,14 @@ def read_bytes(path: Path, most: int, fault: type[SsmpruneError]) -> bytes:
     if len(content) > most:
         raise fault(f"has more than {most:,} bytes, too many for its kind", where=str(path))
     return content
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart; of two that are one place, the same."""
+    places = [path.resolve() for path in paths]
+    names = [""] * len(places)
+    for depth in range(1, max((len(place.parts) for place in places), default=0) + 1):
+        names = ["/".join(place.parts[-depth:]) for place in places]
+        if len(set(names)) == len(set(places)):
+            break
+    return names

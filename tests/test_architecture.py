@@ -23,6 +23,7 @@ LAYERS = [
     {"checkpoint", "data", "inference"},
     {"models", "pruning"},
     {"kernels"},
+    {"catalogue"},
     {"interface", "recipe", "report", "tokens"},
     {"files", "grids", "preprocessing", "registry", "statistics"},
     {"errors"},
@@ -36,6 +37,7 @@ FORBIDDEN = {
 }
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 TORCH_FREE = (
+    "catalogue",
     "recipe",
     "report",
     "registry",

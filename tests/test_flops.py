@@ -131,8 +131,19 @@ SIZES: dict[str, dict[str, object]] = {
         "conv_bias": True,
         "mlp_ratio": 0.0,
     },
+    "medmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1), "d_state": 4},
+    "efficientvmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1, 1, 1), "d_state": 4},
+    "mambavision": {
+        "image_size": (64, 64),
+        "in_dim": 8,
+        "embed_dim": 8,
+        "depths": (1, 1, 3, 2),
+        "num_heads": (1, 1, 4, 8),
+        "d_state": 4,
+    },
     "videomamba": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
     "mambar": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_cls_tokens": 4},
+    "localvim": {"image_size": (32, 32), "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
 }
 
 

@@ -127,8 +127,11 @@ def test_home_folders_and_addresses(tmp_path: Path, state: dict[str, Tensor], mo
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load("~/vim.pth").config.depth == 2
     assert sha256(Path("~/vim.pth")) == sha256(tmp_path / "vim.pth")
-    for address in ("hf://hustvl/Vim-tiny", "https://example.org/vim.pth"):
-        with pytest.raises(CheckpointError, match=r"is an address, and ssmprune downloads nothing\nDownload the file"):
+    for address, hint in (
+        ("https://example.org/vim.pth", "Download the file first"),
+        ("https://huggingface.co/a/b/resolve/main/vim.pth", "Type hf://a/b/vim.pth."),
+    ):
+        with pytest.raises(CheckpointError, match=rf"is an address, and ssmprune downloads from the hub only\n{hint}"):
             load(address)
 
 

@@ -17,9 +17,13 @@ from ssmprune_cli.data.preprocess import preprocess, visible_box
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.efficientvmamba.model import EfficientVMamba, EfficientVMambaConfig
+from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.mambavision.model import MambaVision, MambaVisionConfig
+from ssmprune_cli.models.medmamba.model import MedMamba, MedMambaConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.preprocessing import Preprocessing
@@ -206,8 +210,12 @@ FAMILIES: dict[str, Callable[[], Backbone]] = {
     "vim, overlapping patches": lambda: Vim(VimConfig(**{**SIZES, "patch_size": 8}, stride=4)),
     "videomamba": lambda: VideoMamba(VideoMambaConfig(**SIZES, stride=4)),
     "mambar": lambda: MambaReg(MambaRegConfig(**SIZES, stride=4)),
+    "localvim": lambda: LocalVim(LocalVimConfig(**SIZES, stride=4, class_token="middle", rope=False)),
     "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES)),
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
+    "efficientvmamba": lambda: EfficientVMamba(EfficientVMambaConfig((32, 32), 8, (2, 2, 1, 1), num_classes=2)),
+    "mambavision": lambda: MambaVision(MambaVisionConfig((64, 64), 8, 8, (1, 1, 3, 1), (1, 1, 2, 2), num_classes=2)),
+    "medmamba": lambda: MedMamba(MedMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
 }
 
 
@@ -217,7 +225,7 @@ def test_every_family_is_drawn_on_its_grid(family: str, reduction: str, tmp_path
     """As many cells stay as the schedule says, the best of those that were there, and a wide image stays wide."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
-    points = [1, 3] if family == "vmamba" else [1, 2]
+    points = [1, 3] if family in ("vmamba", "medmamba", "efficientvmamba") else [1, 2]
     compress(model, 0.5, points=points, reduction=reduction)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "wide.png")

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from ssmprune_cli.checkpoint.artefact import check_writable, is_compressed, save
-from ssmprune_cli.checkpoint.files import sha256
+from ssmprune_cli.checkpoint.files import hub_address, sha256
+from ssmprune_cli.checkpoint.hub import Address as HubAddress
+from ssmprune_cli.checkpoint.hub import explained as hub_errors
+from ssmprune_cli.checkpoint.hub import library as hub_library
+from ssmprune_cli.checkpoint.hub import parse as parse_address
 from ssmprune_cli.checkpoint.loading import build_empty, load, load_as, non_finite, resolve, variant_name
 from ssmprune_cli.checkpoint.reading import Checkpoint, read
 
 __all__ = [
     "Checkpoint",
+    "HubAddress",
     "build_empty",
     "check_writable",
+    "hub_address",
+    "hub_errors",
+    "hub_library",
     "is_compressed",
     "load",
     "load_as",
     "non_finite",
+    "parse_address",
     "read",
     "resolve",
     "save",

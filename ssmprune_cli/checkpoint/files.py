@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ssmprune_cli.checkpoint import hub
 from ssmprune_cli.errors import CheckpointError, shown
 from ssmprune_cli.files import open_regular, read_bytes
 
@@ -15,16 +16,20 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DENSE = "dense.safetensors"  # of an artefact: the dense model's weights where they are others
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MAX_JSON = 1 << 23  # bytes of a config.json or an index
-_ADDRESSES = ("hf:", "http:", "https:", "s3:", "gs:")
+_ADDRESSES = (hub.SCHEME, "http:", "https:", "s3:", "gs:")
 
 
 def locate(path: Path) -> Path:
-    """`path` with `~` for the home folder. CheckpointError for an address, which nothing is downloaded from."""
-    if str(path).startswith(_ADDRESSES) and not os.path.lexists(path):
+    """`path` with `~` for the home folder; of an address on the hub, where its file is once it is downloaded.
+    CheckpointError for another address, which nothing is downloaded from, and for what goes wrong with the hub."""
+    if _is_address(path):
+        if str(path).startswith(hub.SCHEME):
+            return hub.fetched(hub.parse(str(path)))[0]
+        on_hub = hub.from_page(str(path))
         raise CheckpointError(
-            "is an address, and ssmprune downloads nothing",
+            "is an address, and ssmprune downloads from the hub only",
             where=str(path),
-            hint="Download the file first, for example with `hf download OWNER/NAME FILE`, and give its path.",
+            hint=f"Type {on_hub}." if on_hub else "Download the file first, and give its path.",
         )
     if str(path).startswith("~") and not os.path.lexists(path):
         try:
@@ -32,6 +37,17 @@ def locate(path: Path) -> Path:
         except RuntimeError:  # no home folder is known
             return path
     return path
+
+
+def _is_address(path: Path) -> bool:
+    return str(path).startswith(_ADDRESSES) and not os.path.lexists(path)
+
+
+def hub_address(path: Path) -> str | None:
+    """What an address on the hub stands for now, with the commit in it; None for a file of this machine."""
+    if not _is_address(path) or not str(path).startswith(hub.SCHEME):
+        return None
+    return str(hub.fetched(hub.parse(str(path)))[1])
 
 
 def read_json(path: Path) -> Any:

@@ -31,10 +31,6 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Tri
 
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
 _FOREIGN = (
-    ("mixer.A_log_0", "LocalMamba (LocalVim)"),
-    ("conv_branch.0.weight", "EfficientVMamba"),
-    ("conv33conv33conv11.0.weight", "MedMamba"),
-    ("mixer.conv1d_x.weight", "MambaVision"),
     ("temporal_pos_embedding", "VideoMamba for videos"),
     ("backbone.embedding.weight", "a Mamba language model"),
     ("backbone.embeddings.weight", "a Mamba language model"),

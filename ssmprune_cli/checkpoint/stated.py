@@ -31,6 +31,7 @@ _CROPS = ("eval_crop_ratio", "crop_pct")
 _NAMED_WHOLE = ("test", "test_cfg", "decode_head", "data_preprocessor")
 _MAX_CLASSES = 1 << 16
 _MAX_PAIRS = 64
+_MAX_BLOCKS, _MAX_NAMES = 256, 16
 _MAX_TEXT = 1 << 20  # characters of a configuration in text
 _MAX_ENTRIES = 50_000
 _MAX_DEPTH = 24
@@ -138,8 +139,17 @@ def _collect(value: Any, found: _Found, name: str, depth: int, *, tests: bool = 
                 found.add(key, tuple(inner))
                 if full:
                     found.add(full, tuple(inner))
-            elif len(inner) <= _MAX_PAIRS and all(isinstance(each, list | tuple) and len(each) == 2 for each in inner):
+            elif _is_table(inner):
                 found.add(key, tuple(map(tuple, inner)))
+
+
+def _is_table(values: Sequence[Any]) -> bool:
+    """Whether these are pairs, or a short list of names for each block, as LocalVim has them of scan directions."""
+    if not all(isinstance(each, list | tuple) for each in values):
+        return False
+    pairs = len(values) <= _MAX_PAIRS and all(len(each) == 2 for each in values)
+    names = all(len(each) <= _MAX_NAMES and all(isinstance(name, str) for name in each) for each in values)
+    return pairs or (names and len(values) <= _MAX_BLOCKS)
 
 
 def _parse(text: str) -> Any:

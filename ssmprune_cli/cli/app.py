@@ -15,6 +15,7 @@ from ssmprune_cli.cli import (
     export,
     finetune,
     inspect,
+    models,
     output,
     profile,
     recipes,
@@ -81,3 +82,4 @@ for _name, _function in (
 ):
     app.command(_name, cls=Command)(quietly(_function))
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(models.app, name="models")

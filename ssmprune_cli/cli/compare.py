@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli import columns, formats, output, values
 from ssmprune_cli.cli.help import DATA, DEVICE, INPUT, METHOD, OUTPUT
 from ssmprune_cli.cli.options import (
     AsJson,
@@ -23,6 +23,7 @@ from ssmprune_cli.cli.options import (
     split,
 )
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.recipe import Recipe, load_recipe, shipped_recipes
 
@@ -82,6 +83,7 @@ def command(
         Path | None,
         typer.Option(help="Write plots to this .svg, and to one of the speed beside it.", rich_help_panel=OUTPUT),
     ] = None,
+    form: formats.TableFormat = "table",
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     batch_size: Annotated[
@@ -124,6 +126,7 @@ def command(
     from ssmprune_cli.workflows.trials import Budget
     from ssmprune_cli.workflows.write import check_place
 
+    form = formats.chosen(form, as_json=as_json)
     check_place(plot, "--plot")
     use_backend(backend)
     if ckpt is None:
@@ -161,13 +164,17 @@ def command(
                 raise UsageError(
                     "how much to prune?", hint="Give `--keep 0.8,0.6`, `--flops 0.8,0.6` or `--times 0.8,0.6`."
                 )
+            names_of = formats.unique(distinct_names([ckpt, *(dense or [])]))
+            first, *others = (
+                Source(path, reading, name) for path, name in zip([ckpt, *(dense or [])], names_of, strict=True)
+            )
             rows, notes = run(
-                Source(ckpt, reading),
+                first,
                 images,
                 triples,
                 [Budget(*budget) for budget in budgets],
                 recipes=files,
-                others=[Source(path, reading) for path in dense or []],
+                others=others,
                 progress=progress,
             )
     for note in dict.fromkeys(notes):
@@ -175,7 +182,13 @@ def command(
     if plot is not None:
         _plots(plot, rows)
         output.note(f"Plots written to {plot} and {_speed_plot(plot)}")
-    output.emit(_table(rows, recipes), {"rows": [_data(row, recipes) for row in rows]}, as_json=as_json)
+    named = zip(columns.labels(rows), rows, strict=True)
+    formats.emit(
+        _table(rows, recipes),
+        lambda: columns.of_comparison(rows, TASKS.get(rows[0].task).key),
+        {"rows": [{"model": label, **_data(row, recipes)} for label, row in named]},
+        form,
+    )
 
 
 def _method(name: str) -> Method:

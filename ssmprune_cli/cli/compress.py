@@ -151,7 +151,8 @@ def command(
     calib: Annotated[
         Path | None,
         typer.Option(
-            help="Unlabelled calibration images: a folder, a tree of folders or an .npz.", rich_help_panel=DATA
+            help="Unlabelled calibration images: a folder, a tree of folders, an .npz, or a .txt with their paths.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     calib_images: Annotated[

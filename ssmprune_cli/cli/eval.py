@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli import columns, formats, output, values
 from ssmprune_cli.cli.help import DATA, DEVICE, INPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
@@ -22,6 +22,7 @@ from ssmprune_cli.cli.options import (
     split,
 )
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def command(
     max_flops: MaxFlops = None,
     max_latency_ratio: MaxLatencyRatio = None,
     judge: JudgeBy = "interval",
+    form: formats.TableFormat = "table",
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     batch_size: Annotated[
@@ -107,6 +109,7 @@ def command(
     from ssmprune_cli.workflows.reporting import verdicts
     from ssmprune_cli.workflows.write import check_place, write_text
 
+    form = formats.chosen(form, as_json=as_json)
     limits = Limits(max_drop, min_accuracy, min_miou, max_flops, max_latency_ratio, judge)
     if compare is None:
         limits.require(("max_drop", "max_flops", "max_latency_ratio"), "--compare, the dense model")
@@ -151,7 +154,13 @@ def command(
         result.task, score=result.score, comparison=result.comparison, flops=flops, latency_ratio=ratio
     )
     facts = {**result.to_dict(), "limits": [check.model_dump(mode="json") for check in checks]}
-    output.emit(Group(_tables([each.name for each in paths], result), *verdicts(checks)), facts, as_json=as_json)
+    names = formats.unique(distinct_names(paths))
+    formats.emit(
+        Group(_tables(names, result), *verdicts(checks)),
+        lambda: columns.of_evaluation(names, models, result),
+        facts,
+        form,
+    )
     enforce(checks)
 
 

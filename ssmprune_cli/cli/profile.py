@@ -9,9 +9,10 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import output
+from ssmprune_cli.cli import columns, formats, output
 from ssmprune_cli.cli.help import DEVICE, INPUT
 from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, TimedBatch, reads_checkpoints
+from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def command(
     compare: Annotated[
         Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
     ] = None,
+    form: formats.TableFormat = "table",
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
     batch_size: TimedBatch = None,
@@ -45,15 +47,16 @@ def command(
     from ssmprune_cli.workflows.measure import in_precision
     from ssmprune_cli.workflows.profile import profile
 
+    form = formats.chosen(form, as_json=as_json)
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
     loaded = [checkpoint.load_as(each, reading) for each in paths]
     models = [in_precision(each, precision) for each in loaded]
     with output.progress("Timing") as advance:
         profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
-    names = [each.name for each in paths]
+    names = formats.unique(distinct_names(paths))
     data = {"models": [{"path": str(each), **one.to_dict()} for each, one in zip(paths, profiles, strict=True)]}
-    output.emit(
+    formats.emit(
         Group(
             _summary(names, profiles),
             _time(names, profiles),
@@ -61,8 +64,9 @@ def command(
             *_sessions(names, profiles),
             _blocks(names, profiles),
         ),
+        lambda: columns.of_profiles(names, profiles),
         data,
-        as_json=as_json,
+        form,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ssmprune_cli.data.ade20k import is_ade20k, open_ade20k
-from ssmprune_cli.data.calibration import calibration_images, fingerprint, some_images
+from ssmprune_cli.data.calibration import calibration_images, fingerprint, listed_images, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
 from ssmprune_cli.data.coco import Annotation, Objects, open_coco
 from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
@@ -57,6 +57,7 @@ __all__ = [
     "framed",
     "in_colour",
     "is_ade20k",
+    "listed_images",
     "normalised",
     "open_dataset",
     "prepare_image",

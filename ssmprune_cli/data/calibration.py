@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset
 from ssmprune_cli.data.files import check_folder, counted, find_images
 from ssmprune_cli.data.npz import NpzImages
 from ssmprune_cli.errors import DataError
+from ssmprune_cli.files import read_bytes
+
+_MOST_BYTES = 1 << 25  # of a list of files
 
 
 def calibration_images(path: Path, count: int, seed: int) -> ImageDataset:
     """`count` images of `path`, chosen by `seed`, in the order of their names; all of them if there are fewer.
 
-    path  an .npz with `images`, or a folder with images in it or in folders below it
+    path  an .npz with `images`, a folder with images in it or in folders below it, or a .txt that lists files: a path
+          in each line, from the list's own folder
     The choice depends on the images' names below `path` and on `seed` only. Raises DataError if there are none, one of
     the chosen cannot be read, or they all have the same pixels, from which nothing can be learned.
     """
@@ -30,6 +36,8 @@ def some_images(path: Path, count: int, seed: int) -> ImageDataset:
     dataset: ImageDataset
     if path.suffix == ".npz":
         dataset = NpzImages(path, "train")
+    elif path.suffix == ".txt" and not path.is_dir():
+        dataset = listed_images(_listed(path))
     elif path.exists() and not path.is_dir():
         dataset = ImageFiles(path.parent, [path], labels=None)
     else:
@@ -43,6 +51,24 @@ def some_images(path: Path, count: int, seed: int) -> ImageDataset:
     if count < len(dataset):
         dataset = Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
     return dataset
+
+
+def listed_images(files: Sequence[Path]) -> ImageDataset:
+    """These image files, in this order. Raises DataError if one of them is missing."""
+    for file in files:
+        if not file.exists():
+            raise DataError("there is no such file", where=str(file))
+    root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    return ImageFiles(root, [file.absolute() for file in files], labels=None)
+
+
+def _listed(path: Path) -> list[Path]:
+    """The files that a text names, one a line. Raises DataError for a text that names none."""
+    text = read_bytes(path, _MOST_BYTES, DataError).decode("utf-8", errors="surrogateescape")
+    files = [path.parent / line.strip() for line in text.splitlines() if line.strip()]
+    if not files:
+        raise DataError("lists no images", where=str(path), hint="Write the path of an image in each line.")
+    return files
 
 
 def fingerprint(dataset: ImageDataset) -> str:

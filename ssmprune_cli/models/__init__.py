@@ -31,19 +31,26 @@ from ssmprune_cli.models.dense import (
     Detector,
     Segmenter,
 )
+from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA, AtrousMixer
 from ssmprune_cli.models.heads import Detections
 from ssmprune_cli.models.mamba import (
+    LOCALVIM,
     MAMBA_REG,
     VIDEOMAMBA,
     VIM,
+    BranchMixer,
     CausalConv1d,
+    LocalMixer,
     MambaBackbone,
     MambaBlock,
     MambaMixer,
     StepProjection,
     conv_sources,
+    path,
     unit_tokens,
 )
+from ssmprune_cli.models.mambavision import MAMBAVISION, AttentionMixer, CentredMixer
+from ssmprune_cli.models.medmamba import MEDMAMBA
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
 from ssmprune_cli.models.resizing import before_resizing, resize, sides
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
@@ -51,8 +58,12 @@ from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer
 FAMILIES.register("vim", VIM)
 FAMILIES.register("videomamba", VIDEOMAMBA)
 FAMILIES.register("mambar", MAMBA_REG)
+FAMILIES.register("localvim", LOCALVIM)
 FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
+FAMILIES.register("medmamba", MEDMAMBA)
+FAMILIES.register("efficientvmamba", EFFICIENTVMAMBA)
+FAMILIES.register("mambavision", MAMBAVISION)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)
@@ -62,8 +73,12 @@ __all__ = [
     "FAMILIES",
     "MAX_SIDE",
     "SMALL_SIDE",
+    "AtrousMixer",
+    "AttentionMixer",
     "Backbone",
+    "BranchMixer",
     "CausalConv1d",
+    "CentredMixer",
     "DenseConfig",
     "DenseModel",
     "Detections",
@@ -73,6 +88,7 @@ __all__ = [
     "Hints",
     "ImageConfig",
     "Inflow",
+    "LocalMixer",
     "MambaBackbone",
     "MambaBlock",
     "MambaMixer",
@@ -91,6 +107,7 @@ __all__ = [
     "cuts",
     "decay_rates",
     "inflow",
+    "path",
     "resize",
     "set_drop_path",
     "set_recompute",

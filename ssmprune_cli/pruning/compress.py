@@ -69,14 +69,15 @@ def compress(
     points       after how many blocks, within a stage; by default a quarter, half and three quarters of the longest
     alignment    see `choose_alignment`
     calibration  images (B, 3, H, W), normalised floats or uint8: a tensor, an array, or a loader of batches, with
-                 labels or without (see `as_batches`)
+                 labels or without (see `as_batches`). `ssmprune_cli.compress` also takes what is on the disk: a folder,
+                 an .npz, or a list of image files (see `workflows.verbs.from_files`)
     dense        logits (images, classes) of the same images, in their order, that the alignment `mass` and a repair
                  bring the model near to; by default those of `model` as it is. Give the dense model's if `model` was
                  resized
     repair       see `repair`: it takes all calibration images, best 1,024 or more, and is not tried with fewer than 64.
                  Unless it is "none", ALIGNMENT_IMAGES of them are enough for all else
-    returning    with what value a dropped token comes back, in dense models and VMamba: as it left, that of the token
-                 that is `nearest`, or a `blend` of both, which takes calibration images. See `returning`
+    returning    with what value a dropped token comes back, where a model makes the grid whole: as it left, that of the
+                 token that is `nearest`, or a `blend` of both, which takes calibration images. See `returning`
 
     Returns what calibration saw and what the repair did; None without calibration images. Raises UsageError for a
     module that is none of our backbones, and for settings or images that do not fit it.
@@ -105,7 +106,7 @@ def prune(
     if settings.returning != "left" and not model.restores:
         raise UsageError(
             f"in this model no dropped token comes back, so there is no {settings.returning!r} to choose",
-            hint="`returning` is for VMamba and for dense models.",
+            hint="`returning` is for models with a downsampling between stages, such as VMamba, and for dense models.",
         )
     if blends and calibration is None:
         raise UsageError("returning 'blend' needs calibration images", hint="Give some, or choose 'left'.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ _WANTED = (
     "has: images, or (images, labels)."
 )
 
-Images = Tensor | np.ndarray[Any, Any] | Iterable[Any]
+Images = Tensor | np.ndarray[Any, Any] | Iterable[Any] | os.PathLike[str]  # files are read by `workflows.verbs`
 
 
 def as_batches(model: Prunable, images: Images) -> Iterable[Tensor]:
@@ -37,7 +38,7 @@ def as_batches(model: Prunable, images: Images) -> Iterable[Tensor]:
     if isinstance(images, Tensor | np.ndarray):
         parts = torch.as_tensor(images)
         return _Batches(model, parts.split(_AT_ONCE) if parts.ndim == 4 else [parts])
-    if isinstance(images, str | bytes | dict) or not hasattr(images, "__iter__"):
+    if isinstance(images, str | bytes | dict | os.PathLike) or not hasattr(images, "__iter__"):
         raise UsageError(f"a value of type {type(images).__name__} holds no calibration images", hint=_WANTED)
     return _Batches(model, list(images) if isinstance(images, Iterator) else images)
 

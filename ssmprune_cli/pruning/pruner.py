@@ -116,6 +116,19 @@ class TokenPruner(nn.Module, Pruner):
             for point in self.dropping_points:
                 self.register_buffer(f"returning_{point}", torch.zeros(()))
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:  # by which a backbone sees whether it is compressed alike
+            metadata[prefix[:-1]]["settings"] = json.dumps(self.settings.to_dict())
+
+    def __repr__(self) -> str:
+        settings = self.settings
+        tokens, points = (", ".join(map(str, each)) for each in (settings.schedule.tokens, settings.schedule.points))
+        method = f"{settings.importance}/{settings.reduction}/{settings.alignment}"
+        repair = "" if settings.repair == "none" else f", repaired: {settings.repair}"
+        return f"TokenPruner({tokens} patch tokens after {points} blocks, {method}{repair})"
+
     @property
     def shortens(self) -> bool:
         """Whether sequences get shorter (`mask` only zeroes tokens)."""

@@ -41,6 +41,8 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     part_metric = "right"
     unharmed = "No class has fewer right answers than before."
     metric = "top-1"
+    hub_task = "image-classification"
+    hub_metric = "accuracy"
     key = "top1"
     limits = (
         TaskLimit(
@@ -203,6 +205,17 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
             ["  95 % interval", *(_interval(one.interval, "{:.2f}") for one in scores)],
             ["top-5 (%)", *("-" if one.top5 is None else f"{100 * one.top5:.2f}" for one in scores)],
         ]
+
+    def columns(self, score: ModelAccuracy) -> dict[str, float | None]:
+        low, high = score.interval
+        return {
+            "top1": score.top1,
+            "top1_err": 1 - score.top1,
+            "top1_low": low,
+            "top1_high": high,
+            "top5": score.top5,
+            "top5_err": None if score.top5 is None else 1 - score.top5,
+        }
 
     def difference(self, compared: AccuracyFacts) -> str:
         return (

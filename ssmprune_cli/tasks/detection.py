@@ -73,6 +73,8 @@ class Detection(Task[ModelDetection, DetectionFacts]):
     part_metric = "AP"
     unharmed = "No class has a lower AP than before."
     metric = "box AP"
+    hub_task = "object-detection"
+    hub_metric = "mAP"
     key = "box_ap"
     unit = "squared error"
     most = 1
@@ -285,6 +287,11 @@ class Detection(Task[ModelDetection, DetectionFacts]):
             own = (("mask AP (%)", "ap"), *((f"  {title}", key) for title, key in _FIGURES))
             lines += [[title, *(_percent(getattr(one, key)) for one in masks)] for title, key in own]
         return lines
+
+    def columns(self, score: ModelDetection) -> dict[str, float | None]:
+        low, high = score.interval or (None, None)
+        masks = {} if score.masks is None else {f"mask_{key}": value for key, value in score.masks}
+        return {**{f"box_{key}": value for key, value in score.boxes}, "box_ap_low": low, "box_ap_high": high, **masks}
 
     def by_part(self, scores: Sequence[ModelDetection]) -> list[list[str]]:
         """The box AP of each class that has objects."""

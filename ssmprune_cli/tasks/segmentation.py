@@ -64,6 +64,8 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     part_metric = "IoU"
     unharmed = "No class has a lower IoU than before."
     metric = "mIoU"
+    hub_task = "image-segmentation"
+    hub_metric = "mean_iou"
     key = "miou"
     most = 1
     draws = True
@@ -264,6 +266,10 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             ["aAcc (%)", *(f"{100 * one.aacc:.2f}" for one in scores)],
             ["mAcc (%)", *(f"{100 * one.macc:.2f}" for one in scores)],
         ]
+
+    def columns(self, score: ModelSegmentation) -> dict[str, float | None]:
+        low, high = score.interval or (None, None)
+        return {"miou": score.miou, "miou_low": low, "miou_high": high, "aacc": score.aacc, "macc": score.macc}
 
     def by_part(self, scores: Sequence[ModelSegmentation]) -> list[list[str]]:
         """The IoU of each class."""

@@ -136,6 +136,7 @@ class Task(ABC, Generic[Score, Compared]):
     unit      of `divergence`
     limits    what a user may demand of a score or a comparison
     most      images that go through a model together, unless the user says how many
+    hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
     saves     whether there is a format for what models answer: see `predictions`
     """
@@ -148,6 +149,8 @@ class Task(ABC, Generic[Score, Compared]):
     part_metric: ClassVar[str]
     unharmed: ClassVar[str]
     metric: ClassVar[str]
+    hub_task: ClassVar[str]
+    hub_metric: ClassVar[str]
     key: ClassVar[str]
     unit: ClassVar[str] = "nats"
     most: ClassVar[int] = 1 << 16
@@ -285,6 +288,10 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def table(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with a column for each score, titles first."""
+
+    @abstractmethod
+    def columns(self, score: Score) -> dict[str, float | None]:
+        """The figures of a score as shares, by names that are columns of a sheet: timm's where it has them."""
 
     def by_part(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with the metric of each part of the data (see `parts`), a column for each score, titles

@@ -156,7 +156,7 @@ class Comparison:
             except DataError as error:  # all else can be compared
                 self.notes.append(f"{self.task.quality.capitalize()} is left out: {error.what}.")
                 self.judged = False
-        self.name = source.path.name
+        self.name = source.name
         self.dense_answers = self.answers(self.name)
         self.dense_cost = self.cost()
 
@@ -178,10 +178,10 @@ class Comparison:
             self.task.check(model, self.images.dataset)
         session = prepare(model)
         images = EvaluationImages(dataset, model, limit, self.batch_size)
-        answers = self._answers(session, images, source.path.name)
+        answers = self._answers(session, images, source.name)
         cost = count_flops(model).all_directions
         speed = self._time(session, self._batch(model))
-        row = self._row(source.path.name, "", model, answers, cost, speed, None)
+        row = self._row(source.name, "", model, answers, cost, speed, None)
         return replace(row, divergence=None, divergence_se=None)
 
     def pruned(self, name: str, budget: str, settings: PruneSettings, calibration: Images | None) -> Row:

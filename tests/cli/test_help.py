@@ -13,8 +13,9 @@ from ssmprune_cli.cli.help import ARGUMENTS, OPTIONS, PANELS, panels
 from ssmprune_cli.cli.values import ALIGNMENTS, DATASETS, FAMILIES, IMPORTANCES, PRECISIONS, REDUCTIONS
 
 ROOT: Any = typer.main.get_command(app)
-COMMANDS = {**ROOT.commands, **{f"recipes {name}": each for name, each in ROOT.commands["recipes"].commands.items()}}
-COMMANDS.pop("recipes")
+GROUPS = [name for name, each in ROOT.commands.items() if hasattr(each, "commands")]
+COMMANDS = {name: each for name, each in ROOT.commands.items() if name not in GROUPS}
+COMMANDS |= {f"{group} {name}": each for group in GROUPS for name, each in ROOT.commands[group].commands.items()}
 
 
 def help_of(name: str, capsys: Any) -> str:

@@ -100,7 +100,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 # Paths, and a name that is written: any text may be right.
 FREE = {
     "--calib", "--data", "--val-data", "--out", "--state", "--plot", "--compare", "--dense", "--checkpoints",
-    "--distill", "--init", "--checkpoint", "--name",
+    "--distill", "--init", "--checkpoint", "--name", "--save-predictions",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from ssmprune_cli.workflows.finetune.optimiser import parameter_groups
 MAMBA = {"image_size": 16, "patch_size": 4, "stride": 4, "embed_dim": 16, "depth": 2, "num_classes": 2}
 PLAIN = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_classes": 2, "d_conv": 3}
 VMAMBA = {"image_size": 16, "embed_dim": 8, "depths": (1, 1), "num_classes": 2}
+VISION = {"image_size": 64, "in_dim": 8, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_classes": 2, "layer_scale": 0.1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vim": ("vim", {**MAMBA, "layer_scale": 0.1}),
     "vim with two class tokens": ("vim", {**MAMBA, "class_token": "double"}),
@@ -22,8 +23,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "videomamba": ("videomamba", MAMBA),
     "mambar": ("mambar", {**MAMBA, "num_cls_tokens": 4, "cls_reduce": 2}),
     "mambar without neck": ("mambar", {**MAMBA, "num_cls_tokens": 4}),
+    "localvim": ("localvim", MAMBA),
     "plainmamba": ("plainmamba", {**PLAIN, "dw_layers": (1,), "out_indices": (0, 1)}),
     "vmamba": ("vmamba", {**VMAMBA, "out_stages": (0, 1)}),
+    "medmamba": ("medmamba", VMAMBA),
+    "efficientvmamba": ("efficientvmamba", {**VMAMBA, "depths": (1, 1, 1, 1)}),
+    "mambavision": ("mambavision", VISION),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1", "gated": True, "conv_bias": True}),
 }
 

@@ -18,6 +18,7 @@ from ssmprune_cli.models.common.layers import RMSNorm
 from ssmprune_cli.models.mamba.backbone import MambaBackbone
 from ssmprune_cli.models.mamba.block import MambaBlock
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
+from ssmprune_cli.models.mamba.mixer import MambaMixer
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import ALIGNMENTS, REDUCTIONS, choose_alignment, compress
@@ -257,6 +258,7 @@ class Adapter(nn.Module):
 
 def adapt(model: MambaBackbone) -> None:
     mixer = block(model, 2).mixer
+    assert isinstance(mixer, MambaMixer)
     mixer.x_proj = Adapter(mixer.x_proj)  # type: ignore[assignment]
 
 
@@ -274,7 +276,9 @@ def other_epsilon(model: MambaBackbone) -> None:
 
 
 def other_scale(model: MambaBackbone) -> None:
-    block(model, 2).mixer.scale = 2.0
+    mixer = block(model, 2).mixer
+    assert isinstance(mixer, MambaMixer)
+    mixer.scale = 2.0
 
 
 def other_size(model: MambaBackbone) -> None:

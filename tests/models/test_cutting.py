@@ -12,8 +12,11 @@ from torch import nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone, cut_short, cuts
+from ssmprune_cli.models.efficientvmamba.model import EfficientVMamba, EfficientVMambaConfig
+from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.medmamba.model import MedMamba, MedMambaConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.pruning import compress, repair
@@ -23,8 +26,11 @@ SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "de
 MODELS: dict[str, Callable[[], Backbone]] = {
     "vim": lambda: Vim(VimConfig(**SIZES, stride=4)),
     "mamba-reg": lambda: MambaReg(MambaRegConfig(**SIZES, stride=4, num_cls_tokens=4, cls_reduce=2)),
+    "localvim": lambda: LocalVim(LocalVimConfig(**SIZES, stride=4)),
     "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES, d_conv=3, dw_layers=(0, 3))),
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
+    "efficientvmamba": lambda: EfficientVMamba(EfficientVMambaConfig((32, 32), 8, (2, 4, 5, 1), num_classes=5)),
+    "medmamba": lambda: MedMamba(MedMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
 }
 
 
@@ -37,9 +43,12 @@ def make(name: str) -> Backbone:
 def test_it_is_the_first_blocks_and_what_follows_the_last(name: str) -> None:
     model = make(name)
     by_hand = copy.deepcopy(model)
-    owner, attribute = {"plainmamba": (by_hand, "backbone.layers"), "vmamba": (by_hand, "layers.1.blocks")}.get(
-        name, (by_hand, "layers")
-    )
+    owner, attribute = {
+        "plainmamba": (by_hand, "backbone.layers"),
+        "vmamba": (by_hand, "layers.1.blocks"),
+        "medmamba": (by_hand, "layers.1.blocks"),
+        "efficientvmamba": (by_hand, "layers.1.blocks"),
+    }.get(name, (by_hand, "layers"))
     parent, _, last = attribute.rpartition(".")
     module = owner.get_submodule(parent)
     blocks = module.get_submodule(last)

@@ -28,8 +28,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vim, overlapping": ("vim", {**MAMBA, "stride": 4}),
     "videomamba": ("videomamba", MAMBA),
     "mambar": ("mambar", {**MAMBA, "num_cls_tokens": 4}),
+    "localvim": ("localvim", MAMBA),
+    "localvim, class token": ("localvim", {**MAMBA, "class_token": "middle", "rope": False}),
     "plainmamba": ("plainmamba", {key: value for key, value in MAMBA.items() if key != "stride"}),
     "vmamba": ("vmamba", VMAMBA),
+    "medmamba": ("medmamba", VMAMBA),
+    "efficientvmamba": ("efficientvmamba", {**VMAMBA, "depths": (2, 1, 1, 1)}),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1"}),
 }
 
@@ -50,7 +54,7 @@ def same(first: Backbone, second: Backbone) -> bool:
 def test_a_resized_model_is_what_the_checkpoint_gives_at_that_size(name: str, tmp_path: Path) -> None:
     model = build(name)
     checkpoint.save(tmp_path / "dense", model)
-    side = sides(model)[2]
+    side = sides(model)[min(2, len(sides(model)) - 2)]
     smaller, loaded = ssmprune.resize(model, side), ssmprune.load(tmp_path / "dense", image_size=side)
     assert same(smaller, loaded) and smaller.image_size == (side, side) and not smaller.training
     assert smaller.config == replace(loaded.config, resized_from=(64, 64))
@@ -74,7 +78,7 @@ def test_at_its_own_side_it_is_a_copy_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_it_sees_the_same_part_of_an_image(name: str) -> None:
     model = build(name)
-    for side in (56, 32):
+    for side in (56 if 56 in sides(model) else 48, 32):
         smaller = resize(model, side).preprocessing
         assert smaller.crop == side
         before, after = (np.array(visible_box((90, 70), each)) for each in (model.preprocessing, smaller))

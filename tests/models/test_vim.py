@@ -20,8 +20,9 @@ from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.common.backbone import Hints, Shapes
 from ssmprune_cli.models.common.layers import RotaryEmbedding
+from ssmprune_cli.models.mamba.class_token import class_positions
 from ssmprune_cli.models.mamba.mixer import MambaMixer
-from ssmprune_cli.models.mamba.vim import VIM, Vim, VimConfig, class_positions
+from ssmprune_cli.models.mamba.vim import VIM, Vim, VimConfig
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import TokenSequence
 

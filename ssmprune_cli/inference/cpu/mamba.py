@@ -1,4 +1,4 @@
-"""Vim, VideoMamba and Mamba-Reg: all blocks between two prune points in one call, or the inside of a block in one.
+"""Mamba blocks: all between two prune points in one call, or the inside of a block in one, or each of its directions.
 
 Letters: B batch, L tokens now, F frozen tokens, M tokens that only convolutions see, d model width, E inner channels,
 G directions.
@@ -27,7 +27,9 @@ from ssmprune_cli.kernels import (
     pick,
 )
 from ssmprune_cli.models import (
+    BranchMixer,
     CausalConv1d,
+    LocalMixer,
     MambaBackbone,
     MambaBlock,
     MambaMixer,
@@ -36,12 +38,14 @@ from ssmprune_cli.models import (
     conv_sources,
     decay_rates,
     inflow,
+    path,
     unit_tokens,
 )
 from ssmprune_cli.tokens import Derivation, TokenSequence
 
 ONE_CALL = "one call"
 INSIDE = "the inside of each block in one call"
+BRANCHES = "each direction of a block in one call"
 
 
 def sizes_of(mixer: MambaMixer, parts: int = 0) -> BlockSizes:
@@ -50,10 +54,10 @@ def sizes_of(mixer: MambaMixer, parts: int = 0) -> BlockSizes:
 
 def inside_refused(mixer: nn.Module) -> str | None:
     """Why `mamba_inner` cannot stand for the inside of `mixer`; None if it can."""
-    reason = first_unlike((mixer, MambaMixer))
-    if reason is not None or not isinstance(mixer, MambaMixer):
+    reason = first_unlike((mixer, LocalMixer if isinstance(mixer, LocalMixer) else MambaMixer))
+    if reason is not None or not isinstance(mixer, BranchMixer):
         return reason
-    if mixer.kind == "v1":
+    if isinstance(mixer, MambaMixer) and mixer.kind == "v1":
         return "its directions share a convolution"
     for branch in mixer.branches():
         reason = first_unlike(
@@ -72,6 +76,8 @@ def block_refused(block: nn.Module) -> str | None:
     if isinstance(block.norm, nn.LayerNorm):
         return "its norm is a LayerNorm"
     mixer = block.mixer
+    if isinstance(mixer, LocalMixer):
+        return "its directions take routes over the grid"
     reason = first_unlike((block.norm, RMSNorm)) or inside_refused(mixer)
     return reason or first_unlike((mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear))
 
@@ -116,7 +122,7 @@ def lost_tokens(
     return lost
 
 
-def directions_of(mixer: MambaMixer) -> list[InnerParameters]:
+def directions_of(mixer: BranchMixer) -> list[InnerParameters]:
     """The parameters of the inside of `mixer`, direction by direction."""
     return [
         InnerParameters(
@@ -162,8 +168,6 @@ class FusedMambaMixer(MambaMixer):
             self.journal.write(self.block, self.block, BY_OP, "the pruner looks at its scans")
             return super().mix(xz, sequence, alignment, wanted, frozen, context)
         self.journal.write(self.block, self.block, INSIDE, self.why)
-        lost = lost_tokens(sequence, [alignment], self.directions, self.d_conv)
-        lost |= {name: lost[name][0] for name in ("gap_delta", "mass") if name in lost}
         mixed = mamba_inner(
             xz,
             self.packed,
@@ -172,9 +176,63 @@ class FusedMambaMixer(MambaMixer):
             self.splits[0],
             context=_together(frozen, context),
             scale=self.scale,
-            **lost,
+            **_of_one(lost_tokens(sequence, [alignment], self.directions, self.d_conv)),
         )
         return mixed, ScanStatistics()
+
+
+class FusedLocalMixer(LocalMixer):
+    """A mixer of which each direction is one call of `mamba_inner`, where nothing looks at its scans."""
+
+    block: int
+    journal: Journal
+    why: str
+
+    @classmethod
+    def of(cls, mixer: LocalMixer, block: int, journal: Journal, why: str) -> FusedLocalMixer:
+        """`why`: what stands in the way of computing the whole block in one call."""
+        return as_kind(mixer, cls, block=block, journal=journal, why=why)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The parameters of each direction as the op takes them."""
+        return torch.stack([pack_inner([branch]) for branch in directions_of(self)])
+
+    def mix(
+        self,
+        xz: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        frozen: Tensor | None,
+        context: Tensor | None,
+    ) -> tuple[Tensor, ScanStatistics]:
+        if wanted not in ("nothing", "tokens"):
+            self.journal.write(self.block, self.block, BY_OP, "the pruner looks at its scans")
+            return super().mix(xz, sequence, alignment, wanted, frozen, context)
+        self.journal.write(self.block, self.block, BRANCHES, self.why)
+        outputs = []
+        for direction, route in enumerate(self.routes):
+            way, own = path(sequence, route), alignment
+            if own is not None and own.gap_delta is not None:
+                own = replace(own, gap_delta=own.gap_delta[direction : direction + 1])
+            output = mamba_inner(
+                way.along(xz),
+                self.packed[direction],
+                self.d_state,
+                self.d_conv,
+                self.splits[0],
+                context=_together(frozen, context),
+                scale=1.0,
+                **_of_one(lost_tokens(way.sequence, [own], 1, self.d_conv)),
+            )
+            outputs.append(way.home(output))
+        return self.merge(outputs, sequence), ScanStatistics()
+
+
+def _of_one(lost: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `lost_tokens` gives for a list of one block, as `mamba_inner` takes it."""
+    return lost | {name: lost[name][0] for name in ("gap_delta", "mass") if name in lost}
 
 
 def _together(frozen: Tensor | None, context: Tensor | None) -> Tensor | None:
@@ -213,6 +271,7 @@ def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, st
         if reason is None:
             assert isinstance(block, MambaBlock) and isinstance(block.norm, RMSNorm)
             mixer, dim = block.mixer, block.norm.weight.numel()
+            assert isinstance(mixer, MambaMixer)
             weight = mixer.in_proj.weight
             parts = pick(weight, mixer.d_state).block_parts(dim, mixer.d_inner, weight.dtype)
             own = (sizes_of(mixer, parts or 0), dim, mixer.scale, block.norm.eps)

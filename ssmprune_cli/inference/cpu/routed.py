@@ -17,6 +17,9 @@ from ssmprune_cli.inference.explain import BY_OP, Journal
 from ssmprune_cli.interface import ScanStatistics, Wanted
 from ssmprune_cli.kernels import pack_routes, routed_scans
 from ssmprune_cli.models import (
+    AtrousMixer,
+    AttentionMixer,
+    CentredMixer,
     DirectionProjections,
     Inflow,
     PlainMambaMixer,
@@ -35,6 +38,12 @@ def scans_refused(mixer: nn.Module) -> str | None:
     """Why `routed_scans` cannot stand for the scans of `mixer`; None if it can."""
     if isinstance(mixer, PlainMambaMixer):
         return first_unlike((mixer, PlainMambaMixer), (mixer.dt_proj, nn.Linear))
+    if isinstance(mixer, AttentionMixer):
+        return "it has attention and no scan"
+    if isinstance(mixer, CentredMixer):
+        return "its convolution looks ahead too"
+    if isinstance(mixer, AtrousMixer):
+        return "each of its scans visits a part of the grid"
     if isinstance(mixer, VMambaMixer):
         return first_unlike((mixer, VMambaMixer), (mixer.projections, DirectionProjections))
     return f"a {type(mixer).__name__} is not known"

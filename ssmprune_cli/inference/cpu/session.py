@@ -9,12 +9,28 @@ from torch import Tensor, nn
 from ssmprune_cli.inference.behaviour import global_hooks, unlike
 from ssmprune_cli.inference.copying import Changes, with_changes
 from ssmprune_cli.inference.cpu.linear import PackedLinear, packs, with_channels_last_taps
-from ssmprune_cli.inference.cpu.mamba import FusedMambaMixer, PackedBlocks, inside_refused, pack_blocks, run_features
+from ssmprune_cli.inference.cpu.mamba import (
+    FusedLocalMixer,
+    FusedMambaMixer,
+    PackedBlocks,
+    inside_refused,
+    pack_blocks,
+    run_features,
+)
 from ssmprune_cli.inference.cpu.routed import FusedPlainMambaMixer, FusedVMambaMixer, scans_refused
 from ssmprune_cli.inference.session import Session, refuse_global_hooks, with_slot
 from ssmprune_cli.interface import Pruner
 from ssmprune_cli.kernels import pick
-from ssmprune_cli.models import Backbone, CausalConv1d, MambaBackbone, MambaMixer, PlainMambaMixer, VMambaMixer
+from ssmprune_cli.models import (
+    Backbone,
+    BranchMixer,
+    CausalConv1d,
+    LocalMixer,
+    MambaBackbone,
+    MambaMixer,
+    PlainMambaMixer,
+    VMambaMixer,
+)
 
 
 class CpuSession(Session):
@@ -59,7 +75,7 @@ class CpuSession(Session):
         for number, module in enumerate(definition.mixers):
             mixer: object = module
             assert isinstance(mixer, nn.Module)
-            reason = inside_refused(mixer) if isinstance(mixer, MambaMixer) else scans_refused(mixer)
+            reason = inside_refused(mixer) if isinstance(mixer, BranchMixer) else scans_refused(mixer)
             if reason is None:
                 changes[mixer] = self._fuse(number, whole.get(number, ""))
             else:
@@ -74,6 +90,8 @@ class CpuSession(Session):
         def fuse(mixer: nn.Module) -> nn.Module:
             if isinstance(mixer, MambaMixer):
                 return FusedMambaMixer.of(mixer, number, self._journal, why)
+            if isinstance(mixer, LocalMixer):
+                return FusedLocalMixer.of(mixer, number, self._journal, why)
             if isinstance(mixer, PlainMambaMixer):
                 return FusedPlainMambaMixer.of(mixer, number, self._journal)
             assert isinstance(mixer, VMambaMixer)

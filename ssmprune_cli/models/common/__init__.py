@@ -15,6 +15,7 @@ from ssmprune_cli.models.common.backbone import (
     count_numbered,
 )
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
+from ssmprune_cli.models.common.gate import GATE_REDUCTION, ChannelGate
 from ssmprune_cli.models.common.geometry import MAX_SIDE, check_side, image_fields, no_stride, settle, square_side
 from ssmprune_cli.models.common.inflow import Inflow, inflow
 from ssmprune_cli.models.common.layers import (
@@ -28,14 +29,16 @@ from ssmprune_cli.models.common.layers import (
     resize_grid,
     rotary_tables,
 )
-from ssmprune_cli.models.common.routes import Visits, reorder, steps_of, visits
+from ssmprune_cli.models.common.routes import Visits, inverse, reorder, steps_of, visits
 
 __all__ = [
     "FAMILIES",
+    "GATE_REDUCTION",
     "MAX_SIDE",
     "SMALL_SIDE",
     "Backbone",
     "Block",
+    "ChannelGate",
     "Family",
     "Hints",
     "ImageConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "decay_rates",
     "image_fields",
     "inflow",
+    "inverse",
     "no_stride",
     "patch_grid",
     "reorder",

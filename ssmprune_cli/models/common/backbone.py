@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.models.common.block import Block
+from ssmprune_cli.models.common.compressed_alike import check_compression
 from ssmprune_cli.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -148,6 +149,19 @@ class Backbone(nn.Module, ABC):
     def output_layer(self) -> nn.Linear:
         """The layer that makes logits. Raises UsageError for a model without one."""
         raise UsageError(f"this {self.family} has no classifier")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch. First of all, UsageError if these are the weights of a model that is compressed otherwise than
+        this one, or of a dense one; nothing is loaded then. Not with `strict=False`."""
+        if strict:
+            check_compression(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        count = sum(parameter.numel() for parameter in self.parameters())
+        text = f"{type(self).__name__}({height}x{width} pixels, {len(self.blocks)} blocks, {count:,} parameters"
+        return f"{text})" if self.pruner is None else f"{text}, {self.pruner!r})"
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

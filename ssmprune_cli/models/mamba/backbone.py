@@ -1,4 +1,4 @@
-"""What Vim, VideoMamba and Mamba-Reg have in common: patches and a few more tokens in one sequence of Mamba blocks.
+"""What Vim and its like have in common: patches and a few more tokens in one sequence of Mamba blocks.
 
 The families differ in which tokens join the patches, where, and what the head sees of them. Letters: B batch, L tokens,
 d model width.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers
 from ssmprune_cli.models.common import Backbone, Block, ImageConfig, PatchEmbed, Places, RMSNorm
 from ssmprune_cli.models.mamba.block import MambaBlock
-from ssmprune_cli.models.mamba.mixer import MambaMixer, MixerKind, init_output_projection
+from ssmprune_cli.models.mamba.mixer import BranchMixer, MambaMixer, MixerKind, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
 
 NORM_EPS = 1e-5
@@ -64,17 +65,31 @@ class MambaConfig(ImageConfig):
         """Channels of the scans."""
         return self.d_inner or 2 * self.embed_dim
 
+    @property
+    def mixer_sizes(self) -> dict[str, int]:
+        """What every mixer is made with."""
+        return {
+            "dim": self.embed_dim,
+            "d_inner": self.inner_channels,
+            "d_state": self.d_state,
+            "d_conv": self.d_conv,
+            "dt_rank": self.dt_rank or math.ceil(self.embed_dim / 16),
+        }
+
 
 class MambaBackbone(Backbone):
-    """A family makes its own tokens and `head`, calls `add_blocks` between them, and says `embed`, `pool`, `protected`.
+    """A family makes its own tokens and `head`, calls `add_blocks` or `add_mixers` between them, and says `embed`,
+    `pool` and `protected`.
 
     `features` are the tokens after the last block, before the final norm.
 
     tokens        names of the family's learned tokens and positions
+    rates         names of the decay rates in its mixers
     after_blocks  names of its modules after the last block
     """
 
     tokens: ClassVar[tuple[str, ...]]
+    rates: tuple[str, ...] = ("A_log", "A_b_log")
     after_blocks: ClassVar[tuple[str, ...]] = ("norm_f", "head")
     config: MambaConfig
     layers: nn.ModuleList
@@ -88,23 +103,15 @@ class MambaBackbone(Backbone):
 
     def add_blocks(self, *, kind: MixerKind, halve: bool, gamma: float | None = None) -> None:
         """Make `layers` and `norm_f`; the options are those of MambaMixer."""
+        sizes = self.config.mixer_sizes
+        self.add_mixers([MambaMixer(**sizes, kind=kind, halve=halve, gamma=gamma) for _ in range(self.config.depth)])
+
+    def add_mixers(self, mixers: Sequence[BranchMixer]) -> None:
+        """Make `layers` of these, and `norm_f`."""
         config = self.config
-
-        def block() -> MambaBlock:
-            mixer = MambaMixer(
-                config.embed_dim,
-                d_inner=config.inner_channels,
-                d_state=config.d_state,
-                d_conv=config.d_conv,
-                dt_rank=config.dt_rank or math.ceil(config.embed_dim / 16),
-                kind=kind,
-                halve=halve,
-                gamma=gamma,
-            )
+        for mixer in mixers:
             init_output_projection(mixer.out_proj, config.depth)
-            return MambaBlock(make_norm(config, config.embed_dim), mixer)
-
-        self.layers = nn.ModuleList(block() for _ in range(config.depth))
+        self.layers = nn.ModuleList(MambaBlock(make_norm(config, config.embed_dim), mixer) for mixer in mixers)
         self.norm_f = make_norm(config, config.embed_dim)
 
     @abstractmethod
@@ -143,7 +150,7 @@ class MambaBackbone(Backbone):
 
     @property
     def places(self) -> Places:
-        return Places(("patch_embed", *self.tokens), self.after_blocks, (*self.tokens, "A_log", "A_b_log"))
+        return Places(("patch_embed", *self.tokens), self.after_blocks, (*self.tokens, *self.rates))
 
     @property
     def mixers(self) -> Mixers:

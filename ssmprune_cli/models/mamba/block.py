@@ -1,4 +1,4 @@
-"""The block of Vim, VideoMamba and Mamba-Reg: residual stream, norm and Mamba mixer. Letters: as in mamba_mixer.py."""
+"""The block of Vim, VideoMamba, Mamba-Reg and LocalVim: residual stream, norm and mixer. Letters: as in mixer.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import add_rms_norm
 from ssmprune_cli.models.common import Block, RMSNorm
-from ssmprune_cli.models.mamba.mixer import MambaMixer
+from ssmprune_cli.models.mamba.mixer import BranchMixer
 from ssmprune_cli.tokens import Derivation, TokenSequence
 
 
 class MambaBlock(Block):
     """Add the last output to the residual stream, normalise, mix. The stream is in float32 at least, as upstream."""
 
-    def __init__(self, norm: nn.LayerNorm | RMSNorm, mixer: MambaMixer) -> None:
+    def __init__(self, norm: nn.LayerNorm | RMSNorm, mixer: BranchMixer) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer

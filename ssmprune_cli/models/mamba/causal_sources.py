@@ -1,4 +1,4 @@
-"""What a causal convolution meets where tokens are missing from the sequence, but still in its sight."""
+"""What a convolution along the sequence meets where tokens are missing from it, but still in its sight."""
 
 from __future__ import annotations
 
@@ -25,6 +25,21 @@ def conv_sources(sequence: TokenSequence, width: int) -> Tensor:
         return rows.expand(2, -1, -1).gather(2, wanted.flatten(2)).view_as(wanted)
 
     return sequence.geometry.once(_SOURCES, compute, width)
+
+
+_CENTRED = Derivation[Tensor]("sources of a centred convolution")
+
+
+def centred_sources(sequence: TokenSequence, width: int) -> Tensor:
+    """(B, T, K): likewise for a convolution of odd width that looks as far ahead as back."""
+
+    def compute() -> Tensor:
+        order, rank = _together(sequence)
+        rows = functional.pad(order, (width // 2, width // 2), value=-1)
+        wanted = rank[..., None] + torch.arange(width, device=order.device)  # (B, T, K)
+        return rows.gather(1, wanted.flatten(1)).view_as(wanted)
+
+    return sequence.geometry.once(_CENTRED, compute, width)
 
 
 def _together(sequence: TokenSequence) -> tuple[Tensor, Tensor]:

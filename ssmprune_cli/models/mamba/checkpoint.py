@@ -1,4 +1,4 @@
-"""What the checkpoints of Vim, VideoMamba and Mamba-Reg have in common: sizes in shapes, names, position embeddings.
+"""What the checkpoints of Vim and its like have in common: sizes in shapes, names, position embeddings.
 
 The image classifiers of VideoMamba have the keys and shapes of a Vim with one class token. They compute something else:
 the class token comes first, and the sum of both directions is not halved. So a name has to tell them apart.
@@ -88,6 +88,7 @@ def read_sizes(
     *,
     extra_positions: int,
     sides: Sequence[int] = (224,),
+    branch: str = "",
 ) -> dict[str, Any]:
     """The fields of MambaConfig that fit `shapes`. Raises CheckpointError.
 
@@ -95,6 +96,7 @@ def read_sizes(
     model            the family in messages
     extra_positions  entries of pos_embed that belong to no patch
     sides            of the images that published files are for
+    branch           what the names of the first branch's layers end in
     """
 
     def shape(key: str, dimensions: int) -> tuple[int, ...]:
@@ -102,8 +104,8 @@ def read_sizes(
 
     num_classes = shape("head.weight", 2)[0]
     embed_dim, _, patch_size, _ = shape("patch_embed.proj.weight", 4)
-    d_inner, d_state = shape("layers.0.mixer.A_log", 2)
-    dt_rank = shape("layers.0.mixer.dt_proj.weight", 2)[1]
+    d_inner, d_state = shape(f"layers.0.mixer.A_log{branch}", 2)
+    dt_rank = shape(f"layers.0.mixer.dt_proj{branch}.weight", 2)[1]
     depth = count_numbered(shapes, r"layers\.(\d+)\.")
     if not 1 <= patch_size <= MAX_PATCH:
         raise CheckpointError(f"patches of {patch_size} pixels are not those of a {model}")
@@ -122,7 +124,7 @@ def read_sizes(
         "depth": depth,
         "num_classes": num_classes,
         "d_state": d_state,
-        "d_conv": shape("layers.0.mixer.conv1d.weight", 3)[2],
+        "d_conv": shape(f"layers.0.mixer.conv1d{branch}.weight", 3)[2],
         "d_inner": None if d_inner == 2 * embed_dim else d_inner,
         "dt_rank": None if dt_rank == math.ceil(embed_dim / 16) else dt_rank,
         "norm": "layer" if "norm_f.bias" in shapes else "rms",

@@ -1,4 +1,4 @@
-"""The Mamba mixer and block of Vim, VideoMamba and Mamba-Reg: one scan, or one in each direction.
+"""The Mamba mixer of Vim, VideoMamba and Mamba-Reg: one scan, or one in each direction.
 
 Written from state-spaces/mamba and hustvl/Vim dd0358a (mamba-1p1p1/mamba_ssm/modules/mamba_simple.py), with their
 parameter names. Letters: B batch, L tokens, d model width, E inner channels, N state, R rank of the step projection.
@@ -7,6 +7,7 @@ parameter names. Letters: B batch, L tokens, d model width, E inner channels, N 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
@@ -86,7 +87,118 @@ class Branch(NamedTuple):
     D: Tensor
 
 
-class MambaMixer(nn.Module, Mixer):
+class BranchMixer(nn.Module, Mixer):
+    """What mixers of Mamba blocks have in common: a projection in, branches of scans, and a projection out.
+
+    splits  channels of `x_proj`: R of the step, N of B and N of C
+    gamma   layer scale (d,), or None
+    """
+
+    d_conv: int
+    splits: list[int]
+    gamma: nn.Parameter | None
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+
+    def forward(
+        self,
+        x: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        frozen: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ScanStatistics]:
+        """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans did.
+
+        With `alignment`, each scan makes up for the tokens that `sequence` has lost. `frozen` (B, F, d) and `context`
+        (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
+        the scans need of them, the second than what the convolutions need.
+        """
+        xz = self.in_proj(x)  # (B, L, 2E)
+        if frozen is not None:
+            frozen = self._inner(frozen)
+        if context is not None:
+            context = self._inner(context)
+        mixed, statistics = self.mix(xz, sequence, alignment, wanted, frozen, context)
+        projected: Tensor = self.out_proj(mixed)
+        if self.gamma is not None:
+            projected = projected * self.gamma
+        return projected, statistics
+
+    @abstractmethod
+    def mix(
+        self,
+        xz: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        frozen: Tensor | None,
+        context: Tensor | None,
+    ) -> tuple[Tensor, ScanStatistics]:
+        """All between the two projections: xz (B, L, 2E), frozen (B, F, E) and context (B, M, E) to (B, L, E)."""
+
+    @abstractmethod
+    def branches(self) -> list[Branch]:
+        """One for each direction."""
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
+        return functional.linear(x, self.in_proj.weight[: self.d_inner])
+
+    def _project(
+        self, flow: Inflow, context: Tensor | None, branch: Branch, *, reverse: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
+        without bias, B and C (B, S, N)."""
+        sources = None if context is None else conv_sources(flow.convolved, self.d_conv)[int(reverse)]
+        u, own = flow.pool(branch.conv1d(flow.values, reverse=reverse, context=context, sources=sources))
+        rank_values, b, c = branch.x_proj(u).split(self.splits, dim=-1)
+        return u, own, branch.dt_proj(rank_values), b, c
+
+    def _scan_branch(
+        self,
+        flow: Inflow,
+        direction: int,
+        branch: Branch,
+        projected: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+        wanted: Wanted,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of what `_project` gives the output y (B, L, E) and, if wanted, the step sizes (B, L, E) of live tokens."""
+        u, own, raw_delta, b, c = projected
+        bias = branch.dt_proj.bias
+        y = flow.scan(
+            direction,
+            u,
+            raw_delta,
+            decay_rates(branch.A_log),
+            b,
+            c,
+            branch.D,
+            own=own,
+            delta_bias=bias,
+            gap=flow.scanned.gaps(reverse=reverse),
+            size=flow.size,
+            read=flow.read,
+            reverse=reverse,
+        )
+        if wanted != "delta":
+            return y, None
+        delta = functional.softplus(raw_delta + bias)
+        return y, delta if flow.read is None else gather_tokens(delta, flow.read)
+
+    def null_delta(self) -> Tensor:
+        """(directions, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
+        steps = []
+        for branch in self.branches():
+            rank_values = branch.x_proj(functional.silu(branch.conv1d.bias))[: self.splits[0]]
+            steps.append(functional.softplus(branch.dt_proj(rank_values) + branch.dt_proj.bias))
+        return torch.stack(steps)
+
+
+class MambaMixer(BranchMixer):
     """The mixer of a block.
 
     kind   "v2": a branch of its own for each direction. "v1": both directions share the (forward) convolution, the
@@ -140,32 +252,6 @@ class MambaMixer(nn.Module, Mixer):
             self.A_b_log = nn.Parameter(s4d_real(d_inner, d_state))
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        sequence: TokenSequence,
-        alignment: ScanAlignment | None,
-        wanted: Wanted,
-        frozen: Tensor | None = None,
-        context: Tensor | None = None,
-    ) -> tuple[Tensor, ScanStatistics]:
-        """`x` (B, L, d), the normalised tokens of `sequence`, to (B, L, d) and what the scans did.
-
-        With `alignment`, each scan makes up for the tokens that `sequence` has lost. `frozen` (B, F, d) and `context`
-        (B, M, d) are the normalised tokens of `sequence.frozen` and `sequence.context`: the first get no more than what
-        the scans need of them, the second than what the convolutions need.
-        """
-        xz = self.in_proj(x)  # (B, L, 2E)
-        if frozen is not None:
-            frozen = self._inner(frozen)
-        if context is not None:
-            context = self._inner(context)
-        mixed, statistics = self.mix(xz, sequence, alignment, wanted, frozen, context)
-        projected: Tensor = self.out_proj(mixed)
-        if self.gamma is not None:
-            projected = projected * self.gamma
-        return projected, statistics
-
     def mix(
         self,
         xz: Tensor,
@@ -175,7 +261,6 @@ class MambaMixer(nn.Module, Mixer):
         frozen: Tensor | None,
         context: Tensor | None,
     ) -> tuple[Tensor, ScanStatistics]:
-        """All between the two projections: xz (B, L, 2E), frozen (B, F, E) and context (B, M, E) to (B, L, E)."""
         x, z = xz.chunk(2, dim=-1)  # (B, L, E) each
         statistics = self._scan(inflow(sequence, x, frozen, alignment), context, wanted)
         return gated_sum(statistics.y, z, self.scale), statistics
@@ -186,61 +271,22 @@ class MambaMixer(nn.Module, Mixer):
         branches = self.branches()
         projected = self._project(flow, context, branches[0], reverse=False)
         for direction, branch in enumerate(branches):
-            reverse, bias = direction == 1, branch.dt_proj.bias
+            reverse = direction == 1
             if reverse and self.kind == "v2":
                 projected = self._project(flow, context, branch, reverse=True)
-            u, own, raw_delta, b, c = projected
-            y = flow.scan(
-                direction,
-                u,
-                raw_delta,
-                decay_rates(branch.A_log),
-                b,
-                c,
-                branch.D,
-                own=own,
-                delta_bias=bias,
-                gap=flow.scanned.gaps(reverse=reverse),
-                size=flow.size,
-                read=flow.read,
-                reverse=reverse,
-            )
+            y, delta = self._scan_branch(flow, direction, branch, projected, wanted, reverse=reverse)
             outputs.append(y)
-            if wanted == "delta":
-                delta = functional.softplus(raw_delta + bias)
-                deltas.append(delta if flow.read is None else gather_tokens(delta, flow.read))
+            if delta is not None:
+                deltas.append(delta)
         return ScanStatistics(tuple(outputs), tuple(deltas))
 
     def branches(self) -> list[Branch]:
-        """One for each direction."""
         first = Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         if self.directions == 1:
             return [first]
         if self.kind == "v1":
             return [first, first._replace(A_log=self.A_b_log)]
         return [first, Branch(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)]
-
-    def _inner(self, x: Tensor) -> Tensor:
-        """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
-        return functional.linear(x, self.in_proj.weight[: self.d_inner])
-
-    def _project(
-        self, flow: Inflow, context: Tensor | None, branch: Branch, *, reverse: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
-        without bias, B and C (B, S, N)."""
-        sources = None if context is None else conv_sources(flow.convolved, self.d_conv)[int(reverse)]
-        u, own = flow.pool(branch.conv1d(flow.values, reverse=reverse, context=context, sources=sources))
-        rank_values, b, c = branch.x_proj(u).split(self.splits, dim=-1)
-        return u, own, branch.dt_proj(rank_values), b, c
-
-    def null_delta(self) -> Tensor:
-        """(directions, E): step size of a zero token among zero tokens, of which the convolution leaves its bias."""
-        steps = []
-        for branch in self.branches():
-            rank_values = branch.x_proj(functional.silu(branch.conv1d.bias))[: self.splits[0]]
-            steps.append(functional.softplus(branch.dt_proj(rank_values) + branch.dt_proj.bias))
-        return torch.stack(steps)
 
 
 def init_output_projection(projection: nn.Linear, depth: int) -> None:

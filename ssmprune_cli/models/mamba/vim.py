@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import CheckpointError, UsageError, listing
-from ssmprune_cli.models.common import Family, Hints, RotaryEmbedding, Shapes, check_side, patch_grid, rotary_tables
-from ssmprune_cli.models.mamba.backbone import MambaBackbone, MambaConfig, classifier, embedding
+from ssmprune_cli.models.common import Family, Hints, Shapes, check_side, patch_grid, rotary_tables
+from ssmprune_cli.models.mamba.backbone import classifier
 from ssmprune_cli.models.mamba.checkpoint import (
     COMPUTES,
     as_published,
@@ -24,103 +22,43 @@ from ssmprune_cli.models.mamba.checkpoint import (
     resize_positions,
     stated_flag,
 )
+from ssmprune_cli.models.mamba.class_token import (
+    CLASS_TOKENS,
+    ClassToken,
+    ClassTokenBackbone,
+    ClassTokenConfig,
+    class_positions,
+)
 from ssmprune_cli.models.mamba.mixer import MixerKind
-from ssmprune_cli.tokens import TokenSequence
-
-ClassToken = Literal["middle", "head", "double", "none"]
 
 
 @dataclass(frozen=True)
-class VimConfig(MambaConfig):
-    """Everything that defines a Vim; patches overlap (`stride` 8) in the "+" models. See MambaConfig.
+class VimConfig(ClassTokenConfig):
+    """Everything that defines a Vim; patches overlap (`stride` 8) in the "+" models. See ClassTokenConfig.
 
-    class_token  in the middle of the patches (released models), before them, at both ends, or none (mean pooling)
+    Released models have one class token in the middle of the patches, but for the first, which has it before them.
+
     mixer        "v2" (released models), "v1" or "none": see MambaMixer
     divide_out   halve the sum of both directions (all released models but the first)
     layer_scale  start of the mixers' gamma; None for no gamma
-    rope         turn the hidden states before every block, and with `rope_residual` the residuals too
     """
 
-    class_token: ClassToken = "middle"
     mixer: MixerKind = "v2"
     divide_out: bool = True
     layer_scale: float | None = None
-    rope: bool = False
-    rope_residual: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rope and (self.class_token == "double" or self.embed_dim % 4):
-            raise UsageError("rope needs an embed_dim that 4 divides, and at most one class token")
 
 
-class Vim(MambaBackbone):
+class Vim(ClassTokenBackbone):
     """See VimConfig."""
 
     family = "vim"
-    tokens = ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed")
     config: VimConfig
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__(config)
-        dim = config.embed_dim
-        for name in CLASS_TOKENS[config.class_token]:
-            self.register_parameter(name, embedding(1, dim))
-        self.pos_embed = embedding(self.num_tokens, dim)
-        self.rope = RotaryEmbedding(dim, self.grid, class_token=bool(self.protected)) if config.rope else None
+        self.add_tokens()
         self.add_blocks(kind=config.mixer, halve=config.divide_out, gamma=config.layer_scale)
-        self.head = classifier(dim, config.num_classes)
-
-    def embed(self, images: Tensor) -> TokenSequence:
-        patches = self.patch_embed(images)
-        names = CLASS_TOKENS[self.config.class_token]
-        tokens = [getattr(self, name).expand(patches.shape[0], -1, -1) for name in names]  # (B, 1, d) each
-        if self.config.class_token == "double":
-            patches = torch.cat((tokens[0], patches, tokens[1]), dim=1)
-        elif tokens:
-            (place,) = self.protected
-            patches = torch.cat((patches[:, :place], tokens[0], patches[:, place:]), dim=1)
-        return TokenSequence.dense(patches + self.pos_embed, self.protected, grid=self.grid)
-
-    def before_block(self, sequence: TokenSequence) -> TokenSequence:
-        if self.rope is None:
-            return sequence
-        rope = self.rope
-        residual, frozen, context = sequence.residual, sequence.frozen, sequence.context
-        positions = None if sequence.is_untouched else sequence.dense_positions()
-        if self.config.rope_residual:
-            residual = None if residual is None else rope(residual, positions)
-            frozen, context = (
-                None if dropped is None else replace(dropped, stream=rope(dropped.stream, dropped.positions))
-                for dropped in (frozen, context)
-            )
-        hidden = rope(sequence.hidden, positions)
-        return replace(sequence, hidden=hidden, residual=residual, frozen=frozen, context=context)
-
-    def pool(self, sequence: TokenSequence) -> Tensor:
-        """(B, d): the normalised class token, the mean of two, or the mean over tokens."""
-        dtype = self.norm_f.weight.dtype
-        if not self.protected:
-            return sequence.mean(self.norm_f(sequence.stream.to(dtype)))
-        normalised: Tensor = self.norm_f(sequence.protected_stream().to(dtype))  # (B, 1 or 2, d)
-        return normalised.mean(dim=1)
-
-    @property
-    def protected(self) -> tuple[int, ...]:
-        return class_positions(self.config.class_token, math.prod(self.grid))
-
-
-CLASS_TOKENS: Mapping[ClassToken, tuple[str, ...]] = {
-    "middle": ("cls_token",),
-    "head": ("cls_token",),
-    "double": ("cls_token_head", "cls_token_tail"),
-    "none": (),
-}
-
-
-def class_positions(kind: ClassToken, patches: int) -> tuple[int, ...]:
-    """Dense positions of the class tokens among `patches` patches."""
-    return {"middle": (patches // 2,), "head": (0,), "double": (0, patches + 1), "none": ()}[kind]
+        self.head = classifier(config.embed_dim, config.num_classes)
 
 
 # Checkpoints: which configuration a file holds, and how its position embeddings are resized.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -62,7 +64,7 @@ _OTHERS = (".conv_branch.", ".conv33conv33conv11.")
 
 def matches(shapes: Shapes, hints: Hints) -> bool:
     """Whether these are VMamba's keys, old or new."""
-    return _names(shapes).get("layers.0.blocks.0.op.A_logs") is not None and not any(
+    return todays_names(shapes).get("layers.0.blocks.0.op.A_logs") is not None and not any(
         part in key for part in _OTHERS for key in shapes
     )
 
@@ -86,14 +88,14 @@ def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
     d_inner = shape(f"{op}.conv2d.weight", 4)[0]
     d_state = shape(f"{op}.A_logs", 2)[1]
     patch = shape("patch_embed.0.weight", 4)[2]
-    depths = _depths(shapes)
+    depths = stage_depths(shapes)
     outs = tuple(stage for stage in range(len(depths)) if f"outnorm{stage}.weight" in shapes)
     is_classifier = "classifier.head.weight" in shapes or not outs
     num_classes = shape("classifier.head.weight", 2)[0] if is_classifier else 0
     alike = [each for each in VARIANTS.values() if (each.embed_dim, each.depths) == (embed_dim, depths)]
     if hints.variant:
         alike = [VARIANTS[hints.variant]]
-    side = _image_side(hints, alike)
+    side = image_side(hints, alike, "VMamba")
     images = image_fields(hints, alike[0] if alike and side == alike[0].image_size[0] else None)
     if hints.variant:
         given = VARIANTS[hints.variant]
@@ -116,23 +118,25 @@ def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
     )
 
 
-def _image_side(hints: Hints, published: list[VMambaConfig]) -> int:
-    """The side in pixels, which is in no weight: as stated, as published, as asked for. CheckpointError without."""
+def image_side(hints: Hints, published: Sequence[Any], model: str) -> int:
+    """The side in pixels, which is in no weight of a `model`: as stated, as the first of `published`, as asked for.
+    CheckpointError without."""
     if hints.image_size is not None:
         return hints.image_size
     if published:
-        return published[0].image_size[0]
+        side: int = published[0].image_size[0]
+        return side
     if hints.asked_size is None:
         raise CheckpointError(
             "neither the weights nor the file say which image size the model is for",
-            hint="Every size fits a VMamba. Give the one that it was trained with: `--image-size 224`, for example.",
+            hint=f"Every size fits a {model}. Give the one that it was trained with: `--image-size 224`, for example.",
         )
     return hints.asked_size
 
 
 def remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Today's names, and linear weights with two dimensions where the file has them as 1x1 convolutions."""
-    names = _names(state)
+    names = todays_names(state)
     if len(names) < len(state):
         twice = sorted(set(state) - set(names.values()))
         raise CheckpointError(f"has these weights under their old and new names: {', '.join(twice[:5])}")
@@ -156,7 +160,7 @@ def fills(config: VMambaConfig, side: int) -> bool:
     return side > 0 and side % 4 == 0
 
 
-def _names(keys: Shapes | dict[str, Tensor]) -> dict[str, str]:
+def todays_names(keys: Shapes | dict[str, Tensor]) -> dict[str, str]:
     """Today's name of every key of a file, to that key. A backbone saved with its detector's prefix loses it."""
     prefix = "backbone." if keys and all(key.startswith("backbone.") for key in keys) else ""
     names = {}
@@ -168,8 +172,8 @@ def _names(keys: Shapes | dict[str, Tensor]) -> dict[str, str]:
     return names
 
 
-def _depths(shapes: Shapes) -> tuple[int, ...]:
-    """Blocks of each stage."""
+def stage_depths(shapes: Shapes) -> tuple[int, ...]:
+    """Blocks of each stage that has any."""
     stages = count_numbered(shapes, r"layers\.(\d+)\.blocks\.")
     return tuple(count_numbered(shapes, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
 

@@ -65,7 +65,7 @@ class VMambaMixer(nn.Module, Mixer):
     """
 
     directions = DIRECTIONS
-    per_direction = ("projections",)
+    per_direction: tuple[str, ...] = ("projections",)
 
     def __init__(self, dim: int, *, d_inner: int, d_state: int, dt_rank: int, gated: bool, conv_bias: bool) -> None:
         super().__init__()

@@ -1,28 +1,23 @@
 """VMamba: arXiv 2401.10166, MzeroMiko/VMamba at 2ed52ea, with the authors' parameter names.
 
-Four stages of blocks; between two of them a downsampling halves the grid and doubles the width. Tokens are dropped
-within a stage. Before a downsampling, and before the classifier, the grid is made whole again: a dropped token comes
-back with the value that it had when it left, so that both see what they see in the dense model, every place of the
-grid. A grid whose tokens were merged into a smaller one is whole, and stays that small in later stages.
+Four stages of blocks; between two of them a downsampling halves the grid and doubles the width: see staged.py.
 Letters: B batch, L tokens now, d model width of a stage.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.grids import divided
-from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.models.common import Backbone, Block, ImageConfig, Places, check_size
-from ssmprune_cli.models.vmamba.layers import MLP, STRIDE, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2
+from ssmprune_cli.errors import UsageError
+from ssmprune_cli.interface import Mixers, ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.models.common import Block, ImageConfig, Places, check_size
+from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, DownsampleV3, PatchEmbedV1, PatchEmbedV2
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
+from ssmprune_cli.models.vmamba.staged import StagedBackbone
 from ssmprune_cli.tokens import TokenSequence
 
 
@@ -131,11 +126,11 @@ class VMambaStage(nn.Module):
         self.downsample = downsample(dim, 2 * dim) if number + 1 < len(config.depths) else None
 
 
-class VMamba(Backbone):
+class VMamba(StagedBackbone):
     """See VMambaConfig."""
 
     family = "vmamba"
-    restores = True
+    patch_embed: PatchEmbedV1 | PatchEmbedV2
 
     def __init__(self, config: VMambaConfig) -> None:
         super().__init__()
@@ -152,31 +147,6 @@ class VMamba(Backbone):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
             self.classifier = nn.ModuleDict({"norm": nn.LayerNorm(dim), "head": head})
-
-    def stage_outputs(self, images: Tensor) -> Iterator[Tensor]:
-        """Every place of the dense grid after each stage, before its downsampling: (B, rows, columns, d)."""
-        for whole in self._stages(images):
-            grid = whole.patch_grid if whole.merged is None else whole.merged.grid
-            yield whole.spread(whole.hidden).unflatten(1, grid)
-
-    def _stages(self, images: Tensor) -> Iterator[TokenSequence]:
-        """The tokens of the whole grid after each stage, before its downsampling."""
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 4:
-            raise DataError(f"the model takes images (B, 3, H, W) of 4 pixels or more, not {tuple(images.shape)}")
-        block, whole = 0, None
-        x = self.patch_embed(images)
-        for layer in self.layers:
-            assert isinstance(layer, VMambaStage)
-            sequence = _whole(x, whole)
-            for each in layer.blocks:
-                alignment, wanted = self.ask_pruner(block, sequence)
-                sequence, statistics = each(sequence, alignment, wanted)
-                sequence = self.prune(block, sequence, statistics, wanted)
-                block += 1
-            whole = sequence.restored()
-            yield whole
-            if layer.downsample is not None:
-                x = layer.downsample(whole.hidden.unflatten(1, whole.patch_grid))
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """The normalised outputs of `out_stages`, (B, d, rows, columns) each, as detectors take them."""
@@ -202,10 +172,6 @@ class VMamba(Backbone):
         return self.classifier["head"]  # type: ignore[return-value]
 
     @property
-    def blocks(self) -> list[Block]:
-        return [block for layer in self.layers for block in layer.blocks]  # type: ignore[union-attr]
-
-    @property
     def places(self) -> Places:
         stops = [stage.stop for stage in self.stages]
         downsamplings = {f"layers.{number}.downsample": stop for number, stop in enumerate(stops)}
@@ -221,30 +187,8 @@ class VMamba(Backbone):
 
     @property
     def mixers(self) -> Mixers:
-        return [block.op for layer in self.layers for block in layer.blocks]  # type: ignore[union-attr]
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        found, start, grid = [], 0, self.grid
-        for depth in self.config.depths:
-            found.append(Stage(start, start + depth, grid, stride=STRIDE))
-            start, grid = start + depth, divided(grid, STRIDE)
-        return tuple(found)
+        return [block.op for block in self.blocks]  # type: ignore[misc]
 
     @property
     def grid(self) -> tuple[int, int]:
         return self.patch_embed.grid(self.image_size)
-
-
-def _whole(x: Tensor, before: TokenSequence | None) -> TokenSequence:
-    """The tokens x (B, rows, columns, d) of a stage; `before` the downsampling that made them they were those."""
-    readout = None if before is None else before.readout
-    sequence = TokenSequence.dense(x.flatten(1, 2), grid=(x.shape[1], x.shape[2]), restorable=True, readout=readout)
-    if before is None or before.merged is None:
-        return sequence
-    merged = before.merged.divided(before.patch_grid, STRIDE)
-    # A token stands for as much as the mean of those that met in it, and all of them for the whole dense grid.
-    sizes = before.sizes().unflatten(1, before.patch_grid)
-    size = functional.avg_pool2d(sizes[:, None], STRIDE, ceil_mode=True, count_include_pad=False).flatten(1)
-    size = size * (math.prod(merged.grid) / size.sum(dim=1, keepdim=True))
-    return replace(sequence, size=size, merged=merged)

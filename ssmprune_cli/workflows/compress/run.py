@@ -59,6 +59,7 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
     """
     request.check()
     recipe = request.resolved()
+    request.source.check_pinned(recipe.provenance)
     out = request.out
     if request.dry_run or out is None:
         report = _planned(request, recipe)
@@ -184,6 +185,7 @@ def _compressed(
         "calibration_images": len(images) if images is not None and made.uses_images else 0,
         "calibration_sha256": fingerprint(images) if images is not None else None,
         "evaluation_sha256": identity(evaluation, request.limit) if evaluation is not None else None,
+        **_judged_on(request, model.task),
     }
     report = _report(source, model, recipe, dense, provenance).model_copy(
         update={
@@ -215,6 +217,13 @@ def _compressed(
         contents["calibration.json"] = json.dumps({"images": made.seen.images, "points": points}, indent=1) + "\n"
     checkpoint.save(out, model.cpu(), contents, dense=reference, overwrite=request.overwrite)
     return report
+
+
+def _judged_on(request: CompressRequest, task: str) -> dict[str, str]:
+    """The kind of the images that both models are judged on, if they are."""
+    if request.data is None:
+        return {}
+    return {"evaluation_dataset": request.dataset or TASKS.get(task).kind(request.data)}
 
 
 def _targeted(report: Report, request: CompressRequest) -> Report:
@@ -287,8 +296,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         dense=dense,
         pruned=figures(model),
         provenance={
-            "input": shown(source.path.name),
-            "input_sha256": checkpoint.sha256(source.path),
+            **source.origin,
             **provenance,
             **versions(next(model.parameters()).device),
         },

@@ -16,6 +16,7 @@ from ssmprune_cli.workflows.reporting.describe import (
 )
 from ssmprune_cli.workflows.reporting.facts import repaired, resizing, verdict, verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
+from ssmprune_cli.workflows.reporting.metadata import card_head, report_head
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
 from ssmprune_cli.workflows.reporting.plot import Series, write_plot
 from ssmprune_cli.workflows.reporting.samples import samples
@@ -30,16 +31,18 @@ def report_files(report: Report, images: Mapping[str, bytes]) -> dict[str, str]:
     return {
         REPORT: report.to_json(),
         PAGE: page([Entry("", report, images)]),
-        CARD: summary([Entry("", report, images)]),
+        CARD: report_head(report) + summary([Entry("", report, images)]),
     }
 
 
 __all__ = [
+    "CARD",
     "PAGE",
     "Entry",
     "Series",
     "Stage",
     "calibration_facts",
+    "card_head",
     "describe",
     "figures",
     "page",

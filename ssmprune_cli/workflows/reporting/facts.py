@@ -348,10 +348,12 @@ def unmeasured(report: Report) -> list[str]:
 _ORIGINS = {
     "input": "input file",
     "input_sha256": "its SHA-256",
+    "input_address": "its address on the hub",
     "weights_sha256": "SHA-256 of the weights in it",
     "backend": "kernels",
     "calibration_images": "calibration images",
     "calibration_sha256": "their SHA-256",
+    "evaluation_dataset": "kind of the evaluation images",
     "evaluation_sha256": "SHA-256 of the names and labels of the evaluation images",
 }
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.files import read_bytes
+from ssmprune_cli.files import distinct_names, read_bytes
 from ssmprune_cli.report import Report, SampleStage, read_report
 from ssmprune_cli.tasks import Loss
 from ssmprune_cli.workflows.reporting import facts
@@ -40,13 +40,7 @@ def read_entries(folders: Sequence[Path]) -> list[Entry]:
 
     Raises SsmpruneError naming the file that is missing or damaged.
     """
-    paths = [folder.resolve() for folder in folders]
-    names = [""] * len(paths)
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
-            break
-    return [_read_entry(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [_read_entry(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
 
 
 def _read_entry(folder: Path, name: str) -> Entry:

@@ -44,7 +44,8 @@ def _one(entry: Entry) -> str:
         lines += ["", f"Fine-tuned: `{report.finetuning.command}`; report.json has its epochs."]
     known = report.provenance
     if "input_sha256" in known:
-        lines += ["", f"Made from `{known['input']}`, SHA-256 `{known['input_sha256']}`."]
+        of = f" of {known['input_address']}" if "input_address" in known else ""
+        lines += ["", f"Made from `{known['input']}`{of}, SHA-256 `{known['input_sha256']}`."]
     if "command" in known:
         lines += ["", f"    {known['command']}"]
     lines += ["", f"Load it with `ssmprune_cli.load(folder)`. Measured on {facts.measured_on(report)}."]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Detections:
     """The objects in one image, best first. Sizes are those of the image as it was read.
 
@@ -21,3 +21,7 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks: Tensor
+
+    def __repr__(self) -> str:
+        best = f", best score {float(self.scores[0]):.3f}" if len(self.scores) else ""
+        return f"Detections({len(self.scores)} objects{best})"
