@@ -33,7 +33,7 @@ print(facts["ssmprune.json"])
 
 @pytest.mark.slow
 def test_a_pt2_is_read_with_torch_alone_for_any_batch(tmp_path: Path) -> None:
-    model = make("vmamba", "frozen").train()
+    model = make("vim", "context").train()
     made = export(model, tmp_path / "model.pt2", target="pt2")
     assert made.error <= made.tolerance == 1e-4 and model.training
     assert [check.batch for check in made.checks] == [1, 3] and made.batch is None
@@ -44,7 +44,7 @@ def test_a_pt2_is_read_with_torch_alone_for_any_batch(tmp_path: Path) -> None:
     code = [sys.executable, "-c", WITHOUT_US, str(made.path), str(tmp_path / "io.pt")]
     done = subprocess.run(code, cwd=tmp_path, check=True, capture_output=True, text=True)
     facts = json.loads(done.stdout)
-    assert facts["family"] == "vmamba" and json.loads(facts["method"])["reduction"] == "frozen"
+    assert facts["family"] == "vim" and json.loads(facts["method"])["reduction"] == "context"
 
 
 @pytest.fixture
