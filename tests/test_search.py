@@ -177,7 +177,7 @@ def test_every_step_of_a_search_is_a_schedule_that_its_reduction_can_have() -> N
                 assert again == schedule
 
 
-def twice_as_fast(self: Clock, variants: Sequence[Variant], seconds: float) -> list[Timing]:
+def twice_as_fast(self: Clock, variants: Sequence[Variant], seconds: float, **_: bool) -> list[Timing]:
     """In the place of `Clock.timings`, where times do not matter."""
     return [Timing(0.5, (0.5, 0.5), 1.0, 2.0) for _ in variants]
 
@@ -482,6 +482,27 @@ def test_a_time_is_met_though_the_table_is_wrong(calib: Path, monkeypatch: pytes
     assert found.chosen.timing is not None and found.chosen.timing.ratio <= 0.75
 
 
+@pytest.mark.parametrize(("longest", "part"), [(1e9, 8), (0.0, 1)])
+def test_a_plan_takes_a_part_of_a_batch_that_takes_long(
+    measurements: Measurements, longest: float, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+
+    def speeds(sessions: list[Session], images: list[torch.Tensor], rounds: int, **_: int) -> list[Speed]:
+        sizes.update(map(len, images))
+        return [Speed(1.0, (1.0, 1.0), 1.0, rounds, (1.0,) * rounds) for _ in sessions]
+
+    monkeypatch.setattr(clocks, "interleaved_speeds", speeds)
+    monkeypatch.setattr(clocks, "_LONG", longest)
+    clock = Clock(measurements, 8)
+    clock.of(Method("clip", "drop", "none"))
+    assert sizes == {part}
+    sizes.clear()
+    variant = Variant(Method("clip", "drop", "none").settings(PruneSchedule((1,), (5,)), 0))
+    clock.timing(variant)
+    assert sizes == {8}, "what is chosen is timed as it will run"
+
+
 def test_what_is_slower_than_dense_is_never_chosen(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(sessions: list[Session], images: torch.Tensor, rounds: int, **_: int) -> list[Speed]:
         times = [1.0, *(1.5 for _ in sessions[1:])]
@@ -554,7 +575,7 @@ def test_fewer_tokens_never_take_more_time_in_a_table(monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     vim = Vim(VimConfig(image_size=(32, 32), patch_size=4, stride=4, embed_dim=16, depth=8, num_classes=10))
 
-    def timings(self: Clock, variants: Sequence[Variant], seconds: float) -> list[Timing]:
+    def timings(self: Clock, variants: Sequence[Variant], seconds: float, **_: bool) -> list[Timing]:
         return [Timing(share, (share, share), 1.0, 1.0) for _, share in zip(variants, shares, strict=True)]
 
     monkeypatch.setattr(Clock, "timings", timings)

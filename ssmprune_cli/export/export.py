@@ -168,16 +168,18 @@ def export(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of what is old in themselves, and tell which constants they do not fold."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Exporters warn of what is old in themselves, and tell what they lack and which constants they do not fold."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _repeated(images: Tensor, count: int) -> Tensor:

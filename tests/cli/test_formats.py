@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from ssmprune_cli.cli import formats
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.files import distinct_names
+from ssmprune_cli.report.report import AveragePrecision, ModelDetection, ModelSegmentation
+from ssmprune_cli.tasks import TASKS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
@@ -120,6 +122,24 @@ def test_eval_says_the_same_in_every_form(ssmprune: Run, folder: Path) -> None:
     assert (first["img_size"], first["crop_pct"], first["interpolation"]) == ("64", "0.875", "bicubic")
     assert ssmprune(*common, "--format", "latex").stdout.count(r" \\") == 3
     assert "one/vim_like.pth" in re.sub(r"\s", "", ssmprune(*common).stdout)
+
+
+def test_dense_models_have_the_columns_of_their_task() -> None:
+    segmented = ModelSegmentation(miou=0.4, interval=None, aacc=0.8, macc=0.5, classes=())
+    assert TASKS.get("segmentation").columns(segmented) == {
+        "miou": 0.4,
+        "miou_low": None,
+        "miou_high": None,
+        "aacc": 0.8,
+        "macc": 0.5,
+    }
+    boxes = AveragePrecision(ap=0.4, ap50=0.6, ap75=0.5, ap_small=None, ap_medium=0.4, ap_large=0.5)
+    masks = boxes.model_copy(update={"ap": 0.3})
+    found = TASKS.get("detection").columns(ModelDetection(boxes=boxes, masks=masks, interval=(0.3, 0.5), classes=()))
+    assert (found["box_ap"], found["box_ap_low"], found["mask_ap"], found["mask_ap75"]) == (0.4, 0.3, 0.3, 0.5)
+    assert "mask_ap" not in TASKS.get("detection").columns(
+        ModelDetection(boxes=boxes, masks=None, interval=None, classes=())
+    )
 
 
 def test_compare_has_a_name_for_each_row(ssmprune: Run, folder: Path) -> None:

@@ -67,6 +67,18 @@ def test_recipes_list(ssmprune: Run) -> None:
     assert [recipe["name"] for recipe in listed] == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
+def test_models_says_where_published_checkpoints_are(ssmprune: Run) -> None:
+    listed = {each["name"]: each for each in json.loads(ssmprune("models", "list", "--json").stdout)["models"]}
+    assert listed["vim-small"]["published"] == {"top1": 80.5, "top5": 95.1} and listed["vim-small"]["sha256"] is None
+    assert "vim-small" in ssmprune("models", "list").stdout
+    done = ssmprune("models", "show", "vim-small")
+    assert "hf://hustvl/Vim-small-midclstok/vim_s_midclstok_80p5acc.pth" in done.stdout and "sha256" not in done.stdout
+    assert json.loads(ssmprune("models", "show", "vim-small", "--json").stdout) == listed["vim-small"]
+    assert "Download vssm1_tiny_0230s" in ssmprune("models", "show", "vmamba-tiny-s1l8").stdout
+    done = ssmprune("models", "show", "vim-smal")
+    assert done.returncode == 2 and "did you mean 'vim-small'" in done.stderr
+
+
 def test_recipes_show_prints_the_file_as_it_is(ssmprune: Run) -> None:
     done = ssmprune("recipes", "show", "vim_small_topvim")
     assert (done.returncode, done.stderr) == (0, "")

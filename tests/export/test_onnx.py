@@ -234,12 +234,13 @@ def test_a_file_says_what_is_in_it(vim_onnx: tuple[Backbone, Exported]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "reduction", "depth"), [("vmamba", "context", None), ("plainmamba", None, 1)])
-def test_grids(family: str, reduction: str | None, depth: int | None, tmp_path: Path) -> None:
-    made = export(make(family, reduction, **({} if depth is None else {"depth": depth})), tmp_path / "model.onnx")
+def test_a_grid_without_downsampling(tmp_path: Path) -> None:
+    """Dense, and with all four directions; the segmenter below is a pruned VMamba."""
+    made = export(make("plainmamba", depth=1), tmp_path / "model.onnx")
     assert made.error <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_segmenter(tmp_path: Path) -> None:
     made = export(make_upernet().eval(), tmp_path / "model.onnx")
     assert made.error <= 1e-4 and all(check.same >= 0.999 for check in made.checks)

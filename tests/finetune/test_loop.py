@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -138,6 +139,18 @@ def test_progressive_training_drops_more_tokens_in_every_epoch(images: ImageData
             assert isinstance(each.pruner, TokenPruner)
             seen.append(each.pruner.settings.schedule.tokens)
     assert seen[::2] == seen[1::2] == [(12, 10, 9), (8, 4, 2), (8, 4, 2)]
+
+
+def test_a_progressive_training_goes_on_with_the_schedule_of_its_epoch(images: ImageDataset) -> None:
+    settings = SETTINGS.model_copy(update={"epochs": 3, "progressive": 2})
+    whole, resumed = (Trainer(make_model(keep=0.5), images, settings) for _ in range(2))
+    list(whole.epoch())
+    resumed.load(copy.deepcopy(whole.state()))
+    for trainer in (whole, resumed):
+        list(trainer.epoch())
+        assert isinstance(trainer.model.pruner, TokenPruner)
+        assert trainer.model.pruner.settings.schedule.tokens == (8, 4, 2)
+    assert torch.equal(weights(whole.model), weights(resumed.model))
 
 
 def test_ema_is_the_running_mean_of_the_weights(images: ImageDataset) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import ssmprune_cli
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, Detections
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VIM_LIKE = GOLDEN / "containers" / "vim_like.pth"
@@ -97,3 +97,10 @@ def test_models_are_short_to_print() -> None:
     ssmprune_cli.restore(model)
     assert repr(model) == "Vim(64x64 pixels, 4 blocks, 115,306 parameters)"
     assert len(repr(ssmprune_cli.prepare(model))) < 80
+
+
+def test_detections_are_short_to_print() -> None:
+    scores = torch.tensor([0.75, 0.5])
+    found = Detections(torch.zeros(2, 4), scores, torch.zeros(2), torch.zeros(2, 9, 9))
+    assert repr(found) == "Detections(2 objects, best score 0.750)"
+    assert repr(Detections(*(each[:0] for each in vars(found).values()))) == "Detections(0 objects)"

@@ -95,7 +95,8 @@ class Trainer:
 
     def load(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
-        self.model.load_state_dict(state["model"])
+        # Without its metadata: a progressive training changes the schedule that stands there.
+        self.model.load_state_dict(dict(state["model"]))
         self._optimizer.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

@@ -41,6 +41,7 @@ _FRACTIONS = (0.9, 0.6, 0.3)  # of a stage's tokens; the first shows what it cos
 _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
 _SECONDS = 3.0  # for the rows of one reduction
 _ROUNDS = (4, 15)
+_LONG = 0.25  # seconds of a forward pass: for a plan, a part of the batch that takes so long tells the shares
 _TURNS = 6  # after so many it is asked whether more are needed
 _NARROW = 0.03  # width of an interval, as a share, that needs no more
 _STEADY = 0.15  # width of an interval, as a share, up to which a row is good enough for other runs
@@ -80,7 +81,7 @@ class Clock:
     def of_side(self, side: int) -> float:
         """The share of the dense model's time that the model for images of `side` pixels takes, all tokens kept."""
         if f"side {side}" not in self.table.rows:
-            (timing,) = self.timings([Variant(_nothing(), side)], _SECONDS / 2)
+            (timing,) = self.timings([Variant(_nothing(), side)], _SECONDS / 2, plan=True)
             self.table.add({f"side {side}": timing})
         return self.table.rows[f"side {side}"]
 
@@ -93,8 +94,13 @@ class Clock:
         (timing,) = self.timings([variant], _SECONDS, most=40)
         return timing
 
-    def timings(self, variants: Sequence[Variant], seconds: float, *, most: int = _ROUNDS[1]) -> list[Timing]:
-        """Of several variants and the dense model in turn, for about so many seconds; less where all is steady."""
+    def timings(
+        self, variants: Sequence[Variant], seconds: float, *, most: int = _ROUNDS[1], plan: bool = False
+    ) -> list[Timing]:
+        """Of several variants and the dense model in turn, for about so many seconds; less where all is steady.
+
+        plan  a part of the batch is enough where all of it takes long
+        """
         sessions: list[nn.Module] = [self.measurements.session]
         images = [self._batch(self.measurements.model)]
         for variant in variants:
@@ -107,6 +113,9 @@ class Clock:
             start = time.perf_counter()
             sessions[0](images[0])
             once = time.perf_counter() - start
+        if plan and once > _LONG:
+            part = max(1, int(self.batch_size * _LONG / once))
+            images, once = [each[:part] for each in images], once * part / self.batch_size
         rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
         taken: list[list[float]] = [[] for _ in sessions]
         timings: list[Timing] = []
@@ -245,7 +254,9 @@ class TimeModel:
         """Shares of schedules, which have these names in the table."""
         keys = [f"{self._method.reduction} {name}" for name in names.values()]
         if any(key not in self._clock.table.rows for key in keys):
-            timings = self._clock.timings([Variant(self._method.settings(row, 0)) for row in names], _SECONDS)
+            timings = self._clock.timings(
+                [Variant(self._method.settings(row, 0)) for row in names], _SECONDS, plan=True
+            )
             self._clock.table.add(dict(zip(keys, timings, strict=True)))
         return {row: self._clock.table.rows[key] for row, key in zip(names, keys, strict=True)}
 
