@@ -96,7 +96,7 @@ def check_request(path: Path, target: str, batch: int | None, opset: int | None)
     if opset is not None and chosen.opsets is None:
         raise UsageError(f"a file of the target {target!r} has no opset", where="--opset")
     if opset is not None and chosen.opsets is not None and not chosen.opsets[0] <= opset <= chosen.opsets[1]:
-        raise UsageError(f"the opset is one from {chosen.opsets[0]} to {chosen.opsets[1]}, not {opset}")
+        raise UsageError(f"must be one from {chosen.opsets[0]} to {chosen.opsets[1]}, not {opset}", where="--opset")
     reason = chosen.missing()
     if reason is not None:
         raise UsageError(f"the target {target!r} cannot be written here: {reason}")

@@ -96,11 +96,13 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--weight-decay": NOT_NEGATIVE,
     "--label-smoothing": (*NOT_NEGATIVE, "1"),
     "--shift": FROM_0,
+    "--batch": FROM_1,
+    "--opset": (*FROM_1, "3"),
 }
 # Paths, and a name that is written: any text may be right.
 FREE = {
     "--calib", "--data", "--val-data", "--out", "--state", "--plot", "--compare", "--dense", "--checkpoints",
-    "--distill", "--init", "--checkpoint", "--name", "--save-predictions",
+    "--distill", "--init", "--checkpoint", "--name", "--save-predictions", "--check",
 }  # fmt: skip
 
 
@@ -136,6 +138,7 @@ def arguments(command: str, images: Path, out: Path, option: str) -> list[str]:
         "report": [str(out)],
         "visualize": [str(CHECKPOINT), str(images), "--out", str(out)],
         "finetune": [str(CHECKPOINT), *labelled, "--out", str(out)],
+        "export": [str(CHECKPOINT), "--out", str(out)],
     }[command]
     if option in given:  # the wrong value takes the place of the right one
         place = given.index(option)
