@@ -113,9 +113,8 @@ def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: 
     assert done.returncode == 2 and "not empty" in done.stderr
 
 
-def test_compress_for_a_time_and_for_the_fastest_within_a_loss(ssmprune: Run, tmp_path: Path) -> None:
-    calib, data = DEMO.with_name("calib.npz"), DEMO.with_name("test.npz")
-    images = ("--calib", calib, "--calib-images", "16", *SAME_IMAGES)
+def test_compress_for_a_time(ssmprune: Run, tmp_path: Path) -> None:
+    images = ("--calib", DEMO.with_name("calib.npz"), "--calib-images", "16", *SAME_IMAGES)
     few = ("--importance", "clip", "--reduction", "drop", "--evaluations", "5", *BATCH, *images)
     done = ssmprune("compress", DEMO, "--target-speedup", "1.15", *few, "--out", tmp_path / "time", "--json")
     assert done.returncode == 0, done.stderr
@@ -124,13 +123,6 @@ def test_compress_for_a_time_and_for_the_fastest_within_a_loss(ssmprune: Run, tm
     assert (target["kind"], target["value"]) == ("latency_ratio", pytest.approx(1 / 1.15))
     assert target["measured"] == report["speed"]["latency_ratio"] and report["speed"]["batch_size"] == 64
     assert target["met"] == (target["measured"] <= target["value"]) == ("were measured in the end" not in done.stderr)
-    # Nobody loses less than nothing: the nearest is written, and the exit code says that it is not met.
-    judged = ("--dataset", "npz", "--data", data, "--limit", "50", "--max-drop", "-50")
-    done = ssmprune("compress", DEMO, *judged, *few, "--out", tmp_path / "drop", "--json")
-    assert done.returncode == 3 and "--max-drop allows -50" in done.stderr, done.stderr
-    report = json.loads(done.stdout)
-    assert report["target"]["kind"] == "max_drop" and not report["target"]["met"]
-    assert (tmp_path / "drop" / "model.safetensors").is_file()
 
 
 def test_sensitivity(ssmprune: Run, images: Path, tmp_path: Path) -> None:

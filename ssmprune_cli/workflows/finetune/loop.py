@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -199,4 +200,5 @@ def accelerator(precision: str, device: str, *, find_unused: bool) -> Accelerato
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
         )
     except ValueError as error:
+        AcceleratorState._reset_state()  # it is half made, and the next Accelerator of this process would stumble on it
         raise UsageError(f"precision {precision} is not possible here: {error}", where="--precision") from error
