@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from ssmprune_cli.errors import BudgetError, DataError
 from ssmprune_cli.pruning import Method
 from ssmprune_cli.recipe import Pruning, Recipe
+from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
 from ssmprune_cli.workflows.compress.fastest import LADDER, fastest
+from ssmprune_cli.workflows.limits import Limits as MaxDrop
 from ssmprune_cli.workflows.search import Found, Limits, SearchPlan
+from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import Budget
 
 
@@ -61,3 +65,30 @@ def test_another_error_is_not_taken_for_the_end_of_the_ladder() -> None:
 
     with pytest.raises(DataError, match="cannot be read"):
         fastest(cast(Any, Broken()), lambda found: True)
+
+
+@pytest.mark.usefixtures("without_noise")
+def test_a_loss_that_nobody_can_keep_gives_the_nearest_model_and_says_so(tmp_path: Path) -> None:
+    """Nobody loses less than nothing."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(12) % 10)
+    request = CompressRequest(
+        Source(Path(__file__).parent / "golden" / "containers" / "vim_like.pth"),
+        importance="clip",
+        reduction="drop",
+        alignment="none",
+        evaluations=5,
+        keep_image_size=True,
+        calib=tmp_path / "images.npz",
+        data=tmp_path / "images.npz",
+        dataset="npz",
+        limits=MaxDrop(max_drop=-100),
+        out=tmp_path / "out",
+        samples=0,
+    )
+    report = compress_checkpoint(request).report
+    assert report.target is not None and report.target.kind == "max_drop" and not report.target.met
+    (limit,) = report.limits
+    assert not limit.holds and "--max-drop allows -100" in limit.statement
+    assert report.search is not None and {trial.budget for trial in report.search} == {LADDER[0]}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
