@@ -27,7 +27,7 @@ from ssmprune_cli.pruning import Correction, TokenPruner, compress
 from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.report import read_report
 from ssmprune_cli.workflows.finetune import Data, Job, finetune, run
-from ssmprune_cli.workflows.finetune.loop import Trainer
+from ssmprune_cli.workflows.finetune.loop import Trainer, accelerator
 from ssmprune_cli.workflows.finetune.new_model import build
 from ssmprune_cli.workflows.reporting import describe
 
@@ -258,6 +258,13 @@ def test_a_device_that_is_missing_is_refused(images: ImageDataset, tmp_path: Pat
     with pytest.raises(UsageError, match="cuda"):
         finetune(make_model(), Data(images), Job(SETTINGS, device="cuda"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_failed_accelerator_left_is_forgotten() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._shared_state["_cpu"] = True  # as far as it came
+    assert accelerator("fp32", "cpu", find_unused=False).device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_bfloat16_training_follows_float32(images: ImageDataset) -> None:

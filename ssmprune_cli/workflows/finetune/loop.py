@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -193,6 +193,10 @@ class Trainer:
 
 def accelerator(precision: str, device: str, *, find_unused: bool) -> Accelerator:
     """Raises UsageError if the device cannot compute in that precision."""
+    states = (PartialState._shared_state, AcceleratorState._shared_state)
+    if any(state and "distributed_type" not in state for state in states):
+        # An earlier one in this process failed, and Accelerate would take what it left half made for whole.
+        AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
@@ -200,5 +204,4 @@ def accelerator(precision: str, device: str, *, find_unused: bool) -> Accelerato
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
         )
     except ValueError as error:
-        AcceleratorState._reset_state()  # it is half made, and the next Accelerator of this process would stumble on it
         raise UsageError(f"precision {precision} is not possible here: {error}", where="--precision") from error
