@@ -44,6 +44,7 @@ def command(
     """
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.measure import in_precision
     from ssmprune_cli.workflows.profile import profile
 
@@ -54,6 +55,8 @@ def command(
     models = [in_precision(each, precision) for each in loaded]
     with output.progress("Timing") as advance:
         profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    for remark in dict.fromkeys(each for model in models for each in TASKS.get(model.task).remarks):
+        output.warn(remark)
     names = formats.unique(distinct_names(paths))
     data = {"models": [{"path": str(each), **one.to_dict()} for each, one in zip(paths, profiles, strict=True)]}
     formats.emit(

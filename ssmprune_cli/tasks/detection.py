@@ -80,6 +80,10 @@ class Detection(Task[ModelDetection, DetectionFacts]):
     most = 1
     draws = True
     saves = True
+    remarks = (
+        "Multiply-adds, times and images per second are those of the backbone and the feature pyramid. What proposes "
+        "boxes and reads them is left out: pruning does not change it, so a whole detector gains less than they say.",
+    )
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain

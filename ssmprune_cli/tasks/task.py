@@ -139,6 +139,7 @@ class Task(ABC, Generic[Score, Compared]):
     hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
     saves     whether there is a format for what models answer: see `predictions`
+    remarks   sentences on what figures of work and time leave out, for whoever reads them
     """
 
     name: ClassVar[str]
@@ -157,6 +158,7 @@ class Task(ABC, Generic[Score, Compared]):
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
     saves: ClassVar[bool] = False
+    remarks: ClassVar[tuple[str, ...]] = ()
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
         """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).

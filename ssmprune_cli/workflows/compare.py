@@ -148,7 +148,7 @@ class Comparison:
         self.batch_size, self.rounds = self.task.at_once(64, batch_size), rounds
         self.images = EvaluationImages(dataset, self.model, limit, self.batch_size)
         self._smaller: dict[int, _Smaller] = {}
-        self.notes: list[str] = []
+        self.notes = list(self.task.remarks)
         self.judged = self.images.dataset.has_targets
         if self.judged:
             try:

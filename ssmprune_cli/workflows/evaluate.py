@@ -30,7 +30,7 @@ class Evaluation:
     score              the facts that the model's task has of one model, such as ModelAccuracy
     images_per_second  of the model alone, without reading images; the first batch is left out if there are more
     comparison         those that it has of a pruned and a dense model on the same images, such as AccuracyFacts
-    notes              of the dataset: the order of its classes where others are possible, what was left out
+    notes              the dataset's, such as the order of its classes where others are possible, and the task's remarks
     changed            with `comparison`: indices in the whole dataset of images that one model is right on
     images             that were judged, and the `results` that the task keeps of each
     """
@@ -157,9 +157,8 @@ def evaluate(
                 progress(min(done.values()), len(mine))
     results, score, speed = judges[0].collect(dataset)
     dtype = str(model.dtype).removeprefix("torch.")
-    evaluation = Evaluation(
-        len(dataset), dtype, task, score, speed, notes=dataset.notes, images=dataset, results=results
-    )
+    notes = (*dataset.notes, *task.remarks)
+    evaluation = Evaluation(len(dataset), dtype, task, score, speed, notes=notes, images=dataset, results=results)
     if compare is None:
         return evaluation
     dense_results, dense_score, dense_speed = judges[1].collect(dataset)

@@ -42,6 +42,7 @@ def artefact(ssmprune: Run, detector: tuple[str, ...], data: Path, tmp_path_fact
 def test_a_report_has_both_models_boxes_and_masks(artefact: Path) -> None:
     report: dict[str, Any] = json.loads((artefact / "report.json").read_text(encoding="utf-8"))
     facts = report["detection"]
+    assert any("backbone and the feature pyramid" in each for each in report["warnings"]), "what figures leave out"
     assert report["task"] == "detection" and facts["count"] == 4 and len(facts["classes"]) == 5
     assert facts["masks"]["ap"] is not None and facts["dense"]["boxes"]["ap"] is not None
     (sample,) = report["samples"]
@@ -57,9 +58,22 @@ def test_eval_saves_what_was_found(ssmprune: Run, artefact: Path, data: Path, tm
         "eval", artefact, "--dataset", "coco", "--data", data, "--limit", "2", "--save-predictions", file, "--json"
     )
     assert done.returncode == 0, done.stderr
+    assert "backbone and the feature pyramid" in done.stderr
     assert json.loads(done.stdout)["boxes"].keys() >= {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"}
     rows = json.loads(file.read_text(encoding="utf-8"))
     assert rows and rows[0].keys() == {"image_id", "category_id", "bbox", "score", "segmentation"}
+
+
+def test_profile_and_compare_say_what_they_leave_out(
+    ssmprune: Run, detector: tuple[str, ...], artefact: Path, data: Path
+) -> None:
+    done = ssmprune("profile", artefact, "--rounds", "1", "--batch-size", "1", "--json")
+    assert done.returncode == 0 and "backbone and the feature pyramid" in done.stderr, done.stderr
+    asked = ("--methods", "clip/drop/none", "--keep", "0.7", "--rounds", "1", "--data", data, "--dataset", "coco")
+    done = ssmprune("compare", *detector, *asked, "--json")
+    assert done.returncode == 0 and "backbone and the feature pyramid" in done.stderr, done.stderr
+    dense, pruned, *_ = json.loads(done.stdout)["rows"]
+    assert dense["divergence"] == 0 < pruned["divergence"] and pruned["box_ap"] is not None
 
 
 def test_what_does_not_fit_is_said(ssmprune: Run, detector: tuple[str, ...], data: Path, tmp_path: Path) -> None:
