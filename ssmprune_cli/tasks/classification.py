@@ -11,9 +11,10 @@ from torch import Tensor
 from ssmprune_cli.data import Batch, ImageDataset
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.report import AccuracyFacts, ClassChange, Interval, ModelAccuracy, Report, Sample
+from ssmprune_cli.report import AccuracyFacts, ClassChange, ModelAccuracy, Report, Sample
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
 from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.words import gained, in_percent, share
 
 
 def _drop(score: ModelAccuracy, compared: AccuracyFacts | None) -> Estimate | None:
@@ -138,14 +139,14 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
             for label in labels.unique().tolist()
             for inside in [labels == label]
         ]
-        gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
+        won, lost = int((first & ~second).sum()), int((second & ~first).sum())
         return AccuracyFacts(
             **pruned[1].model_dump(),
             count=len(dataset),
             dense=dense[1],
-            difference=(gained - lost) / len(first),
-            difference_interval=paired_interval(gained, lost, len(first)),
-            p_value=mcnemar_p_value(gained, lost),
+            difference=(won - lost) / len(first),
+            difference_interval=paired_interval(won, lost, len(first)),
+            p_value=mcnemar_p_value(won, lost),
             classes=tuple(sorted(classes, key=lambda each: (each.right_pruned - each.right_dense) / each.images)),
         )
 
@@ -174,16 +175,16 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
         found = [
             Row(
                 f"top-1 on {compared.count:,} images (95 % interval)",
-                _share(compared.dense.top1, compared.dense.interval),
-                _share(compared.top1, compared.interval),
+                share(compared.dense.top1, compared.dense.interval),
+                share(compared.top1, compared.interval),
                 f"{100 * compared.difference:+.2f} points",
-                _interval(compared.difference_interval, "{:+.2f}"),
-                better=_better(compared.difference_interval),
+                in_percent(compared.difference_interval, "{:+.2f}"),
+                better=gained(compared.difference_interval),
             )
         ]
         if compared.top5 is not None and compared.dense.top5 is not None:
             before, after = (
-                _share(top5, wilson_interval(round(top5 * compared.count), compared.count))
+                share(top5, wilson_interval(round(top5 * compared.count), compared.count))
                 for top5 in (compared.dense.top5, compared.top5)
             )
             change = f"{100 * (compared.top5 - compared.dense.top5):+.2f} points"
@@ -196,13 +197,13 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
             f"{100 * compared.dense.top1:.2f}",
             f"{100 * compared.top1:.2f}",
             f"{100 * compared.difference:+.2f} points",
-            _interval(compared.difference_interval, "{:+.2f}"),
+            in_percent(compared.difference_interval, "{:+.2f}"),
         )
 
     def table(self, scores: Sequence[ModelAccuracy]) -> list[list[str]]:
         return [
             ["top-1 (%)", *(f"{100 * one.top1:.2f}" for one in scores)],
-            ["  95 % interval", *(_interval(one.interval, "{:.2f}") for one in scores)],
+            ["  95 % interval", *(in_percent(one.interval, "{:.2f}") for one in scores)],
             ["top-5 (%)", *("-" if one.top5 is None else f"{100 * one.top5:.2f}" for one in scores)],
         ]
 
@@ -220,7 +221,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     def difference(self, compared: AccuracyFacts) -> str:
         return (
             f"Difference in top-1: {100 * compared.difference:+.2f} percentage points "
-            f"(95 % interval {_interval(compared.difference_interval, '{:+.2f}')}; "
+            f"(95 % interval {in_percent(compared.difference_interval, '{:+.2f}')}; "
             f"exact McNemar test p = {compared.p_value:.2g})"
         )
 
@@ -254,17 +255,3 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
             f"{sample.name}{truth}: the dense model says {said(sample.predicted_dense)}, "
             f"the {report.called} one {said(sample.predicted_pruned)}"
         )
-
-
-def _share(share: float, interval: Interval) -> str:
-    return f"{100 * share:.2f} % ({_interval(interval, '{:.1f}')})"
-
-
-def _better(ends: Interval) -> bool | None:
-    """Whether a difference is a gain, as far as its interval tells."""
-    return True if ends[0] > 0 else False if ends[1] < 0 else None
-
-
-def _interval(ends: Interval, form: str) -> str:
-    """An interval of fractions, in per cent."""
-    return " to ".join(form.format(100 * end) for end in ends)

@@ -22,7 +22,6 @@ from ssmprune_cli.pruning import relative_error
 from ssmprune_cli.report import (
     ClassPrecision,
     DetectionFacts,
-    Interval,
     ModelDetection,
     Report,
     Sample,
@@ -39,6 +38,7 @@ from ssmprune_cli.tasks.average_precision import (
 from ssmprune_cli.tasks.outlined import covered, outlined
 from ssmprune_cli.tasks.painted import differing
 from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.words import bootstrap, gained, in_percent, losses, share
 
 GRID = 8  # rows and columns of places of each level by which models are compared
 _SURE = 0.5  # score from which on a detection is shown to a user
@@ -249,11 +249,11 @@ class Detection(Task[ModelDetection, DetectionFacts]):
         found = [
             Row(
                 f"box AP on {compared.count:,} images (95 % interval)",
-                _share(dense),
-                _share(compared),
+                share(dense.boxes.ap, dense.interval),
+                share(compared.boxes.ap, compared.interval),
                 f"{100 * compared.difference:+.2f} points",
-                "" if ends is None else _interval(ends, "{:+.2f}"),
-                better=None if ends is None else True if ends[0] > 0 else False if ends[1] < 0 else None,
+                "" if ends is None else in_percent(ends, "{:+.2f}"),
+                better=gained(ends),
             )
         ]
         pairs = [(f"box {title}", dense.boxes, compared.boxes, key) for title, key in _FIGURES]
@@ -274,7 +274,7 @@ class Detection(Task[ModelDetection, DetectionFacts]):
             f"{100 * compared.dense.boxes.ap:.2f}",
             f"{100 * compared.boxes.ap:.2f}",
             f"{100 * compared.difference:+.2f} points",
-            "" if ends is None else _interval(ends, "{:+.2f}"),
+            "" if ends is None else in_percent(ends, "{:+.2f}"),
         )
 
     def table(self, scores: Sequence[ModelDetection]) -> list[list[str]]:
@@ -282,7 +282,7 @@ class Detection(Task[ModelDetection, DetectionFacts]):
             ["box AP (%)", *(_percent(one.boxes.ap) for one in scores)],
             [
                 "  95 % interval",
-                *("-" if one.interval is None else _interval(one.interval, "{:.2f}") for one in scores),
+                *("-" if one.interval is None else in_percent(one.interval, "{:.2f}") for one in scores),
             ],
             *([f"  {title}", *(_percent(getattr(one.boxes, key)) for one in scores)] for title, key in _FIGURES),
         ]
@@ -305,21 +305,17 @@ class Detection(Task[ModelDetection, DetectionFacts]):
         ]
 
     def difference(self, compared: DetectionFacts) -> str:
-        return f"Difference in box AP: {100 * compared.difference:+.2f} percentage points ({_method(compared)})"
+        return f"Difference in box AP: {100 * compared.difference:+.2f} percentage points ({self._method(compared)})"
 
     def test(self, compared: DetectionFacts) -> str:
-        return f"Box AP: {_method(compared)}."
+        return f"Box AP: {self._method(compared)}."
+
+    def _method(self, compared: DetectionFacts) -> str:
+        return bootstrap(compared.difference_interval, compared.count)
 
     def losses(self, compared: DetectionFacts, count: int) -> list[Loss]:
-        pairs = [
-            (after.ap - before.ap, before, after)
-            for before, after in zip(compared.dense.classes, compared.classes, strict=True)
-            if before.ap is not None and after.ap is not None and after.ap < before.ap
-        ]
-        return [
-            Loss(_name(after), after.images, _percent(before.ap), _percent(after.ap), f"{100 * change:+.1f} points")
-            for change, before, after in sorted(pairs, key=lambda pair: pair[0])[:count]
-        ]
+        pairs = zip(compared.dense.classes, compared.classes, strict=True)
+        return losses(pairs, lambda each: each.ap, lambda each: (_name(each), each.images), _percent, count)
 
     def answers(self, report: Report, sample: Sample) -> str:
         return f"{sample.name}: {sample.words}"
@@ -393,23 +389,5 @@ def _name(each: ClassPrecision) -> str:
     return each.name or f"class {each.index}"
 
 
-def _method(compared: DetectionFacts) -> str:
-    ends = compared.difference_interval
-    if ends is None:
-        return "one image has no interval"
-    within = _interval(ends, "{:+.2f}")
-    return f"95 % interval {within}; paired bootstrap over {compared.count:,} images"
-
-
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
-
-
-def _share(score: ModelDetection) -> str:
-    within = "" if score.interval is None else f" ({_interval(score.interval, '{:.1f}')})"
-    return f"{100 * score.boxes.ap:.2f} %{within}"
-
-
-def _interval(ends: Interval, form: str) -> str:
-    """An interval of fractions, in per cent."""
-    return " to ".join(form.format(100 * end) for end in ends)

@@ -18,10 +18,11 @@ from ssmprune_cli.data import NOT_JUDGED, Batch, ImageDataset, is_ade20k
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame
-from ssmprune_cli.report import ClassIou, Interval, ModelSegmentation, Report, Sample, SegmentationFacts
+from ssmprune_cli.report import ClassIou, ModelSegmentation, Report, Sample, SegmentationFacts
 from ssmprune_cli.tasks.confusion import RESAMPLES, Counts, counted, interval, resampled, shares
 from ssmprune_cli.tasks.painted import differing, painted
 from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.words import bootstrap, gained, in_percent, losses, share
 
 GRID = 32  # rows and columns of pixels of an image by which models are compared
 _NUMBERS = 1 << 26  # logits of an image that are enlarged at once
@@ -231,11 +232,11 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
         return [
             Row(
                 f"mIoU on {compared.count:,} images (95 % interval)",
-                _share(dense),
-                _share(compared),
+                share(dense.miou, dense.interval),
+                share(compared.miou, compared.interval),
                 f"{100 * compared.difference:+.2f} points",
-                "" if ends is None else _interval(ends, "{:+.2f}"),
-                better=None if ends is None else True if ends[0] > 0 else False if ends[1] < 0 else None,
+                "" if ends is None else in_percent(ends, "{:+.2f}"),
+                better=gained(ends),
             ),
             *(
                 Row(title, f"{100 * before:.2f} %", f"{100 * after:.2f} %", f"{100 * (after - before):+.2f} points")
@@ -253,7 +254,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             f"{100 * compared.dense.miou:.2f}",
             f"{100 * compared.miou:.2f}",
             f"{100 * compared.difference:+.2f} points",
-            "" if ends is None else _interval(ends, "{:+.2f}"),
+            "" if ends is None else in_percent(ends, "{:+.2f}"),
         )
 
     def table(self, scores: Sequence[ModelSegmentation]) -> list[list[str]]:
@@ -261,7 +262,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
             ["mIoU (%)", *(f"{100 * one.miou:.2f}" for one in scores)],
             [
                 "  95 % interval",
-                *("-" if one.interval is None else _interval(one.interval, "{:.2f}") for one in scores),
+                *("-" if one.interval is None else in_percent(one.interval, "{:.2f}") for one in scores),
             ],
             ["aAcc (%)", *(f"{100 * one.aacc:.2f}" for one in scores)],
             ["mAcc (%)", *(f"{100 * one.macc:.2f}" for one in scores)],
@@ -278,21 +279,17 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
         ]
 
     def difference(self, compared: SegmentationFacts) -> str:
-        return f"Difference in mIoU: {100 * compared.difference:+.2f} percentage points ({_method(compared)})"
+        return f"Difference in mIoU: {100 * compared.difference:+.2f} percentage points ({self._method(compared)})"
 
     def test(self, compared: SegmentationFacts) -> str:
-        return f"mIoU: {_method(compared)}."
+        return f"mIoU: {self._method(compared)}."
+
+    def _method(self, compared: SegmentationFacts) -> str:
+        return bootstrap(compared.difference_interval, compared.count, RESAMPLES)
 
     def losses(self, compared: SegmentationFacts, count: int) -> list[Loss]:
-        pairs = [
-            (after.iou - before.iou, before, after)
-            for before, after in zip(compared.dense.classes, compared.classes, strict=True)
-            if before.iou is not None and after.iou is not None and after.iou < before.iou
-        ]
-        return [
-            Loss(_name(after), after.images, _percent(before.iou), _percent(after.iou), f"{100 * change:+.1f} points")
-            for change, before, after in sorted(pairs, key=lambda pair: pair[0])[:count]
-        ]
+        pairs = zip(compared.dense.classes, compared.classes, strict=True)
+        return losses(pairs, lambda each: each.iou, lambda each: (_name(each), each.images), _percent, count)
 
     def answers(self, report: Report, sample: Sample) -> str:
         return f"{sample.name}: {sample.words}"
@@ -381,23 +378,5 @@ def _name(each: ClassIou) -> str:
     return each.name or f"class {each.index}"
 
 
-def _method(compared: SegmentationFacts) -> str:
-    ends = compared.difference_interval
-    if ends is None:
-        return "one image has no interval"
-    within = _interval(ends, "{:+.2f}")
-    return f"95 % interval {within}; paired bootstrap over {compared.count:,} images, {RESAMPLES:,} resamples"
-
-
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
-
-
-def _share(score: ModelSegmentation) -> str:
-    within = "" if score.interval is None else f" ({_interval(score.interval, '{:.1f}')})"
-    return f"{100 * score.miou:.2f} %{within}"
-
-
-def _interval(ends: Interval, form: str) -> str:
-    """An interval of fractions, in per cent."""
-    return " to ".join(form.format(100 * end) for end in ends)
