@@ -14,6 +14,7 @@ from ssmprune_cli.kernels.choice import (
     use_backend,
 )
 from ssmprune_cli.kernels.cpu import CPU, cache_folders, cpu_facts
+from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.ops import (
     FORMULAS,
@@ -48,6 +49,7 @@ __all__ = [
     "Backend",
     "BlockSizes",
     "InnerParameters",
+    "ScanInputs",
     "active_backend",
     "add_rms_norm",
     "available_backends",

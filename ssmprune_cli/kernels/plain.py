@@ -15,32 +15,21 @@ from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs
 from ssmprune_cli.kernels.pytorch import eager, finish, steps
 
 
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    shift: Tensor | None,
-    gap: Tensor | None,
-    gap_delta: Tensor | None,
-    reverse: bool,
-    read: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """`scan_op` is the operator itself: the function `scan` around it would compile what it is given."""
+def _scan(*values: Any) -> tuple[Tensor, Tensor]:
+    """The op's arguments: those of ScanInputs, and whether it keeps states, of which a file has no use.
+
+    `scan_op` is the operator itself: the function `scan` around it would compile what it is given.
+    """
     from torch._higher_order_ops.scan import scan_op  # it imports the compiler, which takes seconds
 
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, shift, gap, gap_delta, reverse, read)
+    *given, _ = values
+    inputs = ScanInputs(*given)
+    u, reverse, read = inputs.u, inputs.reverse, inputs.read
     wide = ScanInputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
     sizes, decay = steps(wide)
     along = [each.transpose(0, 1) for each in (decay, sizes * wide.u, wide.B, wide.C)]  # (L, B, .)
     along = [each.flip(0) if reverse else each.contiguous() for each in along]
-    start = wide.u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    start = wide.u.new_zeros(u.shape[0], u.shape[2], wide.A.shape[1])
     _, y = scan_op(_step, [start], along, (wide.A,))  # (L, B, E)
     y = finish((y.flip(0) if reverse else y).transpose(0, 1), wide).to(u.dtype)
     return y if read is None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2])), u.new_empty(0)

@@ -73,7 +73,8 @@ class LimitKind:
             interval=found.interval,
             judged="estimate" if interval is None else "interval",
             holds=judged >= limit if self.floor else judged <= limit,
-            statement=self.words.format(value=found.value, within=within, limit=limit),
+            # Rounded here, and plus 0: what is nothing is not "-0.00".
+            statement=self.words.format(value=round(found.value, 2) + 0.0, within=within, limit=limit),
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.kernels import ScanInputs
 
 DOMAIN, VERSION = "ssmprune", 1
 _OPS = torch.ops.ssmprune
@@ -30,30 +31,19 @@ def scan_name(*, has_D: bool, gap: str, reverse: bool) -> str:
     return "SelectiveScan" + ("" if has_D else "NoSkip") + (f"Gap{gap}" if gap else "") + ("Reverse" if reverse else "")
 
 
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    shift: Tensor | None,
-    gap: Tensor | None,
-    gap_delta: Tensor | None,
-    reverse: bool,
-    read: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    if z is not None or shift is not None or delta_bias is None or not delta_softplus:
+def _scan(*values: Any) -> tuple[Tensor, Tensor]:
+    """The op's arguments: those of ScanInputs, and whether it keeps states, of which a file has no use."""
+    *given, _ = values
+    scan = ScanInputs(*given)
+    if scan.z is not None or scan.shift is not None or scan.delta_bias is None or not scan.delta_softplus:
         raise SsmpruneError("a scan with a gate or a shift of its own, or without a bias, has no node")
-    kind = "" if gap is None else "Own" if gap_delta is None else "Given"
-    name = scan_name(has_D=D is not None, gap=kind, reverse=reverse)
-    inputs = [each for each in (u, delta, A, B, C, delta_bias, D, gap, gap_delta) if each is not None]
-    y = _node(name, inputs, u.shape)
-    return y if read is None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2])), u.new_empty(0)
+    kind = "" if scan.gap is None else "Own" if scan.gap_delta is None else "Given"
+    name = scan_name(has_D=scan.D is not None, gap=kind, reverse=scan.reverse)
+    tensors = (scan.u, scan.delta, scan.A, scan.B, scan.C, scan.delta_bias, scan.D, scan.gap, scan.gap_delta)
+    y = _node(name, [each for each in tensors if each is not None], scan.u.shape)
+    if scan.read is not None:
+        y = y.gather(1, scan.read[..., None].expand(-1, -1, scan.u.shape[2]))
+    return y, scan.u.new_empty(0)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
