@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from ssmprune_cli.kernels import (
     selective_scan,
     sparse_conv1d,
 )
+from ssmprune_cli.kernels.cpu import build
 from ssmprune_cli.models import Backbone
 from tests.export.small import make, make_upernet
 
@@ -152,6 +154,21 @@ def test_every_node_computes_its_op(kernels: bool) -> None:
         found = run.run(None, {key: value.numpy() for key, value in inputs.items()})
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_allclose(one, other.numpy(), rtol=1e-5, atol=1e-5, err_msg=title)
+
+
+@pytest.mark.parametrize("level", build.levels()[1:] if build.compiler() is not None else ())
+def test_every_node_computes_its_op_at_every_level(level: str) -> None:
+    """In a process of its own: a library registers its ops once."""
+    test = f"{__file__}::test_every_node_computes_its_op[kernel]"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env={**os.environ, "SSMPRUNE_CPU_LEVEL": level},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 @needs_kernels
