@@ -101,7 +101,7 @@ def _list(root: Path, split: Split) -> Path:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(read_bytes(path, _MOST_BYTES, DataError))
+        content: Any = json.loads(read_bytes(path, _MOST_BYTES, DataError))
     except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON: {shown(str(error))}", where=str(path)) from error
     missing = [
@@ -117,7 +117,8 @@ def _read(path: Path) -> Mapping[str, Any]:
                 raise _fault(path, kind, number, "is no JSON object")
     if not content["images"]:
         raise DataError("lists no images", where=str(path))
-    return content  # type: ignore[no-any-return]
+    lists: Mapping[str, Any] = content
+    return lists
 
 
 def _categories(content: Mapping[str, Any], path: Path) -> dict[int, str]:

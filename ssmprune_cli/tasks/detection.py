@@ -323,13 +323,13 @@ class Detection(Task[ModelDetection, DetectionFacts]):
 
 def _targets(dataset: ImageDataset) -> list[Objects]:
     """DataError if `dataset` is of another task."""
-    targets = [dataset.target(index) for index in range(len(dataset))]
-    if not targets or not all(isinstance(each, Objects) for each in targets):
+    targets = [each for index in range(len(dataset)) if isinstance(each := dataset.target(index), Objects)]
+    if not targets or len(targets) < len(dataset):
         raise DataError(
             "the images have no lists of objects, so there is nothing to judge boxes by",
             hint=f"Fitting kinds of dataset are {', '.join(Detection.datasets)}.",
         )
-    return targets  # type: ignore[return-value]
+    return targets
 
 
 def _kept(detected: Detections, *, with_masks: bool) -> Found:
