@@ -10,10 +10,12 @@ are medians over rounds, with the quartiles. `pt2` walks through its scans in Py
 from __future__ import annotations
 
 import argparse
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,7 +103,8 @@ def main() -> None:
                     threads=options.threads,
                     folder=Path(folder),
                 )
-    tables.measured_on(machine())
+    versions = f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}, Python {platform.python_version()}"
+    tables.measured_on(f"{machine()}, {arguments.threads} threads; {versions}")
 
 
 if __name__ == "__main__":
