@@ -104,7 +104,7 @@ def main() -> None:
                     folder=Path(folder),
                 )
     versions = f"torch {torch.__version__}, onnxruntime {version('onnxruntime')}, Python {platform.python_version()}"
-    tables.measured_on(f"{machine()}, {arguments.threads} threads; {versions}")
+    tables.measured_on(f"{machine()}, {options.threads} threads; {versions}")
 
 
 if __name__ == "__main__":
