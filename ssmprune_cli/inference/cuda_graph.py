@@ -6,8 +6,9 @@ A pruned model starts many small kernels. Without a graph the processor cannot s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ssmprune_cli.inference.behaviour import global_hooks
 from ssmprune_cli.inference.copying import cloned
 from ssmprune_cli.inference.session import Session, refuse_global_hooks
 from ssmprune_cli.interface import Pruner
+from ssmprune_cli.models import Backbone
 
 MAX_GRAPHS = 16  # shapes of batches; each graph holds memory of its own for what it computes
 WARM_UP = 3  # runs before a capture: kernels are compiled and chosen in the first ones
@@ -33,8 +35,9 @@ class Graph(NamedTuple):
     replay: Callable[[], None]
 
 
-def capture(run: Callable[[Tensor], Tensor], images: Tensor) -> Graph:
-    """Record `run` on images like these. Raises RuntimeError if something in it cannot be recorded."""
+def capture(run: Callable[[Tensor], Tensor], images: Tensor, pool: Any) -> Graph:
+    """Record `run` on images like these, with what it computes in `pool`. Raises RuntimeError if something in it cannot
+    be recorded."""
     static = images.clone()
     device = images.device
     stream = torch.cuda.Stream(device)
@@ -44,15 +47,41 @@ def capture(run: Callable[[Tensor], Tensor], images: Tensor) -> Graph:
             run(static)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads go on with theirs
+    # thread_local: threads with other sessions go on.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         output = run(static)
     return Graph(static, output, graph.replay)
 
 
+class Turns:
+    """Calls from several threads, one after the other: graphs share their memory.
+
+    A lock orders what the threads ask for. The GPU works later, and threads may have streams of their own: so a stream
+    first waits for the call before it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: torch.cuda.Event | None = None
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        with self._lock:
+            if device.type != "cuda":
+                yield
+                return
+            stream = torch.cuda.current_stream(device)
+            if self._last is not None:
+                stream.wait_event(self._last)
+            yield
+            self._last = stream.record_event()
+
+
 class CudaGraphSession(Session):
-    """Holds up to MAX_GRAPHS graphs. A shape is recorded when it comes for the second time: the first one shows whether
-    the model takes it, and a ragged last batch is not worth a graph. Batches of more shapes, and models in which an op
-    cannot be recorded, run op by op, and `explain` says so. One call runs at a time: graphs share input and output."""
+    """Holds up to MAX_GRAPHS graphs, which share one pool of memory. A shape is recorded when it comes for the second
+    time: the first one shows whether the model takes it. A first batch that is smaller than one that was recorded, such
+    as the last of a data set, is filled up to that size; its samples do not depend on those beside them. Batches of more
+    shapes, and models in which an op cannot be recorded, run op by op, and `explain` says so. One call runs at a time."""
 
     kind = "cuda_graph"
     silent = "in a graph of the whole pass"
@@ -63,9 +92,11 @@ class CudaGraphSession(Session):
 
     def _begin(self) -> None:
         self._graphs: dict[tuple[int, ...], Graph] = {}
+        self._pool: Any = None
         self._failed: str | None = None
         self._seen: set[tuple[int, ...]] = set()
-        self._lock = threading.Lock()
+        self._filled: set[tuple[int, ...]] = set()
+        self._turns = Turns()
 
     @classmethod
     def refuses(cls, definition: nn.Module) -> str | None:
@@ -75,26 +106,46 @@ class CudaGraphSession(Session):
 
     def compute(self, images: Tensor) -> Tensor:
         refuse_global_hooks()
-        with self._lock:
+        with self._turns.turn(images.device):
             graph = self._graph(images)
             if graph is None:
                 output: Tensor = self.definition(images)
                 self._seen.add(tuple(images.shape))
                 return output
-            graph.images.copy_(images)
+            self._seen.add(tuple(images.shape))
+            batch = len(images)
+            graph.images[:batch].copy_(images)
             graph.replay()
-            copied: Tensor = cloned(graph.output)
+            whole = batch == len(graph.images)
+            copied: Tensor = cloned(graph.output if whole else graph.output[:batch])
             return copied
 
     def _graph(self, images: Tensor) -> Graph | None:
+        """The graph for `images`: of their shape, or of a larger batch the first time."""
         shape = tuple(images.shape)
-        new = shape in self._seen and shape not in self._graphs
-        if new and len(self._graphs) < MAX_GRAPHS and self._failed is None:
+        if shape in self._graphs:
+            return self._graphs[shape]
+        if shape not in self._seen:
+            larger = self._larger(shape)
+            if larger is not None:
+                self._filled.add(shape)
+            return larger
+        if len(self._graphs) < MAX_GRAPHS and self._failed is None:
             try:
-                self._graphs[shape] = capture(self.definition, images)
+                if self._pool is None and images.device.type == "cuda":
+                    self._pool = torch.cuda.graph_pool_handle()
+                self._graphs[shape] = capture(self.definition, images, self._pool)
             except RuntimeError as error:
                 self._failed = str(error).splitlines()[0]
-        return self._graphs.get(shape)
+        return self._graphs.get(shape) or self._larger(shape)
+
+    def _larger(self, shape: tuple[int, ...]) -> Graph | None:
+        """The smallest graph of more images of this size, of a model whose samples are known to be apart."""
+        if not isinstance(self.definition, Backbone):
+            return None
+        fitting = [each for each in self._graphs if each[0] > shape[0] and each[1:] == shape[1:]]
+        graph = self._graphs[min(fitting)] if fitting else None
+        return graph if graph is not None and isinstance(graph.output, Tensor) else None
 
     def observed(self, images: Tensor) -> None:
         self.definition(images)
@@ -107,6 +158,9 @@ class CudaGraphSession(Session):
             return (f"op by op: a graph could not be recorded ({self._failed})",)
         shapes = ", ".join("x".join(map(str, shape)) for shape in self._graphs) or "none yet"
         notes = [f"graphs from the second batch of a shape on: {shapes}; at most {MAX_GRAPHS} shapes"]
-        if len(self._seen) > len(self._graphs):
-            notes.append(f"op by op so far: {len(self._seen) - len(self._graphs)} shapes")
+        if self._filled:
+            notes.append(f"filled up to the next recorded size so far: {len(self._filled)} shapes")
+        by_op = len(self._seen - self._filled - set(self._graphs))
+        if by_op:
+            notes.append(f"op by op so far: {by_op} shapes")
         return tuple(notes)

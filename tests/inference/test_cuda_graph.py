@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.inference import cuda_graph
-from ssmprune_cli.inference.cuda_graph import MAX_GRAPHS, CudaGraphSession, Graph, capture
+from ssmprune_cli.inference.cuda_graph import MAX_GRAPHS, CudaGraphSession, Graph, Turns, capture
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 
 
 class Recorded:
@@ -22,7 +23,7 @@ class Recorded:
         self.shapes: list[tuple[int, ...]] = []
         self.replays = 0
 
-    def __call__(self, run: Callable[[Tensor], Tensor], images: Tensor) -> Graph:
+    def __call__(self, run: Callable[[Tensor], Tensor], images: Tensor, pool: Any) -> Graph:
         self.shapes.append(tuple(images.shape))
         static, output = images.clone(), run(images).clone()
 
@@ -57,6 +58,56 @@ def test_a_graph_for_each_batch_size_recorded_once_from_its_second_batch_on(reco
     )
 
 
+def test_a_smaller_batch_is_filled_up_once_and_recorded_when_it_comes_again(recorded: Recorded) -> None:
+    model = Vim(VimConfig(image_size=16, patch_size=8, depth=2, embed_dim=8, num_classes=3)).eval().requires_grad_(False)
+    graphs = CudaGraphSession(model, {})
+    for size in (8, 8, 4, 4, 3, 9, 5):
+        images = torch.randn(size, 3, 16, 16)
+        # Another batch size may take another order of sums: 1e-6 of logits near 1.
+        torch.testing.assert_close(graphs(images), model(images), atol=1e-6, rtol=0)
+    assert [shape[0] for shape in recorded.shapes] == [8, 4]  # 4 went in 8 the first time, 3 in 4, and 5 in 8
+    assert recorded.replays == 5
+    assert graphs.explain().notes[1:] == (
+        "filled up to the next recorded size so far: 3 shapes",
+        "op by op so far: 1 shapes",
+    )
+
+
+def test_a_module_whose_samples_may_depend_on_each_other_is_never_filled_up(recorded: Recorded) -> None:
+    class Centred(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1) - images.flatten(1).mean(dim=0)
+
+    graphs = CudaGraphSession(Centred(), {})
+    for size in (4, 4, 2):
+        images = torch.randn(size, 3, 2, 2)
+        assert torch.equal(graphs(images), Centred()(images))
+    assert len(recorded.shapes) == 1 and recorded.replays == 1
+
+
+def test_a_stream_waits_for_the_call_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads have two streams: the lock alone would let the second overwrite images that are still being read."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: str) -> None:
+            log.append(f"{self.name} waits for {event}")
+
+        def record_event(self) -> str:
+            log.append(f"{self.name} ends")
+            return f"the end of {self.name}"
+
+    turns = Turns()
+    for name in ("first", "second"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
+        with turns.turn(torch.device("cuda")):
+            log.append(f"{name} works")
+    assert log == ["first works", "first ends", "second waits for the end of first", "second works", "second ends"]
+
+
 def test_results_are_not_overwritten_by_the_next_call(recorded: Recorded) -> None:
     graphs = session()
     graphs(torch.zeros(2, 3, 2, 2))
@@ -77,7 +128,7 @@ def test_no_more_graphs_than_stated(recorded: Recorded) -> None:
 def test_what_cannot_be_recorded_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
-    def refuse(run: Any, images: Tensor) -> Graph:
+    def refuse(run: Any, images: Tensor, pool: Any) -> Graph:
         tries.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
@@ -140,7 +191,7 @@ def test_capture_warms_up_on_a_side_stream_and_records_once(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside("stream"))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: inside("graph"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream, capture_error_mode: inside(pool))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
 
     def run(images: Tensor) -> Tensor:
@@ -148,7 +199,7 @@ def test_capture_warms_up_on_a_side_stream_and_records_once(monkeypatch: pytest.
         return images + 1
 
     images = torch.zeros(2)
-    graph = capture(run, images)
+    graph = capture(run, images, "graph")
     assert graph.images is not images and torch.equal(graph.output, torch.ones(2))
     graph.replay()
     assert log == [
