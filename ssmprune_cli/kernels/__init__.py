@@ -24,6 +24,7 @@ from ssmprune_cli.kernels.ops import (
     gated_sum,
     grid_conv2d,
     linear,
+    linear_int8,
     mamba_blocks,
     mamba_inner,
     routed_scans,
@@ -31,8 +32,18 @@ from ssmprune_cli.kernels.ops import (
     selective_scan,
     sparse_conv1d,
 )
-from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_inner, pack_linear, pack_routes
+from ssmprune_cli.kernels.packing import (
+    BlockSizes,
+    EightBit,
+    InnerParameters,
+    Weight,
+    pack_block,
+    pack_inner,
+    pack_linear,
+    pack_routes,
+)
 from ssmprune_cli.kernels.plain import PLAIN
+from ssmprune_cli.kernels.pytorch import eight_bit_linear, in_eight_bits
 from ssmprune_cli.kernels.triton import TRITON
 
 BACKENDS.register("triton", TRITON)
@@ -48,8 +59,10 @@ __all__ = [
     "PLAIN",
     "Backend",
     "BlockSizes",
+    "EightBit",
     "InnerParameters",
     "ScanInputs",
+    "Weight",
     "active_backend",
     "add_rms_norm",
     "available_backends",
@@ -58,9 +71,12 @@ __all__ = [
     "causal_conv1d",
     "conv_flops",
     "cpu_facts",
+    "eight_bit_linear",
     "gated_sum",
     "grid_conv2d",
+    "in_eight_bits",
     "linear",
+    "linear_int8",
     "mamba_blocks",
     "mamba_inner",
     "pack_block",

@@ -136,6 +136,10 @@ class Backend(ABC):
         """A linear layer in float32, (..., outputs)."""
         return composed.linear(inputs)
 
+    def linear_int8(self, inputs: LinearInputs) -> Tensor:
+        """A linear layer in eight bits, (..., outputs)."""
+        return composed.linear_int8(inputs)
+
 
 class PyTorchBackend(Backend):
     """Runs anywhere that PyTorch does, in any floating-point precision."""

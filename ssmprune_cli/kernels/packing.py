@@ -16,13 +16,24 @@ from torch.nn import functional
 PANEL = 64  # columns of a weight that lie together in `pack_block`, as in csrc/blocks.c
 FLOAT_PARTS = 3  # values of bfloat16 that make up a float32
 _OUTPUTS, _INPUTS = 16, 32  # of a tile, as in csrc/tiles.h
+_FOUR = 4  # inputs of an output that lie together, as in csrc/bytes.h
+
+
+class EightBit(NamedTuple):
+    """A weight of which output p is values[p] * scale[p]."""
+
+    values: Tensor  # (outputs, inputs), int8
+    scale: Tensor  # (outputs,), float32
+
+
+Weight = Tensor | EightBit
 
 
 class InnerParameters(NamedTuple):
     """The parameters of a Mamba block's inside in one scan direction; A is -exp(A_log)."""
 
     conv_weight: Tensor  # (E, K)
-    x_weight: Tensor  # (R + 2N, E)
+    x_weight: Weight  # (R + 2N, E)
     dt_weight: Tensor  # (E, R)
     A: Tensor  # (E, N)
     conv_bias: Tensor  # (E,), as the other two
@@ -32,7 +43,8 @@ class InnerParameters(NamedTuple):
 
 class BlockSizes(NamedTuple):
     """Sizes of a Mamba block beside its width: E, N, K, R and G; and in how many values of bfloat16 `pack_block` puts
-    each weight of its products of matrices: 1 that it is, 3 that make up a float32, or 0 to leave them as they are."""
+    each weight of its products of matrices: 1 that it is, 3 that make up a float32, or 0 to leave them as they are.
+    With `eight_bits` 1, in_proj and out_proj are in eight bits instead; with 2, x_weight too."""
 
     d_inner: int
     d_state: int
@@ -40,6 +52,7 @@ class BlockSizes(NamedTuple):
     dt_rank: int
     directions: int
     parts: int = 0
+    eight_bits: int = 0
 
     @property
     def projected(self) -> int:
@@ -55,11 +68,20 @@ class BlockSizes(NamedTuple):
         """Values that `pack_block` gives for a block of a model `dim` wide."""
         large = 2 * self.words(self.d_inner, dim) + self.words(dim, self.d_inner)
         others = self.inner - self.d_inner * self.projected
-        return dim + large + self.directions * (others + self.words(self.projected, self.d_inner))
+        return dim + large + self.directions * (others + self.x_words)
 
     def words(self, outputs: int, inputs: int) -> int:
-        """Values of float32, or as much memory, that `pack_block` gives for a weight (outputs, inputs)."""
+        """Values of float32, or as much memory, that `pack_block` gives for a large weight (outputs, inputs)."""
+        if self.eight_bits:
+            return byte_words(outputs, inputs)
         return tiled_words(outputs, inputs, self.parts) if self.parts else outputs * inputs
+
+    @property
+    def x_words(self) -> int:
+        """The same for x_weight."""
+        if self.eight_bits == 1:
+            return self.projected * self.d_inner
+        return self.words(self.projected, self.d_inner)
 
 
 def pack_inner(directions: Sequence[InnerParameters]) -> Tensor:
@@ -92,27 +114,43 @@ def pack_routes(dt_weight: Tensor, A: Tensor, bias: Tensor, D: Tensor) -> Tensor
 
 
 def pack_block(
-    norm: Tensor, in_proj: Tensor, out_proj: Tensor, directions: Sequence[InnerParameters], parts: int = 0
+    norm: Tensor, in_proj: Weight, out_proj: Weight, directions: Sequence[InnerParameters], parts: int = 0
 ) -> Tensor:
     """The parameters of a block as `mamba_blocks` takes them, (`BlockSizes.block`,), float32 at least.
 
     norm (d,), in_proj (2E, d) and out_proj (d, E) are weights. They follow each other, and then comes what `pack_inner`
     gives; in_proj's two halves and out_proj are in panels: PANEL outputs at a time, (inputs, PANEL). With `parts`, see
-    `BlockSizes`, these three and each direction's x_weight are `_tiled`.
+    `BlockSizes`, these three and each direction's x_weight are `_tiled`; those that are EightBit are `_bytes`.
     """
-    large = (*in_proj.chunk(2), out_proj)
-    projections = [_tiled(weight, parts) if parts else _panels(weight) for weight in large]
+    large = (*halves(in_proj), out_proj)
+    projections = [_packed(weight, parts) for weight in large]
     return torch.cat([_wide(norm), *projections, *(_direction(own, parts) for own in directions)])
 
 
-def pack_linear(weight: Tensor) -> Tensor:
-    """A weight (outputs, inputs) in float32 as `linear` takes it, (`tiled_words`,): in FLOAT_PARTS."""
-    return _tiled(weight, FLOAT_PARTS)
+def pack_linear(weight: Weight) -> Tensor:
+    """A weight (outputs, inputs) as `linear` takes it: in FLOAT_PARTS, (`tiled_words`,), or one in eight bits,
+    (`byte_words`,)."""
+    return _bytes(weight) if isinstance(weight, EightBit) else _tiled(weight, FLOAT_PARTS)
 
 
 def unpack_linear(packed: Tensor, outputs: int, inputs: int) -> Tensor:
-    """(outputs, inputs) of what `pack_linear` gives."""
+    """(outputs, inputs) of what `pack_linear` gives of a float32 weight."""
     return _untiled(packed, outputs, inputs, FLOAT_PARTS)
+
+
+def unpack_bytes(packed: Tensor, outputs: int, inputs: int) -> EightBit:
+    """What `pack_linear` was given in eight bits."""
+    fours = -(-inputs // _FOUR)
+    panels = packed.contiguous().view(-1, PANEL * (fours + 2))
+    values = panels[:, : PANEL * fours].contiguous().view(torch.int8).view(-1, fours, PANEL, _FOUR)
+    scale = panels[:, PANEL * fours : PANEL * (fours + 1)].flatten()
+    in_order = values.permute(0, 2, 1, 3).reshape(-1, fours * _FOUR)  # (outputs, inputs), padded
+    return EightBit(in_order[:outputs, :inputs], scale[:outputs])
+
+
+def byte_words(outputs: int, inputs: int) -> int:
+    """Values of float32 that a weight (outputs, inputs) in eight bits takes the room of, as in csrc/bytes.h."""
+    return -(-outputs // PANEL) * PANEL * (-(-inputs // _FOUR) + 2)
 
 
 def tiled_words(outputs: int, inputs: int, parts: int) -> int:
@@ -120,29 +158,92 @@ def tiled_words(outputs: int, inputs: int, parts: int) -> int:
     return (outputs + -outputs % _OUTPUTS) * (inputs + -inputs % _INPUTS) * parts // 2
 
 
-def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes) -> tuple[Tensor, ...]:
-    """norm, in_proj, out_proj and inner, as `pack_inner` gives it, of what `pack_block` gives; mostly copies."""
+class UnpackedBlock(NamedTuple):
+    """What `pack_block` was given; `inner` as `pack_inner` gives it, and `x_weights` those in eight bits, if they are."""
+
+    norm: Tensor
+    in_proj: Weight
+    out_proj: Weight
+    inner: Tensor
+    x_weights: tuple[EightBit, ...]
+
+
+def unpack_block(packed: Tensor, dim: int, sizes: BlockSizes) -> UnpackedBlock:
+    """What `pack_block` was given; mostly copies."""
     E, P, G = sizes.d_inner, sizes.projected, sizes.directions
     large = [(E, dim), (E, dim), (dim, E)]
-    inner = G * (sizes.inner - E * P + sizes.words(P, E))
+    inner = G * (sizes.inner - E * P + sizes.x_words)
     norm, *projections, directions = packed.split([dim, *(sizes.words(*shape) for shape in large), inner])
-    whole = partial(_untiled, parts=sizes.parts) if sizes.parts else _of_panels
+    whole = partial(_unpacked, sizes=sizes)
     x_proj, z_proj, out_proj = (whole(each, *shape) for each, shape in zip(projections, large, strict=True))
-    rows = []
+    rows, x_weights = [], []
     for direction in directions.view(G, -1):
         before = E * sizes.d_conv
-        taps, x_weight, others = direction.tensor_split([before, before + sizes.words(P, E)])
-        if sizes.parts:
+        taps, x_weight, others = direction.tensor_split([before, before + sizes.x_words])
+        if sizes.eight_bits == 2:
+            x_weights.append(unpack_bytes(x_weight, P, E))
+            x_weight = _transposed(_floats(x_weights[-1]))
+        elif sizes.parts:
             x_weight = _transposed(_untiled(x_weight, P, E, sizes.parts))
         rows.append(torch.cat([taps, x_weight, others]))
-    return norm, torch.cat([x_proj, z_proj]), out_proj, torch.stack(rows)
+    return UnpackedBlock(norm, _joined(x_proj, z_proj), out_proj, torch.stack(rows), tuple(x_weights))
 
 
 def _direction(own: InnerParameters, parts: int) -> Tensor:
     """One row of `pack_inner`, or of `pack_block`'s directions."""
-    x_weight = _tiled(own.x_weight, parts) if parts else _transposed(own.x_weight)
+    x_weight = own.x_weight
+    if isinstance(x_weight, EightBit):
+        first = _bytes(x_weight)
+    else:
+        first = _tiled(x_weight, parts) if parts else _transposed(x_weight)
     others = [_transposed(own.dt_weight), _transposed(own.A), *map(_wide, own[4:])]
-    return torch.cat([_transposed(own.conv_weight), x_weight, *others])
+    return torch.cat([_transposed(own.conv_weight), first, *others])
+
+
+def halves(weight: Weight) -> tuple[Weight, ...]:
+    """The first and the second half of the outputs."""
+    if isinstance(weight, EightBit):
+        return tuple(map(EightBit, weight.values.chunk(2), weight.scale.chunk(2)))
+    return weight.chunk(2)
+
+
+def _joined(first: Weight, second: Weight) -> Weight:
+    if isinstance(first, EightBit) and isinstance(second, EightBit):
+        return EightBit(torch.cat([first.values, second.values]), torch.cat([first.scale, second.scale]))
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    return torch.cat([first, second])
+
+
+def _floats(weight: EightBit) -> Tensor:
+    return weight.values * weight.scale[:, None]
+
+
+def _packed(weight: Weight, parts: int) -> Tensor:
+    if isinstance(weight, EightBit):
+        return _bytes(weight)
+    return _tiled(weight, parts) if parts else _panels(weight)
+
+
+def _unpacked(packed: Tensor, outputs: int, inputs: int, sizes: BlockSizes) -> Weight:
+    """A large weight (outputs, inputs) of `pack_block`'s."""
+    if sizes.eight_bits:
+        return unpack_bytes(packed, outputs, inputs)
+    if sizes.parts:
+        return _untiled(packed, outputs, inputs, sizes.parts)
+    return _of_panels(packed, outputs, inputs)
+
+
+def _bytes(weight: EightBit) -> Tensor:
+    """A weight (outputs, inputs) in panels of PANEL outputs: (inputs / 4, PANEL, 4) values, then PANEL scales, then
+    PANEL times 128 times the sum of an output's values, with zeros up to whole panels. It is called float32 only for
+    copying it: see csrc/bytes.h."""
+    outputs, inputs = weight.values.shape
+    values = functional.pad(weight.values, (0, -inputs % _FOUR, 0, -outputs % PANEL))
+    panels = values.unflatten(1, (-1, _FOUR)).unflatten(0, (-1, PANEL)).transpose(1, 2)  # (panels, fours, PANEL, 4)
+    words = panels.contiguous().flatten(1).view(torch.float32)
+    scale = functional.pad(weight.scale.float(), (0, -outputs % PANEL)).view(-1, PANEL)
+    shift = 128 * values.sum(dim=1, dtype=torch.int32)
+    return torch.cat([words, scale, shift.view(-1, PANEL).view(torch.float32)], dim=1).flatten()
 
 
 def _panels(weight: Tensor) -> Tensor:

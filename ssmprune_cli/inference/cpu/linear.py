@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ssmprune_cli.inference.behaviour import unlike
 from ssmprune_cli.inference.copying import as_kind, shallow
-from ssmprune_cli.kernels import linear, pack_linear, pick
-from ssmprune_cli.models import channels_last_taps
+from ssmprune_cli.kernels import linear, linear_int8, pack_linear, pick
+from ssmprune_cli.models import EightBitLinear, channels_last_taps
 
 
 class PackedLinear(nn.Linear):
@@ -30,6 +30,23 @@ class PackedLinear(nn.Linear):
         if not pick(x, 1).suits_linear(rows, self.in_features, self.out_features):
             return super().forward(x)
         return linear(x, self.packed, self.bias, self.out_features)
+
+
+class PackedEightBitLinear(EightBitLinear):
+    """One in eight bits whose weight is in the order of the C code."""
+
+    @classmethod
+    def of_layer(cls, layer: EightBitLinear) -> PackedEightBitLinear:
+        return as_kind(layer, cls)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """As `PackedLinear.packed`."""
+        return pack_linear(self.eight_bit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return linear_int8(x.float(), self.packed, bias, self.out_features).to(x.dtype)
 
 
 def packs(layer: nn.Module) -> bool:

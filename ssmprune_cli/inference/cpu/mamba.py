@@ -19,7 +19,9 @@ from ssmprune_cli.inference.explain import BY_OP, Journal
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import (
     BlockSizes,
+    EightBit,
     InnerParameters,
+    Weight,
     mamba_blocks,
     mamba_inner,
     pack_block,
@@ -29,6 +31,7 @@ from ssmprune_cli.kernels import (
 from ssmprune_cli.models import (
     BranchMixer,
     CausalConv1d,
+    EightBitLinear,
     LocalMixer,
     MambaBackbone,
     MambaBlock,
@@ -48,24 +51,40 @@ INSIDE = "the inside of each block in one call"
 BRANCHES = "each direction of a block in one call"
 
 
-def sizes_of(mixer: MambaMixer, parts: int = 0) -> BlockSizes:
-    return BlockSizes(mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.splits[0], mixer.directions, parts)
+def sizes_of(mixer: MambaMixer, parts: int) -> BlockSizes:
+    eight_bits = 0
+    if isinstance(mixer.in_proj, EightBitLinear):
+        eight_bits = 2 if all(isinstance(branch.x_proj, EightBitLinear) for branch in mixer.branches()) else 1
+        parts = 0
+    return BlockSizes(mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.splits[0], mixer.directions, parts, eight_bits)
 
 
-def inside_refused(mixer: nn.Module) -> str | None:
-    """Why `mamba_inner` cannot stand for the inside of `mixer`; None if it can."""
+def inside_refused(mixer: nn.Module, *, whole: bool = False) -> str | None:
+    """Why `mamba_inner`, or with `whole` `mamba_blocks`, cannot stand for the inside of `mixer`; None if it can."""
     reason = first_unlike((mixer, LocalMixer if isinstance(mixer, LocalMixer) else MambaMixer))
     if reason is not None or not isinstance(mixer, BranchMixer):
         return reason
     if isinstance(mixer, MambaMixer) and mixer.kind == "v1":
         return "its directions share a convolution"
     for branch in mixer.branches():
+        projection = EightBitLinear if whole and isinstance(branch.x_proj, EightBitLinear) else nn.Linear
         reason = first_unlike(
-            (branch.conv1d, CausalConv1d), (branch.x_proj, nn.Linear), (branch.dt_proj, StepProjection)
+            (branch.conv1d, CausalConv1d), (branch.x_proj, projection), (branch.dt_proj, StepProjection)
         )
         if reason is not None:
             return reason
     return None
+
+
+def _linears_refused(mixer: BranchMixer) -> str | None:
+    """Why the linear layers cannot be in one call: they must all be plain ones, or, but for `x_proj`, in eight bits."""
+    inside = [branch.x_proj for branch in mixer.branches()]
+    if not any(isinstance(each, EightBitLinear) for each in (mixer.in_proj, mixer.out_proj, *inside)):
+        return first_unlike((mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear))
+    reason = first_unlike((mixer.in_proj, EightBitLinear), (mixer.out_proj, EightBitLinear))
+    return reason or (
+        None if len({type(each) for each in inside}) == 1 else "only some of its directions are in eight bits"
+    )
 
 
 def block_refused(block: nn.Module) -> str | None:
@@ -78,8 +97,8 @@ def block_refused(block: nn.Module) -> str | None:
     mixer = block.mixer
     if isinstance(mixer, LocalMixer):
         return "its directions take routes over the grid"
-    reason = first_unlike((block.norm, RMSNorm)) or inside_refused(mixer)
-    return reason or first_unlike((mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear))
+    reason = first_unlike((block.norm, RMSNorm)) or inside_refused(mixer, whole=True)
+    return reason or _linears_refused(mixer)
 
 
 def _kind(alignment: ScanAlignment | None) -> tuple[bool, ...]:
@@ -122,12 +141,16 @@ def lost_tokens(
     return lost
 
 
+def _weight(layer: nn.Linear | EightBitLinear) -> Weight:
+    return layer.eight_bit if isinstance(layer, EightBitLinear) else layer.weight
+
+
 def directions_of(mixer: BranchMixer) -> list[InnerParameters]:
     """The parameters of the inside of `mixer`, direction by direction."""
     return [
         InnerParameters(
             branch.conv1d.weight[:, 0],
-            branch.x_proj.weight,
+            _weight(branch.x_proj),
             branch.dt_proj.weight,
             decay_rates(branch.A_log),
             branch.conv1d.bias,
@@ -272,7 +295,7 @@ def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, st
             assert isinstance(block, MambaBlock) and isinstance(block.norm, RMSNorm)
             mixer, dim = block.mixer, block.norm.weight.numel()
             assert isinstance(mixer, MambaMixer)
-            weight = mixer.in_proj.weight
+            weight = block.norm.weight
             parts = pick(weight, mixer.d_state).block_parts(dim, mixer.d_inner, weight.dtype)
             own = (sizes_of(mixer, parts or 0), dim, mixer.scale, block.norm.eps)
             if parts is None:
@@ -282,7 +305,7 @@ def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, st
             else:
                 like = own
                 rows[number] = len(packed)
-                packed.append(_pack(block, parts))
+                packed.append(_pack(block, own[0].parts))
         if reason is not None:
             reasons[number] = reason
     if like is None:
@@ -292,10 +315,12 @@ def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, st
 
 
 def _pack(block: MambaBlock, parts: int) -> Tensor:
-    mixer, out_proj = block.mixer, block.mixer.out_proj.weight
-    if mixer.gamma is not None:
+    mixer, out_proj = block.mixer, _weight(block.mixer.out_proj)
+    if mixer.gamma is not None and isinstance(out_proj, EightBit):
+        out_proj = out_proj._replace(scale=out_proj.scale * mixer.gamma.float())
+    elif mixer.gamma is not None and isinstance(out_proj, Tensor):
         out_proj = out_proj * mixer.gamma[:, None]
-    return pack_block(block.norm.weight, mixer.in_proj.weight, out_proj, directions_of(mixer), parts)
+    return pack_block(block.norm.weight, _weight(mixer.in_proj), out_proj, directions_of(mixer), parts)
 
 
 def run_features(model: MambaBackbone, packed: PackedBlocks, journal: Journal, images: Tensor) -> TokenSequence:

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from ssmprune_cli.inference.behaviour import global_hooks, unlike
 from ssmprune_cli.inference.copying import Changes, with_changes
-from ssmprune_cli.inference.cpu.linear import PackedLinear, packs, with_channels_last_taps
+from ssmprune_cli.inference.cpu.linear import (
+    PackedEightBitLinear,
+    PackedLinear,
+    packs,
+    with_channels_last_taps,
+)
 from ssmprune_cli.inference.cpu.mamba import (
     FusedLocalMixer,
     FusedMambaMixer,
@@ -25,6 +30,7 @@ from ssmprune_cli.models import (
     Backbone,
     BranchMixer,
     CausalConv1d,
+    EightBitLinear,
     LocalMixer,
     MambaBackbone,
     MambaMixer,
@@ -84,6 +90,7 @@ class CpuSession(Session):
                 if not (unlike(part, CausalConv1d) and unlike(part, nn.Conv2d)):
                     changes[part] = with_channels_last_taps
         changes.update((module, _pack) for module in definition.modules() if packs(module))
+        changes.update((each, _pack_bytes) for each in definition.modules() if unlike(each, EightBitLinear) is None)
         return changes
 
     def _fuse(self, number: int, why: str) -> Callable[[nn.Module], nn.Module]:
@@ -131,6 +138,11 @@ def _runs(model: MambaBackbone) -> bool:
     kind = type(model)
     same = all(getattr(kind, name) is getattr(MambaBackbone, name) for name in ("forward", "features"))
     return same and unlike(model, kind) is None and unlike(model.layers, nn.ModuleList) is None
+
+
+def _pack_bytes(layer: nn.Module) -> nn.Module:
+    assert isinstance(layer, EightBitLinear)
+    return PackedEightBitLinear.of_layer(layer)
 
 
 def _pack(layer: nn.Module) -> nn.Module:

@@ -76,14 +76,16 @@ class CpuBackend(Backend):
     """Compiles its library when it is first asked for, unless one came with the installation.
 
     level  one of build.LEVELS; without, the one that SSMPRUNE_CPU_LEVEL names, or the processor's best
+    dots   whether to multiply bytes by the instruction for them, where the level and the processor have it
     """
 
     name = "cpu"
     skips_reading = True
     fuses = True
 
-    def __init__(self, level: str | None = None) -> None:
+    def __init__(self, level: str | None = None, *, dots: bool = True) -> None:
         self._wanted = level
+        self._dots = dots
         self._library: ctypes.CDLL | None = None
         self._level: str | None = None
         self._reason: str | None = None
@@ -367,7 +369,7 @@ class CpuBackend(Backend):
         dtype, sizes = inputs.hidden.dtype, BlockSizes(*inputs.sizes)
         if sizes.parts == FLOAT_PARTS and not self.has_tiles():
             return super().mamba_blocks(inputs)
-        call = Call(threads=torch.get_num_threads(), tiles=self.has_tiles())
+        call = Call(threads=torch.get_num_threads(), tiles=self.has_tiles(), dots=self.has_dots())
         call.blocks(inputs)
         batch, length, _ = inputs.hidden.shape
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
@@ -397,6 +399,18 @@ class CpuBackend(Backend):
         call = Call(threads=torch.get_num_threads())
         call.linear(inputs)
         out = torch.empty(*x.shape[:-1], inputs.outputs)
+        call.set(out=out)
+        self.run("linear", call.struct(Linear))
+        return out
+
+    def has_dots(self) -> bool:
+        """Whether products of bytes go by one instruction for four of them."""
+        return self._dots and self.missing() is None and bool(self._library and self._library.byte_products_available())
+
+    def linear_int8(self, inputs: LinearInputs) -> Tensor:
+        call = Call(threads=torch.get_num_threads(), dots=self.has_dots())
+        call.linear(inputs, eight_bits=True)
+        out = torch.empty(*inputs.x.shape[:-1], inputs.outputs)
         call.set(out=out)
         self.run("linear", call.struct(Linear))
         return out

@@ -23,7 +23,7 @@ from ssmprune_cli.kernels.inputs import (
     ScanInputs,
     tokens_and_steps,
 )
-from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes, tiled_words
+from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes, byte_words, tiled_words
 
 MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
 
@@ -58,7 +58,7 @@ Inner = _struct(
     "Inner",
     "xz context y ungated parameters gap gap_delta size sources slots cells read rows",
     "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way parts "
-    "tokens steps",
+    "dots tokens steps",
     "scale mass",
 )
 Routed = _struct(
@@ -69,10 +69,11 @@ Routed = _struct(
 Blocks = _struct(
     "Blocks",
     "hidden residual context gap gap_delta size mass parameters out stream ungated sources slots cells read",
-    "blocks each batch length dim channels state width rank directions others threads parts tiles tokens steps",
+    "blocks each batch length dim channels state width rank directions others threads parts tiles "
+    "eight_bits dots tokens steps",
     "scale eps",
 )
-Linear = _struct("Linear", "x weight bias out", "rows inputs outputs x_l parts threads")
+Linear = _struct("Linear", "x weight bias out", "rows inputs outputs x_l parts eight_bits dots threads")
 STRUCTS = (Scan, Conv, Norm, NormBack, Sum, Gate, Inner, Routed, Blocks, Linear)
 
 
@@ -223,6 +224,8 @@ class Call:
         sizes, count = BlockSizes(*inputs.sizes), len(inputs.parameters)
         if sizes.parts not in (0, 1, FLOAT_PARTS):
             raise KernelError(f"weights in {sizes.parts} parts are not for {inputs.hidden.dtype}")
+        if sizes.eight_bits not in (0, 1, 2):
+            raise KernelError(f"eight_bits is {sizes.eight_bits}, not 0, 1 or 2")
         if not count:
             raise KernelError("there are 0 blocks: one is needed")
         self.floats("hidden", inputs.hidden, (batch, length, dim))
@@ -235,6 +238,7 @@ class Call:
         self.floats("mass", inputs.mass, (count,))
         self._sizes(inputs, batch, length, sizes)
         self.numbers.update(blocks=count, each=sizes.block(dim), dim=dim, parts=sizes.parts)
+        self.numbers["eight_bits"] = sizes.eight_bits
         self.numbers.update(scale=inputs.scale, eps=inputs.eps)
 
     def routed(self, inputs: RoutedInputs) -> None:
@@ -263,15 +267,17 @@ class Call:
         self.numbers.update(batch=batch, length=length, channels=channels, routes=routes, slices=slices)
         self.numbers.update(state=state, rank=rank)
 
-    def linear(self, inputs: LinearInputs) -> None:
+    def linear(self, inputs: LinearInputs, *, eight_bits: bool = False) -> None:
         x = inputs.x.flatten(0, -2) if inputs.x.ndim > 1 else inputs.x[None]
         x = x if x.stride(1) == 1 else x.contiguous()
         _fits("x", x, x.shape, torch.float32)
         width, outputs = x.shape[1], inputs.outputs
         self.set(x=x)
-        self.values("weight", inputs.weight, (tiled_words(outputs, width, FLOAT_PARTS),), torch.float32)
+        words = byte_words(outputs, width) if eight_bits else tiled_words(outputs, width, FLOAT_PARTS)
+        self.values("weight", inputs.weight, (words,), torch.float32)
         self.values("bias", inputs.bias, (outputs,), torch.float32)
         self.numbers.update(rows=x.shape[0], inputs=width, outputs=outputs, x_l=x.stride(0), parts=FLOAT_PARTS)
+        self.numbers["eight_bits"] = eight_bits
 
     def _sizes(self, inputs: InnerInputs | BlocksInputs, batch: int, length: int, sizes: BlockSizes) -> None:
         """Sizes, and what pruned tokens leave behind."""

@@ -6,6 +6,7 @@ from ssmprune_cli.kernels.ops.blocks import mamba_blocks, mamba_inner
 from ssmprune_cli.kernels.ops.conv import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
 from ssmprune_cli.kernels.ops.library import FORMULAS
 from ssmprune_cli.kernels.ops.linear import linear
+from ssmprune_cli.kernels.ops.linear_int8 import linear_int8
 from ssmprune_cli.kernels.ops.routes import routed_scans
 from ssmprune_cli.kernels.ops.rows import add_rms_norm, gated_sum
 from ssmprune_cli.kernels.ops.scan import scan_flops, selective_scan
@@ -18,6 +19,7 @@ __all__ = [
     "gated_sum",
     "grid_conv2d",
     "linear",
+    "linear_int8",
     "mamba_blocks",
     "mamba_inner",
     "routed_scans",

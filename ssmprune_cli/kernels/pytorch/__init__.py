@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from ssmprune_cli.kernels.pytorch import composed, eager
+from ssmprune_cli.kernels.pytorch.eight_bit import eight_bit_linear, in_eight_bits
 from ssmprune_cli.kernels.pytorch.scan import chunked_scan, finish, reference_scan, scan_gradients, steps
 
 __all__ = [
     "chunked_scan",
     "composed",
     "eager",
+    "eight_bit_linear",
     "finish",
+    "in_eight_bits",
     "reference_scan",
     "scan_gradients",
     "steps",

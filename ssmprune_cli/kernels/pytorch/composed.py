@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.kernels.inputs import BlocksInputs, InnerInputs, LinearInputs, RoutedInputs, ScanInputs
-from ssmprune_cli.kernels.packing import BlockSizes, unpack_block, unpack_inner, unpack_linear
+from ssmprune_cli.kernels.packing import (
+    BlockSizes,
+    EightBit,
+    Weight,
+    halves,
+    unpack_block,
+    unpack_bytes,
+    unpack_inner,
+    unpack_linear,
+)
+from ssmprune_cli.kernels.pytorch import eight_bit
 
 if TYPE_CHECKING:
     from ssmprune_cli.kernels.backend import Backend
@@ -19,8 +30,8 @@ def mamba_inner(backend: Backend, inputs: InnerInputs) -> Tensor:
     return backend.gated_sum(_scans(backend, inputs), inputs.xz[..., inputs.channels :], inputs.scale)
 
 
-def _scans(backend: Backend, inputs: InnerInputs) -> list[Tensor]:
-    """The scan outputs of each direction, (B, L, E)."""
+def _scans(backend: Backend, inputs: InnerInputs, x_weights: Sequence[EightBit] = ()) -> list[Tensor]:
+    """The scan outputs of each direction, (B, L, E). `x_weights`: of each, if they are in eight bits."""
     x, context, pool = inputs.xz[..., : inputs.channels], inputs.context, _pool(inputs)  # (B, L, E)
     sizes = BlockSizes(x.shape[2], inputs.d_state, inputs.d_conv, inputs.dt_rank, len(inputs.parameters))
     if context is not None and inputs.sources is not None:  # all tokens that are convolved, and the rest
@@ -37,7 +48,7 @@ def _scans(backend: Backend, inputs: InnerInputs) -> list[Tensor]:
         convolved = u
         if pool is not None:
             u = (pool @ u.to(pool.dtype)).to(u.dtype)
-        projected = functional.linear(u, own.x_weight.to(u.dtype))
+        projected = _product(u, x_weights[g] if x_weights else own.x_weight)
         rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
         delta = functional.linear(rank_values, own.dt_weight.to(u.dtype))
         gap = growth if inputs.gap is None else inputs.gap[g]
@@ -71,27 +82,38 @@ def mamba_blocks(backend: Backend, inputs: BlocksInputs) -> tuple[Tensor, Tensor
     sizes, hidden, residual = BlockSizes(*inputs.sizes), inputs.hidden, inputs.residual
     ys: list[Tensor] = []
     for block, packed in enumerate(inputs.parameters):
-        norm, in_proj, out_proj, inner = unpack_block(packed, hidden.shape[2], sizes)
-        norm, in_proj, out_proj = (each.to(hidden.dtype) for each in (norm, in_proj, out_proj))
+        norm, in_proj, out_proj, inner, x_weights = unpack_block(packed, hidden.shape[2], sizes)
+        norm = norm.to(hidden.dtype)
         normed, residual = backend.add_rms_norm(hidden, residual, norm, inputs.eps)
         context = None
         if inputs.context is not None:
-            context = functional.linear(inputs.context * norm, in_proj[: sizes.d_inner])
+            context = _product(inputs.context * norm, halves(in_proj)[0])
         gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[block]
-        xz = functional.linear(normed, in_proj)
+        xz = _product(normed, in_proj)
         mass = None if inputs.mass is None else inputs.mass[block]
         lost = (inputs.gap, gap_delta, context, inputs.sources, inputs.read, inputs.cells, inputs.size, mass)
         given = InnerInputs(xz, inner, sizes.d_state, sizes.d_conv, sizes.dt_rank, *lost, inputs.scale)
-        ys = _scans(backend, given)
-        hidden = functional.linear(backend.gated_sum(ys, xz[..., sizes.d_inner :], inputs.scale), out_proj)
+        ys = _scans(backend, given, x_weights)
+        hidden = _product(backend.gated_sum(ys, xz[..., sizes.d_inner :], inputs.scale), out_proj)
     assert residual is not None
     y = torch.stack(ys).sum(dim=0) if inputs.wants_y else hidden.new_empty(*hidden.shape[:2], 0)
     return hidden, residual, y
 
 
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, EightBit):
+        return eight_bit.eight_bit_linear(x, weight)
+    return functional.linear(x, weight.to(x.dtype))
+
+
 def linear(inputs: LinearInputs) -> Tensor:
     weight = unpack_linear(inputs.weight, inputs.outputs, inputs.x.shape[-1])
     return functional.linear(inputs.x, weight, inputs.bias)
+
+
+def linear_int8(inputs: LinearInputs) -> Tensor:
+    weight = unpack_bytes(inputs.weight, inputs.outputs, inputs.x.shape[-1])
+    return eight_bit.eight_bit_linear(inputs.x, weight, inputs.bias)
 
 
 def routed_scans(backend: Backend, inputs: RoutedInputs) -> Tensor:

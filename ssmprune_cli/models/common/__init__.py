@@ -15,6 +15,7 @@ from ssmprune_cli.models.common.backbone import (
     count_numbered,
 )
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
+from ssmprune_cli.models.common.eight_bit import EightBitLinear, first_outputs, put_in_eight_bits
 from ssmprune_cli.models.common.gate import GATE_REDUCTION, ChannelGate
 from ssmprune_cli.models.common.geometry import MAX_SIDE, check_side, image_fields, no_stride, settle, square_side
 from ssmprune_cli.models.common.inflow import Inflow, inflow
@@ -39,6 +40,7 @@ __all__ = [
     "Backbone",
     "Block",
     "ChannelGate",
+    "EightBitLinear",
     "Family",
     "Hints",
     "ImageConfig",
@@ -55,11 +57,13 @@ __all__ = [
     "check_size",
     "count_numbered",
     "decay_rates",
+    "first_outputs",
     "image_fields",
     "inflow",
     "inverse",
     "no_stride",
     "patch_grid",
+    "put_in_eight_bits",
     "reorder",
     "resize_grid",
     "rotary_tables",

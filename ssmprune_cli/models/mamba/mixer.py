@@ -20,6 +20,7 @@ from ssmprune_cli.models.common import (
     Inflow,
     channels_last_taps,
     decay_rates,
+    first_outputs,
     inflow,
 )
 from ssmprune_cli.models.mamba.causal_sources import conv_sources
@@ -144,7 +145,7 @@ class BranchMixer(nn.Module, Mixer):
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
-        return functional.linear(x, self.in_proj.weight[: self.d_inner])
+        return first_outputs(self.in_proj, x, self.d_inner)
 
     def _project(
         self, flow: Inflow, context: Tensor | None, branch: Branch, *, reverse: bool

@@ -16,6 +16,7 @@ from ssmprune_cli.models.common import (
     Inflow,
     channels_last_taps,
     decay_rates,
+    first_outputs,
     inflow,
     reorder,
     steps_of,
@@ -117,7 +118,7 @@ class PlainMambaMixer(nn.Module, Mixer):
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
-        return functional.linear(x, self.in_proj.weight[: self.d_inner], self.in_proj.bias[: self.d_inner])
+        return first_outputs(self.in_proj, x, self.d_inner)
 
     def null_delta(self) -> Tensor:
         """(4, E): step size of an empty place among empty places of the grid; the convolution leaves its bias there."""

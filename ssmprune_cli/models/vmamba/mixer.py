@@ -21,6 +21,7 @@ from ssmprune_cli.models.common import (
     Visits,
     channels_last_taps,
     decay_rates,
+    first_outputs,
     inflow,
     reorder,
     steps_of,
@@ -125,7 +126,7 @@ class VMambaMixer(nn.Module, Mixer):
 
     def _inner(self, x: Tensor) -> Tensor:
         """The part of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
-        return functional.linear(x, self.in_proj.weight[: self.d_inner])
+        return first_outputs(self.in_proj, x, self.d_inner)
 
     def _convolve(self, x: Tensor, context: Tensor | None, sequence: TokenSequence, grid: tuple[int, int]) -> Tensor:
         """(B, L, E): the input of the scans, from projected tokens x (B, L, E) and those of the context (B, M, E)."""

@@ -7,13 +7,13 @@
 
 /* hidden, residual, out, stream (B, L, d); ungated (B, L, E), of the last block, or none; context (B, M, d), of root mean
  * square 1; gap_delta (blocks, G, E); mass (blocks); the rest as in inner.h. `parameters` (blocks, each) are as
- * packing.pack_block lays them out for `parts`. */
+ * packing.pack_block lays them out for `parts` and `eight_bits`: 1 for the large weights in eight bits, 2 for x_weight too. */
 ARGUMENTS(Blocks,
     const float *hidden, *residual, *context, *gap, *gap_delta, *size, *mass, *parameters;
     float *out, *stream, *ungated;
     const int64_t *sources, *slots, *cells, *read;
     int64_t blocks, each, batch, length, dim, channels, state, width, rank, directions, others, threads, parts, tiles;
-    int64_t tokens, steps;
+    int64_t eight_bits, dots, tokens, steps;
     double scale, eps;
 );
 DESCRIBE(Blocks)
@@ -37,11 +37,15 @@ INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start
         }
 }
 
-static void project(const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
-    if (a->way == TILES) tiled(x, weight, 0, out, start, stop, a->parts, a->rows);
-    else if (a->way == PAIRS) panels(PAIRS, x, weight, out, start, stop);
+static void project(int64_t way, const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
+    if (way == TILES) tiled(x, weight, 0, out, start, stop, a->parts, a->rows);
+    else if (way == BYTES) eight_bit(x, weight, 0, out, start, stop, (int)a->dots, (float *)a->rows);
+    else if (way == PAIRS) panels(PAIRS, x, weight, out, start, stop);
     else panels(FLOATS, x, weight, out, start, stop);
 }
+
+/* The way of x_weight, if large weights go `way`. */
+INLINE int64_t x_way(const Blocks *a, int64_t way) { return a->eight_bits == 1 ? FLOATS : way; }
 
 /* The samples `first` ... `first + count` through all blocks, by one of the threads that do it together. */
 static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, float *scratch, int64_t size, uint16_t *rows) {
@@ -50,7 +54,7 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, floa
                    .directions = a->directions, .others = M, .scale = a->scale, .gap = a->gap, .size = a->size,
                    .sources = a->sources, .slots = a->slots, .cells = a->cells, .read = a->read, .tokens = a->tokens,
                    .steps = a->steps, .xz_b = size, .xz_l = 2 * E, .y_b = size, .context_b = size, .context_l = E,
-                   .way = way, .parts = a->parts, .rows = rows};
+                   .way = x_way(a, way), .parts = a->parts, .dots = a->dots, .rows = rows};
     float *u = scratch, *xz = u + inner_scratch(&inner), *normed = xz + L * 2 * E, *context = normed + L * d;
     float *unit = context + M * E, *y = a->slots ? unit + M * d : u + (a->directions - 1) * L * E;
     Rows tokens = {normed, d, L, size, d}, gated = {y, E, L, size, E};
@@ -79,19 +83,19 @@ static int pass(const Blocks *a, int64_t way, int64_t first, int64_t count, floa
         for (int64_t row = context_start; row < context_stop; row++)
             for (int64_t c = 0; c < d; c++)
                 unit[row / M * size + row % M * d + c] = a->context[(first * M + row) * d + c] * norm[c];
-        if (way == FLOATS || E % 16) { /* not one weight: there is a gap between them */
-            project(&inner, tokens, in, x, start, stop);
-            project(&inner, tokens, in + weight, z, start, stop);
+        if (way == FLOATS || E % (way == BYTES ? BYTE_PANEL : 16)) { /* not one weight: there is a gap between them */
+            project(way, &inner, tokens, in, x, start, stop);
+            project(way, &inner, tokens, in + weight, z, start, stop);
         } else {
-            project(&inner, tokens, in, both, start, stop);
+            project(way, &inner, tokens, in, both, start, stop);
         }
-        project(&inner, seen, in, seen_x, context_start, context_stop);
+        project(way, &inner, seen, in, seen_x, context_start, context_stop);
 #pragma omp barrier
         failed |= 2 * feed_rows(&inner, first, count, scratch, size);
 #pragma omp barrier
         failed |= scan_channels(&inner, first, count, scratch, size);
 #pragma omp barrier
-        project(&inner, gated, back, out, start, stop);
+        project(way, &inner, gated, back, out, start, stop);
     }
     return failed;
 }
@@ -107,8 +111,9 @@ int mamba_blocks(const Blocks *a) {
     if (!a->batch || !a->length) return 0;
     int64_t threads = team(a->threads), each = size < SHARE ? SHARE / size : 1;
     int64_t together = threads * each < a->batch ? threads * each : a->batch;
-    int64_t way = !a->parts ? FLOATS : a->tiles ? TILES : PAIRS;
-    int64_t rows_of_thread = way == TILES ? tiled_room(a->channels > a->dim ? a->channels : a->dim, a->parts) : 0;
+    int64_t way = a->eight_bits ? BYTES : !a->parts ? FLOATS : a->tiles ? TILES : PAIRS;
+    int64_t widest = a->channels > a->dim ? a->channels : a->dim;
+    int64_t rows_of_thread = way == TILES ? tiled_room(widest, a->parts) : way == BYTES ? byte_room(widest) : 0;
     float *scratch = aligned_alloc(64, (size_t)(together * size + threads * rows_of_thread + 16) * sizeof(float));
     int failed = !scratch;
 #pragma omp parallel num_threads(threads) reduction(|: failed)

@@ -59,6 +59,16 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
     if (way == TILES) {
         tile_rows(from, together, E, a->parts, a->rows);
         tile_columns(a->rows, together, p.x_weight, 0, E, 0, padded(a), a->parts, to);
+    } else if (way == BYTES) {
+        float *scales = (float *)a->rows + BYTE_TOKENS * quads(E);
+        byte_rows(from, BYTE_TOKENS, E, (uint8_t *)a->rows, scales);
+        for (int64_t n = 0; n < projected(a); n += BYTE_PANEL) {
+            const float *panel = p.x_weight + n / BYTE_PANEL * byte_panel(E);
+            int64_t left = projected(a) - n;
+            float *there[BYTE_TOKENS];
+            for (int r = 0; r < BYTE_TOKENS; r++) there[r] = to[r] + n;
+            byte_product((uint8_t *)a->rows, scales, panel, 0, E, left < BYTE_PANEL ? left : BYTE_PANEL, (int)a->dots, there);
+        }
     } else {
         product(way, from, p.x_weight, E, projected(a), to);
     }

@@ -23,9 +23,9 @@ ARGUMENTS(Inner,
     const float *parameters, *gap, *gap_delta;
     const float *size;
     const int64_t *sources, *slots, *cells, *read;
-    uint16_t *rows; /* room for what tile_rows gives of E channels, if `way` is TILES */
+    uint16_t *rows; /* room for what tile_rows or byte_rows gives of E channels, if `way` is TILES or BYTES */
     int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;
-    int64_t half, threads, way, parts, tokens, steps;
+    int64_t half, threads, way, parts, dots, tokens, steps;
     double scale, mass;
 );
 
@@ -40,7 +40,7 @@ INLINE int64_t projected(const Inner *a) { return a->rank + 2 * a->state; }
 INLINE int64_t padded(const Inner *a) { return (projected(a) + W - 1) / W * W; }
 /* Floats of a weight (K, P). */
 INLINE int64_t weight_size(int64_t K, int64_t P, int64_t way, int64_t parts) {
-    return way == FLOATS ? K * P : tiled_size(K, P, parts);
+    return way == FLOATS ? K * P : way == BYTES ? byte_size(K, P) : tiled_size(K, P, parts);
 }
 /* Floats of x_weight, and of all parameters of one direction. */
 INLINE int64_t x_weight_size(const Inner *a) { return weight_size(a->channels, projected(a), a->way, a->parts); }

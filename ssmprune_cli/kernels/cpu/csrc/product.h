@@ -1,11 +1,11 @@
-/* Products of rows of tokens with a weight: a few rows and columns at a time in registers, in one of three ways. */
+/* Products of rows of tokens with a weight: a few rows and columns at a time in registers, in one of four ways. */
 #ifndef SSMPRUNE_PRODUCT_H
 #define SSMPRUNE_PRODUCT_H
-#include "tiles.h"
+#include "bytes.h"
 
 /* How a product goes. FLOATS: float32 weights (K, P). PAIRS: weights in bfloat16, in one part, by float32 instructions.
- * TILES: see tiles.h. */
-enum { FLOATS, PAIRS, TILES };
+ * TILES: see tiles.h. BYTES: see bytes.h. */
+enum { FLOATS, PAIRS, TILES, BYTES };
 
 /* Tokens and vectors of outputs that are in registers together. */
 #define TILE_ROWS (W == 16 ? 6 : 4)

@@ -18,7 +18,7 @@
 #else
 #define W 4
 #endif
-#ifdef __AVX512DQ__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 /* Declares a struct that call.py fills. What is in it goes into the library as text, for the check that both agree. */
