@@ -31,6 +31,11 @@ class ScanInputs(NamedTuple):
     gap_delta: Tensor | None
     reverse: bool
     read: Tensor | None = None
+    initial_state: Tensor | None = None
+
+
+# What a scan has gradients for, in the order in which backends give them.
+GRADIENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "shift", "gap_delta", "initial_state")
 
 
 class GridConvInputs(NamedTuple):
