@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.inputs import (
     GRADIENTS,
+    SSD_GRADIENTS,
     BlocksInputs,
     Gradients,
     GridConvInputs,
@@ -17,8 +19,18 @@ from ssmprune_cli.kernels.inputs import (
     LinearInputs,
     RoutedInputs,
     ScanInputs,
+    SsdInputs,
 )
-from ssmprune_cli.kernels.pytorch import chunked_scan, composed, eager, reference_scan, scan_gradients
+from ssmprune_cli.kernels.pytorch import (
+    chunked_scan,
+    chunked_ssd,
+    composed,
+    eager,
+    reference_scan,
+    reference_ssd,
+    scan_gradients,
+    ssd_gradients,
+)
 
 
 class Backend(ABC):
@@ -66,6 +78,16 @@ class Backend(ABC):
         """
 
     # What follows is plain PyTorch unless a backend has something faster.
+
+    def ssd(self, inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+        """Mamba-2's scan: y (B, L, H, P), and the last state (B, H, P, N) in float32 at least."""
+        y, last = chunked_ssd(_widened(inputs))
+        return y.to(inputs.x.dtype), last
+
+    def ssd_backward(self, grad: Tensor, inputs: SsdInputs, d_last: Tensor | None) -> Gradients:
+        """Gradients in the order of `SSD_GRADIENTS`; None where the input is."""
+        found = ssd_gradients(eager.wide(grad), _widened(inputs), d_last)
+        return _narrowed(found, inputs, SSD_GRADIENTS)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         """silu(depthwise causal convolution), (B, L, E)."""
@@ -150,9 +172,15 @@ def no_states(inputs: ScanInputs) -> Tensor:
 class PyTorchBackend(Backend):
     """Runs anywhere that PyTorch does, in any floating-point precision."""
 
-    def __init__(self, name: str, scan: Callable[[ScanInputs], tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        scan: Callable[[ScanInputs], tuple[Tensor, Tensor]],
+        ssd: Callable[[SsdInputs], tuple[Tensor, Tensor]],
+    ) -> None:
         self.name = name
         self._scan = scan
+        self._ssd = ssd
 
     def missing(self) -> str | None:
         return None
@@ -167,21 +195,33 @@ class PyTorchBackend(Backend):
         y, last = self._scan(_widened(inputs))
         return y.to(inputs.u.dtype), last, no_states(inputs)
 
+    def ssd(self, inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+        y, last = self._ssd(_widened(inputs))
+        return y.to(inputs.x.dtype), last
+
     def scan_backward(
         self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None, d_last: Tensor | None = None
     ) -> Gradients:
         found = scan_gradients(eager.wide(grad), _widened(inputs), d_last)
-        given = [getattr(inputs, name) for name in GRADIENTS]
-        return tuple(
-            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(found, given, strict=True)
-        )
+        return _narrowed(found, inputs, GRADIENTS)
 
 
-def _widened(inputs: ScanInputs) -> ScanInputs:
+Inputs = TypeVar("Inputs", ScanInputs, SsdInputs)
+
+
+def _widened(inputs: Inputs) -> Inputs:
     """Every tensor in float32 at least."""
-    return ScanInputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
+    return inputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
 
 
-REFERENCE = PyTorchBackend("reference", reference_scan)
-CHUNKED = PyTorchBackend("chunked", chunked_scan)
+def _narrowed(found: Gradients, inputs: ScanInputs | SsdInputs, names: Sequence[str]) -> Gradients:
+    """Gradients in the dtypes of the inputs called `names`."""
+    given = (getattr(inputs, name) for name in names)
+    return tuple(
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(found, given, strict=True)
+    )
+
+
+REFERENCE = PyTorchBackend("reference", reference_scan, reference_ssd)
+CHUNKED = PyTorchBackend("chunked", chunked_scan, chunked_ssd)
