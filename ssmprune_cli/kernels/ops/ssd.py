@@ -71,7 +71,7 @@ def ssd_scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2's scan (Dao and Gu 2024, "Transformers are SSMs"; state-spaces/mamba e9594ce), aligned over pruned tokens.
+    """Mamba-2's scan (Dao and Gu 2024, "Transformers are SSMs"; state-spaces/mamba e9594ce), aligned over gaps.
 
         step_t = softplus(dt_t + dt_bias)
         h_t = exp((step_t + s_t) A) h_{t-1} + step_t x_t B_t^T        y_t = h_t C_t + D x_t
@@ -87,8 +87,8 @@ def ssd_scan(
     initial_state (B, H, P, N): h before the first token, in float32 at least; zeros without
     return_state  whether h after the last token is wanted too
 
-    Activations (x, dt, B, C, shift) share one dtype; parameters have it too, or float32 beside half precision. The state
-    and all arithmetic are in float32 at least.
+    Activations (x, dt, B, C, shift) share one dtype; parameters have it too, or float32 beside half precision.
+    The state and all arithmetic are in float32 at least.
 
     Returns y (B, L, H, P) in the dtype of x; with `return_state` a pair of it and the state (B, H, P, N), in float32 at
     least. Raises KernelError for shapes, dtypes or devices that do not fit.

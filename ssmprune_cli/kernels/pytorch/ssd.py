@@ -1,8 +1,8 @@
 """Mamba-2's scan in plain PyTorch: `reference_ssd`, token by token, the truth; `chunked_ssd`, made of matrix products.
 
-Written from the paper (Dao and Gu 2024, "Transformers are SSMs", sections 3 and 6). A head has one rate of decay, so that
-its scan within a chunk of tokens is a masked matrix: y = (M * C B^T) (dt x), where M[t, s] is the decay from s to t. States
-are carried from chunk to chunk.
+Written from the paper (Dao and Gu 2024, "Transformers are SSMs", sections 3 and 6). A head has one rate of decay, so
+that its scan within a chunk of tokens is a masked matrix: y = (M * C B^T) (dt x), where M[t, s] is the decay from s to t.
+States are carried from chunk to chunk.
 
 Glossary: B batch, L tokens, H heads, P channels of a head, G groups of heads that share B and C, R heads of a group, N
 state size, K chunks, Q tokens of a chunk.
