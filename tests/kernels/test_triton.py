@@ -149,6 +149,27 @@ def test_groups_of_tokens_side_by_side(reverse: bool, monkeypatch: pytest.Monkey
 
 @kernels
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("length", [1, 5, 14])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_go_in_and_out(length: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one token, of one group, and of 4 groups of tokens, the last one shorter."""
+    monkeypatch.setattr(triton_backend, "SHORTEST_GROUP", 4)
+    inputs, gap = make((1, length, 3, 3), "gap+delta", torch.float32)
+    inputs["initial_state"] = torch.linspace(-1, 1, 9, dtype=torch.float64).view(1, 3, 3)
+    results = []
+    for backend, dtype, device in (("reference", torch.float64, "cpu"), ("triton", torch.float32, DEVICE)):
+        use_backend(backend)
+        leaves: dict[str, Any] = {name: value.to(device, dtype).requires_grad_() for name, value in inputs.items()}
+        given = {**leaves, "gap": None if gap is None else gap.to(device), "reverse": reverse, "return_state": True}
+        y, state = selective_scan(**given)
+        weights = [torch.linspace(-1, 1, each.numel()).view_as(each).to(each) for each in (y, state)]
+        gradients = torch.autograd.grad([y, state], list(leaves.values()), weights)
+        results.append({"y": y, "state": state, **dict(zip(leaves, gradients, strict=True))})
+    compare(results[1], results[0], TOLERANCE[torch.float32])
+
+
+@kernels
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["shift", "gap+delta"])
 def test_values_and_gradients_in_bfloat16(mode: str, parameters: torch.dtype) -> None:

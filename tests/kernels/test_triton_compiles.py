@@ -87,11 +87,21 @@ def test_kernels_compile(
         sparse_conv_forward,
     )
 
-    flags = ("SOFTPLUS", "HAS_D", "HAS_Z", "HAS_BIAS", "HAS_STARTS", "REVERSE")
+    flags = (
+        "SOFTPLUS",
+        "HAS_D",
+        "HAS_Z",
+        "HAS_BIAS",
+        "HAS_STARTS",
+        "HAS_CARRIES",
+        "HAS_INITIAL",
+        "HAS_LAST",
+        "REVERSE",
+    )
     absent = {
         "dshift": mode != 1,
         "dgap_delta": mode != 3,
-        **dict.fromkeys(("dz", "dD", "dbias", "starts", "carries"), not extras),
+        **dict.fromkeys(("dz", "dD", "dbias", "starts", "carries", "initial", "dinitial", "last"), not extras),
     }
     scan: dict[str, Any] = {
         "MODE": mode,
