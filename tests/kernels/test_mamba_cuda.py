@@ -137,9 +137,8 @@ def test_the_last_state(mode: str, reverse: bool) -> None:
     inputs = make(mode, True, torch.float32, reverse=reverse)
     y, state = scan_and_state_with(Stock, inputs)
     assert torch.equal(y, scan_with(Stock, inputs))
-    wide: Any = {
-        name: value.double() if isinstance(value, Tensor) else value for name, value in inputs._asdict().items()
-    }
+    values: Any = inputs._asdict()
+    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in values.items()}
     use_backend("reference")
     _, expected = selective_scan(**wide, return_state=True)
     # As above: what is left is the rounding of delta' and u'.

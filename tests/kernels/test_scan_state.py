@@ -159,6 +159,7 @@ def test_torch_compile_takes_states() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's, of its own pytree
 @pytest.mark.parametrize("reverse", [False, True])
 def test_exported_programs_have_states_in_pytorch_operators(reverse: bool) -> None:
     inputs = {name: value.float() for name, value in make(1, 5, 3, 2).items()}

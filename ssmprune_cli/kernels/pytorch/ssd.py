@@ -66,7 +66,7 @@ def chunked_ssd(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
         torch.addcmul(inside @ part.drive(), part.before[..., None], part.read(befores), out=out)
         if inputs.D is not None:
             out.addcmul_(inputs.D.view(part.heads)[..., None, None], part.x)
-    return y, state
+    return y, state.clone()  # and not all states of the last segment with it
 
 
 def _segments(x: Tensor) -> list[tuple[slice, int]]:
