@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 # What the kernels always get as float32, and what has the dtype of the activations; all else is a number or a flag.
 SINGLE = (
     "A D bias gap_delta starts ends totals carries saved recomputed dA dB dC dD dbias dgap_delta inner dweight weight"
-    " residual stream d_stream d_sum d_weight"
+    " residual stream d_stream d_sum d_weight initial last dinitial"
 )
 TOKENS = (
     "u delta B C z shift gap y grad du ddelta dz dshift x dx context dcontext hidden normed d_normed y0 y1 y2 y3 out"
