@@ -155,7 +155,15 @@ def test_no_module_takes_the_place_of_an_exported_name(path: Path) -> None:
                 assert exported not in modules or home in (exported, path.parent.name), message
 
 
-OPS_OF_MODELS = {"selective_scan", "causal_conv1d", "sparse_conv1d", "grid_conv2d", "add_rms_norm", "gated_sum"}
+OPS_OF_MODELS = {
+    "selective_scan",
+    "ssd_scan",
+    "causal_conv1d",
+    "sparse_conv1d",
+    "grid_conv2d",
+    "add_rms_norm",
+    "gated_sum",
+}
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if room(path) == "models"], ids=name)

@@ -31,6 +31,8 @@ from ssmprune_cli.kernels.ops import (
     scan_flops,
     selective_scan,
     sparse_conv1d,
+    ssd_flops,
+    ssd_scan,
 )
 from ssmprune_cli.kernels.packing import (
     BlockSizes,
@@ -89,5 +91,7 @@ __all__ = [
     "scan_flops",
     "selective_scan",
     "sparse_conv1d",
+    "ssd_flops",
+    "ssd_scan",
     "use_backend",
 ]
