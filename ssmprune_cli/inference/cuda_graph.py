@@ -80,8 +80,9 @@ class Turns:
 class CudaGraphSession(Session):
     """Holds up to MAX_GRAPHS graphs, which share one pool of memory. A shape is recorded when it comes for the second
     time: the first one shows whether the model takes it. A first batch that is smaller than one that was recorded, such
-    as the last of a data set, is filled up to that size; its samples do not depend on those beside them. Batches of more
-    shapes, and models in which an op cannot be recorded, run op by op, and `explain` says so. One call runs at a time."""
+    as the last of a data set, is filled up to that size; its samples do not depend on those beside them. Batches of
+    more shapes, and models in which an op cannot be recorded, run op by op, and `explain` says so. One call runs at a
+    time."""
 
     kind = "cuda_graph"
     silent = "in a graph of the whole pass"

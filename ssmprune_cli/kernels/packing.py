@@ -159,7 +159,7 @@ def tiled_words(outputs: int, inputs: int, parts: int) -> int:
 
 
 class UnpackedBlock(NamedTuple):
-    """What `pack_block` was given; `inner` as `pack_inner` gives it, and `x_weights` those in eight bits, if they are."""
+    """What `pack_block` was given; `inner` as `pack_inner` gives it, `x_weights` those in eight bits, if they are."""
 
     norm: Tensor
     in_proj: Weight

@@ -1,7 +1,7 @@
 """Linear layers in eight bits: the truth that csrc/bytes.h is held to.
 
-A token's values become integers of -127 to 127 times a scale of its own, so that the largest is 127; a weight has a scale
-for each output. The sum of products of integers is exact, and is scaled once.
+A token's values become integers of -127 to 127 times a scale of its own, so that the largest is 127; a weight has a
+scale for each output. The sum of products of integers is exact, and is scaled once.
 """
 
 from __future__ import annotations
