@@ -111,7 +111,7 @@ def blocks(
     def scaled(*size: int) -> torch.Tensor:
         return rounded(normal(*size) / math.sqrt(size[-1]))
 
-    E, N, K, R, G, parts = sizes
+    E, N, K, R, G, parts, _ = sizes
     hidden, gap, gap_delta = scaled(3, 9, dim), rounded(normal(2, 3, 9).abs()), rounded(normal(2, 2, E).abs())
     packed = []
     for _ in range(2):

@@ -24,6 +24,7 @@ five = torch.arange(5)
 def i(*size): return torch.zeros(size, dtype=torch.int64)
 sizes = BlockSizes(16, 4, 3, 2, 2)
 block, inner = z(1, sizes.block(16)), z(2, sizes.inner)
+bytes1, bytes2 = (z(1, sizes._replace(eight_bits=each).block(16)) for each in (1, 2))
 far = i(2, 1, 5, 3) + 10**9
 def scan(u, delta, A, B, C, D=None, z=None, bias=None, shift=None, gap=None, gap_delta=None, read=None,
          initial=None):
@@ -114,6 +115,16 @@ routes(z(1, 5, 64), z(1, 5, 1, 10), z(2, 64 * 8), i(2, 1, 5))
 ops.linear(z(400, 64), z(7), None, 64)
 ops.linear(z(4, 64), z(6144), z(1), 64)
 ops.linear(z(4, 64), z(6144), None, -64)
+ops.linear_int8(z(400, 64), z(7), None, 64)
+ops.linear_int8(z(400, 60), z(1152), None, 64)
+ops.linear_int8(z(4, 64), z(1152), z(1), 64)
+ops.linear_int8(z(4, 64), z(1152), None, -64)
+ops.linear_int8(z(4, 64).double(), z(1152), None, 64)
+blocks(z(2, 5, 16), sizes=sizes._replace(eight_bits=1))
+blocks(z(2, 5, 16), sizes=sizes._replace(eight_bits=2))
+blocks(z(2, 5, 16), sizes=sizes._replace(eight_bits=3))
+blocks(z(2, 5, 16), packed=bytes2, sizes=sizes._replace(eight_bits=1))
+blocks(z(2, 5, 16), packed=bytes1, sizes=sizes._replace(eight_bits=1, parts=3))
 """
 EMPTY = """
 blocks(z(2, 0, 16))
@@ -139,6 +150,11 @@ ops.gated_sum([z(2, 0, 3)], z(2, 0, 3), 1.0)
 routes(z(1, 0, 64), z(1, 0, 1, 10), z(2, 64 * 8), i(2, 1, 0))
 ops.linear(z(0, 64), z(6144), None, 64)
 ops.linear(z(4, 0), z(0), z(64), 64)
+ops.linear_int8(z(0, 64), z(1152), None, 64)
+ops.linear_int8(z(4, 64), z(1152), None, 64)
+ops.linear_int8(z(4, 0), z(128), z(64), 64)
+blocks(z(2, 0, 16), packed=bytes1, sizes=sizes._replace(eight_bits=1))
+blocks(z(2, 5, 16), packed=bytes2, sizes=sizes._replace(eight_bits=2))
 """
 
 

@@ -61,7 +61,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.length)
-        E, N, K, R, G, _ = self.sizes
+        E, N, K, R, G, *_ = self.sizes
         self.directions = [
             [
                 InnerParameters(
@@ -139,7 +139,7 @@ class Case:
         for name in ("gap", "gap_delta", "size", "mass"):
             if name in lost:
                 lost[name] = lost[name].to(wide)
-        _, N, K, R, _, _ = self.sizes
+        _, N, K, R, *_ = self.sizes
         parameters = pack_inner(self.directions[0]).to(wide)
         if sample is not None:
             xz, lost = xz[sample : sample + 1], _only(sample, lost)
@@ -255,7 +255,7 @@ def test_many_samples_go_through_in_several_rounds() -> None:
 def test_packing_loses_nothing(dim: int, sizes: BlockSizes, dtype: torch.dtype, parts: int) -> None:
     parts = 1 if dtype == torch.bfloat16 else parts
     sizes = sizes._replace(parts=parts)
-    E, N, K, R, G, _ = sizes
+    E, N, K, R, G, *_ = sizes
     shapes = [(E, K), (R + 2 * N, E), (E, R), (E, N), (E,), (E,), (E,)]
     own = [InnerParameters(*(torch.randn(shape).to(dtype) for shape in shapes)) for _ in range(G)]
     large = [torch.randn(shape).to(dtype) for shape in ((dim,), (2 * E, dim), (dim, E))]

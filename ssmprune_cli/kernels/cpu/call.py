@@ -231,8 +231,6 @@ class Call:
         sizes, count = BlockSizes(*inputs.sizes), len(inputs.parameters)
         if sizes.parts not in (0, 1, FLOAT_PARTS):
             raise KernelError(f"weights in {sizes.parts} parts are not for {inputs.hidden.dtype}")
-        if sizes.eight_bits not in (0, 1, 2):
-            raise KernelError(f"eight_bits is {sizes.eight_bits}, not 0, 1 or 2")
         if not count:
             raise KernelError("there are 0 blocks: one is needed")
         self.floats("hidden", inputs.hidden, (batch, length, dim))

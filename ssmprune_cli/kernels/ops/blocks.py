@@ -223,6 +223,9 @@ def _blocks(
     eps: float,
     wants_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, parts, eight_bits = sizes
+    if eight_bits not in (0, 1, 2) or (parts and eight_bits):
+        raise KernelError(f"eight_bits is {eight_bits}, with {parts} parts: it is 0, 1 or 2, and without parts")
     lost = (gap, gap_delta, context, sources, read, cells, size, mass)
     inputs = BlocksInputs(hidden, residual, parameters, sizes, *lost, scale, eps, wants_y)
     return pick(hidden, max(sizes[1], sizes[2])).mamba_blocks(inputs)

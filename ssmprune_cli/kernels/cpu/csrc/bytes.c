@@ -83,7 +83,8 @@ INLINE void sums_of_pairs(const uint8_t *bytes, int64_t step, const float *weigh
     }
 }
 
-/* Outputs from the sums, `at` columns into the panel. */
+/* Outputs from the sums, `at` columns into the panel. The product is rounded before a bias is added: in one rounding, as a
+ * compiler makes of both in some places, an output would depend on which token of the group it is of. */
 INLINE void scaled(vi sum[][4], const float *scales, const float *end, const float *bias, int64_t at, int64_t columns,
                    int vectors, float *const *out) {
     VECTORS {
@@ -94,7 +95,11 @@ INLINE void scaled(vi sum[][4], const float *scales, const float *end, const flo
         vf plus = bias ? load(bias, n, lanes, 0) : (vf){0};
         ROWS {
             vf total = __builtin_convertvector(sum[r][v] - (vi)shift, vf) * (scale * scales[r]);
-            store(out[r], n, bias ? total + plus : total, lanes, 0);
+            if (bias) {
+                __asm__("" : "+m"(total));
+                total += plus;
+            }
+            store(out[r], n, total, lanes, 0);
         }
     }
 }
