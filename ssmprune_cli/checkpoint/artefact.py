@@ -21,16 +21,19 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
 
 FORMAT, FORMAT_VERSION = "ssmprune", 1
+EIGHT_BITS = "eight_bits"  # in config.json: the kinds of linear layers whose weights are; not there if there are none
 RESIZED = ("resized_from", "resized")  # where the configuration of a classifier, or of a dense model, says what it was
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """What a config.json says: the family and its config as plain values, and the pruner's settings if there is one."""
+    """What a config.json says: the family and its config as plain values, the pruner's settings if there is one, and
+    which kinds of linear layers are in eight bits."""
 
     family: str
     config: dict[str, Any]
     pruning: dict[str, Any] | None
+    eight_bits: tuple[str, ...] = ()
 
 
 def read_config(folder: Path) -> Artefact:
@@ -56,17 +59,21 @@ def read_config(folder: Path) -> Artefact:
     family, config, pruning = (values.get(key) for key in ("family", "config", "pruning"))
     if not (isinstance(family, str) and isinstance(config, dict) and isinstance(pruning, dict | None)):
         raise CheckpointError("`family`, `config` or `pruning` is missing or damaged", where=str(path))
-    return Artefact(family, config, pruning)
+    eight_bits = values.get(EIGHT_BITS, [])
+    if not (isinstance(eight_bits, list) and all(isinstance(each, str) for each in eight_bits)):
+        raise CheckpointError(f"`{EIGHT_BITS}` is no list of kinds of layers", where=str(path))
+    return Artefact(family, config, pruning, tuple(eight_bits))
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether `path` is an artefact folder of a model that drops tokens or was resized. Raises CheckpointError if its
-    config.json is damaged."""
+    """Whether `path` is an artefact folder of a model that drops tokens, was resized or is in eight bits. Raises
+    CheckpointError if its config.json is damaged."""
     path = locate(path)
     if not (path / CONFIG).is_file() or not _is_ours(path):
         return False
     said = read_config(path)
-    return said.pruning is not None or any(said.config.get(name) is not None for name in RESIZED)
+    resized = any(said.config.get(name) is not None for name in RESIZED)
+    return said.pruning is not None or bool(said.eight_bits) or resized
 
 
 def _is_ours(folder: Path) -> bool:
@@ -129,6 +136,8 @@ def save(
         "config": asdict(model.config),
         "pruning": settings,
     }
+    if model.eight_bit_kinds:
+        config[EIGHT_BITS] = list(model.eight_bit_kinds)
     state = _state(model)
     files: dict[str, bytes | str] = {
         **(extra_files or {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ssmprune_cli.models import (
     ImageConfig,
     Shapes,
     before_resizing,
+    make_room_for_eight_bits,
 )
 from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
@@ -88,12 +90,19 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
     resolved = resolve(checkpoint, reading)
     settings = checkpoint.artefact.pruning if checkpoint.artefact else None
     state, config = resolved.state, resolved.config
+    eight_bits = checkpoint.artefact.eight_bits if checkpoint.artefact else ()
+    if dense and eight_bits:
+        raise CheckpointError(
+            f"its weights ({', '.join(eight_bits)}) are in eight bits already, and what they were before is not in it",
+            where=str(path),
+            hint="Give the checkpoint that it was made of.",
+        )
     if dense:
         settings = None
         state = {name: value for name, value in state.items() if not name.startswith(_PRUNER)}
         state |= read_dense(checkpoint, resized=config.resized_from is not None)
         config = before_resizing(config)
-    model = build_empty(resolved.family, config, settings, state, path)
+    model = build_empty(resolved.family, config, settings, state, path, eight_bits)
     broken = non_finite(state)
     if broken:
         raise CheckpointError(
@@ -117,7 +126,7 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
                 "`--resize` for a smaller one.",
             )
         values, config = resolved.family.resize(values, config, side)
-        model = build_empty(resolved.family, config, None, values, path)
+        model = build_empty(resolved.family, config, None, values, path, eight_bits)
     # Assigned, so that no weight is initialised only to be replaced.
     model.load_state_dict(values, strict=True, assign=True)
     return model.eval()
@@ -235,12 +244,19 @@ def non_finite(state: dict[str, Tensor]) -> list[str]:
 
 
 def build_empty(
-    family: Family, config: Any, settings: dict[str, Any] | None, state: dict[str, Tensor], path: Path
+    family: Family,
+    config: Any,
+    settings: dict[str, Any] | None,
+    state: dict[str, Tensor],
+    path: Path,
+    eight_bits: Sequence[str] = (),
 ) -> Backbone:
-    """The backbone on the meta device, with a pruner if there are settings. CheckpointError if `state` does not fit."""
+    """The backbone on the meta device, with a pruner if there are settings, and with the kinds of layers `eight_bits`
+    in eight bits. CheckpointError if `state` does not fit."""
     try:
         with torch.device("meta"):
             model = family.build(config)
+            make_room_for_eight_bits(model, model.layers_of(dict.fromkeys(eight_bits)))
             if settings is not None:
                 pruning.attach(model, settings)
     except (UsageError, RuntimeError, OverflowError, TypeError, ValueError, ArithmeticError) as error:
@@ -264,7 +280,9 @@ def _faults(model: Backbone, state: dict[str, Tensor]) -> list[str]:
             faults.append(f"{shown(name)} is unknown")
         elif value.shape != expected[name].shape:
             faults.append(f"{shown(name)} has shape {tuple(value.shape)}, not {tuple(expected[name].shape)}")
-        elif value.is_floating_point() != expected[name].is_floating_point():
+        elif value.is_floating_point() != expected[name].is_floating_point() or (
+            expected[name].dtype == torch.int8 != value.dtype
+        ):
             faults.append(f"{shown(name)} is of type {value.dtype}")
     return faults
 

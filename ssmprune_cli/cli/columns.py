@@ -98,7 +98,7 @@ def _model(model: Backbone) -> dict[str, object]:
     if ratio is not None and way.resize == way.crop:
         ratio = 1.0
     return {
-        "param_count": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "param_count": model.parameter_count / 1e6,
         "img_size": _side(model.image_size),
         "crop_pct": ratio,
         "interpolation": getattr(way, "interpolation", "bilinear"),

@@ -145,6 +145,15 @@ def command(
     ] = None,
     repair: RepairKind = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Put the weights of linear layers into eight bits, alone or after tokens are dropped: a quarter of "
+            "the size. Layers that the --calib images show to suffer stay in float.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = False,
     keep_image_size: KeepImageSize = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
@@ -227,6 +236,7 @@ def command(
     request = CompressRequest(
         source=Source(ckpt, reading),
         resize=resize,
+        weights="int8" if int8 else None,
         keep=keep,
         tokens=tokens,
         target_latency_ratio=target_latency_ratio,

@@ -162,6 +162,10 @@ class Backend(ABC):
         """A linear layer in float32, (..., outputs)."""
         return composed.linear(inputs)
 
+    def has_dots(self) -> bool:
+        """Whether products of bytes go by an instruction of the processor's for them."""
+        return False
+
     def linear_int8(self, inputs: LinearInputs) -> Tensor:
         """A linear layer in eight bits, (..., outputs)."""
         return composed.linear_int8(inputs)

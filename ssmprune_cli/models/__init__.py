@@ -18,8 +18,10 @@ from ssmprune_cli.models.common import (
     channels_last_taps,
     decay_rates,
     inflow,
+    make_room_for_eight_bits,
     put_in_eight_bits,
     set_drop_path,
+    set_layer,
     set_recompute,
 )
 from ssmprune_cli.models.cutting import cut_short, cuts
@@ -110,10 +112,12 @@ __all__ = [
     "cuts",
     "decay_rates",
     "inflow",
+    "make_room_for_eight_bits",
     "put_in_eight_bits",
     "resize",
     "scan_path",
     "set_drop_path",
+    "set_layer",
     "set_recompute",
     "sides",
     "unit_tokens",

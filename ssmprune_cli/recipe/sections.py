@@ -62,11 +62,15 @@ class Pruning(Section):
     repair     after calibration: `head`, a head fitted to the dense model's answers; `head+side`, one that also sees
                the means of the dropped tokens; "auto", the better of the two. None of them unless it is clearly better
                on images that are held back; see `pruning.repair`
+    weights    "int8": those of linear layers in eight bits, and tokens on the way through them
+    int8       which kinds of linear layers, by name, such as `in_proj`; None is what calibration finds harmless
     returning  with what value a dropped token comes back, in dense models and VMamba: `left`, as it left; `nearest`,
                that of the nearest token; `blend`, a part of both that calibration finds; see `pruning.returning`
     """
 
     image_size: PositiveInt | None = None
+    weights: Literal["float", "int8"] = "float"
+    int8: Annotated[tuple[Name, ...], BeforeValidator(_list_to_tuple)] | None = None
     points: Counts | None = None
     keep: float | tuple[float, ...] | None = None
     tokens: Counts | None = None
@@ -112,9 +116,11 @@ class Pruning(Section):
 
     @model_validator(mode="after")
     def _says_how_many(self) -> Pruning:
+        if self.int8 is not None and self.weights != "int8":
+            raise ValueError("`int8` names layers whose weights are in eight bits: set `weights` to int8")
         if self.drops_tokens:
             return self
-        if self.image_size is None:
+        if self.image_size is None and self.weights == "float":
             raise ValueError("give `keep` (a ratio), `tokens` (counts) or `image_size` (smaller images)")
         if self.points is not None:
             raise ValueError("`points` say where tokens are dropped: give `keep` or `tokens` too")

@@ -283,6 +283,37 @@ class RepairFacts(Section):
     seconds: float
 
 
+class LayerKind(Section):
+    """Linear layers of one name. `divergence`: of the model with only these in eight bits from the same model in float,
+    on the calibration images; None without any."""
+
+    kind: str
+    layers: int
+    eight_bits: bool
+    divergence: float | None
+
+
+class SavingFacts(Section):
+    """A model with one saving, both or none: the bytes of its weights, the median time of a batch (timed in turns with
+    the others), and its metric as a fraction, if it was evaluated."""
+
+    tokens: Literal["all", "pruned"]
+    weights: Literal["float", "int8"]
+    bytes: int
+    median_ms: float
+    score: float | None
+
+
+class EightBitFacts(Section):
+    """Weights in eight bits. `divergence`: of all that are, together, as in LayerKind; `models`: dense and pruned, with
+    these weights and with those in float. A repair of the pruned model is in both of its forms."""
+
+    kinds: tuple[LayerKind, ...]
+    images: int
+    divergence: float | None
+    models: tuple[SavingFacts, ...]
+
+
 class SearchTrial(Section):
     """What a search tried for `budget`, a share of the dense model's multiply-adds or time. Divergences in nats.
 
@@ -398,6 +429,7 @@ class Report(Section):
     segmentation likewise of segmenters, detection of detectors
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
+    eight_bits   which weights are in eight bits, and what both savings do apart and together
     repair       what a repair did after calibration, or None if none was asked for
     target       what a search was asked for, and what came of it
     reductions   those that were compared, if one was to be chosen
@@ -426,6 +458,7 @@ class Report(Section):
     calibration: CalibrationFacts | None = None
     reductions: tuple[ReductionTrial, ...] | None = None
     repair: RepairFacts | None = None
+    eight_bits: EightBitFacts | None = None
     search: tuple[SearchTrial, ...] | None = None
     sensitivity: tuple[SensitivityFacts, ...] | None = None
     samples: tuple[Sample, ...] = ()
@@ -436,7 +469,9 @@ class Report(Section):
     @property
     def called(self) -> str:
         """What the compressed model is called beside the dense one."""
-        return "resized" if self.resized_from is not None and self.pruning is None else "pruned"
+        if self.pruning is not None:
+            return "pruned"
+        return "resized" if self.resized_from is not None else "int8" if self.eight_bits is not None else "pruned"
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -27,6 +27,7 @@ class Inspection:
     preprocessing   what the model expects of an image; None where nothing says so
     config          the family's configuration
     pruning         settings of the pruner; None for a dense model
+    eight_bits      kinds of linear layers whose weights are in eight bits
     """
 
     family: str
@@ -47,6 +48,7 @@ class Inspection:
     preprocessing: dict[str, Any] | None
     config: dict[str, Any]
     pruning: dict[str, Any] | None
+    eight_bits: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,17 +62,17 @@ def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
     checkpoint = read(path, weights=reading.weights)
     resolved = resolve(checkpoint, reading)
     settings = checkpoint.artefact.pruning if checkpoint.artefact else None
-    model = build_empty(resolved.family, resolved.config, settings, resolved.state, path)
+    eight_bits = checkpoint.artefact.eight_bits if checkpoint.artefact else ()
+    model = build_empty(resolved.family, resolved.config, settings, resolved.state, path, eight_bits)
     try:
         preprocessing = asdict(model.preprocessing)
     except UsageError:
         preprocessing = None
-    parameters = model.parameters()
     return Inspection(
         family=model.family,
         task=model.task,
         variant=variant_name(resolved.family, resolved.config),
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=model.parameter_count,
         image_size=model.image_size,
         num_classes=model.num_classes,
         class_names=model.class_names,
@@ -85,4 +87,5 @@ def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
         preprocessing=preprocessing,
         config=asdict(resolved.config),
         pruning=settings,
+        eight_bits=model.eight_bit_kinds,
     )

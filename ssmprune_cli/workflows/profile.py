@@ -105,7 +105,7 @@ def profile(
         Profile(
             family=model.family,
             image_size=model.image_size,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=model.parameter_count,
             multiply_adds_all_directions=count.all_directions,
             multiply_adds_one_direction=count.one_direction,
             multiply_adds_head=count.head,

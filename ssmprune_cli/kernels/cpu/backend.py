@@ -414,7 +414,6 @@ class CpuBackend(Backend):
         return out
 
     def has_dots(self) -> bool:
-        """Whether products of bytes go by one instruction for four of them."""
         return self._dots and self.missing() is None and bool(self._library and self._library.byte_products_available())
 
     def linear_int8(self, inputs: LinearInputs) -> Tensor:

@@ -15,7 +15,15 @@ from ssmprune_cli.models.common.backbone import (
     count_numbered,
 )
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
-from ssmprune_cli.models.common.eight_bit import EightBitLinear, first_outputs, put_in_eight_bits
+from ssmprune_cli.models.common.eight_bit import (
+    EightBitLinear,
+    first_outputs,
+    linear_kinds,
+    make_room_for_eight_bits,
+    names_of_kinds,
+    put_in_eight_bits,
+    set_layer,
+)
 from ssmprune_cli.models.common.gate import GATE_REDUCTION, ChannelGate
 from ssmprune_cli.models.common.geometry import MAX_SIDE, check_side, image_fields, no_stride, settle, square_side
 from ssmprune_cli.models.common.inflow import Inflow, inflow
@@ -61,6 +69,9 @@ __all__ = [
     "image_fields",
     "inflow",
     "inverse",
+    "linear_kinds",
+    "make_room_for_eight_bits",
+    "names_of_kinds",
     "no_stride",
     "patch_grid",
     "put_in_eight_bits",
@@ -68,6 +79,7 @@ __all__ = [
     "resize_grid",
     "rotary_tables",
     "set_drop_path",
+    "set_layer",
     "set_recompute",
     "settle",
     "square_side",

@@ -16,6 +16,7 @@ from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
 from ssmprune_cli.models.common.block import Block
 from ssmprune_cli.models.common.compressed_alike import check_compression
+from ssmprune_cli.models.common.eight_bit import EightBitLinear, count_parameters, linear_kinds, names_of_kinds
 from ssmprune_cli.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -159,8 +160,9 @@ class Backbone(nn.Module, ABC):
 
     def __repr__(self) -> str:
         height, width = self.image_size
-        count = sum(parameter.numel() for parameter in self.parameters())
+        count, rounded = self.parameter_count, ", ".join(self.eight_bit_kinds)
         text = f"{type(self).__name__}({height}x{width} pixels, {len(self.blocks)} blocks, {count:,} parameters"
+        text += f", in eight bits: {rounded}" if rounded else ""
         return f"{text})" if self.pruner is None else f"{text}, {self.pruner!r})"
 
     @abstractmethod
@@ -180,6 +182,26 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> list[Block]:
         """The blocks, in order."""
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in the parameters, weights in eight bits included."""
+        return count_parameters(self)
+
+    @property
+    def linear_kinds(self) -> dict[str, tuple[str, ...]]:
+        """Names of the blocks' linear layers that may be in eight bits, by kind."""
+        return linear_kinds(self, self.blocks)
+
+    def layers_of(self, kinds: Iterable[str]) -> list[str]:
+        """Names of the layers of these `linear_kinds`. Raises UsageError for a kind that there is not."""
+        return names_of_kinds(self.linear_kinds, kinds)
+
+    @property
+    def eight_bit_kinds(self) -> tuple[str, ...]:
+        """The `linear_kinds` whose weights are in eight bits."""
+        found = self.linear_kinds.items()
+        return tuple(kind for kind, names in found if isinstance(self.get_submodule(names[0]), EightBitLinear))
 
     @property
     @abstractmethod

@@ -5,13 +5,14 @@ Symmetric, to the nearest integer of -127 to 127. See kernels/pytorch/eight_bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import UsageError, listing
 from ssmprune_cli.kernels import EightBit, eight_bit_linear, in_eight_bits
 
 
@@ -75,12 +76,61 @@ def first_outputs(layer: Linear, x: Tensor, count: int) -> Tensor:
     return functional.linear(x, layer.weight[:count], bias)
 
 
-def put_in_eight_bits(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace the linear layers called `names` in place. Raises UsageError for a name that is none."""
+# Layers of blocks that are never in eight bits: step sizes go through an exponential, and gates see one row an image.
+_STAY = ("dt_proj", "global_reduce", "channel_select")
+_DIRECTION = re.compile(r"_(b|\d+)$")  # of a name such as x_proj_b
+
+
+def linear_kinds(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Names, in `model`, of the linear layers in its `blocks` that may be in eight bits, by kind: the last part of the
+    name, without that of a direction."""
+    inside = {id(layer) for block in blocks for layer in block.modules()}
+    kinds: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        if id(layer) in inside and (type(layer) is nn.Linear or isinstance(layer, EightBitLinear)):
+            kind = _DIRECTION.sub("", name.rpartition(".")[2])
+            if kind not in _STAY:
+                kinds.setdefault(kind, []).append(name)
+    return {kind: tuple(names) for kind, names in kinds.items()}
+
+
+def names_of_kinds(known: dict[str, tuple[str, ...]], kinds: Iterable[str]) -> list[str]:
+    """Names of all layers of these kinds. Raises UsageError for a kind that is not among the `known` ones."""
+    names: list[str] = []
+    for kind in kinds:
+        if kind not in known:
+            raise UsageError(f"there are no linear layers {kind!r} in the blocks: there are {listing(list(known))}")
+        names += known[kind]
+    return names
+
+
+def put_in_eight_bits(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """Replace the linear layers called `names` in place; returns them. Raises UsageError for a name that is none."""
+    before: dict[str, nn.Linear] = {}
     for name in names:
-        parent, _, own = name.rpartition(".")
-        holder = model.get_submodule(parent)
-        layer = getattr(holder, own, None)
+        layer = model.get_submodule(name)
         if type(layer) is not nn.Linear:
             raise UsageError(f"{name} is a {type(layer).__name__}, not a linear layer")
-        setattr(holder, own, EightBitLinear.of(layer))
+        before[name] = layer
+        set_layer(model, name, EightBitLinear.of(layer))
+    return before
+
+
+def make_room_for_eight_bits(model: nn.Module, names: Iterable[str]) -> None:
+    """As `put_in_eight_bits`, with no values yet: they are loaded next."""
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        empty = EightBitLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        set_layer(model, name, empty)
+
+
+def set_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the parameters of `model`, weights in eight bits included."""
+    rounded = sum(layer.values.numel() for layer in model.modules() if isinstance(layer, EightBitLinear))
+    return rounded + sum(parameter.numel() for parameter in model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,6 +27,7 @@ from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.compress.reductions import CANDIDATES, compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
+from ssmprune_cli.workflows.eight_bits import EightBits, to_eight_bits
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.trials import Prepared, load_images, run, sampled
 
@@ -41,6 +42,7 @@ class Made:
     images      that it was calibrated on, or None without any
     seen        by calibration
     reductions  those that were compared, if one was to be chosen
+    eight_bits  what became of weights that were to be in eight bits
     """
 
     model: Backbone
@@ -50,11 +52,12 @@ class Made:
     repaired: Repaired | None
     reductions: tuple[ReductionTrial, ...]
     warnings: tuple[str, ...]
+    eight_bits: EightBits | None = None
 
     @property
     def uses_images(self) -> bool:
         """Whether the images had a part in it."""
-        return self.settings is not None or self.repaired is not None
+        return self.settings is not None or self.repaired is not None or self.eight_bits is not None
 
     @property
     def drops(self) -> bool:
@@ -76,15 +79,17 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
             warnings.append(text)
             warnings += rounded(settings, recipe.pruning, model)
             prune(model, settings, None)
-        return Made(model, settings, None, None, None, (), tuple(warnings))
+        rounded_weights = _to_eight_bits(model, recipe, None)
+        warnings += () if rounded_weights is None else rounded_weights.warnings
+        return Made(model, settings, None, None, None, (), tuple(warnings), rounded_weights)
     images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
     if len(images) < recipe.calibration.images and request.counts_images:
         warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
     warnings += images.notes
     kind, task = recipe.pruning.repair, TASKS.get(model.task)
     batch_size = task.at_once(recipe.calibration.batch_size)
-    dense = None  # the logits of the dense model, if it sees the images larger
-    if model.config.resized_from is not None:
+    dense = None  # the logits of the dense model, if it sees the images larger or its weights will not be there
+    if model.config.resized_from is not None or recipe.pruning.weights == "int8":
         dense = run(prepare(reference), Prepared(reference, images, batch_size))
 
     def repaired() -> Repaired | None:
@@ -97,14 +102,22 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
             warnings.append(f"The repair {kind!r} was refused: {result.refused[kind]}.")
         return result
 
-    if settings is None:
-        return Made(model, None, images, None, repaired() if dense is not None else None, (), tuple(warnings))
-
     # What all but a repair is chosen and calibrated on.
     every = kind == "none" or len(images) <= ALIGNMENT_IMAGES
     rows = list(range(len(images))) if every else spread(len(images), ALIGNMENT_IMAGES)
     few = images if every else Subset(images, rows)
     few_dense = None if dense is None else dense[rows]
+
+    def eight_bits() -> EightBits | None:
+        done = progress and progress("Measuring eight bits")
+        found = _to_eight_bits(model, recipe, Prepared(model, few, batch_size, done))
+        warnings.extend(() if found is None else found.warnings)
+        return found
+
+    if settings is None:
+        weights = eight_bits()
+        result = repaired() if dense is not None else None
+        return Made(model, None, images, None, result, (), tuple(warnings), weights)
     tried: tuple[ReductionTrial, ...] = ()
     if recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
         if progress:
@@ -127,8 +140,16 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         runner=sampled(prepare(model)),
         distance=task.divergence,
     )
-    result = repaired()
-    return Made(model, settings, images, seen, result, tried, tuple(warnings))
+    weights = eight_bits()
+    result = repaired()  # of what both have done
+    return Made(model, settings, images, seen, result, tried, tuple(warnings), weights)
+
+
+def _to_eight_bits(model: Backbone, recipe: Recipe, batches: Iterable[Tensor] | None) -> EightBits | None:
+    """`to_eight_bits` as `recipe` says; None if all weights stay in float."""
+    if recipe.pruning.weights != "int8":
+        return None
+    return to_eight_bits(model, batches, recipe.pruning.int8)
 
 
 def _compared(

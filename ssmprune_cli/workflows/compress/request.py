@@ -28,6 +28,7 @@ class CompressRequest:
 
     resize         side in pixels of smaller images, alone or before tokens are dropped
     keep_image_size   of a search: smaller images are no candidates
+    weights        "int8": those of linear layers in eight bits, beside what else is asked for or alone
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
@@ -47,6 +48,7 @@ class CompressRequest:
     keep_image_size: bool = False
     keep: str | None = None
     tokens: str | None = None
+    weights: str | None = None
     target_latency_ratio: float | None = None
     target_speedup: float | None = None
     target_latency: float | None = None
@@ -126,11 +128,11 @@ class CompressRequest:
             given = "--time-limit" if self.time_limit is not None else "--state"
             given = "--keep-image-size" if self.keep_image_size else given
             raise UsageError(f"{given} is for a search: it needs a target, such as --target-speedup 1.4")
-        if not self._says_what_to_keep and not self._says_which_images:
+        if not (self._says_what_to_keep or self._says_which_images or self._says_weights):
             raise UsageError(
                 "how fast is the model to be?",
                 hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--data`, `--keep 0.6`, "
-                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images) or `--recipe FILE`.",
+                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images), `--int8` (weights) or `--recipe FILE`.",
             )
         typed = {key for key, _, _ in self._settings()}
         for text in self.overrides:
@@ -159,6 +161,10 @@ class CompressRequest:
     @property
     def _says_which_images(self) -> bool:
         return self.resize is not None or any(text.startswith("pruning.image_size=") for text in self.overrides)
+
+    @property
+    def _says_weights(self) -> bool:
+        return self.weights == "int8" or "pruning.weights=int8" in self.overrides
 
     def _check_search(self) -> None:
         ways = (self.resize, self.keep, self.tokens, self.points, self.recipe)
@@ -191,8 +197,10 @@ class CompressRequest:
         if self.tokens is not None:
             settings += [("pruning.tokens", f"[{self.tokens}]", "--tokens"), ("pruning.keep", "null", "--tokens")]
         if not self._says_what_to_keep:
-            settings.append(("pruning.keep", "null", "--resize"))  # smaller images alone
+            alone = "--resize" if self._says_which_images else "--int8"
+            settings.append(("pruning.keep", "null", alone))
         settings += [
+            ("pruning.weights", self.weights, "--int8"),
             ("pruning.image_size", self.resize, "--resize"),
             ("pruning.points", None if self.points is None else f"[{self.points}]", "--points"),
             ("pruning.importance", self.importance, "--importance"),

@@ -292,7 +292,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         task=model.task,
         image_size=model.image_size,
         resized_from=model.config.resized_from,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=model.parameter_count,
         pruning=pruning_facts(pruner, recipe.pruning.keep) if isinstance(pruner, TokenPruner) else None,
         dense=dense,
         pruned=figures(model),

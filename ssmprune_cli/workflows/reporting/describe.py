@@ -33,7 +33,7 @@ def describe(model: Backbone) -> Report:
     that it was made for."""
     inner, config = model.pruner, before_resizing(model.config)
     resized = config != model.config
-    pruned = figures(model) if inner is not None or resized else None
+    pruned = figures(model) if inner is not None or resized or model.eight_bit_kinds else None
     model.pruner = None
     dense = figures(_of_its_size(model, config) if resized else model)
     model.pruner = inner
@@ -42,7 +42,7 @@ def describe(model: Backbone) -> Report:
         task=model.task,
         image_size=model.image_size,
         resized_from=model.config.resized_from,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=model.parameter_count,
         pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
         dense=dense,
         pruned=pruned,

@@ -54,7 +54,8 @@ def _check(model: object, dense: Backbone | None) -> None:
         raise UsageError("its weights are on the meta device, where they have no values")
     settings = model.pruner.settings.to_dict() if isinstance(model.pruner, TokenPruner) else None
     try:
-        checkpoint.build_empty(FAMILIES.get(model.family), model.config, settings, state, Path("model"))
+        family = FAMILIES.get(model.family)
+        checkpoint.build_empty(family, model.config, settings, state, Path("model"), model.eight_bit_kinds)
     except CheckpointError as error:
         raise UsageError(
             f"does not have the weights of its configuration: {error.what}",
@@ -73,6 +74,8 @@ def _recipe(model: Backbone) -> Recipe | str | None:
     """The settings as a recipe, or why a recipe cannot say them. None if nothing was compressed."""
     pruner, resized = model.pruner, model.config.resized_from is not None
     values: dict[str, object] = {"image_size": model.image_size[0]} if resized else {}
+    if model.eight_bit_kinds:
+        values |= {"weights": "int8", "int8": list(model.eight_bit_kinds)}
     seed = 0
     if isinstance(pruner, TokenPruner):
         settings, seed = pruner.settings, pruner.settings.seed
@@ -87,7 +90,7 @@ def _recipe(model: Backbone) -> Recipe | str | None:
             "repair": settings.repair,
             "returning": settings.returning,
         }
-    elif not resized:
+    elif not values:
         return None
     try:
         return Recipe.model_validate(
@@ -106,8 +109,10 @@ def _recipe(model: Backbone) -> Recipe | str | None:
 def _card(model: Backbone, recipe: Recipe | str | None) -> str:
     pruner = model.pruner
     height, width = model.image_size
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = model.parameter_count
     text = f"Family {model.family}, {height}x{width} pixels, {parameters:,} parameters."
+    if model.eight_bit_kinds:
+        text += f" In eight bits: the weights of {', '.join(model.eight_bit_kinds)}."
     if model.config.resized_from is not None:
         text += f" The dense model takes images of {model.config.resized_from[0]} pixels."
     if isinstance(pruner, TokenPruner):

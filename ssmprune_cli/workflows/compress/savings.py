@@ -1,0 +1,60 @@
+"""What dropping tokens and weights in eight bits save, apart and together."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from ssmprune_cli.data import ImageDataset
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.models import Backbone, set_layer
+from ssmprune_cli.report import SavingFacts
+from ssmprune_cli.tasks import TASKS
+from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.measure import interleaved_speeds
+
+
+def savings(
+    dense: Backbone,
+    model: Backbone,
+    dataset: ImageDataset | None,
+    *,
+    limit: int | None,
+    batch_size: int,
+    rounds: int,
+    device: str,
+) -> tuple[SavingFacts, ...]:
+    """Of `dense` and of `model`, which is made of it and in eight bits; and if it drops tokens, of the models with one of
+    both: with its weights in float again, and without its pruner.
+
+    All are timed in turns on a batch of images of their size, and judged on `dataset`, if there is one.
+    """
+    models = {("all", "float"): dense, ("pruned" if model.pruner else "all", "int8"): model}
+    if model.pruner is not None:
+        in_float, unpruned = copy.deepcopy(model), copy.copy(model)
+        for name in model.layers_of(model.eight_bit_kinds):
+            layer = dense.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            set_layer(in_float, name, copy.deepcopy(layer))
+        unpruned._modules = {**model._modules, "pruner": None}
+        models |= {("pruned", "float"): in_float, ("all", "int8"): unpruned}
+    target = next(model.parameters()).device
+    images = [torch.zeros(batch_size, 3, *each.image_size, device=target) for each in models.values()]
+    sessions = [prepare(each, device=target) for each in models.values()]
+    speeds = interleaved_speeds(sessions, images, rounds)
+    task = TASKS.get(model.task)
+    found = []
+    for ((tokens, weights), each), speed in zip(models.items(), speeds, strict=True):
+        score = None
+        if dataset is not None:
+            score = task.estimate(evaluate(each, dataset, limit=limit, device=device).score).value
+        size = stored_bytes(each)
+        found.append(SavingFacts(tokens=tokens, weights=weights, bytes=size, median_ms=speed.median_ms, score=score))
+    return tuple(sorted(found, key=lambda each: (each.tokens, each.weights)))
+
+
+def stored_bytes(model: Backbone) -> int:
+    """Of all that is saved of `model`: weights, and what its pruner holds."""
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
