@@ -147,6 +147,4 @@ def _slow(model: Backbone) -> list[str]:
     device = next(model.parameters()).device
     if pick(torch.empty(0, device=device), 1).has_dots():
         return []
-    return [
-        f"On this {device}, products of eight bits have no instruction of their own: they may be slower than float."
-    ]
+    return [f"This {device} has no instruction for products of eight bits: they may be slower than those in float."]

@@ -18,6 +18,7 @@ from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.compress.fastest import fastest
 from ssmprune_cli.workflows.compress.make import Progress, make
 from ssmprune_cli.workflows.compress.request import CompressRequest
+from ssmprune_cli.workflows.compress.savings import savings
 from ssmprune_cli.workflows.compress.settings import rounded
 from ssmprune_cli.workflows.evaluate import evaluate, identity
 from ssmprune_cli.workflows.identity import weights_sha256
@@ -73,7 +74,7 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
         return CompressResult(report, out, report.warnings)
     result = _search(request, recipe, evaluation, progress)
     (found,) = result.found
-    report = _compressed(request, found.recipe, out, evaluation, found, progress)
+    report = _compressed(request, _with_weights(found.recipe, recipe), out, evaluation, found, progress)
     result.state.remove()
     return CompressResult(report, out, tuple(dict.fromkeys((*result.warnings, *report.warnings))))
 
@@ -119,7 +120,7 @@ def _search(
     limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
 
     def holds(found: Found) -> bool:
-        model = make(request, found.recipe, reference, progress).model
+        model = make(request, _with_weights(found.recipe, recipe), reference, progress).model
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(
             model, evaluation, compare=reference, limit=request.limit, device=request.device, progress=done
@@ -129,6 +130,12 @@ def _search(
 
     best, task = fastest(searches, holds), searches.measurements.task
     return SearchResult([best], *searches.counts, searches.state, task, searches.warnings)
+
+
+def _with_weights(found: Recipe, asked: Recipe) -> Recipe:
+    """What a search `found`, which looks at models in float only, with the weights that are `asked` for."""
+    weights = {"weights": asked.pruning.weights, "int8": asked.pruning.int8}
+    return found.model_copy(update={"pruning": found.pruning.model_copy(update=weights)})
 
 
 def _planned(request: CompressRequest, recipe: Recipe) -> Report:
@@ -181,6 +188,22 @@ def _compressed(
     if chosen and differs and request.samples:
         changed = None if result is None else result.changed
         drawn, files = samples(model, reference, chosen, request.samples, target, changed)
+    eight_bits = None
+    if made.eight_bits is not None:
+        eight_bits = made.eight_bits.facts()
+        if made.eight_bits.chosen:
+            if progress:
+                progress("Measuring both savings")
+            apart = savings(
+                reference,
+                model,
+                evaluation,
+                limit=request.limit,
+                batch_size=speed.batch_size,
+                rounds=speed.rounds,
+                device=str(target),
+            )
+            eight_bits = eight_bits.model_copy(update={"models": apart})
     provenance = {
         "weights_sha256": weights_sha256(reference),
         "calibration_images": len(images) if images is not None and made.uses_images else 0,
@@ -195,6 +218,7 @@ def _compressed(
             "calibration": calibration_facts(made.seen) if made.seen else None,
             "reductions": made.reductions or None,
             "repair": repair_facts(made.repaired) if made.repaired else None,
+            "eight_bits": eight_bits,
             "search": None if found is None else tuple(found.trace()),
             "samples": drawn,
             "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
@@ -204,6 +228,10 @@ def _compressed(
     used = {} if made.repaired is None else {"repair": made.repaired.kind}
     if report.pruning is not None:
         used = report.pruning.model_dump(mode="json")
+    if made.eight_bits is not None and made.eight_bits.chosen:
+        used |= {"weights": "int8", "int8": list(made.eight_bits.chosen)}
+    elif recipe.pruning.weights == "int8" and not used and recipe.pruning.image_size is None:
+        used["keep"] = 1.0  # all weights have stayed in float: a recipe says so by keeping all
     final = recipe.resolved({"image_size": recipe.pruning.image_size, **used}, report.provenance)
     if request.command:
         command = shown(request.command, MAX_MESSAGE)

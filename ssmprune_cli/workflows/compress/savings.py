@@ -26,8 +26,8 @@ def savings(
     rounds: int,
     device: str,
 ) -> tuple[SavingFacts, ...]:
-    """Of `dense` and of `model`, which is made of it and in eight bits; and if it drops tokens, of the models with one of
-    both: with its weights in float again, and without its pruner.
+    """Of `dense` and of `model`, which is made of it and in eight bits; and if it drops tokens, of the models with one
+    of both: with its weights in float again, and without its pruner.
 
     All are timed in turns on a batch of images of their size, and judged on `dataset`, if there is one.
     """
