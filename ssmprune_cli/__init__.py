@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from ssmprune_cli.checkpoint import load
     from ssmprune_cli.inference import prepare
     from ssmprune_cli.models import resize
-    from ssmprune_cli.pruning import restore
     from ssmprune_cli.workflows.sharing import from_pretrained, push_to_hub, save, save_pretrained
-    from ssmprune_cli.workflows.verbs import compress, repair
+    from ssmprune_cli.workflows.verbs import compress, repair, restore
 
 __version__ = "0.2.0"
 __all__ = [
@@ -39,7 +38,7 @@ _HOMES = {
     "push_to_hub": "ssmprune_cli.workflows.sharing",
     "repair": "ssmprune_cli.workflows.verbs",
     "resize": "ssmprune_cli.models",
-    "restore": "ssmprune_cli.pruning",
+    "restore": "ssmprune_cli.workflows.verbs",
     "save": "ssmprune_cli.workflows.sharing",
     "save_pretrained": "ssmprune_cli.workflows.sharing",
 }

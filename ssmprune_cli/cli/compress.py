@@ -281,7 +281,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import repaired, resizing, verdict, verdicts
+    from ssmprune_cli.workflows.reporting import eight_bits, repaired, resizing, verdict, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -336,7 +336,7 @@ def _tables(report: Report) -> Group:
         )
         if pruning.returning != "left":
             notes.append(f"A dropped token comes back by {pruning.returning!r}.")
-    notes += repaired(report)
+    notes += eight_bits(report) + repaired(report)
     notes += verdicts(report.limits)
     return Group(verdict(report), table, lengths, *notes)
 

@@ -21,7 +21,7 @@ def resize(model: Backbone, side: int) -> Backbone:
     the same part as `model`, scaled to its own side: see `preprocessing`. At the side of `model` it is a copy of it.
 
     Raises UsageError for a side that patches do not fill exactly, with possible ones nearby, and for a model that drops
-    tokens, was resized before, takes images that are not square, or is no backbone of ours.
+    tokens, is in eight bits, was resized before, takes images that are not square, or is no backbone of ours.
     """
     if not isinstance(model, Backbone):
         raise UsageError(
@@ -32,6 +32,11 @@ def resize(model: Backbone, side: int) -> Backbone:
         raise UsageError(
             "the image size of a model that drops tokens is fixed, because its token counts are",
             hint="Resize the dense model, and compress the result: `compress(resize(model, side), keep=...)`.",
+        )
+    if model.eight_bit_kinds:
+        raise UsageError(
+            f"the weights of {', '.join(model.eight_bit_kinds)} are in eight bits",
+            hint="Resize the model in float, and compress the result.",
         )
     family, config = FAMILIES.get(model.family), model.config
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -15,15 +15,17 @@ from ssmprune_cli.pruning.compress import (
     DEFAULT_REDUCTION,
     choose_alignment,
     compress,
+    few_images,
     prune,
     restore,
 )
 from ssmprune_cli.pruning.correction import Correction, Held, Repaired
 from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, relative_error, soft_divergence
+from ssmprune_cli.pruning.images import Images, as_batches
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.method import Method, known_methods
-from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
+from ssmprune_cli.pruning.pruner import PruneSettings, Returning, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.repair import (
     ENOUGH,
@@ -89,12 +91,15 @@ __all__ = [
     "Calibration",
     "Correction",
     "FeaturePruner",
+    "Images",
     "Method",
     "PruneSchedule",
     "PruneSettings",
     "Repaired",
+    "Returning",
     "Runner",
     "TokenPruner",
+    "as_batches",
     "attach",
     "calibrate",
     "choose_alignment",
@@ -102,6 +107,7 @@ __all__ = [
     "compress",
     "default_points",
     "divergence",
+    "few_images",
     "fit_mass",
     "fold_head",
     "judged_rows",

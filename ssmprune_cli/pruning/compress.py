@@ -111,7 +111,7 @@ def prune(
     if blends and calibration is None:
         raise UsageError("returning 'blend' needs calibration images", hint="Give some, or choose 'left'.")
     batches = () if calibration is None else as_batches(model, calibration)
-    aligned, known = (batches, dense) if repair == "none" else _few(model, calibration, batches, dense)
+    aligned, known = (batches, dense) if repair == "none" else few_images(model, calibration, batches, dense)
     kept = list(aligned) if fits_mass or blends else []  # read more than once: a loader may shuffle
     seen = None if calibration is None else calibrate(model, settings, kept or aligned)
     pruner = TokenPruner(settings, model.stages, model.mixers, seen.deltas if seen and not fits_mass else None)
@@ -126,10 +126,10 @@ def prune(
     return replace(seen, repair=repair_pruned(model, batches, kind=repair, dense=dense))
 
 
-def _few(
+def few_images(
     model: Prunable, images: Images | None, batches: Iterable[Tensor], dense: Tensor | None
 ) -> tuple[Iterable[Tensor], Tensor | None]:
-    """ALIGNMENT_IMAGES of the images, and their `dense` logits. Of batches the first; of an array from all over it, for
+    """As batches, ALIGNMENT_IMAGES of the images, and their `dense` logits. Of batches the first; of an array from all over it, for
     it may come class by class."""
     if isinstance(images, Tensor | np.ndarray) and len(images) > ALIGNMENT_IMAGES:
         rows = torch.arange(ALIGNMENT_IMAGES) * len(images) // ALIGNMENT_IMAGES

@@ -7,16 +7,24 @@ import inspect
 import os
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from torch import Tensor
 
 from ssmprune_cli import pruning
 from ssmprune_cli.data import ImageDataset, Subset, calibration_images, listed_images
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.interface import Pruner
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.pruning import DEFAULT_REDUCTION, Asked, Calibration, Images, Returning, as_batches, few_images
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.tasks import TASKS
+from ssmprune_cli.workflows.eight_bits import refuse_eight_bits, to_eight_bits
 from ssmprune_cli.workflows.trials import Prepared
 
 P = ParamSpec("P")
@@ -75,5 +83,77 @@ def from_files(model: Backbone, images: Any, seed: int = 0) -> Prepared:
     return Prepared(model, dataset, TASKS.get(model.task).at_once(64))
 
 
-compress = _reads_files(pruning.compress, "calibration")
+def _compress(
+    model: Backbone,
+    keep: float | Sequence[float] | None = None,
+    *,
+    weights: Literal["float", "int8"] = "float",
+    tokens: Sequence[int] | None = None,
+    points: Sequence[int] | None = None,
+    importance: str = "clip",
+    reduction: str = DEFAULT_REDUCTION,
+    alignment: str = "auto",
+    calibration: Images | None = None,
+    dense: Tensor | None = None,
+    repair: Asked = "auto",
+    seed: int = 0,
+    returning: Returning = "left",
+) -> Calibration | None:
+    """`pruning.compress`, whose arguments these are, and with weights "int8" those of linear layers in eight bits: alone
+    without `keep` and `tokens`, else after tokens are dropped and before a repair. There is no way back from that.
+
+    Kinds of layers that the calibration images show to suffer stay in float (see `workflows.eight_bits`); without
+    images none do. Raises UsageError for a model that is in eight bits already.
+    """
+    drops = partial(
+        pruning.compress,
+        model,
+        keep,
+        tokens=tokens,
+        points=points,
+        importance=importance,
+        reduction=reduction,
+        alignment=alignment,
+        calibration=calibration,
+        dense=dense,
+        seed=seed,
+        returning=returning,
+    )
+    if weights == "float":
+        return drops(repair=repair)
+    if weights != "int8":
+        raise UsageError(f"weights are 'float' or 'int8', not {weights!r}")
+    if not isinstance(model, Backbone):
+        raise UsageError(f"a {type(model).__name__} has no blocks that are known: `compress` takes a backbone")
+    refuse_eight_bits(model)
+    seen = None if keep is None and tokens is None else drops(repair="none")
+    in_float, batches, few = prepare(model), None, None
+    if calibration is not None:
+        batches = as_batches(model, calibration)
+        few, _ = few_images(model, calibration, batches, None)
+    for warning in to_eight_bits(model, few).warnings:
+        warnings.warn(warning, stacklevel=3)
+    if seen is None or batches is None or repair == "none":
+        return seen
+    in_eight_bits = prepare(model)
+
+    def runner(pruner: Pruner | None) -> Callable[[Tensor], Tensor]:
+        return (in_float if pruner is None else in_eight_bits).with_pruner(pruner)
+
+    return replace(seen, repair=pruning.repair(model, batches, kind=repair, runner=runner, dense=dense))
+
+
+def restore(model: Backbone) -> None:
+    """`pruning.restore`: all tokens are kept again. Weights in eight bits stay so, with a warning: what was rounded
+    cannot be given back."""
+    pruning.restore(model)
+    if isinstance(model, Backbone) and model.eight_bit_kinds:
+        warnings.warn(
+            f"The weights of {', '.join(model.eight_bit_kinds)} stay in eight bits: what was rounded cannot be given "
+            "back. Load the checkpoint again for them.",
+            stacklevel=2,
+        )
+
+
+compress = _reads_files(_compress, "calibration")
 repair = _reads_files(pruning.repair, "images")

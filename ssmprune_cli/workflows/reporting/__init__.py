@@ -14,7 +14,7 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.reporting.facts import repaired, resizing, verdict, verdicts
+from ssmprune_cli.workflows.reporting.facts import eight_bits, repaired, resizing, verdict, verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.metadata import card_head, report_head
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
@@ -44,6 +44,7 @@ __all__ = [
     "calibration_facts",
     "card_head",
     "describe",
+    "eight_bits",
     "figures",
     "page",
     "pixels",

@@ -98,6 +98,8 @@ def savings(report: Report) -> str:
     text = "The number of parameters and the size of the file do not change."
     if report.resized_from is not None:
         text = "The parameters do not change, but for position embeddings, which are interpolated."
+    if report.eight_bits is not None and report.eight_bits.models:
+        text = "The number of parameters does not change, but those in eight bits take a quarter of the room."
     if report.pruning is not None and report.pruning.repair != "none":
         text += " The repair adds a few of its own."
     if report.speed is None:
@@ -141,6 +143,8 @@ def method(report: Report) -> str:
     """Where tokens are dropped, how, and why so."""
     if report.pruning is None and report.resized_from is not None:
         return "Smaller images alone make it cheaper: no tokens are dropped."
+    if report.pruning is None and report.eight_bits is not None:
+        return "Weights in eight bits alone make it cheaper: no tokens are dropped."
     if report.pruning is None:
         return "No tokens are dropped."
     pruning = report.pruning
@@ -209,6 +213,32 @@ def repaired(report: Report) -> list[str]:
         f"images{within}."
     )
     return [text, *(f"Refused: {reason}" for reason in refused)]
+
+
+def eight_bits(report: Report) -> list[str]:
+    """Which weights are in eight bits, and why not the others; then what both savings do apart and together."""
+    found, task = report.eight_bits, TASKS.get(report.task)
+    if found is None:
+        return []
+    said = {True: "", False: ""}
+    for chosen in said:
+        kinds = [each for each in found.kinds if each.eight_bits == chosen]
+        said[chosen] = joined(
+            each.kind if each.divergence is None else f"{each.kind} ({each.divergence:.5f})" for each in kinds
+        )
+    how = ""
+    if found.divergence is not None:
+        how = (
+            f"; divergence of each alone, and {found.divergence:.5f} together, in {task.unit}, {found.images:,} images"
+        )
+    lines = [f"In eight bits: {said[True] or 'none'}{how}."]
+    if said[False]:
+        lines.append(f"In float, beside all that is no linear layer of a block: {said[False]}.")
+    for each in found.models:
+        name = f"{'All tokens' if each.tokens == 'all' else 'Pruned'}, {each.weights}"
+        score = "" if each.score is None else f", {task.metric} {100 * each.score:.2f} %"
+        lines.append(f"{name}: {each.bytes / 1e6:.2f} MB, {each.median_ms:.1f} ms a batch{score}.")
+    return lines
 
 
 def joined(values: Iterable[object]) -> str:

@@ -28,7 +28,7 @@ def _one(entry: Entry) -> str:
     verdicts = facts.verdicts(report.limits)
     if verdicts:
         lines += [f"**{verdicts[0]}**", "", *(f"- {text}" for text in verdicts[1:]), ""]
-    lines += [facts.description(report), facts.method(report), *facts.repaired(report)]
+    lines += [facts.description(report), facts.method(report), *facts.eight_bits(report), *facts.repaired(report)]
     found = [[row.title, row.dense, row.pruned, row.whole_change] for row in rows(report)]
     if found:
         lines += ["", *_table(["", "dense", report.called, "change"], found)]
