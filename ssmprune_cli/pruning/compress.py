@@ -129,8 +129,8 @@ def prune(
 def few_images(
     model: Prunable, images: Images | None, batches: Iterable[Tensor], dense: Tensor | None
 ) -> tuple[Iterable[Tensor], Tensor | None]:
-    """As batches, ALIGNMENT_IMAGES of the images, and their `dense` logits. Of batches the first; of an array from all over it, for
-    it may come class by class."""
+    """As batches, ALIGNMENT_IMAGES of the images, and their `dense` logits. Of `batches` the first; of an array from
+    all over it, for it may come class by class."""
     if isinstance(images, Tensor | np.ndarray) and len(images) > ALIGNMENT_IMAGES:
         rows = torch.arange(ALIGNMENT_IMAGES) * len(images) // ALIGNMENT_IMAGES
         return as_batches(model, torch.as_tensor(images)[rows]), None if dense is None else dense[rows]

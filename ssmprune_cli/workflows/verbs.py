@@ -99,8 +99,8 @@ def _compress(
     seed: int = 0,
     returning: Returning = "left",
 ) -> Calibration | None:
-    """`pruning.compress`, whose arguments these are, and with weights "int8" those of linear layers in eight bits: alone
-    without `keep` and `tokens`, else after tokens are dropped and before a repair. There is no way back from that.
+    """`pruning.compress`, whose arguments these are. With weights "int8" those of linear layers are put in eight bits:
+    alone without `keep` and `tokens`, else after tokens are dropped and before a repair. There is no way back from it.
 
     Kinds of layers that the calibration images show to suffer stay in float (see `workflows.eight_bits`); without
     images none do. Raises UsageError for a model that is in eight bits already.

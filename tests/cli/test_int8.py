@@ -1,0 +1,121 @@
+"""`ssmprune compress --int8`: what it writes and says, and what other commands do with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.models import EightBitLinear
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
+KINDS = ["in_proj", "x_proj", "out_proj"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(4):
+        place = folder / f"class{number % 2}"
+        place.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artefact(ssmprune: Run, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "model"
+    options = ("--int8", "--keep", "0.6", "--calib", photos, "--samples", "0", "--out", out)
+    done = ssmprune("compress", CHECKPOINT, *options)
+    assert done.returncode == 0, done.stderr
+    assert "In eight bits: in_proj" in done.stdout and "Pruned, int8" in done.stdout
+    return out
+
+
+def test_the_artefact_has_bytes_and_says_so(artefact: Path) -> None:
+    stored = load_file(artefact / "model.safetensors")
+    assert stored["layers.0.mixer.in_proj.values"].dtype == torch.int8
+    assert "layers.0.mixer.in_proj.weight" not in stored
+    assert json.loads((artefact / "config.json").read_text())["eight_bits"] == KINDS
+    facts = json.loads((artefact / "report.json").read_text())["eight_bits"]
+    assert [(each["kind"], each["eight_bits"]) for each in facts["kinds"]] == [(kind, True) for kind in KINDS]
+    assert 0 < facts["divergence"] <= 0.01 and facts["images"] == 4
+    models = {(each["tokens"], each["weights"]): each for each in facts["models"]}
+    assert set(models) == {(tokens, weights) for tokens in ("all", "pruned") for weights in ("float", "int8")}
+    for tokens in ("all", "pruned"):
+        assert models[tokens, "int8"]["bytes"] < models[tokens, "float"]["bytes"]
+    text = (artefact / "recipe.yaml").read_text()
+    assert "weights: int8" in text and "int8: [in_proj, x_proj, out_proj]" in text
+
+
+def test_its_recipe_gives_the_same_bytes(ssmprune: Run, artefact: Path, photos: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    options = ("--recipe", artefact / "recipe.yaml", "--calib", photos, "--samples", "0", "--out", again)
+    done = ssmprune("compress", CHECKPOINT, *options)
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (artefact / name).read_bytes()
+
+
+def test_other_commands_take_it_or_refuse_it_by_name(
+    ssmprune: Run, artefact: Path, photos: Path, tmp_path: Path
+) -> None:
+    model = checkpoint.load(artefact)
+    assert model.eight_bit_kinds == tuple(KINDS) and model.pruner is not None
+    assert model.parameter_count == checkpoint.load(CHECKPOINT).parameter_count
+    inspected = json.loads(ssmprune("inspect", artefact, "--json").stdout)
+    assert inspected["eight_bits"] == KINDS and inspected["parameters"] == model.parameter_count
+    profiled = ssmprune("profile", artefact, "--rounds", "1", "--batch-size", "1", "--json")
+    assert profiled.returncode == 0, profiled.stderr
+    for command in (
+        ("compress", artefact, "--keep", "0.5", "--out", tmp_path / "x"),
+        ("compress", artefact, "--int8", "--out", tmp_path / "x"),
+    ):
+        done = ssmprune(*command)
+        assert done.returncode == 1 and not done.stdout
+        assert "in eight bits already" in done.stderr and "Give the checkpoint that it was made of" in done.stderr
+    done = ssmprune("export", artefact, "--out", tmp_path / "x.onnx")
+    assert done.returncode == 2 and "in eight bits" in done.stderr and not (tmp_path / "x.onnx").exists()
+
+
+def test_alone_and_without_images(ssmprune: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = ssmprune("compress", CHECKPOINT, "--int8", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["pruning"] is None and report["pruned"]["tokens_per_block"] == report["dense"]["tokens_per_block"]
+    assert [(each["tokens"], each["weights"]) for each in report["eight_bits"]["models"]] == [
+        ("all", "float"),
+        ("all", "int8"),
+    ]
+    assert any("no layer's harm was measured" in each for each in report["warnings"])
+    assert "all kinds are in eight bits" in done.stderr
+    assert any(isinstance(layer, EightBitLinear) for layer in checkpoint.load(out).modules())
+
+
+def test_a_limit_holds_for_it(ssmprune: Run, tmp_path: Path) -> None:
+    done = ssmprune("compress", CHECKPOINT, "--int8", "--max-latency-ratio", "0.001", "--out", tmp_path / "out")
+    assert done.returncode == 3 and "FAIL" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "pruning.int8=[in_proj]", "--keep", "0.5"], "set `weights` to int8"),
+        (["--int8", "--set", "pruning.int8=[nonsense]"], "there are no linear layers 'nonsense'"),
+        (["--int8", "--set", "pruning.weights=float"], "another option says what pruning.weights is"),
+        (["--set", "pruning.weights=int4", "--keep", "0.5"], "pruning.weights"),
+    ],
+)
+def test_refusals(ssmprune: Run, tmp_path: Path, options: list[str], message: str) -> None:
+    done = ssmprune("compress", CHECKPOINT, *options, "--out", tmp_path / "out")
+    assert done.returncode in (1, 2) and message in done.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,212 @@
+"""Weights in eight bits: which kinds of layers are chosen, by Python and in artefacts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ssmprune_cli
+from ssmprune_cli.errors import CheckpointError, DataError, UsageError
+from ssmprune_cli.models import Backbone, EightBitLinear, put_in_eight_bits
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
+from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+from ssmprune_cli.workflows import eight_bits
+from ssmprune_cli.workflows.eight_bits import to_eight_bits
+
+SIZES = {"image_size": (32, 32), "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 4, "num_classes": 5}
+KINDS = {"vim": ("in_proj", "x_proj", "out_proj"), "plainmamba": ("in_proj", "x_proj", "out_proj")}
+
+
+@pytest.fixture
+def model() -> Backbone:
+    torch.manual_seed(0)
+    return Vim(VimConfig(**SIZES)).eval()  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def no_warning_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever instructions the one that tests run on has."""
+    monkeypatch.setattr(eight_bits, "_slow", lambda model: [])
+
+
+def spoil(layer: nn.Linear) -> None:
+    """One weight of each output is so large that the others round to nothing."""
+    with torch.no_grad():
+        layer.weight[:, 0] = 1e4
+
+
+@pytest.mark.parametrize(
+    ("build", "kinds"),
+    [
+        (lambda: Vim(VimConfig(**SIZES)), {"in_proj": 4, "x_proj": 8, "out_proj": 4}),  # type: ignore[arg-type]
+        (
+            lambda: PlainMamba(PlainMambaConfig(image_size=(32, 32), embed_dim=16, depth=2, stem_convs=1)),
+            {"in_proj": 2, "x_proj": 2, "out_proj": 2},
+        ),
+        (
+            lambda: VMamba(VMambaConfig(image_size=(32, 32), embed_dim=16, depths=(1, 1))),
+            {"in_proj": 2, "out_proj": 2, "fc1": 2, "fc2": 2},
+        ),
+    ],
+)
+def test_kinds_are_the_linear_layers_of_blocks(build: Callable[[], Backbone], kinds: dict[str, int]) -> None:
+    found = {kind: len(names) for kind, names in build().linear_kinds.items()}
+    assert found == kinds  # neither the head nor what makes step sizes
+
+
+def test_harmless_kinds_are_in_eight_bits_and_the_answers_stay(model: Backbone, images: Tensor) -> None:
+    before, expected = repr(model), model(images)
+    found = to_eight_bits(model, images.split(32))
+    assert found.chosen == model.eight_bit_kinds == KINDS["vim"]
+    assert found.images == 70 and found.divergence is not None and found.divergence < 1e-3
+    assert all(0 < (each.divergence or 0) < 1e-3 for each in found.kinds) and not found.warnings
+    with torch.inference_mode():
+        error = (model(images) - expected).abs().max() / expected.abs().max()
+    assert 0 < error < 0.05
+    assert "in eight bits: in_proj, x_proj, out_proj" in repr(model)
+    assert before.split(" parameters")[0] == repr(model).split(" parameters")[0]
+
+
+def test_a_kind_that_does_harm_stays_in_float(model: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        for name in model.layers_of(["x_proj"]):
+            spoil(model.get_submodule(name))  # type: ignore[arg-type]
+    alone = {each.kind: each.divergence for each in to_eight_bits(copy.deepcopy(model), [images]).kinds}
+    worst = alone["x_proj"]
+    assert worst is not None and alone["in_proj"] is not None and worst > alone["in_proj"]
+    monkeypatch.setattr(eight_bits, "MOST", worst / 2)
+    found = to_eight_bits(model, [images])
+    assert "x_proj" not in found.chosen
+    assert all(isinstance(model.get_submodule(name), nn.Linear) for name in model.layers_of(["x_proj"]))
+    # Both projections of a block go together, so that blocks stay in one call.
+    assert ("in_proj" in found.chosen) == ("out_proj" in found.chosen)
+
+
+def test_where_all_do_harm_none_is_and_it_says_so(
+    model: Backbone, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eight_bits, "MOST", 0.0)
+    expected = model(images)
+    found = to_eight_bits(model, [images])
+    assert not found.chosen and found.divergence == 0 and "All weights stay in float" in found.warnings[0]
+    assert torch.equal(model(images), expected)
+
+
+def test_kinds_that_are_named_are_taken_whatever_they_do(model: Backbone, images: Tensor) -> None:
+    with pytest.raises(UsageError, match="no linear layers 'head'"):
+        to_eight_bits(model, [images], ["head"])
+    found = to_eight_bits(model, [images], ["x_proj"])
+    assert found.chosen == model.eight_bit_kinds == ("x_proj",) and found.divergence is not None
+
+
+def test_bad_input_is_refused_and_leaves_the_model(model: Backbone, images: Tensor) -> None:
+    with pytest.raises(DataError, match="not finite"):
+        to_eight_bits(model, [images * torch.nan])
+    with pytest.raises(DataError, match="no images"):
+        to_eight_bits(model, [])
+    assert not model.eight_bit_kinds
+    layer = model.get_submodule("layers.0.mixer.in_proj")
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.inf
+    with pytest.raises(UsageError, match="not finite"):
+        put_in_eight_bits(model, ["layers.0.mixer.in_proj"])
+    with pytest.raises(UsageError, match="not a linear layer"):
+        put_in_eight_bits(model, ["layers.0.norm"])
+
+
+def test_constant_images_are_images(model: Backbone) -> None:
+    assert to_eight_bits(model, [torch.zeros(8, 3, 32, 32)]).images == 8
+
+
+def test_in_python_alone_and_with_pruning(model: Backbone, images: Tensor) -> None:
+    other = copy.deepcopy(model)
+    assert ssmprune_cli.compress(other, weights="int8", calibration=images) is None
+    assert other.pruner is None and other.eight_bit_kinds == KINDS["vim"]
+    seen = ssmprune_cli.compress(model, 0.5, weights="int8", calibration=images)
+    assert seen is not None and seen.repair is not None and seen.repair.images == 70
+    assert model.pruner is not None and model.eight_bit_kinds == KINDS["vim"]
+    with pytest.raises(UsageError, match="in eight bits already"):
+        ssmprune_cli.compress(model, 0.5, weights="int8", calibration=images)
+    with pytest.raises(UsageError, match="in eight bits"):
+        ssmprune_cli.resize(other, 16)
+    with pytest.warns(UserWarning, match="cannot be given back"):
+        ssmprune_cli.restore(model)
+    assert model.pruner is None and torch.equal(model(images[:4]), other(images[:4]))
+
+
+def test_the_pruned_model_is_repaired_towards_the_one_in_float(model: Backbone, images: Tensor) -> None:
+    """A repair sees the answers from before: those of the model without its pruner are in eight bits now."""
+    in_float, given = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.inference_mode():
+        dense = in_float(images)
+    first = ssmprune_cli.compress(model, 0.5, weights="int8", calibration=images)
+    second = ssmprune_cli.compress(given, 0.5, weights="int8", calibration=images, dense=dense)
+    assert first is not None and second is not None and first.repair is not None and second.repair is not None
+    assert first.repair.before == pytest.approx(second.repair.before, rel=1e-3)
+
+
+def test_folders_hold_it(model: Backbone, images: Tensor, tmp_path: Path) -> None:
+    ssmprune_cli.compress(model, 0.5, weights="int8", calibration=images[:8])
+    ssmprune_cli.save(model, tmp_path / "a")
+    again = ssmprune_cli.load(tmp_path / "a")
+    assert torch.equal(again(images), model(images)) and again.eight_bit_kinds == model.eight_bit_kinds
+    ssmprune_cli.save(again, tmp_path / "b")
+    for name in ("model.safetensors", "config.json", "recipe.yaml"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    layer = again.get_submodule("layers.0.mixer.in_proj")
+    assert isinstance(layer, EightBitLinear) and layer.values.dtype == torch.int8
+    assert "in eight bits" in (tmp_path / "a" / "README.md").read_text().lower()
+
+
+def test_weights_in_eight_bits_take_a_quarter_of_the_room(model: Backbone) -> None:
+    """And a scale for each output."""
+    before = {name: value.numel() * 4 for name, value in model.state_dict().items()}
+    put_in_eight_bits(model, ["layers.0.mixer.out_proj"])
+    after = model.state_dict()
+    assert after["layers.0.mixer.out_proj.values"].numel() * 4 == before["layers.0.mixer.out_proj.weight"]
+    assert after["layers.0.mixer.out_proj.scale"].shape == (16,)
+
+
+def each_named(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, object], dict[str, Tensor]], None]:
+    """Of the weights in a folder, those whose name has `part`."""
+    return lambda config, state: state.update({name: change(state[name]) for name in state if part in name})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config, state: config.update(eight_bits=["in_proj"]), "is missing"),
+        (lambda config, state: config.update(eight_bits=["nonsense"]), "no linear layers 'nonsense'"),
+        (lambda config, state: config.update(eight_bits="in_proj"), "no list of kinds"),
+        (lambda config, state: config.update(eight_bits=[1]), "no list of kinds"),
+        (lambda config, state: config.pop("eight_bits"), "is missing"),
+        (each_named("values", lambda values: values.int()), "int32"),
+        (each_named("scale", lambda scale: scale * torch.nan), "finite"),
+    ],
+)
+def test_damaged_folders_are_refused(
+    model: Backbone, tmp_path: Path, change: Callable[[dict[str, object], dict[str, Tensor]], object], message: str
+) -> None:
+    folder = tmp_path / "folder"
+    put_in_eight_bits(model, model.layers_of(model.linear_kinds))
+    ssmprune_cli.save(model, folder)
+    config, state = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    change(config, state)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        ssmprune_cli.load(folder)
