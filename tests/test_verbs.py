@@ -81,9 +81,15 @@ def test_repair_reads_files_too(model: Backbone, photos: Path) -> None:
 
 
 def test_the_signatures_are_those_of_the_verbs() -> None:
+    """And those of `compress` with the one for what pruning knows nothing of."""
     for name in ("compress", "repair"):
-        assert inspect.signature(getattr(ssmprune_cli, name)) == inspect.signature(getattr(pruning, name))
-        assert getattr(ssmprune_cli, name).__doc__ == getattr(pruning, name).__doc__
+        own, below = (inspect.signature(getattr(wing, name)).parameters for wing in (ssmprune_cli, pruning))
+        expected = {each.name: (each.kind, each.default) for each in below.values()}
+        if name == "compress":
+            expected["weights"] = (inspect.Parameter.KEYWORD_ONLY, "float")
+        assert {each.name: (each.kind, each.default) for each in own.values()} == expected
+        assert getattr(ssmprune_cli, name).__doc__.startswith(getattr(pruning, name).__doc__)
+    assert 'weights "int8"' in (ssmprune_cli.compress.__doc__ or "")
 
 
 @pytest.mark.parametrize(

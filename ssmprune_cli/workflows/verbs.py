@@ -99,11 +99,10 @@ def _compress(
     seed: int = 0,
     returning: Returning = "left",
 ) -> Calibration | None:
-    """`pruning.compress`, whose arguments these are. With weights "int8" those of linear layers are put in eight bits:
-    alone without `keep` and `tokens`, else after tokens are dropped and before a repair. There is no way back from it.
-
-    Kinds of layers that the calibration images show to suffer stay in float (see `workflows.eight_bits`); without
-    images none do. Raises UsageError for a model that is in eight bits already.
+    """With weights "int8" those of linear layers are put into eight bits: alone without `keep` and `tokens`, else after
+    tokens are dropped and before a repair. There is no way back from it. Kinds of layers that the calibration images
+    show to suffer stay in float (see `workflows.eight_bits`); without images none do. UsageError for a model that is in
+    eight bits already.
     """
     drops = partial(
         pruning.compress,
@@ -155,5 +154,6 @@ def restore(model: Backbone) -> None:
         )
 
 
+_compress.__doc__ = f"{pruning.compress.__doc__}\n    {_compress.__doc__}"  # whose arguments these are
 compress = _reads_files(_compress, "calibration")
 repair = _reads_files(pruning.repair, "images")

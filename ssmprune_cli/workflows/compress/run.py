@@ -194,7 +194,7 @@ def _compressed(
         if made.eight_bits.chosen:
             if progress:
                 progress("Measuring both savings")
-            apart = savings(
+            apart, slower = savings(
                 reference,
                 model,
                 evaluation,
@@ -203,6 +203,7 @@ def _compressed(
                 rounds=speed.rounds,
                 device=str(target),
             )
+            warnings += slower
             eight_bits = eight_bits.model_copy(update={"models": apart})
     provenance = {
         "weights_sha256": weights_sha256(reference),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,9 +12,13 @@ from ssmprune_cli.data import ImageDataset
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone, set_layer
 from ssmprune_cli.report import SavingFacts
+from ssmprune_cli.statistics import ratio_of_medians
 from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.measure import interleaved_speeds
+
+Tokens = Literal["all", "pruned"]
+Weights = Literal["float", "int8"]
 
 
 def savings(
@@ -25,13 +30,15 @@ def savings(
     batch_size: int,
     rounds: int,
     device: str,
-) -> tuple[SavingFacts, ...]:
+) -> tuple[tuple[SavingFacts, ...], list[str]]:
     """Of `dense` and of `model`, which is made of it and in eight bits; and if it drops tokens, of the models with one
     of both: with its weights in float again, and without its pruner.
 
-    All are timed in turns on a batch of images of their size, and judged on `dataset`, if there is one.
+    All are timed in turns on a batch of images of their size, and judged on `dataset`, if there is one. Beside these
+    facts a warning, if weights in eight bits make the model slower.
     """
-    models = {("all", "float"): dense, ("pruned" if model.pruner else "all", "int8"): model}
+    models: dict[tuple[Tokens, Weights], Backbone] = {("all", "float"): dense}
+    models["pruned" if model.pruner is not None else "all", "int8"] = model
     if model.pruner is not None:
         in_float, unpruned = copy.deepcopy(model), copy.copy(model)
         for name in model.layers_of(model.eight_bit_kinds):
@@ -52,7 +59,14 @@ def savings(
             score = task.estimate(evaluate(each, dataset, limit=limit, device=device).score).value
         size = stored_bytes(each)
         found.append(SavingFacts(tokens=tokens, weights=weights, bytes=size, median_ms=speed.median_ms, score=score))
-    return tuple(sorted(found, key=lambda each: (each.tokens, each.weights)))
+    times = {key: speed.rounds_ms for key, speed in zip(models, speeds, strict=True)}
+    tokens = found[1].tokens
+    ratio, (low, _) = ratio_of_medians(times[tokens, "float"], times[tokens, "int8"])
+    warnings = []
+    if low > 1:
+        text = f"Weights in eight bits make a batch of {batch_size} slower here: {ratio:.2f} times the time."
+        warnings.append(f"{text} They pay in wide layers.")
+    return tuple(sorted(found, key=lambda each: (each.tokens, each.weights))), warnings
 
 
 def stored_bytes(model: Backbone) -> int:
