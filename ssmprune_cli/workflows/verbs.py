@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmprune_cli import pruning
 from ssmprune_cli.data import ImageDataset, Subset, calibration_images, listed_images
@@ -142,10 +142,10 @@ def _compress(
     return replace(seen, repair=pruning.repair(model, batches, kind=repair, runner=runner, dense=dense))
 
 
-def restore(model: Backbone) -> None:
+def restore(model: nn.Module) -> None:
     """`pruning.restore`: all tokens are kept again. Weights in eight bits stay so, with a warning: what was rounded
     cannot be given back."""
-    pruning.restore(model)
+    pruning.restore(model)  # type: ignore[arg-type]  # it says what is no backbone
     if isinstance(model, Backbone) and model.eight_bit_kinds:
         warnings.warn(
             f"The weights of {', '.join(model.eight_bit_kinds)} stay in eight bits: what was rounded cannot be given "

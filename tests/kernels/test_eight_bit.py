@@ -166,7 +166,21 @@ def blocks(d_inner: int, eight_bits: int, *, full: bool = False) -> BlocksInputs
         ]
         packed.append(pack_block(normal(dim), rounded(2 * d_inner, dim), rounded(dim, d_inner), inner))
     given = BlocksInputs(
-        normal(3, 9, dim), None, torch.stack(packed), sizes, *[None] * 8, scale=0.5, eps=1e-5, wants_y=True
+        normal(3, 9, dim),
+        None,
+        torch.stack(packed),
+        sizes,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        scale=0.5,
+        eps=1e-5,
+        wants_y=True,
     )
     if not full:
         return given

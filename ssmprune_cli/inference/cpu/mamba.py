@@ -67,10 +67,9 @@ def inside_refused(mixer: nn.Module, *, whole: bool = False) -> str | None:
     if isinstance(mixer, MambaMixer) and mixer.kind == "v1":
         return "its directions share a convolution"
     for branch in mixer.branches():
-        projection = EightBitLinear if whole and isinstance(branch.x_proj, EightBitLinear) else nn.Linear
-        reason = first_unlike(
-            (branch.conv1d, CausalConv1d), (branch.x_proj, projection), (branch.dt_proj, StepProjection)
-        )
+        x_proj: nn.Module = branch.x_proj
+        projection = EightBitLinear if whole and isinstance(x_proj, EightBitLinear) else nn.Linear
+        reason = first_unlike((branch.conv1d, CausalConv1d), (x_proj, projection), (branch.dt_proj, StepProjection))
         if reason is not None:
             return reason
     return None

@@ -26,6 +26,7 @@ class EightBitLinear(nn.Module):
 
     values: Tensor
     scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
         super().__init__()

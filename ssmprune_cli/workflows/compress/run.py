@@ -226,7 +226,7 @@ def _compressed(
         }
     )
     report = _targeted(_judged(report, request.limits), request)
-    used = {} if made.repaired is None else {"repair": made.repaired.kind}
+    used: dict[str, Any] = {} if made.repaired is None else {"repair": made.repaired.kind}
     if report.pruning is not None:
         used = report.pruning.model_dump(mode="json")
     if made.eight_bits is not None and made.eight_bits.chosen:
