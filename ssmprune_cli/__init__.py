@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssmprune_cli.adapt import accelerate, restore
+    from ssmprune_cli.adapt import Adapter, accelerate, restore
     from ssmprune_cli.checkpoint import load
     from ssmprune_cli.inference import prepare
     from ssmprune_cli.models import resize
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "Adapter",
     "__version__",
     "accelerate",
     "compress",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adapter": "ssmprune_cli.adapt",
     "accelerate": "ssmprune_cli.adapt",
     "load": "ssmprune_cli.checkpoint",
     "compress": "ssmprune_cli.workflows.verbs",

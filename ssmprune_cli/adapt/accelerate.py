@@ -9,7 +9,7 @@ from torch import nn
 
 from ssmprune_cli import pruning
 from ssmprune_cli.adapt.mixers import Verdict, has_scan, recognise
-from ssmprune_cli.adapt.swap import Swapped, check_unreplaced, remove, swapped_in
+from ssmprune_cli.adapt.swap import Swapped, anew, check_unreplaced, remove, swapped_in
 from ssmprune_cli.errors import UsageError, listing
 from ssmprune_cli.models import Backbone
 
@@ -57,8 +57,8 @@ def accelerate(model: nn.Module) -> Acceleration:
     """Compute the scans of somebody's `model` by our ops, in place; `restore` undoes it. No token is dropped.
 
     Each module with the parameters of a selective scan is compared with what our ops make of it, on random input. Those
-    that compute the same are swapped; the others stay as they are, and what is returned says why. A call with a cache or
-    any other argument takes the module's own path. Weights stay where they are: train, move, copy and save the model.
+    that compute the same are swapped; the others stay as they are, and what is returned says why. A call with a cache
+    or any other argument takes the module's own path. Weights stay where they are: train, move, copy, save the model.
 
     Raises UsageError for a module without a selective scan, of which every one is refused, or that is a backbone of
     ours, and for one that drops tokens.
@@ -70,28 +70,33 @@ def accelerate(model: nn.Module) -> Acceleration:
         )
     if any(each.place is not None for each in swapped_in(model)):
         raise UsageError("the model drops tokens, and is as fast as it gets", hint="`restore` it first.")
-    remove(model)
-    mixers = examine(model)
-    found = Acceleration(tuple(mixers))
-    if not found.accelerated:
-        raise refusal(mixers)
-    put(model, mixers)
+    with anew(model):
+        mixers = examine(model)
+        found = Acceleration(tuple(mixers))
+        if not found.accelerated:
+            raise refusal(mixers)
+        put(model, mixers)
     return found
 
 
 def examine(model: nn.Module) -> list[Mixing]:
     """A verdict on every module of `model` that holds a selective scan. UsageError if there is none."""
+    check_inside(model)
     found = []
     for name, module in model.named_modules():
         if has_scan(module):
             check_unreplaced(name, module)
             found.append(Mixing(name, type(module).__name__, recognise(module)))
-    if not found:
+    return found
+
+
+def check_inside(model: nn.Module) -> None:
+    """UsageError unless a module of `model` holds a selective scan."""
+    if not any(map(has_scan, model.modules())):
         raise UsageError(
-            f"a {type(model).__name__} has no selective scan inside: none of its modules has a parameter A_log or A_logs",
+            f"a {type(model).__name__} has no selective scan inside: no module has a parameter A_log or A_logs",
             hint=ADAPTER_HINT,
         )
-    return found
 
 
 def refusal(mixers: list[Mixing]) -> UsageError:
@@ -123,9 +128,10 @@ def restore(model: nn.Module) -> None:
 
     Raises UsageError for a module that is neither.
     """
+    changed = remove(model)
     if hasattr(model, "pruner"):
         pruning.restore(model)  # type: ignore[arg-type]
-    elif not remove(model):
+    elif not changed:
         raise UsageError(
             f"nothing of this {type(model).__name__} is compressed or accelerated",
             hint="`restore` takes what `ssmprune_cli.compress` or `ssmprune_cli.accelerate` was given.",

@@ -127,6 +127,11 @@ def distance(dense: Tensor, pruned: Tensor, protected: tuple[int, ...], length: 
     Of logits (B, C) or (B, C, H, W) the divergence of the class probabilities in nats. Of logits for each token
     (B, L, C) that of the last of the `protected` tokens. Of anything else the relative squared error.
     """
+    if dense.shape != pruned.shape:
+        raise UsageError(
+            f"the answer has shape {tuple(dense.shape)} when dense and {tuple(pruned.shape)} with tokens dropped",
+            hint="Let the head of the Adapter answer in one shape: from a mean, or from protected tokens.",
+        )
     if dense.ndim == 3 and dense.shape[1] == length and protected:
         dense, pruned = (each[:, protected[-1]] for each in (dense, pruned))
     if dense.is_floating_point() and dense.ndim in (2, 4):

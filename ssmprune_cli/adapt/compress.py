@@ -4,50 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from ssmprune_cli.adapt.accelerate import examine, put, refusal
+from ssmprune_cli.adapt.accelerate import check_inside, examine, put, refusal
+from ssmprune_cli.adapt.adapter import Adapter
 from ssmprune_cli.adapt.batches import Batch, answer_of, as_calls, caller, distance
-from ssmprune_cli.adapt.observe import LEAST, Observed, observe
+from ssmprune_cli.adapt.observe import Observed, observe
+from ssmprune_cli.adapt.request import Compressed, Request
+from ssmprune_cli.adapt.shorten import shorten
 from ssmprune_cli.adapt.stream import FILLS, Fill, Located, Stream, Tokenwise, positions_of
-from ssmprune_cli.adapt.swap import remove
+from ssmprune_cli.adapt.swap import anew
 from ssmprune_cli.errors import UsageError, listing
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.pruning import (
-    Calibration,
-    PruneSchedule,
-    PruneSettings,
-    TokenPruner,
-    calibrate,
-    choose_alignment,
-)
+from ssmprune_cli.pruning import TokenPruner, calibrate
 
 REDUCTIONS = ("context", "drop")
 IMPORTANCES = ("clip", "l1", "l2", "mean", "delta", "random")  # what mixers tell; the residual stream is not seen
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What `compress` did to a user's module.
-
-    kinds       of mixer, with how many there are
-    tokens      that enter each mixer, in the order in which they are called
-    protected   positions that always stay
-    fill        what stands at the places of dropped tokens: `zero`, the `mean` of the others, or the `last` value
-    distances   mean distance from the dense model's answers with each fill, on the calibration inputs
-    calibration  what was seen there
-    """
-
-    kinds: dict[str, int]
-    tokens: tuple[int, ...]
-    protected: tuple[int, ...]
-    fill: Fill
-    distances: dict[Fill, float]
-    calibration: Calibration
 
 
 def compress(
@@ -58,7 +33,7 @@ def compress(
     tokens: Sequence[int] | None = None,
     points: Sequence[int] | None = None,
     importance: str = "clip",
-    reduction: str = "context",
+    reduction: str | None = None,
     alignment: str = "auto",
     protect: Sequence[int] | None = None,
     tokenwise: Sequence[str] = (),
@@ -68,62 +43,52 @@ def compress(
 
     Raises UsageError for a module that has no mixers, one that is not recognised, or that no choice of tokens fits.
     """
-    check_names(importance, reduction)
+    way = reduction or ("drop" if isinstance(model, Adapter) else "context")
+    request = Request(keep, tokens, points, importance, way, alignment, seed)
+    if isinstance(model, Adapter):
+        if protect is not None or len(tokenwise):
+            raise UsageError("an Adapter says itself what is protected, and shortens all of a block")
+        batches = as_calls(model, calibration)
+        with anew(model), evaluated(model):
+            return shorten(model, request, batches)
+    request.check_reduction(REDUCTIONS, "a module of your own")
+    if importance not in IMPORTANCES:
+        raise UsageError(
+            f"the score {importance!r} needs the residual stream, which is not seen inside a module of your own",
+            hint=f"Known here: {', '.join(IMPORTANCES)}; an `ssmprune_cli.Adapter` has all of them.",
+        )
+    check_inside(model)
     batches = as_calls(model, calibration)
-    remove(model)
-    mixers = examine(model)
-    if any(each.verdict.form is None for each in mixers):
-        raise refusal(mixers)
-    named = tokenwise_modules(model, tokenwise)
-    swapped, run = put(model, mixers), caller(model)
-    try:
-        with evaluated(model):
-            seen = observe(swapped, {name: model.get_submodule(name) for name in named}, run, batches[0])
-            places = protected_places(seen, protect)
-            stages = stages_of(seen, places)
-            schedule = PruneSchedule.resolve(stages, points=points, keep=keep, tokens=tokens)
-            check_points(schedule, stages)
-            chosen = choose_alignment(alignment, reduction, calibrated=True)
-            settings = PruneSettings(schedule, importance, reduction, chosen, seed)
-            stream = Stream(
-                [Located(each.__self__, each.form) for each in seen.mixers],
-                [each.name for each in seen.mixers],
-                seen.order,
-                stages,
-                places,
-                run,
-            )
-            for each in seen.mixers:
-                each.place = stream
-            for name, pattern in named.items():
-                module = model.get_submodule(name)
-                vars(module)["forward"] = Tokenwise(module, name, pattern, stream)
-            found = calibrate(stream, settings, batches)
-            pruner = TokenPruner(settings, stages, stream.mixers, found.deltas)
-            distances = fit_fill(stream, pruner, batches, places)
+    with anew(model), evaluated(model):
+        mixers = examine(model)
+        if any(each.verdict.form is None for each in mixers):
+            raise refusal(mixers)
+        named = tokenwise_modules(model, tokenwise)
+        run = caller(model)
+        modules = {name: model.get_submodule(name) for name in named}
+        seen = observe(put(model, mixers), modules, run, batches[0])
+        places = protected_places(seen, protect)
+        stages = stages_of(seen, places)
+        settings = request.settings(stages)
+        located = [Located(each.__self__, each.form) for each in seen.mixers]
+        stream = Stream(located, [each.name for each in seen.mixers], seen.order, stages, places, run)
+        for each in seen.mixers:
+            each.place = stream
+        for name, module in modules.items():
+            vars(module)["forward"] = Tokenwise(module, name, named[name], stream)
+        found = calibrate(stream, settings, batches)
+        pruner = TokenPruner(settings, stages, located, found.deltas)
+        distances = fit_fill(stream, pruner, batches, places)
         stream.pruner = pruner
-    except BaseException:
-        remove(model)
-        raise
     forms = [each.form.kind for each in seen.mixers]
     return Compressed(
         {kind: forms.count(kind) for kind in sorted(set(forms))},
-        schedule.tokens_per_block(stages),
+        settings.schedule.tokens_per_block(stages),
         positions_of(places, seen.lengths[-1], "protect"),
         stream.fill,
-        distances,
+        dict(distances),
         found,
     )
-
-
-def check_names(importance: str, reduction: str) -> None:
-    """UsageError for a score or a reduction that is not for modules of other people's."""
-    for kind, name, known in (("reduction", reduction, REDUCTIONS), ("score", importance, IMPORTANCES)):
-        if name not in known:
-            raise UsageError(
-                f"the {kind} {name!r} needs the residual stream, which is not seen inside a module of your own",
-                hint=f"Known here: {', '.join(known)}.",
-            )
 
 
 def tokenwise_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
@@ -172,17 +137,6 @@ def stages_of(seen: Observed, places: tuple[int, ...]) -> tuple[Stage, ...]:
         protected = positions_of(places, length, "protect")
         stages.append(Stage(start, stop, (1, length - len(protected)), protected))
     return tuple(stages)
-
-
-def check_points(schedule: PruneSchedule, stages: Sequence[Stage]) -> None:
-    for stage in stages:
-        for point in schedule.points:
-            if stage.start < point < stage.stop and stage.num_tokens < LEAST:
-                raise UsageError(
-                    f"there are {stage.num_tokens} tokens there, too few to drop any: at least {LEAST}",
-                    where=f"prune point {point}",
-                    hint="Choose other points, or inputs of the size that the model is for.",
-                )
 
 
 def fit_fill(

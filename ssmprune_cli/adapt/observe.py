@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ssmprune_cli.adapt.batches import Batch, Run, answer_of
 from ssmprune_cli.adapt.mixers import dense, from_tokens, to_tokens
+from ssmprune_cli.adapt.request import LEAST
 from ssmprune_cli.adapt.swap import StandIn, Swapped
 from ssmprune_cli.errors import UsageError
 
-LEAST = 8  # tokens of a sequence in which places can be told apart, and dropping any is worth a thought
 CACHE_HINT = (
-    "Tokens are dropped in plain forward passes. Of a transformers model, set `model.config.use_cache = False`, or give "
-    "batches as dictionaries with `use_cache=False`; leave out masks and position arguments."
+    "Tokens are dropped in plain forward passes. Of a transformers model, set `model.config.use_cache = False`, or "
+    "give batches as dictionaries with `use_cache=False`; leave out masks and position arguments."
 )
 
 

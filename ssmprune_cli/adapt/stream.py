@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.adapt.mixers import Form, from_tokens, to_tokens
@@ -105,9 +104,7 @@ class Stream:
         pruner = self.pruner
         wanted = "nothing" if pruner is None else pruner.wants(block)
         alignment = None if pruner is None or sequence.is_dense else pruner.alignment(block)
-        if alignment is not None and alignment.gap_delta is not None:
-            exact = torch.promote_types(tokens.dtype, torch.float32)
-            alignment = replace(alignment, gap_delta=alignment.gap_delta.to(tokens.device, exact))
+        alignment = None if alignment is None else alignment.like(tokens)
         context = None if sequence.context is None else sequence.context.stream
         mixed, statistics = form.scan(module, sequence.hidden, sequence, alignment, wanted, context)
         filled = self._filled(here, "mixers", mixed, tokens.shape[1])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -117,6 +119,20 @@ def remove(model: nn.Module) -> bool:
     for module in modules:
         del vars(module)["forward"]
     return bool(modules)
+
+
+@contextmanager
+def anew(model: nn.Module) -> Iterator[None]:
+    """Without any stand-in, to put others there; after an error the old ones are back."""
+    before = {each: vars(each)["forward"] for each in model.modules() if isinstance(vars(each).get("forward"), StandIn)}
+    remove(model)
+    try:
+        yield
+    except BaseException:
+        remove(model)
+        for module, forward in before.items():
+            vars(module)["forward"] = forward
+        raise
 
 
 def check_unreplaced(name: str, module: nn.Module) -> None:

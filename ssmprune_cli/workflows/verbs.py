@@ -109,7 +109,7 @@ def compress(
     tokens: Sequence[int] | None = None,
     points: Sequence[int] | None = None,
     importance: str = "clip",
-    reduction: str = pruning.DEFAULT_REDUCTION,
+    reduction: str | None = None,
     alignment: str = "auto",
     seed: int = 0,
     protect: Sequence[int] | None = None,
@@ -123,7 +123,7 @@ def compress(
     """Make `model` drop tokens, in place; `restore` undoes it. The weights do not change.
 
     A backbone of ours drops them between blocks: see `pruning.compress`. A module of your own drops them inside its
-    mixers, which are recognised by names and shapes and proven on random input: see docs/own_modules.md. Options of both:
+    mixers, which are recognised by names and shapes and proven on random input: see docs/own_modules.md. Of both:
 
     keep         ratio of tokens kept *at each point*: one number or one a point; or `tokens` that stay there
     points       after how many blocks (mixers, in the order of their calls); by default a quarter, half and three
@@ -143,7 +143,7 @@ def compress(
 
     Returns what calibration saw. Raises UsageError for settings, inputs and modules that do not fit.
     """
-    ours = all(hasattr(model, name) for name in ("pruner", "mixers", "stages"))
+    ours = hasattr(model, "pruner") and not isinstance(model, adapt.Adapter)
     refused = {"protect", "tokenwise"} if ours else {"dense", "repair", "returning"}
     for name in sorted(refused & set(options)):
         raise UsageError(
