@@ -41,8 +41,8 @@ class Adapter(nn.Module, ABC):
     blocks   modules of it, each of which takes and gives tokens (B, L, d); they are called in this order
     protect  positions that are never dropped, negative ones from the end
 
-    In a block with one recognised mixer the scan is aligned and tells the score. Blocks without one can only be pruned by
-    `importance="hidden-norm"` (or "random", "class-similarity") and `alignment="none"`.
+    In a block with one recognised mixer the scan is aligned and tells the score. Blocks without one can only be pruned
+    by `importance="hidden-norm"` (or "random", "class-similarity") and `alignment="none"`.
     """
 
     pruner: Pruner | None
@@ -73,7 +73,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def head(self, tokens: Tensor, positions: Tensor) -> Any:
-        """The model's answer, from the tokens (B, K, d) behind the last block and their `positions` (B, K) among all."""
+        """The model's answer, from the tokens (B, K, d) behind the last block and their `positions` (B, K) in all."""
 
     @property
     def blocks(self) -> list[nn.Module]:

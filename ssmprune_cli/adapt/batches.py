@@ -30,6 +30,11 @@ class Batch:
             return len(self.inputs)
         return max((len(each) for each in self.inputs.values() if isinstance(each, Tensor) and each.ndim), default=1)
 
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Of each tensor, without the samples."""
+        values = [self.inputs] if isinstance(self.inputs, Tensor) else self.inputs.values()
+        return [tuple(each.shape[1:]) for each in values if isinstance(each, Tensor)]
+
     def first(self) -> Batch:
         """Its first sample."""
         if isinstance(self.inputs, Tensor):
@@ -80,6 +85,13 @@ def as_calls(model: nn.Module, calibration: Any) -> list[Batch]:
     found = [batch(each) for each in parts]
     if not sum(map(len, found)):
         raise UsageError("there are no calibration inputs", hint=_WANTED)
+    first = found[0].sizes()
+    for each in found:
+        if each.sizes() != first:
+            raise UsageError(
+                f"calibration inputs have two sizes: {first} and {each.sizes()}",
+                hint="Give inputs of one size. The compressed model takes others too, and keeps the same share.",
+            )
     return found
 
 

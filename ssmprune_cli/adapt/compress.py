@@ -12,6 +12,7 @@ from torch import nn
 from ssmprune_cli.adapt.accelerate import check_inside, examine, put, refusal
 from ssmprune_cli.adapt.adapter import Adapter
 from ssmprune_cli.adapt.batches import Batch, answer_of, as_calls, caller, distance
+from ssmprune_cli.adapt.mixers import has_scan
 from ssmprune_cli.adapt.observe import Observed, observe
 from ssmprune_cli.adapt.request import Compressed, Request
 from ssmprune_cli.adapt.shorten import shorten
@@ -103,6 +104,9 @@ def tokenwise_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, st
     inside = [name for name in named if any(name.startswith(f"{other}.") for other in named)]
     if inside:
         raise UsageError("lies inside another module that is named", where=f"tokenwise {inside[0]!r}")
+    for name in named:
+        if any(map(has_scan, model.get_submodule(name).modules())):
+            raise UsageError("has a mixer inside, which sees more than one token", where=f"tokenwise {name!r}")
     return named
 
 

@@ -10,8 +10,8 @@ from ssmprune_cli.adapt.accelerate import examine, put
 from ssmprune_cli.adapt.adapter import Adapter
 from ssmprune_cli.adapt.batches import Batch, answer_of, caller, distance
 from ssmprune_cli.adapt.mixers import has_scan
-from ssmprune_cli.adapt.stream import positions_of
 from ssmprune_cli.adapt.request import Compressed, Request
+from ssmprune_cli.adapt.stream import positions_of
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning import IMPORTANCES, TokenPruner, calibrate
 

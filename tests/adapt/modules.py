@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -102,13 +104,23 @@ class Classifier(nn.Module):
 
 def classifier(**options: int | None) -> Classifier:
     """The same weights every time, spread so that tokens differ in what they say."""
-    generator = torch.Generator().manual_seed(3)
-    model = Classifier(**options).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "A_log" not in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Classifier(**options).eval()  # type: ignore[arg-type]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1 and "A_log" not in name:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    """A copy by way of a file: the whole module, as some people save it."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
 
 
 class SS2D(nn.Module):
