@@ -125,8 +125,19 @@ class Adapter(nn.Module, ABC):
                 )
             sequence = replace(sequence, hidden=after)
             if pruner is not None and wanted != "nothing":
-                sequence = pruner(number, sequence, self._now.statistics(wanted, self.names[number]))
+                sequence = pruner(number, sequence, self._statistics(number, block))
         return self.head(sequence.hidden, sequence.positions)
+
+    def _statistics(self, number: int, block: nn.Module) -> ScanStatistics:
+        """Of the block that has run. Empty for one without a recognised mixer, of which `compress` asks for none."""
+        said = self._now.statistics()
+        if said is None and swapped_in(block):
+            raise UsageError(
+                "its mixer was not called, or took its own path, so nothing tells the score",
+                where=self.names[number],
+                hint='Use `importance="hidden-norm"` and `alignment="none"`, which need none.',
+            )
+        return ScanStatistics() if said is None else said
 
     def install(self) -> None:
         """Let the recognised mixers know which tokens they are given."""
@@ -157,16 +168,9 @@ class _Now:
     def begin(self, call: _Call) -> None:
         self._calls[threading.get_ident()] = call
 
-    def statistics(self, wanted: Wanted, name: str) -> ScanStatistics:
-        """What the mixer of the block `name` has said."""
-        said = self._calls[threading.get_ident()].said
-        if said is None and wanted != "tokens":
-            raise UsageError(
-                "no recognised mixer was called in it, so nothing tells the score",
-                where=name,
-                hint='Use `importance="hidden-norm"` and `alignment="none"`, which need none.',
-            )
-        return ScanStatistics() if said is None else said
+    def statistics(self) -> ScanStatistics | None:
+        """What the mixer of the block that ran last has said; None if none was called."""
+        return self._calls[threading.get_ident()].said
 
     def mix(self, swapped: Swapped, x: Tensor) -> Tensor:
         call = self._calls[threading.get_ident()]

@@ -133,7 +133,7 @@ class _Observer(nn.Module, Pruner):
             self.dropped = ~sequence.is_protected()
         assert self.dropped is not None
         count = int(self.dropped.sum())
-        if block in self.observed and count:
+        if block in self.observed and count and statistics.delta:  # a foreign block may have no scan to tell it
             total = torch.stack([delta[self.dropped].double().sum(dim=0) for delta in statistics.delta])
             self.delta_sum[block] = self.delta_sum.get(block, torch.zeros_like(total)) + total
             self.delta_count[block] = self.delta_count.get(block, 0) + count
