@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.adapt.accelerate import Acceleration, accelerate, restore
+from ssmprune_cli.adapt.accelerating import Acceleration, accelerate, restore
 from ssmprune_cli.adapt.adapter import Adapter
-from ssmprune_cli.adapt.compress import compress
+from ssmprune_cli.adapt.inside import compress
 from ssmprune_cli.adapt.request import Compressed
 
 __all__ = ["Acceleration", "Adapter", "Compressed", "accelerate", "compress", "restore"]

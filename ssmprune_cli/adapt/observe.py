@@ -90,6 +90,7 @@ class _Watched(StandIn):
                 where=self.name,
                 hint="Name only modules that see one token at a time, such as MLPs and norms.",
             )
+        assert isinstance(out, Tensor)
         return out
 
 

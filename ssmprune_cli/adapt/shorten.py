@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ssmprune_cli.adapt.accelerate import examine, put
+from ssmprune_cli.adapt.accelerating import examine, put
 from ssmprune_cli.adapt.adapter import Adapter
 from ssmprune_cli.adapt.batches import Batch, answer_of, caller, distance
 from ssmprune_cli.adapt.mixers import has_scan

@@ -83,7 +83,7 @@ _compress_backbone = _reads_files(pruning.compress, "calibration")
 
 
 @overload
-def compress(
+def compress(  # type: ignore[overload-overlap]
     model: Backbone,
     keep: float | Sequence[float] | None = None,
     *,

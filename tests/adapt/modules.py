@@ -102,6 +102,18 @@ class Classifier(nn.Module):
         return logits
 
 
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal but for sums in float32 in another order."""
+    return torch.allclose(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def mixer_of(model: nn.Module, number: int) -> Mixer:
+    """That of a layer of a Classifier."""
+    mixer = model.get_submodule(f"layers.{number}.mixer")
+    assert isinstance(mixer, Mixer)
+    return mixer
+
+
 def classifier(**options: int | None) -> Classifier:
     """The same weights every time, spread so that tokens differ in what they say."""
     with torch.random.fork_rng():
@@ -161,10 +173,10 @@ class SS2D(nn.Module):
             part, into = (each.transpose(2, 3) if turned else each for each in (part, into))
             tokens = part.flatten(2).transpose(1, 2)  # (B, L, E)
             tokens = tokens.flip(1) if backwards else tokens
-            out = self._scan(tokens, number)
-            out = out.flip(1) if backwards else out
-            into += out.transpose(1, 2).unflatten(2, part.shape[2:])
-        out = self.out_norm(y.permute(0, 2, 3, 1))
+            scanned = self._scan(tokens, number)
+            scanned = scanned.flip(1) if backwards else scanned
+            into += scanned.transpose(1, 2).unflatten(2, part.shape[2:])
+        out: Tensor = self.out_norm(y.permute(0, 2, 3, 1))
         out = self.out_proj(out * self.act(gate) if gate.shape[-1] else out)
         return out.permute(0, 3, 1, 2) if self.channel_first else out
 

@@ -39,7 +39,7 @@ def from_tokens(tokens: Tensor, layout: Layout, grid: Grid | None) -> Tensor:
     """The inverse of `to_tokens`."""
     if grid is None:
         return tokens
-    x = tokens.unflatten(1, grid)
+    x: Tensor = tokens.unflatten(1, grid)
     return x.permute(0, 3, 1, 2) if layout == "image" else x
 
 
@@ -135,6 +135,12 @@ def bare(kind: type[M], /, **attributes: Any) -> M:
     for name, value in attributes.items():
         setattr(module, name, value)
     return module
+
+
+def bias_of(conv: nn.Conv1d) -> Tensor:
+    """(E,): zeros for a convolution without one."""
+    bias = conv._parameters["bias"]
+    return conv.weight.new_zeros(conv.out_channels) if bias is None else bias
 
 
 def rank_of(projected: int, state: int) -> int:

@@ -18,6 +18,7 @@ from ssmprune_cli.adapt.mixers.base import (
     Form,
     Unrecognised,
     bare,
+    bias_of,
     check_conv,
     check_names,
     check_shapes,
@@ -69,7 +70,6 @@ class MambaForm(Form):
     def view(self, module: nn.Module) -> MambaMixer:
         conv, step = module.conv1d, module.dt_proj
         assert isinstance(conv, nn.Conv1d) and isinstance(step, nn.Linear)
-        bias = conv.weight.new_zeros(self.d_inner) if conv.bias is None else conv.bias
         x_proj, splits = module.x_proj, list(self.splits)
         if self.norms:
             norms = tuple(module.get_submodule(name) for name in self.norms)
@@ -85,7 +85,7 @@ class MambaForm(Form):
             splits=splits,
             gamma=None,
             in_proj=module.in_proj,
-            conv1d=bare(CausalConv1d, weight=conv.weight, bias=bias),
+            conv1d=bare(CausalConv1d, weight=conv.weight, bias=bias_of(conv)),
             x_proj=x_proj,
             dt_proj=bare(StepProjection, weight=step.weight, bias=step.bias),
             A_log=module.A_log,

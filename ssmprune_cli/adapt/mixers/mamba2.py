@@ -18,6 +18,7 @@ from torch.nn import functional
 from ssmprune_cli.adapt.mixers.base import (
     Form,
     Unrecognised,
+    bias_of,
     check_conv,
     check_names,
     check_shapes,
@@ -84,7 +85,7 @@ class Mamba2Form(Form):
         conv, into = module.get_submodule("conv1d"), module.get_submodule("in_proj")
         assert isinstance(conv, nn.Conv1d) and isinstance(into, nn.Linear)
         taps = channels_last_taps(conv.weight)
-        bias = taps.new_zeros(len(taps)) if conv.bias is None else conv.bias
+        bias = bias_of(conv)
         values = values.contiguous()
         if context is None:
             return causal_conv1d(values, taps, bias)
@@ -116,7 +117,7 @@ class Mamba2Form(Form):
         if alignment is not None:
             gap, gap_delta, _ = alignment.steps(0, sequence.gaps(reverse=False), None)
         rates = self._by_channel(decay_rates(module.get_parameter("A_log")))[:, None].expand(-1, self.d_state)
-        skips = module.get_parameter("D")
+        skips: Tensor = module.get_parameter("D")
         skips = self._by_channel(skips) if skips.numel() == self.heads else skips
         outputs = []
         width = self.d_inner // self.groups
@@ -146,7 +147,7 @@ class Mamba2Form(Form):
             y = y * gate
         parts = y.unflatten(-1, (self.norm_groups, -1))
         unit = parts * torch.rsqrt(parts.square().mean(dim=-1, keepdim=True) + self.eps)
-        normed = unit.flatten(-2) * module.get_parameter("norm.weight").to(exact)
+        normed: Tensor = unit.flatten(-2) * module.get_parameter("norm.weight").to(exact)
         return normed * gate if self.norm_first else normed
 
 

@@ -53,10 +53,10 @@ def prove(module: nn.Module, form: Form) -> str | None:
         found = dense(twin, form, x)
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         raise Unrecognised("its output is no tensor of the shape of its input")
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error <= TOLERANCE:
+    apart = float((found - expected).abs().max() / expected.abs().max())
+    if not apart <= TOLERANCE:
         raise Unrecognised(
-            f"on random input it computes something else: the outputs differ by {error:.1e} of the largest"
+            f"on random input it computes something else: the outputs differ by {apart:.1e} of the largest"
         )
     return None
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from ssmprune_cli.adapt.accelerate import check_inside, examine, put, refusal
+from ssmprune_cli.adapt.accelerating import check_inside, examine, put, refusal
 from ssmprune_cli.adapt.adapter import Adapter
 from ssmprune_cli.adapt.batches import Batch, answer_of, as_calls, caller, distance
 from ssmprune_cli.adapt.mixers import has_scan
@@ -49,9 +49,13 @@ def compress(
     if isinstance(model, Adapter):
         if protect is not None or len(tokenwise):
             raise UsageError("an Adapter says itself what is protected, and shortens all of a block")
-        batches = as_calls(model, calibration)
-        with anew(model), evaluated(model):
-            return shorten(model, request, batches)
+        batches, before = as_calls(model, calibration), model.pruner
+        try:
+            with anew(model), evaluated(model):
+                return shorten(model, request, batches)
+        except BaseException:
+            model.pruner = before
+            raise
     request.check_reduction(REDUCTIONS, "a module of your own")
     if importance not in IMPORTANCES:
         raise UsageError(
@@ -87,7 +91,7 @@ def compress(
         settings.schedule.tokens_per_block(stages),
         positions_of(places, seen.lengths[-1], "protect"),
         stream.fill,
-        dict(distances),
+        {str(fill): value for fill, value in distances.items()},
         found,
     )
 
