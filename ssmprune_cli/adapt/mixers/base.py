@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ssmprune_cli.errors import listing
 from ssmprune_cli.grids import Grid
@@ -141,6 +142,12 @@ def bias_of(conv: nn.Conv1d) -> Tensor:
     """(E,): zeros for a convolution without one."""
     bias = conv._parameters["bias"]
     return conv.weight.new_zeros(conv.out_channels) if bias is None else bias
+
+
+def part_of(layer: nn.Linear, x: Tensor, rows: slice) -> Tensor:
+    """What `layer` makes of `x` in these of its outputs."""
+    bias = layer._parameters["bias"]
+    return functional.linear(x, layer.weight[rows], None if bias is None else bias[rows])
 
 
 def rank_of(projected: int, state: int) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ssmprune_cli.adapt.mixers.base import (
     Form,
@@ -25,6 +24,7 @@ from ssmprune_cli.adapt.mixers.base import (
     check_silu,
     check_types,
     parameters_of,
+    part_of,
     rank_of,
 )
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
@@ -55,8 +55,7 @@ class _View(MambaMixer):
     """Our mixer over the weights of another module, made for one call."""
 
     def _inner(self, x: Tensor) -> Tensor:
-        bias = self.in_proj.bias
-        return functional.linear(x, self.in_proj.weight[: self.d_inner], None if bias is None else bias[: self.d_inner])
+        return part_of(self.in_proj, x, slice(self.d_inner))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ssmprune_cli.adapt.mixers.base import (
     check_silu,
     check_types,
     parameters_of,
+    part_of,
 )
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import causal_conv1d, selective_scan, sparse_conv1d
@@ -90,7 +91,7 @@ class Mamba2Form(Form):
         if context is None:
             return causal_conv1d(values, taps, bias)
         rows = slice(self.splits[0], self.splits[0] + self.splits[1])
-        seen = functional.linear(context, into.weight[rows], None if into.bias is None else into.bias[rows])
+        seen = part_of(into, context, rows)
         return sparse_conv1d(values, seen, conv_sources(sequence, self.d_conv)[0], taps, bias)
 
     def _steps(self, raw: Tensor, bias: Tensor) -> Tensor:
