@@ -36,13 +36,13 @@ class Batch:
         return [tuple(each.shape[1:]) for each in values if isinstance(each, Tensor)]
 
     def first(self) -> Batch:
-        """Its first sample."""
+        """Its first sample, copied: an inference tensor has no part in a gradient."""
         if isinstance(self.inputs, Tensor):
-            return Batch(self.inputs[:1])
+            return Batch(self.inputs[:1].clone())
         count = len(self)
         return Batch(
             {
-                name: each[:1] if isinstance(each, Tensor) and each.ndim and len(each) == count else each
+                name: each[:1].clone() if isinstance(each, Tensor) and each.ndim and len(each) == count else each
                 for name, each in self.inputs.items()
             }
         )

@@ -26,6 +26,7 @@ REDUCTIONS = ("context", "drop")
 IMPORTANCES = ("clip", "l1", "l2", "mean", "delta", "random")  # what mixers tell; the residual stream is not seen
 
 
+@torch.inference_mode(False)  # what is calibrated is to be trained with, and places are found by a gradient
 def compress(
     model: nn.Module,
     keep: float | Sequence[float] | None = None,

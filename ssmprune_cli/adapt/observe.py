@@ -209,11 +209,10 @@ def _read(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swapped]) ->
     _place(swapped, pulses)
     with torch.enable_grad():
         answer = answer_of(run(sample))
-    if pulses.last is None or not answer.requires_grad:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(answer.shape, generator=generator).to(answer)
-    (gradient,) = torch.autograd.grad((answer * weight).sum(), pulses.last, allow_unused=True)
+        if pulses.last is None or not answer.requires_grad:
+            return None
+        weight = torch.randn(answer.shape, generator=torch.Generator().manual_seed(0)).to(answer)
+        (gradient,) = torch.autograd.grad((answer * weight).sum(), pulses.last, allow_unused=True)
     if gradient is None:
         return None
     read = gradient[0].abs().sum(dim=-1).nonzero().flatten().tolist()

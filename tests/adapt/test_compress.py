@@ -108,9 +108,13 @@ def test_inputs_of_another_length_keep_the_same_share_and_the_same_end() -> None
     assert kept.shape == (2, 13) and bool((kept[:, -1] == 22).all())
 
 
-def test_gradients_flow_and_training_learns() -> None:
-    model = classifier()
-    ssmprune.compress(model, 0.5, points=[1], calibration=X)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_gradients_flow_and_training_learns(mode: Callable[[], Any]) -> None:
+    """In whatever mode it was compressed."""
+    model = classifier(read=0)
+    with mode():
+        done = ssmprune.compress(model, 0.5, points=[1], calibration=X * 1)
+    assert done.protected == (0,)
     optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3)
     losses = []
     for _ in range(5):
