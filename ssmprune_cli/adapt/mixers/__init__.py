@@ -5,13 +5,13 @@ One file a kind. To add one, write a `recognise` that raises Unrecognised with i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from ssmprune_cli.adapt.mixers.base import Form, Layout, Unrecognised, from_tokens, to_tokens
+from ssmprune_cli.adapt.mixers.keys import DECAY, Seen, mixers_in
 from ssmprune_cli.adapt.mixers.mamba import recognise_mamba
 from ssmprune_cli.adapt.mixers.mamba2 import recognise_mamba2
 from ssmprune_cli.adapt.mixers.mambavision import recognise_mambavision
@@ -25,8 +25,6 @@ KINDS.register("Mamba-2", recognise_mamba2)
 KINDS.register("SS2D", recognise_ss2d)
 KINDS.register("EfficientVMamba's SS2D", recognise_atrous)
 KINDS.register("MambaVision", recognise_mambavision)
-
-_DECAY = re.compile(r"A(_b)?_logs?(_\w+)?")  # what every selective scan calls the logarithms of its decay rates
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Verdict:
 
 def has_scan(module: nn.Module) -> bool:
     """Whether the module itself, not a child of it, holds the decay rates of a selective scan."""
-    return any(_DECAY.fullmatch(name) for name, _ in module.named_parameters(recurse=False))
+    return any(DECAY.fullmatch(name) for name, _ in module.named_parameters(recurse=False))
 
 
 def recognise(module: nn.Module) -> Verdict:
@@ -68,10 +66,12 @@ __all__ = [
     "CannotRun",
     "Form",
     "Layout",
+    "Seen",
     "Verdict",
     "dense",
     "from_tokens",
     "has_scan",
+    "mixers_in",
     "recognise",
     "to_tokens",
 ]
