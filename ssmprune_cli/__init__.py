@@ -9,16 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssmprune_cli.adapt import Adapter, accelerate, restore
     from ssmprune_cli.checkpoint import load
     from ssmprune_cli.inference import prepare
     from ssmprune_cli.models import resize
-    from ssmprune_cli.pruning import restore
     from ssmprune_cli.workflows.sharing import from_pretrained, push_to_hub, save, save_pretrained
     from ssmprune_cli.workflows.verbs import compress, repair
 
 __version__ = "0.2.0"
 __all__ = [
+    "Adapter",
     "__version__",
+    "accelerate",
     "compress",
     "from_pretrained",
     "load",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adapter": "ssmprune_cli.adapt",
+    "accelerate": "ssmprune_cli.adapt",
     "load": "ssmprune_cli.checkpoint",
     "compress": "ssmprune_cli.workflows.verbs",
     "from_pretrained": "ssmprune_cli.workflows.sharing",
@@ -39,7 +43,7 @@ _HOMES = {
     "push_to_hub": "ssmprune_cli.workflows.sharing",
     "repair": "ssmprune_cli.workflows.verbs",
     "resize": "ssmprune_cli.models",
-    "restore": "ssmprune_cli.pruning",
+    "restore": "ssmprune_cli.adapt",
     "save": "ssmprune_cli.workflows.sharing",
     "save_pretrained": "ssmprune_cli.workflows.sharing",
 }

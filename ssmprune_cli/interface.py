@@ -6,9 +6,10 @@ Letters: B batch, L tokens now, N state, E inner channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from ssmprune_cli.tokens import TokenSequence
@@ -75,6 +76,13 @@ class ScanAlignment:
 
     gap_delta: Tensor | None = None
     mass: Tensor | None = None
+
+    def like(self, tokens: Tensor) -> ScanAlignment:
+        """The same on the device of `tokens`, and in their dtype if that is float32 or more."""
+        if self.gap_delta is None:
+            return self
+        exact = torch.promote_types(tokens.dtype, torch.float32)
+        return replace(self, gap_delta=self.gap_delta.to(tokens.device, exact))
 
     def steps(
         self, direction: int, gap: Tensor | None, size: Tensor | None

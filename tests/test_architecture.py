@@ -20,7 +20,7 @@ LAYERS = [
     {"cli", "__main__"},
     {"workflows"},
     {"export", "tasks"},
-    {"checkpoint", "data", "inference"},
+    {"adapt", "checkpoint", "data", "inference"},
     {"models", "pruning"},
     {"kernels"},
     {"catalogue"},

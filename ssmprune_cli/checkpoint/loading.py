@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmprune_cli import pruning
 from ssmprune_cli.checkpoint.reading import Checkpoint, read, read_dense
 from ssmprune_cli.checkpoint.stated import plain
-from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
+from ssmprune_cli.errors import CheckpointError, UnknownFamilyError, UsageError, listing, shown
 from ssmprune_cli.models import (
     FAMILIES,
     MAX_SIDE,
@@ -371,15 +371,18 @@ def _detect(checkpoint: Checkpoint) -> Family:
             hint=_GIVE_THE_FOLDER if _is_compressed(checkpoint.state) else f"{unsettled} Type {choices}.",
         )
     looks = _recognise(shapes)
+    error: type[CheckpointError] = CheckpointError
     similar = [family for _, family in FAMILIES.items() if family.matches(shapes, Hints())]
     if similar:
         what = f"has the weights of {similar[0].title}, but its name says that it is something else"
         hint = f"If the name is wrong, give `--family {similar[0].name}`. {_known()}"
     elif looks:
-        what, hint = f"is {looks}, which is not supported", f"{_known()} {_first_weights(shapes)}"
+        error, hint = UnknownFamilyError, f"{_known()} {_first_weights(shapes)}"
+        what = f"is {looks}, which is not supported"
     else:
-        what, hint = "is of no known model family", f"{_known()} {_first_weights(shapes)}"
-    raise CheckpointError(what, where=where, hint=hint)
+        error, hint = UnknownFamilyError, f"{_known()} {_first_weights(shapes)}"
+        what = "is of no known model family"
+    raise error(what, where=where, hint=hint)
 
 
 def _misfits(family: Family, checkpoint: Checkpoint) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
-from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.calibration import Calibration, Observable, Prunable, calibrate
 from ssmprune_cli.pruning.compress import (
     ALIGNMENT_IMAGES,
     DEFAULT_REDUCTION,
@@ -20,10 +20,11 @@ from ssmprune_cli.pruning.compress import (
 )
 from ssmprune_cli.pruning.correction import Correction, Held, Repaired
 from ssmprune_cli.pruning.divergence import clearly_less, divergence, paired, relative_error, soft_divergence
+from ssmprune_cli.pruning.images import Images
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.mass import fit_mass
 from ssmprune_cli.pruning.method import Method, known_methods
-from ssmprune_cli.pruning.pruner import PruneSettings, TokenPruner
+from ssmprune_cli.pruning.pruner import PruneSettings, Returning, TokenPruner
 from ssmprune_cli.pruning.reduction import REDUCTIONS
 from ssmprune_cli.pruning.repair import (
     ENOUGH,
@@ -89,10 +90,13 @@ __all__ = [
     "Calibration",
     "Correction",
     "FeaturePruner",
+    "Images",
     "Method",
+    "Observable",
     "PruneSchedule",
     "PruneSettings",
     "Repaired",
+    "Returning",
     "Runner",
     "TokenPruner",
     "attach",

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ssmprune_cli.adapt import Seen, mixers_in, sketch
 from ssmprune_cli.checkpoint import build_empty, non_finite, read, resolve, sha256, variant_name
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import UnknownFamilyError, UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
@@ -50,6 +51,48 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ForeignInspection:
+    """Plain values about a checkpoint of no family that is known, but with mixers inside.
+
+    mixers   name in the keys, and what it seems to be, by keys and shapes
+    sketch   the Python to start from
+    """
+
+    mixers: tuple[Seen, ...]
+    parameters: int
+    sha256: str
+    sketch: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"family": None, **asdict(self)}
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """Of each mixer, what it seems to be."""
+        return {
+            each.name or "the module itself": f"{each.kind or 'of no known kind'}, {each.width or '?'} channels"
+            + (f", {each.states} states" if each.states else "")
+            for each in self.mixers
+        }
+
+
+def look(path: Path, reading: Reading = NOTHING_SAID) -> Inspection | ForeignInspection:
+    """`inspect`, or what can be said of a checkpoint of no known family with mixers inside.
+
+    Raises UnknownFamilyError for one without.
+    """
+    try:
+        return inspect(path, reading)
+    except UnknownFamilyError:
+        state = read(path, weights=reading.weights).state
+        mixers = mixers_in({name: tuple(value.shape) for name, value in state.items()})
+        if not mixers:
+            raise
+        count = sum(value.numel() for value in state.values())
+        return ForeignInspection(tuple(mixers), count, sha256(path), sketch(mixers))
 
 
 def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
