@@ -85,9 +85,8 @@ def compare_reductions(
         solved = solve(build, clock.of(method), share)
         if solved is not None:
             distances = measurements.distances(method.settings(solved, seed), range(len(images)))
-            found.append(
-                (float(distances.soft.mean()), Choice(method, solved, float(distances.nats.mean()), len(images)))
-            )
+            choice = Choice(method, solved, float(distances.nats.mean()), len(images))
+            found.append((float(distances.soft.mean()), choice))
     return [choice for _, choice in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -235,7 +235,7 @@ def _compressed(
 
 
 def _judged_on(request: CompressRequest, task: str) -> dict[str, str]:
-    """The kind of the images that both models are judged on, if they are, and the windows that they are seen through."""
+    """The kind of the images that both models are judged on, if they are, and what windows they are seen through."""
     if request.data is None:
         return {}
     windows = {} if request.slide is None else {"evaluation_slide": ",".join(map(str, request.slide))}

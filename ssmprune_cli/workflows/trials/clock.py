@@ -41,11 +41,8 @@ _FRACTIONS = (0.9, 0.6, 0.3)  # of a stage's tokens; the first shows what it cos
 _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
 _SECONDS = 3.0  # for the rows of one reduction
 _ROUNDS = (4, 15)
-_LONG = (
-    0.25  # seconds of a forward pass: for a plan, a part of the batch that takes so long tells the shares, and where
-)
-# one image takes longer, a smaller one: of sides that are multiples of _STEP, as any stage of a dense model halves whole
-_STEP = 32
+_LONG = 0.25  # seconds of a forward pass: for a plan, a part of the batch that takes so long tells the shares
+_STEP = 32  # of the sides of smaller images: every downsampling of a dense model then halves its grid
 _TURNS = 6  # after so many it is asked whether more are needed
 _NARROW = 0.03  # width of an interval, as a share, that needs no more
 _STEADY = 0.15  # width of an interval, as a share, up to which a row is good enough for other runs
@@ -103,8 +100,8 @@ class Clock:
     ) -> list[Timing]:
         """Of several variants and the dense model in turn, for about so many seconds; less where all is steady.
 
-        plan  a part of the batch is enough where all of it takes long, and smaller images where one does, of models that
-              take any
+        plan  a part of the batch is enough where all of it takes long; where one image does, a smaller one of a model that
+              takes any size
         """
         sessions: list[nn.Module] = [self.measurements.session]
         images = [self._batch(self.measurements.model)]
