@@ -100,8 +100,8 @@ class Clock:
     ) -> list[Timing]:
         """Of several variants and the dense model in turn, for about so many seconds; less where all is steady.
 
-        plan  a part of the batch is enough where all of it takes long; where one image does, a smaller one of a model that
-              takes any size
+        plan  a part of the batch is enough where all of it takes long; where one image does, a smaller one of a model
+              that takes any size
         """
         sessions: list[nn.Module] = [self.measurements.session]
         images = [self._batch(self.measurements.model)]
