@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ssmprune_cli.checkpoint import load
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Segmenter

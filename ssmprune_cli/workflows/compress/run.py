@@ -146,12 +146,8 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     if settings is not None:
         model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
     report = _report(request.source, model, recipe, dense, {"weights_sha256": weights})
-    warnings = [
-        *request.source.warnings(),
-        *model.notes,
-        *TASKS.get(model.task).remarks,
-        *rounded(settings, recipe.pruning, model),
-    ]
+    warnings = [*request.source.warnings(), *reference.notes, *TASKS.get(model.task).remarks]
+    warnings += rounded(settings, recipe.pruning, model)
     if request.calib is not None and settings is not None and recipe.pruning.reduction == "auto":
         warnings.append(
             f"The reduction is chosen on the calibration images, which a dry run does not read: this is for "
@@ -177,13 +173,8 @@ def _compressed(
     made = make(request, recipe, reference, progress)
     model, images, settings = made.model, made.images, made.settings
     remarks = TASKS.get(model.task).remarks
-    warnings = [
-        *source.warnings(),
-        *reference.notes,
-        *remarks,
-        *made.warnings,
-        *(() if evaluation is None else evaluation.notes),
-    ]
+    warnings = [*source.warnings(), *reference.notes, *remarks, *made.warnings]
+    warnings += () if evaluation is None else evaluation.notes
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None

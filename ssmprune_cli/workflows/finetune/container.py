@@ -15,8 +15,8 @@ def mm_container(model: Segmenter, state: Mapping[str, Tensor]) -> dict[str, Any
     """Weights in the names of the model, and what their shapes do not tell: a configuration in Python's text, of which
     a reader takes the images and the head."""
     head = model.config.head
-    described = {"type": "UPerHead", "pool_scales": head.pool_scales, "dropout_ratio": head.dropout}
-    text = f"test_pipeline = {_pipeline(model.preprocessing)}\nmodel = {dict(decode_head=described)}\n"
+    described = {"decode_head": {"type": "UPerHead", "pool_scales": head.pool_scales, "dropout_ratio": head.dropout}}
+    text = f"test_pipeline = {_pipeline(model.preprocessing)}\nmodel = {described}\n"
     names = {"CLASSES": model.class_names} if model.class_names else {}
     return {"meta": {"config": text, **names}, "state_dict": dict(state)}
 
