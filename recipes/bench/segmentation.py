@@ -10,7 +10,7 @@ which had no part in any choice, calibrated on and fine-tuned with the images of
 pruned     reductions at equal keep ratios at the default points, and the smaller image that needs as many multiply-adds
            as `drop`; time is the dense model's in turn with it, a batch of --batch-size images of the model's own size
 finetuned  --finetuned at --finetuned-keep before and after --epochs epochs, and the dense model trained for as long
-features   with --detection: how far pruned models' features are from the dense ones', of a segmenter and of a Mask R-CNN
+features   with --detection: how far features of pruned models are from dense ones, of a segmenter and of a Mask R-CNN
            on the same encoder with random weights: squared error as a share of the square, of the encoder's maps and of
            the pyramid that a head makes of them. It says nothing of average precision
 

@@ -119,7 +119,9 @@ class Clock:
             part = max(1, int(self.batch_size * _LONG / once))
             images, once = [each[:part] for each in images], once * part / self.batch_size
             if once > _LONG and self.measurements.model.any_size:
-                images, once = [_smaller(each, _LONG / once) for each in images], _LONG
+                pixels = images[0].numel()
+                images = [_smaller(each, _LONG / once) for each in images]
+                once *= images[0].numel() / pixels
         rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
         taken: list[list[float]] = [[] for _ in sessions]
         timings: list[Timing] = []
