@@ -38,7 +38,15 @@ from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Detector, Segmenter
 from ssmprune_cli.models.heads import MaskRCNNConfig, UperNet
 from ssmprune_cli.preprocessing import KeepRatio
-from ssmprune_cli.pruning import Method, PruneSchedule, choose_alignment, compress, relative_error, restore
+from ssmprune_cli.pruning import (
+    Method,
+    PruneSchedule,
+    TokenPruner,
+    choose_alignment,
+    compress,
+    relative_error,
+    restore,
+)
 from ssmprune_cli.recipe import Training
 from ssmprune_cli.statistics import ratio_of_medians
 from ssmprune_cli.workflows.compare import Comparison
@@ -102,7 +110,7 @@ class Bench:
                 schedule = PruneSchedule.resolve(model.stages, keep=keep, rectangular=method.rectangular)
                 settings = method.settings(schedule, 0)
                 found = comparison.pruned(str(method), "", settings, images)
-                comparison.prune(settings, images)
+                model.pruner = TokenPruner(settings, model.stages, model.mixers)  # not calibrated, it costs the same
                 row(f"{keep:g}", str(method), found, model, comparison.reference.with_pruner(model.pruner))
                 work = work or found.multiply_adds
                 restore(model)
