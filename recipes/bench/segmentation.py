@@ -59,7 +59,6 @@ from ssmprune_cli.workflows.trials import Budget, Images, in_batches, load_image
 from tables import Tables
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-CALIBRATION = 64
 REDUCTIONS = ("drop", "context", "frozen-pairs", "grid-merge")
 SIDE = 256  # the short side of a detector's images: published ones have 800, and take ten times as long
 
@@ -73,7 +72,7 @@ class Bench:
         self.training = open_dataset("segfolder", arguments.data, split="train")
         if arguments.limit is not None and arguments.limit < len(self.judged):
             self.judged = Subset(self.judged, spread(len(self.judged), arguments.limit))
-        self.calibration = calibration_images(arguments.data / "images" / "train", CALIBRATION, 0)
+        self.calibration = calibration_images(arguments.data / "images" / "train", arguments.calibration, 0)
 
     def pruned(self, tables: Tables) -> None:
         """A row for the dense model, and for every reduction and a smaller image at every keep ratio."""
@@ -251,6 +250,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="images/ and annotations/, each with train/ and test/")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--limit", type=int, help="judge on so many test images, always the same")
+    parser.add_argument("--calibration", type=int, default=64, help="images of train that models are calibrated on")
     parser.add_argument("--batch-size", type=int, default=8, help="images that are timed at once")
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of a row")
     parser.add_argument("--finetuned", nargs="*", default=["drop", "grid-merge"], help="reductions")

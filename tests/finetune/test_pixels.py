@@ -168,6 +168,14 @@ def test_what_the_file_would_not_say_is_refused_before_training() -> None:
     model = build("vmamba-upernet", [*SMALL, "encoder.image_size=[32, 64]"], name="a", seed=0)
     with pytest.raises(UsageError, match=r"--checkpoint: .*would be read with another encoder\.image_size"):
         check_container(model, "a")
+    plain = (
+        "encoder.patch_size=8", "encoder.embed_dim=8", "encoder.depth=2", "encoder.out_indices=[0, -1]",
+        "encoder.positions=[4, 6]", "encoder.image_size=[32, 32]", "head.in_channels=[8, 8]", "head.channels=8",
+        "preprocessing.short=32", "preprocessing.long=64",
+    )  # fmt: skip
+    model = build("plainmamba-upernet", plain, name="a", seed=0)
+    with pytest.raises(UsageError, match="could not be read again: the 24 patch positions"):
+        check_container(model, "a")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,10 @@ def check_container(model: Backbone, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pth"
         write_checkpoint(path, model, name=name, epoch=0)
-        read = checkpoint.load(path)
+        try:
+            read = checkpoint.load(path)
+        except CheckpointError as error:
+            raise UsageError(f"the file could not be read again: {error.what}", where="--checkpoint") from error
     different = _different(model.config, read.config)
     if different:
         raise UsageError(
