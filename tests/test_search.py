@@ -21,11 +21,13 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.inference import Session
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.models import resize, sides
+from ssmprune_cli.models import FAMILIES, resize, sides
 from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.heads import UperNetConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+from ssmprune_cli.preprocessing import KeepRatio
 from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, choose_alignment, default_points
 from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergence
 from ssmprune_cli.pruning.method import Method, known_methods
@@ -501,6 +503,32 @@ def test_a_plan_takes_a_part_of_a_batch_that_takes_long(
     variant = Variant(Method("clip", "drop", "none").settings(PruneSchedule((1,), (5,)), 0))
     clock.timing(variant)
     assert sizes == {8}, "what is chosen is timed as it will run"
+
+
+@pytest.mark.parametrize(("longest", "side"), [(1e9, 96), (0.0, 32)])
+def test_a_plan_takes_a_smaller_image_of_a_model_that_takes_any_size(
+    longest: float, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = VMambaConfig((96, 96), embed_dim=8, depths=(1, 2), num_classes=0, out_stages=(0, 1))
+    head = UperNetConfig(in_channels=(8, 16), channels=8, num_classes=3)
+    family = FAMILIES.get("vmamba-upernet")
+    model = family.build(family.config_class(encoder=encoder, head=head, preprocessing=KeepRatio(96, 96)))
+    sizes: set[torch.Size] = set()
+
+    def speeds(sessions: list[Session], images: list[torch.Tensor], rounds: int, **_: int) -> list[Speed]:
+        sizes.update(each.shape for each in images)
+        assert all(session(each).isfinite().all() for session, each in zip(sessions, images, strict=True))
+        return [Speed(1.0, (1.0, 1.0), 1.0, rounds, (1.0,) * rounds) for _ in sessions]
+
+    monkeypatch.setattr(clocks, "interleaved_speeds", speeds)
+    monkeypatch.setattr(clocks, "_LONG", longest)
+    draw = torch.Generator().manual_seed(0)
+    clock = Clock(Measurements(model, torch.randn(2, 3, 96, 96, generator=draw), calibration=2), 1)
+    clock.of(Method("clip", "drop", "none"))
+    assert sizes == {torch.Size((1, 3, side, side))}
+    sizes.clear()
+    clock.timing(Variant(Method("clip", "drop", "none").settings(PruneSchedule((2,), (50,)), 0)))
+    assert sizes == {torch.Size((1, 3, 96, 96))}, "what is chosen is timed as it will run"
 
 
 def test_what_is_slower_than_dense_is_never_chosen(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:

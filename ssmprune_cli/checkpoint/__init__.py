@@ -8,7 +8,7 @@ from ssmprune_cli.checkpoint.hub import Address as HubAddress
 from ssmprune_cli.checkpoint.hub import explained as hub_errors
 from ssmprune_cli.checkpoint.hub import library as hub_library
 from ssmprune_cli.checkpoint.hub import parse as parse_address
-from ssmprune_cli.checkpoint.loading import build_empty, load, load_as, non_finite, resolve, variant_name
+from ssmprune_cli.checkpoint.loading import build_empty, left_out, load, load_as, non_finite, resolve, variant_name
 from ssmprune_cli.checkpoint.reading import Checkpoint, read
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "hub_errors",
     "hub_library",
     "is_compressed",
+    "left_out",
     "load",
     "load_as",
     "non_finite",

@@ -120,7 +120,17 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
         model = build_empty(resolved.family, config, None, values, path)
     # Assigned, so that no weight is initialised only to be replaced.
     model.load_state_dict(values, strict=True, assign=True)
+    model.notes = left_out(checkpoint, resolved)
     return model.eval()
+
+
+def left_out(checkpoint: Checkpoint, resolved: Resolved) -> tuple[str, ...]:
+    """What the file says of its model and is of no use, in sentences: names of another number of classes."""
+    names = checkpoint.hints.class_names
+    if not names or not resolved.family.whole_image or len(names) == resolved.config.num_classes:
+        return ()
+    classes = resolved.config.num_classes
+    return (f"{checkpoint.path.name} names {len(names)} classes, and its head has {classes}: the names are left out.",)
 
 
 def resolve(checkpoint: Checkpoint, reading: Reading = NOTHING_SAID) -> Resolved:

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmprune_cli.cli import columns, formats, output, values
+from ssmprune_cli.cli import columns, formats, output
 from ssmprune_cli.cli.help import DATA, DEVICE, INPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
-    MAX_SIDE,
     AsJson,
     BackendName,
     DeviceName,
     PeerTimeout,
     PrecisionName,
+    Slide,
     dataset_option,
+    pair,
     reads_checkpoints,
-    split,
 )
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.files import distinct_names
@@ -54,16 +54,7 @@ def command(
             min=1, help="Use so many images, drawn at random from equal stretches of the dataset.", rich_help_panel=DATA
         ),
     ] = None,
-    slide: Annotated[
-        str | None,
-        typer.Option(
-            parser=values.numbers("512,341", 1, MAX_SIDE, whole=True, count=2),
-            metavar="CROP,STRIDE",
-            help="Segmentation: look at an image through windows of CROP pixels that move by STRIDE, and not at the "
-            "whole of it.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    slide: Slide = None,
     save_predictions: Annotated[
         Path | None,
         typer.Option(
@@ -121,7 +112,7 @@ def command(
     task = TASKS.get(models[0].task)
     limits.fit(task)
     if slide is not None:
-        crop, stride = (int(side) for side in split(slide))
+        crop, stride = pair(slide)
         task = task.sliding((crop, crop), (stride, stride))
     if save_predictions is not None:
         if not task.saves:

@@ -37,6 +37,8 @@ def command(
     facts = found.to_dict()
     if facts["non_finite"]:
         output.warn(f"{len(facts['non_finite'])} weights hold infinite values or NaN; the file would not be loaded")
-    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    for note in facts["notes"]:
+        output.warn(note)
+    rest = {key: value for key, value in facts.items() if key not in ("sha256", "notes")}
     # On a line of its own, so that it can be compared and copied whole.
     output.emit(Group(facts_table(rest), f"SHA-256 {facts['sha256']}"), facts, as_json=as_json)

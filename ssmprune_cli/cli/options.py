@@ -122,6 +122,17 @@ TimedBatch = Annotated[
     ),
 ]
 
+Slide = Annotated[
+    str | None,
+    typer.Option(
+        parser=values.numbers("512,341", 1, MAX_SIDE, whole=True, count=2),
+        metavar="CROP,STRIDE",
+        help="Segmentation: look at an image through windows of CROP pixels that move by STRIDE, and not at the whole "
+        "of it.",
+        rich_help_panel=DATA,
+    ),
+]
+
 
 def importance_option(help_text: str) -> Any:
     return choice_option("--importance", values.IMPORTANCES, help_text)
@@ -161,6 +172,12 @@ def training_option(flag: str, metavar: str, help_text: str, *, field: str | Non
 def split(text: str) -> list[float]:
     """The numbers of an option that takes several."""
     return [float(part) for part in text.split(",")]
+
+
+def pair(text: str) -> tuple[int, int]:
+    """The two whole numbers of an option."""
+    first, second = split(text)
+    return int(first), int(second)
 
 
 def _of_reading(name: str, help_text: str, metavar: str | None = None, **more: Any) -> Any:

@@ -137,6 +137,8 @@ class Task(ABC, Generic[Score, Compared]):
     unit      of `divergence`
     limits    what a user may demand of a score or a comparison
     most      images that go through a model together, unless the user says how many
+    calibrates  images that models are calibrated and reductions compared on, unless the user says how many: fewer where
+              one has many tokens and takes long. None where a repair wants more
     hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
     saves     whether there is a format for what models answer: see `predictions`
@@ -156,6 +158,7 @@ class Task(ABC, Generic[Score, Compared]):
     key: ClassVar[str]
     unit: ClassVar[str] = "nats"
     most: ClassVar[int] = 1 << 16
+    calibrates: ClassVar[int | None] = None
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
     saves: ClassVar[bool] = False

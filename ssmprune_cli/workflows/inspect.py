@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmprune_cli.adapt import Seen, mixers_in, sketch
-from ssmprune_cli.checkpoint import build_empty, non_finite, read, resolve, sha256, variant_name
+from ssmprune_cli.checkpoint import build_empty, left_out, non_finite, read, resolve, sha256, variant_name
 from ssmprune_cli.errors import UnknownFamilyError, UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
@@ -28,6 +28,7 @@ class Inspection:
     preprocessing   what the model expects of an image; None where nothing says so
     config          the family's configuration
     pruning         settings of the pruner; None for a dense model
+    notes           what the file says and is left out, in sentences
     """
 
     family: str
@@ -48,6 +49,7 @@ class Inspection:
     preprocessing: dict[str, Any] | None
     config: dict[str, Any]
     pruning: dict[str, Any] | None
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,4 +130,5 @@ def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
         preprocessing=preprocessing,
         config=asdict(resolved.config),
         pruning=settings,
+        notes=left_out(checkpoint, resolved),
     )

@@ -113,10 +113,12 @@ class Backbone(nn.Module, ABC):
     family's is an ImageConfig and has `image_size` and `num_classes`.
     `task` names what the answers are: see the tasks wing. With `any_size` it takes images of any height and width, and
     tokens are counted for `image_size`. With `restores` dropped tokens come back, where the grid is made whole again.
+    `notes` are sentences on what its file says and is left out.
     """
 
     task: str = "classification"
     any_size: bool = False
+    notes: tuple[str, ...] = ()
     restores: bool = False
     family: str
     config: Any

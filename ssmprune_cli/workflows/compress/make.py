@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from ssmprune_cli.pruning import (
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import ReductionTrial
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.workflows.compress.reductions import CANDIDATES, compare_reductions
+from ssmprune_cli.workflows.compress.reductions import CANDIDATES, MOST_IMAGES, MOST_SECONDS, Choice, compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
 from ssmprune_cli.workflows.evaluate import spread
@@ -107,9 +107,13 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     few_dense = None if dense is None else dense[rows]
     tried: tuple[ReductionTrial, ...] = ()
     if recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
-        if progress:
-            progress("Comparing reductions")
-        tried = _compared(request, model, recipe, settings, few, few_dense)
+        choices = _compared(request, model, recipe, settings, few, few_dense, progress)
+        tried = _trials(choices)
+        if choices and choices[0].images < min(len(few), MOST_IMAGES):
+            warnings.append(
+                f"The reductions were compared on {choices[0].images} of {len(few)} calibration images, because one "
+                "image takes long. `--calib-images` says how many to take, `--reduction` spares the comparison."
+            )
         best = next((each.reduction for each in tried if each.chosen), None)
         if best is None:
             warnings.append(
@@ -138,8 +142,9 @@ def _compared(
     settings: PruneSettings,
     images: ImageDataset,
     dense: Tensor | None,
-) -> tuple[ReductionTrial, ...]:
-    choices = compare_reductions(
+    progress: Progress | None,
+) -> Sequence[Choice]:
+    return compare_reductions(
         model,
         settings.schedule,
         load_images(model, images),
@@ -151,7 +156,12 @@ def _compared(
         device=request.device,
         dense=dense,
         seed=settings.seed,
+        seconds=math.inf if request.counts_images else MOST_SECONDS,
+        progress=progress and progress("Comparing reductions"),
     )
+
+
+def _trials(choices: Sequence[Choice]) -> tuple[ReductionTrial, ...]:
     return tuple(
         ReductionTrial(
             reduction=each.method.reduction,

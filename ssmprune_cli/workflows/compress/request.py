@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, REDUCTIONS, PruneSettings
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
+from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.compress.settings import for_images, recipe_settings
 from ssmprune_cli.workflows.limits import OF_TASKS, Limits
 from ssmprune_cli.workflows.search import state_file
@@ -37,6 +39,7 @@ class CompressRequest:
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
     data           images with targets, of the kind `dataset`, on which both models are judged; `limit` of them
+    slide          crop and stride of the windows through which they are seen, see `Task.sliding`
     samples        so many of them (or of the calibration images) are put into the artefact, for its report
     dry_run        read no images and write nothing
     command        how to do it again, for the report
@@ -67,6 +70,7 @@ class CompressRequest:
     data: Path | None = None
     dataset: str | None = None
     limit: int | None = None
+    slide: tuple[int, int] | None = None
     samples: int = 4
     limits: Limits = field(default_factory=Limits)
     out: Path | None = None
@@ -142,7 +146,7 @@ class CompressRequest:
         if self.calib is None and self.repair not in (None, "none"):
             raise UsageError("--repair needs --calib, the images to fit it to")
         if self.data is None:
-            for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
+            for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit"), (self.slide, "--slide")):
                 if value is not None:
                     raise UsageError(f"{option} needs --data, the images that it is about")
             self.limits.require(OF_TASKS, "--data, the images to measure accuracy on")
@@ -239,6 +243,20 @@ class CompressRequest:
         if recipe.pruning.repair == "none" and not self.counts_images:
             return recipe.override([f"calibration.images={ALIGNMENT_IMAGES}"])
         return recipe
+
+    def judging(self, task: str) -> Task[Any, Any]:
+        """The task of this name, as its models are judged. Raises UsageError if they cannot be so."""
+        found = TASKS.get(task)
+        if self.slide is None:
+            return found
+        crop, stride = self.slide
+        return found.sliding((crop, crop), (stride, stride))
+
+    def fitted(self, recipe: Recipe, task: Task[Any, Any]) -> Recipe:
+        """`recipe` with as many calibration images as suit `task`, unless it is said how many."""
+        if task.calibrates is None or self.counts_images:
+            return recipe
+        return recipe.override([f"calibration.images={task.calibrates}"])
 
     def settings(self, model: Backbone, recipe: Recipe, **chosen: str) -> PruneSettings | None:
         """What `recipe`, resolved from this request, means for `model`. Raises UsageError for what does not fit."""

@@ -84,7 +84,7 @@ def _evaluation(request: CompressRequest) -> ImageDataset | None:
     if request.data is None:
         return None
     model = request.source.load()
-    task = TASKS.get(model.task)
+    task = request.judging(model.task)
     request.limits.fit(task)
     dataset = task.open(request.data, request.dataset)
     task.check(model, dataset)
@@ -122,7 +122,13 @@ def _search(
         model = make(request, found.recipe, reference, progress).model
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(
-            model, evaluation, compare=reference, limit=request.limit, device=request.device, progress=done
+            model,
+            evaluation,
+            compare=reference,
+            limit=request.limit,
+            task=request.judging(model.task),
+            device=request.device,
+            progress=done,
         )
         verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
         return all(each.holds for each in verdicts)
@@ -140,7 +146,8 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     if settings is not None:
         model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
     report = _report(request.source, model, recipe, dense, {"weights_sha256": weights})
-    warnings = [*request.source.warnings(), *TASKS.get(model.task).remarks, *rounded(settings, recipe.pruning, model)]
+    warnings = [*request.source.warnings(), *reference.notes, *TASKS.get(model.task).remarks]
+    warnings += rounded(settings, recipe.pruning, model)
     if request.calib is not None and settings is not None and recipe.pruning.reduction == "auto":
         warnings.append(
             f"The reduction is chosen on the calibration images, which a dry run does not read: this is for "
@@ -162,15 +169,24 @@ def _compressed(
     source = request.source
     target = resolve_device(request.device)
     reference = source.load().to(target)
-    dense = figures(reference)
+    dense, recipe = figures(reference), request.fitted(recipe, TASKS.get(reference.task))
     made = make(request, recipe, reference, progress)
     model, images, settings = made.model, made.images, made.settings
     remarks = TASKS.get(model.task).remarks
-    warnings = [*source.warnings(), *remarks, *made.warnings, *(() if evaluation is None else evaluation.notes)]
+    warnings = [*source.warnings(), *reference.notes, *remarks, *made.warnings]
+    warnings += () if evaluation is None else evaluation.notes
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
-        result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
+        result = evaluate(
+            model,
+            evaluation,
+            compare=reference,
+            limit=request.limit,
+            task=request.judging(model.task),
+            device=str(target),
+            progress=done,
+        )
     done = progress("Timing") if progress else None
     speed = speed_facts(reference, model, str(target), request.batch_size, done)
     warnings += _slow(speed)
@@ -221,10 +237,11 @@ def _compressed(
 
 
 def _judged_on(request: CompressRequest, task: str) -> dict[str, str]:
-    """The kind of the images that both models are judged on, if they are."""
+    """The kind of the images that both models are judged on, if they are, and what windows they are seen through."""
     if request.data is None:
         return {}
-    return {"evaluation_dataset": request.dataset or TASKS.get(task).kind(request.data)}
+    windows = {} if request.slide is None else {"evaluation_slide": ",".join(map(str, request.slide))}
+    return {"evaluation_dataset": request.dataset or TASKS.get(task).kind(request.data), **windows}
 
 
 def _targeted(report: Report, request: CompressRequest) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Hints, ImageConfig
+from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Hints, ImageConfig, Segmenter
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
+from ssmprune_cli.workflows.finetune.container import mm_container
 
 _IMAGES = [field.name for field in fields(ImageConfig) if field.name != "resized_from"]  # which no new model is
 _GRID = {"image_size", "stride"}  # settings that change how many tokens there are, and no weight but their positions
@@ -58,7 +60,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
         raise UsageError(f"the settings of {family} are not valid: {'; '.join(faults)}") from error
     torch.manual_seed(seed)
     model = known.build(config)
-    if isinstance(model, DenseModel):  # of which no checkpoint is written
+    if isinstance(model, DenseModel):  # whose file says what its weights do not: see `check_container`
         return model
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     images = {name: getattr(config, name) for name in _IMAGES}
@@ -83,12 +85,36 @@ def _settings(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "resized_from"}
 
 
-def check_container(model: Backbone) -> None:
-    """Raises UsageError for a model that `write_checkpoint` has no container for."""
-    if isinstance(model, DenseModel):
+def check_container(model: Backbone, name: str) -> None:
+    """Raises UsageError for a model that would not be read back as it is from what `write_checkpoint` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        write_checkpoint(path, model, name=name, epoch=0)
+        try:
+            read = checkpoint.load(path)
+        except CheckpointError as error:
+            raise UsageError(f"the file could not be read again: {error.what}", where="--checkpoint") from error
+    different = _different(model.config, read.config)
+    if different:
         raise UsageError(
-            f"no checkpoint of a {model.family} is written", where="--checkpoint", hint="The folder `last` holds it."
+            f"the file would be read with another {', '.join(different)}",
+            where="--checkpoint",
+            hint="The folder `last` holds every setting; a file holds those that published ones do.",
         )
+
+
+def _different(config: Any, other: Any, outer: str = "") -> list[str]:
+    """Names of the settings in which two configurations differ."""
+    if type(config) is not type(other):
+        return [outer.rstrip(".") or "family"]
+    found = []
+    for each in fields(config):
+        own, theirs = getattr(config, each.name), getattr(other, each.name)
+        if is_dataclass(own):
+            found += _different(own, theirs, f"{outer}{each.name}.")
+        elif own != theirs:
+            found.append(f"{outer}{each.name}")
+    return found
 
 
 def start_from(model: Backbone, path: Path, reading: Reading = NOTHING_SAID) -> None:
@@ -113,22 +139,19 @@ def start_from(model: Backbone, path: Path, reading: Reading = NOTHING_SAID) -> 
 
 
 def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> None:
-    """Write `model` in the container of the Vim authors, weights in float16, through a temporary file.
+    """Write `model` in the container of the Vim authors, a segmenter in mmsegmentation's, weights in float16, through a
+    temporary file.
 
     `name` becomes `args.model`, from which a loader tells layouts with equal keys apart. Raises CheckpointError.
     """
-    container = {
-        "model": {
-            key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()
-        },
-        "epoch": epoch,
-        "args": argparse.Namespace(
-            model=name,
-            input_size=model.image_size[0],
-            nb_classes=model.num_classes,
-            **{name: getattr(model.config, name) for name in _IMAGES},
-        ),
-    }
+    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    container: dict[str, Any]
+    if isinstance(model, Segmenter):
+        container = mm_container(model, state)
+    else:
+        stated = {name: getattr(model.config, name) for name in _IMAGES}
+        size = {"input_size": model.image_size[0], "nb_classes": model.num_classes}
+        container = {"model": state, "epoch": epoch, "args": argparse.Namespace(model=name, **size, **stated)}
     content = io.BytesIO()  # saved in memory first: torch.save to a path would put that path's name into the bytes
     torch.save(container, content)
     temporary = path.with_name(path.name + ".tmp")

@@ -354,6 +354,7 @@ _ORIGINS = {
     "calibration_images": "calibration images",
     "calibration_sha256": "their SHA-256",
     "evaluation_dataset": "kind of the evaluation images",
+    "evaluation_slide": "windows that they are seen through (crop, stride; pixels)",
     "evaluation_sha256": "SHA-256 of the names and labels of the evaluation images",
 }
 

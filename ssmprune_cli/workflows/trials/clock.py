@@ -42,6 +42,7 @@ _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
 _SECONDS = 3.0  # for the rows of one reduction
 _ROUNDS = (4, 15)
 _LONG = 0.25  # seconds of a forward pass: for a plan, a part of the batch that takes so long tells the shares
+_STEP = 32  # of the sides of smaller images: every downsampling of a dense model then halves its grid
 _TURNS = 6  # after so many it is asked whether more are needed
 _NARROW = 0.03  # width of an interval, as a share, that needs no more
 _STEADY = 0.15  # width of an interval, as a share, up to which a row is good enough for other runs
@@ -99,7 +100,8 @@ class Clock:
     ) -> list[Timing]:
         """Of several variants and the dense model in turn, for about so many seconds; less where all is steady.
 
-        plan  a part of the batch is enough where all of it takes long
+        plan  a part of the batch is enough where all of it takes long; where one image does, a smaller one of a model
+              that takes any size
         """
         sessions: list[nn.Module] = [self.measurements.session]
         images = [self._batch(self.measurements.model)]
@@ -116,6 +118,10 @@ class Clock:
         if plan and once > _LONG:
             part = max(1, int(self.batch_size * _LONG / once))
             images, once = [each[:part] for each in images], once * part / self.batch_size
+            if once > _LONG and self.measurements.model.any_size:
+                pixels = images[0].numel()
+                images = [_smaller(each, _LONG / once) for each in images]
+                once *= images[0].numel() / pixels
         rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
         taken: list[list[float]] = [[] for _ in sessions]
         timings: list[Timing] = []
@@ -133,6 +139,12 @@ class Clock:
         """Black images: token counts are static, so that what they show makes no difference."""
         like = next(model.parameters())
         return torch.zeros(self.batch_size, 3, *model.image_size, device=like.device, dtype=like.dtype)
+
+
+def _smaller(images: Tensor, share: float) -> Tensor:
+    """Images of about this share of the pixels, black as they are."""
+    height, width = (max(_STEP, _STEP * round(side * math.sqrt(share) / _STEP)) for side in images.shape[2:])
+    return images.new_zeros(*images.shape[:2], height, width)
 
 
 def _width(timing: Timing) -> float:
