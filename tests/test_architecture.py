@@ -25,7 +25,7 @@ LAYERS = [
     {"kernels"},
     {"catalogue"},
     {"interface", "recipe", "report", "tokens"},
-    {"files", "grids", "preprocessing", "registry", "statistics"},
+    {"files", "grids", "plugins", "preprocessing", "registry", "statistics"},
     {"errors"},
 ]
 FORBIDDEN = {
@@ -43,6 +43,7 @@ TORCH_FREE = (
     "registry",
     "errors",
     "preprocessing",
+    "plugins",
     "cli",
 )
 
