@@ -131,6 +131,7 @@ SIZES: dict[str, dict[str, object]] = {
         "conv_bias": True,
         "mlp_ratio": 0.0,
     },
+    "localvmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1), "d_state": 4},
     "medmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1), "d_state": 4},
     "efficientvmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1, 1, 1), "d_state": 4},
     "mambavision": {

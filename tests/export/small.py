@@ -17,7 +17,13 @@ PLAIN: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "de
 VMAMBA: dict[str, Any] = {"image_size": 16, "embed_dim": 8, "depths": (1, 2), "num_classes": 5}
 EFFICIENT: dict[str, Any] = {**VMAMBA, "depths": (2, 1, 1, 1)}
 VISION: dict[str, Any] = {"image_size": 64, "in_dim": 8, "embed_dim": 8, "depths": (1, 1, 3, 1), "num_classes": 5}
-SIZES = {"plainmamba": PLAIN, "vmamba": VMAMBA, "efficientvmamba": EFFICIENT, "mambavision": VISION}
+SIZES = {
+    "plainmamba": PLAIN,
+    "vmamba": VMAMBA,
+    "localvmamba": VMAMBA,
+    "efficientvmamba": EFFICIENT,
+    "mambavision": VISION,
+}
 
 
 def make(family: str, reduction: str | None = None, **more: Any) -> Backbone:

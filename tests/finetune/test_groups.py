@@ -26,6 +26,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "localvim": ("localvim", MAMBA),
     "plainmamba": ("plainmamba", {**PLAIN, "dw_layers": (1,), "out_indices": (0, 1)}),
     "vmamba": ("vmamba", {**VMAMBA, "out_stages": (0, 1)}),
+    "localvmamba": ("localvmamba", VMAMBA),
     "medmamba": ("medmamba", VMAMBA),
     "efficientvmamba": ("efficientvmamba", {**VMAMBA, "depths": (1, 1, 1, 1)}),
     "mambavision": ("mambavision", VISION),

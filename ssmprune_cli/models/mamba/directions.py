@@ -24,7 +24,7 @@ def checked_directions(directions: Directions, depth: int) -> Directions:
 
 
 def settled_directions(hints: Hints, fitting: Mapping[str, Directions]) -> Directions:
-    """As the file states, else those of the one published model, by name, that is `fitting`. CheckpointError without."""
+    """As the file states, else those of the one published model that is `fitting`, by name. CheckpointError without."""
     stated = hints.settings.get("directions", ())
     if len(stated) == 1 and isinstance(stated[0], tuple):
         directions: Directions = stated[0]

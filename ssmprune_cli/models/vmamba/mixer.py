@@ -124,7 +124,7 @@ class VMambaMixer(nn.Module, Mixer):
         return projected, statistics
 
     def merge(self, ys: Sequence[Tensor], sequence: TokenSequence) -> Tensor:
-        """What becomes of the outputs of all directions, (B, L, E) each: their sum. Of one, which is that sum, itself."""
+        """The sum of all directions' outputs (B, L, E); of one, which is that sum, itself."""
         if len(ys) == 1:
             return ys[0]
         # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
