@@ -131,7 +131,7 @@ def export(
     random = torch.Generator().manual_seed(0)
 
     def noise(count: int) -> Tensor:
-        return torch.randn(count, 3, *model.image_size, generator=random).to(device, model.dtype)
+        return torch.randn(count, *model.input_shape, generator=random).to(device, model.dtype)
 
     shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")

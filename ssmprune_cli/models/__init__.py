@@ -40,6 +40,7 @@ from ssmprune_cli.models.mamba import (
     LOCALVIM,
     MAMBA_REG,
     VIDEOMAMBA,
+    VIDEOMAMBA_CLIPS,
     VIM,
     BranchMixer,
     CausalConv1d,
@@ -62,6 +63,7 @@ from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer
 
 FAMILIES.register("vim", VIM)
 FAMILIES.register("videomamba", VIDEOMAMBA)
+FAMILIES.register("videomamba-clips", VIDEOMAMBA_CLIPS)
 FAMILIES.register("mambar", MAMBA_REG)
 FAMILIES.register("localvim", LOCALVIM)
 FAMILIES.register("plainmamba", PLAINMAMBA)

@@ -95,7 +95,7 @@ class EvaluationImages:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._kept is None and 4 * len(self) * 3 * math.prod(self._model.image_size) <= KEPT_BYTES:
+        if self._kept is None and 4 * len(self) * math.prod(self._model.input_shape) <= KEPT_BYTES:
             self._kept = list(self._read())
         yield from self._read() if self._kept is None else self._kept
 
@@ -320,7 +320,7 @@ class Comparison:
         return self.reference.with_pruner(self.model.pruner)
 
     def _batch(self, model: Backbone) -> Tensor:
-        return torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
+        return torch.zeros(self.batch_size, *model.input_shape, device=self.device)
 
     def _calibration(self, model: Backbone, dataset: ImageDataset) -> Sequence[Tensor]:
         return in_batches(load_images(model, dataset), self.batch_size)

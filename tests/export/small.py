@@ -33,7 +33,7 @@ def make(family: str, reduction: str | None = None, **more: Any) -> Backbone:
     sizes = SIZES.get(family, MAMBA)
     model = known.build(known.config_class(**{**sizes, **more}))
     if reduction is not None:
-        compress(model, 0.5, points=[2] if family == "vmamba" else [1], reduction=reduction)
+        compress(model, 0.5, points=[2] if family in ("vmamba", "localvmamba") else [1], reduction=reduction)
     return model
 
 

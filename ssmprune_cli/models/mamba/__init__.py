@@ -12,12 +12,14 @@ from ssmprune_cli.models.mamba.localvim import LOCALVIM
 from ssmprune_cli.models.mamba.mambar import MAMBA_REG
 from ssmprune_cli.models.mamba.mixer import BranchMixer, CausalConv1d, MambaMixer, StepProjection, s4d_real
 from ssmprune_cli.models.mamba.videomamba import VIDEOMAMBA
+from ssmprune_cli.models.mamba.videomamba_clips import VIDEOMAMBA_CLIPS
 from ssmprune_cli.models.mamba.vim import VIM
 
 __all__ = [
     "LOCALVIM",
     "MAMBA_REG",
     "VIDEOMAMBA",
+    "VIDEOMAMBA_CLIPS",
     "VIM",
     "BranchMixer",
     "CausalConv1d",

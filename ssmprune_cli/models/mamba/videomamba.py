@@ -45,10 +45,14 @@ class VideoMamba(MambaBackbone):
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__(config)
-        self.cls_token = embedding(1, config.embed_dim)
-        self.pos_embed = embedding(self.num_tokens, config.embed_dim)
+        self.make_tokens()
         self.add_blocks(kind="v2" if config.bimamba else "none", halve=False)
         self.head = classifier(config.embed_dim, config.num_classes)
+
+    def make_tokens(self) -> None:
+        """Make the class token and the positions."""
+        self.cls_token = embedding(1, self.config.embed_dim)
+        self.pos_embed = embedding(self.num_tokens, self.config.embed_dim)
 
     def embed(self, images: Tensor) -> TokenSequence:
         patches = self.patch_embed(images)

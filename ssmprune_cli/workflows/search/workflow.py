@@ -176,6 +176,8 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         raise UsageError("no method of these names both saves work and fits together, so there is nothing to search")
     model = source.load().to(resolve_device(plan.device))
     task = TASKS.get(model.task)
+    if model.stages[0].frames > 1:
+        plan = replace(plan, methods=[method for method in plan.methods if not method.rectangular])
     timed, judged = task.at_once(8, plan.batch_size), task.at_once(plan.calibration.batch_size)
     plan = replace(plan, batch_size=timed, calibration=plan.calibration.model_copy(update={"batch_size": judged}))
     dataset = calibration_images(plan.calib, plan.calibration.images, plan.calibration.seed)
