@@ -196,7 +196,7 @@ def _tables(names: list[str], result: Evaluation) -> Group:
         speeds.append(result.dense_images_per_second)
     what = f"{result.count:,} images"
     if result.views is not None:
-        what = f"{result.count:,} clips, {result.views} views of each (segments x crops)"
+        what = f"{result.count:,} clips, {result.views}"
     table = Table(title=f"{what}, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:

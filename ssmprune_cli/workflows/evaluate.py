@@ -36,7 +36,8 @@ class Views:
         return replace(way, segments=self.segments, crops=self.crops)
 
     def __str__(self) -> str:
-        return f"{self.segments} x {self.crops}"
+        counts = ((self.segments, "segment"), (self.crops, "crop"))
+        return " x ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts)
 
 
 @dataclass(frozen=True)

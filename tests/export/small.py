@@ -23,6 +23,7 @@ SIZES = {
     "localvmamba": VMAMBA,
     "efficientvmamba": EFFICIENT,
     "mambavision": VISION,
+    "videomamba-clips": {**MAMBA, "num_frames": 2},
 }
 
 

@@ -21,6 +21,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vim with two class tokens": ("vim", {**MAMBA, "class_token": "double"}),
     "vim with rope and shared projections": ("vim", {**MAMBA, "rope": True, "mixer": "v1"}),
     "videomamba": ("videomamba", MAMBA),
+    "videomamba-clips": ("videomamba-clips", MAMBA),
     "mambar": ("mambar", {**MAMBA, "num_cls_tokens": 4, "cls_reduce": 2}),
     "mambar without neck": ("mambar", {**MAMBA, "num_cls_tokens": 4}),
     "localvim": ("localvim", MAMBA),

@@ -7,7 +7,7 @@ the frame in the clip. Letters: B batch, F frames, T tubelets, d model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class VideoMambaClipsConfig(VideoMambaConfig):
     num_classes: int = 400
     num_frames: int = 8
     tubelet: int = 1
-    eval_crop_ratio: float | None = 1.0
-    interpolation: Interpolation = "bilinear"
+    eval_crop_ratio: float | None = field(default=1.0, kw_only=True)
+    interpolation: Interpolation = field(default="bilinear", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -127,8 +127,8 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Any]:
 
 
 def pixels(images: Tensor, preprocessing: Preprocessing | KeepRatio) -> NDArray[np.uint8]:
-    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first; of clips (B, 3, T, H, W) all frames, one below
-    the other."""
+    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first; of clips (B, 3, T, H, W) all frames, one
+    below the other."""
     if images.ndim == 5:
         images = images.flatten(2, 3)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
