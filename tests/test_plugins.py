@@ -127,6 +127,7 @@ def test_a_name_of_no_family_lists_those_of_packages_too(site: Path, checkpoint:
     done = run(site, "inspect", checkpoint, "--family", "rigde")
     assert done.returncode == 2
     assert "did you mean 'ridge'?" in done.stderr
+    assert json.loads(run(site, "env", "--json").stdout)["families"]["ridge"] == "ssmprune-ridge 1.5"
 
 
 def test_without_the_package_its_folder_says_what_is_known() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import ssmprune_cli as ssmprune
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
 from ssmprune_cli.inference import prepare
@@ -135,6 +137,21 @@ def test_scores_calibrate_on_clips(importance: str) -> None:
     seen = compress(model, 0.5, points=[1], importance=importance, calibration=clips(4), repair="none")
     assert seen is not None and seen.images == 4
     assert model(clips()).isfinite().all()
+
+
+def test_python_calibrates_on_clips_on_the_disk(tmp_path: Path) -> None:
+    """A list of them, in its order, or a folder."""
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for moment in range(4):
+            pixels = torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{moment}.png")
+        files.append(tmp_path / name)
+    model = build()
+    for given in (files, tmp_path):
+        seen = ssmprune.compress(model, keep=0.5, points=[1], calibration=given, repair="none")
+        assert seen is not None and seen.images == 2
 
 
 def test_a_grid_of_several_frames_is_not_merged() -> None:
