@@ -41,7 +41,7 @@ def _problem(name: str, family: Any, families: Registry[Family]) -> str | None:
         return "the name is taken"
     if family.name != name:
         return f"its record has another name, {family.name!r}"
-    config = family.config_class
+    config: Any = family.config_class
     if not (isinstance(config, type) and issubclass(config, ImageConfig) and is_dataclass(config)):
         return "its config_class is no dataclass of ImageConfig's kind"
     taken = {variant for _, known in families.items() for variant in known.variants}
@@ -74,5 +74,5 @@ def _guarded(family: Family, plugin: Plugin) -> Family:
 
         return run
 
-    steps = {name: guarded(name) for name in ("configure", "build", "remap", "resize", "fills")}
+    steps: dict[str, Any] = {name: guarded(name) for name in ("configure", "build", "remap", "resize", "fills")}
     return replace(family, matches=matches, **steps)

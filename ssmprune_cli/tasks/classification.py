@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     """A result is the rank of the right class among the logits: 0 for a right answer."""
 
     name = "classification"
-    datasets = ("imagenet", "imagefolder", "cifar10", "cifar100", "npz")
+    datasets: ClassVar[tuple[str, ...]] = ("imagenet", "imagefolder", "cifar10", "cifar100", "npz")
     section = "accuracy"
     quality = "accuracy"
     parts = ("class", "classes")

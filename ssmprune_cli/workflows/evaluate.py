@@ -33,7 +33,8 @@ class Views:
 
     def of(self, way: Any) -> ClipPreprocessing:
         """What each is prepared for, by the `way` of a model of clips."""
-        return replace(way, segments=self.segments, crops=self.crops)
+        prepared: ClipPreprocessing = replace(way, segments=self.segments, crops=self.crops)
+        return prepared
 
     def __str__(self) -> str:
         counts = ((self.segments, "segment"), (self.crops, "crop"))

@@ -115,7 +115,7 @@ def mixed_by_hand(
     convolved = functional.silu(mixer.conv2d(image.view(1, inner, *grid))).flatten(2)[0].T  # (G, E)
     rates, skips = -mixer.A_logs.exp().unflatten(0, (4, -1)), mixer.Ds.unflatten(0, (4, -1))
     total = torch.zeros(len(kept), inner, dtype=x.dtype)
-    gate = mixer.multi_scan["attn"]
+    gate: Any = mixer.multi_scan["attn"]
     for number, direction in enumerate(mixer.routes):
         state, started = torch.zeros(inner, state_size, dtype=x.dtype), False
         result = torch.zeros_like(total)

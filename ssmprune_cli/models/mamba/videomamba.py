@@ -7,6 +7,7 @@ directions are added without halving. See `mamba_checkpoint` for how files are t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class VideoMamba(MambaBackbone):
     """See VideoMambaConfig."""
 
     family = "videomamba"
-    tokens = ("cls_token", "pos_embed")
+    tokens: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")
     config: VideoMambaConfig
 
     def __init__(self, config: VideoMambaConfig) -> None:

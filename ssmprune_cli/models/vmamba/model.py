@@ -81,7 +81,7 @@ class VMambaConfig(ImageConfig):
         """The mixer of a block of this width; `block` counts from the first of the model."""
         return VMambaMixer(dim, **self.mixer_sizes(dim))
 
-    def mixer_sizes(self, dim: int) -> dict[str, int]:
+    def mixer_sizes(self, dim: int) -> dict[str, Any]:
         """What a mixer of this width is made with."""
         return {
             "d_inner": int(self.ssm_ratio * dim),

@@ -128,6 +128,7 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         distance=task.divergence,
     )
     result = repaired()
+    warnings += images.notes  # what was noticed when they were read
     return Made(model, settings, images, seen, result, tried, tuple(warnings))
 
 

@@ -171,6 +171,7 @@ def _compressed(
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
         result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
+        warnings += evaluation.notes  # what was noticed when they were read
     done = progress("Timing") if progress else None
     speed = speed_facts(reference, model, str(target), request.batch_size, done)
     warnings += _slow(speed)

@@ -226,6 +226,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         state=state,
         load=load if plan.resize else None,
     )
+    warnings += [note for note in dataset.notes if note not in warnings]  # what was noticed when they were read
     clock = Clock(measurements, timed, TimeTable.of(model, plan.device, timed))
     return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
 
