@@ -52,7 +52,7 @@ def clips(count: int = 2) -> Tensor:
 
 
 def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"videomamba_{size}_f8.json").read_text(encoding="utf-8"))["keys"]
+    keys = json.loads((GOLDEN / "shapes" / f"clips_videomamba_{size}_f8.json").read_text(encoding="utf-8"))["keys"]
     return {key: tuple(shape) for key, shape in keys.items()}
 
 
