@@ -23,6 +23,7 @@ class Stage:
     grid         rows and columns of patch tokens of the dense model
     protected    positions in the dense sequence that may never be dropped (class and register tokens)
     stride       of the downsampling before it: each side is that of the grid before over this, rounded up
+    frames       of a clip that the grid is of, one below the other
     """
 
     start: int
@@ -30,6 +31,7 @@ class Stage:
     grid: tuple[int, int]
     protected: tuple[int, ...] = ()
     stride: int = 1
+    frames: int = 1
 
     @property
     def num_patches(self) -> int:

@@ -31,6 +31,19 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class ClipPreprocessing(Preprocessing):
+    """What a model of clips expects: `frames` of a video, all prepared alike. See data/clips.py.
+
+    segments, crops  views: how often a clip is sampled, from one moment on each, and how many squares of the frames are
+                     seen, from one end of the long side to the other
+    """
+
+    frames: int = 8
+    segments: int = 1
+    crops: int = 1
+
+
+@dataclass(frozen=True)
 class KeepRatio:
     """What a dense model expects: the whole image in proportion, as mmsegmentation and mmdetection prepare it.
 

@@ -31,7 +31,7 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Tri
 
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
 _FOREIGN = (
-    ("temporal_pos_embedding", "VideoMamba for videos"),
+    ("temporal_pos_embedding", "a VideoMamba for videos without its classifier, as masked pretraining leaves it"),
     ("backbone.embedding.weight", "a Mamba language model"),
     ("backbone.embeddings.weight", "a Mamba language model"),
 )

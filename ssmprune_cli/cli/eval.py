@@ -55,6 +55,26 @@ def command(
         ),
     ] = None,
     slide: Slide = None,
+    segments: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Videos: sample each clip so often, from other moments on, and judge the mean [default: 1; the "
+            "authors of VideoMamba take 4].",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    crops: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Videos: look at so many squares along the long side of the frames [default: 1, the middle; the "
+            "authors of VideoMamba take 3].",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     save_predictions: Annotated[
         Path | None,
         typer.Option(
@@ -93,7 +113,7 @@ def command(
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.tasks import TASKS, Estimate
-    from ssmprune_cli.workflows.evaluate import evaluate
+    from ssmprune_cli.workflows.evaluate import Views, evaluate
     from ssmprune_cli.workflows.limits import Limits, enforce
     from ssmprune_cli.workflows.measure import count_flops, in_precision
     from ssmprune_cli.workflows.processes import join_processes
@@ -127,6 +147,7 @@ def command(
             limit=limit,
             compare=models[1] if compare else None,
             task=task,
+            views=None if segments is None and crops is None else Views(segments or 1, crops or 1),
             device=device,
             progress=advance,
         )
@@ -164,11 +185,17 @@ def _tables(names: list[str], result: Evaluation) -> Group:
     if result.comparison is not None and result.dense_images_per_second is not None:
         scores.append(result.task.dense(result.comparison))
         speeds.append(result.dense_images_per_second)
-    table = Table(title=f"{result.count:,} images, {result.dtype}", title_justify="left")
+    what = f"{result.count:,} images"
+    if result.views is not None:
+        what = f"{result.count:,} clips, {result.views}"
+    table = Table(title=f"{what}, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
-    for row in (*result.task.table(scores), ["images per second", *(f"{speed:.1f}" for speed in speeds)]):
+    for row in (
+        *result.task.table(scores),
+        [f"{'images' if result.views is None else 'clips'} per second", *(f"{speed:.1f}" for speed in speeds)],
+    ):
         table.add_row(*row)
     shown: list[Table | str] = [table]
     if lines := result.task.by_part(scores):

@@ -39,6 +39,7 @@ def command(
         output.warn(f"{len(facts['non_finite'])} weights hold infinite values or NaN; the file would not be loaded")
     for note in facts["notes"]:
         output.warn(note)
-    rest = {key: value for key, value in facts.items() if key not in ("sha256", "notes")}
+    of_clips = () if facts["frames"] else ("frames", "tubelet")
+    rest = {key: value for key, value in facts.items() if key not in ("sha256", "notes", *of_clips)}
     # On a line of its own, so that it can be compared and copied whole.
     output.emit(Group(facts_table(rest), f"SHA-256 {facts['sha256']}"), facts, as_json=as_json)

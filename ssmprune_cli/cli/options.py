@@ -188,7 +188,14 @@ def _of_reading(name: str, help_text: str, metavar: str | None = None, **more: A
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "family": (
         str | None,
-        choice_option("--family", values.FAMILIES, "Model family, if it cannot be told from the file", INPUT),
+        _of_reading(
+            "family",
+            f"Model family, if it cannot be told from the file: {values.listed(values.FAMILIES)}. Installed packages "
+            "can add others.",
+            "NAME",
+            parser=values.family,
+            autocompletion=lambda: values.FAMILIES,
+        ),
     ),
     "variant": (
         str | None,

@@ -8,10 +8,12 @@ from pathlib import Path
 from ssmprune_cli.data.ade20k import is_ade20k, open_ade20k
 from ssmprune_cli.data.calibration import calibration_images, fingerprint, listed_images, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
+from ssmprune_cli.data.clips import listed_clips, sampled
 from ssmprune_cli.data.coco import Annotation, Objects, open_coco
 from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
+from ssmprune_cli.data.kinetics import open_kinetics
 from ssmprune_cli.data.loader import Batch, batches, unprepared
 from ssmprune_cli.data.masks import NOT_JUDGED
 from ssmprune_cli.data.npz import open_npz
@@ -28,6 +30,7 @@ DATASETS.register("npz", open_npz)
 DATASETS.register("ade20k", open_ade20k)
 DATASETS.register("segfolder", open_segfolder)
 DATASETS.register("coco", open_coco)
+DATASETS.register("kinetics", open_kinetics)
 
 
 def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset:
@@ -57,10 +60,12 @@ __all__ = [
     "framed",
     "in_colour",
     "is_ade20k",
+    "listed_clips",
     "listed_images",
     "normalised",
     "open_dataset",
     "prepare_image",
+    "sampled",
     "some_images",
     "to_rgb",
     "unprepared",

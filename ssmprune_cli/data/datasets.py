@@ -12,6 +12,7 @@ from PIL import Image
 
 from ssmprune_cli.data.image_file import read_image
 from ssmprune_cli.errors import shown
+from ssmprune_cli.preprocessing import ClipPreprocessing
 
 Split = Literal["train", "val"]
 Target = object
@@ -22,7 +23,12 @@ SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val
 
 
 class ImageDataset(ABC):
-    """Images by index, with targets or without. Reading is safe from several threads."""
+    """Images by index, with targets or without. Reading is safe from several threads.
+
+    clips  whether these are clips, of which a model is given several frames
+    """
+
+    clips: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -30,6 +36,15 @@ class ImageDataset(ABC):
     @abstractmethod
     def image(self, index: int) -> Image.Image:
         """The decoded image, in any mode. Raises DataError naming it if it cannot be read."""
+
+    def frames(self, index: int, way: ClipPreprocessing) -> list[Image.Image]:
+        """The frames that a model of clips is given of one, for each segment of `way` in turn. Only of clips."""
+        raise NotImplementedError
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of mode, size and pixels."""
+        image = self.image(index)
+        return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
 
     @abstractmethod
     def target(self, index: int) -> Target:
@@ -114,8 +129,18 @@ class Subset(ImageDataset):
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def clips(self) -> bool:  # type: ignore[override]
+        return self._dataset.clips
+
     def image(self, index: int) -> Image.Image:
         return self._dataset.image(self._indices[index])
+
+    def frames(self, index: int, way: ClipPreprocessing) -> list[Image.Image]:
+        return self._dataset.frames(self._indices[index], way)
+
+    def digest(self, index: int) -> bytes:
+        return self._dataset.digest(self._indices[index])
 
     def target(self, index: int) -> Target:
         return self._dataset.target(self._indices[index])

@@ -12,18 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmprune_cli.data.clips import prepare_clip
 from ssmprune_cli.data.datasets import ImageDataset, Target
 from ssmprune_cli.data.image_file import one_image
 from ssmprune_cli.data.preprocess import prepare_image
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing
+from ssmprune_cli.preprocessing import ClipPreprocessing, Frame, KeepRatio, Preprocessing
 
 _AHEAD = 2  # batches read while the model works on one
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, 3, H, W) float32; and of each its target, its frame and a name."""
+    """`images` (B, 3, H, W) float32, of clips (B, 3, T, H, W) or with several views (B, views, 3, T, H, W); and of each
+    its target, its frame and a name."""
 
     images: Tensor = field(repr=False)
     targets: tuple[Target, ...] = field(repr=False)
@@ -32,7 +34,7 @@ class Batch:
 
 
 class _Loaded(NamedTuple):
-    image: Tensor  # (3, H, W)
+    image: Tensor  # (3, H, W), or see Batch
     target: Target
     frame: Frame
     name: str
@@ -42,14 +44,22 @@ def batches(dataset: ImageDataset, way: Preprocessing | KeepRatio, batch_size: i
     """The images of `dataset` in order, `batch_size` at a time, or fewer: a batch ends where the size of the prepared
     image changes, and the last one ends with the dataset.
 
-    Raises DataError naming the image that cannot be read, when its batch is due.
+    Raises DataError naming the image that cannot be read, when its batch is due; before, for clips that are to be
+    prepared as images, and the other way round.
     """
+    if dataset.clips != isinstance(way, ClipPreprocessing):
+        given, taken = ("clips", "images") if dataset.clips else ("images", "clips")
+        raise DataError(f"these are {given}, and the model takes {taken}", where=dataset.name(0))
 
     def load(index: int) -> _Loaded:
         with one_image():
-            image = dataset.image(index)
+            images = dataset.frames(index, way) if isinstance(way, ClipPreprocessing) else [dataset.image(index)]
             try:
-                prepared, frame = prepare_image(image, way)
+                if isinstance(way, ClipPreprocessing):
+                    size = (images[0].height, images[0].width)
+                    prepared, frame = prepare_clip(images, way), Frame(size, (way.crop, way.crop))
+                else:
+                    prepared, frame = prepare_image(images[0], way)
             except (ValueError, OSError, MemoryError) as error:
                 raise unprepared(error, dataset.name(index)) from error
             return _Loaded(prepared, dataset.target(index), frame, dataset.name(index))

@@ -32,7 +32,7 @@ TARGETS.register("pt2", PT2)
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
 # Of the answers that have to be the same. Of millions of pixels a few have two classes that are as likely.
-_AGREEMENTS = {"classification": 1.0, "segmentation": 0.999}
+_AGREEMENTS = {"classification": 1.0, "video-classification": 1.0, "segmentation": 0.999}
 _CHECKED = (1, 3)  # sizes of the batches that a file for any is checked with
 
 
@@ -131,7 +131,7 @@ def export(
     random = torch.Generator().manual_seed(0)
 
     def noise(count: int) -> Tensor:
-        return torch.randn(count, 3, *model.image_size, generator=random).to(device, model.dtype)
+        return torch.randn(count, *model.input_shape, generator=random).to(device, model.dtype)
 
     shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")

@@ -89,7 +89,7 @@ class Session(nn.Module, ABC):
         if not isinstance(definition, Backbone):
             return Explanation(self.kind, self._refused, (), self.notes())
         with self._journal.listening() as steps, torch.inference_mode():
-            self.observed(torch.zeros(1, 3, *definition.image_size, device=self.device, dtype=self.dtype))
+            self.observed(torch.zeros(1, *definition.input_shape, device=self.device, dtype=self.dtype))
         steps_of_all = complete(steps, len(definition.mixers), self.silent, self.reasons())
         return Explanation(self.kind, self._refused, steps_of_all, self.notes())
 

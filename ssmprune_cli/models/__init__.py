@@ -7,10 +7,12 @@ from ssmprune_cli.models.common import (
     MAX_SIDE,
     SMALL_SIDE,
     Backbone,
+    Block,
     Family,
     Hints,
     ImageConfig,
     Inflow,
+    Places,
     RMSNorm,
     Shapes,
     Visits,
@@ -33,16 +35,19 @@ from ssmprune_cli.models.dense import (
 )
 from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA, AtrousMixer
 from ssmprune_cli.models.heads import Detections
+from ssmprune_cli.models.localvmamba import LOCALVMAMBA, LocalVMambaMixer
 from ssmprune_cli.models.mamba import (
     LOCALVIM,
     MAMBA_REG,
     VIDEOMAMBA,
+    VIDEOMAMBA_CLIPS,
     VIM,
     BranchMixer,
     CausalConv1d,
     LocalMixer,
     MambaBackbone,
     MambaBlock,
+    MambaConfig,
     MambaMixer,
     StepProjection,
     conv_sources,
@@ -52,15 +57,18 @@ from ssmprune_cli.models.mamba import (
 from ssmprune_cli.models.mambavision import MAMBAVISION, AttentionMixer, CentredMixer
 from ssmprune_cli.models.medmamba import MEDMAMBA
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
+from ssmprune_cli.models.plugins import add_plugins
 from ssmprune_cli.models.resizing import before_resizing, resize, sides
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
 
 FAMILIES.register("vim", VIM)
 FAMILIES.register("videomamba", VIDEOMAMBA)
+FAMILIES.register("videomamba-clips", VIDEOMAMBA_CLIPS)
 FAMILIES.register("mambar", MAMBA_REG)
 FAMILIES.register("localvim", LOCALVIM)
 FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
+FAMILIES.register("localvmamba", LOCALVMAMBA)
 FAMILIES.register("medmamba", MEDMAMBA)
 FAMILIES.register("efficientvmamba", EFFICIENTVMAMBA)
 FAMILIES.register("mambavision", MAMBAVISION)
@@ -68,6 +76,7 @@ FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)
 FAMILIES.register("plainmamba-maskrcnn", PLAINMAMBA_MASK_RCNN)
+FAMILIES.when_read(add_plugins)
 
 __all__ = [
     "FAMILIES",
@@ -76,6 +85,7 @@ __all__ = [
     "AtrousMixer",
     "AttentionMixer",
     "Backbone",
+    "Block",
     "BranchMixer",
     "CausalConv1d",
     "CentredMixer",
@@ -89,9 +99,12 @@ __all__ = [
     "ImageConfig",
     "Inflow",
     "LocalMixer",
+    "LocalVMambaMixer",
     "MambaBackbone",
     "MambaBlock",
+    "MambaConfig",
     "MambaMixer",
+    "Places",
     "PlainMambaMixer",
     "RMSNorm",
     "Segmenter",

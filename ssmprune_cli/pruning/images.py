@@ -37,7 +37,7 @@ def as_batches(model: Prunable, images: Images) -> Iterable[Tensor]:
     """
     if isinstance(images, Tensor | np.ndarray):
         parts = torch.as_tensor(images)
-        return _Batches(model, parts.split(_AT_ONCE) if parts.ndim == 4 else [parts])
+        return _Batches(model, parts.split(_AT_ONCE) if parts.ndim == 1 + len(model.input_shape) else [parts])
     if isinstance(images, str | bytes | dict | os.PathLike) or not hasattr(images, "__iter__"):
         raise UsageError(f"a value of type {type(images).__name__} holds no calibration images", hint=_WANTED)
     return _Batches(model, list(images) if isinstance(images, Iterator) else images)
@@ -58,6 +58,8 @@ class _Batches(Iterable[Tensor]):
 
 
 def _prepared(images: Tensor, model: Prunable) -> Tensor:
+    if len(model.input_shape) == 4:
+        return _clips(images, model.input_shape)
     channels_last = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] != 3
     if images.dtype == torch.uint8 and channels_last:
         images = images.permute(0, 3, 1, 2)
@@ -73,6 +75,21 @@ def _prepared(images: Tensor, model: Prunable) -> Tensor:
     if not model.any_size and tuple(images.shape[2:]) != model.image_size:
         found, wanted = ("x".join(map(str, size)) for size in (images.shape[2:], model.image_size))
         raise UsageError(f"calibration images have {found} pixels, and the model takes {wanted}", hint=_WANTED)
+    return _normal(images)
+
+
+def _clips(clips: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Normalised clips (B, 3, T, H, W) of this `shape`; nothing is done to them."""
+    if tuple(clips.shape[1:]) != shape or not len(clips) or not clips.is_floating_point():
+        raise UsageError(
+            f"calibration clips are {clips.dtype} {tuple(clips.shape)}, and the model takes {shape}",
+            hint="Give normalised floats (B, channels, frames, height, width), or a folder of clips.",
+        )
+    return _normal(clips)
+
+
+def _normal(images: Tensor) -> Tensor:
+    """These images, if they are finite and normalised."""
     if not bool(images.isfinite().all()):
         raise DataError("calibration images hold values that are not finite")
     if float(images.abs().max()) > _NORMALISED:

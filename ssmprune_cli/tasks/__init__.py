@@ -9,10 +9,12 @@ from ssmprune_cli.tasks.classification import Classification
 from ssmprune_cli.tasks.detection import Detection
 from ssmprune_cli.tasks.segmentation import Segmentation, fitting
 from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.video import VideoClassification
 
 TASKS: Registry[Task[Any, Any]] = Registry("task")
 TASKS.register(Classification.name, Classification())
 TASKS.register(Segmentation.name, Segmentation())
 TASKS.register(Detection.name, Detection())
+TASKS.register(VideoClassification.name, VideoClassification())
 
 __all__ = ["TASKS", "Drawing", "Estimate", "LimitKind", "Loss", "Row", "Task", "TaskLimit", "fitting"]

@@ -16,7 +16,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data import Batch, ImageDataset, Split, open_dataset
+from ssmprune_cli.data import (
+    Batch,
+    ImageDataset,
+    Split,
+    calibration_images,
+    listed_clips,
+    listed_images,
+    open_dataset,
+)
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame
@@ -142,6 +150,7 @@ class Task(ABC, Generic[Score, Compared]):
     hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
     saves     whether there is a format for what models answer: see `predictions`
+    clips     whether models take clips of a video, and not single images
     remarks   sentences on what figures of work and time leave out, for whoever reads them
     """
 
@@ -162,6 +171,7 @@ class Task(ABC, Generic[Score, Compared]):
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
     saves: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
     remarks: ClassVar[tuple[str, ...]] = ()
 
     def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
@@ -176,6 +186,14 @@ class Task(ABC, Generic[Score, Compared]):
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
         return open_dataset(kind, path, split=split)
+
+    def calibration(self, path: Path, count: int, seed: int) -> ImageDataset:
+        """`count` images, or clips, of `path` to calibrate on: see `calibration_images`."""
+        return calibration_images(path, count, seed, clips=self.clips)
+
+    def listed(self, files: Sequence[Path]) -> ImageDataset:
+        """These images or clips, in their order. Raises DataError if one of them is missing."""
+        return listed_clips(files) if self.clips else listed_images(files)
 
     @abstractmethod
     def kind(self, path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import Batch, ImageDataset, Subset, calibration_images
+from ssmprune_cli.data import Batch, ImageDataset, Subset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.models import Backbone, cut_short, cuts, resize, sides
@@ -95,7 +95,7 @@ class EvaluationImages:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._kept is None and 4 * len(self) * 3 * math.prod(self._model.image_size) <= KEPT_BYTES:
+        if self._kept is None and 4 * len(self) * math.prod(self._model.input_shape) <= KEPT_BYTES:
             self._kept = list(self._read())
         yield from self._read() if self._kept is None else self._kept
 
@@ -320,7 +320,7 @@ class Comparison:
         return self.reference.with_pruner(self.model.pruner)
 
     def _batch(self, model: Backbone) -> Tensor:
-        return torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
+        return torch.zeros(self.batch_size, *model.input_shape, device=self.device)
 
     def _calibration(self, model: Backbone, dataset: ImageDataset) -> Sequence[Tensor]:
         return in_batches(load_images(model, dataset), self.batch_size)
@@ -398,7 +398,7 @@ def compare(
     for method in methods:
         choose_alignment(method.alignment, method.reduction, calibrated=calib is not None)
     comparison = Comparison(source, dataset, limit=limit, batch_size=batch_size, device=device, rounds=rounds)
-    chosen = None if calib is None else calibration_images(calib, calib_images, seed)
+    chosen = None if calib is None else comparison.task.calibration(calib, calib_images, seed)
     calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
     total = 1 + (len(methods) + 2) * len(budgets) + len(recipes) + len(others)

@@ -13,7 +13,7 @@ from ssmprune_cli.data import batches, some_images
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.export import TARGETS, Exported, check_request, export, refuse
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.preprocessing import NOTHING_SAID, Preprocessing, Reading
+from ssmprune_cli.preprocessing import NOTHING_SAID, ClipPreprocessing, Preprocessing, Reading
 from ssmprune_cli.workflows.write import check_place
 
 _IMAGES = 8  # that a file of one batch size may be checked with; more say no more
@@ -65,6 +65,12 @@ def run(request: ExportRequest) -> Exported:
 def _images(model: Backbone, path: Path, batch: int | None) -> Tensor:
     """(N, 3, H, W), prepared as the model expects."""
     way = model.preprocessing
+    if isinstance(way, ClipPreprocessing):
+        raise UsageError(
+            f"a file of a {model.family} takes clips, and is checked with random ones",
+            where="--check",
+            hint="Leave it out.",
+        )
     if not isinstance(way, Preprocessing):
         height, width = model.image_size
         raise UsageError(

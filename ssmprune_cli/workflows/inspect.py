@@ -19,6 +19,7 @@ class Inspection:
 
     task            what its answers are: the task of this name
     variant         published configuration, whatever its image size and classes; None if it is none
+    frames, tubelet of a clip, and how many of them a patch spans; None for a model of images
     class_names     in the order of the answers; none where the file does not say
     parameters      numbers in the model's parameters (no buffers, no pruner)
     tokens          length of the dense sequence, class and register tokens included; `protected` are their positions
@@ -36,6 +37,8 @@ class Inspection:
     variant: str | None
     parameters: int
     image_size: tuple[int, int]
+    frames: int | None
+    tubelet: int | None
     num_classes: int
     class_names: tuple[str, ...]
     tokens: int
@@ -117,6 +120,8 @@ def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
         variant=variant_name(resolved.family, resolved.config),
         parameters=sum(parameter.numel() for parameter in parameters),
         image_size=model.image_size,
+        frames=getattr(resolved.config, "num_frames", None),
+        tubelet=getattr(resolved.config, "tubelet", None),
         num_classes=model.num_classes,
         class_names=model.class_names,
         tokens=model.num_tokens,

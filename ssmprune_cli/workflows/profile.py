@@ -93,7 +93,7 @@ def profile(
         raise UsageError(f"the models' weights differ in dtype: {', '.join(str(model.dtype) for model in models)}")
     target = resolve_device(device)
     images = [
-        torch.randn(batch_size, 3, *model.image_size, generator=torch.Generator().manual_seed(seed)).to(
+        torch.randn(batch_size, *model.input_shape, generator=torch.Generator().manual_seed(seed)).to(
             target, model.dtype
         )
         for model in models

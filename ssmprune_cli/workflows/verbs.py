@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli import adapt, pruning
 from ssmprune_cli.adapt import Compressed
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images, listed_images
+from ssmprune_cli.data import ImageDataset, Subset
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import Asked, Calibration, Images, Returning
@@ -64,19 +64,20 @@ def from_files(model: Backbone, images: Any, seed: int = 0) -> Prepared:
     Raises DataError naming what cannot be read, and UsageError for a list that holds something else than paths.
     """
     dataset: ImageDataset
+    task = TASKS.get(model.task)
     if isinstance(images, list | tuple):
         odd = next((each for each in images if not isinstance(each, str | os.PathLike)), None)
         if odd is not None:
             raise UsageError(f"a list of files holds a value of type {type(odd).__name__}")
-        dataset = listed_images([Path(each).expanduser() for each in images])
+        dataset = task.listed([Path(each).expanduser() for each in images])
     else:
-        dataset = calibration_images(Path(images).expanduser(), MOST_IMAGES, seed)
+        dataset = task.calibration(Path(images).expanduser(), MOST_IMAGES, seed)
         # A tree of folders comes class by class, and of batches the first ones settle the alignment.
         order = random.Random(seed).sample(range(len(dataset)), len(dataset))
         dataset = Subset(dataset, order)
     for note in dataset.notes:
         warnings.warn(note, stacklevel=4)
-    return Prepared(model, dataset, TASKS.get(model.task).at_once(64))
+    return Prepared(model, dataset, task.at_once(64))
 
 
 _compress_backbone = _reads_files(pruning.compress, "calibration")

@@ -64,8 +64,8 @@ def test_a_file_for_one_batch(plain_write: ExportTarget, tmp_path: Path) -> None
     assert made.batch == 2 and [check.batch for check in made.checks] == [2]
 
 
-@pytest.mark.parametrize("family", ["localvim", "efficientvmamba", "mambavision"])
-def test_a_file_of_a_family_with_routes_or_attention_is_for_any_batch(
+@pytest.mark.parametrize("family", ["localvim", "localvmamba", "efficientvmamba", "mambavision", "videomamba-clips"])
+def test_a_file_of_a_family_with_a_way_of_its_own_is_for_any_batch(
     plain_write: ExportTarget, family: str, tmp_path: Path
 ) -> None:
     made = export(make(family, "drop"), tmp_path / "model.pt2", target="pt2")

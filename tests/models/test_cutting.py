@@ -13,6 +13,7 @@ from torch import nn
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone, cut_short, cuts
 from ssmprune_cli.models.efficientvmamba.model import EfficientVMamba, EfficientVMambaConfig
+from ssmprune_cli.models.localvmamba.model import LocalVMamba, LocalVMambaConfig
 from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -30,6 +31,7 @@ MODELS: dict[str, Callable[[], Backbone]] = {
     "plainmamba": lambda: PlainMamba(PlainMambaConfig(**SIZES, d_conv=3, dw_layers=(0, 3))),
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
     "efficientvmamba": lambda: EfficientVMamba(EfficientVMambaConfig((32, 32), 8, (2, 4, 5, 1), num_classes=5)),
+    "localvmamba": lambda: LocalVMamba(LocalVMambaConfig((32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
     "medmamba": lambda: MedMamba(MedMambaConfig(image_size=(32, 32), embed_dim=8, depths=(2, 4, 1), num_classes=5)),
 }
 
@@ -46,6 +48,7 @@ def test_it_is_the_first_blocks_and_what_follows_the_last(name: str) -> None:
     owner, attribute = {
         "plainmamba": (by_hand, "backbone.layers"),
         "vmamba": (by_hand, "layers.1.blocks"),
+        "localvmamba": (by_hand, "layers.1.blocks"),
         "medmamba": (by_hand, "layers.1.blocks"),
         "efficientvmamba": (by_hand, "layers.1.blocks"),
     }.get(name, (by_hand, "layers"))

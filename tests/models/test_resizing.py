@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "localvim, class token": ("localvim", {**MAMBA, "class_token": "middle", "rope": False}),
     "plainmamba": ("plainmamba", {key: value for key, value in MAMBA.items() if key != "stride"}),
     "vmamba": ("vmamba", VMAMBA),
+    "localvmamba": ("localvmamba", VMAMBA),
     "medmamba": ("medmamba", VMAMBA),
     "efficientvmamba": ("efficientvmamba", {**VMAMBA, "depths": (2, 1, 1, 1)}),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1"}),

@@ -22,6 +22,7 @@ from ssmprune_cli.models import (
     CentredMixer,
     DirectionProjections,
     Inflow,
+    LocalVMambaMixer,
     PlainMambaMixer,
     Visits,
     VMambaMixer,
@@ -44,6 +45,8 @@ def scans_refused(mixer: nn.Module) -> str | None:
         return "its convolution looks ahead too"
     if isinstance(mixer, AtrousMixer):
         return "each of its scans visits a part of the grid"
+    if isinstance(mixer, LocalVMambaMixer):
+        return "each of its scans has a gate of its own"
     if isinstance(mixer, VMambaMixer):
         return first_unlike((mixer, VMambaMixer), (mixer.projections, DirectionProjections))
     return f"a {type(mixer).__name__} is not known"

@@ -167,7 +167,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of normalised images (B, 3, H, W)."""
+        """Logits (B, classes) of normalised images (B, *input_shape)."""
 
     def observe(self, images: Tensor) -> None:
         """Compute the blocks on normalised images (B, 3, H, W), for a pruner that looks on."""
@@ -247,6 +247,11 @@ class Backbone(nn.Module, ABC):
         """Height and width that the model takes."""
         size: tuple[int, int] = self.config.image_size
         return size
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one image as `forward` takes it: (3, H, W), and of a clip (3, T, H, W)."""
+        return (3, *self.image_size)
 
     @property
     def num_classes(self) -> int:

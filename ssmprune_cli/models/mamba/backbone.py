@@ -99,7 +99,11 @@ class MambaBackbone(Backbone):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, config.stride, config.embed_dim)
+        self.patch_embed = self.make_patch_embed(config)
+
+    def make_patch_embed(self, config: Any) -> Any:
+        """What makes patches of images, and knows their `grid`."""
+        return PatchEmbed(config.image_size, config.patch_size, config.stride, config.embed_dim)
 
     def add_blocks(self, *, kind: MixerKind, halve: bool, gamma: float | None = None) -> None:
         """Make `layers` and `norm_f`; the options are those of MambaMixer."""
@@ -158,7 +162,8 @@ class MambaBackbone(Backbone):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.patch_embed.grid
+        grid: tuple[int, int] = self.patch_embed.grid
+        return grid
 
 
 def make_norm(config: MambaConfig, dim: int) -> nn.LayerNorm | RMSNorm:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images
+from ssmprune_cli.data import ImageDataset, Subset
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
@@ -77,7 +77,7 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
             warnings += rounded(settings, recipe.pruning, model)
             prune(model, settings, None)
         return Made(model, settings, None, None, None, (), tuple(warnings))
-    images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
+    images = TASKS.get(model.task).calibration(request.calib, recipe.calibration.images, recipe.calibration.seed)
     if len(images) < recipe.calibration.images and request.counts_images:
         warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
     warnings += images.notes
@@ -132,6 +132,7 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         distance=task.divergence,
     )
     result = repaired()
+    warnings += images.notes  # what was noticed when they were read
     return Made(model, settings, images, seen, result, tried, tuple(warnings))
 
 

@@ -69,6 +69,7 @@ def compare_reductions(
             methods.append(Method(importance, reduction, choose_alignment(alignment, reduction, calibrated=True)))
         except UsageError:
             continue
+    methods = [method for method in methods if model.stages[0].frames == 1 or not method.rectangular]
     if not methods:
         raise UsageError(
             f"{alignment!r} fits none of {', '.join(candidates)}",

@@ -187,6 +187,7 @@ def _compressed(
             device=str(target),
             progress=done,
         )
+        warnings += evaluation.notes  # what was noticed when they were read
     done = progress("Timing") if progress else None
     speed = speed_facts(reference, model, str(target), request.batch_size, done)
     warnings += _slow(speed)

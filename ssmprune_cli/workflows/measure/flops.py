@@ -81,7 +81,7 @@ def count_flops(model: Backbone) -> FlopCount:
 
     Raises SsmpruneError naming every op that is neither counted nor known to be free: never a silent zero.
     """
-    images = torch.zeros(1, 3, *model.image_size, device=next(model.parameters()).device, dtype=model.dtype)
+    images = torch.zeros(1, *model.input_shape, device=next(model.parameters()).device, dtype=model.dtype)
     analysis = FlopCountAnalysis(model, images)
     for name in FORMULAS:
         analysis.set_op_handle(name, _handler(name))

@@ -122,7 +122,7 @@ def speed_facts(
     """Both models timed in turns on batches of images of their own size (see `profile`): ten rounds, or fewer where a
     forward pass takes more than 2 s."""
     batch_size = TASKS.get(dense.task).at_once(8, batch_size)
-    images = torch.zeros(batch_size, 3, *dense.image_size, device=resolve_device(device))
+    images = torch.zeros(batch_size, *dense.input_shape, device=resolve_device(device))
     start = time.perf_counter()
     with torch.inference_mode():
         dense.to(images.device).eval()(images)

@@ -87,7 +87,7 @@ def _dense(sequence: TokenSequence, values: Tensor, rest: float) -> Tensor:
 
 
 def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Any]:
-    """Run `model` on normalised `images` (B, 3, H, W): what is left after each prune point, and the outputs.
+    """Run `model` on normalised `images` (B, *input_shape): what is left after each prune point, and the outputs.
 
     Raises UsageError if the model drops no tokens.
     """
@@ -127,7 +127,10 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Any]:
 
 
 def pixels(images: Tensor, preprocessing: Preprocessing | KeepRatio) -> NDArray[np.uint8]:
-    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first."""
+    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first; of clips (B, 3, T, H, W) all frames, one
+    below the other."""
+    if images.ndim == 5:
+        images = images.flatten(2, 3)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     scaled = ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     if preprocessing.channels == "bgr":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images, fingerprint
+from ssmprune_cli.data import ImageDataset, Subset, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, judged_rows, repair, restore
@@ -176,9 +176,11 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         raise UsageError("no method of these names both saves work and fits together, so there is nothing to search")
     model = source.load().to(resolve_device(plan.device))
     task = TASKS.get(model.task)
+    if model.stages[0].frames > 1:
+        plan = replace(plan, methods=[method for method in plan.methods if not method.rectangular])
     timed, judged = task.at_once(8, plan.batch_size), task.at_once(plan.calibration.batch_size)
     plan = replace(plan, batch_size=timed, calibration=plan.calibration.model_copy(update={"batch_size": judged}))
-    dataset = calibration_images(plan.calib, plan.calibration.images, plan.calibration.seed)
+    dataset = task.calibration(plan.calib, plan.calibration.images, plan.calibration.seed)
     if len(dataset) < MIN_IMAGES:
         raise DataError(
             f"a search needs at least {MIN_IMAGES} calibration images, and there are {len(dataset)}",
@@ -196,7 +198,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     random.Random(plan.seed).shuffle(order)
     repairing = None
     if plan.repair != "none":
-        repairing = calibration_images(plan.calib, plan.repair_images, plan.calibration.seed)
+        repairing = task.calibration(plan.calib, plan.repair_images, plan.calibration.seed)
         repairing = repairing if len(repairing) >= LEAST else None
     identity = {
         **run_identity(model, plan.device),
@@ -224,6 +226,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         state=state,
         load=load if plan.resize else None,
     )
+    warnings += [note for note in dataset.notes if note not in warnings]  # what was noticed when they were read
     clock = Clock(measurements, timed, TimeTable.of(model, plan.device, timed))
     return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
 

@@ -138,7 +138,7 @@ class Clock:
     def _batch(self, model: Backbone) -> Tensor:
         """Black images: token counts are static, so that what they show makes no difference."""
         like = next(model.parameters())
-        return torch.zeros(self.batch_size, 3, *model.image_size, device=like.device, dtype=like.dtype)
+        return torch.zeros(self.batch_size, *model.input_shape, device=like.device, dtype=like.dtype)
 
 
 def _smaller(images: Tensor, share: float) -> Tensor:
