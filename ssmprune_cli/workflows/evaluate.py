@@ -185,8 +185,8 @@ def evaluate(
                 progress(min(done.values()), len(mine))
     results, score, speed = judges[0].collect(dataset)
     dtype = str(model.dtype).removeprefix("torch.")
-    own = dict.fromkeys(note for each in models for note in each.notes)  # of the same file the same is said
-    notes = (*own, *dataset.notes, *task.remarks)
+    of_files = dict.fromkeys(note for each in models for note in each.notes)  # of the same file the same is said
+    notes = (*of_files, *dataset.notes, *task.remarks)
     evaluation = Evaluation(
         len(dataset), dtype, task, score, speed, views=views, notes=notes, images=dataset, results=results
     )
