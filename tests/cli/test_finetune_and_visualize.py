@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ import torch
 from PIL import Image
 
 from ssmprune_cli import checkpoint
+from tests.cli.conftest import Run, Start
 
 ROOT = Path(__file__).parents[2]
-Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--set", "image_size=[16,16]", "--set", "patch_size=4", "--set", "stride=4", "--set", "embed_dim=16")
 
 
@@ -159,21 +158,20 @@ def test_result_is_an_artefact_that_says_what_was_done(ssmprune: Run, whole: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_resumed_after_a_signal_at_a_random_step_gives_the_same_losses_and_weights(
-    ssmprune: Run, artefact: Path, whole: Path, folder: Path, number: signal.Signals
+    ssmprune: Run, start: Start, artefact: Path, whole: Path, folder: Path, number: signal.Signals
 ) -> None:
     out = folder / number.name
-    command = [sys.executable, "-m", "ssmprune_cli", "finetune", artefact, *options(folder, number.name)]
-    command += ["--save-every", "3", "--workers", "1"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = ("finetune", artefact, *options(folder, number.name), "--save-every", "3")
+    process = start(*command, "--workers", "1")
     after = random.Random().randrange(2, 13)
-    while process.poll() is None and not ((out / "log.jsonl").exists() and len(trace(out)) >= after):
+    while not process.ended() and not ((out / "log.jsonl").exists() and len(trace(out)) >= after):
         time.sleep(0.01)
     os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches the worker that prepares images too
-    _, errors = process.communicate()
-    assert process.returncode == (130 if number == signal.SIGINT else -number), errors
+    done = process.wait()
+    assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
     if number == signal.SIGINT:
-        assert "--resume" in errors
-    done = ssmprune("finetune", artefact, *options(folder, number.name), "--save-every", "3", "--resume")
+        assert "--resume" in done.stderr
+    done = ssmprune(*command, "--resume")
     assert done.returncode == 0, done.stderr
     assert trace(out) == trace(whole), f"stopped after {after} updates"
     assert (out / "last" / "model.safetensors").read_bytes() == (whole / "last" / "model.safetensors").read_bytes()

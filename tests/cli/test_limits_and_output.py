@@ -7,16 +7,14 @@ import os
 import pty
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.cli.conftest import Run, Start
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo" / "vim_digits.pth"
 GOLDEN = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
@@ -185,17 +183,11 @@ def headline(name: str, data: dict[str, Any]) -> list[str]:
 # --- terminals
 
 
-def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
+def on_a_terminal(start: Start, *arguments: str | Path, **environment: str) -> str:
     """What the program writes where stdout and stderr are one terminal."""
     parent, child = pty.openpty()
-    kept = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "COLUMNS", "CI"}}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ssmprune_cli", *map(str, arguments)],
-        cwd=ROOT,
-        env={**kept, "TERM": "xterm-256color", **environment},
-        stdout=child,
-        stderr=child,
-    )
+    plain = {"NO_COLOR": None, "CI": None, "TERM": "xterm-256color"}
+    process = start(*arguments, terminal=Path(os.ttyname(child)), **{**plain, **environment})
     os.close(child)
     parts = []
     while True:
@@ -214,10 +206,10 @@ def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")  # foreground colours
 
 
-def test_colour_and_progress_are_for_terminals_and_no_color_is_respected(folder: Path) -> None:
+def test_colour_and_progress_are_for_terminals_and_no_color_is_respected(start: Start, folder: Path) -> None:
     ckpt, out = checkpoint(folder), folder / "terminal"
     arguments = ("compress", ckpt, "--keep", "0.6", "--calib", folder / "images.npz", "--out", out, "--overwrite")
-    shown = on_a_terminal(*arguments)
+    shown = on_a_terminal(start, *arguments)
     assert COLOUR.search(shown) and "Calibrating" in shown  # the warning about few images is yellow
-    assert not COLOUR.search(on_a_terminal(*arguments, NO_COLOR="1"))
-    assert "Calibrating" not in on_a_terminal(*arguments, "--quiet")
+    assert not COLOUR.search(on_a_terminal(start, *arguments, NO_COLOR="1"))
+    assert "Calibrating" not in on_a_terminal(start, *arguments, "--quiet")

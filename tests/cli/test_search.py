@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,9 +16,9 @@ import torch
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.recipe.recipe import load_recipe, shipped_recipes
 from ssmprune_cli.report.report import SearchTrial
+from tests.cli.conftest import Process, Run, Start
 
 ROOT = Path(__file__).parents[2]
-Run = Callable[..., subprocess.CompletedProcess[str]]
 CHECKPOINT = ROOT / "tests" / "golden" / "containers" / "vim_like.pth"
 DEMO = ROOT / "recipes" / "demo" / "vim_digits.pth"  # large enough to get faster with large batches
 SAME_IMAGES = ("--keep-image-size",)
@@ -37,16 +34,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def killed(command: tuple[object, ...], state: Path) -> dict[str, object]:
+def killed(process: Process, state: Path) -> dict[str, object]:
     """What the command had found when it was killed, soon after its first result."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ssmprune_cli", *map(str, command)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not state.exists() and time.monotonic() < deadline and not process.ended():
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -55,12 +46,12 @@ def killed(command: tuple[object, ...], state: Path) -> dict[str, object]:
     return results
 
 
-def test_compress_for_a_target_survives_a_kill(ssmprune: Run, tmp_path: Path) -> None:
+def test_compress_for_a_target_survives_a_kill(ssmprune: Run, start: Start, tmp_path: Path) -> None:
     images = DEMO.with_name("calib.npz")
     out, state = tmp_path / "out", tmp_path / "out.search-state.json"
     few = ("--importance", "clip", "--reduction", "drop", "--calib-images", "12", "--evaluations", "15", *SAME_IMAGES)
     command = ("compress", DEMO, "--target-flops", "0.7", *BATCH, "--calib", images, *few, "--out", out, "--json")
-    killed(command, state)
+    killed(start(*command), state)
     assert not out.exists()
     done = ssmprune(*command)
     assert done.returncode == 0, done.stderr
@@ -139,10 +130,10 @@ def test_sensitivity(ssmprune: Run, images: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out], "the state is removed at the end"
 
 
-def test_sensitivity_survives_a_kill(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+def test_sensitivity_survives_a_kill(ssmprune: Run, start: Start, images: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     command = ("sensitivity", CHECKPOINT, "--calib", images, "--keep", "0.9,0.7,0.5", "--state", state, "--json")
-    known = killed(command, state)
+    known = killed(start(*command), state)
     done = ssmprune(*command)
     assert done.returncode == 0, done.stderr
     assert f"{len(known)} results are known already" in done.stderr or len(known) == 1, "after the dense pass"
