@@ -22,12 +22,13 @@ SERVER = """
 import importlib, json, os, pkgutil, sys
 import accelerate, fvcore.nn, jinja2, numpy, PIL.Image, rich.progress, rich.table, rich.text, torch, ssmprune_cli
 from ssmprune_cli.cli.main import main
+from tests import steady_clock
 
 for each in pkgutil.walk_packages(ssmprune_cli.__path__, "ssmprune_cli."):
     if "__main__" not in each.name and "triton" not in each.name:
         importlib.import_module(each.name)
 for line in sys.stdin:
-    arguments, files, environment = json.loads(line)
+    arguments, files, environment, steady = json.loads(line)
     streams = [os.open(path, os.O_RDWR | os.O_NOCTTY) for path in (os.devnull, *files)]
     child = os.fork()
     if child == 0:
@@ -36,8 +37,10 @@ for line in sys.stdin:
             os.dup2(stream, number)
         for name, value in environment.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-        sys.stdout.reconfigure(encoding=environment.get("PYTHONIOENCODING"), line_buffering=sys.stdout.isatty())
-        sys.stderr.reconfigure(encoding=environment.get("PYTHONIOENCODING"), errors="backslashreplace")
+        encoding = environment.get("PYTHONIOENCODING")
+        sys.stdout, sys.stderr = (open(number, "w", encoding=encoding) for number in (1, 2))
+        if steady:
+            steady_clock.install(setattr)
         sys.argv = ["ssmprune", *arguments]
         code = 1
         try:
@@ -85,7 +88,8 @@ Start = Callable[..., Process]
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts `ssmprune` with arguments from the root of the repository, in a process that has not to import anything.
 
-    Keywords are environment variables, and None removes one; `terminal` is a device to write to. One runs at a time.
+    Keywords are environment variables, and None removes one; `terminal` is a device to write to. With `steady`,
+    searches are timed by tests/steady_clock.py. One runs at a time.
     """
     folder = tmp_path_factory.mktemp("streams")
     # COLUMNS is set where tests run in several processes, and would change the width of tables.
@@ -101,12 +105,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         assert server.stdin is not None and server.stdout is not None
         sent, answers = server.stdin, server.stdout
 
-        def start(*arguments: str | Path, terminal: Path | None = None, **environment: str | None) -> Process:
+        def start(
+            *arguments: str | Path, terminal: Path | None = None, steady: bool = False, **environment: str | None
+        ) -> Process:
             files = [terminal or folder / name for name in ("out", "err")]
             for file in files if terminal is None else ():
                 file.write_bytes(b"")
             words = tuple(map(str, arguments))
-            sent.write(json.dumps([words, list(map(str, files)), environment]) + "\n")
+            sent.write(json.dumps([words, list(map(str, files)), environment, steady]) + "\n")
             sent.flush()
             return Process(words, int(answers.readline()), *files, answers)
 
@@ -117,7 +123,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 def ssmprune(start: Start) -> Run:
     """Runs `ssmprune` to its end: arguments and keywords are those of `start`."""
 
-    def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return start(*arguments, **environment).wait()
+    def run(*arguments: str | Path, steady: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+        return start(*arguments, steady=steady, **environment).wait()
 
     return run

@@ -16,7 +16,6 @@ import pytest
 from tests.cli.conftest import Run, Start
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "recipes" / "demo" / "vim_digits.pth"
 GOLDEN = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
 
 
@@ -113,28 +112,21 @@ def test_quiet_leaves_warnings_and_errors(ssmprune: Run, folder: Path) -> None:
 def commands(folder: Path, artefact: Path) -> dict[str, tuple[Any, ...]]:
     images, ckpt = folder / "images.npz", checkpoint(folder)
     labelled = ("--dataset", "npz", "--data", images)
+    once = ("--rounds", "1")
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "3")
-    large = ("--batch-size", "64", "--keep-image-size")  # so that it gets faster
+    budget = ("--flops", "0.6", "--keep-image-size", *few)
+    methods = ("--methods", "clip/drop/none,random/context/none", "--keep", "0.6")
+    kept = ("--keep", "0.6", "--data", images, "--overwrite")
     return {
         "inspect": ("inspect", ckpt),
-        "compress": (
-            "compress",
-            ckpt,
-            "--keep",
-            "0.6",
-            "--data",
-            images,
-            "--out",
-            folder / "again",
-            "--overwrite",
-        ),
+        "compress": ("compress", ckpt, *kept, "--out", folder / "again"),
         "eval": ("eval", artefact, *labelled, "--compare", ckpt),
-        "profile": ("profile", artefact, "--compare", ckpt, "--batch-size", "1", "--rounds", "1"),
+        "profile": ("profile", artefact, "--compare", ckpt, "--batch-size", "1", *once),
         "report": ("report", artefact),
         "visualize": ("visualize", artefact, images, "--count", "1", "--out", folder / "pictures", "--overwrite"),
         "sensitivity": ("sensitivity", ckpt, "--calib", images, "--keep", "0.5"),
-        "search": ("search", DEMO, "--calib", images, "--flops", "0.6", *few, *large, "--out", folder / "front"),
-        "compare": ("compare", ckpt, "--methods", "clip/drop/none,random/context/none", "--keep", "0.6", *labelled),
+        "search": ("search", ckpt, "--calib", images, *budget, "--out", folder / "front"),
+        "compare": ("compare", ckpt, *methods, *labelled, *once),
         "recipes": ("recipes", "list"),
         "env": ("env",),
     }
@@ -146,13 +138,13 @@ NAMES = list(commands(Path(), Path()))
 @pytest.mark.parametrize("name", NAMES)
 def test_json_is_one_object_and_tables_fit_80_columns(ssmprune: Run, folder: Path, artefact: Path, name: str) -> None:
     arguments = commands(folder, artefact)[name]
-    done = ssmprune(*arguments, "--json")
+    done = ssmprune(*arguments, "--json", steady=True)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert isinstance(data, dict)
     shutil.rmtree(folder / "front", ignore_errors=True)
     # Without a terminal, where ± and box lines do not exist: plain ASCII, no colour.
-    done = ssmprune(*arguments, PYTHONIOENCODING="ascii")
+    done = ssmprune(*arguments, PYTHONIOENCODING="ascii", steady=True)
     shutil.rmtree(folder / "front", ignore_errors=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and "\x1b" not in done.stdout + done.stderr
