@@ -67,7 +67,7 @@ def test_a_search_that_is_interrupted_says_how_to_go_on(start: Start, number: si
     state = tmp_path / "out.search-state.json"
     images, out = str(tmp_path / "a.npz"), str(tmp_path / "out")
     command = ["search", str(CHECKPOINT), "--flops", "0.7", "--calib", images, "--out", out]
-    process = start(*command)
+    process = start(*command, steady=True)
     while not state.exists() and not process.ended():
         time.sleep(0.05)
     os.kill(process.pid, number)
