@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -201,14 +202,25 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_two_processes_train_and_evaluate_as_one(ssmprune: Run, artefact: Path, folder: Path) -> None:
+def two_processes(start: Start, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """What the first of them says, started as `torchrun` would."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, second = (start(*arguments, RANK=rank, LOCAL_RANK=rank, **world) for rank in ("0", "1"))
+    assert second.wait().returncode == 0
+    return first.wait()
+
+
+def test_two_processes_train_and_evaluate_as_one(ssmprune: Run, start: Start, artefact: Path, folder: Path) -> None:
     """Each takes half of every batch, and of the 15 images to evaluate, of which one gets 8 and the other 7."""
     with np.load(folder / "images.npz") as arrays:
         np.savez(folder / "odd.npz", images=arrays["images"][:15], labels=arrays["labels"][:15])
     data = ("--dataset", "npz", "--data", folder / "images.npz", "--val-data", folder / "odd.npz")
     common = (*data, "--epochs", "2", "--batch-size", "8", "--lr", "1e-3", "--set", "training.mixup=0.5", "--json")
     alone = ssmprune("finetune", artefact, *common, "--out", folder / "one")
-    both = torchrun("finetune", artefact, *common, "--out", folder / "two")
+    both = two_processes(start, "finetune", artefact, *common, "--out", folder / "two")
     assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
     assert json.loads(both.stdout)["epochs"][-1]["top1"] == json.loads(alone.stdout)["epochs"][-1]["top1"]
     # Sums over a batch are taken in another order: float32 rounding, which Adam's first steps make larger.
