@@ -260,7 +260,7 @@ def test_what_one_image_spoils_gives_way_to_the_next_best(
     methods = [Method(score, "context", "calibrated") for score in near]
     budget = Budget("flops", 0.8)
     trials = Search(
-        measurements, methods, budget, (searched, held_back), **meters(measurements), limits=Limits(60)
+        measurements, methods, budget, (searched, held_back), **meters(measurements), limits=Limits(24)
     ).run()
     assert trials[0].chosen and trials[0].settings.importance == "l2"
     assert {trial.settings.importance for trial in trials} == set(near)

@@ -20,7 +20,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 # a session of its own. What it reads is a command to start, which it answers with a number, or the number of a process
 # and whether to wait for it, which it answers with an exit code, or null while there is none.
 SERVER = """
-import importlib, json, os, pkgutil, sys
+import importlib, json, os, pkgutil, signal, sys
 import accelerate, fvcore.nn, jinja2, numpy, PIL.Image, rich.progress, rich.table, rich.text, torch, ssmprune_cli
 from ssmprune_cli.cli.main import main
 from ssmprune_cli.workflows.reporting.page import template
@@ -40,6 +40,7 @@ def start(arguments, files, environment, steady):
             os.close(stream)
         return child
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     for name, value in environment.items():
