@@ -136,7 +136,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 file.touch()
             pid = ask(words, list(map(str, files)), environment, steady)
             assert pid is not None
-            return Process(words, pid, *files, ask)
+            return Process(words, pid, files[0], files[1], ask)
 
         yield start
 
