@@ -143,7 +143,7 @@ def export(
             try:
                 # A batch of one would be taken for a constant.
                 graph = traced(model, noise(2 if batch is None else batch), any_batch=batch is None)
-                chosen.write(graph, temporary, Wanted(opset, facts(model, source)))
+                chosen.write(graph, temporary, Wanted(opset, facts(model, target, source)))
                 checks = _check(model, chosen, temporary, shown, sizes)
             except OSError:  # of the disk, not of the model
                 raise
