@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 Run = Callable[[Tensor], Tensor]
+How = Literal["static", "dynamic"]  # where the scales of 8-bit activations come from: calibration, or each batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ExportTarget:
     record   (path, name, text) -> stores one more fact in the file; None where a file is not touched again
     opsets   the least and the most of ONNX's that can be asked for, or None
     dtypes   of the models that it can hold; none is any
+    quantise (file, path, how, batches to calibrate on) -> writes the file with its large products in 8-bit integers,
+             and says how many these are; None where that is not offered
     """
 
     suffix: str
@@ -45,3 +49,4 @@ class ExportTarget:
     record: Callable[[Path, str, str], None] | None = None
     opsets: tuple[int, int] | None = None
     dtypes: tuple[torch.dtype, ...] = ()
+    quantise: Callable[[Path, Path, How, Iterable[Tensor]], int] | None = None

@@ -120,12 +120,22 @@ def test_facts_that_do_not_fit_are_refused(
         opened(changed(**facts))
 
 
-@pytest.mark.parametrize(("name", "value"), [("embed_dim", 1 << 19), ("depth", 1 << 20), ("image_size", [48, 48])])
+@pytest.mark.parametrize(("name", "value"), [("embed_dim", 1 << 19), ("depth", 1 << 20)])
 def test_sizes_that_do_not_fit_are_refused(name: str, value: Any, vim_onnx: Made, changed: Callable[..., Path]) -> None:
     """Before memory is asked for: an embedding of half a million numbers in a file of a few kilobytes."""
     config = json.loads(opened(vim_onnx[1].path).said["configuration"])
     with pytest.raises(CheckpointError, match=r"has [0-9,]+ bytes|larger than|settings are not valid"):
-        opened(changed(configuration=json.dumps({**config, name: value}), preprocessing="{}"))
+        opened(changed(configuration=json.dumps({**config, name: value})))
+
+
+def test_images_of_another_size_than_said_are_refused(vim_onnx: Made, changed: Callable[..., Path]) -> None:
+    said = opened(vim_onnx[1].path).said
+    config = json.dumps({**json.loads(said["configuration"]), "image_size": [48, 48]})
+    way = json.dumps({**json.loads(said["preprocessing"]), "resize": 54, "crop": 48})
+    with pytest.raises(
+        CheckpointError, match=r"takes images of \[3, 40, 40\], and says that it takes images of \[3, 48"
+    ):
+        opened(changed(configuration=config, preprocessing=way, schedule=None, method=None))
 
 
 def test_what_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from ssmprune_cli.export.graph import INPUT, OUTPUT, too_old
 from ssmprune_cli.export.onnx.bodies import functions
+from ssmprune_cli.export.onnx.int8 import mark, quantise
 from ssmprune_cli.export.onnx.lowered import LOWERED
 from ssmprune_cli.export.onnx.nodes import DOMAIN, NODES, VERSION
 from ssmprune_cli.export.onnx.session import answers, library, runtime
@@ -76,6 +77,7 @@ def _tidy(model: Any, opset: int) -> None:
         for each in function.opset_import:
             if each.domain == DOMAIN:
                 each.version = VERSION
+    mark(model)
     del model.graph.value_info[:]  # runtimes find the shapes themselves, and those of the scans' states better
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -102,5 +104,7 @@ def _record(path: Path, name: str, text: str) -> None:
     onnx.save(model, path)
 
 
-ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS, DTYPES)
-ONNX_PLAIN = ExportTarget(".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS, DTYPES)
+ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS, DTYPES, quantise)
+ONNX_PLAIN = ExportTarget(
+    ".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS, DTYPES, quantise
+)
