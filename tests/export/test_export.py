@@ -136,3 +136,23 @@ def test_what_cannot_be_exported_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no head"):
         export(make("vmamba", num_classes=0, out_stages=(0, 1)), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_were_made_for_a_file_go_if_there_is_none(plain_write: ExportTarget, tmp_path: Path) -> None:
+    """Also when it is interrupted. Those that were there, and those with something in them, stay."""
+
+    def interrupted(graph: torch.export.ExportedProgram, path: Path, wanted: Wanted) -> None:
+        path.write_text("half a file")
+        raise KeyboardInterrupt
+
+    model, inner = make("vim", depth=1), tmp_path / "mine" / "new" / "inner"
+    (tmp_path / "mine").mkdir()
+    TARGETS._entries["pt2"] = replace(plain_write, write=interrupted)  # put back by the fixture
+    with pytest.raises(KeyboardInterrupt):
+        export(model, inner / "model.pt2", target="pt2", batch=1)
+    assert (tmp_path / "mine").is_dir() and not (tmp_path / "mine" / "new").exists()
+    inner.mkdir(parents=True)
+    (inner / "notes.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        export(model, inner / "model.pt2", target="pt2", batch=1)
+    assert [file.name for file in inner.iterdir()] == ["notes.txt"]

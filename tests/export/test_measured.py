@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 
+from ssmprune_cli.cli.app import app
 from ssmprune_cli.data import open_dataset
 from ssmprune_cli.errors import CheckpointError, SsmpruneError, UsageError
 from ssmprune_cli.export import Exported, opened
@@ -170,18 +173,25 @@ def test_what_a_file_settles_is_not_asked_for(vim_onnx: Made) -> None:
             read([path], reading, precision, "cpu")
 
 
-@pytest.mark.slow
-def test_the_commands(vim_onnx: Made, images: Path, tmp_path: Path) -> None:
+def test_profile_prints_what_a_file_is(vim_onnx: Made, capsys: Any) -> None:
     path = vim_onnx[1].path
-    program = [sys.executable, "-m", "ssmprune_cli"]
-    table = subprocess.run(
-        [*program, "profile", path, "--compare", path, "--rounds", "1", "--json"], capture_output=True, text=True
-    )
-    assert table.returncode == 0 and table.stderr == "", table.stderr
-    first = json.loads(table.stdout)["models"][0]
-    assert first["file_bytes"] == path.stat().st_size and first["opens_in_seconds"] > 0
-    assert "floor" not in first and first["session"]["kind"] == "onnx"
+    command = typer.main.get_command(app)
+    with contextlib.suppress(SystemExit):
+        command.main(["profile", str(path), "--rounds", "1", "--json"], prog_name="ssmprune")
+    (told,) = json.loads(capsys.readouterr().out)["models"]
+    assert told["file_bytes"] == path.stat().st_size and told["opens_in_seconds"] > 0
+    assert "floor" not in told and told["session"]["kind"] == "onnx"
+    with contextlib.suppress(SystemExit):
+        command.main(["profile", str(path), "--compare", str(path), "--rounds", "1"], prog_name="ssmprune")
+    table = capsys.readouterr().out
+    assert "opens in (s)" in table and "file (MB)" in table and "Where the time goes" not in table
+
+
+@pytest.mark.slow
+def test_eval_is_a_command(vim_onnx: Made, images: Path) -> None:
     judged = subprocess.run(
-        [*program, "eval", path, "--dataset", "npz", "--data", images], capture_output=True, text=True
+        [sys.executable, "-m", "ssmprune_cli", "eval", vim_onnx[1].path, "--dataset", "npz", "--data", images],
+        capture_output=True,
+        text=True,
     )
     assert judged.returncode == 0 and "top-1" in judged.stdout and "9 images, float32" in judged.stdout, judged.stderr

@@ -58,7 +58,7 @@ def large_products(model: Any) -> list[str]:
 
 
 def quantise(source: Path, path: Path, how: How, calibration: Iterable[Tensor]) -> int:
-    """Write the file `source` to `path` with its large products in integers; how many these are.
+    """Write the file `source` to `path` with its large products in integers; how many these are. Of none, no file.
 
     static       scales of the activations are those of `calibration`, batches of images (B, 3, H, W)
     dynamic      they are those of each batch, found as it is computed
@@ -67,6 +67,8 @@ def quantise(source: Path, path: Path, how: How, calibration: Iterable[Tensor]) 
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     names = large_products(onnx.load(source))
+    if not names:  # of no names, the tools make all
+        return 0
     common: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
         "nodes_to_quantize": names,
@@ -87,6 +89,9 @@ def quantise(source: Path, path: Path, how: How, calibration: Iterable[Tensor]) 
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             **common,
         )
+    made = onnx.load(path)
+    del made.graph.value_info[:]  # the tools' shapes; a runtime finds its own
+    onnx.save(made, path)
     return len(names)
 
 
