@@ -115,6 +115,8 @@ def command(
     request = ExportRequest(path, out, target, size, check, opset, reading, int8, calib, data, dataset, limit, limits)
     with output.progress("Exporting"):
         result = run(request)
+    for remark in result.remarks:
+        output.warn(remark)
     if result.int8 is not None and result.int8.accuracy is None:
         output.warn("What int8 costs in accuracy was not measured: give --data and --dataset.")
     if result.int8 is not None and any(each.speedup < 1 for each in result.int8.times):
@@ -141,7 +143,12 @@ def _shown(result: ExportResult) -> Group:
     for title in ("runtime", "batch", "difference", "same answers, %"):
         table.add_column(title, justify="left" if title == "runtime" else "right")
     for check in exported.checks:
-        table.add_row(check.runtime, str(check.batch), f"{check.error:.1e}", f"{100 * check.same:.2f}")
+        table.add_row(
+            check.runtime,
+            str(check.batch),
+            f"{check.error:.1e}",
+            "" if check.same is None else f"{100 * check.same:.2f}",
+        )
     if result.int8 is None:
         return Group(*lines, table)
     kept = [] if result.kept else [f"A limit is broken: {exported.path} was not kept."]

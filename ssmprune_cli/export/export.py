@@ -17,7 +17,7 @@ from torch import Tensor
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.export.check import AGREEMENTS, Check, compared, judge, tolerance_of
 from ssmprune_cli.export.facts import facts
-from ssmprune_cli.export.graph import traced
+from ssmprune_cli.export.graph import outputs_of, traced
 from ssmprune_cli.export.onnx import ONNX, ONNX_PLAIN
 from ssmprune_cli.export.place import placed
 from ssmprune_cli.export.pt2 import PT2
@@ -57,11 +57,6 @@ class Exported:
 
 def refuse(model: Backbone, target: str) -> None:
     """UsageError, with the reason, for a model that `target` cannot hold: it is said before minutes of work."""
-    if model.task not in AGREEMENTS:
-        raise UsageError(
-            f"a {model.family} is not exported: its answers are lists of boxes, whose number depends on the image",
-            hint="Classifiers and segmenters are exported.",
-        )
     dtypes = TARGETS.get(target).dtypes
     if dtypes and model.dtype not in dtypes:
         known = " or ".join(map(str, dtypes))
@@ -100,7 +95,8 @@ def export(
     opset: int | None = None,
     source: Path | None = None,
 ) -> Exported:
-    """Write `model`, dense or pruned, to `path`, for images of its size, dtype and device.
+    """Write `model`, dense or pruned, to `path`, for images of its size, dtype and device. Of a detector, its backbone
+    and feature pyramid: the number of its boxes depends on the image.
 
     batch   images in a batch; None is any number
     images  (N, 3, H, W), normalised, that the file is checked with; random ones without
@@ -127,7 +123,7 @@ def export(
         try:
             # A batch of one would be taken for a constant.
             graph = traced(model, noise(2 if batch is None else batch), any_batch=batch is None)
-            chosen.write(graph, temporary, Wanted(opset, facts(model, target, source)))
+            chosen.write(graph, temporary, Wanted(opset, facts(model, target, source), outputs_of(model)))
             checks = compared(model, chosen.open(temporary), shown, sizes)
         except OSError:  # of the disk, not of the model
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 from ssmprune_cli import __version__
 from ssmprune_cli.checkpoint import hub_address, sha256
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, Detector
 from ssmprune_cli.pruning import TokenPruner
 
 
@@ -24,7 +24,8 @@ def facts(model: Backbone, target: str, source: Path | None) -> dict[str, str]:
 
 
 def said_of(model: Backbone) -> dict[str, str]:
-    """What a model is, its weights apart. `preprocessing` is left out where none is known."""
+    """What a model is, its weights apart. `preprocessing` is left out where none is known; of a detector the outputs
+    are named, with their strides in pixels."""
     found = {
         "family": model.family,
         "task": model.task,
@@ -33,6 +34,9 @@ def said_of(model: Backbone) -> dict[str, str]:
     }
     with contextlib.suppress(UsageError):
         found["preprocessing"] = json.dumps(asdict(model.preprocessing))
+    if isinstance(model, Detector):
+        found["holds"] = "backbone and feature pyramid"
+        found["strides"] = json.dumps(model.strides)
     if isinstance(model.pruner, TokenPruner):
         settings = model.pruner.settings.to_dict()
         found["schedule"] = json.dumps(settings.pop("schedule"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], tuple[Tensor, ...]]
 How = Literal["static", "dynamic"]  # where the scales of 8-bit activations come from: calibration, or each batch
 
 
@@ -19,12 +19,14 @@ How = Literal["static", "dynamic"]  # where the scales of 8-bit activations come
 class Wanted:
     """What is asked of a file.
 
-    opset  of ONNX's own operators; None is the target's choice
-    facts  name -> text, to be stored in the file
+    opset    of ONNX's own operators; None is the target's choice
+    facts    name -> text, to be stored in the file
+    outputs  names of what the graph computes
     """
 
     opset: int | None
     facts: Mapping[str, str]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class ExportTarget:
     suffix   of the file's name
     missing  why it cannot be written here, or None if it can
     write    (graph of a model in evaluation mode, path, what is wanted) -> writes the file
-    open     path -> by the name of each runtime the function from images (B, 3, H, W) to logits that the file computes
+    open     path -> by the name of each runtime the function from images (B, 3, H, W) to the outputs
+             that the file computes
     record   (path, name, text) -> stores one more fact in the file; None where a file is not touched again
     opsets   the least and the most of ONNX's that can be asked for, or None
     dtypes   of the models that it can hold; none is any

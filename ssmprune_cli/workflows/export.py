@@ -36,6 +36,10 @@ from ssmprune_cli.workflows.write import check_place
 _IMAGES = 8  # that a file of one batch size may be checked with; more say no more
 _CALIBRATED = 64  # images that the scales of activations are found with
 _AT_ONCE = 8  # of these
+_PYRAMID = (
+    "The file holds the detector's backbone and feature pyramid (outputs p2 to p6, strides 4 to 64): how many boxes "
+    "there are depends on the image, and is left to the program that reads it."
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,10 @@ class ExportRequest:
 @dataclass(frozen=True)
 class ExportResult:
     """The file, what int8 costs and saves if it is in int8, and a verdict for every limit: a file that breaks one is
-    not kept."""
+    not kept. `remarks` are sentences on what the file leaves out."""
 
     exported: Exported
+    remarks: tuple[str, ...] = ()
     int8: Int8Facts | None = None
     verdicts: tuple[LimitFacts, ...] = ()
 
@@ -101,10 +106,13 @@ def run(request: ExportRequest) -> ExportResult:
     check_place(request.file)
     model = checkpoint.load_as(request.path, request.reading)
     refuse(model, request.target)
+    if request.int8 is not None and model.task == "detection":
+        raise UsageError("a detector's file has no answers by which int8 could be judged", where="--int8")
     count = min(max(request.batch or 0, 3), _IMAGES)
     images = None if request.check is None else _images(model, request.check, count, "--check")
     if request.int8 is None:
-        return ExportResult(_export(request, model, request.file, images))
+        remarks = () if model.task != "detection" else (_PYRAMID,)
+        return ExportResult(_export(request, model, request.file, images), remarks)
     calibration = None if request.calib is None else _images(model, request.calib, _CALIBRATED, "--calib")
     judged = None if request.data is None else _judged(model, request)
     with placed(request.file) as temporary, TemporaryDirectory(prefix=".ssmprune-", dir=temporary.parent) as scratch:
@@ -120,7 +128,7 @@ def run(request: ExportRequest) -> ExportResult:
         made, products = quantised(plain, temporary, request.int8, model, _filled(shown, most), parts)
         facts = measure(plain, made, products, request.int8, shown, name, judged)
         verdicts = check(facts, request.limits)
-        result = ExportResult(replace(made, path=request.file), facts, verdicts)
+        result = ExportResult(replace(made, path=request.file), int8=facts, verdicts=verdicts)
         if result.kept:
             record = TARGETS.get(request.target).record
             assert record is not None

@@ -77,16 +77,16 @@ def test_a_file_that_computes_something_else_is_not_kept(
 ) -> None:
     def stretched(path: Path) -> Mapping[str, Run]:
         (run,) = honest.open(path).values()
-        return {"torch": lambda images: run(images) * 1.001}
+        return {"torch": lambda images: (run(images)[0] * 1.001,)}
 
     def swapped(path: Path) -> Mapping[str, Run]:
         """The first two classes are as likely, and the file takes the other one."""
         (run,) = honest.open(path).values()
-        return {"torch": lambda images: run(images)[:, [1, 0, 2, 3, 4]]}
+        return {"torch": lambda images: (run(images)[0][:, [1, 0, 2, 3, 4]],)}
 
     honest, model = plain_write, make("vim", depth=1)
     monkeypatch.setitem(TARGETS._entries, "pt2", replace(honest, open=stretched))
-    with pytest.raises(SsmpruneError, match="computes something else: in torch, with 1 images in a batch, its logits"):
+    with pytest.raises(SsmpruneError, match="computes something else: in torch, with 1 images in a batch, its outputs"):
         export(model, tmp_path / "model.pt2", target="pt2", batch=1)
     with torch.no_grad():
         model.output_layer.weight.zero_()

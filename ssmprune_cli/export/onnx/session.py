@@ -46,10 +46,10 @@ def runtime(path: Path, kernels: Path | None = None) -> Any:
     return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
-def answers(session: Any, images: Tensor) -> Tensor:
+def answers(session: Any, images: Tensor) -> tuple[Tensor, ...]:
     """What ONNX Runtime's `session` computes of images (B, 3, H, W)."""
-    (logits,) = session.run([OUTPUT], {INPUT: images.cpu().numpy()})
-    return torch.from_numpy(logits).to(images.device)
+    outputs = session.run(None, {INPUT: images.cpu().numpy()})
+    return tuple(torch.from_numpy(each).to(images.device) for each in outputs)
 
 
 class OnnxSession(Session):
@@ -87,10 +87,10 @@ class OnnxSession(Session):
                 else None,
             )
         if self.batch is None:
-            return answers(self._run, images)
+            return answers(self._run, images)[0]
         missing = -len(images) % self.batch
         whole = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
-        return torch.cat([answers(self._run, part) for part in whole.split(self.batch)])[: len(images)]
+        return torch.cat([answers(self._run, part)[0] for part in whole.split(self.batch)])[: len(images)]
 
     def with_pruner(self, pruner: Pruner | None) -> OnnxSession:
         """Raises UsageError: a file is pruned as it is."""
@@ -143,6 +143,12 @@ def opened(path: Path) -> OnnxSession:
             f"does not say its {missing[0]}: it is none that this ssmprune exported",
             where=str(path),
             hint="Type `ssmprune export CHECKPOINT --out FILE.onnx`.",
+        )
+    if said["task"] == "detection":
+        raise CheckpointError(
+            "holds the backbone and the feature pyramid of a detector alone, so it finds nothing to judge",
+            where=str(path),
+            hint="Give the checkpoint or the artefact.",
         )
     definition = _definition(said, path)
     if said["format"] != "onnx":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ssmprune_cli.export.graph import INPUT, OUTPUT, too_old
+from ssmprune_cli.export.graph import INPUT, too_old
 from ssmprune_cli.export.onnx.bodies import functions
 from ssmprune_cli.export.onnx.int8 import mark, quantise
 from ssmprune_cli.export.onnx.lowered import LOWERED
@@ -44,7 +44,7 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool)
     program = torch.onnx.export(
         lowered,
         input_names=[INPUT],
-        output_names=[OUTPUT],
+        output_names=list(wanted.outputs),
         opset_version=opset,
         dynamo=True,
         optimize=True,
