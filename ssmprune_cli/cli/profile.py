@@ -75,7 +75,8 @@ def command(
     formats.emit(
         Group(
             _summary(names, profiles, opened),
-            *([_time(seen), *_floors(seen)] if seen else []),
+            *([_time(seen)] if seen else []),
+            *_floors(seen),
             *_sessions(names, profiles),
             _blocks(names, profiles),
         ),

@@ -150,8 +150,8 @@ def _check_options(request: ExportRequest) -> None:
         for option, value in (("--dataset", request.dataset), ("--limit", request.limit)):
             if value is not None:
                 raise UsageError("needs --data, the images that it is about", where=option)
-    for option, value in (("--calib", request.calib), ("--data", request.data)):
-        if value is not None and request.int8 is None:
+    for option, images in (("--calib", request.calib), ("--data", request.data)):
+        if images is not None and request.int8 is None:
             raise UsageError(
                 "is for files in int8: one in float answers as the model, and is checked",
                 where=option,
