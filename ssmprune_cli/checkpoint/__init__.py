@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ssmprune_cli.checkpoint.artefact import check_writable, is_compressed, save
-from ssmprune_cli.checkpoint.files import hub_address, sha256
+from ssmprune_cli.checkpoint.described import described
+from ssmprune_cli.checkpoint.files import hub_address, sha256, size
 from ssmprune_cli.checkpoint.hub import Address as HubAddress
 from ssmprune_cli.checkpoint.hub import explained as hub_errors
 from ssmprune_cli.checkpoint.hub import library as hub_library
@@ -16,6 +17,7 @@ __all__ = [
     "HubAddress",
     "build_empty",
     "check_writable",
+    "described",
     "hub_address",
     "hub_errors",
     "hub_library",
@@ -29,5 +31,6 @@ __all__ = [
     "resolve",
     "save",
     "sha256",
+    "size",
     "variant_name",
 ]

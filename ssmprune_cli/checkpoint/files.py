@@ -87,6 +87,11 @@ def parts(path: Path) -> list[Path]:
     return [path / CONFIG, weights, *([path / DENSE] if (path / DENSE).exists() else [])]
 
 
+def size(path: Path) -> int:
+    """Bytes of the files of a checkpoint; of an artefact, config.json and all weights."""
+    return sum(part.stat().st_size for part in parts(path))
+
+
 def sha256(path: Path) -> str:
     """SHA-256 in hex of the files of a checkpoint, one after another: of an artefact, config.json and all weights."""
     digest = hashlib.sha256()

@@ -94,7 +94,21 @@ def _download(address: Address, file: str, *, optional: bool = False) -> Path:
     """`file` of the repository. FileNotFoundError if it is not there and `optional`."""
     hub = library()
     with explained(replace(address, file=file), optional=optional):
+        if not isinstance(hub.try_to_load_from_cache(address.repository, file, revision=address.revision), str):
+            _reach(hub, address, file)
         return Path(hub.hf_hub_download(address.repository, file, revision=address.revision, library_name="ssmprune"))
+
+
+def _reach(hub: Any, address: Address, file: str) -> None:
+    """Ask the hub about `file` once: for a file that is not in the cache, a download would ask for half a minute."""
+    from huggingface_hub import errors
+
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(address.repository, file, revision=address.revision))
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError):
+        raise
+    except Exception as error:  # of the network: their class is that of a library that changes with versions
+        raise errors.LocalEntryNotFoundError(str(error)) from error
 
 
 def library() -> Any:

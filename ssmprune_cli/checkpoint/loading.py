@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ssmprune_cli import pruning
+from ssmprune_cli.checkpoint.described import configuration, unfilled
 from ssmprune_cli.checkpoint.reading import Checkpoint, read, read_dense
 from ssmprune_cli.checkpoint.stated import plain
 from ssmprune_cli.errors import CheckpointError, UnknownFamilyError, UsageError, listing, shown
@@ -40,7 +38,6 @@ _NOT_OF_A_VARIANT = (
     *("image_size", "num_classes", "out_indices", "out_stages"),
     *("preprocessing", "resized", "class_names", "dropout"),
 )
-MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
 _PRUNER = ("pruner.", "encoder.pruner.")  # what the names of a pruner's buffers begin with
 _GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
@@ -248,13 +245,7 @@ def build_empty(
     family: Family, config: Any, settings: dict[str, Any] | None, state: dict[str, Tensor], path: Path
 ) -> Backbone:
     """The backbone on the meta device, with a pruner if there are settings. CheckpointError if `state` does not fit."""
-    try:
-        with torch.device("meta"):
-            model = family.build(config)
-            if settings is not None:
-                pruning.attach(model, settings)
-    except (UsageError, RuntimeError, OverflowError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"no model can be built of these sizes: {error}", where=str(path)) from error
+    model = unfilled(family, config, settings, path)
     faults = _faults(model, state)
     if faults:
         title = variant_name(family, config) or family.title
@@ -302,7 +293,7 @@ def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Re
     variant = reading.variant
     where = str(checkpoint.path / "config.json")
     family = FAMILIES.get(checkpoint.artefact.family)
-    config = _config(family, checkpoint.artefact.config, len(checkpoint.state), where)
+    config = configuration(family, checkpoint.artefact.config, len(checkpoint.state), where)
     found = variant_name(family, config)
     if requested not in (None, family) or (variant is not None and variant != found):
         raise UsageError(
@@ -320,40 +311,6 @@ def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Re
     else:
         config = replace(config, **given)
     return Resolved(family, config, checkpoint.state)
-
-
-def _config(family: Family, values: dict[str, Any], weights: int, where: str) -> Any:
-    """The configuration in a config.json, of types and sizes that a model of so many `weights` can have."""
-    unknown = sorted(set(values) - {field.name for field in fields(family.config_class)})
-    if unknown:
-        raise CheckpointError(f"the configuration is not valid: {listing(unknown)} is unknown", where=where)
-    _check_numbers(values, weights, where)
-    try:
-        config = TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
-        before_resizing(config)  # raises where the dense model's size is none
-        return config
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error
-    except (ValueError, UsageError) as error:
-        raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
-
-
-def _check_numbers(values: dict[str, Any], weights: int, where: str) -> None:
-    """CheckpointError unless a model of so many `weights` can have these sizes."""
-    waiting = list(values.items())
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += value.items()
-            continue
-        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        limit = weights if name in ("depth", "depths") else MAX_NUMBER
-        most = MAX_NUMBER if name == "class_names" else weights + 2
-        if sum(map(abs, numbers)) > limit or (isinstance(value, list) and len(value) > most):
-            raise CheckpointError(
-                f"the configuration is not valid: {name} is larger than {weights} weights can be", where=where
-            )
 
 
 def _detect(checkpoint: Checkpoint) -> Family:

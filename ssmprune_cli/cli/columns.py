@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ssmprune_cli.tasks import Estimate
     from ssmprune_cli.workflows.compare import Row as Compared
     from ssmprune_cli.workflows.evaluate import Evaluation
-    from ssmprune_cli.workflows.profile import Profile
+    from ssmprune_cli.workflows.profile import Figures
 
 
 def of_evaluation(names: Sequence[str], models: Sequence[Backbone], result: Evaluation) -> list[Row]:
@@ -40,7 +40,9 @@ def of_evaluation(names: Sequence[str], models: Sequence[Backbone], result: Eval
     ]
 
 
-def of_profiles(names: Sequence[str], profiles: Sequence[Profile]) -> list[Row]:
+def of_profiles(names: Sequence[str], profiles: Sequence[Figures]) -> list[Row]:
+    from ssmprune_cli.workflows.profile import Profile
+
     return [
         {
             "model": name,
@@ -53,8 +55,8 @@ def of_profiles(names: Sequence[str], profiles: Sequence[Profile]) -> list[Row]:
             "infer_gmacs": one.multiply_adds_all_directions / 1e9,
             "gmacs_one_direction": one.multiply_adds_one_direction / 1e9,
             "param_count": one.parameters / 1e6,
-            "peak_memory_mib": one.peak_memory_bytes / 2**20,
-            "floor_ms": one.floor.total_ms,
+            "peak_memory_mib": one.peak_memory_bytes / 2**20 if isinstance(one, Profile) else None,
+            "floor_ms": one.floor.total_ms if isinstance(one, Profile) else None,
             "dtype": one.dtype,
             "device": one.device,
             "threads": one.threads,

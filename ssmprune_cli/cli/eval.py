@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @reads_checkpoints
 def command(
-    path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint file, an artefact folder or an exported .onnx.")],
     dataset: Annotated[str, dataset_option("Layout of --data")],
     data: Annotated[
         Path,
@@ -106,18 +106,19 @@ def command(
 
     With --compare, also the difference on the same images, its interval and a paired test. --precision and how a
     checkpoint is read hold for both files. Limits are checked after the result is printed; those on drop,
-    multiply-adds and latency are against the --compare model.
+    multiply-adds and latency are against the --compare model. An exported file is run by ONNX Runtime, with our
+    kernels where it can.
     """
     from rich.console import Group
 
-    from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.tasks import TASKS, Estimate
     from ssmprune_cli.workflows.evaluate import Views, evaluate
     from ssmprune_cli.workflows.limits import Limits, enforce
-    from ssmprune_cli.workflows.measure import count_flops, in_precision
+    from ssmprune_cli.workflows.measure import count_flops
     from ssmprune_cli.workflows.processes import join_processes
     from ssmprune_cli.workflows.reporting import verdicts
+    from ssmprune_cli.workflows.subject import definition_of, read
     from ssmprune_cli.workflows.write import check_place, write_text
 
     form = formats.chosen(form, as_json=as_json)
@@ -127,8 +128,8 @@ def command(
     use_backend(backend)
     device = join_processes(device, peer_timeout)
     paths = [path] if compare is None else [path, compare]
-    loaded = [checkpoint.load_as(each, reading) for each in paths]
-    models = [in_precision(each, precision) for each in loaded]
+    subjects = read(paths, reading, precision, device)
+    models = [definition_of(each.model) for each in subjects]
     task = TASKS.get(models[0].task)
     limits.fit(task)
     if slide is not None:
@@ -141,11 +142,11 @@ def command(
     images = task.open(data, dataset)
     with output.progress("Evaluating") as advance:
         result = evaluate(
-            models[0],
+            subjects[0].model,
             images,
             batch_size=task.at_once(32, batch_size),
             limit=limit,
-            compare=models[1] if compare else None,
+            compare=subjects[1].model if compare else None,
             task=task,
             views=None if segments is None and crops is None else Views(segments or 1, crops or 1),
             device=device,

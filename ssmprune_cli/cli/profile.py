@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,12 +17,12 @@ from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
-    from ssmprune_cli.workflows.profile import Profile
+    from ssmprune_cli.workflows.profile import Figures, Profile
 
 
 @reads_checkpoints
 def command(
-    path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint file, an artefact folder or an exported .onnx.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
     ] = None,
@@ -41,29 +42,41 @@ def command(
     Multiply-adds are for one image; one multiply-add counts as one. "All directions" counts every scan; "one direction"
     counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate. The floor is the
     least time: every matrix product and scan run alone or fused, or their bytes copied, whichever takes longer.
+
+    An exported file is run by ONNX Runtime, with our kernels where it can. What happens inside is not seen: where its
+    time goes, its floor and its memory are left out. Counts are those of the model that it says it holds.
     """
-    from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.measure import in_precision
-    from ssmprune_cli.workflows.profile import profile
+    from ssmprune_cli.workflows.profile import Profile, figures
+    from ssmprune_cli.workflows.subject import definition_of, read
 
     form = formats.chosen(form, as_json=as_json)
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
-    loaded = [checkpoint.load_as(each, reading) for each in paths]
-    models = [in_precision(each, precision) for each in loaded]
+    subjects = read(paths, reading, precision, device)
+    models = [each.model for each in subjects]
     with output.progress("Timing") as advance:
-        profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
-    for remark in dict.fromkeys(each for model in models for each in TASKS.get(model.task).remarks):
+        profiles = figures(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    for remark in dict.fromkeys(each for model in models for each in TASKS.get(definition_of(model).task).remarks):
         output.warn(remark)
     names = formats.unique(distinct_names(paths))
-    data = {"models": [{"path": str(each), **one.to_dict()} for each, one in zip(paths, profiles, strict=True)]}
+    opened = [
+        (each.file_bytes, each.read_in_seconds + one.prepared_in_seconds)
+        for each, one in zip(subjects, profiles, strict=True)
+    ]
+    data = {
+        "models": [
+            {"path": str(path), "file_bytes": size, "opens_in_seconds": seconds, **one.to_dict()}
+            for path, (size, seconds), one in zip(paths, opened, profiles, strict=True)
+        ]
+    }
+    seen = {name: one for name, one in zip(names, profiles, strict=True) if isinstance(one, Profile)}
     formats.emit(
         Group(
-            _summary(names, profiles),
-            _time(names, profiles),
-            *_floors(names, profiles),
+            _summary(names, profiles, opened),
+            *([_time(seen)] if seen else []),
+            *_floors(seen),
             *_sessions(names, profiles),
             _blocks(names, profiles),
         ),
@@ -73,7 +86,9 @@ def command(
     )
 
 
-def _summary(names: list[str], profiles: list[Profile]) -> Group:
+def _summary(names: list[str], profiles: list[Figures], opened: list[tuple[int, float]]) -> Group:
+    from ssmprune_cli.workflows.profile import Profile
+
     first = profiles[0]
     refused = "".join(
         f"; not {name}: {reason}"
@@ -108,40 +123,45 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
     spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]
     table.add_row("  quartiles", *spread, *([""] if len(profiles) == 2 else []))
     add("images per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
-    add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in profiles], "{:.1f}")
+    seen = [p for p in profiles if isinstance(p, Profile)]
+    if len(seen) == len(profiles):
+        add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in seen], "{:.1f}")
+    else:  # of checkpoints, both are of little interest
+        add("file (MB)", [size / 1e6 for size, _ in opened], "{:.1f}")
+        add("opens in (s)", [seconds for _, seconds in opened], "{:.2f}")
     return Group(heading, table)
 
 
-def _time(names: list[str], profiles: list[Profile]) -> Table:
+def _time(seen: Mapping[str, Profile]) -> Table:
     table = Table(title="Where the time goes, ms of a batch", title_justify="left")
     table.add_column("")
-    for name in names:
+    for name in seen:
         table.add_column(name, justify="right", overflow="fold")
         table.add_column("%", justify="right")
-    for part in profiles[0].time_ms:
+    for part in next(iter(seen.values())).time_ms:
         cells = []
-        for p in profiles:
+        for p in seen.values():
             cells += [f"{p.time_ms[part]:.2f}", f"{100 * p.time_ms[part] / p.speed.median_ms:.0f}"]
         table.add_row(part, *cells)
     return table
 
 
-def _floors(names: list[str], profiles: list[Profile]) -> list[str]:
+def _floors(seen: Mapping[str, Profile]) -> list[str]:
     """Measured time against the roofline."""
     return [
         f"{name}: {p.speed.median_ms:.1f} ms a batch; the floor here is {p.floor.total_ms:.1f} ms "
         f"(multiply-adds {p.floor.multiply_adds_ms:.1f}, bytes {p.floor.bytes_ms:.1f}): "
         f"{100 * p.floor.total_ms / p.speed.median_ms:.0f} % of what this machine can do."
-        for name, p in zip(names, profiles, strict=True)
+        for name, p in seen.items()
     ]
 
 
-def _sessions(names: list[str], profiles: list[Profile]) -> list[str]:
+def _sessions(names: list[str], profiles: list[Figures]) -> list[str]:
     """How each model was run."""
     return [f"{name}, {p.session}" for name, p in zip(names, profiles, strict=True)]
 
 
-def _blocks(names: list[str], profiles: list[Profile]) -> Table:
+def _blocks(names: list[str], profiles: list[Figures]) -> Table:
     table = Table(title="Tokens into each block, and its multiply-adds (M)", title_justify="left")
     table.add_column("block", justify="right")
     for name in names:

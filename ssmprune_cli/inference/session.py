@@ -28,10 +28,12 @@ class Session(nn.Module, ABC):
     definition  the snapshot, op by op
     kind        its name
     silent      how a block is computed of which nothing is noted
+    watched     whether its ops are torch's, and can be seen and counted
     """
 
     kind: ClassVar[str]
     silent: ClassVar[str] = BY_OP
+    watched: ClassVar[bool] = True
     definition: nn.Module
 
     def __init__(self, definition: nn.Module, refused: dict[str, str]) -> None:
@@ -117,6 +119,11 @@ class Session(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         floating = (each.dtype for each in self.definition.parameters() if each.is_floating_point())
         return next(floating, torch.get_default_dtype())
+
+    @property
+    def computes_in(self) -> str:
+        """The name of the numbers that it computes with, such as float32."""
+        return str(self.dtype).removeprefix("torch.")
 
     def train(self: S, mode: bool = True) -> S:
         """Raises UsageError for `train()`: a session is for inference."""

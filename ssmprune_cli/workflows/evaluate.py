@@ -14,12 +14,13 @@ import torch
 
 from ssmprune_cli.data import Batch, ImageDataset, Subset, batches
 from ssmprune_cli.errors import SsmpruneError, UsageError
-from ssmprune_cli.inference import prepare
+from ssmprune_cli.export import OnnxSession
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import ClipPreprocessing
 from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.measure import resolve_device
 from ssmprune_cli.workflows.processes import gathered, this_process
+from ssmprune_cli.workflows.subject import definition_of, session_of
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
@@ -83,9 +84,9 @@ class Evaluation:
 class _Judge:
     """Collects one model's results, and the time it takes."""
 
-    def __init__(self, model: Backbone, task: Task[Any, Any], device: torch.device, role: str) -> None:
-        self._model = model
-        self._session = prepare(model, device=device)
+    def __init__(self, model: Backbone | OnnxSession, task: Task[Any, Any], device: torch.device, role: str) -> None:
+        self._model = definition_of(model)
+        self._session = session_of(model, device)
         self._task = task
         self._device = device
         self._role = role
@@ -120,24 +121,29 @@ class _Judge:
         speed = sum(size / seconds for _, size, seconds in parts if seconds)
         return results, self._task.score(results, self._model, dataset), speed
 
+    @property
+    def computes_in(self) -> str:
+        return self._session.computes_in
+
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
 
 def evaluate(
-    model: Backbone,
+    model: Backbone | OnnxSession,
     dataset: ImageDataset,
     *,
     batch_size: int | None = None,
     limit: int | None = None,
-    compare: Backbone | None = None,
+    compare: Backbone | OnnxSession | None = None,
     task: Task[Any, Any] | None = None,
     views: Views | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The score of `model` on `dataset`; with `compare`, the dense model, the paired difference between the two.
+    """The score of `model` on `dataset`; with `compare`, the dense model, the paired difference between the two. Each
+    may be an exported file.
 
     batch_size  of images at once; without one, what the task finds right
     limit       use so many images, always the same ones, drawn from the whole dataset (see `spread`)
@@ -149,7 +155,9 @@ def evaluate(
     Raises DataError if `dataset` is none that the model's task can judge it on; SsmpruneError, naming the image, for
     logits that are not finite.
     """
-    task = TASKS.get(model.task) if task is None else task
+    models = [model] if compare is None else [model, compare]
+    definitions = [definition_of(each) for each in models]
+    task = TASKS.get(definitions[0].task) if task is None else task
     if views is not None and not task.clips:
         raise UsageError("are for videos, and the model takes images", where="--segments and --crops")
     views = (views or Views()) if task.clips else None
@@ -160,17 +168,16 @@ def evaluate(
     if limit is not None and limit < len(dataset):
         chosen = spread(len(dataset), limit)
         dataset = Subset(dataset, chosen)
-    models = [model] if compare is None else [model, compare]
-    for each in models:
+    for each in definitions:
         task.check(each, dataset)
     target = resolve_device(device)
     roles = ["the model", "the model to compare with"]
-    judges = [_Judge(each, task, target, role) for each, role in zip(models, roles, strict=False)]
+    judges = [_Judge(one, task, target, role) for one, role in zip(models, roles, strict=False)]
     share = this_process()
     mine = dataset if share.processes == 1 else Subset(dataset, range(share.rank, len(dataset), share.processes))
     # Images are prepared once for models that take them alike. The way that is behind goes on: its batches may be
     # smaller, and times are of the same moment.
-    ways = [each.preprocessing if views is None else views.of(each.preprocessing) for each in models]
+    ways = [each.preprocessing if views is None else views.of(each.preprocessing) for each in definitions]
     done = dict.fromkeys(ways, 0)
     streams = {way: batches(mine, way, batch_size) for way in done}
     with torch.inference_mode():
@@ -184,8 +191,8 @@ def evaluate(
             if progress and min(done.values()) > before:
                 progress(min(done.values()), len(mine))
     results, score, speed = judges[0].collect(dataset)
-    dtype = str(model.dtype).removeprefix("torch.")
-    of_files = dict.fromkeys(note for each in models for note in each.notes)  # of the same file the same is said
+    dtype = judges[0].computes_in
+    of_files = dict.fromkeys(note for each in definitions for note in each.notes)  # of the same file the same is said
     notes = (*of_files, *dataset.notes, *task.remarks)
     evaluation = Evaluation(
         len(dataset), dtype, task, score, speed, views=views, notes=notes, images=dataset, results=results

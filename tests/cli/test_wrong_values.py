@@ -98,6 +98,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--shift": FROM_0,
     "--batch": FROM_1,
     "--opset": (*FROM_1, "3"),
+    "--int8": NAME,
 }
 # Paths, and a name that is written: any text may be right.
 FREE = {
