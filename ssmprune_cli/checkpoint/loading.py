@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ssmprune_cli.checkpoint.stated import plain
 from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
 from ssmprune_cli.models import (
     FAMILIES,
+    MAX_CUT,
     MAX_SIDE,
     SMALL_SIDE,
     Backbone,
@@ -25,7 +26,8 @@ from ssmprune_cli.models import (
     Hints,
     ImageConfig,
     Shapes,
-    before_resizing,
+    blocks_cut,
+    dense_config,
 )
 from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
@@ -81,7 +83,7 @@ def load(
 def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backbone:
     """See `load`. With `dense`, a compressed model comes as it was before: without its pruner, and for its own images.
 
-    CheckpointError for `dense` if the model was resized and trained since: what it was before is no longer there.
+    CheckpointError for `dense` if the model was made smaller and trained since: what it was before is no longer there.
     """
     path = Path(path)
     checkpoint = read(path, weights=reading.weights)
@@ -91,8 +93,9 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
     if dense:
         settings = None
         state = {name: value for name, value in state.items() if not name.startswith(_PRUNER)}
-        state |= read_dense(checkpoint, resized=config.resized_from is not None)
-        config = before_resizing(config)
+        before = dense_config(config)
+        state |= read_dense(checkpoint, needed=before != config)
+        config = before
     model = build_empty(resolved.family, config, settings, state, path)
     broken = non_finite(state)
     if broken:
@@ -320,12 +323,14 @@ def _config(family: Family, values: dict[str, Any], weights: int, where: str) ->
     _check_numbers(values, weights, where)
     try:
         config = TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
-        before_resizing(config)  # raises where the dense model's size is none
+        before, _ = dense_config(config), blocks_cut(config)  # raises where there can be no such dense model
+        if config.cut_from is not None:  # what it says of that model is checked as it is said of this one
+            _config(family, asdict(before), weights + MAX_CUT, where)
         return config
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error
-    except (ValueError, UsageError) as error:
+    except (ValueError, TypeError, RecursionError, UsageError) as error:
         raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
 
 

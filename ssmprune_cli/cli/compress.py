@@ -271,7 +271,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import repaired, resizing, verdict, verdicts
+    from ssmprune_cli.workflows.reporting import block_by_block, repaired, smaller, verdict, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -314,10 +314,11 @@ def _tables(report: Report) -> Group:
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
     lengths.add_column(report.called, justify="right")
-    for first_block, last in _runs(pruned.tokens_per_block):
+    tokens = block_by_block(report, pruned.tokens_per_block)
+    for first_block, last in _runs(tokens):
         name = f"{first_block + 1}" if first_block == last else f"{first_block + 1} to {last + 1}"
-        lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(pruned.tokens_per_block[first_block]))
-    notes += [f"{text[0].upper()}{text[1:]}." for text in resizing(report)]
+        lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(tokens[first_block] or "left out"))
+    notes += [f"{text[0].upper()}{text[1:]}." for text in smaller(report)]
     if pruning is not None:
         kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
         notes.append(
@@ -331,7 +332,7 @@ def _tables(report: Report) -> Group:
     return Group(verdict(report), table, lengths, *notes)
 
 
-def _runs(values: tuple[int, ...]) -> list[tuple[int, int]]:
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
     """First and last index of each run of equal values."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return list(zip(starts, [start - 1 for start in starts[1:]] + [len(values) - 1], strict=True))

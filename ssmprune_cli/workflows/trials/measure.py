@@ -16,7 +16,7 @@ from ssmprune_cli.data import Batch, ImageDataset, batches
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.interface import Pruner
-from ssmprune_cli.models import Backbone, resize
+from ssmprune_cli.models import WHOLE, Backbone, Size, smaller
 from ssmprune_cli.pruning import (
     ALIGNMENTS,
     PruneSettings,
@@ -107,10 +107,10 @@ def task_of(session: Session) -> Task[Any, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A pruned model, for images of `side` pixels if that is not None. A schedule without points drops nothing."""
+    """A pruned model, made of one of `size`. A schedule without points drops nothing."""
 
     settings: PruneSettings
-    side: int | None = None
+    size: Size = WHOLE
 
 
 class Distances(NamedTuple):
@@ -126,8 +126,7 @@ class Measurements:
 
     calibration  how many of the images, from the first, alignment is calibrated on
     load         model -> the same images, prepared for it: for `at`
-    dense        what to be near to, as `run` gives it, of a dense model that sees the images larger; by default of
-                 `model`
+    dense        what to be near to, as `run` gives it, of a dense model that is larger; by default of `model`
     Raises DataError, naming the image by its number, if the dense model's logits are not finite or all alike.
     """
 
@@ -149,7 +148,7 @@ class Measurements:
         self._calibration = calibration
         self._batch_size = batch_size
         self._pruners: dict[PruneSettings, TokenPruner] = {}
-        self._sizes: dict[int, Measurements] = {}
+        self._sizes: dict[Size, Measurements] = {}
         self.load = load
         self._prefix = prefix
         restore(model)
@@ -184,24 +183,30 @@ class Measurements:
         """Multiply-adds of the model as it is."""
         return int(self._count(None)["total"])
 
-    def at(self, side: int | None) -> Measurements:
-        """Of the same model for images of `side` pixels; None is its own size. Needs `load`."""
-        if side is None:
+    def at(self, size: Size) -> Measurements:
+        """Of the same model made smaller; for other images that needs `load`."""
+        if size == WHOLE:
             return self
-        if side not in self._sizes:
-            assert self.load is not None
+        if size not in self._sizes:
             restore(self.model)
-            model = resize(self.model, side)
-            self._sizes[side] = Measurements(
+            model = smaller(self.model, size)
+            self._sizes[size] = Measurements(
                 model,
-                partial(self.load, model),
+                partial(self._images_for, model, size),
                 calibration=self._calibration,
                 batch_size=self._batch_size,
                 state=self.state,
                 dense=self.dense,
-                prefix=f"{side} pixels ",
+                prefix=f"{size} ",
             )
-        return self._sizes[side]
+        return self._sizes[size]
+
+    def _images_for(self, model: Backbone, size: Size) -> Images:
+        """Models of one side, whatever their blocks, share the images."""
+        if size.cut:
+            return self.at(replace(size, cut=0)).images
+        assert self.load is not None
+        return self.load(model)
 
     def prune(self, settings: PruneSettings) -> None:
         """Make the model the pruned one, its alignment calibrated."""
