@@ -25,7 +25,7 @@ import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import Backbone, cut_short, cuts, resize
+from ssmprune_cli.models import Backbone, Size, cut_short, cuts, resize
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison

@@ -60,8 +60,8 @@ def read_config(folder: Path) -> Artefact:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether `path` is an artefact folder of a model that drops tokens or was made smaller. Raises CheckpointError if its
-    config.json is damaged."""
+    """Whether `path` is an artefact folder of a model that drops tokens or was made smaller. Raises CheckpointError if
+    its config.json is damaged."""
     path = locate(path)
     if not (path / CONFIG).is_file() or not _is_ours(path):
         return False

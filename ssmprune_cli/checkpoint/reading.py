@@ -100,7 +100,7 @@ def read_dense(checkpoint: Checkpoint, *, needed: bool) -> dict[str, Tensor]:
         raise CheckpointError(
             f"was resized or cut short, and what it was before is not in it: there is no {DENSE}",
             where=str(checkpoint.path),
-            hint="A smaller model that was fine-tuned has no dense one any more. Give the checkpoint that it was made of.",
+            hint="One that was fine-tuned has no dense model any more. Give the checkpoint that it was made of.",
         )
     return read_safetensors(file)[0]
 

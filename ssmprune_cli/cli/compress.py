@@ -20,6 +20,7 @@ from ssmprune_cli.cli.options import (
     BackendName,
     DeviceName,
     Evaluations,
+    KeepBlocks,
     KeepImageSize,
     RepairKind,
     StateFile,
@@ -55,6 +56,16 @@ def command(
             metavar="PIXELS",
             help="Side of smaller images for the model, position embeddings interpolated: alone, or with tokens "
             "dropped too.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    cut_blocks: Annotated[
+        int | None,
+        typer.Option(
+            parser=values.number(1, whole=True),
+            metavar="COUNT",
+            help="Leave out so many of the last blocks (of the longest stage), the head refitted on --calib: alone, or with "
+            "tokens dropped too.",
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,
@@ -146,6 +157,7 @@ def command(
     repair: RepairKind = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
     keep_image_size: KeepImageSize = False,
+    keep_blocks: KeepBlocks = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     calib: Annotated[
@@ -234,7 +246,9 @@ def command(
         target_latency=target_latency,
         target_flops=target_flops,
         batch_size=batch_size,
+        cut_blocks=cut_blocks,
         keep_image_size=keep_image_size,
+        keep_blocks=keep_blocks,
         evaluations=evaluations,
         time_limit=time_limit,
         state=state,

@@ -102,6 +102,7 @@ def _search(
         budgets=() if request.budget is None else (request.budget,),
         latency_ms=request.target_latency,
         resize=not request.keep_image_size,
+        cut=not request.keep_blocks,
         repair=recipe.pruning.repair,
         repair_images=recipe.calibration.images,
         batch_size=request.batch_size,

@@ -24,6 +24,7 @@ from ssmprune_cli.pruning import (
     TokenPruner,
     calibrate,
     fit_mass,
+    quick_answers,
     restore,
 )
 from ssmprune_cli.tasks import TASKS, Task
@@ -246,13 +247,35 @@ class Measurements:
             session = self.session.with_pruner(self.model.pruner)
             logits = run(session, in_batches(self.images[rows], self._batch_size))
             restore(self.model)
-            if not bool(logits.isfinite().all()):
-                return None
-            dense = self.dense[rows]
-            return [self.task.divergence(dense, logits).tolist(), self.task.soft_divergence(dense, logits).tolist()]
+            return self._distances(self.dense[rows], logits)
 
-        found = self.state.get(f"{self._prefix}distances {part.start}:{part.stop} {_key(settings)}", compute)
-        both = torch.tensor(found or [[math.inf] * len(part)] * 2, dtype=torch.float64)
+        return self._known(f"distances {part.start}:{part.stop} {_key(settings)}", len(part), compute)
+
+    def repaired(self, settings: PruneSettings, part: range, *, side: bool) -> Distances:
+        """As `distances`, once a quick repair on these images has mended what it can (see `quick_answers`); `side` says
+        whether it may have side features."""
+
+        def compute() -> list[list[float]] | None:
+            self.prune(settings)
+            pruner = self.model.pruner
+            assert pruner is None or isinstance(pruner, TokenPruner)
+            restore(self.model)
+            rows = slice(part.start, part.stop)
+            batches, dense = in_batches(self.images[rows], self._batch_size), self.dense[rows]
+            logits = quick_answers(self.model, pruner, batches, self.session.with_pruner, dense, side=side)
+            return self._distances(dense, logits)
+
+        kind = "head+side" if side else "head"
+        return self._known(f"quick {kind} {part.start}:{part.stop} {_key(settings)}", len(part), compute)
+
+    def _distances(self, dense: Tensor, found: Tensor) -> list[list[float]] | None:
+        if not bool(found.isfinite().all()):
+            return None
+        return [self.task.divergence(dense, found).tolist(), self.task.soft_divergence(dense, found).tolist()]
+
+    def _known(self, key: str, count: int, compute: Callable[[], list[list[float]] | None]) -> Distances:
+        found = self.state.get(f"{self._prefix}{key}", compute)
+        both = torch.tensor(found or [[math.inf] * count] * 2, dtype=torch.float64)
         return Distances(both[0], both[1])
 
     def multiply_adds(self, settings: PruneSettings) -> int:
