@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -64,8 +65,8 @@ def command(
         typer.Option(
             parser=values.number(1, whole=True),
             metavar="COUNT",
-            help="Leave out so many of the last blocks (of the longest stage), the head refitted on --calib: alone, or with "
-            "tokens dropped too.",
+            help="Leave out so many of the last blocks (of the longest stage), the head refitted on --calib: alone, or "
+            "with tokens dropped too.",
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,

@@ -65,6 +65,6 @@ def _without(config: Any, blocks: int) -> Any:
 
 
 def before_cutting(config: Any) -> Any:
-    """The configuration of the model that one of `config` was cut from; `config` itself if that was not cut. TypeError or
-    UsageError where what it says of that model cannot be."""
+    """The configuration of the model that one of `config` was cut from; `config` itself if that was not cut. TypeError
+    or UsageError where what it says of that model cannot be."""
     return config if config.cut_from is None else replace(config, **dict(config.cut_from), cut_from=None)

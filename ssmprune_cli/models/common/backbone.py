@@ -44,8 +44,8 @@ class ImageConfig:
     squeeze          both sides are resized, and not the short one alone
     channels         their order
     resized_from     height and width of the images that the dense model takes, where `resize` has changed them since
-    cut_from         names and values of what is other in the configuration of the dense model, where `cut_short` has left
-                     out blocks since
+    cut_from         names and values of what is other in the configuration of the dense model, where `cut_short` has
+                     left out blocks since
     """
 
     eval_crop_ratio: float | None = 0.875

@@ -31,8 +31,8 @@ from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.trials import Prepared, load_images, run, sampled
 
 _NOT_REFITTED = (
-    "The head of a model cut short was trained for what the blocks after see: it should be refitted, and was not. Give more "
-    "`--calib` images."
+    "The head was trained for the output of blocks that are left out now: it should be refitted, and was not. Give "
+    "more `--calib` images, and no `--repair none`."
 )
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback

@@ -178,8 +178,8 @@ class CompressRequest:
     def _check_search(self) -> None:
         if len(self.targets) + sum(each is not None for each in self._ways) > 1:
             raise UsageError(
-                "a target settles what to keep: give one, without --resize, --cut-blocks, --keep, --tokens, --points or "
-                "--recipe"
+                "a target settles what to keep: give one, without --resize, --cut-blocks, --keep, --tokens, --points "
+                "or --recipe"
             )
         for text in self.overrides:
             if text.startswith("pruning."):

@@ -11,7 +11,7 @@ from ssmprune_cli.recipe import Pruning, Recipe
 
 
 def made_smaller(model: Backbone, recipe: Recipe) -> Backbone:
-    """The dense `model`, or the smaller one of the size that `recipe` says. UsageError if there is none of that size."""
+    """The dense `model`, or the smaller one that `recipe` says. UsageError if there is none of that size."""
     side = recipe.pruning.image_size
     if side is not None and side >= model.image_size[0]:
         raise UsageError(

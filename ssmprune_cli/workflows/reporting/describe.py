@@ -29,8 +29,8 @@ from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
 
 def describe(model: Backbone) -> Report:
-    """What can be said of `model` without its source: it is compared with itself without its pruner, and of the size that
-    it was made of."""
+    """What can be said of `model` without its source: it is compared with itself without its pruner, and of the size
+    that it was made of."""
     inner, config = model.pruner, dense_config(model.config)
     smaller = config != model.config
     pruned = figures(model) if inner is not None or smaller else None

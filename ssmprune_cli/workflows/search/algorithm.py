@@ -1,8 +1,8 @@
 """The search: uniform schedules screened by successive halving, then steps from the best ones.
 
 1. Uniform schedules at the budget: every reduction that saves work, from three layouts of points, with the paper's and
-   with random scores; smaller images and fewer blocks, alone and with some tokens dropped. All on a quarter of the search
-   images, the better quarter of them on half, the best few on all.
+   with random scores; smaller images and fewer blocks, alone and with some tokens dropped. All on a quarter of the
+   search images, the better quarter of them on half, the best few on all.
 2. From the best: neighbours in random order, which move a point or swap the score, reduction, alignment or size.
    What is clearly worse on a quarter or half of the images is left there; the first that is better on all by more than
    the error of the difference is the next step. Where there is none, it goes on from the second best start.

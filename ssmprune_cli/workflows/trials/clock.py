@@ -189,8 +189,8 @@ class TimeModel:
         return 1.0 + self.change(schedule, self._stages)
 
     def change(self, schedule: PruneSchedule, stages: Sequence[Stage]) -> float:
-        """What `schedule` adds to the share, below 0 where it saves. `stages` are those of the model, or of a smaller one
-        whose schedule it is: with as large a part of their tokens, blocks change as those of the model do."""
+        """What `schedule` adds to the share, below 0 where it saves. `stages` are those of the model, or of a smaller
+        one whose schedule it is: with as large a part of their tokens, blocks change as those of the model do."""
         patches = schedule.patches_per_block(stages)
         change = 0.0
         for whole, own in zip(self._stages, stages, strict=True):
@@ -270,8 +270,8 @@ class TimeModel:
 
 
 class SmallerModel:
-    """The same for a model of another `size`: the time of that model, and what pruning the same share of tokens saves in
-    the blocks that are left, in proportion to what they take with images of that size."""
+    """The same for a model of another `size`: the time of that model, and what pruning the same share of tokens saves
+    in the blocks that are left, in proportion to what they take with images of that size."""
 
     def __init__(self, whole: TimeModel, clock: Clock, size: Size) -> None:
         self._whole, self._stages = whole, clock.measurements.at(size).model.stages
