@@ -52,13 +52,18 @@ def blocks_cut(config: Any) -> int:
         return 0
     dense = before_cutting(config)
     for blocks in range(1, MAX_CUT):
-        if dense.without_blocks(blocks) is not None and _without(dense, blocks) == config:
-            return blocks
+        try:
+            if _without(dense, blocks) == config:
+                return blocks
+        except UsageError:  # there are no more
+            break
     raise UsageError("cut_from is of no model whose last blocks are left out here")
 
 
 def _without(config: Any, blocks: int) -> Any:
     shorter = config.without_blocks(blocks)
+    if shorter is None:
+        raise UsageError("outputs of several depths need all blocks")
     names = [field.name for field in fields(config)]
     both = [(name, getattr(config, name), getattr(shorter, name)) for name in names]
     return replace(shorter, cut_from=tuple((name, before) for name, before, after in both if before != after))
