@@ -35,6 +35,7 @@ from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.search import algorithm
 from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
+from ssmprune_cli.workflows.search.sizes import carried
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
@@ -354,6 +355,47 @@ def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(monkeypatch
         schedule = PruneSchedule(points, tokens)
         timing = clock.timing(Variant(methods[0].settings(schedule, 0), Size(side)))
         assert clock.of(methods[0], Size(side)).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+
+
+def test_fewer_blocks_are_candidates_once_a_quick_repair_refits_the_head() -> None:
+    """The last two blocks add nothing here: leaving them out costs nothing, and dropping tokens does."""
+    torch.manual_seed(0)
+    config = VimConfig(image_size=(16, 16), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10)
+    model = Vim(config).eval()
+    for layer in model.layers[2:]:
+        layer.mixer.out_proj.weight.data.zero_()
+    images = torch.randn(110, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    measurements, methods = Measurements(model, images, calibration=8), [Method("clip", "drop", "none")]
+
+    def searching(**options: Any) -> Search:
+        return Search(measurements, methods, Budget("flops", 0.6), split(110), **meters(measurements), **options)
+
+    assert not searching(cut=True)._sizes.cuts, "its old head is at a loss"
+    search_ = searching(cut=True, quick="head+side", limits=Limits(8))
+    assert [size.cut for size in search_._sizes.cuts] == [1, 2]
+    trials = search_.run()
+    best = trials[0]
+    assert best.size == Size(cut=2) and not best.settings.schedule.points and best.divergence < 1e-6
+    assert best.timing is not None and best.spent == best.multiply_adds == pytest.approx(0.5, abs=0.05)
+    both = [trial for trial in trials if trial.size.cut and trial.settings.schedule.points]
+    assert both and all(trial.settings.schedule.points[-1] < 4 - trial.size.cut for trial in both)
+    for trial in trials:
+        counted = measurements.at(trial.size).multiply_adds(trial.settings) / measurements.dense_cost
+        assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
+    clock = Clock(measurements, 8)
+    for cut, points, tokens in ((1, (), ()), (1, (1, 2), (10, 5)), (2, (1,), (4,))):
+        schedule = PruneSchedule(points, tokens)
+        timing = clock.timing(Variant(methods[0].settings(schedule, 0), Size(cut=cut)))
+        assert clock.of(methods[0], Size(cut=cut)).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+
+
+def test_points_stay_where_they_are_in_their_stage() -> None:
+    """Of a model with three stages, without the last three blocks of the second one."""
+    cut = (Stage(0, 2, (6, 6)), Stage(2, 5, (4, 4)), Stage(5, 6, (2, 2)))
+    merged = carried(uniform(Method("clip", "grid-merge", "null"), (1, 4, 8)), Size(cut=3), STAGES, cut)
+    assert (merged.points, merged.size, len(merged.weights)) == ((1, 4, 5), Size(cut=3), 3)
+    assert carried(uniform(CALIBRATED, (1, 6)), Size(cut=3), STAGES, cut).points == (1,)
+    assert carried(uniform(CALIBRATED, (1, 6)), Size(20), STAGES, STAGES).points == (1, 6)
 
 
 def test_logits_that_are_not_finite_are_refused_by_image(model: Backbone) -> None:

@@ -142,7 +142,7 @@ def test_an_artefact_holds_the_cut_model_and_the_dense_one(name: str, size: Size
         ([["depth", 5]], None),
         ([["depth", 4]], "no model whose last blocks"),
         ([["depth", 1 << 40]], "no model whose last blocks"),
-        ([["depth", "6"]], "depth"),
+        ([["depth", "6"]], "not valid"),
         ([["wings", 2]], "wings"),
         ([["depth", 6], ["embed_dim", 8]], "no model whose last blocks"),
         ([["depth"]], "cut_from"),
