@@ -49,7 +49,7 @@ def test_report_card_and_recipe_say_which_blocks_are_left_out(cut: Path) -> None
     for name in ("README.md", "report.html"):
         text = (cut / name).read_text().replace("&gt;", ">")
         assert "blocks 4 -> 3" in text and "Fewer blocks alone make it cheaper" in text
-        assert "these are left out, with their parameters: 4" in text
+        assert "Blocks of the dense model that are left out: 4." in text
     assert "cut_blocks: 1" in (cut / "recipe.yaml").read_text()
 
 

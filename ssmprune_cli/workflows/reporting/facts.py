@@ -110,8 +110,7 @@ def savings(report: Report) -> str:
     """What a compression changes beside the answers, and what it does not."""
     text = "The number of parameters and the size of the file do not change."
     if report.blocks_left_out:
-        numbers = joined(report.blocks_left_out)
-        text = f"Of the dense model's blocks, these are left out, with their parameters: {numbers}."
+        text = "The blocks that are left out take their parameters with them."
     elif report.resized_from is not None:
         text = "The parameters do not change, but for position embeddings, which are interpolated."
     if report.pruning is not None and report.pruning.repair != "none":
@@ -158,12 +157,14 @@ def method(report: Report) -> str:
     alone = ["smaller images"] if report.resized_from is not None else []
     alone += ["fewer blocks"] if report.blocks_left_out else []
     if report.pruning is None and alone:
-        return f"{' and '.join(alone).capitalize()} alone make it cheaper: no tokens are dropped."
+        text = f"{' and '.join(alone).capitalize()} alone make it cheaper: no tokens are dropped."
+        return " ".join([*_left_out(report), text, *_target(report)])
     if report.pruning is None:
         return "No tokens are dropped."
     pruning = report.pruning
     return " ".join(
         [
+            *_left_out(report),
             f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
             f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}.",
             *([] if pruning.returning == "left" else [f"A dropped token comes back by {pruning.returning!r}."]),
@@ -171,6 +172,12 @@ def method(report: Report) -> str:
             *_reductions(report),
         ]
     )
+
+
+def _left_out(report: Report) -> list[str]:
+    """Which blocks of the dense model are missing; [] if none are."""
+    numbers = report.blocks_left_out
+    return [f"Blocks of the dense model that are left out: {joined(numbers)}."] if numbers else []
 
 
 _TARGETS = {
