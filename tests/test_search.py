@@ -34,8 +34,9 @@ from ssmprune_cli.report.report import Sensitivity
 from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.search import algorithm
-from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
+from ssmprune_cli.workflows.search.algorithm import Search, split
 from ssmprune_cli.workflows.search.sizes import carried
+from ssmprune_cli.workflows.search.trial import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
@@ -362,8 +363,9 @@ def test_fewer_blocks_are_candidates_once_a_quick_repair_refits_the_head() -> No
     torch.manual_seed(0)
     config = VimConfig(image_size=(16, 16), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10)
     model = Vim(config).eval()
-    for layer in model.layers[2:]:
-        layer.mixer.out_proj.weight.data.zero_()
+    for name, parameter in model.named_parameters():
+        if name in ("layers.2.mixer.out_proj.weight", "layers.3.mixer.out_proj.weight"):
+            parameter.data.zero_()
     images = torch.randn(110, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     measurements, methods = Measurements(model, images, calibration=8), [Method("clip", "drop", "none")]
 

@@ -16,8 +16,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +65,12 @@ def ours(variant: str, keep: float | None) -> Contestant:
 
 def others() -> dict[str, Contestant]:
     """DeiTs without distillation are plain ViTs."""
-    from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
-
+    transformers: Any = import_module("transformers")
     models: dict[str, nn.Module] = {}
     for name, width, heads in (("DeiT-T", 192, 3), ("DeiT-S", 384, 6)):
         sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
-        models[name] = ViTForImageClassification(ViTConfig(**sizes, num_labels=1000))
-    models["ConvNeXt-T"] = ConvNextForImageClassification(ConvNextConfig(num_labels=1000))
+        models[name] = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=1000))
+    models["ConvNeXt-T"] = transformers.ConvNextForImageClassification(transformers.ConvNextConfig(num_labels=1000))
     return {
         name: Contestant(model.eval(), sum(each.numel() for each in model.parameters()), "all", f"{OTHERS[name]:g}")
         for name, model in models.items()
@@ -102,11 +104,8 @@ def main() -> None:
     for name, each in contestants.items():
         cells = [cell(speeds[batch][name]) for batch in options.batch_sizes]
         tables.row(name, each.tokens, f"{each.parameters / 1e6:.1f}", *cells, each.top1)
-    import transformers
-
-    versions = (
-        f"ssmprune {ssmprune_cli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    theirs = version("transformers")
+    versions = f"ssmprune {ssmprune_cli.__version__}, torch {torch.__version__}, transformers {theirs}"
     tables.measured_on(
         f"{machine()}, {options.threads} threads; {versions}, Python {platform.python_version()}; backend "
         f"{active_backend('cpu')}; random weights, float32, {SIDE} x {SIDE} pixels."

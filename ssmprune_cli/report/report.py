@@ -288,6 +288,8 @@ class SearchTrial(Section):
 
     spent                         share of the dense multiply-adds or time, as `kind` says; measured for finalists
     multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
+    divergence                    after a quick repair on the images searched on, if candidates got one
+    divergence_held_back          of finalists, not repaired
     divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
     """
 

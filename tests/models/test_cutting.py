@@ -127,7 +127,7 @@ def test_an_artefact_holds_the_cut_model_and_the_dense_one(name: str, size: Size
     made = smaller(model, size)
     compress(made, 0.6, points=[1])
     with torch.no_grad():  # as a refitted head
-        made.output_layer.bias += 1.0
+        made.output_layer.bias.add_(1.0)
     checkpoint.save(tmp_path / "out", made, dense=model)
     loaded, dense = checkpoint.load(tmp_path / "out"), checkpoint.load_as(tmp_path / "out", NOTHING_SAID, dense=True)
     assert loaded.config == made.config and dense.config == model.config and dense.pruner is None

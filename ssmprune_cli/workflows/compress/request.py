@@ -132,8 +132,8 @@ class CompressRequest:
                 ("--keep-image-size", self.keep_image_size),
                 ("--keep-blocks", self.keep_blocks),
             ]
-            for option, typed in of_a_search:
-                if typed:
+            for option, given in of_a_search:
+                if given:
                     raise UsageError(f"{option} is for a search: it needs a target, such as --target-speedup 1.4")
         if not self._says_what_to_keep and not self._says_which_size:
             raise UsageError(

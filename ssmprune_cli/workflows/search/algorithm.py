@@ -25,7 +25,7 @@ import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice, zip_longest
 from typing import Literal
@@ -47,6 +47,7 @@ from ssmprune_cli.pruning import (
     paired,
 )
 from ssmprune_cli.workflows.search.sizes import Sizes, carried
+from ssmprune_cli.workflows.search.trial import Limits, Trial
 from ssmprune_cli.workflows.trials import (
     Budget,
     Candidate,
@@ -65,7 +66,9 @@ from ssmprune_cli.workflows.trials import (
 )
 
 FINALISTS = 6
-_KINDS_MORE = 3  # finalists that are the best of their reduction or image size, though no better than the first ones
+_KINDS_MORE = (
+    3  # finalists that are the best of their reduction or way to be smaller, though no better than the first ones
+)
 _STARTS = 3
 _SIZES = 4  # smaller models of each way from which tokens are dropped too
 _BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller model at first
@@ -75,40 +78,6 @@ _WIDE = 1.2  # first candidates for each evaluation: three tenths of the evaluat
 
 Progress = Callable[[int, int], None]
 Quick = Literal["head", "head+side"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What was tried.
-
-    spent          share of the dense multiply-adds or time, as the budget is: predicted, measured for finalists
-    multiply_adds  share of the dense model's; in a search by time, of finalists only
-    divergence     in nats on the search images (all of them), and for finalists on those held back
-    repaired       of finalists, if they were repaired: in nats on images that their repair has not seen
-    timing         of finalists, beside the dense model
-    size           of the model that tokens were dropped from
-    """
-
-    settings: PruneSettings
-    spent: float
-    multiply_adds: float | None
-    divergence: float
-    held_back: float | None = None
-    chosen: bool = False
-    timing: Timing | None = None
-    size: Size = WHOLE
-    repaired: float | None = None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """evaluations: of candidates on all search images, or as many on parts of them; seconds: None is no limit.
-
-    The finalists are always measured.
-    """
-
-    evaluations: int = 200
-    seconds: float | None = None
 
 
 class Search:
@@ -136,7 +105,7 @@ class Search:
         repair: Callable[[Variant], Tensor] | None = None,
         quick: Quick | None = None,
         seed: int = 0,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._measurements = measurements
@@ -151,7 +120,7 @@ class Search:
         least = 1 if self._quick is None else LEAST
         self._rungs = sorted({max(least, count // 4), max(least, count // 2), count})
         self._seed = seed
-        self._limits = limits
+        self._limits = limits or Limits()
         self._progress = progress
         self._sizes = Sizes(measurements.model, resize=resize, cut=cut and self._quick is not None)
         self._known: dict[tuple[Variant, int], Distances] = {}  # on so many of the first search images
@@ -342,13 +311,14 @@ class Search:
 
     def _finalists(self, ranked: Iterable[Variant]) -> Iterator[Variant]:
         """The best few, and some that are the best of their kind: the order may change once they are repaired."""
-        kinds: set[tuple[str, bool]] = set()
+        kinds: set[tuple[str, bool, bool]] = set()
         count = 0
         most = FINALISTS if self._repair is None else FINALISTS + _KINDS_MORE
         for variant in ranked:
             if count == most:
                 return
-            kind = (variant.settings.reduction if variant.settings.schedule.points else "", variant.size == WHOLE)
+            reduction = variant.settings.reduction if variant.settings.schedule.points else ""
+            kind = (reduction, variant.size.side is not None, variant.size.cut > 0)
             # Counting multiply-adds takes as long as trying a few images: only of what would be a finalist.
             if (count < FINALISTS or kind not in kinds) and (self._timed or self._affordable(variant)):
                 kinds.add(kind)
