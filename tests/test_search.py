@@ -21,7 +21,7 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.inference import Session
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.models import FAMILIES, resize, sides
+from ssmprune_cli.models import FAMILIES, WHOLE, Size, resize, sides
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.heads import UperNetConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
@@ -36,7 +36,9 @@ from ssmprune_cli.report.report import Sensitivity
 from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.search import algorithm
-from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
+from ssmprune_cli.workflows.search.algorithm import Search, split
+from ssmprune_cli.workflows.search.sizes import carried
+from ssmprune_cli.workflows.search.trial import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
@@ -162,16 +164,22 @@ def test_every_step_of_a_search_is_a_schedule_that_its_reduction_can_have() -> N
     measurements = Measurements(small, load((32, 32)), calibration=2, load=lambda model: load(model.image_size))
     merging, dropping = Method("clip", "grid-merge", "null"), Method("clip", "drop", "null")
     steps = Search(
-        measurements, [merging, dropping], Budget("flops", 0.8), split(4), **meters(measurements), limits=Limits(1)
+        measurements,
+        [merging, dropping],
+        Budget("flops", 0.8),
+        split(4),
+        **meters(measurements),
+        resize=True,
+        limits=Limits(1),
     )
     for points, others in (((1, 2), {merging}), ((2,), {merging, dropping})):
         leader = uniform(merging, points)
-        around = [*neighbours(leader, small.stages), *steps._swaps(leader), *steps._other_sides(leader)]
+        around = [*neighbours(leader, small.stages), *steps._swaps(leader), *steps._resized(leader)]
         assert {each.method for each in around} == others
         for candidate in around:
             variant = steps._variant(candidate)
             if variant is not None:
-                stages, schedule = measurements.at(variant.side).model.stages, variant.settings.schedule
+                stages, schedule = measurements.at(variant.size).model.stages, variant.settings.schedule
                 rectangular = candidate.method.rectangular
                 again = PruneSchedule.resolve(
                     stages, points=schedule.points, tokens=schedule.tokens, rectangular=rectangular
@@ -316,33 +324,82 @@ def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(monkeypatch
     measurements = Measurements(model, load(model), calibration=8, load=load)
     methods = [Method("clip", "drop", "calibrated")]
     search_ = Search(
-        measurements, methods, Budget("flops", 0.6), split(12), **meters(measurements), limits=Limits(14), seed=1
+        measurements,
+        methods,
+        Budget("flops", 0.6),
+        split(12),
+        **meters(measurements),
+        resize=True,
+        limits=Limits(14),
+        seed=1,
     )
     trials = search_.run()
-    assert trials[0].side is not None
+    assert trials[0].size != WHOLE
     alone = [trial for trial in trials if not trial.settings.schedule.points]
-    both = [trial for trial in trials if trial.side is not None and trial.settings.schedule.points]
-    assert alone and both and all(trial.side is not None for trial in alone)
+    both = [trial for trial in trials if trial.size != WHOLE and trial.settings.schedule.points]
+    assert alone and both and all(trial.size != WHOLE for trial in alone)
     best = trials[0]
     assert best.timing is not None and best.multiply_adds is not None and best.spent == best.multiply_adds <= 0.6
     for trial in trials:
-        sized = measurements.at(trial.side)
-        assert sized.model.image_size == ((trial.side, trial.side) if trial.side else (24, 24))
+        sized = measurements.at(trial.size)
+        assert sized.model.image_size == ((trial.size.side or 24,) * 2)
         counted = sized.multiply_adds(trial.settings) / measurements.dense_cost
         assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
     # The distance is that of the smaller model on smaller images from the dense model on its own.
     trial = alone[0]
-    small = resize(model, trial.side or 0)
+    small = resize(model, trial.size.side or 0)
     with torch.no_grad():
         soft = soft_divergence(measurements.dense, small(load(small)).double())
-    known = measurements.at(trial.side).distances(trial.settings, range(12)).soft
+    known = measurements.at(trial.size).distances(trial.settings, range(12)).soft
     torch.testing.assert_close(known, soft, atol=1e-6, rtol=1e-4)
     # The time of smaller images is measured; what dropping saves of it is taken from the table of the whole ones.
     clock = Clock(measurements, 8)
     for side, points, tokens in ((20, (), ()), (20, (1, 2), (18, 9)), (16, (2,), (8,))):
         schedule = PruneSchedule(points, tokens)
-        timing = clock.timing(Variant(methods[0].settings(schedule, 0), side))
-        assert clock.of(methods[0], side).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+        timing = clock.timing(Variant(methods[0].settings(schedule, 0), Size(side)))
+        assert clock.of(methods[0], Size(side)).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+
+
+def test_fewer_blocks_are_candidates_once_a_quick_repair_refits_the_head() -> None:
+    """The last two blocks add nothing here: leaving them out costs nothing, and dropping tokens does."""
+    torch.manual_seed(0)
+    config = VimConfig(image_size=(16, 16), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10)
+    model = Vim(config).eval()
+    for name, parameter in model.named_parameters():
+        if name in ("layers.2.mixer.out_proj.weight", "layers.3.mixer.out_proj.weight"):
+            parameter.data.zero_()
+    images = torch.randn(110, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    measurements, methods = Measurements(model, images, calibration=8), [Method("clip", "drop", "none")]
+
+    def searching(**options: Any) -> Search:
+        return Search(measurements, methods, Budget("flops", 0.6), split(110), **meters(measurements), **options)
+
+    assert not searching(cut=True)._sizes.cuts, "its old head is at a loss"
+    search_ = searching(cut=True, quick="head+side", limits=Limits(8))
+    assert [size.cut for size in search_._sizes.cuts] == [1, 2]
+    trials = search_.run()
+    best = trials[0]
+    assert best.size == Size(cut=2) and not best.settings.schedule.points and best.divergence < 1e-6
+    assert best.timing is not None and best.spent == best.multiply_adds == pytest.approx(0.5, abs=0.05)
+    both = [trial for trial in trials if trial.size.cut and trial.settings.schedule.points]
+    assert both and all(trial.settings.schedule.points[-1] < 4 - trial.size.cut for trial in both)
+    for trial in trials:
+        counted = measurements.at(trial.size).multiply_adds(trial.settings) / measurements.dense_cost
+        assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
+    clock = Clock(measurements, 8)
+    for cut, points, tokens in ((1, (), ()), (1, (1, 2), (10, 5)), (2, (1,), (4,))):
+        schedule = PruneSchedule(points, tokens)
+        timing = clock.timing(Variant(methods[0].settings(schedule, 0), Size(cut=cut)))
+        assert clock.of(methods[0], Size(cut=cut)).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+
+
+def test_points_stay_where_they_are_in_their_stage() -> None:
+    """Of a model with three stages, without the last three blocks of the second one."""
+    cut = (Stage(0, 2, (6, 6)), Stage(2, 5, (4, 4)), Stage(5, 6, (2, 2)))
+    merged = carried(uniform(Method("clip", "grid-merge", "null"), (1, 4, 8)), Size(cut=3), STAGES, cut)
+    assert (merged.points, merged.size, len(merged.weights)) == ((1, 4, 5), Size(cut=3), 3)
+    assert carried(uniform(CALIBRATED, (1, 6)), Size(cut=3), STAGES, cut).points == (1,)
+    assert carried(uniform(CALIBRATED, (1, 6)), Size(20), STAGES, STAGES).points == (1, 6)
 
 
 def test_logits_that_are_not_finite_are_refused_by_image(model: Backbone) -> None:
@@ -623,8 +680,10 @@ def test_many_sides_are_thinned_and_few_of_them_are_loaded(monkeypatch: pytest.M
 
     measurements = Measurements(small, load(small), calibration=2, load=load)
     methods = [Method("clip", "drop", "none")]
-    found = Search(measurements, methods, Budget("flops", 0.6), split(4), **meters(measurements), limits=Limits(6))
-    assert len(sides(small)) == 16 and len(found._sides) == 8
+    found = Search(
+        measurements, methods, Budget("flops", 0.6), split(4), **meters(measurements), resize=True, limits=Limits(6)
+    )
+    assert len(sides(small)) == 16 and len(found._sizes.sides) == 8
     found.run()
     assert 64 in asked and 2 <= len(set(asked)) <= 6, "cost is counted without images"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssmprune_cli import pruning
 from ssmprune_cli.errors import CheckpointError, UsageError, listing
-from ssmprune_cli.models import FAMILIES, Backbone, Family, before_resizing
+from ssmprune_cli.models import FAMILIES, MAX_CUT, Backbone, Family, blocks_cut, dense_config
 
 MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
 _MOST_WEIGHTS = 1 << 14  # tensors of a model that nothing but a description limits
@@ -57,12 +57,14 @@ def configuration(family: Family, values: dict[str, Any], weights: int, where: s
     _check_numbers(values, weights, where)
     try:
         config = TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
-        before_resizing(config)  # raises where the dense model's size is none
+        before, _ = dense_config(config), blocks_cut(config)  # raises where there can be no such dense model
+        if config.cut_from is not None:  # what it says of that model is checked as it is said of this one
+            configuration(family, asdict(before), weights + MAX_CUT, where)
         return config
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error
-    except (ValueError, UsageError) as error:
+    except (ValueError, TypeError, RecursionError, UsageError) as error:
         raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
 
 

@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 
 from ssmprune_cli.errors import CheckpointError, SsmpruneError, UsageError, listing
 
+MADE_SMALLER = ("resized_from", "resized", "cut_from")  # where a configuration says that it was another before
 SCHEME = "hf:"
 _ADDRESS = re.compile(r"hf:/+([^/@]+)/([^/@]+)(?:@([^/]+))?(?:/(.+))?")  # a Path has one slash for two
 _PAGE = re.compile(r"https:/+huggingface\.co/([^/]+)/([^/]+)/(?:resolve|blob)/([^/]+)/([^?#]+)")
@@ -75,7 +76,7 @@ def fetched(address: Address) -> tuple[Path, Address]:
         return path, pinned
     _download(pinned, "model.safetensors")
     config = _values(path).get("config")
-    if isinstance(config, dict) and (config.get("resized_from") or config.get("resized")):
+    if isinstance(config, dict) and any(config.get(name) for name in MADE_SMALLER):
         with suppress(FileNotFoundError):  # of a fine-tuned model there is no dense one
             _download(pinned, "dense.safetensors", optional=True)
     return root, pinned

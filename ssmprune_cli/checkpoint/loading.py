@@ -23,7 +23,7 @@ from ssmprune_cli.models import (
     Hints,
     ImageConfig,
     Shapes,
-    before_resizing,
+    dense_config,
 )
 from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
@@ -78,7 +78,7 @@ def load(
 def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backbone:
     """See `load`. With `dense`, a compressed model comes as it was before: without its pruner, and for its own images.
 
-    CheckpointError for `dense` if the model was resized and trained since: what it was before is no longer there.
+    CheckpointError for `dense` if the model was made smaller and trained since: what it was before is no longer there.
     """
     path = Path(path)
     checkpoint = read(path, weights=reading.weights)
@@ -88,8 +88,9 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
     if dense:
         settings = None
         state = {name: value for name, value in state.items() if not name.startswith(_PRUNER)}
-        state |= read_dense(checkpoint, resized=config.resized_from is not None)
-        config = before_resizing(config)
+        before = dense_config(config)
+        state |= read_dense(checkpoint, needed=before != config)
+        config = before
     model = build_empty(resolved.family, config, settings, state, path)
     broken = non_finite(state)
     if broken:

@@ -86,22 +86,21 @@ def read(path: Path, *, weights: str = "model") -> Checkpoint:
     return Checkpoint(path=path, kind=kind, entries=entries, used=used, state=state, hints=hints)
 
 
-def read_dense(checkpoint: Checkpoint, *, resized: bool) -> dict[str, Tensor]:
+def read_dense(checkpoint: Checkpoint, *, needed: bool) -> dict[str, Tensor]:
     """The weights of the dense model that are others than those of the artefact `checkpoint`, by name.
 
-    CheckpointError if the model was `resized`, and the file with them is not there.
+    CheckpointError if they are `needed`, as of a model that was resized or cut short, and are not there.
     """
     if checkpoint.artefact is None:
         return {}
     file = checkpoint.path / DENSE
     if not os.path.lexists(file):
-        if not resized:
+        if not needed:
             return {}
         raise CheckpointError(
-            f"was made for smaller images, and what it was before is not in it: there is no {DENSE}",
+            f"was resized or cut short, and what it was before is not in it: there is no {DENSE}",
             where=str(checkpoint.path),
-            hint="A model that was fine-tuned at the smaller size has no dense one any more. Give the checkpoint that "
-            "it was made of.",
+            hint="One that was fine-tuned has no dense model any more. Give the checkpoint that it was made of.",
         )
     return read_safetensors(file)[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from ssmprune_cli.cli.options import (
     BackendName,
     DeviceName,
     Evaluations,
+    KeepBlocks,
     KeepImageSize,
     RepairKind,
     Slide,
@@ -57,6 +59,16 @@ def command(
             metavar="PIXELS",
             help="Side of smaller images for the model, position embeddings interpolated: alone, or with tokens "
             "dropped too.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    cut_blocks: Annotated[
+        int | None,
+        typer.Option(
+            parser=values.number(1, whole=True),
+            metavar="COUNT",
+            help="Leave out so many of the last blocks (of the longest stage), the head refitted on --calib: alone, or "
+            "with tokens dropped too.",
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,
@@ -148,6 +160,7 @@ def command(
     repair: RepairKind = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
     keep_image_size: KeepImageSize = False,
+    keep_blocks: KeepBlocks = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     calib: Annotated[
@@ -238,7 +251,9 @@ def command(
         target_latency=target_latency,
         target_flops=target_flops,
         batch_size=batch_size,
+        cut_blocks=cut_blocks,
         keep_image_size=keep_image_size,
+        keep_blocks=keep_blocks,
         evaluations=evaluations,
         time_limit=time_limit,
         state=state,
@@ -276,7 +291,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import repaired, resizing, verdict, verdicts
+    from ssmprune_cli.workflows.reporting import block_by_block, repaired, smaller, verdict, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -319,10 +334,11 @@ def _tables(report: Report) -> Group:
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
     lengths.add_column(report.called, justify="right")
-    for first_block, last in _runs(pruned.tokens_per_block):
+    tokens = block_by_block(report, pruned.tokens_per_block)
+    for first_block, last in _runs(tokens):
         name = f"{first_block + 1}" if first_block == last else f"{first_block + 1} to {last + 1}"
-        lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(pruned.tokens_per_block[first_block]))
-    notes += [f"{text[0].upper()}{text[1:]}." for text in resizing(report)]
+        lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(tokens[first_block] or "left out"))
+    notes += [f"{text[0].upper()}{text[1:]}." for text in smaller(report)]
     if pruning is not None:
         kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
         notes.append(
@@ -336,7 +352,7 @@ def _tables(report: Report) -> Group:
     return Group(verdict(report), table, lengths, *notes)
 
 
-def _runs(values: tuple[int, ...]) -> list[tuple[int, int]]:
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
     """First and last index of each run of equal values."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return list(zip(starts, [start - 1 for start in starts[1:]] + [len(values) - 1], strict=True))

@@ -70,6 +70,10 @@ KeepImageSize = Annotated[
     bool,
     typer.Option("--keep-image-size", help="A search tries no models for smaller images.", rich_help_panel=SEARCH),
 ]
+KeepBlocks = Annotated[
+    bool,
+    typer.Option("--keep-blocks", help="A search tries no models with fewer blocks.", rich_help_panel=SEARCH),
+]
 TimeLimit = Annotated[
     float | None,
     typer.Option(

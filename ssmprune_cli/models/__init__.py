@@ -22,7 +22,7 @@ from ssmprune_cli.models.common import (
     set_drop_path,
     set_recompute,
 )
-from ssmprune_cli.models.cutting import cut_short, cuts
+from ssmprune_cli.models.cutting import MAX_CUT, blocks_cut, cut_short, cuts
 from ssmprune_cli.models.dense import (
     PLAINMAMBA_MASK_RCNN,
     PLAINMAMBA_UPERNET,
@@ -59,6 +59,7 @@ from ssmprune_cli.models.medmamba import MEDMAMBA
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
 from ssmprune_cli.models.plugins import add_plugins
 from ssmprune_cli.models.resizing import before_resizing, resize, sides
+from ssmprune_cli.models.smaller import WHOLE, Size, blocks_left_out, dense_config, size_of, smaller
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
 
 FAMILIES.register("vim", VIM)
@@ -80,8 +81,10 @@ FAMILIES.when_read(add_plugins)
 
 __all__ = [
     "FAMILIES",
+    "MAX_CUT",
     "MAX_SIDE",
     "SMALL_SIDE",
+    "WHOLE",
     "AtrousMixer",
     "AttentionMixer",
     "Backbone",
@@ -109,22 +112,28 @@ __all__ = [
     "RMSNorm",
     "Segmenter",
     "Shapes",
+    "Size",
     "StepProjection",
     "VMambaMixer",
     "Visits",
     "before_resizing",
+    "blocks_cut",
+    "blocks_left_out",
     "channels_last_taps",
     "column_gaps",
     "conv_sources",
     "cut_short",
     "cuts",
     "decay_rates",
+    "dense_config",
     "inflow",
     "resize",
     "scan_path",
     "set_drop_path",
     "set_recompute",
     "sides",
+    "size_of",
+    "smaller",
     "unit_tokens",
     "walks",
 ]

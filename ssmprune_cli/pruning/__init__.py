@@ -34,7 +34,9 @@ from ssmprune_cli.pruning.repair import (
     FeaturePruner,
     Runner,
     fold_head,
+    is_repairable,
     judged_rows,
+    quick_answers,
     repair,
 )
 from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
@@ -108,10 +110,12 @@ __all__ = [
     "divergence",
     "fit_mass",
     "fold_head",
+    "is_repairable",
     "judged_rows",
     "known_methods",
     "paired",
     "prune",
+    "quick_answers",
     "relative_error",
     "repair",
     "restore",

@@ -288,6 +288,8 @@ class SearchTrial(Section):
 
     spent                         share of the dense multiply-adds or time, as `kind` says; measured for finalists
     multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
+    divergence                    after a quick repair on the images searched on, if candidates got one
+    divergence_held_back          of finalists, not repaired
     divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
     """
 
@@ -389,11 +391,13 @@ class FinetuningFacts(Section):
 
 class Report(Section):
     """Dense and compressed model side by side, and where both come from. The latter drops tokens (`pruning`), takes
-    smaller images (`resized_from`) or both, and all its facts are called `pruned`; a dense model has none.
+    smaller images (`resized_from`), has fewer blocks (`blocks_left_out`) or several of these, and all its facts are
+    called `pruned`; a dense model has none.
 
     task         what both models are for, and judged by
     image_size   height and width of the images that the compressed model takes
     resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
+    blocks_left_out  numbers, from 1, of the dense model's blocks that the compressed one lacks
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
     segmentation likewise of segmenters, detection of detectors
     limits       what the user asked for, with a verdict each
@@ -413,6 +417,7 @@ class Report(Section):
     task: str = "classification"
     image_size: tuple[int, int]
     resized_from: tuple[int, int] | None = None
+    blocks_left_out: tuple[int, ...] = ()
     parameters: int
     pruning: PruningFacts | None = None
     dense: Figures
@@ -436,7 +441,9 @@ class Report(Section):
     @property
     def called(self) -> str:
         """What the compressed model is called beside the dense one."""
-        return "resized" if self.resized_from is not None and self.pruning is None else "pruned"
+        if self.pruning is not None:
+            return "pruned"
+        return "resized" if self.resized_from is not None else "cut short" if self.blocks_left_out else "pruned"
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

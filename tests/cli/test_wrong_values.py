@@ -57,6 +57,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--target-latency-ratio": RATIO,
     "--target-speedup": (*ABOVE_0, "1", "0.5"),
     "--resize": (*FROM_1, "99999", "64", "128", "33"),
+    "--cut-blocks": (*FROM_1, "99999", "4"),
     "--images-at-once": FROM_1,
     "--importance": NAME,
     "--reduction": NAME,

@@ -44,6 +44,8 @@ class ImageConfig:
     squeeze          both sides are resized, and not the short one alone
     channels         their order
     resized_from     height and width of the images that the dense model takes, where `resize` has changed them since
+    cut_from         names and values of what is other in the configuration of the dense model, where `cut_short` has
+                     left out blocks since
     """
 
     eval_crop_ratio: float | None = 0.875
@@ -53,6 +55,7 @@ class ImageConfig:
     squeeze: bool = False
     channels: Channels = "rgb"
     resized_from: tuple[int, int] | None = None
+    cut_from: tuple[tuple[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.eval_crop_ratio is not None and not 0.01 <= self.eval_crop_ratio <= 1:
@@ -69,10 +72,16 @@ class ImageConfig:
             if len(size) != 2 or min(size) < 1:
                 raise UsageError(f"resized_from must be a height and a width, not {size}")
             object.__setattr__(self, "resized_from", size)
+        if self.cut_from is not None:
+            object.__setattr__(self, "cut_from", _tuples(self.cut_from))  # lists from JSON
 
     def without_blocks(self, count: int) -> ImageConfig | None:
         """The same without the last `count` blocks of the first of the longest stages; None if that is no model."""
         return None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def check_channels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:

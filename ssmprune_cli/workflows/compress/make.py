@@ -1,4 +1,4 @@
-"""The model that a recipe makes: for smaller images, pruned, repaired. What is judged and delivered is made here."""
+"""The model that a recipe makes: smaller, pruned, repaired. What is judged and delivered is made here."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.trials import Prepared, load_images, run, sampled
+
+_NOT_REFITTED = (
+    "The head was trained for the output of blocks that are left out now: it should be refitted, and was not. Give "
+    "more `--calib` images, and no `--repair none`."
+)
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -67,9 +72,12 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
 
     reference  the dense model, on the device of choice
     """
-    model = request.resized(request.source.load(), recipe).to(next(reference.parameters()).device)
+    model = request.made_smaller(request.source.load(), recipe).to(next(reference.parameters()).device)
     settings = request.settings(model, recipe)
     warnings = []
+    cut, kind = recipe.pruning.cut_blocks is not None, recipe.pruning.repair
+    if cut and (request.calib is None or kind == "none"):
+        warnings.append(_NOT_REFITTED)
     if request.calib is None:
         if settings is not None:
             text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
@@ -81,10 +89,10 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     if len(images) < recipe.calibration.images and request.counts_images:
         warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
     warnings += images.notes
-    kind, task = recipe.pruning.repair, TASKS.get(model.task)
+    task = TASKS.get(model.task)
     batch_size = task.at_once(recipe.calibration.batch_size)
-    dense = None  # the logits of the dense model, if it sees the images larger
-    if model.config.resized_from is not None:
+    dense = None  # the logits of the dense model, if it is larger
+    if model.config != reference.config:
         dense = run(prepare(reference), Prepared(reference, images, batch_size))
 
     def repaired() -> Repaired | None:
@@ -95,6 +103,8 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         warnings.extend(result.warnings)
         if kind != "auto" and result.kind == "none":
             warnings.append(f"The repair {kind!r} was refused: {result.refused[kind]}.")
+        elif cut and result.kind == "none":
+            warnings.append(_NOT_REFITTED)
         return result
 
     if settings is None:

@@ -14,7 +14,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, REDUCTIONS, PruneSettings
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
 from ssmprune_cli.tasks import TASKS, Task
-from ssmprune_cli.workflows.compress.settings import for_images, recipe_settings
+from ssmprune_cli.workflows.compress.settings import made_smaller, recipe_settings
 from ssmprune_cli.workflows.limits import OF_TASKS, Limits
 from ssmprune_cli.workflows.search import state_file
 from ssmprune_cli.workflows.source import Source
@@ -29,7 +29,8 @@ class CompressRequest:
     """What a user asks for, as typed: None is what was not typed.
 
     resize         side in pixels of smaller images, alone or before tokens are dropped
-    keep_image_size   of a search: smaller images are no candidates
+    cut_blocks     so many of the last blocks are left out, alone or before tokens are dropped
+    keep_image_size, keep_blocks  of a search: smaller images, and fewer blocks, are no candidates
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
@@ -47,7 +48,9 @@ class CompressRequest:
 
     source: Source
     resize: int | None = None
+    cut_blocks: int | None = None
     keep_image_size: bool = False
+    keep_blocks: bool = False
     keep: str | None = None
     tokens: str | None = None
     target_latency_ratio: float | None = None
@@ -96,7 +99,7 @@ class CompressRequest:
     @property
     def by_drop(self) -> bool:
         """Whether the fastest model within `limits.max_drop` is searched for."""
-        amounts = any(each is not None for each in (self.resize, self.keep, self.tokens, self.points, self.recipe))
+        amounts = any(each is not None for each in self._ways)
         said = amounts or self.targets or any(text.startswith("pruning.") for text in self.overrides)
         return self.limits.max_drop is not None and self.data is not None and not said
 
@@ -126,15 +129,21 @@ class CompressRequest:
             raise UsageError("--keep and --tokens both say how much to keep: give one of them")
         if self.searched:
             self._check_search()
-        elif self.time_limit is not None or self.state is not None or self.keep_image_size:
-            given = "--time-limit" if self.time_limit is not None else "--state"
-            given = "--keep-image-size" if self.keep_image_size else given
-            raise UsageError(f"{given} is for a search: it needs a target, such as --target-speedup 1.4")
-        if not self._says_what_to_keep and not self._says_which_images:
+        else:
+            of_a_search = [
+                ("--time-limit", self.time_limit is not None),
+                ("--state", self.state is not None),
+                ("--keep-image-size", self.keep_image_size),
+                ("--keep-blocks", self.keep_blocks),
+            ]
+            for option, given in of_a_search:
+                if given:
+                    raise UsageError(f"{option} is for a search: it needs a target, such as --target-speedup 1.4")
+        if not self._says_what_to_keep and not self._says_which_size:
             raise UsageError(
                 "how fast is the model to be?",
                 hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--data`, `--keep 0.6`, "
-                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images) or `--recipe FILE`.",
+                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images), `--cut-blocks COUNT` or `--recipe FILE`.",
             )
         typed = {key for key, _, _ in self._settings()}
         for text in self.overrides:
@@ -161,14 +170,20 @@ class CompressRequest:
         return said or any(text.startswith(("pruning.keep=", "pruning.tokens=")) for text in self.overrides)
 
     @property
-    def _says_which_images(self) -> bool:
-        return self.resize is not None or any(text.startswith("pruning.image_size=") for text in self.overrides)
+    def _says_which_size(self) -> bool:
+        said = self.resize is not None or self.cut_blocks is not None
+        return said or any(text.startswith(("pruning.image_size=", "pruning.cut_blocks=")) for text in self.overrides)
+
+    @property
+    def _ways(self) -> tuple[object, ...]:
+        """What says how much to keep, without a target."""
+        return (self.resize, self.cut_blocks, self.keep, self.tokens, self.points, self.recipe)
 
     def _check_search(self) -> None:
-        ways = (self.resize, self.keep, self.tokens, self.points, self.recipe)
-        if len(self.targets) + sum(each is not None for each in ways) > 1:
+        if len(self.targets) + sum(each is not None for each in self._ways) > 1:
             raise UsageError(
-                "a target settles what to keep: give one, without --resize, --keep, --tokens, --points or --recipe"
+                "a target settles what to keep: give one, without --resize, --cut-blocks, --keep, --tokens, --points "
+                "or --recipe"
             )
         for text in self.overrides:
             if text.startswith("pruning."):
@@ -195,9 +210,10 @@ class CompressRequest:
         if self.tokens is not None:
             settings += [("pruning.tokens", f"[{self.tokens}]", "--tokens"), ("pruning.keep", "null", "--tokens")]
         if not self._says_what_to_keep:
-            settings.append(("pruning.keep", "null", "--resize"))  # smaller images alone
+            settings.append(("pruning.keep", "null", "--resize"))  # a smaller model alone
         settings += [
             ("pruning.image_size", self.resize, "--resize"),
+            ("pruning.cut_blocks", self.cut_blocks, "--cut-blocks"),
             ("pruning.points", None if self.points is None else f"[{self.points}]", "--points"),
             ("pruning.importance", self.importance, "--importance"),
             ("pruning.reduction", self.reduction, "--reduction"),
@@ -263,10 +279,10 @@ class CompressRequest:
         with self._named("keep", "tokens", "points", "importance", "reduction", "alignment"):
             return recipe_settings(model, recipe, calibrated=self.calib is not None, **chosen)
 
-    def resized(self, model: Backbone, recipe: Recipe) -> Backbone:
-        """`for_images`; its errors name the option."""
-        with self._named("resize"):
-            return for_images(model, recipe)
+    def made_smaller(self, model: Backbone, recipe: Recipe) -> Backbone:
+        """`made_smaller`; its errors name the options."""
+        with self._named("resize", "cut_blocks"):
+            return made_smaller(model, recipe)
 
     @contextmanager
     def _named(self, *names: str) -> Iterator[None]:
@@ -274,7 +290,8 @@ class CompressRequest:
         try:
             yield
         except UsageError as error:
-            typed = " ".join(f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
+            given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+            typed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
             raise UsageError(error.what, where=typed or error.where, hint=error.hint) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, fingerprint
 from ssmprune_cli.errors import MAX_MESSAGE, shown
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, blocks_left_out
 from ssmprune_cli.pruning import TokenPruner, known_methods
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, Sample, SpeedFacts, TargetFacts
@@ -102,6 +102,7 @@ def _search(
         budgets=() if request.budget is None else (request.budget,),
         latency_ms=request.target_latency,
         resize=not request.keep_image_size,
+        cut=not request.keep_blocks,
         repair=recipe.pruning.repair,
         repair_images=recipe.calibration.images,
         batch_size=request.batch_size,
@@ -141,7 +142,7 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     """Tokens per block and multiply-adds: what is known without images."""
     reference = request.source.load()
     dense, weights = figures(reference), weights_sha256(reference)
-    model = request.resized(reference, recipe)
+    model = request.made_smaller(reference, recipe)
     settings = request.settings(model, recipe)
     if settings is not None:
         model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
@@ -221,7 +222,8 @@ def _compressed(
     used = {} if made.repaired is None else {"repair": made.repaired.kind}
     if report.pruning is not None:
         used = report.pruning.model_dump(mode="json")
-    final = recipe.resolved({"image_size": recipe.pruning.image_size, **used}, report.provenance)
+    size = {"image_size": recipe.pruning.image_size, "cut_blocks": recipe.pruning.cut_blocks}
+    final = recipe.resolved({**size, **used}, report.provenance)
     if request.command:
         command = shown(request.command, MAX_MESSAGE)
         report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
@@ -310,6 +312,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         task=model.task,
         image_size=model.image_size,
         resized_from=model.config.resized_from,
+        blocks_left_out=tuple(block + 1 for block in blocks_left_out(model)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         pruning=pruning_facts(pruner, recipe.pruning.keep) if isinstance(pruner, TokenPruner) else None,
         dense=dense,

@@ -20,7 +20,8 @@ from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Hints, ImageConf
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.workflows.finetune.container import mm_container
 
-_IMAGES = [field.name for field in fields(ImageConfig) if field.name != "resized_from"]  # which no new model is
+_MADE_SMALLER = ("resized_from", "cut_from")  # which no new model is
+_IMAGES = [field.name for field in fields(ImageConfig) if field.name not in _MADE_SMALLER]
 _GRID = {"image_size", "stride"}  # settings that change how many tokens there are, and no weight but their positions
 
 
@@ -32,7 +33,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     of the model's `name` would be read as another configuration (see `write_checkpoint`).
     """
     known = FAMILIES.get(family)
-    names = [field.name for field in fields(known.config_class) if field.name not in ("resized_from", "resized")]
+    names = [field.name for field in fields(known.config_class) if field.name not in (*_MADE_SMALLER, "resized")]
     default, values = known.config_class(), dict[str, Any]()
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -82,7 +83,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
 
 def _settings(config: Any) -> dict[str, Any]:
     """Those of a configuration that a new model may have."""
-    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "resized_from"}
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _MADE_SMALLER}
 
 
 def check_container(model: Backbone, name: str) -> None:

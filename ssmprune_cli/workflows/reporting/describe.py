@@ -10,7 +10,7 @@ import torch
 
 import ssmprune_cli
 from ssmprune_cli.kernels import active_backend, refused_backends
-from ssmprune_cli.models import FAMILIES, Backbone, before_resizing
+from ssmprune_cli.models import FAMILIES, Backbone, blocks_left_out, dense_config
 from ssmprune_cli.pruning import Calibration, Repaired, TokenPruner
 from ssmprune_cli.report import (
     CalibrationFacts,
@@ -29,19 +29,20 @@ from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
 
 def describe(model: Backbone) -> Report:
-    """What can be said of `model` without its source: it is compared with itself without its pruner, and for the images
-    that it was made for."""
-    inner, config = model.pruner, before_resizing(model.config)
-    resized = config != model.config
-    pruned = figures(model) if inner is not None or resized else None
+    """What can be said of `model` without its source: it is compared with itself without its pruner, and of the size
+    that it was made of."""
+    inner, config = model.pruner, dense_config(model.config)
+    smaller = config != model.config
+    pruned = figures(model) if inner is not None or smaller else None
     model.pruner = None
-    dense = figures(_of_its_size(model, config) if resized else model)
+    dense = figures(_of_its_size(model, config) if smaller else model)
     model.pruner = inner
     return Report(
         family=model.family,
         task=model.task,
         image_size=model.image_size,
         resized_from=model.config.resized_from,
+        blocks_left_out=tuple(block + 1 for block in blocks_left_out(model)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
         dense=dense,

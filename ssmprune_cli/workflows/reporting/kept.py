@@ -94,10 +94,9 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Any]:
     inner = model.pruner
     if inner is None:
         hint = "Give the folder that `ssmprune compress` wrote."
-        if model.config.resized_from is not None:
-            hint = (
-                "It was made for smaller images alone: give `ssmprune compress` a `--keep` below 1 beside `--resize`."
-            )
+        if model.config.resized_from is not None or model.config.cut_from is not None:
+            option = "--cut-blocks" if model.config.resized_from is None else "--resize"
+            hint = f"It was made smaller alone: give `ssmprune compress` a `--keep` below 1 beside `{option}`."
         raise UsageError("this model drops no tokens", hint=hint)
     recorder = _Recorder(inner)
     slot: Backbone = model.encoder if isinstance(model, DenseModel) else model
