@@ -35,7 +35,7 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.data import Subset, calibration_images, open_dataset
 from ssmprune_cli.inference import Session
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Detector, Segmenter
+from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Detector, Segmenter, Size
 from ssmprune_cli.models.heads import MaskRCNNConfig, UperNet
 from ssmprune_cli.preprocessing import KeepRatio
 from ssmprune_cli.pruning import (
@@ -115,9 +115,9 @@ class Bench:
                 restore(model)
             side = comparison.side_for(Budget("flops", keep), work)
             if side is not None:
-                small = comparison.at(side)
+                small = comparison.at(Size(side))
                 title = f"smaller image, {side} pixels"
-                row(f"{keep:g}", title, comparison.smaller(title, "", side), small.model, small.session)
+                row(f"{keep:g}", title, comparison.smaller(title, "", Size(side)), small.model, small.session)
 
     def finetuned(self, tables: Tables) -> None:
         """A row for every reduction at one keep ratio, before and after training, and one for the dense model."""
