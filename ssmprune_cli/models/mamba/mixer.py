@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,22 @@ class Branch(NamedTuple):
     dt_proj: StepProjection
     A_log: Tensor
     D: Tensor
+
+
+class SequenceMixer(Mixer, Protocol):
+    """The mixer of a MambaBlock: see `BranchMixer.forward`."""
+
+    out_proj: nn.Linear
+
+    def __call__(
+        self,
+        x: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        frozen: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ScanStatistics]: ...
 
 
 class BranchMixer(nn.Module, Mixer):
