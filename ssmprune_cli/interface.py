@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from ssmprune_cli.tokens import TokenSequence
@@ -38,6 +39,11 @@ class Stage:
     def num_tokens(self) -> int:
         """Length of the dense sequence, protected tokens included."""
         return self.num_patches + len(self.protected)
+
+
+def placed(inputs: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """What a model is called on, on its device: images in its dtype, numbers of tokens as they are."""
+    return inputs.to(device, dtype if inputs.is_floating_point() else None)
 
 
 # What a pruner wants after a block: nothing at all, or the tokens, or of the ScanStatistics y too, or y and delta too.

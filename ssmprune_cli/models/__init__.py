@@ -33,6 +33,17 @@ from ssmprune_cli.models.dense import (
 )
 from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA, AtrousMixer
 from ssmprune_cli.models.heads import Detections
+from ssmprune_cli.models.language import (
+    MAMBA1,
+    MAMBA2,
+    MAX_LENGTH,
+    LanguageModel,
+    Mamba2Mixer,
+    Prefilled,
+    generate,
+    prefill,
+    step,
+)
 from ssmprune_cli.models.mamba import (
     LOCALVIM,
     MAMBA_REG,
@@ -65,6 +76,8 @@ FAMILIES.register("vmamba", VMAMBA)
 FAMILIES.register("medmamba", MEDMAMBA)
 FAMILIES.register("efficientvmamba", EFFICIENTVMAMBA)
 FAMILIES.register("mambavision", MAMBAVISION)
+FAMILIES.register("mamba", MAMBA1)
+FAMILIES.register("mamba2", MAMBA2)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)
@@ -72,6 +85,7 @@ FAMILIES.register("plainmamba-maskrcnn", PLAINMAMBA_MASK_RCNN)
 
 __all__ = [
     "FAMILIES",
+    "MAX_LENGTH",
     "MAX_SIDE",
     "SMALL_SIDE",
     "AtrousMixer",
@@ -89,7 +103,10 @@ __all__ = [
     "Hints",
     "ImageConfig",
     "Inflow",
+    "LanguageModel",
     "LocalMixer",
+    "Mamba2Mixer",
+    "Prefilled",
     "MambaBackbone",
     "MambaBlock",
     "MambaMixer",
@@ -108,6 +125,9 @@ __all__ = [
     "cut_short",
     "cuts",
     "decay_rates",
+    "generate",
+    "prefill",
+    "step",
     "inflow",
     "resize",
     "scan_path",

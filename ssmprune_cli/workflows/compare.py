@@ -320,7 +320,7 @@ class Comparison:
         return self.reference.with_pruner(self.model.pruner)
 
     def _batch(self, model: Backbone) -> Tensor:
-        return torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
+        return model.example(self.batch_size)
 
     def _calibration(self, model: Backbone, dataset: ImageDataset) -> Sequence[Tensor]:
         return in_batches(load_images(model, dataset), self.batch_size)

@@ -15,6 +15,7 @@ import torch
 from ssmprune_cli.data import Batch, ImageDataset, Subset, batches
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.inference import prepare
+from ssmprune_cli.interface import placed
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.measure import resolve_device
@@ -72,7 +73,7 @@ class _Judge:
         self._results: list[Any] = []
 
     def add(self, batch: Batch) -> None:
-        images = batch.images.to(self._device, self._session.dtype)
+        images = placed(batch.images, self._device, self._session.dtype)
         self._synchronize()
         start = time.perf_counter()
         outputs = self._task.answer(self._session, images)

@@ -92,12 +92,7 @@ def profile(
     if len({model.dtype for model in models}) > 1:
         raise UsageError(f"the models' weights differ in dtype: {', '.join(str(model.dtype) for model in models)}")
     target = resolve_device(device)
-    images = [
-        torch.randn(batch_size, 3, *model.image_size, generator=torch.Generator().manual_seed(seed)).to(
-            target, model.dtype
-        )
-        for model in models
-    ]
+    images = [model.example(batch_size, seed).to(target) for model in models]
     flops = [count_flops(model) for model in models]
     sessions = [prepare(model, device=target) for model in models]
     speeds = interleaved_speeds(sessions, images, rounds, progress)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
+from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.kernels import FORMULAS
@@ -27,7 +28,7 @@ from ssmprune_cli.models import Backbone, DenseModel
 _FREE = (
     "abs adaptive_avg_pool2d add add_ addcmul all amin any arange argmax argmin argsort avg_pool2d batch_norm "
     "bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_tensors cat clamp clamp_ clamp_min clone "
-    "constant_pad_nd contiguous cos cosine_similarity cumsum detach diff div div_ empty_like eq exp expand expand_as "
+    "constant_pad_nd contiguous cos cosine_similarity cumsum detach diff div div_ embedding empty_like eq exp expand expand_as "
     "fill_ flatten flip floor_divide full gather ge gelu grid_sampler gt index index_select layer_norm le lerp "
     "linalg_vector_norm lt masked_fill max max_pool2d maximum mean min movedim mul mul_ nan_to_num ne neg new_ones "
     "new_zeros norm ones ones_like pad permute pow reciprocal relu remainder repeat reshape rsqrt rsub scatter "
@@ -76,12 +77,13 @@ def _nothing(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter()
 
 
-def count_flops(model: Backbone) -> FlopCount:
-    """Count the multiply-adds of one image through `model`, its pruner included.
+def count_flops(model: Backbone, images: Tensor | None = None) -> FlopCount:
+    """Count the multiply-adds of one image, or one window of text, through `model`, its pruner included: of its own
+    size, or of `images` (one of them).
 
     Raises SsmpruneError naming every op that is neither counted nor known to be free: never a silent zero.
     """
-    images = torch.zeros(1, 3, *model.image_size, device=next(model.parameters()).device, dtype=model.dtype)
+    images = model.example(1) if images is None else images
     analysis = FlopCountAnalysis(model, images)
     for name in FORMULAS:
         analysis.set_op_handle(name, _handler(name))

@@ -130,9 +130,7 @@ class Clock:
         return timings
 
     def _batch(self, model: Backbone) -> Tensor:
-        """Black images: token counts are static, so that what they show makes no difference."""
-        like = next(model.parameters())
-        return torch.zeros(self.batch_size, 3, *model.image_size, device=like.device, dtype=like.dtype)
+        return model.example(self.batch_size)
 
 
 def _width(timing: Timing) -> float:
