@@ -31,9 +31,7 @@ from ssmprune_cli.models import (
 from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
-_FOREIGN = (
-    ("temporal_pos_embedding", "VideoMamba for videos"),
-)
+_FOREIGN = (("temporal_pos_embedding", "VideoMamba for videos"),)
 _NOT_OF_A_VARIANT = (
     *(field.name for field in fields(ImageConfig)),
     *("image_size", "num_classes", "out_indices", "out_stages"),
@@ -78,7 +76,9 @@ def load(
     Raises CheckpointError if anything is wrong with the file (weights are never loaded in part, nor if one is not
     finite) or if several models fit it, and UsageError for options that do not exist or do not fit.
     """
-    reading = Reading(family, variant, weights, image_size, stride, crop, interpolation, mean, std, length, protect_last)
+    reading = Reading(
+        family, variant, weights, image_size, stride, crop, interpolation, mean, std, length, protect_last
+    )
     return load_as(path, reading)
 
 

@@ -127,7 +127,7 @@ def command(
         if not task.saves:
             raise UsageError(f"is for detection, and the model is for {task.name}", where="--save-predictions")
         check_place(save_predictions, "--save-predictions")
-    images = task.open(data, dataset)
+    images = task.open(data, dataset, model=models[0])
     with output.progress("Evaluating") as advance:
         result = evaluate(
             models[0],
@@ -173,11 +173,11 @@ def _tables(names: list[str], result: Evaluation) -> Group:
     if result.comparison is not None and result.dense_images_per_second is not None:
         scores.append(result.task.dense(result.comparison))
         speeds.append(result.dense_images_per_second)
-    table = Table(title=f"{result.count:,} images, {result.dtype}", title_justify="left")
+    table = Table(title=f"{result.count:,} {result.task.cases}, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
-    for row in (*result.task.table(scores), ["images per second", *(f"{speed:.1f}" for speed in speeds)]):
+    for row in (*result.task.table(scores), [f"{result.task.cases} per second", *(f"{speed:.1f}" for speed in speeds)]):
         table.add_row(*row)
     shown: list[Table | str] = [table]
     if lines := result.task.by_part(scores):

@@ -80,9 +80,9 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
         for name, reason in first.backends_refused.items()
         if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
     )
-    sizes = dict.fromkeys(f"{p.image_size[0]}x{p.image_size[1]}" for p in profiles)
+    sizes = dict.fromkeys(p.inputs for p in profiles)
     heading = (
-        f"{' and '.join(sizes)} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
+        f"{' and '.join(sizes)}, batch {first.batch_size}, {first.dtype}, {first.device}, "
         f"{first.threads} threads, kernels: {first.backend}{refused}"
     )
     table = Table()

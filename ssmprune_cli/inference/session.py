@@ -53,7 +53,7 @@ class Session(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's output, logits (B, classes) of a backbone, for normalised images (B, 3, H, W); of a language
-        model (B, vocabulary, K) for numbers of tokens (B, L). A detector's is a tuple of tensors, see `models.Detector`.
+        model (B, vocabulary, K) for numbers of tokens (B, L). A detector's is a tuple, see `models.Detector`.
 
         Images of another floating-point dtype or on another device are converted. Raises UsageError under autocast:
         the precision of a session was settled when it was prepared.

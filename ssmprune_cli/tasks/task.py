@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data import Batch, ImageDataset, Split, open_dataset
+from ssmprune_cli.data import Batch, ImageDataset, Split, calibration_images, open_dataset
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame
@@ -140,6 +140,8 @@ class Task(ABC, Generic[Score, Compared]):
     hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
     saves     whether there is a format for what models answer: see `predictions`
+    shows     whether its inputs are pictures, which a report can show
+    cases     what its inputs are called, several of them
     remarks   sentences on what figures of work and time leave out, for whoever reads them
     """
 
@@ -159,10 +161,15 @@ class Task(ABC, Generic[Score, Compared]):
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
     saves: ClassVar[bool] = False
+    shows: ClassVar[bool] = True
+    cases: ClassVar[str] = "images"
     remarks: ClassVar[tuple[str, ...]] = ()
 
-    def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
-        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
+    def open(
+        self, path: Path, kind: str | None = None, split: Split = "val", *, model: Backbone | None = None
+    ) -> ImageDataset:
+        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`). A text is read by
+        the tokenizer of `model`.
 
         Raises UsageError for a kind that is not of this task, DataError for data that are not laid out so.
         """
@@ -172,7 +179,20 @@ class Task(ABC, Generic[Score, Compared]):
                 f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
-        return open_dataset(kind, path, split=split)
+        return self._divided(open_dataset(kind, path, split=split), model)
+
+    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
+        """What was opened, as a dataset for `model`."""
+        dataset: ImageDataset = opened
+        return dataset
+
+    def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
+        """`count` unlabelled inputs for `model` in `path`, chosen by `seed`: see `data.calibration_images`."""
+        return calibration_images(path, count, seed)
+
+    def files(self, model: Backbone) -> dict[str, bytes]:
+        """What an output folder needs beside the weights of `model`, by name."""
+        return {}
 
     @abstractmethod
     def kind(self, path: Path) -> str:

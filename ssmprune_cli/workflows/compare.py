@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import Batch, ImageDataset, Subset, calibration_images
+from ssmprune_cli.data import Batch, ImageDataset, Subset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.models import Backbone, cut_short, cuts, resize, sides
@@ -398,7 +398,7 @@ def compare(
     for method in methods:
         choose_alignment(method.alignment, method.reduction, calibrated=calib is not None)
     comparison = Comparison(source, dataset, limit=limit, batch_size=batch_size, device=device, rounds=rounds)
-    chosen = None if calib is None else calibration_images(calib, calib_images, seed)
+    chosen = None if calib is None else comparison.task.calibration(comparison.model, calib, calib_images, seed)
     calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
     total = 1 + (len(methods) + 2) * len(budgets) + len(recipes) + len(others)

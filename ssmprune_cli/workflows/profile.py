@@ -29,8 +29,9 @@ from ssmprune_cli.workflows.measure import (
 
 @dataclass(frozen=True)
 class Profile:
-    """One model's figures. Multiply-adds are for one image; `flops` names the conventions.
+    """One model's figures. Multiply-adds are for one image, or window of text; `flops` names the conventions.
 
+    inputs               what the model takes, in words
     multiply_adds_head   of all, those of a dense model's head; 0 for a classifier
     bytes_moved       by gathers, sorts and sums of one image, which are no multiply-adds
     backend           what the kernels ran on; `backends_refused` says why not on a better one
@@ -40,6 +41,7 @@ class Profile:
     """
 
     family: str
+    inputs: str
     image_size: tuple[int, int]
     parameters: int
     multiply_adds_all_directions: int
@@ -99,6 +101,7 @@ def profile(
     return [
         Profile(
             family=model.family,
+            inputs=model.sized,
             image_size=model.image_size,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             multiply_adds_all_directions=count.all_directions,

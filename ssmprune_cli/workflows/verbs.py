@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from ssmprune_cli import pruning
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images, listed_images
+from ssmprune_cli.data import ImageDataset, Subset, listed_images
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe import CalibrationPlan
@@ -66,7 +66,7 @@ def from_files(model: Backbone, images: Any, seed: int = 0) -> Prepared:
             raise UsageError(f"a list of files holds a value of type {type(odd).__name__}")
         dataset = listed_images([Path(each).expanduser() for each in images])
     else:
-        dataset = calibration_images(Path(images).expanduser(), MOST_IMAGES, seed)
+        dataset = TASKS.get(model.task).calibration(model, Path(images).expanduser(), MOST_IMAGES, seed)
         # A tree of folders comes class by class, and of batches the first ones settle the alignment.
         order = random.Random(seed).sample(range(len(dataset)), len(dataset))
         dataset = Subset(dataset, order)

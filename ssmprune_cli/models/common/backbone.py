@@ -162,10 +162,15 @@ class Backbone(nn.Module, ABC):
             check_compression(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def __repr__(self) -> str:
+    @property
+    def sized(self) -> str:
+        """What it takes, in words."""
         height, width = self.image_size
+        return f"{height}x{width} pixels" if self.inputs == "images" else f"windows of {width:,} tokens"
+
+    def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.parameters())
-        text = f"{type(self).__name__}({height}x{width} pixels, {len(self.blocks)} blocks, {count:,} parameters"
+        text = f"{type(self).__name__}({self.sized}, {len(self.blocks)} blocks, {count:,} parameters"
         return f"{text})" if self.pruner is None else f"{text}, {self.pruner!r})"
 
     @abstractmethod

@@ -57,7 +57,9 @@ def read_sizes(shapes: Shapes, hints: Hints, title: str) -> dict[str, Any]:
                 raise CheckpointError(f"says {name}, and its head has other values than its embedding")
     padded = vocab_size - stated_number(hints, ("vocab_size",), vocab_size)
     if not 0 <= padded < 1024:
-        raise CheckpointError(f"the embedding has {vocab_size} rows, and the file says vocab_size {vocab_size - padded}")
+        raise CheckpointError(
+            f"the embedding has {vocab_size} rows, and the file says vocab_size {vocab_size - padded}"
+        )
     d_conv = shape_of(shapes, "layers.0.mixer.conv1d.weight", 3, title)[2]
     d_inner = shape_of(shapes, "layers.0.mixer.out_proj.weight", 2, title)[1]
     return {

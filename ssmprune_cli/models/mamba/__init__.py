@@ -9,7 +9,14 @@ from ssmprune_cli.models.mamba.local_mixer import LocalMixer
 from ssmprune_cli.models.mamba.local_routes import scan_path
 from ssmprune_cli.models.mamba.localvim import LOCALVIM
 from ssmprune_cli.models.mamba.mambar import MAMBA_REG
-from ssmprune_cli.models.mamba.mixer import BranchMixer, CausalConv1d, MambaMixer, SequenceMixer, StepProjection, s4d_real
+from ssmprune_cli.models.mamba.mixer import (
+    BranchMixer,
+    CausalConv1d,
+    MambaMixer,
+    SequenceMixer,
+    StepProjection,
+    s4d_real,
+)
 from ssmprune_cli.models.mamba.videomamba import VIDEOMAMBA
 from ssmprune_cli.models.mamba.vim import VIM
 

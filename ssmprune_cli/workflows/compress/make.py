@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images
+from ssmprune_cli.data import ImageDataset, Subset
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
@@ -77,9 +77,10 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
             warnings += rounded(settings, recipe.pruning, model)
             prune(model, settings, None)
         return Made(model, settings, None, None, None, (), tuple(warnings))
-    images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
+    images = TASKS.get(model.task).calibration(model, request.calib, recipe.calibration.images, recipe.calibration.seed)
     if len(images) < recipe.calibration.images and request.counts_images:
-        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
+        cases = TASKS.get(model.task).cases
+        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration {cases} were found.")
     warnings += images.notes
     kind, task = recipe.pruning.repair, TASKS.get(model.task)
     batch_size = task.at_once(recipe.calibration.batch_size)

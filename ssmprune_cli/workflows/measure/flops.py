@@ -28,14 +28,14 @@ from ssmprune_cli.models import Backbone, DenseModel
 _FREE = (
     "abs adaptive_avg_pool2d add add_ addcmul all amin any arange argmax argmin argsort avg_pool2d batch_norm "
     "bitwise_and bitwise_not bitwise_or bitwise_xor broadcast_tensors cat clamp clamp_ clamp_min clone "
-    "constant_pad_nd contiguous cos cosine_similarity cumsum detach diff div div_ embedding empty_like eq exp expand expand_as "
+    "constant_pad_nd contiguous cos cosine_similarity cumsum detach diff div div_ empty_like eq exp expand expand_as "
     "fill_ flatten flip floor_divide full gather ge gelu grid_sampler gt index index_select layer_norm le lerp "
     "linalg_vector_norm lt masked_fill max max_pool2d maximum mean min movedim mul mul_ nan_to_num ne neg new_ones "
     "new_zeros norm ones ones_like pad permute pow reciprocal relu remainder repeat reshape rsqrt rsub scatter "
     "scatter_add searchsorted select sigmoid silu sin slice softmax softplus sort split split_with_sizes sqrt square "
     "squeeze stack std sub sum t tanh tile to transpose type_as unbind unflatten unsqueeze upsample_bicubic2d "
     "upsample_bilinear2d upsample_nearest2d view view_as where zeros zeros_like __and__ __lshift__ __or__ __rshift__ "
-    "__xor__"
+    "__xor__ embedding repeat_interleave"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
 

@@ -9,8 +9,8 @@ from torch.nn import functional
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import gated_sum
 from ssmprune_cli.models.common import decay_rates, inflow
-from ssmprune_cli.models.language.state import last_state
 from ssmprune_cli.models.language.recurrence import MixerState, convolved, last_inputs, next_inputs
+from ssmprune_cli.models.language.state import last_state
 from ssmprune_cli.models.mamba import MambaMixer
 from ssmprune_cli.tokens import TokenSequence
 

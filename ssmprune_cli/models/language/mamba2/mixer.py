@@ -1,4 +1,4 @@
-"""The mixer of Mamba-2, written from state-spaces/mamba e9594ce (mamba_ssm/modules/mamba2.py), with its parameter names.
+"""The mixer of Mamba-2, from state-spaces/mamba e9594ce (mamba_ssm/modules/mamba2.py), with its parameter names.
 
 Letters: B batch, L tokens, d model width, H heads, P channels of a head, E = H P inner channels, G groups, N state,
 C = E + 2 G N channels that the convolution goes over: those of the scan, of B and of C.
