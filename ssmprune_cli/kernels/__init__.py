@@ -30,6 +30,8 @@ from ssmprune_cli.kernels.ops import (
     scan_flops,
     selective_scan,
     sparse_conv1d,
+    ssd_flops,
+    ssd_scan,
 )
 from ssmprune_cli.kernels.packing import BlockSizes, InnerParameters, pack_block, pack_inner, pack_linear, pack_routes
 from ssmprune_cli.kernels.plain import PLAIN
@@ -73,5 +75,7 @@ __all__ = [
     "scan_flops",
     "selective_scan",
     "sparse_conv1d",
+    "ssd_flops",
+    "ssd_scan",
     "use_backend",
 ]

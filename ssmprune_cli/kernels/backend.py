@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.inputs import (
+    GRADIENTS,
+    SSD_GRADIENTS,
     BlocksInputs,
     Gradients,
     GridConvInputs,
@@ -16,8 +19,18 @@ from ssmprune_cli.kernels.inputs import (
     LinearInputs,
     RoutedInputs,
     ScanInputs,
+    SsdInputs,
 )
-from ssmprune_cli.kernels.pytorch import chunked_scan, composed, eager, reference_scan, scan_gradients
+from ssmprune_cli.kernels.pytorch import (
+    chunked_scan,
+    chunked_ssd,
+    composed,
+    eager,
+    reference_scan,
+    reference_ssd,
+    scan_gradients,
+    ssd_gradients,
+)
 
 
 class Backend(ABC):
@@ -25,6 +38,7 @@ class Backend(ABC):
 
     name: str
     skips_reading = False  # whether `scan` itself leaves out tokens that nobody reads; if not, it is given no `read`
+    carries_states = True  # whether the scan takes an initial state, and gradients of the last one
     fuses = False  # whether the fused ops are faster than the ops that they are made of
 
     @property
@@ -45,23 +59,35 @@ class Backend(ABC):
         """y (B, L, E), or (B, K, E) with `read`."""
 
     @abstractmethod
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
-        """Gradients of u, delta, A, B, C, D, z, delta_bias, shift, gap_delta; None where the input is None.
-
-        `grad` (B, L, E) has zeros at tokens that were not read. `states` is what `scan_keeping` kept, if it did.
-        """
+    def scan_with_states(self, inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What `scan` gives, the last state (B, E, N) in float32 at least, and states (B, K, N, E) that the backward
+        pass then need not compute again: K is `kept_states`, or 0 unless `keep` says that there will be one."""
 
     def kept_states(self, length: int) -> int:
-        """How many states of a sequence `scan_keeping` keeps."""
+        """How many states of a sequence `scan_with_states` keeps."""
         return 0
 
-    def scan_keeping(self, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-        """What `scan` gives, and states (B, `kept_states`, N, E) that the backward pass then need not compute again."""
-        batch, _, channels = inputs.u.shape
-        states = inputs.u.new_empty(batch, 0, inputs.A.shape[1], channels, dtype=torch.float32)
-        return self.scan(inputs), states
+    @abstractmethod
+    def scan_backward(
+        self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None, d_last: Tensor | None = None
+    ) -> Gradients:
+        """Gradients in the order of `GRADIENTS`; None where the input is.
+
+        `grad` (B, L, E) has zeros at tokens that were not read, `d_last` (B, E, N) is the last state's, if it has one.
+        `states` is what `scan_with_states` kept, if it did.
+        """
 
     # What follows is plain PyTorch unless a backend has something faster.
+
+    def ssd(self, inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+        """Mamba-2's scan: y (B, L, H, P), and the last state (B, H, P, N) in float32 at least."""
+        y, last = chunked_ssd(_widened(inputs))
+        return y.to(inputs.x.dtype), last
+
+    def ssd_backward(self, grad: Tensor, inputs: SsdInputs, d_last: Tensor | None) -> Gradients:
+        """Gradients in the order of `SSD_GRADIENTS`; None where the input is."""
+        found = ssd_gradients(eager.wide(grad), _widened(inputs), d_last)
+        return _narrowed(found, inputs, SSD_GRADIENTS)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         """silu(depthwise causal convolution), (B, L, E)."""
@@ -137,12 +163,24 @@ class Backend(ABC):
         return composed.linear(inputs)
 
 
+def no_states(inputs: ScanInputs) -> Tensor:
+    """What `scan_with_states` keeps if it keeps none."""
+    batch, _, channels = inputs.u.shape
+    return inputs.u.new_empty(batch, 0, inputs.A.shape[1], channels, dtype=torch.float32)
+
+
 class PyTorchBackend(Backend):
     """Runs anywhere that PyTorch does, in any floating-point precision."""
 
-    def __init__(self, name: str, scan: Callable[[ScanInputs], Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        scan: Callable[[ScanInputs], tuple[Tensor, Tensor]],
+        ssd: Callable[[SsdInputs], tuple[Tensor, Tensor]],
+    ) -> None:
         self.name = name
         self._scan = scan
+        self._ssd = ssd
 
     def missing(self) -> str | None:
         return None
@@ -151,21 +189,39 @@ class PyTorchBackend(Backend):
         return example.is_floating_point()
 
     def scan(self, inputs: ScanInputs) -> Tensor:
-        return self._scan(_widened(inputs)).to(inputs.u.dtype)
+        return self._scan(_widened(inputs))[0].to(inputs.u.dtype)
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
-        found = scan_gradients(eager.wide(grad), _widened(inputs))
-        given = (inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias)
-        return tuple(
-            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(found, (*given, inputs.shift, inputs.gap_delta), strict=True)
-        )
+    def scan_with_states(self, inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        y, last = self._scan(_widened(inputs))
+        return y.to(inputs.u.dtype), last, no_states(inputs)
+
+    def ssd(self, inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+        y, last = self._ssd(_widened(inputs))
+        return y.to(inputs.x.dtype), last
+
+    def scan_backward(
+        self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None, d_last: Tensor | None = None
+    ) -> Gradients:
+        found = scan_gradients(eager.wide(grad), _widened(inputs), d_last)
+        return _narrowed(found, inputs, GRADIENTS)
 
 
-def _widened(inputs: ScanInputs) -> ScanInputs:
+Inputs = TypeVar("Inputs", ScanInputs, SsdInputs)
+
+
+def _widened(inputs: Inputs) -> Inputs:
     """Every tensor in float32 at least."""
-    return ScanInputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
+    return inputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
 
 
-REFERENCE = PyTorchBackend("reference", reference_scan)
-CHUNKED = PyTorchBackend("chunked", chunked_scan)
+def _narrowed(found: Gradients, inputs: ScanInputs | SsdInputs, names: Sequence[str]) -> Gradients:
+    """Gradients in the dtypes of the inputs called `names`."""
+    given = (getattr(inputs, name) for name in names)
+    return tuple(
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(found, given, strict=True)
+    )
+
+
+REFERENCE = PyTorchBackend("reference", reference_scan, reference_ssd)
+CHUNKED = PyTorchBackend("chunked", chunked_scan, chunked_ssd)

@@ -14,7 +14,7 @@ from ssmprune_cli.registry import Registry
 # In order of preference; `kernels/__init__.py` fills it.
 BACKENDS: Registry[Backend] = Registry("kernel backend")
 _chosen = "auto"
-_picked: dict[tuple[torch.dtype, str, int], Backend] = {}  # what `pick` has found since the last choice
+_picked: dict[tuple[torch.dtype, str, int, bool], Backend] = {}  # what `pick` has found since the last choice
 
 
 def use_backend(name: str) -> None:
@@ -64,25 +64,34 @@ def refused_backends(device: torch.device | str = "cpu", dtype: torch.dtype = to
     return refused
 
 
-def pick(example: Tensor, inner: int) -> Backend:
+def pick(example: Tensor, inner: int, carried: bool = False) -> Backend:
     """The backend for tensors like `example` with `inner` states or taps.
+
+    carried  whether it has to take initial states, and gradients of last ones
 
     Raises KernelError if the one asked for by name does not take them.
     """
-    key = (example.dtype, example.device.type, inner)
+    key = (example.dtype, example.device.type, inner, carried)
     if key not in _picked:
-        _picked[key] = _find(example, inner)
+        _picked[key] = _find(example, inner, carried)
     return _picked[key]
 
 
-def _find(example: Tensor, inner: int) -> Backend:
+def _find(example: Tensor, inner: int, carried: bool) -> Backend:
     if _chosen == "auto":
-        fitting = (b for _, b in BACKENDS.items() if b.automatic and b.accepts(example, inner))
+        fitting = (
+            b
+            for _, b in BACKENDS.items()
+            if b.automatic and b.accepts(example, inner) and (b.carries_states or not carried)
+        )
         return next(backend for backend in fitting if backend.missing() is None)
     backend = BACKENDS.get(_chosen)
     if not backend.accepts(example, inner):
         given = f"{example.dtype} on {example.device.type} with {inner} states or taps"
         raise KernelError(f"kernel backend {_chosen!r} does not compute {given}")
+    if carried and not backend.carries_states:
+        what = "initial states, nor gradients of last ones"
+        raise KernelError(f"kernel backend {_chosen!r} does not take {what}", hint="Choose another, or `auto`.")
     return backend
 
 

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]  # None where the input is None
+# What scans have gradients for, in the order in which backends give them.
+GRADIENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "shift", "gap_delta", "initial_state")
+SSD_GRADIENTS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "shift", "gap_delta", "initial_state")
 
 
 class ScanInputs(NamedTuple):
@@ -31,6 +34,24 @@ class ScanInputs(NamedTuple):
     gap_delta: Tensor | None
     reverse: bool
     read: Tensor | None = None
+    initial_state: Tensor | None = None
+
+
+class SsdInputs(NamedTuple):
+    """Inputs of one scan of Mamba-2; shapes as in `ops.ssd.ssd_scan`."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    shift: Tensor | None
+    gap: Tensor | None
+    gap_delta: Tensor | None
+    initial_state: Tensor | None
 
 
 class GridConvInputs(NamedTuple):

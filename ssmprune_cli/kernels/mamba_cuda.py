@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.backend import Backend
+from ssmprune_cli.kernels.backend import Backend, no_states
 from ssmprune_cli.kernels.inputs import Gradients, ScanInputs
 from ssmprune_cli.kernels.pytorch import eager, finish, steps
 
@@ -30,6 +30,7 @@ class Context:
     """What torch hands to an autograd function to remember tensors in."""
 
     saved_tensors: tuple[Tensor | None, ...] = ()
+    last: Tensor  # the state after the last token, if it was asked for
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -38,6 +39,12 @@ class Context:
 def scan_with(stock: Any, inputs: ScanInputs) -> Tensor:
     """y of the aligned scan, by `stock`: an autograd function like mamba_ssm's SelectiveScanFn."""
     return _forward(stock, inputs)[0].to(inputs.u.dtype)
+
+
+def scan_and_state_with(stock: Any, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """y, and the state (B, E, N) after the last token in scan direction, which the stock kernel's backward ignores."""
+    y, context, _ = _forward(stock, inputs, return_last_state=True)
+    return y.to(inputs.u.dtype), context.last
 
 
 def gradients_with(stock: Any, grad: Tensor, inputs: ScanInputs) -> Gradients:
@@ -91,8 +98,8 @@ def gradients_with(stock: Any, grad: Tensor, inputs: ScanInputs) -> Gradients:
     )
 
 
-def _forward(stock: Any, inputs: ScanInputs) -> tuple[Tensor, Any, ScanInputs]:
-    """y (B, L, E), what `stock` remembers, and the inputs in the precision computed with."""
+def _forward(stock: Any, inputs: ScanInputs, return_last_state: bool = False) -> tuple[Tensor, Any, ScanInputs]:
+    """y (B, L, E), what `stock` remembers (with the last state if it is wanted), and the inputs as computed with."""
     context: Any = Context()
     if not _is_aligned(inputs):
         exact = _single(inputs, ("A", "D", "delta_bias"))
@@ -113,7 +120,11 @@ def _forward(stock: Any, inputs: ScanInputs) -> tuple[Tensor, Any, ScanInputs]:
         z,
         bias,
         softplus,
+        return_last_state,
     )
+    if return_last_state:
+        y, last = y
+        context.last = last.float().contiguous()
     y = _channels_last(y, inputs)
     if _is_aligned(inputs):
         context.ungated = finish(y, exact._replace(z=None))
@@ -152,6 +163,7 @@ class MambaCudaBackend(Backend):
     """Imports mamba-ssm, and causal-conv1d if it is there, when it is first asked for."""
 
     name = "mamba_cuda"
+    carries_states = False
 
     def __init__(self) -> None:
         self._stock: Any = None
@@ -183,8 +195,13 @@ class MambaCudaBackend(Backend):
     def scan(self, inputs: ScanInputs) -> Tensor:
         return scan_with(self._stock, inputs)
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
-        return gradients_with(self._stock, grad, inputs)
+    def scan_with_states(self, inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return *scan_and_state_with(self._stock, inputs), no_states(inputs)
+
+    def scan_backward(
+        self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None, d_last: Tensor | None = None
+    ) -> Gradients:
+        return *gradients_with(self._stock, grad, inputs), None
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
         """By causal-conv1d for the widths it knows, else by PyTorch."""

@@ -15,24 +15,27 @@ from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs
 from ssmprune_cli.kernels.pytorch import eager, finish, steps
 
 
-def _scan(*values: Any) -> tuple[Tensor, Tensor]:
-    """The op's arguments: those of ScanInputs, and whether it keeps states, of which a file has no use.
+def _scan(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's arguments: those of ScanInputs, and which states it gives. A file always gives the last one.
 
     `scan_op` is the operator itself: the function `scan` around it would compile what it is given.
     """
     from torch._higher_order_ops.scan import scan_op  # it imports the compiler, which takes seconds
 
-    *given, _ = values
+    *given, _, _ = values
     inputs = ScanInputs(*given)
     u, reverse, read = inputs.u, inputs.reverse, inputs.read
     wide = ScanInputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
     sizes, decay = steps(wide)
     along = [each.transpose(0, 1) for each in (decay, sizes * wide.u, wide.B, wide.C)]  # (L, B, .)
     along = [each.flip(0) if reverse else each.contiguous() for each in along]
-    start = wide.u.new_zeros(u.shape[0], u.shape[2], wide.A.shape[1])
-    _, y = scan_op(_step, [start], along, (wide.A,))  # (L, B, E)
+    start = wide.initial_state
+    if start is None:
+        start = wide.u.new_zeros(u.shape[0], u.shape[2], wide.A.shape[1])
+    last, y = scan_op(_step, [start], along, (wide.A,))  # (L, B, E)
     y = finish((y.flip(0) if reverse else y).transpose(0, 1), wide).to(u.dtype)
-    return y if read is None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2])), u.new_empty(0)
+    y = y if read is None else y.gather(1, read[..., None].expand(-1, -1, u.shape[2]))
+    return y, last, u.new_empty(0)
 
 
 def _step(state: Tensor, decay: Tensor, drive: Tensor, b: Tensor, c: Tensor, rates: Tensor) -> list[Tensor]:

@@ -25,10 +25,13 @@ def i(*size): return torch.zeros(size, dtype=torch.int64)
 sizes = BlockSizes(16, 4, 3, 2, 2)
 block, inner = z(1, sizes.block(16)), z(2, sizes.inner)
 far = i(2, 1, 5, 3) + 10**9
-def scan(u, delta, A, B, C, D=None, z=None, bias=None, shift=None, gap=None, gap_delta=None, read=None):
-    return ops.selective_scan(u, delta, A, B, C, D, z, bias, True, shift, gap, gap_delta, False, read, False)
-def scan_back(grad, u, A, B, states):
-    return ops.selective_scan_backward(grad, u, u, A, B, B, None, None, None, True, None, None, None, False, states)
+def scan(u, delta, A, B, C, D=None, z=None, bias=None, shift=None, gap=None, gap_delta=None, read=None,
+         initial=None):
+    flags = (False, read, initial, True, False)
+    return ops.selective_scan(u, delta, A, B, C, D, z, bias, True, shift, gap, gap_delta, *flags)
+def scan_back(grad, u, A, B, states, last=None):
+    absent = [None] * 3
+    return ops.selective_scan_backward(grad, u, u, A, B, B, *absent, True, *absent, False, None, last, states)
 names = ("gap", "gap_delta", "context", "sources", "read", "cells", "size", "mass")
 def lost(**given):
     return [given.get(name) for name in names]
@@ -68,6 +71,9 @@ scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), D=z(6))
 scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), gap=z(2, 5), gap_delta=z(64))
 scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), read=i(2, 2) + 10**9)
 scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), read=i(2, 2))
+scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), initial=z(2, 64, 3))
+scan(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 50, 4), initial=z(2, 64, 4).bfloat16())
+scan_back(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(0), last=z(2, 4, 64))
 scan_back(z(2, 5, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(0))
 scan_back(z(2, 50, 64), z(2, 50, 64), z(64, 4), z(2, 50, 4), z(2, 4, 1, 1))
 blocks(z(2, 500, 16), residual=z(1, 1, 16))

@@ -254,9 +254,11 @@ def test_ops_pass_opcheck_and_export() -> None:
     inputs, gap = make((2, 5, 4, 3), "gap+delta", extras=True)
     given = [inputs[name].requires_grad_() for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     gap_delta = inputs["gap_delta"].requires_grad_()
-    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*given, True, None, gap, gap_delta, True, None, True))
+    op, state = torch.ops.ssmprune.selective_scan, torch.ones(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(op, (*given, True, None, gap, gap_delta, True, None, None, False, True))
+    torch.library.opcheck(op, (*given, True, None, gap, None, True, None, state, True, True))
     ungated, read = [*given[:6], None, given[7]], torch.tensor([[4, 1], [0, 2]])
-    torch.library.opcheck(torch.ops.ssmprune.selective_scan, (*ungated, True, None, None, None, False, read, False))
+    torch.library.opcheck(op, (*ungated, True, None, None, None, False, read, None, False, False))
     weight = torch.randn(4, 3, dtype=torch.float64)
     torch.library.opcheck(torch.ops.ssmprune.causal_conv1d, (given[0], weight, given[5], False))
 
@@ -341,17 +343,17 @@ def test_unknown_backend_and_wrong_dtype() -> None:
 
 def test_auto_leaves_what_the_c_kernel_cannot_hold_to_pytorch() -> None:
     """More states or taps than fit its arrays."""
-    inputs, _ = make((1, 3, 2, 65), "plain", False)
+    inputs, _ = make((1, 3, 2, 257), "plain", False)
     values: dict[str, Any] = {name: value.float() for name, value in inputs.items()}
-    x, weight, bias = torch.randn(1, 70, 2), torch.randn(2, 65), torch.randn(2)
+    x, weight, bias = torch.randn(1, 70, 2), torch.randn(2, 257), torch.randn(2)
     found = selective_scan(**values), causal_conv1d(x, weight, bias)
     use_backend("chunked")
     assert torch.equal(found[0], selective_scan(**values)) and torch.equal(found[1], causal_conv1d(x, weight, bias))
     if "cpu" in AVAILABLE:
         use_backend("cpu")
-        with pytest.raises(KernelError, match="65 states"):
+        with pytest.raises(KernelError, match="257 states"):
             selective_scan(**values)
-        with pytest.raises(KernelError, match="65 states or taps"):
+        with pytest.raises(KernelError, match="257 states or taps"):
             causal_conv1d(x, weight, bias)
 
 

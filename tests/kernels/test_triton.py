@@ -25,7 +25,7 @@ from ssmprune_cli.kernels import (
     use_backend,
 )
 from ssmprune_cli.kernels.choice import BACKENDS, pick
-from ssmprune_cli.kernels.inputs import ScanInputs
+from ssmprune_cli.kernels.inputs import GRADIENTS, ScanInputs
 from ssmprune_cli.kernels.triton import backend as triton_backend
 from ssmprune_cli.kernels.triton import conv_launch as triton_conv_launch
 from ssmprune_cli.kernels.triton.backend import TRITON, interpreted
@@ -35,7 +35,6 @@ from ssmprune_cli.tokens import Dropped, TokenSequence
 ROOT = Path(__file__).parents[2]
 DEVICE = "cpu" if interpreted() else "cuda"
 MODES = ["plain", "shift", "gap", "gap+delta"]
-GRADIENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "shift", "gap_delta")
 PARAMETERS = ("A", "D", "delta_bias", "gap_delta")
 
 kernels = pytest.mark.skipif(

@@ -31,10 +31,13 @@ def scan_name(*, has_D: bool, gap: str, reverse: bool) -> str:
     return "SelectiveScan" + ("" if has_D else "NoSkip") + (f"Gap{gap}" if gap else "") + ("Reverse" if reverse else "")
 
 
-def _scan(*values: Any) -> tuple[Tensor, Tensor]:
-    """The op's arguments: those of ScanInputs, and whether it keeps states, of which a file has no use."""
-    *given, _ = values
+def _scan(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's arguments: those of ScanInputs, whether it gives its last state, and whether it keeps others for a
+    backward pass, which a file has not."""
+    *given, return_state, _ = values
     scan = ScanInputs(*given)
+    if scan.initial_state is not None or return_state:
+        raise SsmpruneError("a scan that takes or gives a state has no node")
     if scan.z is not None or scan.shift is not None or scan.delta_bias is None or not scan.delta_softplus:
         raise SsmpruneError("a scan with a gate or a shift of its own, or without a bias, has no node")
     kind = "" if scan.gap is None else "Own" if scan.gap_delta is None else "Given"
@@ -43,7 +46,7 @@ def _scan(*values: Any) -> tuple[Tensor, Tensor]:
     y = _node(name, [each for each in tensors if each is not None], scan.u.shape)
     if scan.read is not None:
         y = y.gather(1, scan.read[..., None].expand(-1, -1, scan.u.shape[2]))
-    return y, scan.u.new_empty(0)
+    return y, scan.u.new_empty(0), scan.u.new_empty(0)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:

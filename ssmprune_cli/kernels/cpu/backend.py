@@ -43,7 +43,7 @@ from ssmprune_cli.kernels.inputs import (
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
 from ssmprune_cli.kernels.pytorch import eager
 
-MAX_INNER = 64  # states or taps, as in csrc/vectors.h
+MAX_INNER = 256  # states or taps, as in csrc/vectors.h
 CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
 LEVEL_VARIABLE = "SSMPRUNE_CPU_LEVEL"
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -154,30 +154,36 @@ class CpuBackend(Backend):
     def kept_states(self, length: int) -> int:
         return (length + CHUNK - 1) // CHUNK
 
-    def scan_keeping(self, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-        batch, length, channels = inputs.u.shape
-        states = torch.empty(batch, self.kept_states(length), inputs.A.shape[1], channels)
-        return self.scan(inputs, states), states
+    def scan(self, inputs: ScanInputs) -> Tensor:
+        return self._forward(inputs)
 
-    def scan(self, inputs: ScanInputs, states: Tensor | None = None) -> Tensor:
-        """`states`, if given, is filled with what `scan_keeping` keeps."""
+    def scan_with_states(self, inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, channels = inputs.u.shape
+        state = inputs.A.shape[1]
+        last = torch.empty(batch, state, channels)
+        states = torch.empty(batch, self.kept_states(length) if keep else 0, state, channels)
+        y = self._forward(inputs, last=last, **({"states": states} if keep else {}))
+        return y, last.transpose(1, 2).contiguous(), states
+
+    def _forward(self, inputs: ScanInputs, **wanted: Tensor) -> Tensor:
+        """y; of the other results those that are `wanted` are filled."""
         batch, length, channels = inputs.u.shape
         outputs = length if inputs.read is None else inputs.read.shape[1]
         y = torch.empty(batch, outputs, channels, dtype=inputs.u.dtype)
         call = Call(threads=torch.get_num_threads(), groups=channel_groups(batch), outputs=outputs)
         call.scan(inputs)
-        call.set(y=y)
-        if states is not None:
-            call.set(states=states)
+        call.set(y=y, **wanted)
         if inputs.read is not None:
             call.set(slots=slots_of(inputs.read, batch, length))
         self.run("scan_forward", call.struct(Scan))
         return y
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
+    def scan_backward(
+        self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None, d_last: Tensor | None = None
+    ) -> Gradients:
         batch, length, channels = inputs.u.shape
         if states is None or states.shape[1] != self.kept_states(length):  # another backend went forward
-            _, states = self.scan_keeping(inputs)
+            *_, states = self.scan_with_states(inputs, keep=True)
         dtype, state, groups = inputs.u.dtype, inputs.A.shape[1], -(-channels // _CHANNELS_OF_SUM) or 1
         wide, per_sample = (batch, length, channels), (batch, channels)
         found = {name: torch.empty(wide, dtype=dtype) for name in ("du", "ddelta")}
@@ -185,12 +191,15 @@ class CpuBackend(Backend):
             found["dz"] = torch.empty(wide, dtype=dtype)
         if inputs.shift is not None:
             found["dshift"] = torch.empty(wide, dtype=dtype)
+        if inputs.initial_state is not None:
+            found["dinitial"] = torch.empty(batch, state, channels)
         found["dA"] = torch.empty(batch, channels, state)
         found.update({name: torch.empty(per_sample) for name in ("dD", "dbias", "dgap_delta")})
         found.update({name: torch.empty(batch, groups, length, state) for name in ("dB", "dC")})
         call = Call(threads=torch.get_num_threads(), groups=groups)
         call.scan(inputs)
         call.values("grad", grad, wide, dtype)
+        call.state("dlast", d_last, (batch, channels, state))
         call.values("states", states, (batch, self.kept_states(length), state, channels), torch.float32)
         call.set(**found)
         self.run("scan_backward", call.struct(Scan))
@@ -209,6 +218,7 @@ class CpuBackend(Backend):
             total("dbias", inputs.delta_bias),
             found.get("dshift"),
             total("dgap_delta", inputs.gap_delta),
+            found["dinitial"].transpose(1, 2) if inputs.initial_state is not None else None,
         )
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:

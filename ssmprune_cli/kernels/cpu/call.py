@@ -38,7 +38,7 @@ def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctyp
 Scan = _struct(
     "Scan",
     "u delta B C z shift grad y du ddelta dz dshift A D bias gap gap_delta dA dB dC dD dbias dgap_delta slots visits "
-    "rank dt_weight sum skip size ungated states",
+    "rank dt_weight sum skip size ungated states initial last dlast dinitial",
     "batch length channels state u_b u_l delta_b delta_l B_b B_l C_b C_l z_b z_l shift_b shift_l gap_b gap_l A_c A_n "
     "softplus reverse half half_out threads groups outputs rank_l R stay",
     "scale mass",
@@ -152,6 +152,7 @@ class Call:
             self.numbers.update(gap_b=length, gap_l=1)
         for name, values in (("D", inputs.D), ("bias", inputs.delta_bias), ("gap_delta", inputs.gap_delta)):
             self.floats(name, values, (channels,))
+        self.state("initial", inputs.initial_state, (batch, channels, state))
         _fits("A", inputs.A, (channels, state), inputs.A.dtype)
         A = inputs.A.float()
         self.set(A=A)
@@ -159,6 +160,12 @@ class Call:
         self.numbers.update(batch=batch, length=length, channels=channels, state=state)
         half = dtype == torch.bfloat16
         self.numbers.update(softplus=inputs.delta_softplus, reverse=inputs.reverse, half=half, half_out=half, scale=1.0)
+
+    def state(self, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+        """Pass states (B, E, N) as (B, N, E), if they are there."""
+        if tensor is not None:
+            _fits(name, tensor, shape, torch.float32)
+            self.set(**{name: tensor.transpose(1, 2).contiguous()})
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """With weight (E, K) or (E, K, K)."""

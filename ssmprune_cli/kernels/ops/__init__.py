@@ -9,6 +9,7 @@ from ssmprune_cli.kernels.ops.linear import linear
 from ssmprune_cli.kernels.ops.routes import routed_scans
 from ssmprune_cli.kernels.ops.rows import add_rms_norm, gated_sum
 from ssmprune_cli.kernels.ops.scan import scan_flops, selective_scan
+from ssmprune_cli.kernels.ops.ssd import ssd_flops, ssd_scan
 
 __all__ = [
     "FORMULAS",
@@ -24,4 +25,6 @@ __all__ = [
     "scan_flops",
     "selective_scan",
     "sparse_conv1d",
+    "ssd_flops",
+    "ssd_scan",
 ]

@@ -80,6 +80,23 @@ def check(tokens: Tensor, activations: Expected, parameters: Expected) -> None:
                 raise KernelError(f"{name} is on {tensor.device}, but the tokens are on {device}")
 
 
+def state_dtype(tokens: Tensor) -> torch.dtype:
+    """Of a scan's states: float32 at least."""
+    return torch.promote_types(tokens.dtype, torch.float32)
+
+
+def check_state(name: str, state: Tensor, shape: tuple[int, ...], tokens: Tensor) -> None:
+    """Raise KernelError unless `state` has this shape, and the device and precision of the states of `tokens`."""
+    if tracing():
+        return
+    if state.shape != shape:
+        raise KernelError(f"{name} has shape {tuple(state.shape)}, not {shape}")
+    if state.dtype != state_dtype(tokens):
+        raise KernelError(f"{name} is {state.dtype}, but states are {state_dtype(tokens)}")
+    if state.device != tokens.device:
+        raise KernelError(f"{name} is on {state.device}, but the tokens are on {tokens.device}")
+
+
 def refuse_gradients(*tensors: Tensor) -> None:
     """Raise KernelError if one of them needs a gradient, which fused ops do not give."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

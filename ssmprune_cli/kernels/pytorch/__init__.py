@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from ssmprune_cli.kernels.pytorch import composed, eager
 from ssmprune_cli.kernels.pytorch.scan import chunked_scan, finish, reference_scan, scan_gradients, steps
+from ssmprune_cli.kernels.pytorch.ssd import SSD_CHUNK, chunked_ssd, reference_ssd, ssd_gradients
 
 __all__ = [
+    "SSD_CHUNK",
     "chunked_scan",
+    "chunked_ssd",
     "composed",
     "eager",
     "finish",
     "reference_scan",
+    "reference_ssd",
     "scan_gradients",
+    "ssd_gradients",
     "steps",
 ]

@@ -35,20 +35,23 @@ def finish(y: Tensor, inputs: ScanInputs) -> Tensor:
     return y if inputs.z is None else y * functional.silu(inputs.z)
 
 
-def reference_scan(inputs: ScanInputs) -> Tensor:
-    """h_t = exp(decay_t A) h_{t-1} + delta_t B_t u_t; y_t = C_t . h_t, token by token."""
+def reference_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """h_t = exp(decay_t A) h_{t-1} + delta_t B_t u_t; y_t = C_t . h_t, token by token; and the last h, (B, E, N)."""
     delta, decay = steps(inputs)
     batch, length, channels = inputs.u.shape
     state = inputs.u.new_zeros(batch, channels, inputs.A.shape[1])
-    outputs: list[Tensor] = [state] * length
+    if inputs.initial_state is not None:
+        state = state + inputs.initial_state
+    outputs: list[Tensor] = [inputs.u] * length
     for t in reversed(range(length)) if inputs.reverse else range(length):
         drive = (delta[:, t] * inputs.u[:, t])[..., None] * inputs.B[:, t, None]  # (B, E, N)
         state = torch.exp(decay[:, t, :, None] * inputs.A) * state + drive
         outputs[t] = (state * inputs.C[:, t, None]).sum(dim=-1)
-    return finish(torch.stack(outputs, dim=1), inputs)
+    y = torch.stack(outputs, dim=1) if length else torch.zeros_like(inputs.u)
+    return finish(y, inputs), state
 
 
-def chunked_scan(inputs: ScanInputs) -> Tensor:
+def chunked_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """As `reference_scan`, with decays, drives and read-outs of several tokens in one operation each.
 
     A state is (N, E) here, so that neighbouring channels lie together and a read-out is a product of matrices.
@@ -56,12 +59,12 @@ def chunked_scan(inputs: ScanInputs) -> Tensor:
     delta, decay = steps(inputs)
     walk = _Walk(inputs, decay, delta * inputs.u)
     y = torch.empty_like(inputs.u)
-    state = walk.start()
+    state = walk.start(inputs.initial_state)
     for part in walk.chunks:
         states, _ = walk.states(part, state)
         state = states[:, walk.last]
         y[:, part] = _over_states(inputs.C[:, part], states)
-    return finish(y, inputs)
+    return finish(y, inputs), state.transpose(1, 2).contiguous()
 
 
 def _over_states(vectors: Tensor, states: Tensor) -> Tensor:
@@ -91,9 +94,10 @@ class _Walk:
         chunks = [slice(start, min(start + size, length)) for start in range(0, length, size)]
         self.chunks = chunks[::-1] if self.reverse else chunks
 
-    def start(self) -> Tensor:
-        """(B, N, E): the state before the first token."""
-        return self.rates.new_zeros(len(self.drive), *self.rates.shape)
+    def start(self, state: Tensor | None) -> Tensor:
+        """(B, N, E): `state` (B, E, N), or zeros."""
+        zeros = self.rates.new_zeros(len(self.drive), *self.rates.shape)
+        return zeros if state is None else zeros + state.transpose(1, 2)
 
     def states(self, part: slice, state: Tensor) -> tuple[Tensor, Tensor]:
         """States after each token of `part` and their decays, (B, T, N, E) each, from the `state` before it."""
@@ -109,20 +113,20 @@ class _Walk:
         return tokens[::-1] if self.reverse != back else tokens
 
 
-def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
+def scan_gradients(grad: Tensor, inputs: ScanInputs, d_last: Tensor | None) -> Gradients:
     """Gradients in the order of `Backend.scan_backward`; states are kept at chunk borders and recomputed between."""
     u, B, C, D, z = inputs.u, inputs.B, inputs.C, inputs.D, inputs.z
     delta, decay = steps(inputs)
     walk = _Walk(inputs, decay, delta * u)
-    borders = [walk.start()]
+    borders = [walk.start(inputs.initial_state)]
     for part in walk.chunks[:-1]:
         borders.append(walk.states(part, borders[-1])[0][:, walk.last].clone())
     gate = None if z is None else torch.sigmoid(z)
     through = grad if z is None or gate is None else grad * z * gate  # dL/dy before the gate
     y, d_drive, d_decay = (torch.empty_like(u) for _ in range(3))
     d_B, d_C, d_rates = torch.empty_like(B), torch.empty_like(C), torch.zeros_like(walk.rates)
-    carry = walk.start()  # dL/dh that later chunks send back
-    for part, border in zip(reversed(walk.chunks), reversed(borders), strict=True):
+    carry = walk.start(d_last)  # dL/dh that later chunks send back
+    for part, border in zip(reversed(walk.chunks), reversed(borders[: len(walk.chunks)]), strict=True):
         states, decays = walk.states(part, border)
         first, rest = border[:, None], states[:, 1:] if inputs.reverse else states[:, :-1]
         before = torch.cat((rest, first) if inputs.reverse else (first, rest), dim=1)
@@ -159,4 +163,5 @@ def scan_gradients(grad: Tensor, inputs: ScanInputs) -> Gradients:
         None if inputs.delta_bias is None else d_delta.sum(dim=(0, 1)),
         None if inputs.shift is None else d_decay,
         d_gap_delta,
+        None if inputs.initial_state is None else carry.transpose(1, 2),
     )

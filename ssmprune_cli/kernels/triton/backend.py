@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.backend import Backend
+from ssmprune_cli.kernels.backend import Backend, no_states
 from ssmprune_cli.kernels.inputs import Gradients, ScanInputs
 from ssmprune_cli.kernels.triton.conv_launch import MAX_TAPS, Conv, SparseConv
 
@@ -50,25 +50,41 @@ class TritonBackend(Backend):
         return not interpreted()
 
     def scan(self, inputs: ScanInputs) -> Tensor:
+        return self._forward(inputs, None)
+
+    def scan_with_states(self, inputs: ScanInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        (batch, _, channels), state = inputs.u.shape, inputs.A.shape[1]
+        last = torch.empty(batch, channels, state, dtype=torch.float32, device=inputs.u.device)
+        return self._forward(inputs, last), last, no_states(inputs)
+
+    def _forward(self, inputs: ScanInputs, last: Tensor | None) -> Tensor:
+        """y; `last` is filled with the last state, if it is there."""
         from ssmprune_cli.kernels.triton.scan import scan_forward
 
         call = _Scan(inputs._replace(A=inputs.A.float()))  # for its layout
         y = torch.empty(inputs.u.shape, dtype=inputs.u.dtype, device=inputs.u.device)
         if y.numel() == 0:
+            if last is not None:
+                last.zero_() if inputs.initial_state is None else last.copy_(inputs.initial_state)
             return y
         with torch.cuda.device_of(y):
-            starts = call.starts(inputs.B, None)
+            starts = call.starts(inputs.B, None, inputs.initial_state)
             scan_forward[call.grid](
                 *call.tensors(TENSORS),
                 starts,
                 y,
+                last,
                 *call.strides("u delta B C z shift gap"),
                 *call.sizes,
-                **call.flags("SOFTPLUS MODE HAS_D HAS_Z HAS_BIAS HAS_STARTS REVERSE"),
+                **call.flags("SOFTPLUS MODE HAS_D HAS_Z HAS_BIAS REVERSE"),
+                HAS_STARTS=starts is not None,
+                HAS_LAST=last is not None,
             )
         return y
 
-    def scan_backward(self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None) -> Gradients:
+    def scan_backward(
+        self, grad: Tensor, inputs: ScanInputs, states: Tensor | None = None, d_last: Tensor | None = None
+    ) -> Gradients:
         from ssmprune_cli.kernels.triton.scan_backward import scan_backward
 
         u, A = inputs.u, inputs.A
@@ -76,7 +92,10 @@ class TritonBackend(Backend):
         if u.numel() == 0:
             given = (u, inputs.delta, A, inputs.B, inputs.C, inputs.D, inputs.z, inputs.delta_bias)
             zeros = (*given, inputs.shift, inputs.gap_delta)
-            return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in zeros)
+            d_initial = None if inputs.initial_state is None else torch.zeros_like(inputs.initial_state)
+            if d_initial is not None and d_last is not None:
+                d_initial += d_last
+            return *(None if tensor is None else torch.zeros_like(tensor) for tensor in zeros), d_initial
         # Here, where programs are few for their many registers, B and C must be copied ahead too.
         exact = inputs._replace(A=A.float(), B=inputs.B.float(), C=inputs.C.float())
         call = _Scan(exact)
@@ -87,6 +106,7 @@ class TritonBackend(Backend):
 
         wide = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for _ in range(2)]
         d_z, d_shift = (None if value is None else torch.empty_like(wide[0]) for value in (inputs.z, inputs.shift))
+        d_initial = None if inputs.initial_state is None else single(batch, channels, state)
         blocks, _, groups = call.grid
         d_A = single(batch, groups, channels, state)
         d_B, d_C = (single(batch, blocks, length, state) for _ in range(2))
@@ -95,7 +115,7 @@ class TritonBackend(Backend):
             for value in (inputs.D, inputs.delta_bias, inputs.gap_delta)
         )
         with torch.cuda.device_of(u):
-            starts, carries = call.starts(inputs.B, None), call.starts(inputs.C, grad)
+            starts, carries = call.starts(inputs.B, None, inputs.initial_state), call.starts(inputs.C, grad, d_last)
             saved = single(batch, -(-length // SEGMENT), channels, state)
             recomputed = single(batch, groups, SEGMENT, channels, state)
             scan_backward[call.grid](
@@ -114,9 +134,13 @@ class TritonBackend(Backend):
                 d_bias,
                 d_shift,
                 d_gap_delta,
+                d_initial,
                 *call.strides("u delta B C z shift gap"),
                 *call.sizes,
-                **call.flags("SOFTPLUS MODE HAS_D HAS_Z HAS_BIAS HAS_STARTS REVERSE"),
+                **call.flags("SOFTPLUS MODE HAS_D HAS_Z HAS_BIAS REVERSE"),
+                HAS_STARTS=starts is not None,
+                HAS_CARRIES=carries is not None,
+                HAS_INITIAL=d_initial is not None,
                 SEGMENT=SEGMENT,
             )
 
@@ -134,6 +158,7 @@ class TritonBackend(Backend):
             total(d_bias, inputs.delta_bias, (0, 1)),
             d_shift,
             total(d_gap_delta, inputs.gap_delta, (0, 1)),
+            d_initial,
         )
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
@@ -206,7 +231,6 @@ class _Scan:
             "HAS_D": inputs.D is not None,
             "HAS_Z": inputs.z is not None,
             "HAS_BIAS": inputs.delta_bias is not None,
-            "HAS_STARTS": self.grid[2] > 1,
             "REVERSE": inputs.reverse,
         }
         self._launch = {"BLOCK_E": block_e, "BLOCK_N": block_n, "num_warps": 1, "enable_fp_fusion": True}
@@ -223,13 +247,16 @@ class _Scan:
     def flags(self, names: str) -> dict[str, Any]:
         return {name: self._flags[name] for name in names.split()} | self._ahead | self._launch
 
-    def starts(self, vector: Tensor, grad: Tensor | None) -> Tensor | None:
-        """(B, groups, E, N): the state before each group, or with `grad` and C the dL/dstate after it."""
+    def starts(self, vector: Tensor, grad: Tensor | None, initial: Tensor | None) -> Tensor | None:
+        """(B, groups, E, N): the state before each group, or with `grad` and C the dL/dstate after it; None for zeros.
+
+        initial  (B, E, N): the state before the first group, or dL/dstate after the last one
+        """
         from ssmprune_cli.kernels.triton.scan import chain, group_ends
 
         blocks, batch, groups = self.grid
         if groups == 1:
-            return None
+            return None if initial is None else initial.contiguous()
         _, _, channels, state = self.sizes
         ends = torch.empty(batch, groups, channels, state, dtype=torch.float32, device=vector.device)
         totals = torch.empty(batch, groups, channels, dtype=torch.float32, device=vector.device)
@@ -245,7 +272,16 @@ class _Scan:
             ADJOINT=grad is not None,
         )
         chain[(blocks, batch)](
-            self.tensors("A")[0], ends, totals, groups, channels, state, ADJOINT=grad is not None, **self._launch
+            self.tensors("A")[0],
+            None if initial is None else initial.contiguous(),
+            ends,
+            totals,
+            groups,
+            channels,
+            state,
+            HAS_INITIAL=initial is not None,
+            ADJOINT=grad is not None,
+            **self._launch,
         )
         return ends
 

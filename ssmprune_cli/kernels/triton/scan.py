@@ -137,11 +137,13 @@ def group_ends(
 @triton.jit
 def chain(
     A,
+    initial,  # (B, E, N): state before the first group (ADJOINT: dL/dstate after the last one)
     ends,  # in: as `group_ends` leaves them; out: the true state before each group (ADJOINT: dL/dstate after it)
     totals,
     groups,
     channels,
     state,
+    HAS_INITIAL: tl.constexpr,
     ADJOINT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,7 +153,10 @@ def chain(
     inside = e < channels
     both = inside[:, None] & (n < state)[None, :]
     a = read(A + e[:, None] * state + n[None, :], both) * LOG2E
-    h = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
+    if HAS_INITIAL:
+        h = tl.load(initial + (batch * channels + e[:, None]) * state + n[None, :], mask=both, other=0.0)
+    else:
+        h = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
     for i in range(0, groups):
         place = (batch * groups + (groups - 1 - i if ADJOINT else i)) * channels
         at = ends + (place + e[:, None]) * state + n[None, :]
@@ -175,6 +180,7 @@ def scan_forward(
     gap_delta,
     starts,  # (B, groups, E, N): state before each group
     y,  # out, (B, L, E)
+    last,  # out, (B, E, N): state after the last token
     u_b,
     u_l,
     delta_b,
@@ -199,6 +205,7 @@ def scan_forward(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    HAS_LAST: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -241,3 +248,6 @@ def scan_forward(
             gate = read(z + row * z_l + e, inside)
             out *= gate * sigmoid(gate)
         tl.store(y + (batch * length + row) * channels + e, out.to(y.dtype.element_ty), mask=inside)
+    if HAS_LAST:
+        at_end = both & (part == tl.num_programs(2) - 1)
+        tl.store(last + (batch * channels + e[:, None]) * state + n[None, :], h, mask=at_end)

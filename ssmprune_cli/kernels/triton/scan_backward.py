@@ -39,6 +39,7 @@ def scan_backward(
     dbias,
     dshift,
     dgap_delta,
+    dinitial,  # out, (B, E, N)
     u_b,
     u_l,
     delta_b,
@@ -63,6 +64,8 @@ def scan_backward(
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    HAS_CARRIES: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
     REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -96,10 +99,12 @@ def scan_backward(
     # The state at the start of every segment.
     if HAS_STARTS:
         h = tl.load(starts + (batch * groups + part) * channels * state + tile, mask=both, other=0.0)
-        carry = tl.load(carries + (batch * groups + part) * channels * state + tile, mask=both, other=0.0)
     else:
         h = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
-        carry = h
+    if HAS_CARRIES:
+        carry = tl.load(carries + (batch * groups + part) * channels * state + tile, mask=both, other=0.0)
+    else:
+        carry = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
     segments = tl.cdiv(count, SEGMENT)
     for segment in range(0, segments):
         tl.store(saved + (first // SEGMENT + segment) * channels * state + tile, h, mask=both)
@@ -184,6 +189,8 @@ def scan_backward(
 
     place = (batch * groups + part) * channels + e
     tl.store(dA + (batch * groups + part) * channels * state + tile, sum_A, mask=both)
+    if HAS_INITIAL:
+        tl.store(dinitial + batch * channels * state + tile, carry, mask=both & (part == 0))
     if HAS_D:
         tl.store(dD + place, sum_D, mask=inside)
     if HAS_BIAS:

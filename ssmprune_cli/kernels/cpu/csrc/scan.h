@@ -21,14 +21,18 @@ ARGUMENTS(Scan,
     const float *rank, *dt_weight, *sum, *skip, *size;
     float *ungated;
     float *states; /* (B, chunks, N, E): before each chunk, which the forward pass keeps for the backward pass, or none */
+    const float *initial; /* (B, N, E): the state before the first token in scan direction, or none for zeros */
+    float *last;          /* (B, N, E): the state after the last one, if it is wanted */
+    const float *dlast;   /* (B, N, E): its gradient, or none for zeros */
+    float *dinitial;      /* (B, N, E), if it is wanted */
     int64_t batch, length, channels, state;
     int64_t u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, shift_b, shift_l, gap_b, gap_l, A_c, A_n;
     int64_t softplus, reverse, half, half_out, threads, groups, outputs, rank_l, R, stay;
     double scale, mass;
 );
 
-/* Channels `c` ... of sample `b`: the parameters of one block. A (N vectors) is in units of log 2. */
-typedef struct { vf A[MAX_INNER], bias, D, gap_delta; float steepest; } Block;
+/* Channels `c` ... of sample `b`: the parameters of one block. A (N vectors, elsewhere) is in units of log 2. */
+typedef struct { vf bias, D, gap_delta, *A; float steepest; } Block;
 
 INLINE void read_block(const Scan *a, int64_t c, int lanes, int N, Block *k) {
     vf steepest = {0};
@@ -51,6 +55,16 @@ INLINE void read_block(const Scan *a, int64_t c, int lanes, int N, Block *k) {
 /* States that go through a chunk together, and tokens whose steps are made together: what registers hold. */
 #define GROUP (W == 16 ? 16 : UNROLL)
 typedef struct { vf raw[CHUNK], step[CHUNK], decay[CHUNK], u[CHUNK]; } Tokens;
+
+/* N states (N, E) of sample b at channels c ...; zeros if there are none. */
+INLINE void read_states(const Scan *a, const float *data, int64_t b, int64_t c, int lanes, vf *h) {
+    for (int64_t n = 0; n < a->state; n++)
+        h[n] = data ? load(data, (b * a->state + n) * a->channels + c, lanes, 0) : (vf){0};
+}
+
+INLINE void write_states(const Scan *a, float *data, int64_t b, int64_t c, int lanes, const vf *h) {
+    for (int64_t n = 0; data && n < a->state; n++) store(data, (b * a->state + n) * a->channels + c, h[n], lanes, 0);
+}
 
 /* Where state 0 of the chunk from `start` on (in scan order) is in `states`, for channels c ... */
 INLINE int64_t state_at(const Scan *a, int64_t b, int64_t start, int64_t c) {

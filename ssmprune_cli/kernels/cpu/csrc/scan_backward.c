@@ -9,8 +9,8 @@
 
 #define PAIR 2 /* states at a time on the way back; more do not fit into registers */
 
-/* What a block of channels carries from chunk to chunk on the way back. */
-typedef struct { vf carry[MAX_INNER], dA[MAX_INNER], dD, dbias, dgap_delta; } Carried;
+/* What a block of channels carries from chunk to chunk on the way back; N vectors of `carry` and dA. */
+typedef struct { vf *carry, *dA, dD, dbias, dgap_delta; } Carried;
 
 typedef struct { vf drive[CHUNK], y[CHUNK], through[CHUNK], ddrive[CHUNK], ddecay[CHUNK]; } Work;
 
@@ -123,14 +123,18 @@ static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, 
     }
     Carried *carried = aligned_alloc(sizeof(vf), (size_t)count * sizeof(Carried));
     Block *blocks = aligned_alloc(sizeof(vf), (size_t)count * sizeof(Block));
-    int failed = !carried || !blocks;
+    vf *vectors = aligned_alloc(sizeof(vf), (size_t)((count * 3 + 2 * CHUNK) * N + 1) * sizeof(vf));
+    int failed = !carried || !blocks || !vectors;
     if (!failed) {
-        vf sums[2 * MAX_INNER * CHUNK];
+        vf *sums = vectors + count * 3 * N;
         memset(carried, 0, (size_t)count * sizeof(Carried));
+        memset(vectors, 0, (size_t)(count * 3 * N) * sizeof(vf));
         for (int64_t k = 0; k < count; k++) {
             int64_t c = (from + k) * W;
             int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
+            blocks[k].A = vectors + k * 3 * N, carried[k].carry = blocks[k].A + N, carried[k].dA = blocks[k].A + 2 * N;
             read_block(a, c, lanes, (int)N, blocks + k);
+            read_states(a, a->dlast, b, c, lanes, carried[k].carry);
         }
         for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
             int64_t start = chunk * CHUNK;
@@ -156,6 +160,7 @@ static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, 
             int lanes = a->channels - c < W ? (int)(a->channels - c) : W;
             for (int64_t n = 0; n < N; n++)
                 for (int i = 0; i < lanes; i++) a->dA[(b * a->channels + c + i) * N + n] = carried[k].dA[n][i];
+            write_states(a, a->dinitial, b, c, lanes, carried[k].carry);
             store(a->dD, b * a->channels + c, carried[k].dD, lanes, 0);
             store(a->dbias, b * a->channels + c, carried[k].dbias, lanes, 0);
             store(a->dgap_delta, b * a->channels + c, carried[k].dgap_delta, lanes, 0);
@@ -163,6 +168,7 @@ static int backward_group(const Scan *a, int64_t item, int64_t b, int64_t from, 
     }
     free(carried);
     free(blocks);
+    free(vectors);
     return failed;
 }
 

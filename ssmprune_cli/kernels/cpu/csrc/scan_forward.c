@@ -7,8 +7,8 @@
 
 DESCRIBE(Scan)
 
-/* One block of channels, and what it carries from chunk to chunk. */
-typedef struct { Block k; vf h[MAX_INNER]; } Column;
+/* One block of channels, and what it carries from chunk to chunk: N vectors. */
+typedef struct { Block k; vf *h; } Column;
 
 /* Up to CHUNK tokens in scan order, which starts at token `first`. */
 typedef struct { int64_t start, first; int size; const float *ranks; } Chunk;
@@ -66,14 +66,18 @@ INLINE void forward_chunk(const Scan *a, int64_t b, Chunk of, int64_t c, int lan
 /* All blocks go through one chunk together before any goes on to the next: memory is then read row by row. */
 int scan_forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
     int N = (int)a->state, half = (int)a->half, half_out = (int)a->half_out;
-    size_t room = (size_t)(to - from) * sizeof(Column) + (size_t)(a->R + 1) * CHUNK * sizeof(float);
-    Column *columns = aligned_alloc(sizeof(vf), room);
-    float *ranks = (float *)(columns + (to - from));
+    size_t room = (size_t)(to - from) * (sizeof(Column) + (size_t)(2 * N) * sizeof(vf));
+    Column *columns = aligned_alloc(sizeof(vf), room + (size_t)(a->R + 1) * CHUNK * sizeof(float));
     if (!columns) return 1;
+    vf *vectors = (vf *)(columns + (to - from));
+    float *ranks = (float *)(vectors + (to - from) * 2 * N);
     for (int64_t i = from; i < to; i++) {
+        Column *column = columns + i - from;
         int64_t left = a->channels - i * W;
-        read_block(a, i * W, left < W ? (int)left : W, N, &columns[i - from].k);
-        for (int n = 0; n < N; n++) columns[i - from].h[n] = (vf){0};
+        int lanes = left < W ? (int)left : W;
+        column->k.A = vectors + (i - from) * 2 * N, column->h = column->k.A + N;
+        read_block(a, i * W, lanes, N, &column->k);
+        read_states(a, a->initial, b, i * W, lanes, column->h);
     }
     for (int64_t start = 0; start < a->length; start += CHUNK) {
         Chunk of = {start, a->reverse ? a->length - 1 - start : start, CHUNK, a->rank ? ranks : 0};
@@ -88,6 +92,10 @@ int scan_forward_group(const Scan *a, int64_t b, int64_t from, int64_t to) {
             else if (lanes == W && N == 16) forward_chunk(a, b, of, c, W, 16, 1, 1, column);
             else forward_chunk(a, b, of, c, lanes, N, half, half_out, column);
         }
+    }
+    for (int64_t i = from; a->last && i < to; i++) {
+        int64_t left = a->channels - i * W;
+        write_states(a, a->last, b, i * W, left < W ? (int)left : W, columns[i - from].h);
     }
     free(columns);
     return 0;

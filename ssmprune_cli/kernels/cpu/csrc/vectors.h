@@ -30,7 +30,7 @@
     const char *name##_fields(void) { return name##_text; } \
     int64_t name##_size(void) { return sizeof(name); }
 
-#define MAX_INNER 64 /* states or taps; the caller checks */
+#define MAX_INNER 256 /* states or taps; the caller checks */
 #define AHEAD 2      /* rows that are asked for before they are needed */
 #define UNROLL 4     /* vectors in a STAGE; lengths of the arrays below are padded to a multiple of it */
 #define INLINE static inline __attribute__((always_inline))
