@@ -9,13 +9,25 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import columns, formats, output
+from ssmprune_cli.cli import columns, formats, output, values
 from ssmprune_cli.cli.help import DEVICE, INPUT
-from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, TimedBatch, reads_checkpoints
+from ssmprune_cli.cli.options import (
+    MAX_LENGTH,
+    MAX_SIDE,
+    AsJson,
+    BackendName,
+    DeviceName,
+    PrecisionName,
+    TimedBatch,
+    reads_checkpoints,
+    split,
+)
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
+    from ssmprune_cli.models import Backbone
     from ssmprune_cli.workflows.profile import Profile
 
 
@@ -24,6 +36,24 @@ def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.lengths("1k,4k,16k", MAX_LENGTH),
+            metavar="TOKENS",
+            help="Text: time, memory and multiply-adds of windows of these lengths, and how they grow; 4k is 4096.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    image_sizes: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.lengths("224,512", MAX_SIDE),
+            metavar="PIXELS",
+            help="Images: the same for square images of these sides.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     form: formats.TableFormat = "table",
     as_json: AsJson = False,
@@ -41,6 +71,8 @@ def command(
     Multiply-adds are for one image; one multiply-add counts as one. "All directions" counts every scan; "one direction"
     counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate. The floor is the
     least time: every matrix product and scan run alone or fused, or their bytes copied, whichever takes longer.
+    With --lengths or --image-sizes only a table of these sizes is made, of an output folder beside its dense model; a
+    batch is then 1 by default.
     """
     from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
@@ -49,10 +81,28 @@ def command(
     from ssmprune_cli.workflows.profile import profile
 
     form = formats.chosen(form, as_json=as_json)
+    if lengths is not None and image_sizes is not None:
+        raise UsageError("--lengths is for text and --image-sizes for images: give one of them")
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
     loaded = [checkpoint.load_as(each, reading) for each in paths]
     models = [in_precision(each, precision) for each in loaded]
+    asked = lengths or image_sizes
+    if asked is not None:
+        dense = None
+        if compare is None and models[0].pruner is not None:  # both sides of an output folder
+            dense = in_precision(checkpoint.load_as(path, reading, dense=True), precision)
+        _scaling(
+            [*distinct_names(paths), *([] if dense is None else ["dense"])],
+            [*models, *([] if dense is None else [dense])],
+            [int(size) for size in split(asked)],
+            unit="pixels" if lengths is None else "tokens",
+            batch_size=batch_size or 1,
+            rounds=rounds,
+            device=device,
+            form=form,
+        )
+        return
     with output.progress("Timing") as advance:
         profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
     for remark in dict.fromkeys(each for model in models for each in TASKS.get(model.task).remarks):
@@ -71,6 +121,47 @@ def command(
         data,
         form,
     )
+
+
+def _scaling(
+    names: list[str],
+    models: list[Backbone],
+    sizes: list[int],
+    *,
+    unit: str,
+    batch_size: int,
+    rounds: int,
+    device: str,
+    form: str,
+) -> None:
+    from ssmprune_cli.workflows.scaling import scaling
+
+    named = dict(zip(formats.unique(names), models, strict=True))
+    with output.progress("Timing") as advance:
+        found = scaling(named, sizes, unit=unit, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    table = Table(
+        title=f"By {'length' if unit == 'tokens' else 'image size'}: batch {found.batch_size}, {found.dtype}, "
+        f"{found.device}, {found.threads} threads",
+        title_justify="left",
+    )
+    table.add_column(unit, justify="right")
+    if unit != "tokens":
+        table.add_column("tokens", justify="right")
+    for name in found.points:
+        for title in ("ms", "G multiply-adds", "MiB"):
+            table.add_column(f"{title}, {name}", justify="right", overflow="fold")
+    for number, (size, tokens) in enumerate(zip(found.sizes, found.tokens, strict=True)):
+        cells = [f"{size:,}", *([] if unit == "tokens" else [f"{tokens:,}"])]
+        for points in found.points.values():
+            point = points[number]
+            cells += [f"{point.median_ms:.1f}", f"{point.multiply_adds / 1e9:.3f}"]
+            cells.append(f"{point.peak_memory_bytes / 2**20:.1f}")
+        table.add_row(*cells)
+    lines = [
+        f"{name}: time grows as tokens^{slope.exponent:.2f}, memory by {slope.bytes_per_token / 1024:.2f} KiB a token."
+        for name, slope in found.slopes.items()
+    ]
+    formats.emit(Group(table, *lines), lambda: columns.of_scaling(found), found.to_dict(), form)
 
 
 def _summary(names: list[str], profiles: list[Profile]) -> Group:

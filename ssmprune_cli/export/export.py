@@ -70,6 +70,11 @@ class Exported:
 
 def refuse(model: Backbone, target: str) -> None:
     """UsageError, with the reason, for a model that `target` cannot hold: it is said before minutes of work."""
+    if model.inputs == "text":
+        raise UsageError(
+            f"a {model.family} is not exported: it takes text",
+            hint="Classifiers and segmenters of images are exported.",
+        )
     if model.task not in _AGREEMENTS:
         raise UsageError(
             f"a {model.family} is not exported: its answers are lists of boxes, whose number depends on the image",

@@ -208,14 +208,21 @@ class Language(Task[ModelLanguage, LanguageFacts]):
         ]
 
     def brief(self, compared: LanguageFacts) -> Row:
-        ends = compared.perplexity_ratio_interval
         return Row(
-            f"perplexity of {compared.tokens:,} tokens",
-            f"{compared.dense.perplexity:.3f}",
-            f"{compared.perplexity:.3f}",
-            f"{100 * (compared.perplexity_ratio - 1):+.2f} %",
-            "" if ends is None else in_percent((ends[0] - 1, ends[1] - 1), "{:+.2f}"),
+            f"next-token accuracy on {compared.tokens:,} tokens (%)",
+            f"{100 * compared.dense.next_token_accuracy:.2f}",
+            f"{100 * compared.next_token_accuracy:.2f}",
+            f"{100 * compared.difference:+.2f} points",
+            _ends(compared.difference_interval, "{:+.2f}"),
         )
+
+    def briefs(self, compared: LanguageFacts) -> list[Row]:
+        change = f"{100 * (compared.perplexity_ratio - 1):+.2f} %"
+        agreement = f"{100 * compared.agreement:.2f}"
+        return [
+            Row("perplexity", f"{compared.dense.perplexity:.3f}", f"{compared.perplexity:.3f}", change),
+            Row("same first guess (%)", "-", agreement, ""),
+        ]
 
     def table(self, scores: Sequence[ModelLanguage]) -> list[list[str]]:
         return [

@@ -308,6 +308,10 @@ class Task(ABC, Generic[Score, Compared]):
     def brief(self, compared: Compared) -> Row:
         """The metric's line for a terminal: figures without units and intervals."""
 
+    def briefs(self, compared: Compared) -> list[Row]:
+        """Further lines for a terminal, such as of another figure that people judge by."""
+        return []
+
     @abstractmethod
     def table(self, scores: Sequence[Score]) -> list[list[str]]:
         """Lines of a table with a column for each score, titles first."""

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ssmprune_cli.data import ImageDataset, batches, in_colour, visible_box
-from ssmprune_cli.errors import DataError
+from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.tasks import TASKS, Drawing
 from ssmprune_cli.workflows.reporting import Stage, pixels, stages
@@ -68,6 +68,8 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     Raises UsageError if the model drops no tokens, and DataError if a picture cannot be written.
     """
     task = TASKS.get(model.task)
+    if not task.shows:
+        raise UsageError(f"a {model.family} takes text, of which there is no picture to draw")
     sights: list[NDArray[np.uint8]] = []  # as the model sees the images
     told: list[int | None] = []
     kept: list[list[Stage]] = []  # by batch

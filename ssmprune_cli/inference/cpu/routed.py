@@ -22,6 +22,7 @@ from ssmprune_cli.models import (
     CentredMixer,
     DirectionProjections,
     Inflow,
+    Mamba2Mixer,
     PlainMambaMixer,
     Visits,
     VMambaMixer,
@@ -46,6 +47,8 @@ def scans_refused(mixer: nn.Module) -> str | None:
         return "each of its scans visits a part of the grid"
     if isinstance(mixer, VMambaMixer):
         return first_unlike((mixer, VMambaMixer), (mixer.projections, DirectionProjections))
+    if isinstance(mixer, Mamba2Mixer):
+        return "its scan is that of Mamba-2, an op of its own"
     return f"a {type(mixer).__name__} is not known"
 
 

@@ -30,7 +30,7 @@ MATRIX_PRODUCTS = frozenset({"addmm", "baddbmm", "bmm", "linear", "mm"})
 _KINDS = {
     **dict.fromkeys(MATRIX_PRODUCTS, PROJECTIONS),
     **dict.fromkeys(("causal_conv1d", "sparse_conv1d", "grid_conv2d", "conv1d", "conv2d", "convolution"), CONVOLUTION),
-    "selective_scan": SCAN,
+    **dict.fromkeys(("selective_scan", "ssd_scan"), SCAN),
     **dict.fromkeys(
         ("add_rms_norm", "rms_norm", "_fused_rms_norm", "layer_norm", "native_layer_norm", "native_batch_norm"), NORMS
     ),

@@ -57,7 +57,7 @@ class Arithmetic(EveryOp):
     def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         name = op_name(func)
-        if name in MATRIX_PRODUCTS or name in ("selective_scan", *FUSED):
+        if name in MATRIX_PRODUCTS or name in ("selective_scan", "ssd_scan", *FUSED):
             layout = tree_map_only(Tensor, lambda each: (tuple(each.shape), each.stride(), each.dtype), args)
             key = f"{name} {layout}"
             self.counts[key] += 1

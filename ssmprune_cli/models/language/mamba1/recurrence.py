@@ -7,12 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import gated_sum
+from ssmprune_cli.kernels import gated_sum, selective_scan
 from ssmprune_cli.models.common import decay_rates, inflow
 from ssmprune_cli.models.language.recurrence import MixerState, convolved, last_inputs, next_inputs
-from ssmprune_cli.models.language.state import last_state
 from ssmprune_cli.models.mamba import MambaMixer
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 
 class Mamba1Recurrence:
@@ -35,22 +34,32 @@ class Mamba1Recurrence:
         (branch,) = mixer.branches()
         flow = inflow(sequence, x, None if frozen is None else mixer.inner(frozen), alignment)
         projected = mixer.project(flow, None if context is None else mixer.inner(context), branch, reverse=False)
-        y, delta = mixer.scan_branch(flow, 0, branch, projected, wanted, reverse=False)
-        u, own, raw_delta, b, _ = projected
+        u, own, raw_delta, b, c = projected
+        bias = branch.dt_proj.bias
         gap, gap_delta, growth = flow.steps(0, own, flow.scanned.gaps(reverse=False), flow.size)
         if growth is not None:
             b = b * (1 + growth).to(b.dtype)[..., None]
-        state = last_state(
+        y, state = selective_scan(
             u,
             raw_delta,
             decay_rates(branch.A_log),
             b,
-            delta_bias=branch.dt_proj.bias,
+            c,
+            branch.D if own is None else None,
+            delta_bias=bias,
             gap=gap,
             gap_delta=gap_delta,
+            read=flow.read,
+            return_state=True,
         )
+        if own is not None:
+            y = torch.addcmul(y, own, branch.D.to(y.dtype))
+        delta: tuple[Tensor, ...] = ()
+        if wanted == "delta":
+            step = functional.softplus(raw_delta + bias)
+            delta = (step if flow.read is None else gather_tokens(step, flow.read),)
         mixed = mixer.out_proj(gated_sum((y,), z, mixer.scale))
-        statistics = ScanStatistics((y,), () if delta is None else (delta,))
+        statistics = ScanStatistics((y,), delta)
         return mixed, statistics, MixerState(last_inputs(flow.values, mixer.d_conv), state)
 
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmprune_cli.interface import Mixer, ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.kernels import ssd_scan
 from ssmprune_cli.models.common import Inflow, decay_rates, inflow
-from ssmprune_cli.models.language.mamba2.heads import scan_heads
-from ssmprune_cli.models.language.state import last_state_of_heads
 from ssmprune_cli.models.mamba import CausalConv1d, conv_sources
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -90,11 +89,9 @@ class Mamba2Mixer(nn.Module, Mixer):
         wanted: Wanted,
         frozen: Tensor | None,
         context: Tensor | None,
-        *,
-        keeps_state: bool = False,
-    ) -> tuple[ScanStatistics, Inflow, Tensor | None]:
-        """Of `values` (B, L, C + H), projected: y (B, L, E) and, if wanted, steps (B, L, H); what flowed in; and, if
-        `keeps_state`, the state (B, H, P, N) after the last token."""
+    ) -> tuple[ScanStatistics, Inflow, Tensor]:
+        """Of `values` (B, L, C + H), projected: y (B, L, E) and, if wanted, steps (B, L, H); what flowed in; and the
+        state (B, H, P, N) after the last token."""
         if frozen is not None:
             frozen = functional.linear(frozen, self.in_proj.weight[self.d_inner :])  # (B, F, C + H)
         flow = inflow(sequence, values, frozen, alignment)
@@ -109,21 +106,20 @@ class Mamba2Mixer(nn.Module, Mixer):
         gap, gap_delta, growth = flow.steps(0, own, flow.scanned.gaps(reverse=False), flow.size)
         if growth is not None:
             b = b * (1 + growth).to(b.dtype)[..., None, None]
-        rates, state = decay_rates(self.A_log), None
-        if keeps_state:
-            state = last_state_of_heads(u, dt, rates, b, dt_bias=self.dt_bias, gap=gap, gap_delta=gap_delta)
-        y = scan_heads(
+        y, state = ssd_scan(
             u,
             dt,
-            rates,
+            decay_rates(self.A_log),
             b,
             c,
             self.D if own is None else None,
             dt_bias=self.dt_bias,
             gap=gap,
             gap_delta=gap_delta,
-            read=flow.read,
+            return_state=True,
         )
+        if flow.read is not None:
+            y = gather_tokens(y.flatten(2), flow.read).unflatten(2, (self.heads, -1))
         if own is not None:
             y = y + self.divide(own)[0] * self.D.to(y.dtype)[:, None]
         delta: tuple[Tensor, ...] = ()

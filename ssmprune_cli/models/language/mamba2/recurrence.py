@@ -30,8 +30,7 @@ class Mamba2Recurrence:
     ) -> tuple[Tensor, ScanStatistics, MixerState]:
         mixer = self.mixer
         z, values = mixer.in_proj(x).split([mixer.d_inner, mixer.channels + mixer.heads], dim=-1)
-        statistics, flow, state = mixer.scanned(values, sequence, alignment, wanted, frozen, context, keeps_state=True)
-        assert state is not None
+        statistics, flow, state = mixer.scanned(values, sequence, alignment, wanted, frozen, context)
         mixed = mixer.out_proj(mixer.norm(statistics.y[0], z))
         inputs = flow.values[..., : mixer.channels]
         return mixed, statistics, MixerState(last_inputs(inputs, mixer.d_conv), state)
