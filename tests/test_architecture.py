@@ -155,8 +155,14 @@ def test_no_module_takes_the_place_of_an_exported_name(path: Path) -> None:
                 assert exported not in modules or home in (exported, path.parent.name), message
 
 
-OPS_OF_MODELS = {"add_rms_norm", "causal_conv1d", "gated_sum", "grid_conv2d", "selective_scan", "sparse_conv1d"} | {
-    "ssd_scan"
+OPS_OF_MODELS = {
+    "selective_scan",
+    "ssd_scan",
+    "causal_conv1d",
+    "sparse_conv1d",
+    "grid_conv2d",
+    "add_rms_norm",
+    "gated_sum",
 }
 
 

@@ -1,6 +1,6 @@
 """Our ops as a graph of PyTorch's own: for a file that is read where this package is not.
 
-Letters: B batch, L tokens, E channels, N state size.
+Letters: B batch, L tokens, E channels, N state size; H heads of P channels.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs
-from ssmprune_cli.kernels.pytorch import eager, finish, steps
+from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs, SsdInputs
+from ssmprune_cli.kernels.pytorch import eager, finish, ssd_steps, steps
 
 
 def _scan(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +44,31 @@ def _step(state: Tensor, decay: Tensor, drive: Tensor, b: Tensor, c: Tensor, rat
     return [after, (after * c[:, None]).sum(dim=-1)]
 
 
+def _ssd(*values: Any) -> tuple[Tensor, Tensor]:
+    """The op's arguments are those of SsdInputs."""
+    from torch._higher_order_ops.scan import scan_op
+
+    inputs = SsdInputs(*values)
+    wide = SsdInputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
+    x, D = wide.x, wide.D
+    dt, decay = ssd_steps(wide)
+    shared = x.shape[2] // wide.B.shape[2]
+    of_heads = [each.repeat_interleave(shared, dim=2) for each in (wide.B, wide.C)]  # (B, L, H, N)
+    along = [each.transpose(0, 1).contiguous() for each in (torch.exp(decay * wide.A), dt[..., None] * x, *of_heads)]
+    start = wide.initial_state
+    if start is None:
+        start = x.new_zeros(x.shape[0], *x.shape[2:], wide.B.shape[3])
+    last, y = scan_op(_ssd_step, [start], along, ())  # (L, B, H, P)
+    y = y.transpose(0, 1)
+    return (y if D is None else y + D[:, None] * x).to(inputs.x.dtype), last
+
+
+def _ssd_step(state: Tensor, factor: Tensor, drive: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+    """The state (B, H, P, N) after a token and what is read of it; factor (B, H), drive (B, H, P), b, c (B, H, N)."""
+    after = factor[..., None, None] * state + drive[..., None] * b[:, :, None]
+    return [after, (after * c[:, :, None]).sum(dim=-1)]
+
+
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     return eager.conv_silu(x, weight, bias, reverse)
 
@@ -61,6 +86,7 @@ def _gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
 _OPS = torch.ops.ssmprune
 PLAIN: dict[Any, Callable[..., Any]] = {
     _OPS.selective_scan.default: _scan,
+    _OPS.ssd_scan.default: _ssd,
     _OPS.causal_conv1d.default: _conv,
     _OPS.sparse_conv1d.default: eager.sparse_conv_silu,
     _OPS.grid_conv2d.default: _grid_conv,

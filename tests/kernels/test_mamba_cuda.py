@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import selective_scan, use_backend
-from ssmprune_cli.kernels.inputs import ScanInputs
-from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA, gradients_with, scan_with
+from ssmprune_cli.kernels.inputs import GRADIENTS, ScanInputs
+from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA, gradients_with, scan_and_state_with, scan_with
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "shift", "gap_delta")
 
@@ -32,19 +32,19 @@ class Stock:
         z: Tensor | None = None,
         delta_bias: Tensor | None = None,
         delta_softplus: bool = False,
-    ) -> Tensor:
+        return_last_state: bool = False,
+    ) -> Any:
         assert u.dtype == delta.dtype == B.dtype == C.dtype and u.stride(-1) == delta.stride(-1) == 1
         assert all(value is None or value.dtype == torch.float32 for value in (A, D, delta_bias))
         assert B.shape == C.shape == (u.shape[0], A.shape[1], u.shape[2])
         given = (u, delta, A, B, C, D, z, delta_bias)
         ctx.leaves = [None if value is None else value.detach().requires_grad_() for value in given]
         with torch.enable_grad():
-            ctx.out = Stock.scan(*ctx.leaves, softplus=delta_softplus)
-        result: Tensor = ctx.out.detach()
-        return result
+            ctx.out, state = Stock.scan(*ctx.leaves, softplus=delta_softplus)
+        return (ctx.out.detach(), state.detach()) if return_last_state else ctx.out.detach()
 
     @staticmethod
-    def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any, *, softplus: bool) -> Tensor:
+    def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any, *, softplus: bool) -> Any:
         dtype = u.dtype
         u, delta, B, C = (value.double() for value in (u, delta, B, C))
         delta = delta if bias is None else delta + bias[:, None]
@@ -56,7 +56,7 @@ class Stock:
             outputs.append((state * C[:, None, :, t]).sum(-1))
         y = torch.stack(outputs, dim=2)
         y = y if D is None else y + D[:, None] * u
-        return (y if z is None else y * torch.nn.functional.silu(z.double())).to(dtype)
+        return (y if z is None else y * torch.nn.functional.silu(z.double())).to(dtype), state.float()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,6 +131,26 @@ def test_values_and_gradients(mode: str, dtype: torch.dtype) -> None:
                 assert error <= tolerance, (name, extras, softplus, reverse, float(error))
 
 
+@pytest.mark.parametrize("mode", ["plain", "gap+delta"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_last_state(mode: str, reverse: bool) -> None:
+    inputs = make(mode, True, torch.float32, reverse=reverse)
+    y, state = scan_and_state_with(Stock, inputs)
+    assert torch.equal(y, scan_with(Stock, inputs))
+    values: Any = inputs._asdict()
+    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in values.items()}
+    use_backend("reference")
+    _, expected = selective_scan(**wide, return_state=True)
+    # As above: what is left is the rounding of delta' and u'.
+    assert (state - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert state.is_contiguous() and state.dtype == torch.float32
+
+
+def test_it_takes_no_states() -> None:
+    """Its backward pass would ignore the gradient of the last one."""
+    assert not MAMBA_CUDA.carries_states
+
+
 def test_tokens_without_a_step_stay_finite() -> None:
     """delta' = 0 has no inverse: such a token neither decays nor drives."""
     inputs = make("gap", False, torch.float32, softplus=False)
@@ -186,7 +206,7 @@ def test_the_real_kernel(mode: str, dtype: torch.dtype) -> None:
     # float32: exp and the sums are the kernel's own.
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
     assert (MAMBA_CUDA.scan(moved).double().cpu() - expected).abs().max() <= tolerance * expected.abs().max()
-    for name, found in zip(NAMES, MAMBA_CUDA.scan_backward(grad.cuda(), moved), strict=True):
+    for name, found in zip(GRADIENTS, MAMBA_CUDA.scan_backward(grad.cuda(), moved), strict=True):
         if found is not None:
             error = (found.double().cpu() - gradients[name]).abs().max()
             assert error <= tolerance * gradients[name].abs().max(), name

@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,6 +147,51 @@ def test_groups_of_tokens_side_by_side(reverse: bool, monkeypatch: pytest.Monkey
     inputs, gap = make((1, 14, 3, 2), "gap", torch.float32)
     truth = run("reference", inputs, gap, DOUBLE, reverse)
     compare(run("triton", inputs, gap, SINGLE, reverse), truth, TOLERANCE[torch.float32])
+
+
+@kernels
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("group", [4, 8, 12, 16])
+def test_groups_of_every_length(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of channels; a last group of one token, and one that is full."""
+    monkeypatch.setattr(triton_backend, "_groups", lambda programs, length, device: -(-length // group))
+    for length in (group + 1, 2 * group):
+        inputs, gap = make((1, length, 1, 2), "gap+delta", torch.float32)
+        truth = run("reference", inputs, gap, DOUBLE, length % 2 == 0)
+        compare(run("triton", inputs, gap, SINGLE, length % 2 == 0), truth, TOLERANCE[torch.float32])
+
+
+def test_a_scan_is_split_when_it_cannot_fill_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a card of 10 multiprocessors, for 80 programs at a time."""
+    card = SimpleNamespace(multi_processor_count=10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    groups = partial(triton_backend._groups, device=torch.device("cuda"))
+    assert groups(programs=80, length=4096) == 1
+    assert groups(programs=40, length=4096) == 2
+    assert groups(programs=40, length=200) == 1  # two groups would be too short to pay
+    assert groups(programs=1, length=65536) == 80
+    assert groups(programs=1, length=33) == 2  # most of the card would stand idle: short groups pay
+
+
+@kernels
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("length", [1, 5, 14])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_go_in_and_out(length: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one token, of one group, and of 4 groups of tokens, the last one shorter."""
+    monkeypatch.setattr(triton_backend, "SHORTEST_GROUP", 4)
+    inputs, gap = make((1, length, 3, 3), "gap+delta", torch.float32)
+    inputs["initial_state"] = torch.linspace(-1, 1, 9, dtype=torch.float64).view(1, 3, 3)
+    results = []
+    for backend, dtype, device in (("reference", torch.float64, "cpu"), ("triton", torch.float32, DEVICE)):
+        use_backend(backend)
+        leaves: dict[str, Any] = {name: value.to(device, dtype).requires_grad_() for name, value in inputs.items()}
+        given = {**leaves, "gap": None if gap is None else gap.to(device), "reverse": reverse, "return_state": True}
+        y, state = selective_scan(**given)
+        weights = [torch.linspace(-1, 1, each.numel()).view_as(each).to(each) for each in (y, state)]
+        gradients = torch.autograd.grad([y, state], list(leaves.values()), weights)
+        results.append({"y": y, "state": state, **dict(zip(leaves, gradients, strict=True))})
+    compare(results[1], results[0], TOLERANCE[torch.float32])
 
 
 @kernels

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 # What the kernels always get as float32, and what has the dtype of the activations; all else is a number or a flag.
 SINGLE = (
     "A D bias gap_delta starts ends totals carries saved recomputed dA dB dC dD dbias dgap_delta inner dweight weight"
-    " residual stream d_stream d_sum d_weight"
+    " residual stream d_stream d_sum d_weight initial last dinitial"
 )
 TOKENS = (
     "u delta B C z shift gap y grad du ddelta dz dshift x dx context dcontext hidden normed d_normed y0 y1 y2 y3 out"
@@ -87,11 +87,12 @@ def test_kernels_compile(
         sparse_conv_forward,
     )
 
-    flags = ("SOFTPLUS", "HAS_D", "HAS_Z", "HAS_BIAS", "HAS_STARTS", "REVERSE")
+    flags = ("SOFTPLUS", "HAS_D", "HAS_Z", "HAS_BIAS", "REVERSE")
+    flags += ("HAS_STARTS", "HAS_CARRIES", "HAS_INITIAL", "HAS_LAST")
     absent = {
         "dshift": mode != 1,
         "dgap_delta": mode != 3,
-        **dict.fromkeys(("dz", "dD", "dbias", "starts", "carries"), not extras),
+        **dict.fromkeys(("dz", "dD", "dbias", "starts", "carries", "initial", "dinitial", "last"), not extras),
     }
     scan: dict[str, Any] = {
         "MODE": mode,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssmprune_cli.kernels.pytorch import composed, eager
 from ssmprune_cli.kernels.pytorch.scan import chunked_scan, finish, reference_scan, scan_gradients, steps
-from ssmprune_cli.kernels.pytorch.ssd import SSD_CHUNK, chunked_ssd, reference_ssd, ssd_gradients
+from ssmprune_cli.kernels.pytorch.ssd import SSD_CHUNK, chunked_ssd, reference_ssd, ssd_gradients, ssd_steps
 
 __all__ = [
     "SSD_CHUNK",
@@ -17,5 +17,6 @@ __all__ = [
     "reference_ssd",
     "scan_gradients",
     "ssd_gradients",
+    "ssd_steps",
     "steps",
 ]

@@ -1,8 +1,8 @@
 """Mamba-2's scan in plain PyTorch: `reference_ssd`, token by token, the truth; `chunked_ssd`, made of matrix products.
 
-Written from the paper (Dao and Gu 2024, "Transformers are SSMs", sections 3 and 6). A head has one rate of decay, so
-that its scan within a chunk of tokens is a masked matrix: y = (M * C B^T) (dt x), where M[t, s] is the decay from s to t.
-States are carried from chunk to chunk.
+Written from the paper (Dao and Gu 2024, "Transformers are SSMs", sections 3 and 6). A head has one rate of decay. Its
+scan within a chunk of tokens is therefore a masked matrix: y = (M * C B^T) (dt x), where M[t, s] is the decay from s to
+t. States are carried from chunk to chunk.
 
 Glossary: B batch, L tokens, H heads, P channels of a head, G groups of heads that share B and C, R heads of a group, N
 state size, K chunks, Q tokens of a chunk.
@@ -61,8 +61,12 @@ def chunked_ssd(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
     for tokens, chunk in _segments(inputs.x):
         part = _Part(inputs, dt, decay, tokens, chunk)
         befores, state = part.walk(state)
-        y[:, tokens] = part.ungrouped(part.inside() + part.read_out(befores))
-    return y if inputs.D is None else y + inputs.D[:, None] * inputs.x, state
+        out = part.grouped(y[:, tokens])
+        inside = part.decays.mul_(part.scores[:, :, :, None])  # what token t reads of token s, at [t, s]
+        torch.addcmul(inside @ part.drive(), part.before[..., None], part.read(befores), out=out)
+        if inputs.D is not None:
+            out.addcmul_(inputs.D.view(part.heads)[..., None, None], part.x)
+    return y, state.clone()  # and not all states of the last segment with it
 
 
 def _segments(x: Tensor) -> list[tuple[slice, int]]:
@@ -81,48 +85,79 @@ class _Part:
     x              (B, K, G, R, Q, P)
     B, C           (B, K, G, Q, N)
     decays         (B, K, G, R, Q, Q): from token s to token t, at [t, s]; 0 for t < s
+    scores         (B, K, G, Q, Q): C_t . B_s at [t, s]
     before, after  (B, K, G, R, Q): decay from the start of the chunk through each token, and from each token to its end
     """
 
     def __init__(self, inputs: SsdInputs, dt: Tensor, decay: Tensor, tokens: slice, chunk: int) -> None:
         heads, groups = inputs.x.shape[2], inputs.B.shape[2]
-        self._cut, self._heads = (-1, chunk), (groups, heads // groups)
+        self._cut, self.heads = (-1, chunk), (groups, heads // groups)
         self.steps, self.times, self.x = (self.grouped(each[:, tokens]) for each in (dt, decay, inputs.x))
         self.B, self.C = (each[:, tokens].unflatten(1, self._cut).transpose(2, 3) for each in (inputs.B, inputs.C))
-        self.rates = inputs.A.view(self._heads)[..., None]  # (G, R, 1)
-        factors = torch.exp(self.times * self.rates)
-        self.lower = torch.ones(chunk, chunk, dtype=torch.bool, device=dt.device).tril_(-1)
-        # Running products, not exponentials of differences of sums: exact however long a token's decay.
-        self.decays = torch.where(self.lower, factors[..., None], 1).cumprod(-2).tril_()
-        self.before, self.after = factors.cumprod(-1), self.decays[..., -1, :]
-        self.drive = self.steps[..., None] * self.x
-        self.scores = self.C @ self.B.mT  # (B, K, G, Q, Q)
+        factors = torch.exp(self.times * inputs.A.view(self.heads)[..., None])
+        self.decays, self.before, self.after = _decays(factors)
+        self.scores = self.C @ self.B.mT
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """(B, K Q, H, ...) as (B, K, G, R, Q, ...)."""
-        return tensor.unflatten(1, self._cut).unflatten(3, self._heads).movedim(2, 4)
+        return tensor.unflatten(1, self._cut).unflatten(3, self.heads).movedim(2, 4)
 
     def ungrouped(self, tensor: Tensor) -> Tensor:
         """(B, K, G, R, Q, ...) as (B, K Q, H, ...)."""
         return tensor.movedim(4, 2).flatten(1, 2).flatten(2, 3)
 
-    def inside(self) -> Tensor:
-        """(B, K, G, R, Q, P): what tokens read of those of their own chunk."""
-        return (self.decays * self.scores[:, :, :, None]) @ self.drive
+    def drive(self) -> Tensor:
+        """(B, K, G, R, Q, P): step times input, each head's dense, as its matrix products want it."""
+        return torch.mul(self.steps[..., None], self.x, out=self.x.new_empty(self.x.shape))
+
+    def fed(self) -> Tensor:
+        """(B, K, G, Q, R P): what tokens put into the state after their chunks, times B."""
+        return _columns(self.x * (self.steps * self.after)[..., None])
 
     def walk(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """States before each chunk (B, K, G, R, P, N), and (B, H, P, N) after the last, from the `state` before."""
-        added = _columns(self.after[..., None] * self.drive).mT @ self.B  # (B, K, G, R P, N)
-        state, befores = state.unflatten(1, self._heads), []
-        for new, factor in zip(added.unflatten(3, (self._heads[1], -1)).unbind(1), self.before.unbind(1), strict=True):
-            befores.append(state)
-            state = torch.addcmul(new, factor[..., -1, None, None], state)
-        return torch.stack(befores, dim=1), state.flatten(1, 2)
+        added = (self.fed().mT @ self.B).unflatten(3, (self.heads[1], -1))  # (B, K, G, R, P, N)
+        batch, count, *sizes = added.shape
+        states = added.new_empty(batch, count + 1, *sizes)
+        states[:, 0] = state.unflatten(1, self.heads)
+        for k in range(count):
+            factor = self.before[:, k, :, :, -1, None, None]
+            torch.addcmul(added[:, k], factor, states[:, k], out=states[:, k + 1])
+        return states[:, :-1], states[:, -1].flatten(1, 2)
 
-    def read_out(self, befores: Tensor) -> Tensor:
-        """(B, K, G, R, Q, P): what tokens read of the states before their chunks."""
-        read = self.C @ befores.flatten(3, 4).mT  # (B, K, G, Q, R P)
-        return self.before[..., None] * _heads_first(read, befores)
+    def read(self, befores: Tensor) -> Tensor:
+        """(B, K, G, R, Q, P): what tokens read of the states before their chunks, but for the decay."""
+        return _heads_first(self.C @ befores.flatten(3, 4).mT, befores)
+
+
+def _decays(factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decays from token s to token t, at [..., t, s] and 0 for t < s; from the start through each token; and from each
+    token to the end; of the tokens' own `factors` (..., Q).
+
+    Products are exact however long a token's decay, where differences of summed exponents would not be. They are made
+    for blocks of tokens, which double: the corner of two neighbours is what comes after a token of the first, times
+    what comes before the end of one of the second.
+    """
+    size = factors.shape[-1]
+    whole = 1 << (size - 1).bit_length()
+    before = functional.pad(factors, (0, whole - size), value=1.0)
+    after, decays = torch.ones_like(before), before.new_zeros(*before.shape, whole)
+    decays.diagonal(dim1=-2, dim2=-1).fill_(1)
+    # What is left of a token then counts as nothing, 1e-15 in float32: products would soon be denormal numbers, which
+    # take processors a hundred times as long.
+    least = torch.finfo(factors.dtype).tiny ** 0.4
+    half = 1
+    while half < whole:
+        before, after = before.unflatten(-1, (-1, 2, half)), after.unflatten(-1, (-1, 2, half))
+        blocks = decays.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))
+        corners = blocks.diagonal(dim1=-6, dim2=-3)[..., 1, :, 0, :, :]  # (..., half, half, whole / (2 half))
+        torch.mul(before[..., 1, :].mT[..., :, None, :], after[..., 0, :].mT[..., None, :, :], out=corners)
+        early, late = before[..., 0, -1:], before[..., 1, -1:]  # of whole blocks
+        before = torch.stack((before[..., 0, :], before[..., 1, :] * early), dim=-2).flatten(-3)
+        after = torch.stack((after[..., 0, :] * late, after[..., 1, :]), dim=-2).flatten(-3)
+        before, after = functional.threshold(before, least, 0.0), functional.threshold(after, least, 0.0)
+        half *= 2
+    return decays[..., :size, :size], before[..., :size], after[..., :size]
 
 
 def _columns(tensor: Tensor) -> Tensor:
@@ -187,9 +222,9 @@ def _segment_gradients(
     through  (B, K, G, R, Q, P): dL/dy
     """
     befores, _ = part.walk(start)
-    read_out = part.read_out(befores)
-    d_decays = through @ part.drive.mT * part.decays  # (B, K, G, R, Q, Q), as what follows of a chunk's inside
-    d_scores = d_decays.sum(dim=3)
+    drive = part.drive()
+    paths = (through @ drive.mT).mul_(part.decays)  # (B, K, G, R, Q, Q): dL/d(what t reads of s), but for the score
+    d_scores = paths.sum(dim=3)
     d_drive = (part.decays * part.scores[:, :, :, None]).mT @ through
     # Between chunks, backwards.
     heard = _columns(part.before[..., None] * through)  # (B, K, G, Q, R P)
@@ -199,15 +234,16 @@ def _segment_gradients(
         afters.append(state)
         state = torch.addcmul(own, factor[..., -1, None, None], state)
     d_states = torch.stack(afters[::-1], dim=1)  # (B, K, G, R, P, N): dL/dstate after each chunk
-    fed = part.after[..., None] * _heads_first(part.B @ d_states.flatten(3, 4).mT, d_states)
+    d_fed = part.after[..., None] * _heads_first(part.B @ d_states.flatten(3, 4).mT, d_states)
     d_C = d_scores @ part.B + heard @ befores.flatten(3, 4)
-    d_B = d_scores.mT @ part.C + _columns(part.after[..., None] * part.drive) @ d_states.flatten(3, 4)
+    d_B = d_scores.mT @ part.C + part.fed() @ d_states.flatten(3, 4)
     # A token's exponent is in the decays of every path across it: from s before it to t from it on, ...
-    across = (d_decays * part.scores[:, :, :, None]).masked_fill(~part.lower, 0)
-    d_exponent = (~part.lower).to(across) @ across  # [i, s]: the sum over t from i on
-    d_exponent = d_exponent.masked_fill(~part.lower, 0).sum(dim=-1)
+    from_on = torch.ones_like(part.scores[0, 0, 0]).triu_()  # [i, t]
+    across = from_on @ paths.mul_(part.scores[:, :, :, None]).tril_(-1)
+    d_exponent = across.tril_(-1).sum(dim=-1)
     # ... from the state before the chunk to t, from s to the state after it, and from the one to the other.
-    d_exponent += (through * read_out).sum(dim=-1).flip(-1).cumsum(-1).flip(-1)
-    d_exponent[..., 1:] += (part.drive * fed).sum(dim=-1).cumsum(-1)[..., :-1]
+    d_before = (through * part.read(befores)).sum(dim=-1)
+    d_exponent += (part.before * d_before).flip(-1).cumsum(-1).flip(-1)
+    d_exponent[..., 1:] += (drive * d_fed).sum(dim=-1).cumsum(-1)[..., :-1]
     d_exponent += part.before[..., -1:] * (d_states * befores).sum(dim=(-1, -2))[..., None]
-    return (d_drive + fed, d_exponent, d_B, d_C), state.flatten(1, 2)
+    return (d_drive + d_fed, d_exponent, d_B, d_C), state.flatten(1, 2)

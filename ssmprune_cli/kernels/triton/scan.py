@@ -249,5 +249,6 @@ def scan_forward(
             out *= gate * sigmoid(gate)
         tl.store(y + (batch * length + row) * channels + e, out.to(y.dtype.element_ty), mask=inside)
     if HAS_LAST:
-        at_end = both & (part == tl.num_programs(2) - 1)
+        ending = tl.where(part == tl.num_programs(2) - 1, channels, 0)  # the last group alone stores it
+        at_end = (e < ending)[:, None] & states[None, :]
         tl.store(last + (batch * channels + e[:, None]) * state + n[None, :], h, mask=at_end)

@@ -190,7 +190,9 @@ def scan_backward(
     place = (batch * groups + part) * channels + e
     tl.store(dA + (batch * groups + part) * channels * state + tile, sum_A, mask=both)
     if HAS_INITIAL:
-        tl.store(dinitial + batch * channels * state + tile, carry, mask=both & (part == 0))
+        starting = tl.where(part == 0, channels, 0)  # the first group alone stores it
+        at_start = (e < starting)[:, None] & states[None, :]
+        tl.store(dinitial + batch * channels * state + tile, carry, mask=at_start)
     if HAS_D:
         tl.store(dD + place, sum_D, mask=inside)
     if HAS_BIAS:
