@@ -17,7 +17,8 @@ from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
 from ssmprune_cli.export import export
 from ssmprune_cli.inference import prepare
-from ssmprune_cli.models import FAMILIES, LanguageModel
+from ssmprune_cli.models import FAMILIES, CausalConv1d, LanguageModel
+from ssmprune_cli.models.common.backbone import Hints
 from ssmprune_cli.models.language.mamba1.model import Mamba1Config
 from ssmprune_cli.models.language.mamba2.model import Mamba2Config
 from ssmprune_cli.tokens import TokenSequence
@@ -127,14 +128,12 @@ def test_published_sizes_build(family: str, count: object) -> None:
     assert parameters_of_mamba1(768, 24) == 129_135_360  # as the authors' file of mamba-130m has it
 
 
-def test_published_keys_are_found(tmp_path: Path) -> None:
+def test_published_keys_are_found() -> None:
     """A file of the sizes of mamba2-130m without a config.json: its groups are those of all published models."""
     config = FAMILIES.get("mamba2").variants["mamba2-130m"]
     with torch.device("meta"):
         model = FAMILIES.get("mamba2").build(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    from ssmprune_cli.models.common.backbone import Hints
-
     assert FAMILIES.get("mamba2").configure(shapes, Hints()) == config
 
 
@@ -192,7 +191,7 @@ def test_multiply_adds_are_those_of_the_matrices(small: LanguageModel) -> None:
     head = config.protect_last * config.embed_dim * config.vocab_size
     assert count.all_directions == count.one_direction == sum(count.per_block) + head
     matrices = sum(each.weight.numel() for each in small.modules() if isinstance(each, torch.nn.Linear))
-    conv = sum(layer.mixer.conv1d.weight.numel() for layer in small.layers)  # type: ignore[union-attr]
+    conv = sum(each.weight.numel() for each in small.modules() if isinstance(each, CausalConv1d))
     assert sum(count.per_block) > length * (matrices + conv)
     # Twice the window costs twice as much, but for the head: of whole chunks of Mamba-2's scan.
     long, longer = (count_flops(small, small.window(1, tokens)) for tokens in (512, 1024))

@@ -21,8 +21,10 @@ from ssmprune_cli.tokens import TokenSequence
 
 Ids = Callable[[LanguageModel, int, int], Tensor]
 
-# In float64: only the order of sums differs.
-EXACT = {"atol": 1e-10, "rtol": 0.0}
+
+def assert_equal(found: Tensor, wanted: Tensor) -> None:
+    """In float64: only the order of sums differs."""
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0.0)
 
 
 def test_dense_equals_the_full_forward_token_by_token(small: LanguageModel, ids: Ids) -> None:
@@ -31,10 +33,10 @@ def test_dense_equals_the_full_forward_token_by_token(small: LanguageModel, ids:
         full = small.logits(tokens)
     for first in (1, 2, 7):  # shorter than the convolution, as long as what it remembers, and longer
         state = prefill(small, tokens[:, :first])
-        torch.testing.assert_close(state.logits, full[:, first - 1], **EXACT)
+        assert_equal(state.logits, full[:, first - 1])
         for place in range(first, 12):
             state = step(small, tokens[:, place], state)
-            torch.testing.assert_close(state.logits, full[:, place], **EXACT)
+            assert_equal(state.logits, full[:, place])
 
 
 def test_generated_tokens_are_the_likeliest_of_full_forwards(small: LanguageModel, ids: Ids) -> None:
@@ -92,7 +94,7 @@ def test_steps_after_a_pruned_prefill_equal_a_forward_with_the_same_tokens_dropp
         state = step(small, tokens[:, place], state)
         with torch.inference_mode():
             full = small(tokens[:, : place + 1])
-        torch.testing.assert_close(state.logits, full[:, :, -1], **EXACT)
+        assert_equal(state.logits, full[:, :, -1])
 
 
 @pytest.mark.parametrize("reduction", [name for name in REDUCTIONS.names() if name != "drop-unsorted"])
@@ -101,8 +103,8 @@ def test_prefill_and_session_compute_the_pruned_forward(small: LanguageModel, id
     compress(small, keep=0.6, points=[1, 2], reduction=reduction, calibration=tokens)
     with torch.inference_mode():
         full = small(tokens)
-        torch.testing.assert_close(prefill(small, tokens).logits, full[:, :, -1], **EXACT)
-        torch.testing.assert_close(prepare(small)(tokens), full, **EXACT)
+        assert_equal(prefill(small, tokens).logits, full[:, :, -1])
+        assert_equal(prepare(small)(tokens), full)
         restore(small)
         dense = small(tokens)
     assert float((full - dense).abs().max()) > 1e-4  # something was dropped
@@ -148,7 +150,7 @@ def test_pruner_for_another_length_keeps_its_shares_and_steps(small: LanguageMod
     assert other.pruner.settings.schedule.tokens == (20, 10)
     tokens = ids(small, 2, 44)
     with torch.inference_mode():
-        torch.testing.assert_close(other(tokens), small(tokens), **EXACT)
+        assert_equal(other(tokens), small(tokens))
 
 
 def test_refusals(small: LanguageModel, ids: Ids) -> None:

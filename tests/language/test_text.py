@@ -148,7 +148,7 @@ def test_evaluation_equals_logits_of_all_tokens(bytes_model: Path, text: Path) -
         nats += [-float(logits[place, target[place]]) for place in range(48, 64)]
     assert result.score.nats == pytest.approx(sum(nats) / len(nats), rel=1e-5)
     itself = evaluate(model, dataset, limit=9, compare=load(bytes_model, length=64, protect_last=16)).comparison
-    assert itself.perplexity_ratio == 1.0 and itself.perplexity_ratio_interval == (1.0, 1.0)
+    assert itself is not None and itself.perplexity_ratio == 1.0 and itself.perplexity_ratio_interval == (1.0, 1.0)
     assert itself.agreement == 1.0 and itself.difference == 0.0
 
 

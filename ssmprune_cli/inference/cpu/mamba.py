@@ -75,7 +75,9 @@ def block_refused(block: nn.Module) -> str | None:
         return reason
     if isinstance(block.norm, nn.LayerNorm):
         return "its norm is a LayerNorm"
-    mixer = block.mixer
+    mixer: object = block.mixer
+    if not isinstance(mixer, BranchMixer):
+        return f"a {type(mixer).__name__} in the place of a MambaMixer"
     if isinstance(mixer, LocalMixer):
         return "its directions take routes over the grid"
     reason = first_unlike((block.norm, RMSNorm)) or inside_refused(mixer)
@@ -292,7 +294,9 @@ def pack_blocks(model: MambaSequence) -> tuple[PackedBlocks | None, dict[int, st
 
 
 def _pack(block: MambaBlock, parts: int) -> Tensor:
-    mixer, out_proj = block.mixer, block.mixer.out_proj.weight
+    mixer: object = block.mixer
+    assert isinstance(mixer, MambaMixer)
+    out_proj = mixer.out_proj.weight
     if mixer.gamma is not None:
         out_proj = out_proj * mixer.gamma[:, None]
     return pack_block(block.norm.weight, mixer.in_proj.weight, out_proj, directions_of(mixer), parts)

@@ -145,8 +145,8 @@ class MambaBackbone(MambaSequence):
     """Of images. A family makes its own tokens and `head`, calls `add_blocks` or `add_mixers` between them, and says
     `embed`, `pool` and `protected`."""
 
-    before_blocks = ("patch_embed",)
-    after_blocks = ("norm_f", "head")
+    before_blocks: ClassVar[tuple[str, ...]] = ("patch_embed",)
+    after_blocks: ClassVar[tuple[str, ...]] = ("norm_f", "head")
     config: MambaConfig
     head: nn.Linear
 

@@ -34,7 +34,8 @@ class GatedNorm(nn.Module):
         gated = (y.float() if y.dtype != torch.float64 else y) * functional.silu(z)
         parts = gated.unflatten(-1, (self.groups, -1))  # (B, L, G, E / G)
         unit = parts * torch.rsqrt(parts.square().mean(dim=-1, keepdim=True) + NORM_EPS)
-        return unit.flatten(-2).to(self.weight.dtype) * self.weight
+        normalised: Tensor = unit.flatten(-2).to(self.weight.dtype) * self.weight
+        return normalised
 
 
 class Mamba2Mixer(nn.Module, Mixer):
