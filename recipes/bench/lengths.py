@@ -50,12 +50,12 @@ def main() -> None:
     }
     found = scaling(named, lengths, unit="tokens", device=arguments.device, rounds=arguments.rounds)
     run = Tables(arguments.csv)
-    print(
+    run.measured_on(
         f"{platform.machine()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, torch "
         f"{torch.__version__}; backend {active_backend(arguments.device)}; {arguments.depth} layers of width 768"
     )
     titles = [f"{name}: {figure}" for name in named for figure in ("ms", "us a token", "G multiply-adds", "MiB")]
-    row = run.start("lengths", "tokens", *titles)
+    run.start("", "tokens", *titles)
     for number, length in enumerate(lengths):
         cells = [f"{length:,}"]
         for points in found.points.values():
@@ -63,10 +63,10 @@ def main() -> None:
             low, high = point.quartiles_ms
             cells += [f"{point.median_ms:.1f} ({low:.1f} to {high:.1f})", f"{1e3 * point.median_ms / length:.2f}"]
             cells += [f"{point.multiply_adds / 1e9:.2f}", f"{point.peak_memory_bytes / 2**20:.1f}"]
-        row(cells)
-    row = run.start("lengths_slope", "model", "exponent of time", "KiB a token")
+        run.row(*cells)
+    run.start("slope", "model", "exponent of time", "KiB a token")
     for name, slope in found.slopes.items():
-        row([name, f"{slope.exponent:.3f}", f"{slope.bytes_per_token / 1024:.2f}"])
+        run.row(name, f"{slope.exponent:.3f}", f"{slope.bytes_per_token / 1024:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python recipes/bench/text.py TEXT [--minutes 20] [--model build/text_mamba] [--csv benchmarks/results/text.csv]
 
 TEXT is a text file in the public domain, such as the King James Bible or the works of Shakespeare as Project Gutenberg
-has them; none comes with this repository. Its first nine tenths train a Mamba of bytes (8 blocks of width 128), its last
-tenth judges. With --model the weights are kept there, in state-spaces' layout, and taken from there the next time.
+has them; none comes with this repository. Its first nine tenths train a Mamba of bytes (8 blocks of width 128), its
+last tenth judges. With --model the weights are kept there, in state-spaces' layout, and taken from there the next time.
 
 The first table: perplexity of the last 64 bytes of windows of 1,024, agreement with the dense model's first guess, and
 the time of a batch, by keep ratio and reduction. The second one: how far the pruned model's answers are from the dense
@@ -117,32 +117,30 @@ def main() -> None:
         assert isinstance(found, LanguageModel)
         return found
 
-    print(
+    run.measured_on(
         f"{platform.machine()}, {torch.get_num_threads()} threads; ssmprune {ssmprune_cli.__version__}, torch "
         f"{torch.__version__}; backend {active_backend('cpu')}; {arguments.text.name}, {arguments.windows} windows"
     )
     model, dense = made(), made()
     calibration, data = stacked(windows(training, CONFIG.length), 64), windows(testing, CONFIG.length)
     batch = calibration[:8]
-    row = run.start("text", "model", "perplexity", "times dense", "same first guess %", "ms a batch of 8", "speed")
+    run.start("", "model", "perplexity", "times dense", "same first guess %", "ms a batch of 8", "speed")
     score = evaluate(dense, data, limit=arguments.windows).score
-    row(["dense", _spread(score.perplexity, score.perplexity_interval, 3), "1", "100", "", ""])
+    run.row("dense", _spread(score.perplexity, score.perplexity_interval, 3), "1", "100", "", "")
     for keep, reduction in WAYS:
         compress(model, keep, reduction=reduction, calibration=calibration, repair="none")
         facts = evaluate(model, data, limit=arguments.windows, compare=dense).comparison
         before, after = interleaved_speeds([prepare(dense), prepare(model)], batch, arguments.rounds)
-        row(
-            [
-                f"keep {keep:g}, {reduction}",
-                _spread(facts.perplexity, facts.perplexity_interval, 3),
-                _spread(facts.perplexity_ratio, facts.perplexity_ratio_interval, 4),
-                f"{100 * facts.agreement:.2f}",
-                _spread(after.median_ms, after.quartiles_ms, 1),
-                f"{before.median_ms / after.median_ms:.2f}x",
-            ]
+        run.row(
+            f"keep {keep:g}, {reduction}",
+            _spread(facts.perplexity, facts.perplexity_interval, 3),
+            _spread(facts.perplexity_ratio, facts.perplexity_ratio_interval, 4),
+            f"{100 * facts.agreement:.2f}",
+            _spread(after.median_ms, after.quartiles_ms, 1),
+            f"{before.median_ms / after.median_ms:.2f}x",
         )
         restore(model)
-    row = run.start("text_alignment", "tokens", "nats, aligned", "nats, not aligned")
+    run.start("alignment", "tokens", "nats, aligned", "nats, not aligned")
     for length in LENGTHS:
         learnt, judged = (stacked(windows(path, length), 32) for path in (training, testing))
         cells = [f"{length:,}"]
@@ -154,7 +152,7 @@ def main() -> None:
                 compress(other, 0.6, reduction="drop", alignment=alignment, calibration=learnt, repair="none")
                 nats = divergence(expected, torch.cat([other(part) for part in judged.split(4)]))
             cells.append(f"{float(nats.mean()):.4f} ± {float(nats.std()) / len(nats) ** 0.5:.4f}")
-        row(cells)
+        run.row(*cells)
 
 
 def _spread(value: float, ends: tuple[float, float] | None, digits: int) -> str:
