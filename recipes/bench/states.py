@@ -38,9 +38,9 @@ def size_table(tables: Tables, seconds: float) -> None:
         narrow = [torch.randn(1, LENGTH, state) for _ in range(2)]
         rates = -torch.arange(1.0, state + 1).expand(CHANNELS, -1).contiguous()
         contestants[str(state)] = partial(selective_scan, u, delta, rates, *narrow)
-    for state, times in race(contestants, seconds).items():
-        rate = LENGTH * CHANNELS * int(state) / statistics.median(times) / 1e6
-        tables.row(state, cell(times), f"{rate:.2f}")
+    for state, times in zip(SIZES, race(contestants, seconds).values(), strict=True):
+        rate = LENGTH * CHANNELS * state / statistics.median(times) / 1e6
+        tables.row(str(state), cell(times), f"{rate:.2f}")
 
 
 def repeated(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

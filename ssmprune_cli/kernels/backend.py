@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -211,7 +211,8 @@ Inputs = TypeVar("Inputs", ScanInputs, SsdInputs)
 
 def _widened(inputs: Inputs) -> Inputs:
     """Every tensor in float32 at least."""
-    return inputs._make(eager.wide(value) if isinstance(value, Tensor) else value for value in inputs)
+    wide: dict[str, Any] = {n: eager.wide(v) for n, v in inputs._asdict().items() if isinstance(v, Tensor)}
+    return inputs._replace(**wide)
 
 
 def _narrowed(found: Gradients, inputs: ScanInputs | SsdInputs, names: Sequence[str]) -> Gradients:

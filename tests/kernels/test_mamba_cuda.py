@@ -138,7 +138,7 @@ def test_the_last_state(mode: str, reverse: bool) -> None:
     y, state = scan_and_state_with(Stock, inputs)
     assert torch.equal(y, scan_with(Stock, inputs))
     values: Any = inputs._asdict()
-    wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in values.items()}
+    wide: Any = {name: value.double() if isinstance(value, Tensor) else value for name, value in values.items()}
     use_backend("reference")
     _, expected = selective_scan(**wide, return_state=True)
     # As above: what is left is the rounding of delta' and u'.

@@ -152,8 +152,8 @@ def test_reading_some_tokens_leaves_the_state_as_it_is() -> None:
 def test_torch_compile_takes_states() -> None:
     """`aot_eager` compiles no code of its own, so that this stays quick."""
     leaves: dict[str, Any] = {name: value.requires_grad_() for name, value in make(1, 5, 3, 2).items()}
-    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
-    pairs = [scan(**leaves, return_state=True) for scan in (selective_scan, compiled)]
+    compiled: Any = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    pairs = [selective_scan(**leaves, return_state=True), compiled(**leaves, return_state=True)]
     gradients = [torch.autograd.grad((y * y).sum() + state.sin().sum(), list(leaves.values())) for y, state in pairs]
     torch.testing.assert_close(pairs[1], pairs[0], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)

@@ -219,7 +219,8 @@ def _ssd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _ssd_backward(ctx: Any, grad: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None and d_last is None:
         return (None,) * len(SsdInputs._fields)
-    inputs = SsdInputs(*ctx.saved_tensors[:7], ctx.dt_softplus, *ctx.saved_tensors[7:])
+    saved = ctx.saved_tensors
+    inputs = SsdInputs._make((*saved[:7], ctx.dt_softplus, *saved[7:]))
     grad = torch.zeros_like(inputs.x) if grad is None else grad.contiguous()
     found = iter(torch.ops.ssmprune.ssd_scan_backward(grad, d_last, *inputs))
     gradients = {name: next(found) for name in SSD_GRADIENTS if getattr(inputs, name) is not None}

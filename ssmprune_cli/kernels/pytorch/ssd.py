@@ -100,7 +100,8 @@ class _Part:
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """(B, K Q, H, ...) as (B, K, G, R, Q, ...)."""
-        return tensor.unflatten(1, self._cut).unflatten(3, self.heads).movedim(2, 4)
+        cut: Tensor = tensor.unflatten(1, self._cut).unflatten(3, self.heads)
+        return cut.movedim(2, 4)
 
     def ungrouped(self, tensor: Tensor) -> Tensor:
         """(B, K, G, R, Q, ...) as (B, K Q, H, ...)."""
@@ -167,7 +168,8 @@ def _columns(tensor: Tensor) -> Tensor:
 
 def _heads_first(tensor: Tensor, states: Tensor) -> Tensor:
     """(B, K, G, Q, R P) as (B, K, G, R, Q, P)."""
-    return tensor.unflatten(4, states.shape[3:5]).transpose(3, 4)
+    heads: Tensor = tensor.unflatten(4, states.shape[3:5])
+    return heads.transpose(3, 4)
 
 
 def ssd_gradients(grad: Tensor, inputs: SsdInputs, d_last: Tensor | None) -> Gradients:
