@@ -130,6 +130,7 @@ def main() -> None:
     for keep, reduction in WAYS:
         compress(model, keep, reduction=reduction, calibration=calibration, repair="none")
         facts = evaluate(model, data, limit=arguments.windows, compare=dense).comparison
+        assert facts is not None
         before, after = interleaved_speeds([prepare(dense), prepare(model)], batch, arguments.rounds)
         run.row(
             f"keep {keep:g}, {reduction}",
