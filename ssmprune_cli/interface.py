@@ -43,6 +43,11 @@ class Stage:
         return self.num_patches + len(self.protected)
 
 
+def placed(inputs: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """What a model is called on, on its device: images in its dtype, numbers of tokens as they are."""
+    return inputs.to(device, dtype if inputs.is_floating_point() else None)
+
+
 # What a pruner wants after a block: nothing at all, or the tokens, or of the ScanStatistics y too, or y and delta too.
 Wanted = Literal["nothing", "tokens", "y", "delta"]
 

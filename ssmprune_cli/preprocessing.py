@@ -65,6 +65,14 @@ class KeepRatio:
 
 
 @dataclass(frozen=True)
+class TextWindow:
+    """What a language model expects: `length` tokens in a row, numbers below `vocabulary`."""
+
+    length: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class Frame:
     """Where one image lies in what a model is given: heights and widths in pixels.
 
@@ -89,6 +97,8 @@ class Reading:
                      short side is resized, even if the file says that both are
     interpolation    of the resizing
     mean, std        of the channels, for images scaled to 0..1
+    length           of text: tokens of a window
+    protect_last     of text: last tokens of a window, which are never dropped and which answers are judged by
     """
 
     family: str | None = None
@@ -100,6 +110,8 @@ class Reading:
     interpolation: Interpolation | None = None
     mean: Triple | None = None
     std: Triple | None = None
+    length: int | None = None
+    protect_last: int | None = None
 
 
 NOTHING_SAID = Reading()

@@ -39,6 +39,12 @@ def locate(path: Path) -> Path:
     return path
 
 
+def folder_of(path: Path) -> Path:
+    """The folder that the file or folder at `path` is in, or is: where a tokenizer may lie beside the weights."""
+    path = locate(path)
+    return path if path.is_dir() else path.parent
+
+
 def _is_address(path: Path) -> bool:
     return str(path).startswith(_ADDRESSES) and not os.path.lexists(path)
 

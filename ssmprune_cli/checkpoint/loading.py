@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.checkpoint.described import configuration, unfilled
+from ssmprune_cli.checkpoint.files import folder_of
 from ssmprune_cli.checkpoint.reading import Checkpoint, read, read_dense
 from ssmprune_cli.checkpoint.stated import plain
 from ssmprune_cli.errors import CheckpointError, UnknownFamilyError, UsageError, listing, shown
@@ -30,14 +31,15 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Tri
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
 _FOREIGN = (
     ("temporal_pos_embedding", "a VideoMamba for videos without its classifier, as masked pretraining leaves it"),
-    ("backbone.embedding.weight", "a Mamba language model"),
-    ("backbone.embeddings.weight", "a Mamba language model"),
 )
 _NOT_OF_A_VARIANT = (
     *(field.name for field in fields(ImageConfig)),
     *("image_size", "num_classes", "out_indices", "out_stages"),
     *("preprocessing", "resized", "class_names", "dropout"),
+    *("vocab_size", "tied", "length", "protect_last"),
 )
+_OF_IMAGES = ("image_size", "stride", "crop", "interpolation", "mean", "std")  # fields of a Reading
+_OF_TEXT = ("length", "protect_last")
 _PRUNER = ("pruner.", "encoder.pruner.")  # what the names of a pruner's buffers begin with
 _GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
@@ -63,6 +65,8 @@ def load(
     interpolation: Interpolation | None = None,
     mean: Triple | None = None,
     std: Triple | None = None,
+    length: int | None = None,
+    protect_last: int | None = None,
 ) -> Backbone:
     """The model in a checkpoint file or an artefact folder: evaluation mode, float32, on the CPU.
 
@@ -71,7 +75,10 @@ def load(
     Raises CheckpointError if anything is wrong with the file (weights are never loaded in part, nor if one is not
     finite) or if several models fit it, and UsageError for options that do not exist or do not fit.
     """
-    return load_as(path, Reading(family, variant, weights, image_size, stride, crop, interpolation, mean, std))
+    reading = Reading(
+        family, variant, weights, image_size, stride, crop, interpolation, mean, std, length, protect_last
+    )
+    return load_as(path, reading)
 
 
 @torch.inference_mode(False)  # weights made in inference mode have no version, and nothing could be kept of them
@@ -119,6 +126,7 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
     # Assigned, so that no weight is initialised only to be replaced.
     model.load_state_dict(values, strict=True, assign=True)
     model.notes = left_out(checkpoint, resolved)
+    model.folder = folder_of(path)
     return model.eval()
 
 
@@ -156,6 +164,8 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
         checkpoint.hints,
         variant=reading.variant,
         asked_size=reading.image_size,
+        length=reading.length,
+        protect_last=reading.protect_last,
         **{key: value for key, value in _images(reading).items() if value is not None},
     )
     if reading.stride is not None:
@@ -198,7 +208,16 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
 
 
 def _check_images(family: Family, reading: Reading) -> None:
-    """UsageError for options that have no meaning for the images of `family`."""
+    """UsageError for options that have no meaning for what `family` is given."""
+    pixels = [name for name in _OF_IMAGES if getattr(reading, name) is not None]
+    text = [name for name in _OF_TEXT if getattr(reading, name) is not None]
+    if foreign := pixels if family.text else text:
+        takes, fitting = ("text", _OF_TEXT) if family.text else ("images", _OF_IMAGES)
+        raise UsageError(
+            f"a {family.title} takes {takes}",
+            where=_option(foreign[0]),
+            hint=f"For {takes} there are {listing(map(_option, fitting), len(fitting))}.",
+        )
     if not family.whole_image:
         return
     for name, value in (("--crop", reading.crop), ("--interpolation", reading.interpolation)):
@@ -208,6 +227,10 @@ def _check_images(family: Family, reading: Reading) -> None:
                 where=name,
                 hint="Give the short side to which images are resized: `--image-size 512`, for example.",
             )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _images(reading: Reading) -> dict[str, Any]:
@@ -307,6 +330,14 @@ def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Re
         raise UsageError(f"says a stride of {stride}, not {reading.stride}", where=where, hint="Leave out `--stride`.")
     _check_images(family, reading)
     given = {key: value for key, value in _images(reading).items() if value is not None}
+    for name in _OF_TEXT:
+        asked = getattr(reading, name)
+        if asked is not None and asked != getattr(config, name):
+            raise UsageError(
+                f"says {name.replace('_', ' ')} {getattr(config, name)}, not {asked}, and its token counts are for it",
+                where=where,
+                hint=f"Leave out `{_option(name)}`, or compress the dense checkpoint with it.",
+            )
     if family.whole_image:
         config = replace(config, preprocessing=replace(config.preprocessing, **given))
     else:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ssmprune_cli.workflows.compare import Row as Compared
     from ssmprune_cli.workflows.evaluate import Evaluation
     from ssmprune_cli.workflows.profile import Figures
+    from ssmprune_cli.workflows.scaling import Scaling
 
 
 def of_evaluation(names: Sequence[str], models: Sequence[Backbone], result: Evaluation) -> list[Row]:
@@ -63,6 +64,26 @@ def of_profiles(names: Sequence[str], profiles: Sequence[Figures]) -> list[Row]:
             "backend": one.backend,
         }
         for name, one in zip(names, profiles, strict=True)
+    ]
+
+
+def of_scaling(found: Scaling) -> list[Row]:
+    """A row for each model and size."""
+    return [
+        {
+            "model": name,
+            found.unit: size,
+            "infer_step_time": point.median_ms,
+            "infer_step_time_low_quartile": point.quartiles_ms[0],
+            "infer_step_time_high_quartile": point.quartiles_ms[1],
+            "infer_batch_size": found.batch_size,
+            "infer_gmacs": point.multiply_adds / 1e9,
+            "peak_memory_mib": point.peak_memory_bytes / 2**20,
+            "exponent": found.slopes[name].exponent,
+            "bytes_per_token": found.slopes[name].bytes_per_token,
+        }
+        for name, points in found.points.items()
+        for size, point in zip(found.sizes, points, strict=True)
     ]
 
 

@@ -327,7 +327,8 @@ def _tables(report: Report) -> Group:
     compared = task.facts(report)
     if compared is not None:
         row = task.brief(compared)
-        table.add_row(row.title, row.dense, row.pruned, row.change)
+        for each in (row, *task.briefs(compared)):
+            table.add_row(each.title, each.dense, each.pruned, each.change)
         named = task.metric.capitalize() if task.metric.islower() else task.metric
         notes.append(f"{named} changes by {row.within} points (95 %).")
     lengths = Table(title="Tokens entering each block", title_justify="left")

@@ -139,7 +139,7 @@ def command(
         if not task.saves:
             raise UsageError(f"is for detection, and the model is for {task.name}", where="--save-predictions")
         check_place(save_predictions, "--save-predictions")
-    images = task.open(data, dataset)
+    images = task.open(data, dataset, model=models[0])
     with output.progress("Evaluating") as advance:
         result = evaluate(
             subjects[0].model,
@@ -186,17 +186,13 @@ def _tables(names: list[str], result: Evaluation) -> Group:
     if result.comparison is not None and result.dense_images_per_second is not None:
         scores.append(result.task.dense(result.comparison))
         speeds.append(result.dense_images_per_second)
-    what = f"{result.count:,} images"
-    if result.views is not None:
-        what = f"{result.count:,} clips, {result.views}"
-    table = Table(title=f"{what}, {result.dtype}", title_justify="left")
+    cases = result.task.cases
+    views = "" if result.views is None else f", {result.views}"
+    table = Table(title=f"{result.count:,} {cases}{views}, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
-    for row in (
-        *result.task.table(scores),
-        [f"{'images' if result.views is None else 'clips'} per second", *(f"{speed:.1f}" for speed in speeds)],
-    ):
+    for row in (*result.task.table(scores), [f"{cases} per second", *(f"{speed:.1f}" for speed in speeds)]):
         table.add_row(*row)
     shown: list[Table | str] = [table]
     if lines := result.task.by_part(scores):

@@ -17,6 +17,7 @@ from ssmprune_cli.preprocessing import INTERPOLATIONS, Reading
 from ssmprune_cli.recipe import Training
 
 MAX_SIDE = 1 << 14  # as `models.MAX_SIDE`
+MAX_LENGTH = 1 << 20  # as `models.MAX_LENGTH`
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 BackendName = Annotated[
@@ -253,6 +254,24 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
             "Deviation of the channels: 0.229,0.224,0.225.",
             "R,G,B",
             parser=values.numbers("0.5,0.5,0.5", high=1000, above=0, count=3),
+        ),
+    ),
+    "length": (
+        int | None,
+        _of_reading(
+            "length",
+            "Text: tokens of a window [default: 1024].",
+            "TOKENS",
+            parser=values.number(1, MAX_LENGTH, whole=True),
+        ),
+    ),
+    "protect_last": (
+        int | None,
+        _of_reading(
+            "protect-last",
+            "Text: last tokens of a window, which are never dropped and which answers are judged by [default: 4].",
+            "TOKENS",
+            parser=values.number(1, MAX_LENGTH, whole=True),
         ),
     ),
 }

@@ -10,13 +10,25 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import columns, formats, output
+from ssmprune_cli.cli import columns, formats, output, values
 from ssmprune_cli.cli.help import DEVICE, INPUT
-from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, TimedBatch, reads_checkpoints
+from ssmprune_cli.cli.options import (
+    MAX_LENGTH,
+    MAX_SIDE,
+    AsJson,
+    BackendName,
+    DeviceName,
+    PrecisionName,
+    TimedBatch,
+    reads_checkpoints,
+    split,
+)
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
+    from ssmprune_cli.models import Backbone
     from ssmprune_cli.workflows.profile import Figures, Profile
 
 
@@ -25,6 +37,24 @@ def command(
     path: Annotated[Path, typer.Argument(help="A checkpoint file, an artefact folder or an exported .onnx.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.lengths("1k,4k,16k", MAX_LENGTH),
+            metavar="TOKENS",
+            help="Text: time, memory and multiply-adds of windows of these lengths, and how they grow; 4k is 4096.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    image_sizes: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.lengths("224,512", MAX_SIDE),
+            metavar="PIXELS",
+            help="Images: the same for square images of these sides.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     form: formats.TableFormat = "table",
     as_json: AsJson = False,
@@ -45,17 +75,49 @@ def command(
 
     An exported file is run by ONNX Runtime, with our kernels where it can. What happens inside is not seen: where its
     time goes, its floor and its memory are left out. Counts are those of the model that it says it holds.
+
+    With --lengths or --image-sizes only a table of these sizes is made, of an output folder beside its dense model; a
+    batch is then 1 by default.
     """
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.models import Backbone
     from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.profile import Profile, figures
     from ssmprune_cli.workflows.subject import definition_of, read
 
     form = formats.chosen(form, as_json=as_json)
+    if lengths is not None and image_sizes is not None:
+        raise UsageError("--lengths is for text and --image-sizes for images: give one of them")
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
+    asked = lengths or image_sizes
     subjects = read(paths, reading, precision, device)
     models = [each.model for each in subjects]
+    if asked is not None:
+        backbones = [each for each in models if isinstance(each, Backbone)]
+        if len(backbones) < len(models):
+            raise UsageError(
+                "an exported file takes inputs of one size",
+                where="--lengths" if lengths else "--image-sizes",
+                hint="Give the output folder that it was exported from.",
+            )
+        dense = []
+        if compare is None and backbones[0].pruner is not None:  # both sides of an output folder
+            from ssmprune_cli.checkpoint import load_as
+            from ssmprune_cli.workflows.measure import in_precision
+
+            dense = [in_precision(load_as(path, reading, dense=True), precision)]
+        _scaling(
+            [*distinct_names(paths), *("dense" for _ in dense)],
+            [*backbones, *dense],
+            [int(size) for size in split(asked)],
+            unit="pixels" if lengths is None else "tokens",
+            batch_size=batch_size or 1,
+            rounds=rounds,
+            device=device,
+            form=form,
+        )
+        return
     with output.progress("Timing") as advance:
         profiles = figures(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
     for remark in dict.fromkeys(each for model in models for each in TASKS.get(definition_of(model).task).remarks):
@@ -86,6 +148,47 @@ def command(
     )
 
 
+def _scaling(
+    names: list[str],
+    models: list[Backbone],
+    sizes: list[int],
+    *,
+    unit: str,
+    batch_size: int,
+    rounds: int,
+    device: str,
+    form: str,
+) -> None:
+    from ssmprune_cli.workflows.scaling import scaling
+
+    named = dict(zip(formats.unique(names), models, strict=True))
+    with output.progress("Timing") as advance:
+        found = scaling(named, sizes, unit=unit, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    table = Table(
+        title=f"By {'length' if unit == 'tokens' else 'image size'}: batch {found.batch_size}, {found.dtype}, "
+        f"{found.device}, {found.threads} threads",
+        title_justify="left",
+    )
+    table.add_column(unit, justify="right")
+    if unit != "tokens":
+        table.add_column("tokens", justify="right")
+    for name in found.points:
+        for title in ("ms", "G multiply-adds", "MiB"):
+            table.add_column(f"{title}, {name}", justify="right", overflow="fold")
+    for number, (size, tokens) in enumerate(zip(found.sizes, found.tokens, strict=True)):
+        cells = [f"{size:,}", *([] if unit == "tokens" else [f"{tokens:,}"])]
+        for points in found.points.values():
+            point = points[number]
+            cells += [f"{point.median_ms:.1f}", f"{point.multiply_adds / 1e9:.3f}"]
+            cells.append(f"{point.peak_memory_bytes / 2**20:.1f}")
+        table.add_row(*cells)
+    lines = [
+        f"{name}: time grows as tokens^{slope.exponent:.2f}, memory by {slope.bytes_per_token / 1024:.2f} KiB a token."
+        for name, slope in found.slopes.items()
+    ]
+    formats.emit(Group(table, *lines), lambda: columns.of_scaling(found), found.to_dict(), form)
+
+
 def _summary(names: list[str], profiles: list[Figures], opened: list[tuple[int, float]]) -> Group:
     from ssmprune_cli.workflows.profile import Profile
 
@@ -95,9 +198,9 @@ def _summary(names: list[str], profiles: list[Figures], opened: list[tuple[int, 
         for name, reason in first.backends_refused.items()
         if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
     )
-    sizes = dict.fromkeys(f"{p.image_size[0]}x{p.image_size[1]}" for p in profiles)
+    sizes = dict.fromkeys(p.inputs for p in profiles)
     heading = (
-        f"{' and '.join(sizes)} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
+        f"{' and '.join(sizes)}, batch {first.batch_size}, {first.dtype}, {first.device}, "
         f"{first.threads} threads, kernels: {first.backend}{refused}"
     )
     table = Table()

@@ -130,6 +130,25 @@ def numbers(
     return parse
 
 
+def lengths(example: str, high: int) -> Callable[[str], str]:
+    """Takes whole numbers from 2 to `high` in rising order, separated by commas; 4k is 4096. Gives plain numbers."""
+    many = numbers(example, 2, high, whole=True)
+
+    def parse(text: str) -> str:
+        found = many(",".join(_thousands(part) for part in text.split(",")))
+        values = [int(part) for part in found.split(",")]
+        if len(values) < 2 or values != sorted(set(values)):
+            raise typer.BadParameter(f"takes two numbers or more in rising order, such as {example}")
+        return found
+
+    return parse
+
+
+def _thousands(text: str) -> str:
+    number = text[:-1]
+    return str(int(number) * 1024) if text[-1:] in ("k", "K") and number.isascii() and number.isdigit() else text
+
+
 def setting(section: type[Section], field: str) -> Callable[[Any], Any]:
     """Takes what this field of a recipe takes."""
     info = section.model_fields[field]

@@ -27,11 +27,21 @@ def calibration_images(path: Path, count: int, seed: int, *, clips: bool = False
     The choice depends on the images' names below `path` and on `seed` only. Raises DataError if there are none, one of
     the chosen cannot be read, or they all have the same pixels, from which nothing can be learned.
     """
-    dataset = some_clips(path, count, seed) if clips else some_images(path, count, seed)
-    if len({dataset.digest(index) for index in range(len(dataset))}) == 1 < len(dataset):
-        raise DataError(
-            f"the {len(dataset)} calibration {'clips' if clips else 'images'} are all alike", where=str(path)
-        )
+    return differing(some_clips(path, count, seed) if clips else some_images(path, count, seed), path)
+
+
+def chosen(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
+    """`count` of them by `seed`, in their order; all if there are no more."""
+    if count >= len(dataset):
+        return dataset
+    return Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
+
+
+def differing(dataset: ImageDataset, path: Path) -> ImageDataset:
+    """`dataset`, which was read from `path`. DataError if all in it is alike."""
+    if len({dataset.content(index) for index in range(len(dataset))}) == 1 < len(dataset):
+        what = "clips" if dataset.clips else "images"
+        raise DataError(f"the {len(dataset)} calibration {what} are all alike", where=str(path))
     return dataset
 
 
@@ -52,9 +62,7 @@ def some_images(path: Path, count: int, seed: int) -> ImageDataset:
             raise DataError(f"has no images{left_out and f', only {left_out}'}", where=str(path))
         notes = [f"{path}: files that are not read as images were left out: {left_out}."] if left_out else []
         dataset = ImageFiles(path, found.files, labels=None, notes=notes)
-    if count < len(dataset):
-        dataset = Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
-    return dataset
+    return chosen(dataset, count, seed)
 
 
 def listed_images(files: Sequence[Path]) -> ImageDataset:
@@ -80,5 +88,5 @@ def fingerprint(dataset: ImageDataset) -> str:
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         digest.update(hashlib.sha256(dataset.name(index).encode(errors="surrogateescape")).digest())
-        digest.update(dataset.digest(index))
+        digest.update(dataset.content(index))
     return digest.hexdigest()

@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset
+from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset, unprepared
 from ssmprune_cli.data.files import IMAGE_SUFFIXES, by_number, check_folder, counted, entries, subfolders
 from ssmprune_cli.data.image_file import check_pixels, read_image
 from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_side, to_rgb
 from ssmprune_cli.data.resize import resize_linear
 from ssmprune_cli.data.video_file import VIDEO_SUFFIXES, read_video
 from ssmprune_cli.errors import DataError, listing
-from ssmprune_cli.preprocessing import ClipPreprocessing
+from ssmprune_cli.preprocessing import ClipPreprocessing, Frame, KeepRatio, Preprocessing, TextWindow
 
 _PIECE = 1 << 20  # bytes of a file that are read at once
 
@@ -55,14 +55,19 @@ class Clips(ImageFiles):
         ((frame,), _) = _read(self._files[index], lambda total: [total // 2])
         return frame
 
-    def frames(self, index: int, way: ClipPreprocessing) -> list[Image.Image]:
-        found, total = _read(self._files[index], lambda total: sampled(total, way.frames, way.segments))
+    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+        assert isinstance(way, ClipPreprocessing)
+        frames, total = _read(self._files[index], lambda total: sampled(total, way.frames, way.segments))
         if total < way.frames:
             with self._lock:
                 self._short[index] = (total, way.frames)
-        return found
+        size = (frames[0].height, frames[0].width)
+        try:
+            return prepare_clip(frames, way), Frame(size, (way.crop, way.crop))
+        except (ValueError, OSError, MemoryError) as error:
+            raise unprepared(error, self.name(index)) from error
 
-    def digest(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         """SHA-256 of the bytes of the video, or of the files of all frames."""
         path = self._files[index]
         digest = hashlib.sha256()

@@ -57,6 +57,11 @@ class Exported:
 
 def refuse(model: Backbone, target: str) -> None:
     """UsageError, with the reason, for a model that `target` cannot hold: it is said before minutes of work."""
+    if model.inputs == "text":
+        raise UsageError(
+            f"a {model.family} is not exported: it takes text",
+            hint="Classifiers and segmenters of images are exported.",
+        )
     dtypes = TARGETS.get(target).dtypes
     if dtypes and model.dtype not in dtypes:
         known = " or ".join(map(str, dtypes))

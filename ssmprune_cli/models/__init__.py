@@ -35,6 +35,17 @@ from ssmprune_cli.models.dense import (
 )
 from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA, AtrousMixer
 from ssmprune_cli.models.heads import Detections
+from ssmprune_cli.models.language import (
+    MAMBA1,
+    MAMBA2,
+    MAX_LENGTH,
+    LanguageModel,
+    Mamba2Mixer,
+    Prefilled,
+    generate,
+    prefill,
+    step,
+)
 from ssmprune_cli.models.localvmamba import LOCALVMAMBA, LocalVMambaMixer
 from ssmprune_cli.models.mamba import (
     LOCALVIM,
@@ -49,6 +60,7 @@ from ssmprune_cli.models.mamba import (
     MambaBlock,
     MambaConfig,
     MambaMixer,
+    MambaSequence,
     StepProjection,
     conv_sources,
     scan_path,
@@ -73,6 +85,8 @@ FAMILIES.register("localvmamba", LOCALVMAMBA)
 FAMILIES.register("medmamba", MEDMAMBA)
 FAMILIES.register("efficientvmamba", EFFICIENTVMAMBA)
 FAMILIES.register("mambavision", MAMBAVISION)
+FAMILIES.register("mamba", MAMBA1)
+FAMILIES.register("mamba2", MAMBA2)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)
@@ -82,6 +96,7 @@ FAMILIES.when_read(add_plugins)
 __all__ = [
     "FAMILIES",
     "MAX_CUT",
+    "MAX_LENGTH",
     "MAX_SIDE",
     "SMALL_SIDE",
     "WHOLE",
@@ -101,14 +116,18 @@ __all__ = [
     "Hints",
     "ImageConfig",
     "Inflow",
+    "LanguageModel",
     "LocalMixer",
     "LocalVMambaMixer",
+    "Mamba2Mixer",
     "MambaBackbone",
     "MambaBlock",
     "MambaConfig",
     "MambaMixer",
+    "MambaSequence",
     "Places",
     "PlainMambaMixer",
+    "Prefilled",
     "RMSNorm",
     "Segmenter",
     "Shapes",
@@ -126,7 +145,9 @@ __all__ = [
     "cuts",
     "decay_rates",
     "dense_config",
+    "generate",
     "inflow",
+    "prefill",
     "resize",
     "scan_path",
     "set_drop_path",
@@ -134,6 +155,7 @@ __all__ = [
     "sides",
     "size_of",
     "smaller",
+    "step",
     "unit_tokens",
     "walks",
 ]

@@ -40,6 +40,7 @@ from ssmprune_cli.pruning.repair import (
     repair,
 )
 from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
+from ssmprune_cli.pruning.sizes import at_size
 
 
 def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
@@ -101,6 +102,7 @@ __all__ = [
     "Returning",
     "Runner",
     "TokenPruner",
+    "at_size",
     "attach",
     "calibrate",
     "choose_alignment",

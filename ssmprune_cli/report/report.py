@@ -192,6 +192,36 @@ class DetectionFacts(ModelDetection):
     difference_interval: Interval | None
 
 
+class ModelLanguage(Section):
+    """Of the `tokens` that were judged: the mean of -log p in `nats`, perplexity (its exponential), and the share that
+    was the model's first guess. Intervals are from resampled windows, None of a single one."""
+
+    tokens: int
+    nats: float
+    perplexity: float
+    perplexity_interval: Interval | None
+    next_token_accuracy: float
+    interval: Interval | None
+
+
+class LanguageFacts(ModelLanguage):
+    """The pruned model and the `dense` one on the same `count` windows; `difference` is pruned less dense, of
+    next_token_accuracy, and `perplexity_ratio` pruned over dense.
+
+    agreement      share of the tokens for which both have the same first guess
+    ..._interval   95 %, from windows that are resampled for both models alike
+    """
+
+    count: int
+    dense: ModelLanguage
+    difference: float
+    difference_interval: Interval | None
+    perplexity_ratio: float
+    perplexity_ratio_interval: Interval | None
+    agreement: float
+    agreement_interval: Interval | None
+
+
 class LimitFacts(Section):
     """A limit that the user set on a measured value: the verdict is `holds`.
 
@@ -395,11 +425,11 @@ class Report(Section):
     called `pruned`; a dense model has none.
 
     task         what both models are for, and judged by
-    image_size   height and width of the images that the compressed model takes
+    image_size   height and width of the images that the compressed model takes; of text, 1 and the tokens of a window
     resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
     blocks_left_out  numbers, from 1, of the dense model's blocks that the compressed one lacks
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
-    segmentation likewise of segmenters, detection of detectors
+    segmentation likewise of segmenters, detection of detectors, language of language models
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
     repair       what a repair did after calibration, or None if none was asked for
@@ -426,6 +456,7 @@ class Report(Section):
     accuracy: AccuracyFacts | None = None
     segmentation: SegmentationFacts | None = None
     detection: DetectionFacts | None = None
+    language: LanguageFacts | None = None
     limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None

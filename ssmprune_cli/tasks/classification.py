@@ -46,7 +46,6 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     hub_task = "image-classification"
     hub_metric = "accuracy"
     key = "top1"
-    things = "images"  # that are judged
     limits = (
         TaskLimit(
             LimitKind(  # below 0 the model must gain
@@ -82,13 +81,13 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
             )
         if dataset.num_classes is not None and dataset.num_classes != model.num_classes:
             raise DataError(
-                f"the {self.things} have {dataset.num_classes} classes, the model has {model.num_classes}",
+                f"the {self.cases} have {dataset.num_classes} classes, the model has {model.num_classes}",
                 hint="Accuracy means nothing across different classes. Is this the right dataset kind and folder?",
             )
         for index in range(len(dataset)):
             label = dataset.target(index)
             if label is None:
-                raise DataError(f"the {self.things} have no labels, so there is no accuracy to measure")
+                raise DataError(f"the {self.cases} have no labels, so there is no accuracy to measure")
             if not isinstance(label, int):
                 raise DataError(
                     "the images have no classes, and the model is for classification",
@@ -176,7 +175,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     def rows(self, compared: AccuracyFacts) -> list[Row]:
         found = [
             Row(
-                f"top-1 on {compared.count:,} {self.things} (95 % interval)",
+                f"top-1 on {compared.count:,} {self.cases} (95 % interval)",
                 share(compared.dense.top1, compared.dense.interval),
                 share(compared.top1, compared.interval),
                 f"{100 * compared.difference:+.2f} points",
@@ -195,7 +194,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
 
     def brief(self, compared: AccuracyFacts) -> Row:
         return Row(
-            f"top-1 on {compared.count:,} {self.things} (%)",
+            f"top-1 on {compared.count:,} {self.cases} (%)",
             f"{100 * compared.dense.top1:.2f}",
             f"{100 * compared.top1:.2f}",
             f"{100 * compared.difference:+.2f} points",

@@ -151,6 +151,8 @@ class Task(ABC, Generic[Score, Compared]):
     draws     whether its answers are pictures themselves: see `drawn`
     saves     whether there is a format for what models answer: see `predictions`
     clips     whether models take clips of a video, and not single images
+    shows     whether its inputs are pictures, which a report can show
+    cases     what its inputs are called, several of them
     remarks   sentences on what figures of work and time leave out, for whoever reads them
     """
 
@@ -172,10 +174,15 @@ class Task(ABC, Generic[Score, Compared]):
     draws: ClassVar[bool] = False
     saves: ClassVar[bool] = False
     clips: ClassVar[bool] = False
+    shows: ClassVar[bool] = True
+    cases: ClassVar[str] = "images"
     remarks: ClassVar[tuple[str, ...]] = ()
 
-    def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
-        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
+    def open(
+        self, path: Path, kind: str | None = None, split: Split = "val", *, model: Backbone | None = None
+    ) -> ImageDataset:
+        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`). A text is read by
+        the tokenizer of `model`.
 
         Raises UsageError for a kind that is not of this task, DataError for data that are not laid out so.
         """
@@ -185,11 +192,20 @@ class Task(ABC, Generic[Score, Compared]):
                 f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
-        return open_dataset(kind, path, split=split)
+        return self._divided(open_dataset(kind, path, split=split), model)
 
-    def calibration(self, path: Path, count: int, seed: int) -> ImageDataset:
-        """`count` images, or clips, of `path` to calibrate on: see `calibration_images`."""
+    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
+        """What was opened, as a dataset for `model`."""
+        dataset: ImageDataset = opened
+        return dataset
+
+    def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
+        """`count` unlabelled inputs for `model` in `path`, chosen by `seed`: see `data.calibration_images`."""
         return calibration_images(path, count, seed, clips=self.clips)
+
+    def files(self, model: Backbone) -> dict[str, bytes]:
+        """What an output folder needs beside the weights of `model`, by name."""
+        return {}
 
     def listed(self, files: Sequence[Path]) -> ImageDataset:
         """These images or clips, in their order. Raises DataError if one of them is missing."""
@@ -308,6 +324,10 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def brief(self, compared: Compared) -> Row:
         """The metric's line for a terminal: figures without units and intervals."""
+
+    def briefs(self, compared: Compared) -> list[Row]:
+        """Further lines for a terminal, such as of another figure that people judge by."""
+        return []
 
     @abstractmethod
     def table(self, scores: Sequence[Score]) -> list[list[str]]:

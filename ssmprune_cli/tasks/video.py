@@ -19,7 +19,7 @@ class VideoClassification(Classification):
     datasets = ("kinetics",)
     hub_task = "video-classification"
     clips = True
-    things = "clips"
+    cases = "clips"
 
     def kind(self, path: Path) -> str:
         return "kinetics"

@@ -330,7 +330,7 @@ class Comparison:
         return self.reference.with_pruner(self.model.pruner)
 
     def _batch(self, model: Backbone) -> Tensor:
-        return torch.zeros(self.batch_size, *model.input_shape, device=self.device)
+        return model.example(self.batch_size)
 
     def _calibration(self, model: Backbone, dataset: ImageDataset) -> Sequence[Tensor]:
         return in_batches(load_images(model, dataset), self.batch_size)
@@ -408,7 +408,7 @@ def compare(
     for method in methods:
         choose_alignment(method.alignment, method.reduction, calibrated=calib is not None)
     comparison = Comparison(source, dataset, limit=limit, batch_size=batch_size, device=device, rounds=rounds)
-    chosen = None if calib is None else comparison.task.calibration(calib, calib_images, seed)
+    chosen = None if calib is None else comparison.task.calibration(comparison.model, calib, calib_images, seed)
     calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
     total = 1 + (len(methods) + 2) * len(budgets) + len(recipes) + len(others)

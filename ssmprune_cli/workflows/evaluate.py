@@ -15,6 +15,7 @@ import torch
 from ssmprune_cli.data import Batch, ImageDataset, Subset, batches
 from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.export import OnnxSession
+from ssmprune_cli.interface import placed
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import ClipPreprocessing
 from ssmprune_cli.tasks import TASKS, Task
@@ -95,7 +96,7 @@ class _Judge:
         self._results: list[Any] = []
 
     def add(self, batch: Batch) -> None:
-        images = batch.images.to(self._device, self._session.dtype)
+        images = placed(batch.images, self._device, self._session.dtype)
         self._synchronize()
         start = time.perf_counter()
         outputs = self._task.answer(self._session, images)

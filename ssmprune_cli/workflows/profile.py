@@ -33,8 +33,10 @@ from ssmprune_cli.workflows.subject import definition_of, session_of
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one model, or of an exported file. Multiply-adds are for one image; `flops` names the conventions.
+    """Of one model, or of an exported file. Multiply-adds are for one image, or window of text; `flops` names the
+    conventions.
 
+    inputs               what the model takes, in words
     multiply_adds_head   of all, those of a dense model's head; 0 for a classifier
     bytes_moved       by gathers, sorts and sums of one image, which are no multiply-adds
     backend           what the kernels ran on; `backends_refused` says why not on a better one
@@ -43,6 +45,7 @@ class Figures:
     """
 
     family: str
+    inputs: str
     image_size: tuple[int, int]
     parameters: int
     multiply_adds_all_directions: int
@@ -124,12 +127,7 @@ def figures(
     if len({model.dtype for model in models}) > 1:
         raise UsageError(f"the models' weights differ in dtype: {', '.join(str(model.dtype) for model in models)}")
     target = resolve_device(device)
-    images = [
-        torch.randn(batch_size, *model.input_shape, generator=torch.Generator().manual_seed(seed)).to(
-            target, model.dtype
-        )
-        for model in definitions
-    ]
+    images = [model.example(batch_size, seed).to(target) for model in definitions]
     counts = [count_flops(model) for model in definitions]
     sessions, seconds = [], []
     for each in models:
@@ -142,6 +140,7 @@ def figures(
     for model, session, prepared, batch, count, speed in measured:
         common: dict[str, Any] = {
             "family": model.family,
+            "inputs": model.sized,
             "image_size": model.image_size,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "multiply_adds_all_directions": count.all_directions,

@@ -83,7 +83,7 @@ def sensitivity(
         raise UsageError("ratios of tokens kept lie between 0 and 1", where="--keep")
     model = source.load().to(resolve_device(device))
     method = Method(importance, reduction, choose_alignment(alignment, reduction, calibrated=True))
-    dataset = TASKS.get(model.task).calibration(calib, images, seed)
+    dataset = TASKS.get(model.task).calibration(model, calib, images, seed)
     if len(dataset) < 2:
         raise DataError("a sensitivity needs at least two images", where=str(calib))
     identity = run_identity(model, device)

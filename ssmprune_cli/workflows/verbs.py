@@ -71,7 +71,7 @@ def from_files(model: Backbone, images: Any, seed: int = 0) -> Prepared:
             raise UsageError(f"a list of files holds a value of type {type(odd).__name__}")
         dataset = task.listed([Path(each).expanduser() for each in images])
     else:
-        dataset = task.calibration(Path(images).expanduser(), MOST_IMAGES, seed)
+        dataset = task.calibration(model, Path(images).expanduser(), MOST_IMAGES, seed)
         # A tree of folders comes class by class, and of batches the first ones settle the alignment.
         order = random.Random(seed).sample(range(len(dataset)), len(dataset))
         dataset = Subset(dataset, order)

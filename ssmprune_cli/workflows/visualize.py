@@ -58,6 +58,12 @@ class Drawn:
         }
 
 
+def check_shown(model: Backbone) -> None:
+    """UsageError for a model whose inputs are no pictures."""
+    if not TASKS.get(model.task).shows:
+        raise UsageError(f"a {model.family} takes text, of which there is no picture to draw")
+
+
 def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     """Draw all images of `dataset` into the folder `out`.
 
@@ -65,8 +71,9 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     the dense and the pruned model and where they differ, if the task draws them; these are files NN_NAME_TITLE.png too.
     NN_NAME_after_B_kept.png and ..._score.png show one image, whole and in its own aspect ratio; what the model's crop
     leaves out is grey.
-    Raises UsageError if the model drops no tokens, and DataError if a picture cannot be written.
+    Raises UsageError if the model drops no tokens or `check_shown` does, and DataError if a picture cannot be written.
     """
+    check_shown(model)
     task = TASKS.get(model.task)
     if task.clips:
         raise UsageError(

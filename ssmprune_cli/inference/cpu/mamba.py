@@ -30,9 +30,9 @@ from ssmprune_cli.models import (
     BranchMixer,
     CausalConv1d,
     LocalMixer,
-    MambaBackbone,
     MambaBlock,
     MambaMixer,
+    MambaSequence,
     RMSNorm,
     StepProjection,
     conv_sources,
@@ -75,7 +75,9 @@ def block_refused(block: nn.Module) -> str | None:
         return reason
     if isinstance(block.norm, nn.LayerNorm):
         return "its norm is a LayerNorm"
-    mixer = block.mixer
+    mixer: object = block.mixer
+    if not isinstance(mixer, BranchMixer):
+        return f"a {type(mixer).__name__} in the place of a MambaMixer"
     if isinstance(mixer, LocalMixer):
         return "its directions take routes over the grid"
     reason = first_unlike((block.norm, RMSNorm)) or inside_refused(mixer)
@@ -260,7 +262,7 @@ class PackedBlocks:
         return self.parameters[self.rows[start] : self.rows[stop - 1] + 1]
 
 
-def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, str]]:
+def pack_blocks(model: MambaSequence) -> tuple[PackedBlocks | None, dict[int, str]]:
     """The blocks of `model` that go into one call, and for every one of the rest the reason why not."""
     reasons: dict[int, str] = {}
     packed: list[Tensor] = []
@@ -292,13 +294,15 @@ def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, st
 
 
 def _pack(block: MambaBlock, parts: int) -> Tensor:
-    mixer, out_proj = block.mixer, block.mixer.out_proj.weight
+    mixer: object = block.mixer
+    assert isinstance(mixer, MambaMixer)
+    out_proj = mixer.out_proj.weight
     if mixer.gamma is not None:
         out_proj = out_proj * mixer.gamma[:, None]
     return pack_block(block.norm.weight, mixer.in_proj.weight, out_proj, directions_of(mixer), parts)
 
 
-def run_features(model: MambaBackbone, packed: PackedBlocks, journal: Journal, images: Tensor) -> TokenSequence:
+def run_features(model: MambaSequence, packed: PackedBlocks, journal: Journal, images: Tensor) -> TokenSequence:
     """`model.features`, with as many blocks in one call as `packed` and the pruner allow."""
     sequence, block = model.embed(images), 0
     while block < len(model.layers):
@@ -316,7 +320,7 @@ def run_features(model: MambaBackbone, packed: PackedBlocks, journal: Journal, i
 
 
 def _run(
-    model: MambaBackbone, packed: PackedBlocks, block: int, sequence: TokenSequence, journal: Journal
+    model: MambaSequence, packed: PackedBlocks, block: int, sequence: TokenSequence, journal: Journal
 ) -> tuple[TokenSequence, int] | None:
     """The sequence after as many blocks as one call can do, from `block` on, and the first of those that are left;
     None if it can do none. The pruner may look at the last one's output, and prune after it."""

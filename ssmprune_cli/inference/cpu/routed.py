@@ -23,6 +23,7 @@ from ssmprune_cli.models import (
     DirectionProjections,
     Inflow,
     LocalVMambaMixer,
+    Mamba2Mixer,
     PlainMambaMixer,
     Visits,
     VMambaMixer,
@@ -49,6 +50,8 @@ def scans_refused(mixer: nn.Module) -> str | None:
         return "each of its scans has a gate of its own"
     if isinstance(mixer, VMambaMixer):
         return first_unlike((mixer, VMambaMixer), (mixer.projections, DirectionProjections))
+    if isinstance(mixer, Mamba2Mixer):
+        return "its scan is that of Mamba-2, an op of its own"
     return f"a {type(mixer).__name__} is not known"
 
 

@@ -85,9 +85,10 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
             warnings += rounded(settings, recipe.pruning, model)
             prune(model, settings, None)
         return Made(model, settings, None, None, None, (), tuple(warnings))
-    images = TASKS.get(model.task).calibration(request.calib, recipe.calibration.images, recipe.calibration.seed)
+    images = TASKS.get(model.task).calibration(model, request.calib, recipe.calibration.images, recipe.calibration.seed)
     if len(images) < recipe.calibration.images and request.counts_images:
-        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
+        cases = TASKS.get(model.task).cases
+        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration {cases} were found.")
     warnings += images.notes
     task = TASKS.get(model.task)
     batch_size = task.at_once(recipe.calibration.batch_size)

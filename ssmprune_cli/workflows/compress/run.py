@@ -86,7 +86,7 @@ def _evaluation(request: CompressRequest) -> ImageDataset | None:
     model = request.source.load()
     task = request.judging(model.task)
     request.limits.fit(task)
-    dataset = task.open(request.data, request.dataset)
+    dataset = task.open(request.data, request.dataset, model=model)
     task.check(model, dataset)
     return dataset
 
@@ -196,7 +196,7 @@ def _compressed(
     differs = settings is None or made.drops
     drawn: tuple[Sample, ...] = ()
     files: dict[str, bytes] = {}
-    if chosen and differs and request.samples:
+    if chosen and differs and request.samples and TASKS.get(model.task).shows:
         changed = None if result is None else result.changed
         drawn, files = samples(model, reference, chosen, request.samples, target, changed)
     provenance = {
@@ -229,6 +229,7 @@ def _compressed(
         report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
     contents: dict[str, bytes | str] = {
         "recipe.yaml": final.to_yaml(),
+        **TASKS.get(model.task).files(reference),
         **files,
         **report_files(report, files),
     }

@@ -123,10 +123,10 @@ def speed_facts(
     """Both models timed in turns on batches of images of their own size (see `profile`): ten rounds, or fewer where a
     forward pass takes more than 2 s."""
     batch_size = TASKS.get(dense.task).at_once(8, batch_size)
-    images = torch.zeros(batch_size, *dense.input_shape, device=resolve_device(device))
+    images = dense.to(resolve_device(device)).eval().example(batch_size)
     start = time.perf_counter()
     with torch.inference_mode():
-        dense.to(images.device).eval()(images)
+        dense(images)
     rounds = timed_rounds(time.perf_counter() - start)
     first, second = profile([dense, pruned], batch_size=batch_size, device=device, rounds=rounds, progress=progress)
     ratio, interval = ratio_of_medians(first.speed.rounds_ms, second.speed.rounds_ms)

@@ -141,7 +141,8 @@ def saving(report: Report) -> float:
 
 def description(report: Report) -> str:
     height, width = report.image_size
-    size = ", ".join(smaller(report)) or f"{height}x{width} pixels"
+    whole = f"{height}x{width} pixels" if TASKS.get(report.task).shows else f"windows of {width:,} tokens"
+    size = ", ".join(smaller(report)) or whole
     text = f"Family {report.family}, {size}, {report.parameters:,} parameters"
     if report.pruned is not None:
         return f"{text}."

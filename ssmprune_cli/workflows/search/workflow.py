@@ -183,25 +183,25 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         plan = replace(plan, methods=[method for method in plan.methods if not method.rectangular])
     timed, judged = task.at_once(8, plan.batch_size), task.at_once(plan.calibration.batch_size)
     plan = replace(plan, batch_size=timed, calibration=plan.calibration.model_copy(update={"batch_size": judged}))
-    dataset = task.calibration(plan.calib, plan.calibration.images, plan.calibration.seed)
+    dataset = task.calibration(model, plan.calib, plan.calibration.images, plan.calibration.seed)
     if len(dataset) < MIN_IMAGES:
         raise DataError(
-            f"a search needs at least {MIN_IMAGES} calibration images, and there are {len(dataset)}",
+            f"a search needs at least {MIN_IMAGES} calibration {task.cases}, and there are {len(dataset)}",
             where=str(plan.calib),
         )
     warnings = list(dataset.notes)
     if len(dataset) < plan.calibration.images:
-        warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration images were found.")
+        warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration {task.cases} were found.")
     if len(dataset) < FEW_IMAGES:
         warnings.append(
-            f"{len(dataset)} images are few to search on: where they cannot show that something is better, the default "
-            "schedule is kept. 256 are better."
+            f"{len(dataset)} {task.cases} are few to search on: where they cannot show that something is better, the "
+            "default schedule is kept. 256 are better."
         )
     order = list(range(len(dataset)))  # by name, so perhaps by class: the part held back must not be other classes
     random.Random(plan.seed).shuffle(order)
     repairing = None
     if plan.repair != "none":
-        repairing = task.calibration(plan.calib, plan.repair_images, plan.calibration.seed)
+        repairing = task.calibration(model, plan.calib, plan.repair_images, plan.calibration.seed)
         repairing = repairing if len(repairing) >= LEAST else None
     identity = {
         **run_identity(model, plan.device),

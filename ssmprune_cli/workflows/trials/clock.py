@@ -139,9 +139,7 @@ class Clock:
         return timings
 
     def _batch(self, model: Backbone) -> Tensor:
-        """Black images: token counts are static, so that what they show makes no difference."""
-        like = next(model.parameters())
-        return torch.zeros(self.batch_size, *model.input_shape, device=like.device, dtype=like.dtype)
+        return model.example(self.batch_size)
 
 
 def _smaller(images: Tensor, share: float) -> Tensor:
