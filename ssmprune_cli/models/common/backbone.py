@@ -74,15 +74,15 @@ class ImageConfig:
                 raise UsageError(f"resized_from must be a height and a width, not {size}")
             object.__setattr__(self, "resized_from", size)
         if self.cut_from is not None:
-            object.__setattr__(self, "cut_from", _tuples(self.cut_from))  # lists from JSON
+            object.__setattr__(self, "cut_from", tuples(self.cut_from))  # lists from JSON
 
     def without_blocks(self, count: int) -> ImageConfig | None:
         """The same without the last `count` blocks of the first of the longest stages; None if that is no model."""
         return None
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+def tuples(value: Any) -> Any:
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def check_channels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:

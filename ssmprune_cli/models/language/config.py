@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.models.common import tuples
 
 LENGTH = 1024  # tokens of a window, unless its user says otherwise
 PROTECT_LAST = 4
@@ -24,6 +25,7 @@ class LanguageConfig:
     length        tokens of a window: figures and token counts are for it, and shares of it hold for any other length
     protect_last  last tokens of a window, which are never dropped: the answers are their next tokens. At least as many
                   as a convolution sees, so that what it needs for the next token is there
+    cut_from      as of an ImageConfig
     """
 
     vocab_size: int = 50280
@@ -35,10 +37,13 @@ class LanguageConfig:
     tied: bool = True
     length: int = LENGTH
     protect_last: int = PROTECT_LAST
+    cut_from: tuple[tuple[str, Any], ...] | None = None
     norm: ClassVar[str] = "rms"
     resized_from: ClassVar[None] = None
 
     def __post_init__(self) -> None:
+        if self.cut_from is not None:
+            object.__setattr__(self, "cut_from", tuples(self.cut_from))  # lists from JSON
         for name in ("vocab_size", "embed_dim", "depth", "d_state", "d_conv", "length", "protect_last"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
