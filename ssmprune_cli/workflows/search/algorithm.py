@@ -152,7 +152,11 @@ class Search:
         keep = max(_STARTS, len(candidates) // 4)
         lefts = (keep, max(_STARTS, keep // 3))[: len(self._rungs) - 1]
         for count, left in zip(self._rungs, (*lefts, _STARTS), strict=True):
-            candidates = self._best(candidates, count, left)
+            ranked = self._ranked(candidates, count)
+            # What a repair makes of few images says least of models without some blocks: none of a kind is left out
+            # before all images were seen.
+            best = {_way(each): each for each in reversed(ranked)} if count < self._rungs[-1] else {}
+            candidates = [*ranked[:left], *(each for each in best.values() if each not in ranked[:left])]
         return candidates
 
     def _wide(self) -> Iterator[Candidate]:
@@ -201,8 +205,8 @@ class Search:
                     if self._variant(candidate) is not None:
                         yield candidate
 
-    def _best(self, candidates: Iterable[Candidate], count: int, left: int) -> list[Candidate]:
-        """The best `left` by their distance on the first `count` search images."""
+    def _ranked(self, candidates: Iterable[Candidate], count: int) -> list[Candidate]:
+        """By their distance on the first `count` search images, the best one first."""
         scored: list[tuple[float, Candidate]] = []
         for candidate in candidates:
             if self._spent() and scored:
@@ -211,7 +215,7 @@ class Search:
             if variant is not None:
                 scored.append((float(self._distances(variant, count).soft.mean()), candidate))
         scored.sort(key=lambda pair: pair[0])
-        return [candidate for value, candidate in scored[:left] if math.isfinite(value)]
+        return [candidate for value, candidate in scored if math.isfinite(value)]
 
     def _climb(self, leader: Candidate) -> None:
         choice = random.Random(self._seed)
@@ -228,7 +232,10 @@ class Search:
                     break
 
     def _swaps(self, candidate: Candidate) -> Iterator[Candidate]:
-        """The same points with another score or alignment, or with another reduction as that is usually aligned."""
+        """The same points with another score or alignment, or with another reduction as that is usually aligned; none
+        without points, where a method does nothing."""
+        if not candidate.points:
+            return
         method = candidate.method
         at_ends = {stage.start for stage in self._stages(candidate.size)} & set(candidate.points)
         for other in self._methods:
@@ -450,6 +457,11 @@ class Search:
         return self._done >= self._limits.evaluations or (
             seconds is not None and time.monotonic() - self._started > seconds
         )
+
+
+def _way(candidate: Candidate) -> tuple[bool, bool, bool]:
+    """How it saves: by a smaller image, fewer blocks, fewer tokens."""
+    return candidate.size.side is not None, candidate.size.cut > 0, bool(candidate.points)
 
 
 def _method(settings: PruneSettings) -> Method:
