@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssmprune_cli.adapt import Adapter, accelerate
     from ssmprune_cli.checkpoint import load
     from ssmprune_cli.inference import prepare
     from ssmprune_cli.models import resize
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "Adapter",
     "__version__",
+    "accelerate",
     "compress",
     "from_pretrained",
     "load",
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adapter": "ssmprune_cli.adapt",
+    "accelerate": "ssmprune_cli.adapt",
     "load": "ssmprune_cli.checkpoint",
     "compress": "ssmprune_cli.workflows.verbs",
     "from_pretrained": "ssmprune_cli.workflows.sharing",

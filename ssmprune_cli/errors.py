@@ -67,6 +67,10 @@ class CheckpointError(SsmpruneError):
     """A checkpoint or artefact cannot be read, recognised or written."""
 
 
+class UnknownFamilyError(CheckpointError):
+    """A checkpoint is sound, and of no family that is known."""
+
+
 class RecipeError(SsmpruneError):
     """A recipe is not valid; the message lists every fault, one a line."""
 

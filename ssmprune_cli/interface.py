@@ -6,9 +6,10 @@ Letters: B batch, L tokens now, N state, E inner channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from ssmprune_cli.tokens import TokenSequence
@@ -22,6 +23,7 @@ class Stage:
     grid         rows and columns of patch tokens of the dense model
     protected    positions in the dense sequence that may never be dropped (class and register tokens)
     stride       of the downsampling before it: each side is that of the grid before over this, rounded up
+    frames       of a clip that the grid is of, one below the other
     """
 
     start: int
@@ -29,6 +31,7 @@ class Stage:
     grid: tuple[int, int]
     protected: tuple[int, ...] = ()
     stride: int = 1
+    frames: int = 1
 
     @property
     def num_patches(self) -> int:
@@ -38,6 +41,11 @@ class Stage:
     def num_tokens(self) -> int:
         """Length of the dense sequence, protected tokens included."""
         return self.num_patches + len(self.protected)
+
+
+def placed(inputs: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """What a model is called on, on its device: images in its dtype, numbers of tokens as they are."""
+    return inputs.to(device, dtype if inputs.is_floating_point() else None)
 
 
 # What a pruner wants after a block: nothing at all, or the tokens, or of the ScanStatistics y too, or y and delta too.
@@ -75,6 +83,13 @@ class ScanAlignment:
 
     gap_delta: Tensor | None = None
     mass: Tensor | None = None
+
+    def like(self, tokens: Tensor) -> ScanAlignment:
+        """The same on the device of `tokens`, and in their dtype if that is float32 or more."""
+        if self.gap_delta is None:
+            return self
+        exact = torch.promote_types(tokens.dtype, torch.float32)
+        return replace(self, gap_delta=self.gap_delta.to(tokens.device, exact))
 
     def steps(
         self, direction: int, gap: Tensor | None, size: Tensor | None

@@ -31,6 +31,19 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class ClipPreprocessing(Preprocessing):
+    """What a model of clips expects: `frames` of a video, all prepared alike. See data/clips.py.
+
+    segments, crops  views: how often a clip is sampled, from one moment on each, and how many squares of the frames are
+                     seen, from one end of the long side to the other
+    """
+
+    frames: int = 8
+    segments: int = 1
+    crops: int = 1
+
+
+@dataclass(frozen=True)
 class KeepRatio:
     """What a dense model expects: the whole image in proportion, as mmsegmentation and mmdetection prepare it.
 
@@ -49,6 +62,14 @@ class KeepRatio:
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
     channels: Channels = "rgb"
+
+
+@dataclass(frozen=True)
+class TextWindow:
+    """What a language model expects: `length` tokens in a row, numbers below `vocabulary`."""
+
+    length: int
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,8 @@ class Reading:
                      short side is resized, even if the file says that both are
     interpolation    of the resizing
     mean, std        of the channels, for images scaled to 0..1
+    length           of text: tokens of a window
+    protect_last     of text: last tokens of a window, which are never dropped and which answers are judged by
     """
 
     family: str | None = None
@@ -87,6 +110,8 @@ class Reading:
     interpolation: Interpolation | None = None
     mean: Triple | None = None
     std: Triple | None = None
+    length: int | None = None
+    protect_last: int | None = None
 
 
 NOTHING_SAID = Reading()

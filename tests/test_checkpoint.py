@@ -202,7 +202,7 @@ def test_unknown_overrides_name_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("temporal_pos_embedding", "VideoMamba for videos"),
+        ("temporal_pos_embedding", "a VideoMamba for videos without its classifier"),
     ],
 )
 def test_other_families_are_recognised_and_refused(tmp_path: Path, key: str, name: str) -> None:

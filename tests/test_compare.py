@@ -34,7 +34,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     path = tmp_path_factory.mktemp("images") / "images.npz"
     pixels = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
     np.savez(path, images=pixels, labels=np.arange(10))
-    return open_dataset("npz", path)
+    dataset: ImageDataset = open_dataset("npz", path)
+    return dataset
 
 
 def test_labels_of_other_classes_are_no_accuracy(tmp_path: Path) -> None:

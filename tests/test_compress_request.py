@@ -16,6 +16,7 @@ from ssmprune_cli.errors import DataError, RecipeError, UsageError
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, TokenPruner
 from ssmprune_cli.recipe import load_recipe
 from ssmprune_cli.report import ModelSpeed, SpeedFacts
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
 from ssmprune_cli.workflows.compress.request import SEARCH_IMAGES
 from ssmprune_cli.workflows.compress.run import _slow
@@ -31,6 +32,15 @@ NOWHERE = Path("no-such-folder")
 
 def request(**options: Any) -> CompressRequest:
     return CompressRequest(SOURCE, **{"out": NOWHERE, **options})
+
+
+def test_dense_models_are_calibrated_on_fewer_images_unless_it_is_said_how_many() -> None:
+    for task in TASKS.names():
+        asked = request(keep="0.6", calib=NOWHERE)
+        fitted = asked.fitted(asked.resolved(), TASKS.get(task)).calibration.images
+        assert fitted == {"classification": 1024, "segmentation": 16, "detection": 8}[task]
+        asked = request(keep="0.6", calib=NOWHERE, calib_images=40)
+        assert asked.fitted(asked.resolved(), TASKS.get(task)).calibration.images == 40
 
 
 @pytest.mark.parametrize(
@@ -52,6 +62,7 @@ def request(**options: Any) -> CompressRequest:
         ),
         ({"keep": "0.6", "dataset": "npz"}, "--dataset needs --data"),
         ({"keep": "0.6", "limit": 3}, "--limit needs --data"),
+        ({"keep": "0.6", "slide": (8, 4)}, "--slide needs --data"),
         ({"keep": "0.6", "limits": Limits(max_drop=1)}, "--max-drop needs --data"),
         ({"keep": "0.6", "limits": Limits(min_accuracy=1)}, "--min-accuracy needs --data"),
         ({"keep": "0.6", "dry_run": True, "limits": Limits(max_latency_ratio=1)}, "nothing is measured in a dry run"),
@@ -88,6 +99,9 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
         ({"resize": 48, "points": "1"}, "`points` say where tokens are dropped"),
         ({"resize": 0}, "must be at least 1, not 0"),
         ({"resize": 64}, "so 64 is no smaller side"),
+        ({"cut_blocks": 4}, "--cut-blocks 4: of this vim 3 blocks at most can be cut"),
+        ({"cut_blocks": 1, "target_flops": 0.8, "calib": NOWHERE}, "a target settles what to keep"),
+        ({"cut_blocks": 1, "keep_blocks": True}, "--keep-blocks is for a search"),
         ({"resize": 50, "keep": "0.6"}, "patches do not fill images of 50 pixels"),
         ({"overrides": ("pruning.image_size=null",)}, "give `keep`"),
     ],

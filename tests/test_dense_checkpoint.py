@@ -108,6 +108,8 @@ def test_a_container_of_mmengine() -> None:
     assert [found.preprocessing[name] for name in ("long", "short", "divisor")] == [2048, 512, 1]
     # The 150 names of ADE20K lie beside a head of 7 classes: they are none of its.
     assert found.class_names == () and found.image_size == (512, 512)
+    said = ("vmamba_upernet_mmengine.pth names 150 classes, and its head has 7: the names are left out.",)
+    assert found.notes == load(MMENGINE).notes == said
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

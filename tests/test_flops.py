@@ -131,6 +131,7 @@ SIZES: dict[str, dict[str, object]] = {
         "conv_bias": True,
         "mlp_ratio": 0.0,
     },
+    "localvmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1), "d_state": 4},
     "medmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1), "d_state": 4},
     "efficientvmamba": {"image_size": (64, 64), "embed_dim": 16, "depths": (2, 1, 1, 1), "d_state": 4},
     "mambavision": {
@@ -142,6 +143,14 @@ SIZES: dict[str, dict[str, object]] = {
         "d_state": 4,
     },
     "videomamba": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
+    "videomamba-clips": {
+        "image_size": (16, 16),
+        "patch_size": 8,
+        "stride": 8,
+        "embed_dim": 16,
+        "depth": 3,
+        "d_state": 4,
+    },
     "mambar": {"image_size": (32, 32), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_cls_tokens": 4},
     "localvim": {"image_size": (32, 32), "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "d_state": 4},
 }
@@ -179,7 +188,7 @@ def test_torchs_counter_finds_twice_the_number(name: str, reduction: str | None)
         alignment = "none" if reduction == "mask" else "neighbour"
         compress(model, 0.6, points=[1], reduction=reduction, alignment=alignment)
     expected = count_flops(model).all_directions
-    images = torch.zeros(1, 3, *model.image_size)
+    images = torch.zeros(1, *model.input_shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     assert counter.get_total_flops() == 2 * expected

@@ -67,7 +67,11 @@ seed: yes
         ("- 1", "r:1:1: must be a mapping of keys to values, not [1]"),
         ("pruning: 3", "r:1:1: pruning: must be a mapping of keys to values, not 3"),
         ("seed: 1", "r:1:1: pruning: is missing"),
-        ("pruning: {}", "r:1:1: pruning: give `keep` (a ratio), `tokens` (counts) or `image_size` (smaller images)"),
+        (
+            "pruning: {}",
+            "r:1:1: pruning: give `keep` (a ratio), `tokens` (counts), `image_size` (smaller images) or `cut_blocks` "
+            "(fewer blocks)",
+        ),
         ("pruning: {image_size: 26, points: [3]}", "r:1:1: pruning: `points` say where tokens are dropped"),
         ("pruning: {image_size: 0}", "r:1:11: pruning.image_size: must be at least 1, not 0"),
         (

@@ -47,6 +47,20 @@ def test_all_take_the_time_of_dropping_and_the_nearest_comes_first(model: Backbo
     assert count_flops(model).all_directions > costs["drop"] and model.pruner is None
 
 
+def test_fewer_images_are_taken_where_one_takes_long(model: Backbone) -> None:
+    images = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    schedule, told = PruneSchedule.resolve(model.stages, keep=0.8), list[tuple[int, int]]()
+    choices = compare_reductions(
+        model, schedule, images, candidates=("drop", "context"), importance="clip", alignment="auto", batch_size=8,
+        device="cpu", seconds=1e-9, progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told == [(0, 2), (1, 2)] and {each.images for each in choices} == {4}
+    few = Measurements(model, images[:4], calibration=4)
+    for choice in choices:
+        nats = few.distances(choice.method.settings(choice.schedule, 0), range(4)).nats
+        assert choice.divergence == pytest.approx(float(nats.mean()), rel=1e-6)
+
+
 def test_an_alignment_leaves_those_that_it_fits(model: Backbone, tmp_path: Path) -> None:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     schedule = PruneSchedule.resolve(model.stages, keep=0.8)

@@ -21,11 +21,13 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.inference import Session
 from ssmprune_cli.interface import Stage
-from ssmprune_cli.models import resize, sides
+from ssmprune_cli.models import FAMILIES, WHOLE, Size, resize, sides
 from ssmprune_cli.models.common.backbone import Backbone
+from ssmprune_cli.models.heads import UperNetConfig
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+from ssmprune_cli.preprocessing import KeepRatio
 from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, choose_alignment, default_points
 from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergence
 from ssmprune_cli.pruning.method import Method, known_methods
@@ -34,7 +36,9 @@ from ssmprune_cli.report.report import Sensitivity
 from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.search import algorithm
-from ssmprune_cli.workflows.search.algorithm import Limits, Search, split
+from ssmprune_cli.workflows.search.algorithm import Search, split
+from ssmprune_cli.workflows.search.sizes import carried
+from ssmprune_cli.workflows.search.trial import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
@@ -160,16 +164,22 @@ def test_every_step_of_a_search_is_a_schedule_that_its_reduction_can_have() -> N
     measurements = Measurements(small, load((32, 32)), calibration=2, load=lambda model: load(model.image_size))
     merging, dropping = Method("clip", "grid-merge", "null"), Method("clip", "drop", "null")
     steps = Search(
-        measurements, [merging, dropping], Budget("flops", 0.8), split(4), **meters(measurements), limits=Limits(1)
+        measurements,
+        [merging, dropping],
+        Budget("flops", 0.8),
+        split(4),
+        **meters(measurements),
+        resize=True,
+        limits=Limits(1),
     )
     for points, others in (((1, 2), {merging}), ((2,), {merging, dropping})):
         leader = uniform(merging, points)
-        around = [*neighbours(leader, small.stages), *steps._swaps(leader), *steps._other_sides(leader)]
+        around = [*neighbours(leader, small.stages), *steps._swaps(leader), *steps._resized(leader)]
         assert {each.method for each in around} == others
         for candidate in around:
             variant = steps._variant(candidate)
             if variant is not None:
-                stages, schedule = measurements.at(variant.side).model.stages, variant.settings.schedule
+                stages, schedule = measurements.at(variant.size).model.stages, variant.settings.schedule
                 rectangular = candidate.method.rectangular
                 again = PruneSchedule.resolve(
                     stages, points=schedule.points, tokens=schedule.tokens, rectangular=rectangular
@@ -260,7 +270,7 @@ def test_what_one_image_spoils_gives_way_to_the_next_best(
     methods = [Method(score, "context", "calibrated") for score in near]
     budget = Budget("flops", 0.8)
     trials = Search(
-        measurements, methods, budget, (searched, held_back), **meters(measurements), limits=Limits(60)
+        measurements, methods, budget, (searched, held_back), **meters(measurements), limits=Limits(24)
     ).run()
     assert trials[0].chosen and trials[0].settings.importance == "l2"
     assert {trial.settings.importance for trial in trials} == set(near)
@@ -314,33 +324,82 @@ def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(monkeypatch
     measurements = Measurements(model, load(model), calibration=8, load=load)
     methods = [Method("clip", "drop", "calibrated")]
     search_ = Search(
-        measurements, methods, Budget("flops", 0.6), split(12), **meters(measurements), limits=Limits(14), seed=1
+        measurements,
+        methods,
+        Budget("flops", 0.6),
+        split(12),
+        **meters(measurements),
+        resize=True,
+        limits=Limits(14),
+        seed=1,
     )
     trials = search_.run()
-    assert trials[0].side is not None
+    assert trials[0].size != WHOLE
     alone = [trial for trial in trials if not trial.settings.schedule.points]
-    both = [trial for trial in trials if trial.side is not None and trial.settings.schedule.points]
-    assert alone and both and all(trial.side is not None for trial in alone)
+    both = [trial for trial in trials if trial.size != WHOLE and trial.settings.schedule.points]
+    assert alone and both and all(trial.size != WHOLE for trial in alone)
     best = trials[0]
     assert best.timing is not None and best.multiply_adds is not None and best.spent == best.multiply_adds <= 0.6
     for trial in trials:
-        sized = measurements.at(trial.side)
-        assert sized.model.image_size == ((trial.side, trial.side) if trial.side else (24, 24))
+        sized = measurements.at(trial.size)
+        assert sized.model.image_size == ((trial.size.side or 24,) * 2)
         counted = sized.multiply_adds(trial.settings) / measurements.dense_cost
         assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
     # The distance is that of the smaller model on smaller images from the dense model on its own.
     trial = alone[0]
-    small = resize(model, trial.side or 0)
+    small = resize(model, trial.size.side or 0)
     with torch.no_grad():
         soft = soft_divergence(measurements.dense, small(load(small)).double())
-    known = measurements.at(trial.side).distances(trial.settings, range(12)).soft
+    known = measurements.at(trial.size).distances(trial.settings, range(12)).soft
     torch.testing.assert_close(known, soft, atol=1e-6, rtol=1e-4)
     # The time of smaller images is measured; what dropping saves of it is taken from the table of the whole ones.
     clock = Clock(measurements, 8)
     for side, points, tokens in ((20, (), ()), (20, (1, 2), (18, 9)), (16, (2,), (8,))):
         schedule = PruneSchedule(points, tokens)
-        timing = clock.timing(Variant(methods[0].settings(schedule, 0), side))
-        assert clock.of(methods[0], side).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+        timing = clock.timing(Variant(methods[0].settings(schedule, 0), Size(side)))
+        assert clock.of(methods[0], Size(side)).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+
+
+def test_fewer_blocks_are_candidates_once_a_quick_repair_refits_the_head() -> None:
+    """The last two blocks add nothing here: leaving them out costs nothing, and dropping tokens does."""
+    torch.manual_seed(0)
+    config = VimConfig(image_size=(16, 16), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10)
+    model = Vim(config).eval()
+    for name, parameter in model.named_parameters():
+        if name in ("layers.2.mixer.out_proj.weight", "layers.3.mixer.out_proj.weight"):
+            parameter.data.zero_()
+    images = torch.randn(110, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    measurements, methods = Measurements(model, images, calibration=8), [Method("clip", "drop", "none")]
+
+    def searching(**options: Any) -> Search:
+        return Search(measurements, methods, Budget("flops", 0.6), split(110), **meters(measurements), **options)
+
+    assert not searching(cut=True)._sizes.cuts, "its old head is at a loss"
+    search_ = searching(cut=True, quick="head+side", limits=Limits(8))
+    assert [size.cut for size in search_._sizes.cuts] == [1, 2]
+    trials = search_.run()
+    best = trials[0]
+    assert best.size == Size(cut=2) and not best.settings.schedule.points and best.divergence < 1e-6
+    assert best.timing is not None and best.spent == best.multiply_adds == pytest.approx(0.5, abs=0.05)
+    both = [trial for trial in trials if trial.size.cut and trial.settings.schedule.points]
+    assert both and all(trial.settings.schedule.points[-1] < 4 - trial.size.cut for trial in both)
+    for trial in trials:
+        counted = measurements.at(trial.size).multiply_adds(trial.settings) / measurements.dense_cost
+        assert trial.multiply_adds == pytest.approx(counted, rel=1e-6)
+    clock = Clock(measurements, 8)
+    for cut, points, tokens in ((1, (), ()), (1, (1, 2), (10, 5)), (2, (1,), (4,))):
+        schedule = PruneSchedule(points, tokens)
+        timing = clock.timing(Variant(methods[0].settings(schedule, 0), Size(cut=cut)))
+        assert clock.of(methods[0], Size(cut=cut)).predict(schedule) == pytest.approx(timing.ratio, abs=0.05)
+
+
+def test_points_stay_where_they_are_in_their_stage() -> None:
+    """Of a model with three stages, without the last three blocks of the second one."""
+    cut = (Stage(0, 2, (6, 6)), Stage(2, 5, (4, 4)), Stage(5, 6, (2, 2)))
+    merged = carried(uniform(Method("clip", "grid-merge", "null"), (1, 4, 8)), Size(cut=3), STAGES, cut)
+    assert (merged.points, merged.size, len(merged.weights)) == ((1, 4, 5), Size(cut=3), 3)
+    assert carried(uniform(CALIBRATED, (1, 6)), Size(cut=3), STAGES, cut).points == (1,)
+    assert carried(uniform(CALIBRATED, (1, 6)), Size(20), STAGES, STAGES).points == (1, 6)
 
 
 def test_logits_that_are_not_finite_are_refused_by_image(model: Backbone) -> None:
@@ -503,6 +562,32 @@ def test_a_plan_takes_a_part_of_a_batch_that_takes_long(
     assert sizes == {8}, "what is chosen is timed as it will run"
 
 
+@pytest.mark.parametrize(("longest", "side"), [(1e9, 96), (0.0, 32)])
+def test_a_plan_takes_a_smaller_image_of_a_model_that_takes_any_size(
+    longest: float, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = VMambaConfig((96, 96), embed_dim=8, depths=(1, 2), num_classes=0, out_stages=(0, 1))
+    head = UperNetConfig(in_channels=(8, 16), channels=8, num_classes=3)
+    family = FAMILIES.get("vmamba-upernet")
+    model = family.build(family.config_class(encoder=encoder, head=head, preprocessing=KeepRatio(96, 96)))
+    sizes: set[torch.Size] = set()
+
+    def speeds(sessions: list[Session], images: list[torch.Tensor], rounds: int, **_: int) -> list[Speed]:
+        sizes.update(each.shape for each in images)
+        assert all(session(each).isfinite().all() for session, each in zip(sessions, images, strict=True))
+        return [Speed(1.0, (1.0, 1.0), 1.0, rounds, (1.0,) * rounds) for _ in sessions]
+
+    monkeypatch.setattr(clocks, "interleaved_speeds", speeds)
+    monkeypatch.setattr(clocks, "_LONG", longest)
+    draw = torch.Generator().manual_seed(0)
+    clock = Clock(Measurements(model, torch.randn(2, 3, 96, 96, generator=draw), calibration=2), 1)
+    clock.of(Method("clip", "drop", "none"))
+    assert sizes == {torch.Size((1, 3, side, side))}
+    sizes.clear()
+    clock.timing(Variant(Method("clip", "drop", "none").settings(PruneSchedule((2,), (50,)), 0)))
+    assert sizes == {torch.Size((1, 3, 96, 96))}, "what is chosen is timed as it will run"
+
+
 def test_what_is_slower_than_dense_is_never_chosen(calib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(sessions: list[Session], images: torch.Tensor, rounds: int, **_: int) -> list[Speed]:
         times = [1.0, *(1.5 for _ in sessions[1:])]
@@ -548,7 +633,7 @@ def test_a_table_knows_that_a_smaller_grid_saves_in_later_stages_too() -> None:
 
 
 def test_a_table_is_measured_once_on_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(clocks, "cache_folders", lambda: [tmp_path])
     torch.manual_seed(0)
     vim = Vim(VimConfig(image_size=(32, 32), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=10))
     measurements = Measurements(vim, torch.randn(2, 3, 32, 32), calibration=2)
@@ -559,7 +644,7 @@ def test_a_table_is_measured_once_on_a_machine(tmp_path: Path, monkeypatch: pyte
         return clock.of(method).predict(PruneSchedule((2,), (20,)))
 
     first = predicted(4)
-    (file,) = (tmp_path / "ssmprune" / "times").iterdir()
+    (file,) = (tmp_path / "times").iterdir()
     monkeypatch.setattr(Clock, "timings", None)
     assert predicted(4) == first
     with pytest.raises(TypeError):  # another batch size is another table
@@ -595,8 +680,10 @@ def test_many_sides_are_thinned_and_few_of_them_are_loaded(monkeypatch: pytest.M
 
     measurements = Measurements(small, load(small), calibration=2, load=load)
     methods = [Method("clip", "drop", "none")]
-    found = Search(measurements, methods, Budget("flops", 0.6), split(4), **meters(measurements), limits=Limits(6))
-    assert len(sides(small)) == 16 and len(found._sides) == 8
+    found = Search(
+        measurements, methods, Budget("flops", 0.6), split(4), **meters(measurements), resize=True, limits=Limits(6)
+    )
+    assert len(sides(small)) == 16 and len(found._sizes.sides) == 8
     found.run()
     assert 64 in asked and 2 <= len(set(asked)) <= 6, "cost is counted without images"
 

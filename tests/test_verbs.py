@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import ssmprune_cli
-from ssmprune_cli import pruning
+from ssmprune_cli import adapt, pruning
 from ssmprune_cli.data import some_images
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
@@ -80,16 +82,21 @@ def test_repair_reads_files_too(model: Backbone, photos: Path) -> None:
     assert isinstance(model.pruner, TokenPruner)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads is new in Python 3.11")
 def test_the_signatures_are_those_of_the_verbs() -> None:
-    """And those of `compress` with the one for what pruning knows nothing of."""
-    for name in ("compress", "repair"):
-        own, below = (inspect.signature(getattr(wing, name)).parameters for wing in (ssmprune_cli, pruning))
-        expected = {each.name: (each.kind, each.default) for each in below.values()}
-        if name == "compress":
-            expected["weights"] = (inspect.Parameter.KEYWORD_ONLY, "float")
-        assert {each.name: (each.kind, each.default) for each in own.values()} == expected
-        assert getattr(ssmprune_cli, name).__doc__.startswith(getattr(pruning, name).__doc__)
-    assert 'weights "int8"' in (ssmprune_cli.compress.__doc__ or "")
+    assert inspect.signature(ssmprune_cli.repair) == inspect.signature(pruning.repair)
+    assert ssmprune_cli.repair.__doc__ == pruning.repair.__doc__
+    ours, own = (inspect.signature(each).parameters for each in typing.get_overloads(ssmprune_cli.compress))
+    below = {each.name: each.default for each in inspect.signature(pruning.compress).parameters.values()}
+    assert {each.name: each.default for each in ours.values()} == below | {"weights": "float"}
+    assert set(own) == set(inspect.signature(adapt.compress).parameters)
+
+
+def test_options_of_the_other_kind_of_model_are_refused(model: Backbone) -> None:
+    with pytest.raises(UsageError, match="`protect` is for modules of your own, and the model is a Vim"):
+        ssmprune_cli.compress(model, 0.5, protect=[0])  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="`repair` is for backbones of ours, and the model is a Linear"):
+        ssmprune_cli.compress(torch.nn.Linear(2, 2), 0.5, repair="auto")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.efficientvmamba.model import EfficientVMamba, EfficientVMambaConfig
+from ssmprune_cli.models.localvmamba.model import LocalVMamba, LocalVMambaConfig
 from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
@@ -215,6 +216,7 @@ FAMILIES: dict[str, Callable[[], Backbone]] = {
     "vmamba": lambda: VMamba(VMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
     "efficientvmamba": lambda: EfficientVMamba(EfficientVMambaConfig((32, 32), 8, (2, 2, 1, 1), num_classes=2)),
     "mambavision": lambda: MambaVision(MambaVisionConfig((64, 64), 8, 8, (1, 1, 3, 1), (1, 1, 2, 2), num_classes=2)),
+    "localvmamba": lambda: LocalVMamba(LocalVMambaConfig((16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
     "medmamba": lambda: MedMamba(MedMambaConfig(image_size=(16, 16), embed_dim=8, depths=(2, 2), num_classes=2)),
 }
 
@@ -225,7 +227,7 @@ def test_every_family_is_drawn_on_its_grid(family: str, reduction: str, tmp_path
     """As many cells stay as the schedule says, the best of those that were there, and a wide image stays wide."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
-    points = [1, 3] if family in ("vmamba", "medmamba", "efficientvmamba") else [1, 2]
+    points = [1, 3] if family in ("vmamba", "localvmamba", "medmamba", "efficientvmamba") else [1, 2]
     compress(model, 0.5, points=points, reduction=reduction)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "wide.png")

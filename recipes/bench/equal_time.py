@@ -25,11 +25,11 @@ import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import Backbone, cut_short, cuts, resize
+from ssmprune_cli.models import Backbone, Size, cut_short, cuts, resize
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
-from ssmprune_cli.workflows.compress import for_images, recipe_settings
+from ssmprune_cli.workflows.compress import made_smaller, recipe_settings
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, machine, quartiles
 from ssmprune_cli.workflows.search import Limits, SearchPlan, search
 from ssmprune_cli.workflows.source import Source
@@ -138,7 +138,7 @@ class Bench:
             device=self.arguments.device,
         )
         (found,) = search(self.source, plan).found
-        model = for_images(self.source.load(), found.recipe).to(self.comparison.device).eval()
+        model = made_smaller(self.source.load(), found.recipe).to(self.comparison.device).eval()
         settings = recipe_settings(model, found.recipe, calibrated=True)
         images = self.images(model)
         what = found.trace()[0].recipe
@@ -168,7 +168,7 @@ class Bench:
     ) -> None:
         comparison = self.comparison
         smaller = model.config.resized_from is not None
-        seen = comparison.at(model.image_size[0]).images if smaller else comparison.images
+        seen = comparison.at(Size(model.image_size[0])).images if smaller else comparison.images
         logits, dense = run(session, (batch.images for batch in seen)), comparison.dense_answers.sample
         nats = divergence(dense, logits)
         right, wanted = (100 * (each.argmax(dim=1) == self.labels).double() for each in (logits, dense))

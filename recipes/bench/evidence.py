@@ -45,7 +45,7 @@ from ssmprune_cli.recipe.sections import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
 from ssmprune_cli.workflows.compress import recipe_settings
 from ssmprune_cli.workflows.measure.machine import machine
-from ssmprune_cli.workflows.search.algorithm import Limits
+from ssmprune_cli.workflows.search import Limits
 from ssmprune_cli.workflows.search.workflow import SearchPlan, search
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials.budgets import Budget, Uniform

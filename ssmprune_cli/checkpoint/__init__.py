@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ssmprune_cli.checkpoint.artefact import check_writable, is_compressed, save
-from ssmprune_cli.checkpoint.files import hub_address, sha256
+from ssmprune_cli.checkpoint.described import described
+from ssmprune_cli.checkpoint.files import hub_address, sha256, size
 from ssmprune_cli.checkpoint.hub import Address as HubAddress
 from ssmprune_cli.checkpoint.hub import explained as hub_errors
 from ssmprune_cli.checkpoint.hub import library as hub_library
 from ssmprune_cli.checkpoint.hub import parse as parse_address
-from ssmprune_cli.checkpoint.loading import build_empty, load, load_as, non_finite, resolve, variant_name
+from ssmprune_cli.checkpoint.loading import build_empty, left_out, load, load_as, non_finite, resolve, variant_name
 from ssmprune_cli.checkpoint.reading import Checkpoint, read
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "HubAddress",
     "build_empty",
     "check_writable",
+    "described",
     "hub_address",
     "hub_errors",
     "hub_library",
     "is_compressed",
+    "left_out",
     "load",
     "load_as",
     "non_finite",
@@ -28,5 +31,6 @@ __all__ = [
     "resolve",
     "save",
     "sha256",
+    "size",
     "variant_name",
 ]

@@ -15,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ssmprune_cli.checkpoint.files import CONFIG, DENSE, WEIGHTS, locate, read_json
+from ssmprune_cli.checkpoint.hub import MADE_SMALLER
 from ssmprune_cli.checkpoint.replacing import probe, recover, write_folder
 from ssmprune_cli.errors import CheckpointError
 from ssmprune_cli.models import Backbone
@@ -22,7 +23,6 @@ from ssmprune_cli.pruning import TokenPruner
 
 FORMAT, FORMAT_VERSION = "ssmprune", 1
 EIGHT_BITS = "eight_bits"  # in config.json: the kinds of linear layers whose weights are; not there if there are none
-RESIZED = ("resized_from", "resized")  # where the configuration of a classifier, or of a dense model, says what it was
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def read_config(folder: Path) -> Artefact:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether `path` is an artefact folder of a model that drops tokens, was resized or is in eight bits. Raises
+    """Whether `path` is an artefact folder of a model that drops tokens, was made smaller or is in eight bits. Raises
     CheckpointError if its config.json is damaged."""
     path = locate(path)
     if not (path / CONFIG).is_file() or not _is_ours(path):
         return False
     said = read_config(path)
-    resized = any(said.config.get(name) is not None for name in RESIZED)
-    return said.pruning is not None or bool(said.eight_bits) or resized
+    smaller = any(said.config.get(name) is not None for name in MADE_SMALLER)
+    return said.pruning is not None or bool(said.eight_bits) or smaller
 
 
 def _is_ours(folder: Path) -> bool:
@@ -122,8 +122,8 @@ def save(
 ) -> None:
     """Write `model`, with its pruner, and `extra_files` (name to content) to `folder`: all of it or nothing.
 
-    dense  what a resized `model` was made of: its weights that are others go into the folder too, so that it can be
-           compressed again from there
+    dense  what a `model` that was resized or cut short was made of: its weights that are others go into the folder too,
+           so that it can be compressed again from there. Not if `model` is in eight bits: that is final
 
     The same model gives the same bytes. Raises CheckpointError if `check_writable` does, or if the disk is full.
     """
@@ -144,7 +144,7 @@ def save(
         CONFIG: json.dumps(config, indent=1) + "\n",
         WEIGHTS: serialize(state, metadata={"format": "pt"}),
     }
-    if dense is not None and model.config.resized_from is not None:
+    if dense is not None and dense.config != model.config and not model.eight_bit_kinds:
         others = {
             name: value
             for name, value in _state(dense).items()

@@ -39,6 +39,12 @@ def locate(path: Path) -> Path:
     return path
 
 
+def folder_of(path: Path) -> Path:
+    """The folder that the file or folder at `path` is in, or is: where a tokenizer may lie beside the weights."""
+    path = locate(path)
+    return path if path.is_dir() else path.parent
+
+
 def _is_address(path: Path) -> bool:
     return str(path).startswith(_ADDRESSES) and not os.path.lexists(path)
 
@@ -85,6 +91,11 @@ def parts(path: Path) -> list[Path]:
     if other.exists() and not weights.exists():
         return [path / CONFIG, other]
     return [path / CONFIG, weights, *([path / DENSE] if (path / DENSE).exists() else [])]
+
+
+def size(path: Path) -> int:
+    """Bytes of the files of a checkpoint; of an artefact, config.json and all weights."""
+    return sum(part.stat().st_size for part in parts(path))
 
 
 def sha256(path: Path) -> str:

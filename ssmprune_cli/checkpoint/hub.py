@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 
 from ssmprune_cli.errors import CheckpointError, SsmpruneError, UsageError, listing
 
+MADE_SMALLER = ("resized_from", "resized", "cut_from")  # where a configuration says that it was another before
 SCHEME = "hf:"
 _ADDRESS = re.compile(r"hf:/+([^/@]+)/([^/@]+)(?:@([^/]+))?(?:/(.+))?")  # a Path has one slash for two
 _PAGE = re.compile(r"https:/+huggingface\.co/([^/]+)/([^/]+)/(?:resolve|blob)/([^/]+)/([^?#]+)")
@@ -75,7 +76,7 @@ def fetched(address: Address) -> tuple[Path, Address]:
         return path, pinned
     _download(pinned, "model.safetensors")
     config = _values(path).get("config")
-    if isinstance(config, dict) and (config.get("resized_from") or config.get("resized")):
+    if isinstance(config, dict) and any(config.get(name) for name in MADE_SMALLER):
         with suppress(FileNotFoundError):  # of a fine-tuned model there is no dense one
             _download(pinned, "dense.safetensors", optional=True)
     return root, pinned
@@ -94,7 +95,21 @@ def _download(address: Address, file: str, *, optional: bool = False) -> Path:
     """`file` of the repository. FileNotFoundError if it is not there and `optional`."""
     hub = library()
     with explained(replace(address, file=file), optional=optional):
+        if not isinstance(hub.try_to_load_from_cache(address.repository, file, revision=address.revision), str):
+            _reach(hub, address, file)
         return Path(hub.hf_hub_download(address.repository, file, revision=address.revision, library_name="ssmprune"))
+
+
+def _reach(hub: Any, address: Address, file: str) -> None:
+    """Ask the hub about `file` once: for a file that is not in the cache, a download would ask for half a minute."""
+    from huggingface_hub import errors
+
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(address.repository, file, revision=address.revision))
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError):
+        raise
+    except Exception as error:  # of the network: their class is that of a library that changes with versions
+        raise errors.LocalEntryNotFoundError(str(error)) from error
 
 
 def library() -> Any:

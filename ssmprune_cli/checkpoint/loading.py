@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ssmprune_cli import pruning
+from ssmprune_cli.checkpoint.described import configuration, unfilled
+from ssmprune_cli.checkpoint.files import folder_of
 from ssmprune_cli.checkpoint.reading import Checkpoint, read, read_dense
 from ssmprune_cli.checkpoint.stated import plain
-from ssmprune_cli.errors import CheckpointError, UsageError, listing, shown
+from ssmprune_cli.errors import CheckpointError, UnknownFamilyError, UsageError, listing, shown
 from ssmprune_cli.models import (
     FAMILIES,
     MAX_SIDE,
@@ -26,23 +25,22 @@ from ssmprune_cli.models import (
     Hints,
     ImageConfig,
     Shapes,
-    before_resizing,
-    make_room_for_eight_bits,
+    dense_config,
 )
 from ssmprune_cli.preprocessing import NOTHING_SAID, Interpolation, Reading, Triple
 
 # Keys that give away a published layout that is not supported: the end of a key, and whose it is.
 _FOREIGN = (
-    ("temporal_pos_embedding", "VideoMamba for videos"),
-    ("backbone.embedding.weight", "a Mamba language model"),
-    ("backbone.embeddings.weight", "a Mamba language model"),
+    ("temporal_pos_embedding", "a VideoMamba for videos without its classifier, as masked pretraining leaves it"),
 )
 _NOT_OF_A_VARIANT = (
     *(field.name for field in fields(ImageConfig)),
     *("image_size", "num_classes", "out_indices", "out_stages"),
     *("preprocessing", "resized", "class_names", "dropout"),
+    *("vocab_size", "tied", "length", "protect_last"),
 )
-MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
+_OF_IMAGES = ("image_size", "stride", "crop", "interpolation", "mean", "std")  # fields of a Reading
+_OF_TEXT = ("length", "protect_last")
 _PRUNER = ("pruner.", "encoder.pruner.")  # what the names of a pruner's buffers begin with
 _GIVE_THE_FOLDER = "The weights are those of a compressed model: give the folder, with its config.json."
 
@@ -68,6 +66,8 @@ def load(
     interpolation: Interpolation | None = None,
     mean: Triple | None = None,
     std: Triple | None = None,
+    length: int | None = None,
+    protect_last: int | None = None,
 ) -> Backbone:
     """The model in a checkpoint file or an artefact folder: evaluation mode, float32, on the CPU.
 
@@ -76,14 +76,17 @@ def load(
     Raises CheckpointError if anything is wrong with the file (weights are never loaded in part, nor if one is not
     finite) or if several models fit it, and UsageError for options that do not exist or do not fit.
     """
-    return load_as(path, Reading(family, variant, weights, image_size, stride, crop, interpolation, mean, std))
+    reading = Reading(
+        family, variant, weights, image_size, stride, crop, interpolation, mean, std, length, protect_last
+    )
+    return load_as(path, reading)
 
 
 @torch.inference_mode(False)  # weights made in inference mode have no version, and nothing could be kept of them
 def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backbone:
     """See `load`. With `dense`, a compressed model comes as it was before: without its pruner, and for its own images.
 
-    CheckpointError for `dense` if the model was resized and trained since: what it was before is no longer there.
+    CheckpointError for `dense` if the model was made smaller and trained since: what it was before is no longer there.
     """
     path = Path(path)
     checkpoint = read(path, weights=reading.weights)
@@ -100,8 +103,9 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
     if dense:
         settings = None
         state = {name: value for name, value in state.items() if not name.startswith(_PRUNER)}
-        state |= read_dense(checkpoint, resized=config.resized_from is not None)
-        config = before_resizing(config)
+        before = dense_config(config)
+        state |= read_dense(checkpoint, needed=before != config)
+        config = before
     model = build_empty(resolved.family, config, settings, state, path, eight_bits)
     broken = non_finite(state)
     if broken:
@@ -129,7 +133,18 @@ def load_as(path: Path | str, reading: Reading, *, dense: bool = False) -> Backb
         model = build_empty(resolved.family, config, None, values, path, eight_bits)
     # Assigned, so that no weight is initialised only to be replaced.
     model.load_state_dict(values, strict=True, assign=True)
+    model.notes = left_out(checkpoint, resolved)
+    model.folder = folder_of(path)
     return model.eval()
+
+
+def left_out(checkpoint: Checkpoint, resolved: Resolved) -> tuple[str, ...]:
+    """What the file says of its model and is of no use, in sentences: names of another number of classes."""
+    names = checkpoint.hints.class_names
+    if not names or not resolved.family.whole_image or len(names) == resolved.config.num_classes:
+        return ()
+    classes = resolved.config.num_classes
+    return (f"{checkpoint.path.name} names {len(names)} classes, and its head has {classes}: the names are left out.",)
 
 
 def resolve(checkpoint: Checkpoint, reading: Reading = NOTHING_SAID) -> Resolved:
@@ -157,6 +172,8 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
         checkpoint.hints,
         variant=reading.variant,
         asked_size=reading.image_size,
+        length=reading.length,
+        protect_last=reading.protect_last,
         **{key: value for key, value in _images(reading).items() if value is not None},
     )
     if reading.stride is not None:
@@ -199,7 +216,16 @@ def _found(checkpoint: Checkpoint, chosen: Family | None, reading: Reading) -> R
 
 
 def _check_images(family: Family, reading: Reading) -> None:
-    """UsageError for options that have no meaning for the images of `family`."""
+    """UsageError for options that have no meaning for what `family` is given."""
+    pixels = [name for name in _OF_IMAGES if getattr(reading, name) is not None]
+    text = [name for name in _OF_TEXT if getattr(reading, name) is not None]
+    if foreign := pixels if family.text else text:
+        takes, fitting = ("text", _OF_TEXT) if family.text else ("images", _OF_IMAGES)
+        raise UsageError(
+            f"a {family.title} takes {takes}",
+            where=_option(foreign[0]),
+            hint=f"For {takes} there are {listing(map(_option, fitting), len(fitting))}.",
+        )
     if not family.whole_image:
         return
     for name, value in (("--crop", reading.crop), ("--interpolation", reading.interpolation)):
@@ -209,6 +235,10 @@ def _check_images(family: Family, reading: Reading) -> None:
                 where=name,
                 hint="Give the short side to which images are resized: `--image-size 512`, for example.",
             )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _images(reading: Reading) -> dict[str, Any]:
@@ -253,14 +283,7 @@ def build_empty(
 ) -> Backbone:
     """The backbone on the meta device, with a pruner if there are settings, and with the kinds of layers `eight_bits`
     in eight bits. CheckpointError if `state` does not fit."""
-    try:
-        with torch.device("meta"):
-            model = family.build(config)
-            make_room_for_eight_bits(model, model.layers_of(dict.fromkeys(eight_bits)))
-            if settings is not None:
-                pruning.attach(model, settings)
-    except (UsageError, RuntimeError, OverflowError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"no model can be built of these sizes: {error}", where=str(path)) from error
+    model = unfilled(family, config, settings, path, eight_bits)
     faults = _faults(model, state)
     if faults:
         title = variant_name(family, config) or family.title
@@ -310,7 +333,7 @@ def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Re
     variant = reading.variant
     where = str(checkpoint.path / "config.json")
     family = FAMILIES.get(checkpoint.artefact.family)
-    config = _config(family, checkpoint.artefact.config, len(checkpoint.state), where)
+    config = configuration(family, checkpoint.artefact.config, len(checkpoint.state), where)
     found = variant_name(family, config)
     if requested not in (None, family) or (variant is not None and variant != found):
         raise UsageError(
@@ -323,45 +346,19 @@ def _from_artefact(checkpoint: Checkpoint, requested: Family | None, reading: Re
         raise UsageError(f"says a stride of {stride}, not {reading.stride}", where=where, hint="Leave out `--stride`.")
     _check_images(family, reading)
     given = {key: value for key, value in _images(reading).items() if value is not None}
+    for name in _OF_TEXT:
+        asked = getattr(reading, name)
+        if asked is not None and asked != getattr(config, name):
+            raise UsageError(
+                f"says {name.replace('_', ' ')} {getattr(config, name)}, not {asked}, and its token counts are for it",
+                where=where,
+                hint=f"Leave out `{_option(name)}`, or compress the dense checkpoint with it.",
+            )
     if family.whole_image:
         config = replace(config, preprocessing=replace(config.preprocessing, **given))
     else:
         config = replace(config, **given)
     return Resolved(family, config, checkpoint.state)
-
-
-def _config(family: Family, values: dict[str, Any], weights: int, where: str) -> Any:
-    """The configuration in a config.json, of types and sizes that a model of so many `weights` can have."""
-    unknown = sorted(set(values) - {field.name for field in fields(family.config_class)})
-    if unknown:
-        raise CheckpointError(f"the configuration is not valid: {listing(unknown)} is unknown", where=where)
-    _check_numbers(values, weights, where)
-    try:
-        config = TypeAdapter(family.config_class).validate_json(json.dumps(values), strict=True)
-        before_resizing(config)  # raises where the dense model's size is none
-        return config
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise CheckpointError(f"the configuration is not valid: {listing(faults)}", where=where) from error
-    except (ValueError, UsageError) as error:
-        raise CheckpointError(f"the configuration is not valid: {error}", where=where) from error
-
-
-def _check_numbers(values: dict[str, Any], weights: int, where: str) -> None:
-    """CheckpointError unless a model of so many `weights` can have these sizes."""
-    waiting = list(values.items())
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += value.items()
-            continue
-        numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int)]
-        limit = weights if name in ("depth", "depths") else MAX_NUMBER
-        most = MAX_NUMBER if name == "class_names" else weights + 2
-        if sum(map(abs, numbers)) > limit or (isinstance(value, list) and len(value) > most):
-            raise CheckpointError(
-                f"the configuration is not valid: {name} is larger than {weights} weights can be", where=where
-            )
 
 
 def _detect(checkpoint: Checkpoint) -> Family:
@@ -389,15 +386,18 @@ def _detect(checkpoint: Checkpoint) -> Family:
             hint=_GIVE_THE_FOLDER if _is_compressed(checkpoint.state) else f"{unsettled} Type {choices}.",
         )
     looks = _recognise(shapes)
+    error: type[CheckpointError] = CheckpointError
     similar = [family for _, family in FAMILIES.items() if family.matches(shapes, Hints())]
     if similar:
         what = f"has the weights of {similar[0].title}, but its name says that it is something else"
         hint = f"If the name is wrong, give `--family {similar[0].name}`. {_known()}"
     elif looks:
-        what, hint = f"is {looks}, which is not supported", f"{_known()} {_first_weights(shapes)}"
+        error, hint = UnknownFamilyError, f"{_known()} {_first_weights(shapes)}"
+        what = f"is {looks}, which is not supported"
     else:
-        what, hint = "is of no known model family", f"{_known()} {_first_weights(shapes)}"
-    raise CheckpointError(what, where=where, hint=hint)
+        error, hint = UnknownFamilyError, f"{_known()} {_first_weights(shapes)}"
+        what = "is of no known model family"
+    raise error(what, where=where, hint=hint)
 
 
 def _misfits(family: Family, checkpoint: Checkpoint) -> list[str]:

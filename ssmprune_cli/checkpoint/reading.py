@@ -73,12 +73,13 @@ def read(path: Path, *, weights: str = "model") -> Checkpoint:
         statements["config"] = read_json(path / CONFIG) if (path / CONFIG).exists() else None
         kind, content = "transformers folder", _read_file(folder)[1]
     else:
+        statements["config"] = _beside(path)
         kind, content = _read_file(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"holds a {type(content).__name__}, not weights by name", where=str(path))
     used, found = _choose_copy(path, content, weights)
     try:
-        hints = stated.hints(path.name, {**content, **statements})
+        hints = stated.hints(path.name, {**content, **{name: each for name, each in statements.items() if each}})
     except CheckpointError as error:
         raise CheckpointError(error.what, where=str(path), hint=error.hint) from error
     state = _named_tensors(path, found)
@@ -86,22 +87,21 @@ def read(path: Path, *, weights: str = "model") -> Checkpoint:
     return Checkpoint(path=path, kind=kind, entries=entries, used=used, state=state, hints=hints)
 
 
-def read_dense(checkpoint: Checkpoint, *, resized: bool) -> dict[str, Tensor]:
+def read_dense(checkpoint: Checkpoint, *, needed: bool) -> dict[str, Tensor]:
     """The weights of the dense model that are others than those of the artefact `checkpoint`, by name.
 
-    CheckpointError if the model was `resized`, and the file with them is not there.
+    CheckpointError if they are `needed`, as of a model that was resized or cut short, and are not there.
     """
     if checkpoint.artefact is None:
         return {}
     file = checkpoint.path / DENSE
     if not os.path.lexists(file):
-        if not resized:
+        if not needed:
             return {}
         raise CheckpointError(
-            f"was made for smaller images, and what it was before is not in it: there is no {DENSE}",
+            f"was resized or cut short, and what it was before is not in it: there is no {DENSE}",
             where=str(checkpoint.path),
-            hint="A model that was fine-tuned at the smaller size has no dense one any more. Give the checkpoint that "
-            "it was made of.",
+            hint="One that was fine-tuned has no dense model any more. Give the checkpoint that it was made of.",
         )
     return read_safetensors(file)[0]
 
@@ -114,10 +114,24 @@ def _transformers(folder: Path) -> Path | None:
         return None
     if (folder / CONFIG).exists():
         values = read_json(folder / CONFIG)
-        if not isinstance(values, dict) or values.get("format") == FORMAT or "model_type" not in values:
+        if not isinstance(values, dict) or values.get("format") == FORMAT:
             return None
-        return present[0]
+        return present[0] if "model_type" in values or _of_language(values) else None
     return None
+
+
+def _of_language(values: Any) -> bool:
+    """Whether a config.json is that of a language model, as state-spaces or transformers write it."""
+    return isinstance(values, dict) and ("ssm_cfg" in values or values.get("model_type") in ("mamba", "mamba2"))
+
+
+def _beside(file: Path) -> Any:
+    """The config.json beside the weights of a language model; None for other files."""
+    path = file.with_name(CONFIG)
+    if file.name not in (WEIGHTS, *INDEXES, "pytorch_model.bin") or not path.is_file():
+        return None
+    values = read_json(path)
+    return values if _of_language(values) else None
 
 
 def _read_file(path: Path) -> tuple[str, Any]:
@@ -177,7 +191,7 @@ def _sniff(path: Path) -> str:
 _FORMATS = (
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes", "Its weights are not those of a PyTorch model."),
     (b"\x93NUMPY", "is one array of numpy", "Expected the weights of a model by name."),
-    (b"GGUF", "is a GGUF file of a language model", "Expected a vision model's checkpoint."),
+    (b"GGUF", "is a GGUF file of a language model", "Expected a PyTorch checkpoint or a .safetensors file."),
     (b"\x1f\x8b", "is a packed archive", "Unpack it and give the checkpoint inside."),
     (b"BZh", "is a packed archive", "Unpack it and give the checkpoint inside."),
     (b"\xfd7zXZ\x00", "is a packed archive", "Unpack it and give the checkpoint inside."),

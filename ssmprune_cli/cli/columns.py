@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ssmprune_cli.tasks import Estimate
     from ssmprune_cli.workflows.compare import Row as Compared
     from ssmprune_cli.workflows.evaluate import Evaluation
-    from ssmprune_cli.workflows.profile import Profile
+    from ssmprune_cli.workflows.profile import Figures
+    from ssmprune_cli.workflows.scaling import Scaling
 
 
 def of_evaluation(names: Sequence[str], models: Sequence[Backbone], result: Evaluation) -> list[Row]:
@@ -40,7 +41,9 @@ def of_evaluation(names: Sequence[str], models: Sequence[Backbone], result: Eval
     ]
 
 
-def of_profiles(names: Sequence[str], profiles: Sequence[Profile]) -> list[Row]:
+def of_profiles(names: Sequence[str], profiles: Sequence[Figures]) -> list[Row]:
+    from ssmprune_cli.workflows.profile import Profile
+
     return [
         {
             "model": name,
@@ -53,14 +56,34 @@ def of_profiles(names: Sequence[str], profiles: Sequence[Profile]) -> list[Row]:
             "infer_gmacs": one.multiply_adds_all_directions / 1e9,
             "gmacs_one_direction": one.multiply_adds_one_direction / 1e9,
             "param_count": one.parameters / 1e6,
-            "peak_memory_mib": one.peak_memory_bytes / 2**20,
-            "floor_ms": one.floor.total_ms,
+            "peak_memory_mib": one.peak_memory_bytes / 2**20 if isinstance(one, Profile) else None,
+            "floor_ms": one.floor.total_ms if isinstance(one, Profile) else None,
             "dtype": one.dtype,
             "device": one.device,
             "threads": one.threads,
             "backend": one.backend,
         }
         for name, one in zip(names, profiles, strict=True)
+    ]
+
+
+def of_scaling(found: Scaling) -> list[Row]:
+    """A row for each model and size."""
+    return [
+        {
+            "model": name,
+            found.unit: size,
+            "infer_step_time": point.median_ms,
+            "infer_step_time_low_quartile": point.quartiles_ms[0],
+            "infer_step_time_high_quartile": point.quartiles_ms[1],
+            "infer_batch_size": found.batch_size,
+            "infer_gmacs": point.multiply_adds / 1e9,
+            "peak_memory_mib": point.peak_memory_bytes / 2**20,
+            "exponent": found.slopes[name].exponent,
+            "bytes_per_token": found.slopes[name].bytes_per_token,
+        }
+        for name, points in found.points.items()
+        for size, point in zip(found.sizes, points, strict=True)
     ]
 
 

@@ -132,7 +132,8 @@ def command(
     if ckpt is None:
         images = open_dataset(dataset or ("npz" if data.suffix == ".npz" else "imagenet"), data)
     else:
-        images = TASKS.get(Source(ckpt, reading).load().task).open(data, dataset)
+        model = Source(ckpt, reading).load()
+        images = TASKS.get(model.task).open(data, dataset, model=model)
     run = partial(
         compare,
         calib=calib,

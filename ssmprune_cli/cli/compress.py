@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,10 @@ from ssmprune_cli.cli.options import (
     BackendName,
     DeviceName,
     Evaluations,
+    KeepBlocks,
     KeepImageSize,
     RepairKind,
+    Slide,
     StateFile,
     TimedBatch,
     TimeLimit,
@@ -29,6 +32,7 @@ from ssmprune_cli.cli.options import (
     counts_option,
     dataset_option,
     importance_option,
+    pair,
     ratios_option,
     reads_checkpoints,
     seed_option,
@@ -55,6 +59,16 @@ def command(
             metavar="PIXELS",
             help="Side of smaller images for the model, position embeddings interpolated: alone, or with tokens "
             "dropped too.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
+    cut_blocks: Annotated[
+        int | None,
+        typer.Option(
+            parser=values.number(1, whole=True),
+            metavar="COUNT",
+            help="Leave out so many of the last blocks (of the longest stage), the head refitted on --calib: alone, or "
+            "with tokens dropped too.",
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,
@@ -155,6 +169,7 @@ def command(
         ),
     ] = False,
     keep_image_size: KeepImageSize = False,
+    keep_blocks: KeepBlocks = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     calib: Annotated[
@@ -168,7 +183,8 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="How many to use [default: 1024, if there are so many; to search, or without a repair, fewer].",
+            help="How many to use [default: 1024, if there are so many; fewer to search, without a repair and of "
+            "dense models].",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -194,6 +210,7 @@ def command(
             rich_help_panel=DATA,
         ),
     ] = 4,
+    slide: Slide = None,
     max_drop: MaxDrop = None,
     min_accuracy: MinAccuracy = None,
     min_miou: MinMiou = None,
@@ -244,7 +261,9 @@ def command(
         target_latency=target_latency,
         target_flops=target_flops,
         batch_size=batch_size,
+        cut_blocks=cut_blocks,
         keep_image_size=keep_image_size,
+        keep_blocks=keep_blocks,
         evaluations=evaluations,
         time_limit=time_limit,
         state=state,
@@ -260,6 +279,7 @@ def command(
         data=data,
         dataset=dataset,
         limit=limit,
+        slide=None if slide is None else pair(slide),
         samples=samples,
         limits=Limits(max_drop, min_accuracy, min_miou, max_flops, max_latency_ratio, judge),
         out=out,
@@ -281,7 +301,7 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import eight_bits, repaired, resizing, verdict, verdicts
+    from ssmprune_cli.workflows.reporting import block_by_block, eight_bits, repaired, smaller, verdict, verdicts
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -317,17 +337,19 @@ def _tables(report: Report) -> Group:
     compared = task.facts(report)
     if compared is not None:
         row = task.brief(compared)
-        table.add_row(row.title, row.dense, row.pruned, row.change)
+        for each in (row, *task.briefs(compared)):
+            table.add_row(each.title, each.dense, each.pruned, each.change)
         named = task.metric.capitalize() if task.metric.islower() else task.metric
         notes.append(f"{named} changes by {row.within} points (95 %).")
     lengths = Table(title="Tokens entering each block", title_justify="left")
     lengths.add_column("block")
     lengths.add_column("dense", justify="right")
     lengths.add_column(report.called, justify="right")
-    for first_block, last in _runs(pruned.tokens_per_block):
+    tokens = block_by_block(report, pruned.tokens_per_block)
+    for first_block, last in _runs(tokens):
         name = f"{first_block + 1}" if first_block == last else f"{first_block + 1} to {last + 1}"
-        lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(pruned.tokens_per_block[first_block]))
-    notes += [f"{text[0].upper()}{text[1:]}." for text in resizing(report)]
+        lengths.add_row(name, str(dense.tokens_per_block[first_block]), str(tokens[first_block] or "left out"))
+    notes += [f"{text[0].upper()}{text[1:]}." for text in smaller(report)]
     if pruning is not None:
         kept = f"Keep ratio {pruning.keep} at each point" if pruning.keep else "Token counts as given"
         notes.append(
@@ -341,7 +363,7 @@ def _tables(report: Report) -> Group:
     return Group(verdict(report), table, lengths, *notes)
 
 
-def _runs(values: tuple[int, ...]) -> list[tuple[int, int]]:
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
     """First and last index of each run of equal values."""
     starts = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return list(zip(starts, [start - 1 for start in starts[1:]] + [len(values) - 1], strict=True))

@@ -10,6 +10,7 @@ from typing import Any
 from ssmprune_cli import __version__
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.options import AsJson
+from ssmprune_cli.plugins import family_plugins
 
 PACKAGES = ("torch", "numpy", "fvcore", "safetensors", "mamba-ssm", "causal-conv1d", "triton")
 
@@ -32,6 +33,7 @@ def _facts() -> dict[str, Any]:
         "ssmprune": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "families": {plugin.name: plugin.package for plugin in family_plugins()},
         "system": platform.platform(),
         "cpu": processor(),
         "cores": os.cpu_count(),

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmprune_cli.cli import columns, formats, output, values
+from ssmprune_cli.cli import columns, formats, output
 from ssmprune_cli.cli.help import DATA, DEVICE, INPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
-    MAX_SIDE,
     AsJson,
     BackendName,
     DeviceName,
     PeerTimeout,
     PrecisionName,
+    Slide,
     dataset_option,
+    pair,
     reads_checkpoints,
-    split,
 )
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.files import distinct_names
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @reads_checkpoints
 def command(
-    path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint file, an artefact folder or an exported .onnx.")],
     dataset: Annotated[str, dataset_option("Layout of --data")],
     data: Annotated[
         Path,
@@ -54,13 +54,24 @@ def command(
             min=1, help="Use so many images, drawn at random from equal stretches of the dataset.", rich_help_panel=DATA
         ),
     ] = None,
-    slide: Annotated[
-        str | None,
+    slide: Slide = None,
+    segments: Annotated[
+        int | None,
         typer.Option(
-            parser=values.numbers("512,341", 1, MAX_SIDE, whole=True, count=2),
-            metavar="CROP,STRIDE",
-            help="Segmentation: look at an image through windows of CROP pixels that move by STRIDE, and not at the "
-            "whole of it.",
+            min=1,
+            max=64,
+            help="Videos: sample each clip so often, from other moments on, and judge the mean [default: 1; the "
+            "authors of VideoMamba take 4].",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    crops: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Videos: look at so many squares along the long side of the frames [default: 1, the middle; the "
+            "authors of VideoMamba take 3].",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -95,18 +106,19 @@ def command(
 
     With --compare, also the difference on the same images, its interval and a paired test. --precision and how a
     checkpoint is read hold for both files. Limits are checked after the result is printed; those on drop,
-    multiply-adds and latency are against the --compare model.
+    multiply-adds and latency are against the --compare model. An exported file is run by ONNX Runtime, with our
+    kernels where it can.
     """
     from rich.console import Group
 
-    from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.tasks import TASKS, Estimate
-    from ssmprune_cli.workflows.evaluate import evaluate
+    from ssmprune_cli.workflows.evaluate import Views, evaluate
     from ssmprune_cli.workflows.limits import Limits, enforce
-    from ssmprune_cli.workflows.measure import count_flops, in_precision
+    from ssmprune_cli.workflows.measure import count_flops
     from ssmprune_cli.workflows.processes import join_processes
     from ssmprune_cli.workflows.reporting import verdicts
+    from ssmprune_cli.workflows.subject import definition_of, read
     from ssmprune_cli.workflows.write import check_place, write_text
 
     form = formats.chosen(form, as_json=as_json)
@@ -116,26 +128,27 @@ def command(
     use_backend(backend)
     device = join_processes(device, peer_timeout)
     paths = [path] if compare is None else [path, compare]
-    loaded = [checkpoint.load_as(each, reading) for each in paths]
-    models = [in_precision(each, precision) for each in loaded]
+    subjects = read(paths, reading, precision, device)
+    models = [definition_of(each.model) for each in subjects]
     task = TASKS.get(models[0].task)
     limits.fit(task)
     if slide is not None:
-        crop, stride = (int(side) for side in split(slide))
+        crop, stride = pair(slide)
         task = task.sliding((crop, crop), (stride, stride))
     if save_predictions is not None:
         if not task.saves:
             raise UsageError(f"is for detection, and the model is for {task.name}", where="--save-predictions")
         check_place(save_predictions, "--save-predictions")
-    images = task.open(data, dataset)
+    images = task.open(data, dataset, model=models[0])
     with output.progress("Evaluating") as advance:
         result = evaluate(
-            models[0],
+            subjects[0].model,
             images,
             batch_size=task.at_once(32, batch_size),
             limit=limit,
-            compare=models[1] if compare else None,
+            compare=subjects[1].model if compare else None,
             task=task,
+            views=None if segments is None and crops is None else Views(segments or 1, crops or 1),
             device=device,
             progress=advance,
         )
@@ -173,11 +186,13 @@ def _tables(names: list[str], result: Evaluation) -> Group:
     if result.comparison is not None and result.dense_images_per_second is not None:
         scores.append(result.task.dense(result.comparison))
         speeds.append(result.dense_images_per_second)
-    table = Table(title=f"{result.count:,} images, {result.dtype}", title_justify="left")
+    cases = result.task.cases
+    views = "" if result.views is None else f", {result.views}"
+    table = Table(title=f"{result.count:,} {cases}{views}, {result.dtype}", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
-    for row in (*result.task.table(scores), ["images per second", *(f"{speed:.1f}" for speed in speeds)]):
+    for row in (*result.task.table(scores), [f"{cases} per second", *(f"{speed:.1f}" for speed in speeds)]):
         table.add_row(*row)
     shown: list[Table | str] = [table]
     if lines := result.task.by_part(scores):

@@ -199,13 +199,13 @@ def command(
     use_backend(backend)
     if path is None:
         model = build(reading.family or "vim", of_model, name=name, seed=seed)
-        if pth is not None:
-            check_container(model)
         if init is not None:
             start_from(model, init, reading)
     else:
         model = checkpoint.load_as(path, reading)
     check_trained(model)
+    if pth is not None:
+        check_container(model, name)
     job = plan(
         path,
         recipe=recipe,

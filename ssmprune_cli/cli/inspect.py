@@ -18,15 +18,28 @@ def command(
     reading: Reading = NOTHING_SAID,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in a checkpoint: family, size, tokens, scan directions, contents, dtype, checksum, preprocessing."""
+    """Say what is in a checkpoint: family, size, tokens, scan directions, contents, dtype, checksum, preprocessing.
+
+    Of a file of no known family, say which mixers its keys show, and the Python to start from.
+    """
     from rich.console import Group
+    from rich.text import Text
 
     from ssmprune_cli.cli.tables import facts_table
-    from ssmprune_cli.workflows.inspect import inspect
+    from ssmprune_cli.workflows.inspect import ForeignInspection, look
 
-    facts = inspect(path, reading).to_dict()
+    found = look(path, reading)
+    if isinstance(found, ForeignInspection):
+        output.warn("the file is of no known family, so the other commands do not take it; in Python it can be pruned")
+        lines = (facts_table({"mixers": found.lines, "parameters": found.parameters}), f"SHA-256 {found.sha256}")
+        output.emit(Group(*lines, Text(found.sketch)), found.to_dict(), as_json=as_json)
+        return
+    facts = found.to_dict()
     if facts["non_finite"]:
         output.warn(f"{len(facts['non_finite'])} weights hold infinite values or NaN; the file would not be loaded")
-    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    for note in facts["notes"]:
+        output.warn(note)
+    of_clips = () if facts["frames"] else ("frames", "tubelet")
+    rest = {key: value for key, value in facts.items() if key not in ("sha256", "notes", *of_clips)}
     # On a line of its own, so that it can be compared and copied whole.
     output.emit(Group(facts_table(rest), f"SHA-256 {facts['sha256']}"), facts, as_json=as_json)

@@ -10,12 +10,13 @@ import sys
 import traceback
 import warnings
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.allocator import keep_freed_memory
 from ssmprune_cli.cli.app import app, settings
 from ssmprune_cli.errors import SsmpruneError
+from ssmprune_cli.plugins import PluginWarning
 
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for Ctrl-C
 TERMINATED = 128 + signal.SIGTERM
@@ -31,6 +32,7 @@ def main() -> NoReturn:
     output.prepare_streams()
     signal.signal(signal.SIGTERM, _terminate)
     warnings.filterwarnings("ignore", module="PIL")  # about metadata of images: what matters there is an error
+    warnings.showwarning = _show_warning
     code: int | str | None = 0
     try:
         app(prog_name="ssmprune")
@@ -54,6 +56,16 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     global _terminated
     _terminated = True
     raise KeyboardInterrupt
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any, **named: Any
+) -> None:
+    """A warning of ours without the line of code that it comes from; any other as Python shows it."""
+    if issubclass(category, PluginWarning):
+        output.warn(str(message))
+    elif sys.stderr is not None:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def explain(error: Exception) -> int:

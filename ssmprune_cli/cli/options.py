@@ -17,6 +17,7 @@ from ssmprune_cli.preprocessing import INTERPOLATIONS, Reading
 from ssmprune_cli.recipe import Training
 
 MAX_SIDE = 1 << 14  # as `models.MAX_SIDE`
+MAX_LENGTH = 1 << 20  # as `models.MAX_LENGTH`
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]
 BackendName = Annotated[
@@ -70,6 +71,10 @@ KeepImageSize = Annotated[
     bool,
     typer.Option("--keep-image-size", help="A search tries no models for smaller images.", rich_help_panel=SEARCH),
 ]
+KeepBlocks = Annotated[
+    bool,
+    typer.Option("--keep-blocks", help="A search tries no models with fewer blocks.", rich_help_panel=SEARCH),
+]
 TimeLimit = Annotated[
     float | None,
     typer.Option(
@@ -122,6 +127,17 @@ TimedBatch = Annotated[
     ),
 ]
 
+Slide = Annotated[
+    str | None,
+    typer.Option(
+        parser=values.numbers("512,341", 1, MAX_SIDE, whole=True, count=2),
+        metavar="CROP,STRIDE",
+        help="Segmentation: look at an image through windows of CROP pixels that move by STRIDE, and not at the whole "
+        "of it.",
+        rich_help_panel=DATA,
+    ),
+]
+
 
 def importance_option(help_text: str) -> Any:
     return choice_option("--importance", values.IMPORTANCES, help_text)
@@ -163,6 +179,12 @@ def split(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def pair(text: str) -> tuple[int, int]:
+    """The two whole numbers of an option."""
+    first, second = split(text)
+    return int(first), int(second)
+
+
 def _of_reading(name: str, help_text: str, metavar: str | None = None, **more: Any) -> Any:
     return typer.Option(f"--{name}", help=help_text, metavar=metavar, rich_help_panel=INPUT, **more)
 
@@ -171,7 +193,14 @@ def _of_reading(name: str, help_text: str, metavar: str | None = None, **more: A
 _FIELDS: dict[str, tuple[Any, Any]] = {
     "family": (
         str | None,
-        choice_option("--family", values.FAMILIES, "Model family, if it cannot be told from the file", INPUT),
+        _of_reading(
+            "family",
+            f"Model family, if it cannot be told from the file: {values.listed(values.FAMILIES)}. Installed packages "
+            "can add others.",
+            "NAME",
+            parser=values.family,
+            autocompletion=lambda: values.FAMILIES,
+        ),
     ),
     "variant": (
         str | None,
@@ -225,6 +254,24 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
             "Deviation of the channels: 0.229,0.224,0.225.",
             "R,G,B",
             parser=values.numbers("0.5,0.5,0.5", high=1000, above=0, count=3),
+        ),
+    ),
+    "length": (
+        int | None,
+        _of_reading(
+            "length",
+            "Text: tokens of a window [default: 1024].",
+            "TOKENS",
+            parser=values.number(1, MAX_LENGTH, whole=True),
+        ),
+    ),
+    "protect_last": (
+        int | None,
+        _of_reading(
+            "protect-last",
+            "Text: last tokens of a window, which are never dropped and which answers are judged by [default: 4].",
+            "TOKENS",
+            parser=values.number(1, MAX_LENGTH, whole=True),
         ),
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,21 +10,51 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import columns, formats, output
+from ssmprune_cli.cli import columns, formats, output, values
 from ssmprune_cli.cli.help import DEVICE, INPUT
-from ssmprune_cli.cli.options import AsJson, BackendName, DeviceName, PrecisionName, TimedBatch, reads_checkpoints
+from ssmprune_cli.cli.options import (
+    MAX_LENGTH,
+    MAX_SIDE,
+    AsJson,
+    BackendName,
+    DeviceName,
+    PrecisionName,
+    TimedBatch,
+    reads_checkpoints,
+    split,
+)
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.files import distinct_names
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
-    from ssmprune_cli.workflows.profile import Profile
+    from ssmprune_cli.models import Backbone
+    from ssmprune_cli.workflows.profile import Figures, Profile
 
 
 @reads_checkpoints
 def command(
-    path: Annotated[Path, typer.Argument(help="A checkpoint file or an artefact folder.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint file, an artefact folder or an exported .onnx.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.lengths("1k,4k,16k", MAX_LENGTH),
+            metavar="TOKENS",
+            help="Text: time, memory and multiply-adds of windows of these lengths, and how they grow; 4k is 4096.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    image_sizes: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.lengths("224,512", MAX_SIDE),
+            metavar="PIXELS",
+            help="Images: the same for square images of these sides.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     form: formats.TableFormat = "table",
     as_json: AsJson = False,
@@ -41,29 +72,73 @@ def command(
     Multiply-adds are for one image; one multiply-add counts as one. "All directions" counts every scan; "one direction"
     counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate. The floor is the
     least time: every matrix product and scan run alone or fused, or their bytes copied, whichever takes longer.
+
+    An exported file is run by ONNX Runtime, with our kernels where it can. What happens inside is not seen: where its
+    time goes, its floor and its memory are left out. Counts are those of the model that it says it holds.
+
+    With --lengths or --image-sizes only a table of these sizes is made, of an output folder beside its dense model; a
+    batch is then 1 by default.
     """
-    from ssmprune_cli import checkpoint
     from ssmprune_cli.kernels import use_backend
+    from ssmprune_cli.models import Backbone
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.measure import in_precision
-    from ssmprune_cli.workflows.profile import profile
+    from ssmprune_cli.workflows.profile import Profile, figures
+    from ssmprune_cli.workflows.subject import definition_of, read
 
     form = formats.chosen(form, as_json=as_json)
+    if lengths is not None and image_sizes is not None:
+        raise UsageError("--lengths is for text and --image-sizes for images: give one of them")
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
-    loaded = [checkpoint.load_as(each, reading) for each in paths]
-    models = [in_precision(each, precision) for each in loaded]
+    asked = lengths or image_sizes
+    subjects = read(paths, reading, precision, device)
+    models = [each.model for each in subjects]
+    if asked is not None:
+        backbones = [each for each in models if isinstance(each, Backbone)]
+        if len(backbones) < len(models):
+            raise UsageError(
+                "an exported file takes inputs of one size",
+                where="--lengths" if lengths else "--image-sizes",
+                hint="Give the output folder that it was exported from.",
+            )
+        dense = []
+        if compare is None and backbones[0].pruner is not None:  # both sides of an output folder
+            from ssmprune_cli.checkpoint import load_as
+            from ssmprune_cli.workflows.measure import in_precision
+
+            dense = [in_precision(load_as(path, reading, dense=True), precision)]
+        _scaling(
+            [*distinct_names(paths), *("dense" for _ in dense)],
+            [*backbones, *dense],
+            [int(size) for size in split(asked)],
+            unit="pixels" if lengths is None else "tokens",
+            batch_size=batch_size or 1,
+            rounds=rounds,
+            device=device,
+            form=form,
+        )
+        return
     with output.progress("Timing") as advance:
-        profiles = profile(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
-    for remark in dict.fromkeys(each for model in models for each in TASKS.get(model.task).remarks):
+        profiles = figures(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    for remark in dict.fromkeys(each for model in models for each in TASKS.get(definition_of(model).task).remarks):
         output.warn(remark)
     names = formats.unique(distinct_names(paths))
-    data = {"models": [{"path": str(each), **one.to_dict()} for each, one in zip(paths, profiles, strict=True)]}
+    opened = [
+        (each.file_bytes, each.read_in_seconds + one.prepared_in_seconds)
+        for each, one in zip(subjects, profiles, strict=True)
+    ]
+    data = {
+        "models": [
+            {"path": str(path), "file_bytes": size, "opens_in_seconds": seconds, **one.to_dict()}
+            for path, (size, seconds), one in zip(paths, opened, profiles, strict=True)
+        ]
+    }
+    seen = {name: one for name, one in zip(names, profiles, strict=True) if isinstance(one, Profile)}
     formats.emit(
         Group(
-            _summary(names, profiles),
-            _time(names, profiles),
-            *_floors(names, profiles),
+            _summary(names, profiles, opened),
+            *([_time(seen)] if seen else []),
+            *_floors(seen),
             *_sessions(names, profiles),
             _blocks(names, profiles),
         ),
@@ -73,16 +148,59 @@ def command(
     )
 
 
-def _summary(names: list[str], profiles: list[Profile]) -> Group:
+def _scaling(
+    names: list[str],
+    models: list[Backbone],
+    sizes: list[int],
+    *,
+    unit: str,
+    batch_size: int,
+    rounds: int,
+    device: str,
+    form: str,
+) -> None:
+    from ssmprune_cli.workflows.scaling import scaling
+
+    named = dict(zip(formats.unique(names), models, strict=True))
+    with output.progress("Timing") as advance:
+        found = scaling(named, sizes, unit=unit, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    table = Table(
+        title=f"By {'length' if unit == 'tokens' else 'image size'}: batch {found.batch_size}, {found.dtype}, "
+        f"{found.device}, {found.threads} threads",
+        title_justify="left",
+    )
+    table.add_column(unit, justify="right")
+    if unit != "tokens":
+        table.add_column("tokens", justify="right")
+    for name in found.points:
+        for title in ("ms", "G multiply-adds", "MiB"):
+            table.add_column(f"{title}, {name}", justify="right", overflow="fold")
+    for number, (size, tokens) in enumerate(zip(found.sizes, found.tokens, strict=True)):
+        cells = [f"{size:,}", *([] if unit == "tokens" else [f"{tokens:,}"])]
+        for points in found.points.values():
+            point = points[number]
+            cells += [f"{point.median_ms:.1f}", f"{point.multiply_adds / 1e9:.3f}"]
+            cells.append(f"{point.peak_memory_bytes / 2**20:.1f}")
+        table.add_row(*cells)
+    lines = [
+        f"{name}: time grows as tokens^{slope.exponent:.2f}, memory by {slope.bytes_per_token / 1024:.2f} KiB a token."
+        for name, slope in found.slopes.items()
+    ]
+    formats.emit(Group(table, *lines), lambda: columns.of_scaling(found), found.to_dict(), form)
+
+
+def _summary(names: list[str], profiles: list[Figures], opened: list[tuple[int, float]]) -> Group:
+    from ssmprune_cli.workflows.profile import Profile
+
     first = profiles[0]
     refused = "".join(
         f"; not {name}: {reason}"
         for name, reason in first.backends_refused.items()
         if not reason.startswith("does not compute on")  # nobody expects a GPU's backend on a CPU
     )
-    sizes = dict.fromkeys(f"{p.image_size[0]}x{p.image_size[1]}" for p in profiles)
+    sizes = dict.fromkeys(p.inputs for p in profiles)
     heading = (
-        f"{' and '.join(sizes)} pixels, batch {first.batch_size}, {first.dtype}, {first.device}, "
+        f"{' and '.join(sizes)}, batch {first.batch_size}, {first.dtype}, {first.device}, "
         f"{first.threads} threads, kernels: {first.backend}{refused}"
     )
     table = Table()
@@ -108,40 +226,45 @@ def _summary(names: list[str], profiles: list[Profile]) -> Group:
     spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]
     table.add_row("  quartiles", *spread, *([""] if len(profiles) == 2 else []))
     add("images per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
-    add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in profiles], "{:.1f}")
+    seen = [p for p in profiles if isinstance(p, Profile)]
+    if len(seen) == len(profiles):
+        add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in seen], "{:.1f}")
+    else:  # of checkpoints, both are of little interest
+        add("file (MB)", [size / 1e6 for size, _ in opened], "{:.1f}")
+        add("opens in (s)", [seconds for _, seconds in opened], "{:.2f}")
     return Group(heading, table)
 
 
-def _time(names: list[str], profiles: list[Profile]) -> Table:
+def _time(seen: Mapping[str, Profile]) -> Table:
     table = Table(title="Where the time goes, ms of a batch", title_justify="left")
     table.add_column("")
-    for name in names:
+    for name in seen:
         table.add_column(name, justify="right", overflow="fold")
         table.add_column("%", justify="right")
-    for part in profiles[0].time_ms:
+    for part in next(iter(seen.values())).time_ms:
         cells = []
-        for p in profiles:
+        for p in seen.values():
             cells += [f"{p.time_ms[part]:.2f}", f"{100 * p.time_ms[part] / p.speed.median_ms:.0f}"]
         table.add_row(part, *cells)
     return table
 
 
-def _floors(names: list[str], profiles: list[Profile]) -> list[str]:
+def _floors(seen: Mapping[str, Profile]) -> list[str]:
     """Measured time against the roofline."""
     return [
         f"{name}: {p.speed.median_ms:.1f} ms a batch; the floor here is {p.floor.total_ms:.1f} ms "
         f"(multiply-adds {p.floor.multiply_adds_ms:.1f}, bytes {p.floor.bytes_ms:.1f}): "
         f"{100 * p.floor.total_ms / p.speed.median_ms:.0f} % of what this machine can do."
-        for name, p in zip(names, profiles, strict=True)
+        for name, p in seen.items()
     ]
 
 
-def _sessions(names: list[str], profiles: list[Profile]) -> list[str]:
+def _sessions(names: list[str], profiles: list[Figures]) -> list[str]:
     """How each model was run."""
     return [f"{name}, {p.session}" for name, p in zip(names, profiles, strict=True)]
 
 
-def _blocks(names: list[str], profiles: list[Profile]) -> Table:
+def _blocks(names: list[str], profiles: list[Figures]) -> Table:
     table = Table(title="Tokens into each block, and its multiply-adds (M)", title_justify="left")
     table.add_column("block", justify="right")
     for name in names:

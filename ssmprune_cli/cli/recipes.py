@@ -81,7 +81,8 @@ def validate(
 def _schedule(recipe: Recipe) -> tuple[str, str]:
     pruning = recipe.pruning
     if not pruning.drops_tokens:
-        return "none", f"all, of images of {pruning.image_size} pixels"
+        side = "" if pruning.image_size is None else f", of images of {pruning.image_size} pixels"
+        return "none", f"all{side}" if pruning.cut_blocks is None else f"all{side}, {pruning.cut_blocks} blocks cut"
     points = ", ".join(map(str, pruning.points)) if pruning.points else "1/4, 1/2, 3/4 of the depth"
     if pruning.tokens is not None:
         return points, f"{', '.join(map(str, pruning.tokens))} tokens"

@@ -14,6 +14,7 @@ from ssmprune_cli.cli.options import (
     BackendName,
     DeviceName,
     Evaluations,
+    KeepBlocks,
     KeepImageSize,
     RepairKind,
     StateFile,
@@ -65,6 +66,7 @@ def command(
     repair: RepairKind = None,
     seed: Annotated[int, seed_option("Seed of the search and of the choice of images.")] = 0,
     keep_image_size: KeepImageSize = False,
+    keep_blocks: KeepBlocks = False,
     evaluations: Evaluations = 200,
     time_limit: TimeLimit = None,
     calib_images: Annotated[
@@ -86,11 +88,11 @@ def command(
 ) -> None:
     """Find the best recipe for each of several budgets: the front of divergence against time or multiply-adds.
 
-    Points, token counts, score, reduction and alignment are chosen by the divergence of the logits from the dense
-    model's on unlabelled images. A part of them is held back: the uniform default schedule is kept unless something is
-    clearly better there. With 64 images or more they are judged as they will be repaired. `ssmprune compress --recipe`
-    then makes the model. A run that was killed continues with the
-    same command.
+    Image side, blocks, points, token counts, score, reduction and alignment are chosen by the divergence of the
+    logits from the dense model's on unlabelled images. A part of them is held back: the uniform default schedule is
+    kept unless something is clearly better there. With 64 images or more the finalists are judged as they will be
+    repaired, with 107 or more every candidate is, and fewer blocks are tried. `ssmprune compress --recipe` then makes
+    the model. A run that was killed continues with the same command.
     """
     if times is not None and flops is not None:
         raise UsageError("--times and --flops are two kinds of budgets: give one of them")
@@ -112,6 +114,7 @@ def command(
         batch_size=batch_size,
         repair=repair or "auto",
         resize=not keep_image_size,
+        cut=not keep_blocks,
         calibration=CalibrationPlan(images=calib_images, seed=seed, batch_size=images_at_once),
         seed=seed,
         limits=Limits(evaluations, time_limit),
@@ -141,7 +144,7 @@ def _table(name: str, result: SearchResult) -> Table:
     )
     for column in ("multiply-adds", "time (95 %)", result.task.unit, "held back", "tried"):
         table.add_column(column, justify="right")
-    table.add_column("image side; method; prune after blocks; patch tokens left")
+    table.add_column("size; method; prune after blocks; patch tokens left")
     for found in result.found:
         best, settings = found.chosen, found.chosen.settings
         table.add_row(
@@ -152,15 +155,16 @@ def _table(name: str, result: SearchResult) -> Table:
             f"{best.divergence:.4f}",
             "-" if best.held_back is None else f"{best.held_back:.4f}",
             str(len(found.trials)),
-            _what(best.side, settings),
+            _what(str(best.size), settings),
         )
     return table
 
 
-def _what(side: int | None, settings: PruneSettings) -> str:
-    image = [] if side is None else [f"{side} pixels"]
+def _what(size: str, settings: PruneSettings) -> str:
     if not settings.schedule.points:
-        return image[0]
+        return size
     method = f"{settings.importance}/{settings.reduction}/{settings.alignment}"
     schedule = settings.schedule
-    return "; ".join([*image, method, ", ".join(map(str, schedule.points)), ", ".join(map(str, schedule.tokens))])
+    return "; ".join(
+        [*([size] if size else []), method, ", ".join(map(str, schedule.points)), ", ".join(map(str, schedule.tokens))]
+    )

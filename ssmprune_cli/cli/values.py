@@ -16,6 +16,7 @@ import typer
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ssmprune_cli.errors import RecipeError, shown
+from ssmprune_cli.plugins import family_plugins
 from ssmprune_cli.recipe import Pruning, Section, Training, explain, find_recipe
 
 _PACKAGE = Path(__file__).parents[1]
@@ -49,17 +50,25 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def one_of(names: tuple[str, ...]) -> Callable[[str], str]:
-    """Takes one of `names`."""
+def one_of(names: tuple[str, ...], more: Callable[[], tuple[str, ...]] = tuple) -> Callable[[str], str]:
+    """Takes one of `names`, or of those that `more` finds."""
 
     def parse(text: str) -> str:
         if text in names:
             return text
-        close = difflib.get_close_matches(text, names, n=1)
+        known = (*names, *more())
+        if text in known:
+            return text
+        close = difflib.get_close_matches(text, known, n=1)
         guess = f"; did you mean {close[0]!r}?" if close else ""
-        raise typer.BadParameter(f"{shown(text)!r} is none of {', '.join(names)}{guess}")
+        raise typer.BadParameter(f"{shown(text)!r} is none of {', '.join(known)}{guess}")
 
     return parse
+
+
+def family(text: str) -> str:
+    """Takes the name of a model family, one of ours or of an installed package."""
+    return one_of(FAMILIES, lambda: tuple(plugin.name for plugin in family_plugins()))(text)
 
 
 def number(
@@ -119,6 +128,25 @@ def numbers(
         return text
 
     return parse
+
+
+def lengths(example: str, high: int) -> Callable[[str], str]:
+    """Takes whole numbers from 2 to `high` in rising order, separated by commas; 4k is 4096. Gives plain numbers."""
+    many = numbers(example, 2, high, whole=True)
+
+    def parse(text: str) -> str:
+        found = many(",".join(_thousands(part) for part in text.split(",")))
+        values = [int(part) for part in found.split(",")]
+        if len(values) < 2 or values != sorted(set(values)):
+            raise typer.BadParameter(f"takes two numbers or more in rising order, such as {example}")
+        return found
+
+    return parse
+
+
+def _thousands(text: str) -> str:
+    number = text[:-1]
+    return str(int(number) * 1024) if text[-1:] in ("k", "K") and number.isascii() and number.isdigit() else text
 
 
 def setting(section: type[Section], field: str) -> Callable[[Any], Any]:

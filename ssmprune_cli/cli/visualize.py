@@ -42,12 +42,14 @@ def command(
 
     from ssmprune_cli import checkpoint
     from ssmprune_cli.data import Joined, some_images
-    from ssmprune_cli.workflows.visualize import visualize
+    from ssmprune_cli.workflows.visualize import check_shown, visualize
 
+    model = checkpoint.load_as(path, reading)
+    check_shown(model)
     dataset = Joined([some_images(each, count, seed) for each in images])
     for note in dataset.notes:
         output.warn(note)
-    drawn = visualize(checkpoint.load_as(path, reading), dataset, out)
+    drawn = visualize(model, dataset, out)
     lines = [f"After block {stage.block}: {stage.count} of {stage.patches} patches kept" for stage in drawn.stages]
     output.emit("\n".join([*lines, *drawn.words]), drawn.to_dict(), as_json=as_json)
     output.note(f"Written to {out}")

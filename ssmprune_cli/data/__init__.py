@@ -1,25 +1,30 @@
-"""What images are: datasets by name, preprocessing, batches. A dataset is one file and one line here."""
+"""What images and texts are: datasets by name, preprocessing, batches. A dataset is one file and one line here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ssmprune_cli.data.ade20k import is_ade20k, open_ade20k
-from ssmprune_cli.data.calibration import calibration_images, fingerprint, listed_images, some_images
+from ssmprune_cli.data.calibration import calibration_images, chosen, differing, fingerprint, listed_images, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
+from ssmprune_cli.data.clips import listed_clips, sampled
 from ssmprune_cli.data.coco import Annotation, Objects, open_coco
-from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target
+from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target, unprepared
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
-from ssmprune_cli.data.loader import Batch, batches, unprepared
+from ssmprune_cli.data.kinetics import open_kinetics
+from ssmprune_cli.data.loader import Batch, batches
 from ssmprune_cli.data.masks import NOT_JUDGED
 from ssmprune_cli.data.npz import open_npz
 from ssmprune_cli.data.preprocess import framed, in_colour, normalised, prepare_image, to_rgb, visible_box
 from ssmprune_cli.data.segfolder import open_segfolder
+from ssmprune_cli.data.text import Texts, TextWindows, open_text
+from ssmprune_cli.data.tokenizer import TOKENIZER, encoder
 from ssmprune_cli.registry import Registry
 
-DATASETS: Registry[Callable[[Path, Split], ImageDataset]] = Registry("dataset")
+DATASETS: Registry[Callable[[Path, Split], Any]] = Registry("dataset")
 DATASETS.register("imagenet", open_imagenet)
 DATASETS.register("imagefolder", open_imagefolder)
 DATASETS.register("cifar10", open_cifar10)
@@ -28,10 +33,13 @@ DATASETS.register("npz", open_npz)
 DATASETS.register("ade20k", open_ade20k)
 DATASETS.register("segfolder", open_segfolder)
 DATASETS.register("coco", open_coco)
+DATASETS.register("kinetics", open_kinetics)
+DATASETS.register("text", open_text)
 
 
-def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset:
-    """The images with targets in `root` (a folder, or a file for npz), laid out as the dataset kind `name` says.
+def open_dataset(name: str, root: Path, *, split: Split = "val") -> Any:
+    """The images with targets in `root` (a folder, or a file for npz), laid out as the dataset kind `name` says; for
+    text, the `Texts` that a model's tokenizer divides.
 
     split  which part of a divided dataset; "val" are the images to evaluate on, whatever the dataset calls them
 
@@ -43,6 +51,7 @@ def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset
 __all__ = [
     "DATASETS",
     "NOT_JUDGED",
+    "TOKENIZER",
     "Annotation",
     "Batch",
     "ImageDataset",
@@ -51,16 +60,23 @@ __all__ = [
     "Split",
     "Subset",
     "Target",
+    "TextWindows",
+    "Texts",
     "batches",
     "calibration_images",
+    "chosen",
+    "differing",
+    "encoder",
     "fingerprint",
     "framed",
     "in_colour",
     "is_ade20k",
+    "listed_clips",
     "listed_images",
     "normalised",
     "open_dataset",
     "prepare_image",
+    "sampled",
     "some_images",
     "to_rgb",
     "unprepared",

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssmprune_cli.data.clips import some_clips
 from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset
 from ssmprune_cli.data.files import check_folder, counted, find_images
 from ssmprune_cli.data.npz import NpzImages
@@ -17,17 +18,30 @@ from ssmprune_cli.files import read_bytes
 _MOST_BYTES = 1 << 25  # of a list of files
 
 
-def calibration_images(path: Path, count: int, seed: int) -> ImageDataset:
-    """`count` images of `path`, chosen by `seed`, in the order of their names; all of them if there are fewer.
+def calibration_images(path: Path, count: int, seed: int, *, clips: bool = False) -> ImageDataset:
+    """`count` images of `path`, chosen by `seed`, in the order of their names; all of them if there are fewer. With
+    `clips`, so many clips, see `some_clips`.
 
     path  an .npz with `images`, a folder with images in it or in folders below it, or a .txt that lists files: a path
           in each line, from the list's own folder
     The choice depends on the images' names below `path` and on `seed` only. Raises DataError if there are none, one of
     the chosen cannot be read, or they all have the same pixels, from which nothing can be learned.
     """
-    dataset = some_images(path, count, seed)
-    if len({_pixels(dataset, index) for index in range(len(dataset))}) == 1 < len(dataset):
-        raise DataError(f"the {len(dataset)} calibration images are all alike", where=str(path))
+    return differing(some_clips(path, count, seed) if clips else some_images(path, count, seed), path)
+
+
+def chosen(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
+    """`count` of them by `seed`, in their order; all if there are no more."""
+    if count >= len(dataset):
+        return dataset
+    return Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
+
+
+def differing(dataset: ImageDataset, path: Path) -> ImageDataset:
+    """`dataset`, which was read from `path`. DataError if all in it is alike."""
+    if len({dataset.content(index) for index in range(len(dataset))}) == 1 < len(dataset):
+        what = "clips" if dataset.clips else "images"
+        raise DataError(f"the {len(dataset)} calibration {what} are all alike", where=str(path))
     return dataset
 
 
@@ -48,9 +62,7 @@ def some_images(path: Path, count: int, seed: int) -> ImageDataset:
             raise DataError(f"has no images{left_out and f', only {left_out}'}", where=str(path))
         notes = [f"{path}: files that are not read as images were left out: {left_out}."] if left_out else []
         dataset = ImageFiles(path, found.files, labels=None, notes=notes)
-    if count < len(dataset):
-        dataset = Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
-    return dataset
+    return chosen(dataset, count, seed)
 
 
 def listed_images(files: Sequence[Path]) -> ImageDataset:
@@ -72,15 +84,9 @@ def _listed(path: Path) -> list[Path]:
 
 
 def fingerprint(dataset: ImageDataset) -> str:
-    """SHA-256, in hexadecimal, of the names and pixels of all images in order."""
+    """SHA-256, in hexadecimal, of the names and pixels of all images in order; of clips, of their files."""
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         digest.update(hashlib.sha256(dataset.name(index).encode(errors="surrogateescape")).digest())
-        digest.update(_pixels(dataset, index))
+        digest.update(dataset.content(index))
     return digest.hexdigest()
-
-
-def _pixels(dataset: ImageDataset, index: int) -> bytes:
-    """SHA-256 of mode, size and pixels."""
-    image = dataset.image(index)
-    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()

@@ -9,20 +9,29 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
+from torch import Tensor
 
 from ssmprune_cli.data.image_file import read_image
-from ssmprune_cli.errors import shown
+from ssmprune_cli.data.preprocess import prepare_image
+from ssmprune_cli.errors import DataError, shown
+from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing, TextWindow
 
 Split = Literal["train", "val"]
 Target = object
 """What an image is judged by, None if that is not known. Its task knows more: an int is a class; a uint8 array (H, W),
-of the size of the image turned upright, has a class for each pixel, 255 where none is judged."""
+of the size of the image turned upright, has a class for each pixel, 255 where none is judged; a tuple of ints are the
+tokens that follow those of a window of text."""
 _LONGEST_NAME = 4096  # characters, as of a path
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "test")}
 
 
 class ImageDataset(ABC):
-    """Images by index, with targets or without. Reading is safe from several threads."""
+    """Images by index, with targets or without; or clips, or windows of text. Reading is safe from several threads.
+
+    clips  whether these are clips, of which a model is given several frames
+    """
+
+    clips: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -38,6 +47,21 @@ class ImageDataset(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What to call the image in messages; does not depend on where the dataset lies."""
+
+    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+        """What a model that is prepared for in this `way` takes: (3, H, W) float32, and where the image lies in it; of
+        clips (3, T, H, W), or with several views (views, 3, T, H, W)."""
+        assert not isinstance(way, TextWindow)
+        image = self.image(index)
+        try:
+            return prepare_image(image, way)
+        except (ValueError, OSError, MemoryError) as error:
+            raise unprepared(error, self.name(index)) from error
+
+    def content(self, index: int) -> bytes:
+        """SHA-256 of what it shows: mode, size and pixels."""
+        image = self.image(index)
+        return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
 
     def mark(self, index: int) -> str | int | None:
         """What stands for the image's target where datasets are told apart: equal for equal targets, None for none."""
@@ -64,6 +88,12 @@ class ImageDataset(ABC):
         """What a user should know of how it was read: the order of the classes if others are possible, what is left
         out, classes without images."""
         return ()
+
+
+def unprepared(error: Exception, name: str) -> DataError:
+    """What to raise for an image that was read, and cannot be made what a model expects."""
+    reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
+    return DataError(f"cannot be prepared for the model: {reason}", where=name)
 
 
 class ImageFiles(ImageDataset):
@@ -114,6 +144,10 @@ class Subset(ImageDataset):
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def clips(self) -> bool:  # type: ignore[override]
+        return self._dataset.clips
+
     def image(self, index: int) -> Image.Image:
         return self._dataset.image(self._indices[index])
 
@@ -122,6 +156,12 @@ class Subset(ImageDataset):
 
     def name(self, index: int) -> str:
         return self._dataset.name(self._indices[index])
+
+    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+        return self._dataset.prepared(self._indices[index], way)
+
+    def content(self, index: int) -> bytes:
+        return self._dataset.content(self._indices[index])
 
     def mark(self, index: int) -> str | int | None:
         return self._dataset.mark(self._indices[index])
@@ -156,6 +196,14 @@ class Joined(ImageDataset):
     def image(self, index: int) -> Image.Image:
         dataset, place = self._places[index]
         return dataset.image(place)
+
+    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+        dataset, place = self._places[index]
+        return dataset.prepared(place, way)
+
+    def content(self, index: int) -> bytes:
+        dataset, place = self._places[index]
+        return dataset.content(place)
 
     def target(self, index: int) -> Target:
         return None

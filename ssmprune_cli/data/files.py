@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -82,6 +83,12 @@ def entries(folder: Path) -> list[Path]:
 def subfolders(folder: Path) -> list[Path]:
     """The folders in `folder`, sorted by name, hidden ones left out."""
     return [path for path in entries(folder) if _is_folder(path)]
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """By what names are sorted so that numbers in them are in order: 2 before 10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]
 
 
 def check_folder(folder: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ssmprune_cli.data.datasets import SPLIT_FOLDERS, ImageFiles, Split
-from ssmprune_cli.data.files import check_folder, counted, find_images, first_file, read_lines, subfolders
+from ssmprune_cli.data.files import by_number, check_folder, counted, find_images, first_file, read_lines, subfolders
 from ssmprune_cli.errors import DataError, listing
 
 _SPLITS = {name for folders in SPLIT_FOLDERS.values() for name in folders}
@@ -35,9 +34,9 @@ def open_imagefolder(root: Path, split: Split) -> ImageFiles:
 
 def _other_orders(classes: Sequence[str], folders: Sequence[Path]) -> Iterator[str]:
     """Orders that somebody may have trained with: by the numbers in the names, without regard to case, by a list."""
-    by_number = sorted(classes, key=_by_number)
-    if by_number != list(classes):
-        yield f"by number it would be {listing(by_number)}"
+    numbered = sorted(classes, key=by_number)
+    if numbered != list(classes):
+        yield f"by number it would be {listing(numbered)}"
     without_case = sorted(classes, key=str.casefold)
     if without_case != list(classes):
         yield f"without regard to case it would be {listing(without_case)}"
@@ -46,11 +45,6 @@ def _other_orders(classes: Sequence[str], folders: Sequence[Path]) -> Iterator[s
         listed = [] if path is None else _listed(path)
         if listed != list(classes) and sorted(listed) == sorted(classes):
             yield f"{path} has another order, which is not used"
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]
 
 
 def _listed(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Batches of preprocessed images, read ahead in threads."""
+"""Batches of preprocessed images or windows of text, read ahead in threads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from ssmprune_cli.data.datasets import ImageDataset, Target
 from ssmprune_cli.data.image_file import one_image
-from ssmprune_cli.data.preprocess import prepare_image
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing
+from ssmprune_cli.preprocessing import ClipPreprocessing, Frame, KeepRatio, Preprocessing, TextWindow
 
 _AHEAD = 2  # batches read while the model works on one
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` (B, 3, H, W) float32; and of each its target, its frame and a name."""
+    """`images` (B, 3, H, W) float32, of clips (B, 3, T, H, W) or with several views (B, views, 3, T, H, W), of text the
+    numbers of tokens (B, L) int64; and of each its target, its frame and a name."""
 
     images: Tensor = field(repr=False)
     targets: tuple[Target, ...] = field(repr=False)
@@ -32,26 +32,26 @@ class Batch:
 
 
 class _Loaded(NamedTuple):
-    image: Tensor  # (3, H, W)
+    image: Tensor  # (3, H, W), or see Batch
     target: Target
     frame: Frame
     name: str
 
 
-def batches(dataset: ImageDataset, way: Preprocessing | KeepRatio, batch_size: int) -> Iterator[Batch]:
+def batches(dataset: ImageDataset, way: Preprocessing | KeepRatio | TextWindow, batch_size: int) -> Iterator[Batch]:
     """The images of `dataset` in order, `batch_size` at a time, or fewer: a batch ends where the size of the prepared
     image changes, and the last one ends with the dataset.
 
-    Raises DataError naming the image that cannot be read, when its batch is due.
+    Raises DataError naming the image that cannot be read, when its batch is due; before, for clips that are to be
+    prepared as images, and the other way round.
     """
+    if dataset.clips != isinstance(way, ClipPreprocessing):
+        given, taken = ("clips", "images") if dataset.clips else ("images", "clips")
+        raise DataError(f"these are {given}, and the model takes {taken}", where=dataset.name(0))
 
     def load(index: int) -> _Loaded:
         with one_image():
-            image = dataset.image(index)
-            try:
-                prepared, frame = prepare_image(image, way)
-            except (ValueError, OSError, MemoryError) as error:
-                raise unprepared(error, dataset.name(index)) from error
+            prepared, frame = dataset.prepared(index, way)
             return _Loaded(prepared, dataset.target(index), frame, dataset.name(index))
 
     waiting: deque[Future[_Loaded]] = deque()
@@ -74,9 +74,3 @@ def batches(dataset: ImageDataset, way: Preprocessing | KeepRatio, batch_size: i
             )
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def unprepared(error: Exception, name: str) -> DataError:
-    """What to raise for an image that was read, and cannot be made what a model expects."""
-    reason = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
-    return DataError(f"cannot be prepared for the model: {reason}", where=name)

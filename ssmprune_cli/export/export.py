@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
+from ssmprune_cli.export.check import AGREEMENTS, Check, compared, judge, tolerance_of
 from ssmprune_cli.export.facts import facts
-from ssmprune_cli.export.graph import traced
+from ssmprune_cli.export.graph import outputs_of, traced
 from ssmprune_cli.export.onnx import ONNX, ONNX_PLAIN
+from ssmprune_cli.export.place import placed
 from ssmprune_cli.export.pt2 import PT2
 from ssmprune_cli.export.target import ExportTarget, Wanted
 from ssmprune_cli.models import Backbone
@@ -28,28 +30,13 @@ TARGETS.register("onnx", ONNX)
 TARGETS.register("onnx-plain", ONNX_PLAIN)
 TARGETS.register("pt2", PT2)
 
-# Of the largest logit. Another runtime may add in another order; half precision has 8 or 11 bits.
-_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
-_HALF_TOLERANCE = 2e-2
-# Of the answers that have to be the same. Of millions of pixels a few have two classes that are as likely.
-_AGREEMENTS = {"classification": 1.0, "segmentation": 0.999}
 _CHECKED = (1, 3)  # sizes of the batches that a file for any is checked with
 
 
 @dataclass(frozen=True)
-class Check:
-    """How a file does in one runtime: `error` is the largest difference of its logits from the model's, as a share of
-    the largest one; `same` the share of answers that are the model's."""
-
-    runtime: str
-    batch: int
-    error: float
-    same: float
-
-
-@dataclass(frozen=True)
 class Exported:
-    """A written file. `batch` is None for one that takes batches of any size; `images` are those of the check."""
+    """A written file. `batch` is None for one that takes batches of any size; `images` are those of the check;
+    `tolerance` is None where nothing was demanded of it."""
 
     path: Path
     target: str
@@ -57,7 +44,7 @@ class Exported:
     size: int
     images: str
     checks: tuple[Check, ...]
-    tolerance: float
+    tolerance: float | None
 
     @property
     def error(self) -> float:
@@ -70,10 +57,10 @@ class Exported:
 
 def refuse(model: Backbone, target: str) -> None:
     """UsageError, with the reason, for a model that `target` cannot hold: it is said before minutes of work."""
-    if model.task not in _AGREEMENTS:
+    if model.inputs == "text":
         raise UsageError(
-            f"a {model.family} is not exported: its answers are lists of boxes, whose number depends on the image",
-            hint="Classifiers and segmenters are exported.",
+            f"a {model.family} is not exported: it takes text",
+            hint="Classifiers and segmenters of images are exported.",
         )
     dtypes = TARGETS.get(target).dtypes
     if dtypes and model.dtype not in dtypes:
@@ -118,7 +105,8 @@ def export(
     opset: int | None = None,
     source: Path | None = None,
 ) -> Exported:
-    """Write `model`, dense or pruned, to `path`, for images of its size, dtype and device.
+    """Write `model`, dense or pruned, to `path`, for images of its size, dtype and device. Of a detector, its backbone
+    and feature pyramid: the number of its boxes depends on the image.
 
     batch   images in a batch; None is any number
     images  (N, 3, H, W), normalised, that the file is checked with; random ones without
@@ -136,45 +124,47 @@ def export(
     random = torch.Generator().manual_seed(0)
 
     def noise(count: int) -> Tensor:
-        return torch.randn(count, 3, *model.image_size, generator=random).to(device, model.dtype)
+        return torch.randn(count, *model.input_shape, generator=random).to(device, model.dtype)
 
     shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), _quiet():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # A batch of one would be taken for a constant.
-                graph = traced(model, noise(2 if batch is None else batch), any_batch=batch is None)
-                chosen.write(graph, temporary, Wanted(opset, facts(model, source)))
-                checks = _check(model, chosen, temporary, shown, sizes)
-            except OSError:  # of the disk, not of the model
-                raise
-            except Exception as error:  # whatever an exporter raises of a model that it cannot take
-                first = str(error).strip().partition("\n")[0]
-                raise SsmpruneError(
-                    f"{model.family} cannot be exported to {target}: {first}", where=str(path)
-                ) from error
-        tolerance = _TOLERANCES.get(model.dtype, _HALF_TOLERANCE)
-        _judge(checks, target, path, tolerance, _AGREEMENTS[model.task])
-        used = "random" if images is None else f"{min(len(images), max(sizes))} given"
+    tolerance = tolerance_of(model.dtype)
+    used = "random" if images is None else f"{min(len(images), max(sizes))} given"
+    with placed(path) as temporary, evaluating(model), quiet():
+        try:
+            # A batch of one would be taken for a constant.
+            graph = traced(model, noise(2 if batch is None else batch), any_batch=batch is None)
+            chosen.write(graph, temporary, Wanted(opset, facts(model, target, source), outputs_of(model)))
+            checks = compared(model, chosen.open(temporary), shown, sizes)
+        except OSError:  # of the disk, not of the model
+            raise
+        except Exception as error:  # whatever an exporter raises of a model that it cannot take
+            first = str(error).strip().partition("\n")[0]
+            raise SsmpruneError(f"{model.family} cannot be exported to {target}: {first}", where=str(path)) from error
+        judge(checks, target, path, tolerance, AGREEMENTS[model.task])
         if chosen.record is not None:
             told = {"images": used, "tolerance": tolerance, "runs": [asdict(check) for check in checks]}
             chosen.record(temporary, "check", json.dumps(told))
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        for module, mode in modes.items():
-            module.training = mode
     return Exported(path, target, batch, path.stat().st_size, used, checks, tolerance)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def evaluating(model: Backbone) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, and nothing is recorded for gradients."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
     """Exporters warn of what is old in themselves, and tell what they lack and which constants they do not fold."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx")]
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx", None)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -190,35 +180,3 @@ def _quiet() -> Iterator[None]:
 def _repeated(images: Tensor, count: int) -> Tensor:
     """`count` images, the first ones again where there are fewer."""
     return images[torch.arange(count) % len(images)]
-
-
-def _check(
-    model: Backbone, target: ExportTarget, path: Path, images: Tensor, sizes: Sequence[int]
-) -> tuple[Check, ...]:
-    """Each runtime on each size of batch."""
-    expected = {size: model(images[:size]).double() for size in sizes}
-    checks = []
-    for name, run in target.open(path).items():
-        for size, wanted in expected.items():
-            answer = run(images[:size]).double()
-            error = float((answer - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0)
-            same = float((answer.argmax(dim=1) == wanted.argmax(dim=1)).double().mean())
-            checks.append(Check(name, size, error, same))
-    return tuple(checks)
-
-
-def _judge(checks: Sequence[Check], target: str, path: Path, tolerance: float, agreement: float) -> None:
-    """SsmpruneError for the first check that fails."""
-    for check in checks:
-        where = f"in {check.runtime}, with {check.batch} images in a batch,"
-        if not check.error <= tolerance:
-            raise SsmpruneError(
-                f"the {target} file computes something else: {where} its logits are {check.error:.2g} of the largest "
-                f"one away from the model's, and {tolerance:g} is allowed",
-                where=str(path),
-            )
-        if not check.same >= agreement:
-            raise SsmpruneError(
-                f"the {target} file computes something else: {where} {check.same:.2%} of its answers are the model's",
-                where=str(path),
-            )

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 from ssmprune_cli import __version__
+from ssmprune_cli.checkpoint import hub_address, sha256
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, Detector
 from ssmprune_cli.pruning import TokenPruner
 
 
-def facts(model: Backbone, source: Path | None) -> dict[str, str]:
-    """Of `model`, and of the file or artefact `source` that it was read from, if one is known.
+def facts(model: Backbone, target: str, source: Path | None) -> dict[str, str]:
+    """Of `model` in a file of this `target`, and of the file or artefact `source` that it was read from, if one is
+    known."""
+    found = {"ssmprune": __version__, "format": target, **said_of(model)}
+    if source is not None:
+        found |= {"source": hub_address(source) or source.name, "source_sha256": sha256(source)}
+    return found
 
-    `preprocessing` is left out where none is known.
-    """
+
+def said_of(model: Backbone) -> dict[str, str]:
+    """What a model is, its weights apart. `preprocessing` is left out where none is known; of a detector the outputs
+    are named, with their strides in pixels."""
     found = {
-        "ssmprune": __version__,
         "family": model.family,
         "task": model.task,
         "configuration": json.dumps(asdict(model.config)),
@@ -28,23 +34,11 @@ def facts(model: Backbone, source: Path | None) -> dict[str, str]:
     }
     with contextlib.suppress(UsageError):
         found["preprocessing"] = json.dumps(asdict(model.preprocessing))
+    if isinstance(model, Detector):
+        found["holds"] = "backbone and feature pyramid"
+        found["strides"] = json.dumps(model.strides)
     if isinstance(model.pruner, TokenPruner):
         settings = model.pruner.settings.to_dict()
         found["schedule"] = json.dumps(settings.pop("schedule"))
         found["method"] = json.dumps(settings)
-    if source is not None:
-        found |= {"source": source.name, "source_sha256": _sha256(source)}
     return found
-
-
-def _sha256(path: Path) -> str:
-    """Of a file, or of the names and contents of the files in a folder."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(each for each in path.iterdir() if each.is_file()):
-            digest.update(f"{file.name} {_sha256(file)}\n".encode())
-        return digest.hexdigest()
-    with path.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

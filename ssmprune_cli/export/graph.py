@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, Detector
 
 OLDEST = "2.8"  # version of torch: the first with `torch.onnx.ops`, and whose scan takes what we give it
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"  # names in a file
+
+Answer = Tensor | tuple[Tensor, ...]
 
 
 def too_old() -> str | None:
@@ -26,9 +28,19 @@ class _Named(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
-        return logits
+    def forward(self, images: Tensor) -> Answer:
+        answer: Answer = self.model(images)
+        return answer
+
+
+def outputs_of(model: Backbone) -> tuple[str, ...]:
+    """Names of what the graph of `model` computes: logits, or of a detector the levels of its feature pyramid."""
+    return tuple(model.strides) if isinstance(model, Detector) else (OUTPUT,)
+
+
+def parts(answer: Answer) -> tuple[Tensor, ...]:
+    """What a graph computes, by the names of `outputs_of`."""
+    return answer if isinstance(answer, tuple) else (answer,)
 
 
 def traced(model: Backbone, images: Tensor, *, any_batch: bool) -> ExportedProgram:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from ssmprune_cli.export.graph import too_old
+from ssmprune_cli.export.graph import parts, too_old
 from ssmprune_cli.export.target import ExportTarget, Run, Wanted
 from ssmprune_cli.kernels import PLAIN
 
@@ -23,7 +23,8 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted) -> None:
 
 
 def _open(path: Path) -> Mapping[str, Run]:
-    return {"torch": torch.export.load(path).module()}
+    computed = torch.export.load(path).module()
+    return {"torch": lambda images: parts(computed(images))}
 
 
 PT2 = ExportTarget(".pt2", too_old, _write, _open)

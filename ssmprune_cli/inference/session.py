@@ -13,7 +13,7 @@ from ssmprune_cli.errors import SsmpruneError, UsageError
 from ssmprune_cli.inference.behaviour import global_hooks
 from ssmprune_cli.inference.copying import cloned, shallow
 from ssmprune_cli.inference.explain import BY_OP, Explanation, Journal, complete
-from ssmprune_cli.interface import Pruner
+from ssmprune_cli.interface import Pruner, placed
 from ssmprune_cli.models import Backbone, DenseModel
 
 S = TypeVar("S", bound="Session")
@@ -28,10 +28,12 @@ class Session(nn.Module, ABC):
     definition  the snapshot, op by op
     kind        its name
     silent      how a block is computed of which nothing is noted
+    watched     whether its ops are torch's, and can be seen and counted
     """
 
     kind: ClassVar[str]
     silent: ClassVar[str] = BY_OP
+    watched: ClassVar[bool] = True
     definition: nn.Module
 
     def __init__(self, definition: nn.Module, refused: dict[str, str]) -> None:
@@ -52,8 +54,8 @@ class Session(nn.Module, ABC):
         """The model's output for `images` on its device and in its dtype."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model's output, logits (B, classes) of a backbone, for normalised images (B, 3, H, W). A detector's is a
-        tuple of tensors, see `models.Detector`.
+        """The model's output, logits (B, classes) of a backbone, for normalised images (B, 3, H, W); of a language
+        model (B, vocabulary, K) for numbers of tokens (B, L). A detector's is a tuple, see `models.Detector`.
 
         Images of another floating-point dtype or on another device are converted. Raises UsageError under autocast:
         the precision of a session was settled when it was prepared.
@@ -64,7 +66,7 @@ class Session(nn.Module, ABC):
                 hint="Call it outside of autocast, and give `prepare(model, dtype=torch.bfloat16)`.",
             )
         with torch.inference_mode():
-            output = self.compute(images.to(self.device, self.dtype))
+            output = self.compute(placed(images, self.device, self.dtype))
         copied: Tensor = cloned(output)  # made outside, it is an ordinary tensor, which a training may use
         return copied
 
@@ -84,12 +86,12 @@ class Session(nn.Module, ABC):
         """Called on a copy that `with_pruner` has made: put `pruner` wherever else one is."""
 
     def explain(self) -> Explanation:
-        """How the blocks are computed, and why: one black image is computed to see it."""
+        """How the blocks are computed, and why: one black image, or a window of text, is computed to see it."""
         definition = self.definition
         if not isinstance(definition, Backbone):
             return Explanation(self.kind, self._refused, (), self.notes())
         with self._journal.listening() as steps, torch.inference_mode():
-            self.observed(torch.zeros(1, 3, *definition.image_size, device=self.device, dtype=self.dtype))
+            self.observed(definition.example(1))
         steps_of_all = complete(steps, len(definition.mixers), self.silent, self.reasons())
         return Explanation(self.kind, self._refused, steps_of_all, self.notes())
 
@@ -117,6 +119,11 @@ class Session(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         floating = (each.dtype for each in self.definition.parameters() if each.is_floating_point())
         return next(floating, torch.get_default_dtype())
+
+    @property
+    def computes_in(self) -> str:
+        """The name of the numbers that it computes with, such as float32."""
+        return str(self.dtype).removeprefix("torch.")
 
     def train(self: S, mode: bool = True) -> S:
         """Raises UsageError for `train()`: a session is for inference."""

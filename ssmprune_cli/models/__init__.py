@@ -7,11 +7,13 @@ from ssmprune_cli.models.common import (
     MAX_SIDE,
     SMALL_SIDE,
     Backbone,
+    Block,
     EightBitLinear,
     Family,
     Hints,
     ImageConfig,
     Inflow,
+    Places,
     RMSNorm,
     Shapes,
     Visits,
@@ -24,7 +26,7 @@ from ssmprune_cli.models.common import (
     set_layer,
     set_recompute,
 )
-from ssmprune_cli.models.cutting import cut_short, cuts
+from ssmprune_cli.models.cutting import MAX_CUT, blocks_cut, cut_short, cuts
 from ssmprune_cli.models.dense import (
     PLAINMAMBA_MASK_RCNN,
     PLAINMAMBA_UPERNET,
@@ -37,17 +39,32 @@ from ssmprune_cli.models.dense import (
 )
 from ssmprune_cli.models.efficientvmamba import EFFICIENTVMAMBA, AtrousMixer
 from ssmprune_cli.models.heads import Detections
+from ssmprune_cli.models.language import (
+    MAMBA1,
+    MAMBA2,
+    MAX_LENGTH,
+    LanguageModel,
+    Mamba2Mixer,
+    Prefilled,
+    generate,
+    prefill,
+    step,
+)
+from ssmprune_cli.models.localvmamba import LOCALVMAMBA, LocalVMambaMixer
 from ssmprune_cli.models.mamba import (
     LOCALVIM,
     MAMBA_REG,
     VIDEOMAMBA,
+    VIDEOMAMBA_CLIPS,
     VIM,
     BranchMixer,
     CausalConv1d,
     LocalMixer,
     MambaBackbone,
     MambaBlock,
+    MambaConfig,
     MambaMixer,
+    MambaSequence,
     StepProjection,
     conv_sources,
     scan_path,
@@ -56,30 +73,41 @@ from ssmprune_cli.models.mamba import (
 from ssmprune_cli.models.mambavision import MAMBAVISION, AttentionMixer, CentredMixer
 from ssmprune_cli.models.medmamba import MEDMAMBA
 from ssmprune_cli.models.plainmamba import PLAINMAMBA, PlainMambaMixer, walks
+from ssmprune_cli.models.plugins import add_plugins
 from ssmprune_cli.models.resizing import before_resizing, resize, sides
+from ssmprune_cli.models.smaller import WHOLE, Size, blocks_left_out, dense_config, size_of, smaller
 from ssmprune_cli.models.vmamba import VMAMBA, DirectionProjections, VMambaMixer, column_gaps
 
 FAMILIES.register("vim", VIM)
 FAMILIES.register("videomamba", VIDEOMAMBA)
+FAMILIES.register("videomamba-clips", VIDEOMAMBA_CLIPS)
 FAMILIES.register("mambar", MAMBA_REG)
 FAMILIES.register("localvim", LOCALVIM)
 FAMILIES.register("plainmamba", PLAINMAMBA)
 FAMILIES.register("vmamba", VMAMBA)
+FAMILIES.register("localvmamba", LOCALVMAMBA)
 FAMILIES.register("medmamba", MEDMAMBA)
 FAMILIES.register("efficientvmamba", EFFICIENTVMAMBA)
 FAMILIES.register("mambavision", MAMBAVISION)
+FAMILIES.register("mamba", MAMBA1)
+FAMILIES.register("mamba2", MAMBA2)
 FAMILIES.register("vmamba-upernet", VMAMBA_UPERNET)
 FAMILIES.register("plainmamba-upernet", PLAINMAMBA_UPERNET)
 FAMILIES.register("vmamba-maskrcnn", VMAMBA_MASK_RCNN)
 FAMILIES.register("plainmamba-maskrcnn", PLAINMAMBA_MASK_RCNN)
+FAMILIES.when_read(add_plugins)
 
 __all__ = [
     "FAMILIES",
+    "MAX_CUT",
+    "MAX_LENGTH",
     "MAX_SIDE",
     "SMALL_SIDE",
+    "WHOLE",
     "AtrousMixer",
     "AttentionMixer",
     "Backbone",
+    "Block",
     "BranchMixer",
     "CausalConv1d",
     "CentredMixer",
@@ -93,26 +121,39 @@ __all__ = [
     "Hints",
     "ImageConfig",
     "Inflow",
+    "LanguageModel",
     "LocalMixer",
+    "LocalVMambaMixer",
+    "Mamba2Mixer",
     "MambaBackbone",
     "MambaBlock",
+    "MambaConfig",
     "MambaMixer",
+    "MambaSequence",
+    "Places",
     "PlainMambaMixer",
+    "Prefilled",
     "RMSNorm",
     "Segmenter",
     "Shapes",
+    "Size",
     "StepProjection",
     "VMambaMixer",
     "Visits",
     "before_resizing",
+    "blocks_cut",
+    "blocks_left_out",
     "channels_last_taps",
     "column_gaps",
     "conv_sources",
     "cut_short",
     "cuts",
     "decay_rates",
+    "dense_config",
+    "generate",
     "inflow",
     "make_room_for_eight_bits",
+    "prefill",
     "put_in_eight_bits",
     "resize",
     "scan_path",
@@ -120,6 +161,9 @@ __all__ = [
     "set_layer",
     "set_recompute",
     "sides",
+    "size_of",
+    "smaller",
+    "step",
     "unit_tokens",
     "walks",
 ]

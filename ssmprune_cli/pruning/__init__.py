@@ -9,7 +9,7 @@ import torch
 
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
-from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.calibration import Calibration, Observable, Prunable, calibrate
 from ssmprune_cli.pruning.compress import (
     ALIGNMENT_IMAGES,
     DEFAULT_REDUCTION,
@@ -35,10 +35,13 @@ from ssmprune_cli.pruning.repair import (
     FeaturePruner,
     Runner,
     fold_head,
+    is_repairable,
     judged_rows,
+    quick_answers,
     repair,
 )
 from ssmprune_cli.pruning.schedule import PruneSchedule, default_points
+from ssmprune_cli.pruning.sizes import at_size
 
 
 def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
@@ -93,6 +96,7 @@ __all__ = [
     "FeaturePruner",
     "Images",
     "Method",
+    "Observable",
     "PruneSchedule",
     "PruneSettings",
     "Repaired",
@@ -100,6 +104,7 @@ __all__ = [
     "Runner",
     "TokenPruner",
     "as_batches",
+    "at_size",
     "attach",
     "calibrate",
     "choose_alignment",
@@ -110,10 +115,12 @@ __all__ = [
     "few_images",
     "fit_mass",
     "fold_head",
+    "is_repairable",
     "judged_rows",
     "known_methods",
     "paired",
     "prune",
+    "quick_answers",
     "relative_error",
     "repair",
     "restore",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.preprocessing import KeepRatio, Preprocessing
+from ssmprune_cli.preprocessing import KeepRatio, Preprocessing, TextWindow
 from ssmprune_cli.pruning.correction import Repaired
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
@@ -20,8 +20,8 @@ from ssmprune_cli.pruning.schedule import share
 from ssmprune_cli.tokens import TokenSequence
 
 
-class Prunable(Protocol):
-    """A backbone, as calibration sees it."""
+class Observable(Protocol):
+    """What calibration looks at: a backbone, or the inside of a user's module."""
 
     pruner: Pruner | None
 
@@ -31,6 +31,12 @@ class Prunable(Protocol):
     @property
     def stages(self) -> tuple[Stage, ...]: ...
 
+    def observe(self, images: Any) -> None: ...
+
+
+class Prunable(Observable, Protocol):
+    """A backbone, as pruning sees it."""
+
     @property
     def output_layer(self) -> nn.Linear: ...
 
@@ -38,7 +44,10 @@ class Prunable(Protocol):
     def image_size(self) -> tuple[int, int]: ...
 
     @property
-    def preprocessing(self) -> Preprocessing | KeepRatio: ...
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def preprocessing(self) -> Preprocessing | KeepRatio | TextWindow: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -49,8 +58,6 @@ class Prunable(Protocol):
     def restores(self) -> bool: ...
 
     def forward(self, images: Tensor) -> Any: ...
-
-    def observe(self, images: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class _Observer(nn.Module, Pruner):
             self.dropped = ~sequence.is_protected()
         assert self.dropped is not None
         count = int(self.dropped.sum())
-        if block in self.observed and count:
+        if block in self.observed and count and statistics.delta:  # a foreign block may have no scan to tell it
             total = torch.stack([delta[self.dropped].double().sum(dim=0) for delta in statistics.delta])
             self.delta_sum[block] = self.delta_sum.get(block, torch.zeros_like(total)) + total
             self.delta_count[block] = self.delta_count.get(block, 0) + count
@@ -156,8 +163,9 @@ class _Observer(nn.Module, Pruner):
         self.scores[point].append(score.masked_fill(sequence.is_protected(), torch.nan))
 
 
-def calibrate(model: Prunable, settings: PruneSettings, batches: Iterable[Tensor]) -> Calibration:
+def calibrate(model: Observable, settings: PruneSettings, batches: Iterable[Any]) -> Calibration:
     """Run the dense `model` on `batches` of normalised images (B, 3, H, W) and observe what `settings` would drop.
+    Batches may be anything that `model.observe` takes and whose length is the number of samples.
 
     Which tokens go is judged on the dense model's scores: one pass is enough, and the step sizes are the true ones.
     Raises DataError when there are no images or a score is not finite. The model's own pruner is left in place.

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.preprocessing import KeepRatio, Preprocessing
+from ssmprune_cli.interface import placed
+from ssmprune_cli.preprocessing import KeepRatio, Preprocessing, TextWindow
 from ssmprune_cli.pruning.calibration import Prunable
 
 _AT_ONCE = 64  # images of one array that go through the model together
@@ -31,13 +32,13 @@ def as_batches(model: Prunable, images: Images) -> Iterable[Tensor]:
     images  one tensor or array (B, 3, H, W), or batches of them, or pairs (images, labels) as a loader gives. Floats
             are normalised already and as large as the model expects; for a dense model they may be of any size, another
             in each batch. Of uint8, (B, H, W, 3) is taken too, and what the model's preprocessing says is done:
-            resized, cropped and normalised.
+            resized, cropped and normalised. For a language model, numbers of tokens (B, L)
 
     Raises UsageError, when a batch is read, for what is none of it.
     """
     if isinstance(images, Tensor | np.ndarray):
         parts = torch.as_tensor(images)
-        return _Batches(model, parts.split(_AT_ONCE) if parts.ndim == 4 else [parts])
+        return _Batches(model, parts.split(_AT_ONCE) if parts.ndim == 1 + len(model.input_shape) else [parts])
     if isinstance(images, str | bytes | dict | os.PathLike) or not hasattr(images, "__iter__"):
         raise UsageError(f"a value of type {type(images).__name__} holds no calibration images", hint=_WANTED)
     return _Batches(model, list(images) if isinstance(images, Iterator) else images)
@@ -54,10 +55,32 @@ class _Batches(Iterable[Tensor]):
             images = part[0] if isinstance(part, tuple | list) and 0 < len(part) <= 2 else part
             if not isinstance(images, Tensor | np.ndarray):
                 raise UsageError(f"calibration images are of type {type(images).__name__}", hint=_WANTED)
-            yield _prepared(torch.as_tensor(images), self._model).to(like.device, like.dtype)
+            prepare = _token_numbers if isinstance(self._model.preprocessing, TextWindow) else _prepared
+            yield placed(prepare(torch.as_tensor(images), self._model), like.device, like.dtype)
+
+
+def _token_numbers(ids: Tensor, model: Prunable) -> Tensor:
+    """int64 (B, L). Raises UsageError for what is none of it, DataError for a token that is not in the vocabulary."""
+    integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not integer or ids.ndim != 2 or 0 in ids.shape:
+        raise UsageError(
+            f"calibration text is {ids.dtype} {tuple(ids.shape)}",
+            hint="Give numbers of tokens (B, L), as the model's tokenizer makes them, or batches of them.",
+        )
+    assert isinstance(model.preprocessing, TextWindow)
+    vocabulary = model.preprocessing.vocabulary
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(outside):
+        raise DataError(
+            f"the calibration text has a token {int(outside[0])}, and the vocabulary has {vocabulary:,}",
+            hint="Is this the model's own tokenizer?",
+        )
+    return ids.long()
 
 
 def _prepared(images: Tensor, model: Prunable) -> Tensor:
+    if len(model.input_shape) == 4:
+        return _clips(images, model.input_shape)
     channels_last = images.ndim == 4 and images.shape[3] == 3 and images.shape[1] != 3
     if images.dtype == torch.uint8 and channels_last:
         images = images.permute(0, 3, 1, 2)
@@ -67,12 +90,28 @@ def _prepared(images: Tensor, model: Prunable) -> Tensor:
         settings = model.preprocessing
         if isinstance(settings, KeepRatio):
             return _in_proportion(images, settings)
+        assert isinstance(settings, Preprocessing)
         return _by_preprocessing(images, settings)
     if not images.is_floating_point():
         raise UsageError(f"calibration images are {images.dtype}, neither floats nor uint8", hint=_WANTED)
     if not model.any_size and tuple(images.shape[2:]) != model.image_size:
         found, wanted = ("x".join(map(str, size)) for size in (images.shape[2:], model.image_size))
         raise UsageError(f"calibration images have {found} pixels, and the model takes {wanted}", hint=_WANTED)
+    return _normal(images)
+
+
+def _clips(clips: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Normalised clips (B, 3, T, H, W) of this `shape`; nothing is done to them."""
+    if tuple(clips.shape[1:]) != shape or not len(clips) or not clips.is_floating_point():
+        raise UsageError(
+            f"calibration clips are {clips.dtype} {tuple(clips.shape)}, and the model takes {shape}",
+            hint="Give normalised floats (B, channels, frames, height, width), or a folder of clips.",
+        )
+    return _normal(clips)
+
+
+def _normal(images: Tensor) -> Tensor:
+    """These images, if they are finite and normalised."""
     if not bool(images.isfinite().all()):
         raise DataError("calibration images hold values that are not finite")
     if float(images.abs().max()) > _NORMALISED:

@@ -71,6 +71,11 @@ class PruneSchedule:
         points = (*self.points, point)
         if not rectangular:
             return PruneSchedule(points, (*self.tokens, count))
+        if stages[0].frames > 1:
+            raise UsageError(
+                f"a reduction that merges the grid of an image is not for the tokens of {stages[0].frames} frames",
+                hint="Others, such as drop, frozen or local-merge, are.",
+            )
         grid = fitting(self.grids_per_block(stages)[point - 1], count)
         return PruneSchedule(points, (*self.tokens, math.prod(grid)), (*self.grids, grid))
 

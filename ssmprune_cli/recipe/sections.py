@@ -50,9 +50,10 @@ class ModelChoice(Section):
 
 
 class Pruning(Section):
-    """Which images the model takes, where tokens are dropped, how many stay, and how. Without an amount none are.
+    """How much of the model is left, where tokens are dropped, how many stay, and how. Without an amount none are.
 
     image_size side in pixels of smaller square images, see `models.resize`; None for those of the dense model
+    cut_blocks so many of the last blocks of the longest stage are left out, see `models.cut_short`; None for none
     points     prune after this many blocks, rising; None is a quarter, half and three quarters of the depth
     keep       ratio of patch tokens kept *at each point*, 0 < keep <= 1: one number or one a point
     tokens     instead of `keep`: patch tokens that stay after each point
@@ -69,6 +70,7 @@ class Pruning(Section):
     """
 
     image_size: PositiveInt | None = None
+    cut_blocks: PositiveInt | None = None
     weights: Literal["float", "int8"] = "float"
     int8: Annotated[tuple[Name, ...], BeforeValidator(_list_to_tuple)] | None = None
     points: Counts | None = None
@@ -120,8 +122,10 @@ class Pruning(Section):
             raise ValueError("`int8` names layers whose weights are in eight bits: set `weights` to int8")
         if self.drops_tokens:
             return self
-        if self.image_size is None and self.weights == "float":
-            raise ValueError("give `keep` (a ratio), `tokens` (counts) or `image_size` (smaller images)")
+        if self.image_size is None and self.cut_blocks is None and self.weights == "float":
+            raise ValueError(
+                "give `keep` (a ratio), `tokens` (counts), `image_size` (smaller images) or `cut_blocks` (fewer blocks)"
+            )
         if self.points is not None:
             raise ValueError("`points` say where tokens are dropped: give `keep` or `tokens` too")
         return self

@@ -192,6 +192,36 @@ class DetectionFacts(ModelDetection):
     difference_interval: Interval | None
 
 
+class ModelLanguage(Section):
+    """Of the `tokens` that were judged: the mean of -log p in `nats`, perplexity (its exponential), and the share that
+    was the model's first guess. Intervals are from resampled windows, None of a single one."""
+
+    tokens: int
+    nats: float
+    perplexity: float
+    perplexity_interval: Interval | None
+    next_token_accuracy: float
+    interval: Interval | None
+
+
+class LanguageFacts(ModelLanguage):
+    """The pruned model and the `dense` one on the same `count` windows; `difference` is pruned less dense, of
+    next_token_accuracy, and `perplexity_ratio` pruned over dense.
+
+    agreement      share of the tokens for which both have the same first guess
+    ..._interval   95 %, from windows that are resampled for both models alike
+    """
+
+    count: int
+    dense: ModelLanguage
+    difference: float
+    difference_interval: Interval | None
+    perplexity_ratio: float
+    perplexity_ratio_interval: Interval | None
+    agreement: float
+    agreement_interval: Interval | None
+
+
 class LimitFacts(Section):
     """A limit that the user set on a measured value: the verdict is `holds`.
 
@@ -319,6 +349,8 @@ class SearchTrial(Section):
 
     spent                         share of the dense multiply-adds or time, as `kind` says; measured for finalists
     multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
+    divergence                    after a quick repair on the images searched on, if candidates got one
+    divergence_held_back          of finalists, not repaired
     divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
     """
 
@@ -420,13 +452,15 @@ class FinetuningFacts(Section):
 
 class Report(Section):
     """Dense and compressed model side by side, and where both come from. The latter drops tokens (`pruning`), takes
-    smaller images (`resized_from`) or both, and all its facts are called `pruned`; a dense model has none.
+    smaller images (`resized_from`), has fewer blocks (`blocks_left_out`) or several of these, and all its facts are
+    called `pruned`; a dense model has none.
 
     task         what both models are for, and judged by
-    image_size   height and width of the images that the compressed model takes
+    image_size   height and width of the images that the compressed model takes; of text, 1 and the tokens of a window
     resized_from of those that the dense model takes, if these are larger: every figure of it is of its own images
+    blocks_left_out  numbers, from 1, of the dense model's blocks that the compressed one lacks
     accuracy     of classifiers: both on the same images, or None if they were not evaluated
-    segmentation likewise of segmenters, detection of detectors
+    segmentation likewise of segmenters, detection of detectors, language of language models
     limits       what the user asked for, with a verdict each
     calibration  what calibration saw, or None without it
     eight_bits   which weights are in eight bits, and what both savings do apart and together
@@ -445,6 +479,7 @@ class Report(Section):
     task: str = "classification"
     image_size: tuple[int, int]
     resized_from: tuple[int, int] | None = None
+    blocks_left_out: tuple[int, ...] = ()
     parameters: int
     pruning: PruningFacts | None = None
     dense: Figures
@@ -453,6 +488,7 @@ class Report(Section):
     accuracy: AccuracyFacts | None = None
     segmentation: SegmentationFacts | None = None
     detection: DetectionFacts | None = None
+    language: LanguageFacts | None = None
     limits: tuple[LimitFacts, ...] = ()
     speed: SpeedFacts | None = None
     calibration: CalibrationFacts | None = None
@@ -471,7 +507,9 @@ class Report(Section):
         """What the compressed model is called beside the dense one."""
         if self.pruning is not None:
             return "pruned"
-        return "resized" if self.resized_from is not None else "int8" if self.eight_bits is not None else "pruned"
+        if self.resized_from is not None:
+            return "resized"
+        return "cut short" if self.blocks_left_out else "int8" if self.eight_bits is not None else "pruned"
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     """A result is the rank of the right class among the logits: 0 for a right answer."""
 
     name = "classification"
-    datasets = ("imagenet", "imagefolder", "cifar10", "cifar100", "npz")
+    datasets: ClassVar[tuple[str, ...]] = ("imagenet", "imagefolder", "cifar10", "cifar100", "npz")
     section = "accuracy"
     quality = "accuracy"
     parts = ("class", "classes")
@@ -80,13 +81,13 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
             )
         if dataset.num_classes is not None and dataset.num_classes != model.num_classes:
             raise DataError(
-                f"the images have {dataset.num_classes} classes, the model has {model.num_classes}",
+                f"the {self.cases} have {dataset.num_classes} classes, the model has {model.num_classes}",
                 hint="Accuracy means nothing across different classes. Is this the right dataset kind and folder?",
             )
         for index in range(len(dataset)):
             label = dataset.target(index)
             if label is None:
-                raise DataError("the images have no labels, so there is no accuracy to measure")
+                raise DataError(f"the {self.cases} have no labels, so there is no accuracy to measure")
             if not isinstance(label, int):
                 raise DataError(
                     "the images have no classes, and the model is for classification",
@@ -174,7 +175,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     def rows(self, compared: AccuracyFacts) -> list[Row]:
         found = [
             Row(
-                f"top-1 on {compared.count:,} images (95 % interval)",
+                f"top-1 on {compared.count:,} {self.cases} (95 % interval)",
                 share(compared.dense.top1, compared.dense.interval),
                 share(compared.top1, compared.interval),
                 f"{100 * compared.difference:+.2f} points",
@@ -193,7 +194,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
 
     def brief(self, compared: AccuracyFacts) -> Row:
         return Row(
-            f"top-1 on {compared.count:,} images (%)",
+            f"top-1 on {compared.count:,} {self.cases} (%)",
             f"{100 * compared.dense.top1:.2f}",
             f"{100 * compared.top1:.2f}",
             f"{100 * compared.difference:+.2f} points",

@@ -78,6 +78,7 @@ class Detection(Task[ModelDetection, DetectionFacts]):
     key = "box_ap"
     unit = "squared error"
     most = 1
+    calibrates = 8
     draws = True
     saves = True
     remarks = (

@@ -69,6 +69,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     hub_metric = "mean_iou"
     key = "miou"
     most = 1
+    calibrates = 16
     draws = True
     limits = (
         TaskLimit(

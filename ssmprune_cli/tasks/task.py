@@ -16,7 +16,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data import Batch, ImageDataset, Split, open_dataset
+from ssmprune_cli.data import (
+    Batch,
+    ImageDataset,
+    Split,
+    calibration_images,
+    listed_clips,
+    listed_images,
+    open_dataset,
+)
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame
@@ -137,9 +145,14 @@ class Task(ABC, Generic[Score, Compared]):
     unit      of `divergence`
     limits    what a user may demand of a score or a comparison
     most      images that go through a model together, unless the user says how many
+    calibrates  images that models are calibrated and reductions compared on, unless the user says how many: fewer where
+              one has many tokens and takes long. None where a repair wants more
     hub_task, hub_metric   what hubs of models call it and its metric
     draws     whether its answers are pictures themselves: see `drawn`
     saves     whether there is a format for what models answer: see `predictions`
+    clips     whether models take clips of a video, and not single images
+    shows     whether its inputs are pictures, which a report can show
+    cases     what its inputs are called, several of them
     remarks   sentences on what figures of work and time leave out, for whoever reads them
     """
 
@@ -156,13 +169,20 @@ class Task(ABC, Generic[Score, Compared]):
     key: ClassVar[str]
     unit: ClassVar[str] = "nats"
     most: ClassVar[int] = 1 << 16
+    calibrates: ClassVar[int | None] = None
     limits: ClassVar[tuple[TaskLimit, ...]]
     draws: ClassVar[bool] = False
     saves: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
+    shows: ClassVar[bool] = True
+    cases: ClassVar[str] = "images"
     remarks: ClassVar[tuple[str, ...]] = ()
 
-    def open(self, path: Path, kind: str | None = None, split: Split = "val") -> ImageDataset:
-        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`).
+    def open(
+        self, path: Path, kind: str | None = None, split: Split = "val", *, model: Backbone | None = None
+    ) -> ImageDataset:
+        """Images with what they are judged by; without a `kind`, what `path` looks like (see `kind`). A text is read by
+        the tokenizer of `model`.
 
         Raises UsageError for a kind that is not of this task, DataError for data that are not laid out so.
         """
@@ -172,7 +192,24 @@ class Task(ABC, Generic[Score, Compared]):
                 f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
-        return open_dataset(kind, path, split=split)
+        return self._divided(open_dataset(kind, path, split=split), model)
+
+    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
+        """What was opened, as a dataset for `model`."""
+        dataset: ImageDataset = opened
+        return dataset
+
+    def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
+        """`count` unlabelled inputs for `model` in `path`, chosen by `seed`: see `data.calibration_images`."""
+        return calibration_images(path, count, seed, clips=self.clips)
+
+    def files(self, model: Backbone) -> dict[str, bytes]:
+        """What an output folder needs beside the weights of `model`, by name."""
+        return {}
+
+    def listed(self, files: Sequence[Path]) -> ImageDataset:
+        """These images or clips, in their order. Raises DataError if one of them is missing."""
+        return listed_clips(files) if self.clips else listed_images(files)
 
     @abstractmethod
     def kind(self, path: Path) -> str:
@@ -287,6 +324,10 @@ class Task(ABC, Generic[Score, Compared]):
     @abstractmethod
     def brief(self, compared: Compared) -> Row:
         """The metric's line for a terminal: figures without units and intervals."""
+
+    def briefs(self, compared: Compared) -> list[Row]:
+        """Further lines for a terminal, such as of another figure that people judge by."""
+        return []
 
     @abstractmethod
     def table(self, scores: Sequence[Score]) -> list[list[str]]:

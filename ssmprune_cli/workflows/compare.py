@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import Batch, ImageDataset, Subset, calibration_images
+from ssmprune_cli.data import Batch, ImageDataset, Subset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
-from ssmprune_cli.models import Backbone, cut_short, cuts, resize, sides
+from ssmprune_cli.models import WHOLE, Backbone, Size, cut_short, cuts, sides, smaller
 from ssmprune_cli.pruning import (
     DEFAULT_REDUCTION,
     IMPORTANCES,
@@ -30,7 +30,7 @@ from ssmprune_cli.pruning import (
 )
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.workflows.compress import for_images, recipe_settings
+from ssmprune_cli.workflows.compress import made_smaller, recipe_settings, recipe_size
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
 from ssmprune_cli.workflows.source import Source
@@ -95,7 +95,7 @@ class EvaluationImages:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._kept is None and 4 * len(self) * 3 * math.prod(self._model.image_size) <= KEPT_BYTES:
+        if self._kept is None and 4 * len(self) * math.prod(self._model.input_shape) <= KEPT_BYTES:
             self._kept = list(self._read())
         yield from self._read() if self._kept is None else self._kept
 
@@ -147,7 +147,7 @@ class Comparison:
         self.task = TASKS.get(self.model.task)
         self.batch_size, self.rounds = self.task.at_once(64, batch_size), rounds
         self.images = EvaluationImages(dataset, self.model, limit, self.batch_size)
-        self._smaller: dict[int, _Smaller] = {}
+        self._smaller: dict[Size, _Smaller] = {}
         self.notes = list(self.task.remarks)
         self.judged = self.images.dataset.has_targets
         if self.judged:
@@ -194,40 +194,48 @@ class Comparison:
 
     def recipe(self, recipe: Recipe, calibration: ImageDataset | None) -> Row:
         """The row of what a recipe makes, calibrated on its images where it needs any."""
-        side = recipe.pruning.image_size
         if recipe.pruning.drops_tokens and recipe.pruning.reduction == "auto":
             self.notes.append(f"{recipe.name} leaves its reduction to `compress`; here it is {DEFAULT_REDUCTION!r}.")
-        if side is None:
+        if recipe_size(recipe) == WHOLE:
             settings = recipe_settings(self.model, recipe, calibrated=calibration is not None)
-            assert settings is not None  # else it would name a side
+            assert settings is not None  # else it would name a size
             images = None if calibration is None else load_images(self.model, calibration)
             return self.pruned(recipe.name, "", settings, images)
-        for_images(self.model, recipe)  # raises for a side that is none
-        return self.smaller(recipe.name, "", side, recipe, calibration)
+        made_smaller(self.model, recipe)  # raises for a size that is none
+        return self.smaller(recipe.name, "", recipe_size(recipe), recipe, calibration)
 
     def smaller(
-        self, name: str, budget: str, side: int, recipe: Recipe | None = None, calibration: ImageDataset | None = None
+        self, name: str, budget: str, size: Size, recipe: Recipe | None = None, calibration: ImageDataset | None = None
     ) -> Row:
-        """The row of the model for images of `side` pixels, with tokens dropped as `recipe` says, if it says so."""
-        variant = self.at(side)
-        model = variant.model
+        """The row of the model of this size, with tokens dropped as `recipe` says, if it says so. The head of one that
+        was cut short is refitted on the calibration images, if there are any."""
+        variant = self.at(size)
+        model, images, dense = variant.model, None, None
+        if calibration is not None:
+            dense = run(self.reference, self._calibration(self.model, calibration))
+            images = self._calibration(model, calibration)
         settings = None if recipe is None else recipe_settings(model, recipe, calibrated=calibration is not None)
         if settings is not None:
-            dense = None if calibration is None else run(self.reference, self._calibration(self.model, calibration))
-            images = None if calibration is None else self._calibration(model, calibration)
             self._prune(variant.session, model, settings, images, dense)
-        session = variant.session.with_pruner(model.pruner)
+        session = variant.session
+        if size.cut:
+            self._refit(name, model, images, dense)
+            session = prepare(model) if settings is None else session
+        session = session.with_pruner(model.pruner)
         answers, cost = self._answers(session, variant.images, name), count_flops(model).all_directions
         restore(model)
         return self._row(name, budget, model, answers, cost, self._time(session, self._batch(model)), settings)
 
-    def at(self, side: int) -> _Smaller:
-        """The dense model for images of `side` pixels."""
-        if side not in self._smaller:
-            model = resize(self.model, side)
-            images = EvaluationImages(self.images.dataset, model, None, self.batch_size)
-            self._smaller[side] = _Smaller(model, prepare(model), images)
-        return self._smaller[side]
+    def at(self, size: Size) -> _Smaller:
+        """The model of this size, all tokens kept. Kept is one whose head no one refits."""
+        if size in self._smaller:
+            return self._smaller[size]
+        model = smaller(self.model, size)
+        images = EvaluationImages(self.images.dataset, model, None, self.batch_size)
+        made = _Smaller(model, prepare(model), images)
+        if not size.cut:
+            self._smaller[size] = made
+        return made
 
     def side_for(self, budget: Budget, work: float) -> int | None:
         """The largest smaller side in the time of `budget`, or else with at most `work` multiply-adds; None if there is
@@ -238,7 +246,7 @@ class Comparison:
         possible = sides(self.model)
 
         def fits(side: int) -> bool:
-            variant = self.at(side)
+            variant = self.at(Size(side))
             if budget.kind == "time":
                 return 1 / self._time(variant.session, self._batch(variant.model))[1] <= budget.value
             return count_flops(variant.model).all_directions <= work
@@ -248,17 +256,19 @@ class Comparison:
 
     def cut_short(self, budget: str, blocks: int, calibration: Images | None) -> Row:
         """The row of the model without its last `blocks` blocks, its head refitted on the images, if there are any."""
-        model, name = cut_short(self.model, blocks), f"cut short by {blocks} blocks"
-        kind = "none"
-        if calibration is not None:
-            batches = in_batches(calibration, self.batch_size)
-            kind = repair(model, batches, dense=run(self.reference, batches)).kind
-        if kind == "none":
-            why = "that was not clearly better" if calibration is not None else "there are no calibration images"
-            self.notes.append(f"The head of the model {name} is not refitted: {why}.")
+        model, name = cut_short(self.model, blocks), str(Size(cut=blocks))
+        batches = None if calibration is None else in_batches(calibration, self.batch_size)
+        self._refit(name, model, batches, None if batches is None else run(self.reference, batches))
         session = prepare(model)
         answers, cost = self._answers(session, self.images, name), count_flops(model).all_directions
         return self._row(name, budget, model, answers, cost, self._time(session, self._batch(model)), None)
+
+    def _refit(self, name: str, model: Backbone, images: Sequence[Tensor] | None, dense: Tensor | None) -> None:
+        """Fit the head of a model that was cut short to the dense model's answers, if there are images."""
+        kind = "none" if images is None else repair(model, images, dense=dense).kind
+        if kind == "none":
+            why = "that was not clearly better" if images is not None else "there are no calibration images"
+            self.notes.append(f"The head of the model {name} is not refitted: {why}.")
 
     def blocks_for(self, budget: Budget, work: float) -> int | None:
         """How few blocks have to be cut for the time of `budget`, or else for at most `work` multiply-adds; None if
@@ -320,7 +330,7 @@ class Comparison:
         return self.reference.with_pruner(self.model.pruner)
 
     def _batch(self, model: Backbone) -> Tensor:
-        return torch.zeros(self.batch_size, 3, *model.image_size, device=self.device)
+        return model.example(self.batch_size)
 
     def _calibration(self, model: Backbone, dataset: ImageDataset) -> Sequence[Tensor]:
         return in_batches(load_images(model, dataset), self.batch_size)
@@ -398,7 +408,7 @@ def compare(
     for method in methods:
         choose_alignment(method.alignment, method.reduction, calibrated=calib is not None)
     comparison = Comparison(source, dataset, limit=limit, batch_size=batch_size, device=device, rounds=rounds)
-    chosen = None if calib is None else calibration_images(calib, calib_images, seed)
+    chosen = None if calib is None else comparison.task.calibration(comparison.model, calib, calib_images, seed)
     calibration = None if chosen is None else load_images(comparison.model, chosen)
     done = progress("Comparing") if progress else None
     total = 1 + (len(methods) + 2) * len(budgets) + len(recipes) + len(others)
@@ -442,7 +452,7 @@ def _smaller(comparison: Comparison, budget: Budget, title: str, work: float, no
     """The row of the largest smaller image within `budget`, or that needs at most `work`; none without one."""
     side = comparison.side_for(budget, work)
     if side is not None:
-        return [comparison.smaller("smaller image", title, side)]
+        return [comparison.smaller("smaller image", title, Size(side))]
     height, width = comparison.model.image_size
     why = f"half of {height} pixels costs more" if sides(comparison.model) else f"{height} x {width} cannot be resized"
     notes.append(f"There is no smaller image for {title}: {why}.")

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ssmprune_cli.checkpoint import build_empty, non_finite, read, resolve, sha256, variant_name
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.adapt import Seen, mixers_in, sketch
+from ssmprune_cli.checkpoint import build_empty, left_out, non_finite, read, resolve, sha256, variant_name
+from ssmprune_cli.errors import UnknownFamilyError, UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 
@@ -18,6 +19,7 @@ class Inspection:
 
     task            what its answers are: the task of this name
     variant         published configuration, whatever its image size and classes; None if it is none
+    frames, tubelet of a clip, and how many of them a patch spans; None for a model of images
     class_names     in the order of the answers; none where the file does not say
     parameters      numbers in the model's parameters (no buffers, no pruner)
     tokens          length of the dense sequence, class and register tokens included; `protected` are their positions
@@ -28,6 +30,7 @@ class Inspection:
     config          the family's configuration
     pruning         settings of the pruner; None for a dense model
     eight_bits      kinds of linear layers whose weights are in eight bits
+    notes           what the file says and is left out, in sentences
     """
 
     family: str
@@ -35,6 +38,8 @@ class Inspection:
     variant: str | None
     parameters: int
     image_size: tuple[int, int]
+    frames: int | None
+    tubelet: int | None
     num_classes: int
     class_names: tuple[str, ...]
     tokens: int
@@ -49,9 +54,52 @@ class Inspection:
     config: dict[str, Any]
     pruning: dict[str, Any] | None
     eight_bits: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ForeignInspection:
+    """Plain values about a checkpoint of no family that is known, but with mixers inside.
+
+    mixers   name in the keys, and what it seems to be, by keys and shapes
+    sketch   the Python to start from
+    """
+
+    mixers: tuple[Seen, ...]
+    parameters: int
+    sha256: str
+    sketch: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"family": None, **asdict(self)}
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """Of each mixer, what it seems to be."""
+        return {
+            each.name or "the module itself": f"{each.kind or 'of no known kind'}, {each.width or '?'} channels"
+            + (f", {each.states} states" if each.states else "")
+            for each in self.mixers
+        }
+
+
+def look(path: Path, reading: Reading = NOTHING_SAID) -> Inspection | ForeignInspection:
+    """`inspect`, or what can be said of a checkpoint of no known family with mixers inside.
+
+    Raises UnknownFamilyError for one without.
+    """
+    try:
+        return inspect(path, reading)
+    except UnknownFamilyError:
+        state = read(path, weights=reading.weights).state
+        mixers = mixers_in({name: tuple(value.shape) for name, value in state.items()})
+        if not mixers:
+            raise
+        count = sum(value.numel() for value in state.values())
+        return ForeignInspection(tuple(mixers), count, sha256(path), sketch(mixers))
 
 
 def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
@@ -74,6 +122,8 @@ def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
         variant=variant_name(resolved.family, resolved.config),
         parameters=model.parameter_count,
         image_size=model.image_size,
+        frames=getattr(resolved.config, "num_frames", None),
+        tubelet=getattr(resolved.config, "tubelet", None),
         num_classes=model.num_classes,
         class_names=model.class_names,
         tokens=model.num_tokens,
@@ -88,4 +138,5 @@ def inspect(path: Path, reading: Reading = NOTHING_SAID) -> Inspection:
         config=asdict(resolved.config),
         pruning=settings,
         eight_bits=model.eight_bit_kinds,
+        notes=left_out(checkpoint, resolved),
     )

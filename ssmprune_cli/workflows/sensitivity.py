@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.data import calibration_images, fingerprint
+from ssmprune_cli.data import fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted, at_least_tokens
 from ssmprune_cli.models import Backbone
@@ -83,7 +83,7 @@ def sensitivity(
         raise UsageError("ratios of tokens kept lie between 0 and 1", where="--keep")
     model = source.load().to(resolve_device(device))
     method = Method(importance, reduction, choose_alignment(alignment, reduction, calibrated=True))
-    dataset = calibration_images(calib, images, seed)
+    dataset = TASKS.get(model.task).calibration(model, calib, images, seed)
     if len(dataset) < 2:
         raise DataError("a sensitivity needs at least two images", where=str(calib))
     identity = run_identity(model, device)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ssmprune_cli.data import ImageDataset, batches, in_colour, visible_box
-from ssmprune_cli.errors import DataError
+from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.tasks import TASKS, Drawing
 from ssmprune_cli.workflows.reporting import Stage, pixels, stages
@@ -58,6 +58,12 @@ class Drawn:
         }
 
 
+def check_shown(model: Backbone) -> None:
+    """UsageError for a model whose inputs are no pictures."""
+    if not TASKS.get(model.task).shows:
+        raise UsageError(f"a {model.family} takes text, of which there is no picture to draw")
+
+
 def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     """Draw all images of `dataset` into the folder `out`.
 
@@ -65,9 +71,15 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     the dense and the pruned model and where they differ, if the task draws them; these are files NN_NAME_TITLE.png too.
     NN_NAME_after_B_kept.png and ..._score.png show one image, whole and in its own aspect ratio; what the model's crop
     leaves out is grey.
-    Raises UsageError if the model drops no tokens, and DataError if a picture cannot be written.
+    Raises UsageError if the model drops no tokens or `check_shown` does, and DataError if a picture cannot be written.
     """
+    check_shown(model)
     task = TASKS.get(model.task)
+    if task.clips:
+        raise UsageError(
+            f"a {model.family} takes clips, and no pictures of their tokens are drawn",
+            hint="`ssmprune compress --calib` shows frames of some clips in its report.",
+        )
     sights: list[NDArray[np.uint8]] = []  # as the model sees the images
     told: list[int | None] = []
     kept: list[list[Stage]] = []  # by batch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,10 @@ def test_the_backend_asked_for_is_used_and_named(ssmprune: Run) -> None:
     done = ssmprune("profile", CHECKPOINT, *QUICK, "--backend", "reference")
     assert done.returncode == 0, done.stderr
     assert "kernels: reference" in done.stdout
-    (one,) = json.loads(ssmprune("profile", CHECKPOINT, *QUICK, "--json", SSMPRUNE_BACKEND="chunked").stdout)["models"]
+    command = [sys.executable, "-m", "ssmprune_cli", "profile", str(CHECKPOINT), *QUICK, "--json"]
+    environment = {**os.environ, "SSMPRUNE_BACKEND": "chunked"}  # read when the program starts
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (one,) = json.loads(done.stdout)["models"]
     assert (one["backend"], one["backends_refused"]) == ("chunked", {})
 
 

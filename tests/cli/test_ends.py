@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ import pytest
 
 from ssmprune_cli.cli import output
 from ssmprune_cli.errors import SsmpruneError
+from tests.cli.conftest import Run, Start
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "golden" / "containers" / "vim_like.pth"
 
@@ -63,21 +62,19 @@ def test_sigterm_ends_like_ctrl_c_with_its_own_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_search_that_is_interrupted_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_search_that_is_interrupted_says_how_to_go_on(start: Start, number: signal.Signals, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
     state = tmp_path / "out.search-state.json"
     images, out = str(tmp_path / "a.npz"), str(tmp_path / "out")
     command = ["search", str(CHECKPOINT), "--flops", "0.7", "--calib", images, "--out", out]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ssmprune_cli", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    while not state.exists() and process.poll() is None:
+    process = start(*command, steady=True)
+    while not state.exists() and not process.ended():
         time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + number, errors
-    assert f"kept in {state}. To go on, give the same command again." in errors
-    assert errors.endswith("error: interrupted\n" if number == signal.SIGINT else "error: terminated\n")
+    os.kill(process.pid, number)
+    done = process.wait()
+    assert done.returncode == 128 + number, done.stderr
+    assert f"kept in {state}. To go on, give the same command again." in done.stderr
+    assert done.stderr.endswith("error: interrupted\n" if number == signal.SIGINT else "error: terminated\n")
     assert state.exists() and [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
 
 

@@ -6,10 +6,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from ssmprune_cli import checkpoint
+from tests.cli.conftest import Run, Start
 
 ROOT = Path(__file__).parents[2]
-Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--set", "image_size=[16,16]", "--set", "patch_size=4", "--set", "stride=4", "--set", "embed_dim=16")
 
 
@@ -159,21 +159,20 @@ def test_result_is_an_artefact_that_says_what_was_done(ssmprune: Run, whole: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_resumed_after_a_signal_at_a_random_step_gives_the_same_losses_and_weights(
-    ssmprune: Run, artefact: Path, whole: Path, folder: Path, number: signal.Signals
+    ssmprune: Run, start: Start, artefact: Path, whole: Path, folder: Path, number: signal.Signals
 ) -> None:
     out = folder / number.name
-    command = [sys.executable, "-m", "ssmprune_cli", "finetune", artefact, *options(folder, number.name)]
-    command += ["--save-every", "3", "--workers", "1"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = ("finetune", artefact, *options(folder, number.name), "--save-every", "3")
+    process = start(*command, "--workers", "1")
     after = random.Random().randrange(2, 13)
-    while process.poll() is None and not ((out / "log.jsonl").exists() and len(trace(out)) >= after):
+    while not process.ended() and not ((out / "log.jsonl").exists() and len(trace(out)) >= after):
         time.sleep(0.01)
     os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches the worker that prepares images too
-    _, errors = process.communicate()
-    assert process.returncode == (130 if number == signal.SIGINT else -number), errors
+    done = process.wait()
+    assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
     if number == signal.SIGINT:
-        assert "--resume" in errors
-    done = ssmprune("finetune", artefact, *options(folder, number.name), "--save-every", "3", "--resume")
+        assert "--resume" in done.stderr
+    done = ssmprune(*command, "--resume")
     assert done.returncode == 0, done.stderr
     assert trace(out) == trace(whole), f"stopped after {after} updates"
     assert (out / "last" / "model.safetensors").read_bytes() == (whole / "last" / "model.safetensors").read_bytes()
@@ -203,14 +202,25 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_two_processes_train_and_evaluate_as_one(ssmprune: Run, artefact: Path, folder: Path) -> None:
+def two_processes(start: Start, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """What the first of them says, started as `torchrun` would."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, second = (start(*arguments, RANK=rank, LOCAL_RANK=rank, **world) for rank in ("0", "1"))
+    assert second.wait().returncode == 0
+    return first.wait()
+
+
+def test_two_processes_train_and_evaluate_as_one(ssmprune: Run, start: Start, artefact: Path, folder: Path) -> None:
     """Each takes half of every batch, and of the 15 images to evaluate, of which one gets 8 and the other 7."""
     with np.load(folder / "images.npz") as arrays:
         np.savez(folder / "odd.npz", images=arrays["images"][:15], labels=arrays["labels"][:15])
     data = ("--dataset", "npz", "--data", folder / "images.npz", "--val-data", folder / "odd.npz")
     common = (*data, "--epochs", "2", "--batch-size", "8", "--lr", "1e-3", "--set", "training.mixup=0.5", "--json")
     alone = ssmprune("finetune", artefact, *common, "--out", folder / "one")
-    both = torchrun("finetune", artefact, *common, "--out", folder / "two")
+    both = two_processes(start, "finetune", artefact, *common, "--out", folder / "two")
     assert (alone.returncode, both.returncode) == (0, 0), alone.stderr + both.stderr
     assert json.loads(both.stdout)["epochs"][-1]["top1"] == json.loads(alone.stdout)["epochs"][-1]["top1"]
     # Sums over a batch are taken in another order: float32 rounding, which Adam's first steps make larger.

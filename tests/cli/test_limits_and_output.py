@@ -7,18 +7,15 @@ import os
 import pty
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.cli.conftest import Run, Start
+
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "recipes" / "demo" / "vim_digits.pth"
 GOLDEN = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
 
 
@@ -115,28 +112,21 @@ def test_quiet_leaves_warnings_and_errors(ssmprune: Run, folder: Path) -> None:
 def commands(folder: Path, artefact: Path) -> dict[str, tuple[Any, ...]]:
     images, ckpt = folder / "images.npz", checkpoint(folder)
     labelled = ("--dataset", "npz", "--data", images)
+    once = ("--rounds", "1")
     few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "3")
-    large = ("--batch-size", "64", "--keep-image-size")  # so that it gets faster
+    budget = ("--flops", "0.6", "--keep-image-size", *few)
+    methods = ("--methods", "clip/drop/none,random/context/none", "--keep", "0.6")
+    kept = ("--keep", "0.6", "--data", images, "--overwrite")
     return {
         "inspect": ("inspect", ckpt),
-        "compress": (
-            "compress",
-            ckpt,
-            "--keep",
-            "0.6",
-            "--data",
-            images,
-            "--out",
-            folder / "again",
-            "--overwrite",
-        ),
+        "compress": ("compress", ckpt, *kept, "--out", folder / "again"),
         "eval": ("eval", artefact, *labelled, "--compare", ckpt),
-        "profile": ("profile", artefact, "--compare", ckpt, "--batch-size", "1", "--rounds", "1"),
+        "profile": ("profile", artefact, "--compare", ckpt, "--batch-size", "1", *once),
         "report": ("report", artefact),
         "visualize": ("visualize", artefact, images, "--count", "1", "--out", folder / "pictures", "--overwrite"),
         "sensitivity": ("sensitivity", ckpt, "--calib", images, "--keep", "0.5"),
-        "search": ("search", DEMO, "--calib", images, "--flops", "0.6", *few, *large, "--out", folder / "front"),
-        "compare": ("compare", ckpt, "--methods", "clip/drop/none,random/context/none", "--keep", "0.6", *labelled),
+        "search": ("search", ckpt, "--calib", images, *budget, "--out", folder / "front"),
+        "compare": ("compare", ckpt, *methods, *labelled, *once),
         "recipes": ("recipes", "list"),
         "env": ("env",),
     }
@@ -148,13 +138,13 @@ NAMES = list(commands(Path(), Path()))
 @pytest.mark.parametrize("name", NAMES)
 def test_json_is_one_object_and_tables_fit_80_columns(ssmprune: Run, folder: Path, artefact: Path, name: str) -> None:
     arguments = commands(folder, artefact)[name]
-    done = ssmprune(*arguments, "--json")
+    done = ssmprune(*arguments, "--json", steady=True)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert isinstance(data, dict)
     shutil.rmtree(folder / "front", ignore_errors=True)
     # Without a terminal, where ± and box lines do not exist: plain ASCII, no colour.
-    done = ssmprune(*arguments, PYTHONIOENCODING="ascii")
+    done = ssmprune(*arguments, PYTHONIOENCODING="ascii", steady=True)
     shutil.rmtree(folder / "front", ignore_errors=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and "\x1b" not in done.stdout + done.stderr
@@ -185,17 +175,11 @@ def headline(name: str, data: dict[str, Any]) -> list[str]:
 # --- terminals
 
 
-def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
+def on_a_terminal(start: Start, *arguments: str | Path, **environment: str) -> str:
     """What the program writes where stdout and stderr are one terminal."""
     parent, child = pty.openpty()
-    kept = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "COLUMNS", "CI"}}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ssmprune_cli", *map(str, arguments)],
-        cwd=ROOT,
-        env={**kept, "TERM": "xterm-256color", **environment},
-        stdout=child,
-        stderr=child,
-    )
+    plain = {"NO_COLOR": None, "CI": None, "TERM": "xterm-256color"}
+    process = start(*arguments, terminal=Path(os.ttyname(child)), **{**plain, **environment})
     os.close(child)
     parts = []
     while True:
@@ -214,10 +198,10 @@ def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")  # foreground colours
 
 
-def test_colour_and_progress_are_for_terminals_and_no_color_is_respected(folder: Path) -> None:
+def test_colour_and_progress_are_for_terminals_and_no_color_is_respected(start: Start, folder: Path) -> None:
     ckpt, out = checkpoint(folder), folder / "terminal"
     arguments = ("compress", ckpt, "--keep", "0.6", "--calib", folder / "images.npz", "--out", out, "--overwrite")
-    shown = on_a_terminal(*arguments)
+    shown = on_a_terminal(start, *arguments)
     assert COLOUR.search(shown) and "Calibrating" in shown  # the warning about few images is yellow
-    assert not COLOUR.search(on_a_terminal(*arguments, NO_COLOR="1"))
-    assert "Calibrating" not in on_a_terminal(*arguments, "--quiet")
+    assert not COLOUR.search(on_a_terminal(start, *arguments, NO_COLOR="1"))
+    assert "Calibrating" not in on_a_terminal(start, *arguments, "--quiet")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ssmprune_cli import __version__
+from ssmprune_cli.plugins import family_plugins
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +126,7 @@ def test_env(ssmprune: Run) -> None:
     assert facts["ssmprune"] == __version__
     assert set(facts["packages"]) >= {"torch", "numpy", "fvcore", "mamba-ssm", "causal-conv1d", "triton"}
     assert facts["devices"]["cpu"] == "available"
+    assert facts["families"] == {plugin.name: plugin.package for plugin in family_plugins()}
     assert "available" in facts["kernels"].values()
     assert all(isinstance(reason, str) and reason for reason in facts["kernels"].values())
     done = ssmprune("env")

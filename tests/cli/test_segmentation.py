@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from ssmprune_cli.preprocessing import Reading
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
+from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.source import Source
 from tests.cli.conftest import Run
 
@@ -100,6 +102,19 @@ def test_eval_measures_what_the_report_says(ssmprune: Run, artefact: Path, data:
     assert slid["miou"] != report["dense"]["miou"]
 
 
+def test_compress_judges_through_windows(data: Path, tmp_path: Path) -> None:
+    """In this process. As `eval` does with the same windows."""
+    source = Source(Path(SEGMENTER[0]), Reading(image_size=32))
+    asked = CompressRequest(
+        source, keep="0.5", reduction="drop", data=data, slide=(24, 16), samples=0, out=tmp_path / "slid"
+    )
+    report = compress_checkpoint(asked).report
+    task = TASKS.get("segmentation").sliding((24, 24), (16, 16))
+    expected = evaluate(source.load(), task.open(data), task=task).score
+    assert report.segmentation is not None and report.segmentation.dense == expected
+    assert report.provenance["evaluation_slide"] == "24,16"
+
+
 def test_compare_and_profile(ssmprune: Run, data: Path) -> None:
     asked = ("--data", data, "--keep", "0.5", "--methods", "clip/drop/none,clip/local-merge/mass")
     rows = values(ssmprune("compare", *SEGMENTER, *asked, "--calib", data / "images", "--rounds", "1", "--json"))[
@@ -185,6 +200,10 @@ WRONG = {
     ),
     "windows of a classifier": (
         ("eval", CLASSIFIER, "--dataset", "imagefolder", "--slide", "8,8"),
+        "--slide: is for segmentation",
+    ),
+    "windows of a compressed classifier": (
+        ("compress", CLASSIFIER, "--keep", "0.7", "--out", "{out}", "--dataset", "imagefolder", "--slide", "8,8"),
         "--slide: is for segmentation",
     ),
     "mixed images": (

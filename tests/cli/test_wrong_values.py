@@ -47,6 +47,10 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--interpolation": NAME,
     "--mean": TRIPLE,
     "--std": (*TRIPLE, "0,1,1", "-1,1,1"),
+    "--length": (*FROM_1, "9999999"),
+    "--protect-last": FROM_1,
+    "--lengths": ("", "x", "0", "512", "1k,", "1k,x", "4k,1k", "1k,1024", "2.5,8", "9999k,99999k", "-1k,4k"),
+    "--image-sizes": ("", "x", "0", "224", "224,", "224,x", "512,224", "224,224", "2.5,8", "224,99999"),
     "--keep": RATIOS,
     "--tokens": COUNTS,
     "--points": (*COUNTS, "99", "3,2", "2,2"),
@@ -57,6 +61,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--target-latency-ratio": RATIO,
     "--target-speedup": (*ABOVE_0, "1", "0.5"),
     "--resize": (*FROM_1, "99999", "64", "128", "33"),
+    "--cut-blocks": (*FROM_1, "99999", "4"),
     "--images-at-once": FROM_1,
     "--importance": NAME,
     "--reduction": NAME,
@@ -98,6 +103,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--shift": FROM_0,
     "--batch": FROM_1,
     "--opset": (*FROM_1, "3"),
+    "--int8": NAME,
 }
 # Paths, and a name that is written: any text may be right.
 FREE = {

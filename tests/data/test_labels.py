@@ -22,7 +22,8 @@ def write_image(path: Path, grey: int = 0) -> None:
 
 
 def one_note(kind: str, root: Path) -> str:
-    (note,) = open_dataset(kind, root).notes
+    notes: tuple[str, ...] = open_dataset(kind, root).notes
+    (note,) = notes
     return note
 
 

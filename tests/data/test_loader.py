@@ -57,7 +57,6 @@ def test_large_images_wait_for_each_other(
     limit: int | None, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Images of 12 x 12 pixels, and threads that may hold `limit` pixels, until the model's image is made."""
-    from ssmprune_cli.data import loader
 
     write_images(tmp_path / "a", 24)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
@@ -72,7 +71,7 @@ def test_large_images_wait_for_each_other(
         at_once.release()
         return result
 
-    monkeypatch.setattr(loader, "prepare_image", watched)
+    monkeypatch.setattr("ssmprune_cli.data.datasets.prepare_image", watched)
     found = list(batches(open_dataset("imagefolder", tmp_path), PREPROCESSING, 24))
     assert len(found[0].images) == 24
 

@@ -43,7 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Detector:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
-    return open_dataset("coco", write_coco(tmp_path_factory.mktemp("coco"), images=4, names=NAMES))
+    dataset: ImageDataset = open_dataset("coco", write_coco(tmp_path_factory.mktemp("coco"), images=4, names=NAMES))
+    return dataset
 
 
 class Pictures(ImageDataset):

@@ -17,7 +17,14 @@ PLAIN: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "de
 VMAMBA: dict[str, Any] = {"image_size": 16, "embed_dim": 8, "depths": (1, 2), "num_classes": 5}
 EFFICIENT: dict[str, Any] = {**VMAMBA, "depths": (2, 1, 1, 1)}
 VISION: dict[str, Any] = {"image_size": 64, "in_dim": 8, "embed_dim": 8, "depths": (1, 1, 3, 1), "num_classes": 5}
-SIZES = {"plainmamba": PLAIN, "vmamba": VMAMBA, "efficientvmamba": EFFICIENT, "mambavision": VISION}
+SIZES = {
+    "plainmamba": PLAIN,
+    "vmamba": VMAMBA,
+    "localvmamba": VMAMBA,
+    "efficientvmamba": EFFICIENT,
+    "mambavision": VISION,
+    "videomamba-clips": {**MAMBA, "num_frames": 2},
+}
 
 
 def make(family: str, reduction: str | None = None, **more: Any) -> Backbone:
@@ -27,7 +34,7 @@ def make(family: str, reduction: str | None = None, **more: Any) -> Backbone:
     sizes = SIZES.get(family, MAMBA)
     model = known.build(known.config_class(**{**sizes, **more}))
     if reduction is not None:
-        compress(model, 0.5, points=[2] if family == "vmamba" else [1], reduction=reduction)
+        compress(model, 0.5, points=[2] if family in ("vmamba", "localvmamba") else [1], reduction=reduction)
     return model
 
 

@@ -260,7 +260,7 @@ def test_a_grid_without_downsampling(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_segmenter(tmp_path: Path) -> None:
     made = export(make_upernet().eval(), tmp_path / "model.onnx")
-    assert made.error <= 1e-4 and all(check.same >= 0.999 for check in made.checks)
+    assert made.error <= 1e-4 and all((check.same or 0) >= 0.999 for check in made.checks)
 
 
 def test_a_plain_file_has_standard_operators_only(tmp_path: Path) -> None:

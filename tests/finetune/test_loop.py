@@ -54,7 +54,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
         image[2 + 8 * label : 6 + 8 * label, 6:10] = 250
     path = tmp_path_factory.mktemp("images") / "squares.npz"
     np.savez(path, images=pixels, labels=labels)
-    return open_dataset("npz", path)
+    dataset: ImageDataset = open_dataset("npz", path)
+    return dataset
 
 
 def losses(model: Backbone, images: ImageDataset, settings: Training, **options: Any) -> list[float | None]:

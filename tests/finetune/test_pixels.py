@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ssmprune_cli.checkpoint import load
 from ssmprune_cli.data.datasets import ImageDataset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Segmenter
@@ -21,7 +23,7 @@ from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.finetune.lessons import LESSONS, Pupil
 from ssmprune_cli.workflows.finetune.lessons.pixels import PixelLesson
 from ssmprune_cli.workflows.finetune.loss import Outputs, total_loss
-from ssmprune_cli.workflows.finetune.new_model import build, check_container
+from ssmprune_cli.workflows.finetune.new_model import build, check_container, write_checkpoint
 
 LESSON = PixelLesson()
 PLAIN = KeepRatio(60, 30, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
@@ -140,8 +142,40 @@ def test_a_new_segmenter_is_the_default_one_with_other_settings() -> None:
     assert model.config.preprocessing == KeepRatio(64, 32) and model.image_size == (32, 32)
     with torch.inference_mode():
         assert model.eval()(torch.zeros(1, 3, 32, 48)).shape == (1, 3, 32, 48)
-    with pytest.raises(UsageError, match="no checkpoint of a vmamba-upernet is written"):
-        check_container(model)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [],
+        ["preprocessing.divisor=16", "preprocessing.channels=bgr", "preprocessing.mean=[0.5, 0.4, 0.3]"],
+        ["preprocessing.divisor=32", "preprocessing.fill=pad", "head.pool_scales=[1, 3]", "head.dropout=0.25"],
+    ],
+    ids=["as it is", "resized to a multiple", "padded"],
+)
+def test_the_file_of_a_new_segmenter_is_read_as_the_same_model(tmp_path: Path, images: list[str]) -> None:
+    model = build("vmamba-upernet", [*SMALL, *images], name="a", seed=0).eval()
+    check_container(model, "a")
+    write_checkpoint(tmp_path / "new.pth", model, name="a", epoch=1)
+    read = load(tmp_path / "new.pth")
+    assert read.config == model.config and read.class_names == ("sky", "road", "tree")
+    for key, value in model.state_dict().items():
+        half = value.half().float() if value.is_floating_point() else value
+        torch.testing.assert_close(read.state_dict()[key], half, rtol=0, atol=0)
+
+
+def test_what_the_file_would_not_say_is_refused_before_training() -> None:
+    model = build("vmamba-upernet", [*SMALL, "encoder.image_size=[32, 64]"], name="a", seed=0)
+    with pytest.raises(UsageError, match=r"--checkpoint: .*would be read with another encoder\.image_size"):
+        check_container(model, "a")
+    plain = (
+        "encoder.patch_size=8", "encoder.embed_dim=8", "encoder.depth=2", "encoder.out_indices=[0, -1]",
+        "encoder.positions=[4, 6]", "encoder.image_size=[32, 32]", "head.in_channels=[8, 8]", "head.channels=8",
+        "preprocessing.short=32", "preprocessing.long=64",
+    )  # fmt: skip
+    model = build("plainmamba-upernet", plain, name="a", seed=0)
+    with pytest.raises(UsageError, match="could not be read again: the 24 patch positions"):
+        check_container(model, "a")
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,9 @@ def swap_data(model: MambaBackbone) -> None:
 
 
 def swap_layer(model: MambaBackbone) -> None:
-    block(model, 2).mixer.x_proj = nn.Linear(64, 34, bias=False)
+    mixer = block(model, 2).mixer
+    assert isinstance(mixer, MambaMixer)
+    mixer.x_proj = nn.Linear(64, 34, bias=False)
 
 
 def swap_block(model: MambaBackbone) -> None:

@@ -129,7 +129,8 @@ def test_gradcheck(backend: str, mode: str, reverse: bool) -> None:
 
     def scan(*values: Tensor) -> Tensor:
         given: dict[str, Any] = dict(zip(names, values, strict=True))
-        return selective_scan(**given, gap=gap, reverse=reverse)
+        y: Tensor = selective_scan(**given, gap=gap, reverse=reverse)
+        return y
 
     assert torch.autograd.gradcheck(scan, [value.requires_grad_() for value in inputs.values()])
 
@@ -338,7 +339,7 @@ def test_unknown_backend_and_wrong_dtype() -> None:
     if "cpu" in AVAILABLE:
         use_backend("cpu")
         with pytest.raises(KernelError, match="float64"):
-            selective_scan(**make((1, 2, 3, 2), "plain", False)[0])  # type: ignore[arg-type]
+            selective_scan(**make((1, 2, 3, 2), "plain", False)[0])  # type: ignore[call-overload]
 
 
 def test_auto_leaves_what_the_c_kernel_cannot_hold_to_pytorch() -> None:

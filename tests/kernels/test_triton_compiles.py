@@ -87,8 +87,17 @@ def test_kernels_compile(
         sparse_conv_forward,
     )
 
-    flags = ("SOFTPLUS", "HAS_D", "HAS_Z", "HAS_BIAS", "REVERSE")
-    flags += ("HAS_STARTS", "HAS_CARRIES", "HAS_INITIAL", "HAS_LAST")
+    flags = (
+        "SOFTPLUS",
+        "HAS_D",
+        "HAS_Z",
+        "HAS_BIAS",
+        "REVERSE",
+        "HAS_STARTS",
+        "HAS_CARRIES",
+        "HAS_INITIAL",
+        "HAS_LAST",
+    )
     absent = {
         "dshift": mode != 1,
         "dgap_delta": mode != 3,

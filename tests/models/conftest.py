@@ -27,9 +27,9 @@ def made_up(name: str, shape: tuple[int, ...]) -> Tensor:
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
     state ^= state >> np.uint64(31)
     values = ((state >> np.uint64(40)).astype(np.float64) * 2.0**-23 - 1.0).reshape(shape)
-    if leaf in ("A_log", "A_logs"):
+    if leaf in ("A_log", "A_b_log", "A_logs"):
         values = np.log(np.arange(1.0, shape[-1] + 1)) + 0.5 * values
-    elif leaf in ("D", "Ds"):
+    elif leaf in ("D", "D_b", "Ds"):
         values = 1.0 + 0.8 * values
     elif "dt_proj" in name:
         step_bias = leaf in ("bias", "dt_projs_bias")

@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "localvim, class token": ("localvim", {**MAMBA, "class_token": "middle", "rope": False}),
     "plainmamba": ("plainmamba", {key: value for key, value in MAMBA.items() if key != "stride"}),
     "vmamba": ("vmamba", VMAMBA),
+    "localvmamba": ("localvmamba", VMAMBA),
     "medmamba": ("medmamba", VMAMBA),
     "efficientvmamba": ("efficientvmamba", {**VMAMBA, "depths": (2, 1, 1, 1)}),
     "vmamba v0": ("vmamba", {**VMAMBA, "patch_embed": "v1", "downsample": "v1"}),
@@ -205,4 +206,4 @@ def test_a_damaged_size_of_the_dense_model_is_no_crash(size: str, tmp_path: Path
 
 def test_it_is_exported_as_any_other(tmp_path: Path) -> None:
     written = export(resize(build("vim, class token middle", depth=1), 32), tmp_path / "model.pt2", target="pt2")
-    assert written.error <= written.tolerance
+    assert written.tolerance == 1e-4 and written.error <= 1e-4

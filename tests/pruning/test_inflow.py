@@ -16,6 +16,7 @@ from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.common.backbone import Backbone
 from ssmprune_cli.models.common.inflow import Inflow, inflow
 from ssmprune_cli.models.efficientvmamba.model import EfficientVMamba, EfficientVMambaConfig
+from ssmprune_cli.models.localvmamba.model import LocalVMamba, LocalVMambaConfig
 from ssmprune_cli.models.mamba.localvim import LocalVim, LocalVimConfig
 from ssmprune_cli.models.mamba.mambar import MambaReg, MambaRegConfig
 from ssmprune_cli.models.mamba.videomamba import VideoMamba, VideoMambaConfig
@@ -30,16 +31,26 @@ from ssmprune_cli.tokens import Dropped, TokenSequence, nearest
 from ssmprune_cli.workflows.measure.flops import count_flops
 
 SIZE, PATCH, DIM, DEPTH = 16, 4, 8, 3
-FAMILIES = ("vim", "videomamba", "mambar", "localvim", "plainmamba", "vmamba", "medmamba", "efficientvmamba")
+FAMILIES = (
+    "vim",
+    "videomamba",
+    "mambar",
+    "localvim",
+    "plainmamba",
+    "vmamba",
+    "localvmamba",
+    "medmamba",
+    "efficientvmamba",
+)
 # The gates of these look at the live tokens alone: see test_localvim.py.
-UNGATED = [family for family in FAMILIES if family not in ("localvim", "efficientvmamba")]
+UNGATED = [family for family in FAMILIES if family not in ("localvim", "localvmamba", "efficientvmamba")]
 
 
 def build(family: str) -> Backbone:
     torch.manual_seed(0)
     model: Backbone
     weight = (
-        8.0 if family in ("plainmamba", "vmamba", "medmamba", "efficientvmamba") else 1.0
+        8.0 if family in ("plainmamba", "vmamba", "localvmamba", "medmamba", "efficientvmamba") else 1.0
     )  # their authors start from small weights
     if family == "vim":
         model = Vim(VimConfig(image_size=(SIZE, SIZE), patch_size=PATCH, stride=PATCH, embed_dim=DIM, depth=DEPTH))
@@ -56,6 +67,8 @@ def build(family: str) -> Backbone:
         model = PlainMamba(PlainMambaConfig(image_size=(SIZE, SIZE), patch_size=PATCH, embed_dim=DIM, depth=DEPTH))
     elif family == "efficientvmamba":
         model = EfficientVMamba(EfficientVMambaConfig(image_size=(SIZE, SIZE), embed_dim=DIM, depths=(DEPTH, 1, 1, 1)))
+    elif family == "localvmamba":
+        model = LocalVMamba(LocalVMambaConfig(image_size=(SIZE, SIZE), embed_dim=DIM, depths=(DEPTH, 1)))
     elif family == "medmamba":
         model = MedMamba(MedMambaConfig(image_size=(SIZE, SIZE), embed_dim=2 * DIM, depths=(DEPTH, 1)))
     else:

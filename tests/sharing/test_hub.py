@@ -190,3 +190,14 @@ def test_what_a_resized_model_was_before_comes_along(hub: Hub) -> None:
     source = Source(Path("hf://me/fast")).load()
     assert source.config == dense.config
     assert all(map(torch.equal, source.state_dict().values(), dense.state_dict().values()))
+
+
+def test_without_a_network_nothing_is_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody listens, huggingface_hub asks again and again, with pauses of half a minute in all."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    with pytest.raises(CheckpointError, match=r"hf://a/b/c\.pth: is not in the cache.*the hub cannot be reached"):
+        load("hf://a/b/c.pth")
+    assert hub.asked == []

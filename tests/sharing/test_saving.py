@@ -83,7 +83,7 @@ def test_a_resized_model_keeps_what_it_was(model: Backbone, tmp_path: Path) -> N
     assert Source(tmp_path / "with").load().config == model.config
     with pytest.raises(CheckpointError, match=r"there is no dense\.safetensors"):
         Source(tmp_path / "without").load()
-    with pytest.raises(UsageError, match="dense: is not the model that the other one was resized from"):
+    with pytest.raises(UsageError, match="dense: is not the model that the other one was made of"):
         ssmprune_cli.save(model, tmp_path / "dense", dense=small)
 
 

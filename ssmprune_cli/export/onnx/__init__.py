@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.export.onnx.target import ONNX, ONNX_PLAIN, library
+from ssmprune_cli.export.onnx.session import OnnxSession, library, make_ready, opened
+from ssmprune_cli.export.onnx.target import ONNX, ONNX_PLAIN
 
-__all__ = ["ONNX", "ONNX_PLAIN", "library"]
+__all__ = ["ONNX", "ONNX_PLAIN", "OnnxSession", "library", "make_ready", "opened"]

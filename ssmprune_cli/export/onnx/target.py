@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
-from ssmprune_cli.export.graph import INPUT, OUTPUT, too_old
+from ssmprune_cli.export.graph import INPUT, too_old
 from ssmprune_cli.export.onnx.bodies import functions
+from ssmprune_cli.export.onnx.int8 import mark, quantise
 from ssmprune_cli.export.onnx.lowered import LOWERED
 from ssmprune_cli.export.onnx.nodes import DOMAIN, NODES, VERSION
+from ssmprune_cli.export.onnx.session import answers, library, runtime
 from ssmprune_cli.export.target import ExportTarget, Run, Wanted
 from ssmprune_cli.kernels import CPU
 
@@ -43,7 +44,7 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool)
     program = torch.onnx.export(
         lowered,
         input_names=[INPUT],
-        output_names=[OUTPUT],
+        output_names=list(wanted.outputs),
         opset_version=opset,
         dynamo=True,
         optimize=True,
@@ -76,6 +77,7 @@ def _tidy(model: Any, opset: int) -> None:
         for each in function.opset_import:
             if each.domain == DOMAIN:
                 each.version = VERSION
+    mark(model)
     del model.graph.value_info[:]  # runtimes find the shapes themselves, and those of the scans' states better
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -83,38 +85,14 @@ def _tidy(model: Any, opset: int) -> None:
     model.producer_name = DOMAIN
 
 
-def library() -> Path:
-    """Our kernels as a library of ops, for `SessionOptions.register_custom_ops_library` of ONNX Runtime 1.17 or later.
-
-    Raises KernelError where there are none, with the reason: the file works without them.
-    """
-    return CPU.library_file()
-
-
-def _session(path: Path, kernels: Path | None = None) -> Any:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    if kernels is not None:
-        settings.register_custom_ops_library(str(kernels))
-    settings.log_severity_level = 3  # its warnings are of folding constants
-    settings.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-
-
-def _run(session: Any, images: Tensor) -> Tensor:
-    (logits,) = session.run([OUTPUT], {INPUT: images.cpu().numpy()})
-    return torch.from_numpy(logits).to(images.device)
-
-
 def _open_plain(path: Path) -> Mapping[str, Run]:
-    return {"onnxruntime": partial(_run, _session(path))}
+    return {"onnxruntime": partial(answers, runtime(path))}
 
 
 def _open(path: Path) -> Mapping[str, Run]:
     runs = dict(_open_plain(path))
     if CPU.missing() is None:
-        runs["onnxruntime with our kernels"] = partial(_run, _session(path, library()))
+        runs["onnxruntime with our kernels"] = partial(answers, runtime(path, library()))
     return runs
 
 
@@ -126,5 +104,7 @@ def _record(path: Path, name: str, text: str) -> None:
     onnx.save(model, path)
 
 
-ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS, DTYPES)
-ONNX_PLAIN = ExportTarget(".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS, DTYPES)
+ONNX = ExportTarget(".onnx", _missing, partial(_write, inlined=False), _open, _record, OPSETS, DTYPES, quantise)
+ONNX_PLAIN = ExportTarget(
+    ".onnx", _missing, partial(_write, inlined=True), _open_plain, _record, OPSETS, DTYPES, quantise
+)

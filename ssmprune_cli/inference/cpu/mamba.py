@@ -33,9 +33,9 @@ from ssmprune_cli.models import (
     CausalConv1d,
     EightBitLinear,
     LocalMixer,
-    MambaBackbone,
     MambaBlock,
     MambaMixer,
+    MambaSequence,
     RMSNorm,
     StepProjection,
     conv_sources,
@@ -93,7 +93,9 @@ def block_refused(block: nn.Module) -> str | None:
         return reason
     if isinstance(block.norm, nn.LayerNorm):
         return "its norm is a LayerNorm"
-    mixer = block.mixer
+    mixer: object = block.mixer
+    if not isinstance(mixer, BranchMixer):
+        return f"a {type(mixer).__name__} in the place of a MambaMixer"
     if isinstance(mixer, LocalMixer):
         return "its directions take routes over the grid"
     reason = first_unlike((block.norm, RMSNorm)) or inside_refused(mixer, whole=True)
@@ -282,7 +284,7 @@ class PackedBlocks:
         return self.parameters[self.rows[start] : self.rows[stop - 1] + 1]
 
 
-def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, str]]:
+def pack_blocks(model: MambaSequence) -> tuple[PackedBlocks | None, dict[int, str]]:
     """The blocks of `model` that go into one call, and for every one of the rest the reason why not."""
     reasons: dict[int, str] = {}
     packed: list[Tensor] = []
@@ -314,7 +316,9 @@ def pack_blocks(model: MambaBackbone) -> tuple[PackedBlocks | None, dict[int, st
 
 
 def _pack(block: MambaBlock, parts: int) -> Tensor:
-    mixer, out_proj = block.mixer, _weight(block.mixer.out_proj)
+    mixer: object = block.mixer
+    assert isinstance(mixer, MambaMixer)
+    out_proj = _weight(mixer.out_proj)
     if mixer.gamma is not None and isinstance(out_proj, EightBit):
         out_proj = out_proj._replace(scale=out_proj.scale * mixer.gamma.float())
     elif mixer.gamma is not None and isinstance(out_proj, Tensor):
@@ -322,7 +326,7 @@ def _pack(block: MambaBlock, parts: int) -> Tensor:
     return pack_block(block.norm.weight, _weight(mixer.in_proj), out_proj, directions_of(mixer), parts)
 
 
-def run_features(model: MambaBackbone, packed: PackedBlocks, journal: Journal, images: Tensor) -> TokenSequence:
+def run_features(model: MambaSequence, packed: PackedBlocks, journal: Journal, images: Tensor) -> TokenSequence:
     """`model.features`, with as many blocks in one call as `packed` and the pruner allow."""
     sequence, block = model.embed(images), 0
     while block < len(model.layers):
@@ -340,7 +344,7 @@ def run_features(model: MambaBackbone, packed: PackedBlocks, journal: Journal, i
 
 
 def _run(
-    model: MambaBackbone, packed: PackedBlocks, block: int, sequence: TokenSequence, journal: Journal
+    model: MambaSequence, packed: PackedBlocks, block: int, sequence: TokenSequence, journal: Journal
 ) -> tuple[TokenSequence, int] | None:
     """The sequence after as many blocks as one call can do, from `block` on, and the first of those that are left;
     None if it can do none. The pruner may look at the last one's output, and prune after it."""

@@ -22,6 +22,8 @@ from ssmprune_cli.models import (
     CentredMixer,
     DirectionProjections,
     Inflow,
+    LocalVMambaMixer,
+    Mamba2Mixer,
     PlainMambaMixer,
     Visits,
     VMambaMixer,
@@ -44,8 +46,12 @@ def scans_refused(mixer: nn.Module) -> str | None:
         return "its convolution looks ahead too"
     if isinstance(mixer, AtrousMixer):
         return "each of its scans visits a part of the grid"
+    if isinstance(mixer, LocalVMambaMixer):
+        return "each of its scans has a gate of its own"
     if isinstance(mixer, VMambaMixer):
         return first_unlike((mixer, VMambaMixer), (mixer.projections, DirectionProjections))
+    if isinstance(mixer, Mamba2Mixer):
+        return "its scan is that of Mamba-2, an op of its own"
     return f"a {type(mixer).__name__} is not known"
 
 

@@ -32,8 +32,8 @@ from ssmprune_cli.models import (
     CausalConv1d,
     EightBitLinear,
     LocalMixer,
-    MambaBackbone,
     MambaMixer,
+    MambaSequence,
     PlainMambaMixer,
     VMambaMixer,
 )
@@ -52,7 +52,7 @@ class CpuSession(Session):
         assert isinstance(definition, Backbone)
         self._packed: PackedBlocks | None = None
         whole: dict[int, str] = {}  # why blocks are not computed in one call
-        if isinstance(definition, MambaBackbone) and _runs(definition):
+        if isinstance(definition, MambaSequence) and _runs(definition):
             self._packed, whole = pack_blocks(definition)
         self._reasons: dict[int, str] = {}
         fast = with_changes(definition, self._changes(definition, whole))
@@ -112,7 +112,7 @@ class CpuSession(Session):
         if self._packed is None:
             output: Tensor = fast(images)
             return output
-        assert isinstance(fast, MambaBackbone)
+        assert isinstance(fast, MambaSequence)
         sequence = run_features(fast, self._packed, self._journal, images)
         return fast.classify(fast.pool(sequence), sequence.readout)
 
@@ -133,10 +133,10 @@ class CpuSession(Session):
         return (f"{count} linear layers multiply parts of bfloat16, as exact as float32, for as many rows as pay",)
 
 
-def _runs(model: MambaBackbone) -> bool:
+def _runs(model: MambaSequence) -> bool:
     """Whether nothing but the blocks' own loop, and what surrounds it, is in `model`."""
     kind = type(model)
-    same = all(getattr(kind, name) is getattr(MambaBackbone, name) for name in ("forward", "features"))
+    same = all(getattr(kind, name) is getattr(MambaSequence, name) for name in ("forward", "features"))
     return same and unlike(model, kind) is None and unlike(model.layers, nn.ModuleList) is None
 
 

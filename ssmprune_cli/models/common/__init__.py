@@ -13,6 +13,7 @@ from ssmprune_cli.models.common.backbone import (
     Shapes,
     check_channels,
     count_numbered,
+    tuples,
 )
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
 from ssmprune_cli.models.common.eight_bit import (
@@ -84,5 +85,6 @@ __all__ = [
     "settle",
     "square_side",
     "steps_of",
+    "tuples",
     "visits",
 ]

@@ -7,7 +7,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class ImageConfig:
     squeeze          both sides are resized, and not the short one alone
     channels         their order
     resized_from     height and width of the images that the dense model takes, where `resize` has changed them since
+    cut_from         names and values of what is other in the configuration of the dense model, where `cut_short` has
+                     left out blocks since
     """
 
     eval_crop_ratio: float | None = 0.875
@@ -54,6 +57,7 @@ class ImageConfig:
     squeeze: bool = False
     channels: Channels = "rgb"
     resized_from: tuple[int, int] | None = None
+    cut_from: tuple[tuple[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.eval_crop_ratio is not None and not 0.01 <= self.eval_crop_ratio <= 1:
@@ -70,10 +74,16 @@ class ImageConfig:
             if len(size) != 2 or min(size) < 1:
                 raise UsageError(f"resized_from must be a height and a width, not {size}")
             object.__setattr__(self, "resized_from", size)
+        if self.cut_from is not None:
+            object.__setattr__(self, "cut_from", tuples(self.cut_from))  # lists from JSON
 
     def without_blocks(self, count: int) -> ImageConfig | None:
         """The same without the last `count` blocks of the first of the longest stages; None if that is no model."""
         return None
+
+
+def tuples(value: Any) -> Any:
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def check_channels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -112,15 +122,21 @@ class Backbone(nn.Module, ABC):
 
     `config` is the family's frozen dataclass of plain values: `FAMILY.build(config)` makes the same model again. Every
     family's is an ImageConfig and has `image_size` and `num_classes`.
-    `task` names what the answers are: see the tasks wing. With `any_size` it takes images of any height and width, and
-    tokens are counted for `image_size`. With `restores` dropped tokens come back, where the grid is made whole again.
+    `task` names what the answers are: see the tasks wing. `inputs` says what it takes, normalised images or numbers of
+    tokens; for text, `image_size` is (1, tokens of a window). `folder` is that of the file that it was loaded from.
+    With `any_size` it takes images of any height and width, or text of any length, and tokens are counted for
+    `image_size`. With `restores` dropped tokens come back, where the grid is made whole again. `notes` are sentences on
+    what its file says and is left out.
     """
 
     task: str = "classification"
+    inputs: Literal["images", "text"] = "images"
     any_size: bool = False
+    notes: tuple[str, ...] = ()
     restores: bool = False
     family: str
     config: Any
+    folder: Path | None = None
     pruner: Pruner | None
 
     def __init__(self) -> None:
@@ -158,16 +174,21 @@ class Backbone(nn.Module, ABC):
             check_compression(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def __repr__(self) -> str:
+    @property
+    def sized(self) -> str:
+        """What it takes, in words."""
         height, width = self.image_size
+        return f"{height}x{width} pixels" if self.inputs == "images" else f"windows of {width:,} tokens"
+
+    def __repr__(self) -> str:
         count, rounded = self.parameter_count, ", ".join(self.eight_bit_kinds)
-        text = f"{type(self).__name__}({height}x{width} pixels, {len(self.blocks)} blocks, {count:,} parameters"
+        text = f"{type(self).__name__}({self.sized}, {len(self.blocks)} blocks, {count:,} parameters"
         text += f", in eight bits: {rounded}" if rounded else ""
         return f"{text})" if self.pruner is None else f"{text}, {self.pruner!r})"
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of normalised images (B, 3, H, W)."""
+        """Logits (B, classes) of normalised images (B, *input_shape)."""
 
     def observe(self, images: Tensor) -> None:
         """Compute the blocks on normalised images (B, 3, H, W), for a pruner that looks on."""
@@ -268,6 +289,19 @@ class Backbone(nn.Module, ABC):
         size: tuple[int, int] = self.config.image_size
         return size
 
+    def example(self, batch_size: int, seed: int | None = None) -> Tensor:
+        """`batch_size` inputs of the model's own size, on its device: black images or the first token over and over, or
+        by `seed` random ones. Token counts are static, so that what they show makes no difference to time and work."""
+        like, size = next(self.parameters()), (batch_size, *self.input_shape)
+        if seed is None:
+            return torch.zeros(size, device=like.device, dtype=self.dtype)
+        return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(like.device, self.dtype)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one image as `forward` takes it: (3, H, W), of a clip (3, T, H, W), of a window of text (L,)."""
+        return (3, *self.image_size)
+
     @property
     def num_classes(self) -> int:
         count: int = self.config.num_classes
@@ -320,6 +354,7 @@ class Hints:
     eval_crop_ratio, interpolation, mean, std, squeeze, channels: see ImageConfig
     keep_ratio            how whole images are resized for a dense model; mean, std and channels are said apart
     class_names           in the order of the logits
+    length, protect_last  of windows of text, asked for by the user: see LanguageConfig
     """
 
     filename: str = ""
@@ -336,6 +371,8 @@ class Hints:
     channels: Channels | None = None
     keep_ratio: KeepRatio | None = None
     class_names: tuple[str, ...] = ()
+    length: int | None = None
+    protect_last: int | None = None
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -365,6 +402,7 @@ class Family:
     computes   settings that authors' code can have and that change no weight's shape: name (in lower case) to the
                values that mean what this family computes
     whole_image  whether it is given whole images (`KeepRatio`), and not a crop of the centre
+    text         whether it is given windows of text (`TextWindow`), and no images
     """
 
     name: str
@@ -379,6 +417,7 @@ class Family:
     fills: Callable[[Any, int], bool]
     computes: Mapping[str, frozenset[Any]] = field(default_factory=dict)
     whole_image: bool = False
+    text: bool = False
 
 
 FAMILIES: Registry[Family] = Registry("model family")  # filled in the `__init__` of the wing

@@ -97,13 +97,7 @@ class Inflow:
         Everything is in the order in which the scan is given its steps: u, delta (B, S, E), B, C (B, S, N), `own`
         (B, S, E) and `size` (B, S) as `pool` and `size` say, `gap` (B, S) dropped tokens before each step.
         """
-        gap_delta, growth = None, None
-        if self.alignment is None:
-            gap = None
-        else:
-            gap, gap_delta, growth = self.alignment.steps(direction, gap, size)
-        if own is not None and growth is None and size is not None:
-            growth = size - 1
+        gap, gap_delta, growth = self.steps(direction, own, gap, size)
         if growth is not None:
             B = B * (1 + growth).to(B.dtype)[..., None]  # the input into the state is dt B u
         y = selective_scan(
@@ -120,6 +114,20 @@ class Inflow:
             read=read,
         )
         return y if own is None else torch.addcmul(y, own, D.to(y.dtype))
+
+    def steps(
+        self, direction: int, own: Tensor | None, gap: Tensor | None, size: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What makes the scan of `direction` up for lost tokens: gap (B, S) and gap_delta (E,) as it takes them, and by
+        how much more than once (B, S) each step's input goes into the state; None for nothing."""
+        gap_delta, growth = None, None
+        if self.alignment is None:
+            gap = None
+        else:
+            gap, gap_delta, growth = self.alignment.steps(direction, gap, size)
+        if own is not None and growth is None and size is not None:
+            growth = size - 1
+        return gap, gap_delta, growth
 
 
 def inflow(

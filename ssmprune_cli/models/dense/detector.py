@@ -18,6 +18,11 @@ class Detector(DenseModel):
 
     task = "detection"
 
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels between places of each level that `forward` gives, by the names of the paper, the finest first."""
+        return {f"p{power}": 2**power for power in range(2, 7)}
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Levels (B, C, h_i, w_i) of normalised images (B, 3, H, W) of one size, the finest first."""
         levels: tuple[Tensor, ...] = self.head(self.encoder.feature_maps(images))

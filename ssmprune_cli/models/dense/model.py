@@ -64,6 +64,10 @@ class DenseConfig:
         """What tokens of the model are counted for that this one was made of."""
         return None if self.resized is None else (self.resized.short, self.resized.short)
 
+    @property
+    def cut_from(self) -> None:
+        """None: see `without_blocks`."""
+
     def without_blocks(self, count: int) -> None:
         """None: a head reads feature maps of several depths."""
 

@@ -1,4 +1,4 @@
-"""What Vim and its like have in common: patches and a few more tokens in one sequence of Mamba blocks.
+"""What models of one sequence of Mamba blocks have in common, and those of images: patches and a few more tokens.
 
 The families differ in which tokens join the patches, where, and what the head sees of them. Letters: B batch, L tokens,
 d model width.
@@ -19,7 +19,7 @@ from ssmprune_cli.errors import UsageError
 from ssmprune_cli.interface import Mixers
 from ssmprune_cli.models.common import Backbone, Block, ImageConfig, PatchEmbed, Places, RMSNorm
 from ssmprune_cli.models.mamba.block import MambaBlock
-from ssmprune_cli.models.mamba.mixer import BranchMixer, MambaMixer, MixerKind, init_output_projection
+from ssmprune_cli.models.mamba.mixer import MambaMixer, MixerKind, SequenceMixer, init_output_projection
 from ssmprune_cli.tokens import TokenSequence
 
 NORM_EPS = 1e-5
@@ -77,36 +77,24 @@ class MambaConfig(ImageConfig):
         }
 
 
-class MambaBackbone(Backbone):
-    """A family makes its own tokens and `head`, calls `add_blocks` or `add_mixers` between them, and says `embed`,
-    `pool` and `protected`.
+class MambaSequence(Backbone):
+    """One sequence of tokens in Mamba blocks. A family says `embed` and `pool`, and calls `add_mixers`.
 
     `features` are the tokens after the last block, before the final norm.
 
     tokens        names of the family's learned tokens and positions
     rates         names of the decay rates in its mixers
-    after_blocks  names of its modules after the last block
+    before_blocks, after_blocks  names of its modules before the first block and after the last one
     """
 
     tokens: ClassVar[tuple[str, ...]]
     rates: tuple[str, ...] = ("A_log", "A_b_log")
-    after_blocks: ClassVar[tuple[str, ...]] = ("norm_f", "head")
-    config: MambaConfig
+    before_blocks: ClassVar[tuple[str, ...]] = ()
+    after_blocks: ClassVar[tuple[str, ...]]
     layers: nn.ModuleList
     norm_f: nn.LayerNorm | RMSNorm
-    head: nn.Linear
 
-    def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, config.stride, config.embed_dim)
-
-    def add_blocks(self, *, kind: MixerKind, halve: bool, gamma: float | None = None) -> None:
-        """Make `layers` and `norm_f`; the options are those of MambaMixer."""
-        sizes = self.config.mixer_sizes
-        self.add_mixers([MambaMixer(**sizes, kind=kind, halve=halve, gamma=gamma) for _ in range(self.config.depth)])
-
-    def add_mixers(self, mixers: Sequence[BranchMixer]) -> None:
+    def add_mixers(self, mixers: Sequence[SequenceMixer]) -> None:
         """Make `layers` of these, and `norm_f`."""
         config = self.config
         for mixer in mixers:
@@ -116,11 +104,11 @@ class MambaBackbone(Backbone):
 
     @abstractmethod
     def embed(self, images: Tensor) -> TokenSequence:
-        """Images (B, 3, H, W) to the dense sequence with class tokens and position embeddings."""
+        """The dense sequence of what `forward` takes."""
 
     @abstractmethod
     def pool(self, sequence: TokenSequence) -> Tensor:
-        """(B, features): what the head sees of the tokens that are left."""
+        """What the head sees of the tokens that are left."""
 
     def before_block(self, sequence: TokenSequence) -> TokenSequence:
         """What a block is given: the sequence itself, unless a family turns tokens before every block."""
@@ -141,27 +129,60 @@ class MambaBackbone(Backbone):
         return self.classify(self.pool(sequence), sequence.readout)
 
     @property
-    def output_layer(self) -> nn.Linear:
-        return self.head
-
-    @property
     def blocks(self) -> list[Block]:
         return list(self.layers)  # type: ignore[arg-type]
 
     @property
     def places(self) -> Places:
-        return Places(("patch_embed", *self.tokens), self.after_blocks, (*self.tokens, *self.rates))
+        return Places((*self.before_blocks, *self.tokens), self.after_blocks, (*self.tokens, *self.rates))
 
     @property
     def mixers(self) -> Mixers:
         return [layer.mixer for layer in self.layers]  # type: ignore[misc]
 
+
+class MambaBackbone(MambaSequence):
+    """Of images. A family makes its own tokens and `head`, calls `add_blocks` or `add_mixers` between them, and says
+    `embed`, `pool` and `protected`."""
+
+    before_blocks: ClassVar[tuple[str, ...]] = ("patch_embed",)
+    after_blocks: ClassVar[tuple[str, ...]] = ("norm_f", "head")
+    config: MambaConfig
+    head: nn.Linear
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = self.make_patch_embed(config)
+
+    def make_patch_embed(self, config: Any) -> Any:
+        """What makes patches of images, and knows their `grid`."""
+        return PatchEmbed(config.image_size, config.patch_size, config.stride, config.embed_dim)
+
+    def add_blocks(self, *, kind: MixerKind, halve: bool, gamma: float | None = None) -> None:
+        """Make `layers` and `norm_f`; the options are those of MambaMixer."""
+        sizes = self.config.mixer_sizes
+        self.add_mixers([MambaMixer(**sizes, kind=kind, halve=halve, gamma=gamma) for _ in range(self.config.depth)])
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> TokenSequence:
+        """Images (B, 3, H, W) to the dense sequence with class tokens and position embeddings."""
+
+    @abstractmethod
+    def pool(self, sequence: TokenSequence) -> Tensor:
+        """(B, features): what the head sees of the tokens that are left."""
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        return self.head
+
     @property
     def grid(self) -> tuple[int, int]:
-        return self.patch_embed.grid
+        grid: tuple[int, int] = self.patch_embed.grid
+        return grid
 
 
-def make_norm(config: MambaConfig, dim: int) -> nn.LayerNorm | RMSNorm:
+def make_norm(config: Any, dim: int) -> nn.LayerNorm | RMSNorm:
     """The kind of norm that all of a model's norms are, over `dim` channels."""
     kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(dim, eps=NORM_EPS)

@@ -60,8 +60,8 @@ class LocalMixer(BranchMixer):
         for direction, (route, branch) in enumerate(zip(self.routes, self.branches(), strict=True)):
             way = scan_path(sequence, route)
             flow = inflow(way.sequence, way.along(x), frozen, alignment)
-            projected = self._project(flow, context, branch, reverse=False)
-            y, delta = self._scan_branch(flow, direction, branch, projected, wanted, reverse=False)
+            projected = self.project(flow, context, branch, reverse=False)
+            y, delta = self.scan_branch(flow, direction, branch, projected, wanted, reverse=False)
             outputs.append(way.home(y))
             if delta is not None:
                 deltas.append(way.home(delta))

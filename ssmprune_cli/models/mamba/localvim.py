@@ -10,16 +10,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ssmprune_cli.errors import CheckpointError, UsageError, listing
+from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.common import GATE_REDUCTION, Family, Hints, Shapes, no_stride, patch_grid, resize_grid
 from ssmprune_cli.models.mamba.backbone import classifier
 from ssmprune_cli.models.mamba.checkpoint import COMPUTES, as_published, fills, read_sizes, resize_positions, shape_of
 from ssmprune_cli.models.mamba.class_token import ClassToken, ClassTokenBackbone, ClassTokenConfig, class_positions
+from ssmprune_cli.models.mamba.directions import Directions, checked_directions, searched, settled_directions
 from ssmprune_cli.models.mamba.local_mixer import LocalMixer
-from ssmprune_cli.models.mamba.local_routes import DIRECTION
-
-Directions = tuple[tuple[str, ...], ...]
-WINDOWS = ("h", "h_flip", "w2", "w2_flip")  # of every block of a model without search
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,7 @@ class LocalVimConfig(ClassTokenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        directions = tuple(tuple(each) for each in self.directions) or (WINDOWS,) * self.depth  # lists from JSON
-        object.__setattr__(self, "directions", directions)
-        if len(directions) != self.depth or not all(directions):
-            raise UsageError(f"{self.depth} blocks need directions each, not {len(directions)} lists of them")
-        unknown = [name for names in directions for name in names if not DIRECTION.fullmatch(name)]
-        if unknown:
-            raise UsageError(f"no scan has the direction {listing(sorted(set(unknown)))}")
+        object.__setattr__(self, "directions", checked_directions(self.directions, self.depth))
         if self.stride != self.patch_size:
             raise UsageError(f"the patches of a LocalVim do not overlap: the stride is {self.patch_size}")
         if self.class_token not in ("middle", "none") or (self.rope and self.class_token == "middle"):
@@ -74,30 +65,27 @@ class LocalVim(ClassTokenBackbone):
 
 # Checkpoints: which configuration a file holds, and how its position embeddings are resized.
 
-SEARCHED: Directions = tuple(
-    tuple(names.split())
-    for names in (
-        "h v_flip w7 w7_flip",
-        "h_flip w2_flip w7 w7_flip",
-        "h h_flip v w7",
-        "h h_flip v v_flip",
-        "h h_flip v v_flip",
-        "h h_flip v v_flip",
-        "h_flip v v_flip w7",
-        "h_flip v v_flip w2_flip",
-        "h h_flip v v_flip",
-        "h h_flip v v_flip",
-        "h v v_flip w2",
-        "h v v_flip w2_flip",
-        "h h_flip v_flip w7",
-        "h_flip v v_flip w2",
-        "h h_flip v v_flip",
-        "h v w2 w2_flip",
-        "v v_flip w2 w7",
-        "h h_flip v w2",
-        "h h_flip w2_flip w7",
-        "v v_flip w2 w2_flip",
-    )
+SEARCHED = searched(
+    "h v_flip w7 w7_flip",
+    "h_flip w2_flip w7 w7_flip",
+    "h h_flip v w7",
+    "h h_flip v v_flip",
+    "h h_flip v v_flip",
+    "h h_flip v v_flip",
+    "h_flip v v_flip w7",
+    "h_flip v v_flip w2_flip",
+    "h h_flip v v_flip",
+    "h h_flip v v_flip",
+    "h v v_flip w2",
+    "h v v_flip w2_flip",
+    "h h_flip v_flip w7",
+    "h_flip v v_flip w2",
+    "h h_flip v v_flip",
+    "h v w2 w2_flip",
+    "v v_flip w2 w7",
+    "h h_flip v w2",
+    "h h_flip w2_flip w7",
+    "v v_flip w2 w2_flip",
 )
 TINY = LocalVimConfig(directions=SEARCHED)
 SMALL = LocalVimConfig(embed_dim=384)
@@ -138,27 +126,13 @@ def configure(shapes: Shapes, hints: Hints) -> LocalVimConfig:
 
 def _directions(config: LocalVimConfig, hints: Hints) -> Directions:
     """As the file states, else those of the one published model of these sizes. CheckpointError without."""
-    stated = hints.settings.get("directions", ())
-    if len(stated) == 1 and isinstance(stated[0], tuple):
-        directions: Directions = stated[0]
-        return directions
-    if stated:
-        raise CheckpointError(f"the file says that directions are {listing(stated)}, which is no list for each block")
     sizes = (config.patch_size, config.embed_dim, config.depth, config.class_token)
     fitting = {
         name: published.directions
         for name, published in VARIANTS.items()
         if (published.patch_size, published.embed_dim, published.depth, published.class_token) == sizes
     }
-    if len(fitting) == 1:
-        return next(iter(fitting.values()))
-    what = "neither the weights nor the file say which directions the scans have, and other ones give wrong answers"
-    if fitting:
-        choices = " or ".join(f"`--variant {name}`" for name in fitting)
-        hint = f"Give {choices}: the right one has the published accuracy (`ssmprune eval`)."
-    else:
-        hint = "Save the file with them: {'model': weights, 'args': {'directions': [['h', 'v_flip', ...], ...]}}."
-    raise CheckpointError(what, hint=hint)
+    return settled_directions(hints, fitting)
 
 
 def resize(

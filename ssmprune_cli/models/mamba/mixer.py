@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,22 @@ class Branch(NamedTuple):
     D: Tensor
 
 
+class SequenceMixer(Mixer, Protocol):
+    """The mixer of a MambaBlock: see `BranchMixer.forward`."""
+
+    out_proj: nn.Linear
+
+    def __call__(
+        self,
+        x: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        frozen: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ScanStatistics]: ...
+
+
 class BranchMixer(nn.Module, Mixer):
     """What mixers of Mamba blocks have in common: a projection in, branches of scans, and a projection out.
 
@@ -118,9 +134,9 @@ class BranchMixer(nn.Module, Mixer):
         """
         xz = self.in_proj(x)  # (B, L, 2E)
         if frozen is not None:
-            frozen = self._inner(frozen)
+            frozen = self.inner(frozen)
         if context is not None:
-            context = self._inner(context)
+            context = self.inner(context)
         mixed, statistics = self.mix(xz, sequence, alignment, wanted, frozen, context)
         projected: Tensor = self.out_proj(mixed)
         if self.gamma is not None:
@@ -143,11 +159,11 @@ class BranchMixer(nn.Module, Mixer):
     def branches(self) -> list[Branch]:
         """One for each direction."""
 
-    def _inner(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
         return first_outputs(self.in_proj, x, self.d_inner)
 
-    def _project(
+    def project(
         self, flow: Inflow, context: Tensor | None, branch: Branch, *, reverse: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Of one branch: input u (B, S, E) and the tokens' own values (see `Inflow.pool`), raw step sizes (B, S, E)
@@ -157,7 +173,7 @@ class BranchMixer(nn.Module, Mixer):
         rank_values, b, c = branch.x_proj(u).split(self.splits, dim=-1)
         return u, own, branch.dt_proj(rank_values), b, c
 
-    def _scan_branch(
+    def scan_branch(
         self,
         flow: Inflow,
         direction: int,
@@ -167,7 +183,7 @@ class BranchMixer(nn.Module, Mixer):
         *,
         reverse: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Of what `_project` gives the output y (B, L, E) and, if wanted, the step sizes (B, L, E) of live tokens."""
+        """Of what `project` gives the output y (B, L, E) and, if wanted, the step sizes (B, L, E) of live tokens."""
         u, own, raw_delta, b, c = projected
         bias = branch.dt_proj.bias
         y = flow.scan(
@@ -270,12 +286,12 @@ class MambaMixer(BranchMixer):
         """The outputs of all directions and, if wanted, their step sizes."""
         outputs, deltas = [], []
         branches = self.branches()
-        projected = self._project(flow, context, branches[0], reverse=False)
+        projected = self.project(flow, context, branches[0], reverse=False)
         for direction, branch in enumerate(branches):
             reverse = direction == 1
             if reverse and self.kind == "v2":
-                projected = self._project(flow, context, branch, reverse=True)
-            y, delta = self._scan_branch(flow, direction, branch, projected, wanted, reverse=reverse)
+                projected = self.project(flow, context, branch, reverse=True)
+            y, delta = self.scan_branch(flow, direction, branch, projected, wanted, reverse=reverse)
             outputs.append(y)
             if delta is not None:
                 deltas.append(delta)

@@ -7,6 +7,7 @@ directions are added without halving. See `mamba_checkpoint` for how files are t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,15 +41,19 @@ class VideoMamba(MambaBackbone):
     """See VideoMambaConfig."""
 
     family = "videomamba"
-    tokens = ("cls_token", "pos_embed")
+    tokens: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")
     config: VideoMambaConfig
 
     def __init__(self, config: VideoMambaConfig) -> None:
         super().__init__(config)
-        self.cls_token = embedding(1, config.embed_dim)
-        self.pos_embed = embedding(self.num_tokens, config.embed_dim)
+        self.make_tokens()
         self.add_blocks(kind="v2" if config.bimamba else "none", halve=False)
         self.head = classifier(config.embed_dim, config.num_classes)
+
+    def make_tokens(self) -> None:
+        """Make the class token and the positions."""
+        self.cls_token = embedding(1, self.config.embed_dim)
+        self.pos_embed = embedding(self.num_tokens, self.config.embed_dim)
 
     def embed(self, images: Tensor) -> TokenSequence:
         patches = self.patch_embed(images)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.models.vmamba.checkpoint import VMAMBA, image_side, remap, stage_depths, todays_names
+from ssmprune_cli.models.vmamba.checkpoint import (
+    VMAMBA,
+    fills,
+    image_side,
+    read_config,
+    remap,
+    resize,
+    stage_depths,
+    todays_names,
+)
 from ssmprune_cli.models.vmamba.layers import MLP, DownsampleV1, PatchEmbedV1
-from ssmprune_cli.models.vmamba.mixer import DirectionProjections, VMambaMixer, column_gaps
+from ssmprune_cli.models.vmamba.mixer import DIRECTIONS, DirectionProjections, VMambaMixer, column_gaps
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.models.vmamba.staged import StagedBackbone, next_stage
 
 __all__ = [
+    "DIRECTIONS",
     "MLP",
     "VMAMBA",
     "DirectionProjections",
@@ -19,9 +29,12 @@ __all__ = [
     "VMambaConfig",
     "VMambaMixer",
     "column_gaps",
+    "fills",
     "image_side",
     "next_stage",
+    "read_config",
     "remap",
+    "resize",
     "stage_depths",
     "todays_names",
 ]

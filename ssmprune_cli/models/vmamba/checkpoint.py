@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.models.common import MAX_SIDE, Family, Hints, Shapes, count_numbered, image_fields, no_stride
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+
+Config = TypeVar("Config", bound=VMambaConfig)
 
 S1 = VMambaConfig()
 S2 = replace(S1, ssm_ratio=2.0)
@@ -58,8 +60,8 @@ _RENAMED = (
     (re.compile(r"^(norm|head)\."), r"classifier.\1."),
 )
 _LINEAR = re.compile(r"\.(in_proj|out_proj|fc1|fc2|reduction|head)\.weight$")
-# Parts that EfficientVMamba and MedMamba add to blocks whose other names are VMamba's.
-_OTHERS = (".conv_branch.", ".conv33conv33conv11.")
+# Parts that EfficientVMamba, MedMamba and LocalVMamba add to blocks whose other names are VMamba's.
+_OTHERS = (".conv_branch.", ".conv33conv33conv11.", ".multi_scan.")
 
 
 def matches(shapes: Shapes, hints: Hints) -> bool:
@@ -70,7 +72,13 @@ def matches(shapes: Shapes, hints: Hints) -> bool:
 
 
 def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
-    """The configuration that fits `shapes`; with `hints.variant` that one, for the classes and outputs of the file.
+    """See `read_config`."""
+    return read_config(shapes, hints, VARIANTS, VMambaConfig, "VMamba")
+
+
+def read_config(shapes: Shapes, hints: Hints, variants: Mapping[str, Config], kind: type[Config], model: str) -> Config:
+    """The configuration of this `kind` that fits `shapes`; with `hints.variant` that one of `variants`, for the classes
+    and outputs of the file. `model` is the family in messages.
 
     No weight depends on the image size: it is stated, published or asked for. Raises CheckpointError.
     """
@@ -79,10 +87,10 @@ def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
         found = shapes.get(key)
         if found is None or len(found) != dimensions:
             problem = "is missing" if found is None else f"has the shape {found}"
-            raise CheckpointError(f"not a VMamba: the weight {key} {problem}")
+            raise CheckpointError(f"not a {model}: the weight {key} {problem}")
         return found
 
-    no_stride(hints, "VMamba")
+    no_stride(hints, model)
     op = "layers.0.blocks.0.op"
     embed_dim = shape("layers.0.blocks.0.norm.weight", 1)[0]
     d_inner = shape(f"{op}.conv2d.weight", 4)[0]
@@ -92,16 +100,16 @@ def configure(shapes: Shapes, hints: Hints) -> VMambaConfig:
     outs = tuple(stage for stage in range(len(depths)) if f"outnorm{stage}.weight" in shapes)
     is_classifier = "classifier.head.weight" in shapes or not outs
     num_classes = shape("classifier.head.weight", 2)[0] if is_classifier else 0
-    alike = [each for each in VARIANTS.values() if (each.embed_dim, each.depths) == (embed_dim, depths)]
+    alike = [each for each in variants.values() if (each.embed_dim, each.depths) == (embed_dim, depths)]
     if hints.variant:
-        alike = [VARIANTS[hints.variant]]
-    side = image_side(hints, alike, "VMamba")
+        alike = [variants[hints.variant]]
+    side = image_side(hints, alike, model)
     images = image_fields(hints, alike[0] if alike and side == alike[0].image_size[0] else None)
     if hints.variant:
-        given = VARIANTS[hints.variant]
+        given = variants[hints.variant]
         return replace(given, image_size=(side, side), num_classes=num_classes, out_stages=outs, **images)
     has_mlp = "layers.0.blocks.0.mlp.fc1.weight" in shapes
-    return VMambaConfig(
+    return kind(
         image_size=(side, side),
         patch_embed="v1" if patch == 4 else "v2",
         downsample="v1" if "layers.0.downsample.reduction.weight" in shapes else "v3",
@@ -148,7 +156,7 @@ def remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def resize(state: dict[str, Tensor], config: VMambaConfig, image_size: int) -> tuple[dict[str, Tensor], VMambaConfig]:
+def resize(state: dict[str, Tensor], config: Config, image_size: int) -> tuple[dict[str, Tensor], Config]:
     """For images of another size: the weights stay, as none of them depends on the place."""
     if image_size > MAX_SIDE:
         raise UsageError(f"images of {image_size} pixels are not possible", hint=f"Up to {MAX_SIDE} are.")

@@ -118,11 +118,18 @@ class VMambaMixer(nn.Module, Mixer):
         flow = inflow(sequence, u, None if frozen is None else self._inner(frozen), alignment, grid[1])
         u, own = flow.pool(self._convolve(flow.values, context, flow.convolved, grid))
         statistics = self.scan(u, own, flow, column_visits(flow.scanned, grid), wanted)
-        mixed: Tensor = self.out_norm(cross_merge(statistics.y))
+        mixed: Tensor = self.out_norm(self.merge(statistics.y, sequence))
         if gate is not None:
             mixed = mixed * functional.silu(gate)
         projected: Tensor = self.out_proj(mixed)
         return projected, statistics
+
+    def merge(self, ys: Sequence[Tensor], sequence: TokenSequence) -> Tensor:
+        """The sum of all directions' outputs (B, L, E); of one, which is that sum, itself."""
+        if len(ys) == 1:
+            return ys[0]
+        # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
+        return (ys[0] + ys[2]) + (ys[1] + ys[3])
 
     def _inner(self, x: Tensor) -> Tensor:
         """The part of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
@@ -198,14 +205,6 @@ def column_visits(sequence: TokenSequence, grid: tuple[int, int]) -> Visits:
         return visits(raster.t().flatten(), sequence)
 
     return sequence.geometry.once(_COLUMNS, compute, grid)
-
-
-def cross_merge(ys: Sequence[Tensor]) -> Tensor:
-    """The sum of all directions' outputs (B, L, E); of one, which is that sum, itself."""
-    if len(ys) == 1:
-        return ys[0]
-    # (rows + rows from the end) + (columns + columns from the end), the authors' order of addition.
-    return (ys[0] + ys[2]) + (ys[1] + ys[3])
 
 
 def column_gaps(route: Visits, *, reverse: bool) -> Tensor | None:

@@ -77,6 +77,20 @@ class VMambaConfig(ImageConfig):
     def width(self, stage: int) -> int:
         return self.embed_dim << stage
 
+    def mixer(self, dim: int, block: int) -> VMambaMixer:
+        """The mixer of a block of this width; `block` counts from the first of the model."""
+        return VMambaMixer(dim, **self.mixer_sizes(dim))
+
+    def mixer_sizes(self, dim: int) -> dict[str, Any]:
+        """What a mixer of this width is made with."""
+        return {
+            "d_inner": int(self.ssm_ratio * dim),
+            "d_state": self.d_state,
+            "dt_rank": math.ceil(dim / 16),
+            "gated": self.gated,
+            "conv_bias": self.conv_bias,
+        }
+
     @property
     def map_channels(self) -> tuple[int, ...]:
         """Of the feature maps."""
@@ -86,17 +100,11 @@ class VMambaConfig(ImageConfig):
 class VMambaBlock(Block):
     """Tokens plus the mixer of their norm, plus the MLP of their norm. Tokens that are gone cost nothing."""
 
-    def __init__(self, config: VMambaConfig, dim: int) -> None:
+    def __init__(self, config: VMambaConfig, mixer: VMambaMixer) -> None:
         super().__init__()
+        dim = mixer.d_model
         self.norm = nn.LayerNorm(dim)
-        self.op = VMambaMixer(
-            dim,
-            d_inner=int(config.ssm_ratio * dim),
-            d_state=config.d_state,
-            dt_rank=math.ceil(dim / 16),
-            gated=config.gated,
-            conv_bias=config.conv_bias,
-        )
+        self.op = mixer
         self.norm2 = nn.LayerNorm(dim) if config.mlp_ratio else None
         self.mlp = MLP(dim, int(config.mlp_ratio * dim)) if config.mlp_ratio else None
 
@@ -120,8 +128,10 @@ class VMambaStage(nn.Module):
 
     def __init__(self, config: VMambaConfig, number: int) -> None:
         super().__init__()
-        dim = config.width(number)
-        self.blocks = nn.ModuleList(VMambaBlock(config, dim) for _ in range(config.depths[number]))
+        dim, first = config.width(number), sum(config.depths[:number])
+        self.blocks = nn.ModuleList(
+            VMambaBlock(config, config.mixer(dim, first + block)) for block in range(config.depths[number])
+        )
         downsample = DownsampleV1 if config.downsample == "v1" else DownsampleV3
         self.downsample = downsample(dim, 2 * dim) if number + 1 < len(config.depths) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssmprune_cli.pruning.repair.features import FeaturePruner, Runner, model_runner
+from ssmprune_cli.pruning.repair.quick import is_repairable, quick_answers
 from ssmprune_cli.pruning.repair.repair import ENOUGH, KINDS, LEAST, Asked, fold_head, judged_rows, repair
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "FeaturePruner",
     "Runner",
     "fold_head",
+    "is_repairable",
     "judged_rows",
     "model_runner",
+    "quick_answers",
     "repair",
 ]

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.run import CompressResult, compress_checkpoint
-from ssmprune_cli.workflows.compress.settings import for_images, recipe_settings
+from ssmprune_cli.workflows.compress.settings import made_smaller, recipe_settings, recipe_size
 
-__all__ = ["CompressRequest", "CompressResult", "compress_checkpoint", "for_images", "recipe_settings"]
+__all__ = ["CompressRequest", "CompressResult", "compress_checkpoint", "made_smaller", "recipe_settings", "recipe_size"]

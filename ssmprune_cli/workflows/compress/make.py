@@ -1,14 +1,14 @@
-"""The model that a recipe makes: for smaller images, pruned, repaired. What is judged and delivered is made here."""
+"""The model that a recipe makes: smaller, pruned, repaired. What is judged and delivered is made here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images
+from ssmprune_cli.data import ImageDataset, Subset
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import (
@@ -24,12 +24,17 @@ from ssmprune_cli.pruning import (
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import ReductionTrial
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.workflows.compress.reductions import CANDIDATES, compare_reductions
+from ssmprune_cli.workflows.compress.reductions import CANDIDATES, MOST_IMAGES, MOST_SECONDS, Choice, compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
 from ssmprune_cli.workflows.eight_bits import EightBits, to_eight_bits
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.trials import Prepared, load_images, run, sampled
+
+_NOT_REFITTED = (
+    "The head was trained for the output of blocks that are left out now: it should be refitted, and was not. Give "
+    "more `--calib` images, and no `--repair none`."
+)
 
 Progress = Callable[[str], Callable[[int, int], None]]  # what is being done -> (done, total) callback
 
@@ -70,9 +75,12 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
 
     reference  the dense model, on the device of choice
     """
-    model = request.resized(request.source.load(), recipe).to(next(reference.parameters()).device)
+    model = request.made_smaller(request.source.load(), recipe).to(next(reference.parameters()).device)
     settings = request.settings(model, recipe)
     warnings = []
+    cut, kind = recipe.pruning.cut_blocks is not None, recipe.pruning.repair
+    if cut and (request.calib is None or kind == "none"):
+        warnings.append(_NOT_REFITTED)
     if request.calib is None:
         if settings is not None:
             text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
@@ -82,14 +90,15 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         rounded_weights = _to_eight_bits(model, recipe, None)
         warnings += () if rounded_weights is None else rounded_weights.warnings
         return Made(model, settings, None, None, None, (), tuple(warnings), rounded_weights)
-    images = calibration_images(request.calib, recipe.calibration.images, recipe.calibration.seed)
+    images = TASKS.get(model.task).calibration(model, request.calib, recipe.calibration.images, recipe.calibration.seed)
     if len(images) < recipe.calibration.images and request.counts_images:
-        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
+        cases = TASKS.get(model.task).cases
+        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration {cases} were found.")
     warnings += images.notes
-    kind, task = recipe.pruning.repair, TASKS.get(model.task)
+    task = TASKS.get(model.task)
     batch_size = task.at_once(recipe.calibration.batch_size)
-    dense = None  # the logits of the dense model, if it sees the images larger or its weights will not be there
-    if model.config.resized_from is not None or recipe.pruning.weights == "int8":
+    dense = None  # the logits of the dense model, if it is larger or its weights will not be there
+    if model.config != reference.config or recipe.pruning.weights == "int8":
         dense = run(prepare(reference), Prepared(reference, images, batch_size))
 
     def repaired() -> Repaired | None:
@@ -100,6 +109,8 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         warnings.extend(result.warnings)
         if kind != "auto" and result.kind == "none":
             warnings.append(f"The repair {kind!r} was refused: {result.refused[kind]}.")
+        elif cut and result.kind == "none":
+            warnings.append(_NOT_REFITTED)
         return result
 
     # What all but a repair is chosen and calibrated on.
@@ -120,9 +131,13 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         return Made(model, None, images, None, result, (), tuple(warnings), weights)
     tried: tuple[ReductionTrial, ...] = ()
     if recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
-        if progress:
-            progress("Comparing reductions")
-        tried = _compared(request, model, recipe, settings, few, few_dense)
+        choices = _compared(request, model, recipe, settings, few, few_dense, progress)
+        tried = _trials(choices)
+        if choices and choices[0].images < min(len(few), MOST_IMAGES):
+            warnings.append(
+                f"The reductions were compared on {choices[0].images} of {len(few)} calibration images, because one "
+                "image takes long. `--calib-images` says how many to take, `--reduction` spares the comparison."
+            )
         best = next((each.reduction for each in tried if each.chosen), None)
         if best is None:
             warnings.append(
@@ -142,6 +157,7 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     )
     weights = eight_bits()
     result = repaired()  # of what both have done
+    warnings += images.notes  # what was noticed when they were read
     return Made(model, settings, images, seen, result, tried, tuple(warnings), weights)
 
 
@@ -159,8 +175,9 @@ def _compared(
     settings: PruneSettings,
     images: ImageDataset,
     dense: Tensor | None,
-) -> tuple[ReductionTrial, ...]:
-    choices = compare_reductions(
+    progress: Progress | None,
+) -> Sequence[Choice]:
+    return compare_reductions(
         model,
         settings.schedule,
         load_images(model, images),
@@ -172,7 +189,12 @@ def _compared(
         device=request.device,
         dense=dense,
         seed=settings.seed,
+        seconds=math.inf if request.counts_images else MOST_SECONDS,
+        progress=progress and progress("Comparing reductions"),
     )
+
+
+def _trials(choices: Sequence[Choice]) -> tuple[ReductionTrial, ...]:
     return tuple(
         ReductionTrial(
             reduction=each.method.reduction,

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, REDUCTIONS, PruneSettings
 from ssmprune_cli.recipe import Pruning, Recipe, load_recipe
-from ssmprune_cli.workflows.compress.settings import for_images, recipe_settings
+from ssmprune_cli.tasks import TASKS, Task
+from ssmprune_cli.workflows.compress.settings import made_smaller, recipe_settings
 from ssmprune_cli.workflows.limits import OF_TASKS, Limits
 from ssmprune_cli.workflows.search import state_file
 from ssmprune_cli.workflows.source import Source
@@ -27,7 +29,8 @@ class CompressRequest:
     """What a user asks for, as typed: None is what was not typed.
 
     resize         side in pixels of smaller images, alone or before tokens are dropped
-    keep_image_size   of a search: smaller images are no candidates
+    cut_blocks     so many of the last blocks are left out, alone or before tokens are dropped
+    keep_image_size, keep_blocks  of a search: smaller images, and fewer blocks, are no candidates
     weights        "int8": those of linear layers in eight bits, beside what else is asked for or alone
     keep, tokens, points  lists as text, "0.9,0.8" or "150,120,90"
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
@@ -38,6 +41,7 @@ class CompressRequest:
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
     recipe         a file, or the name of a shipped one; `overrides` are "key=value" in it
     data           images with targets, of the kind `dataset`, on which both models are judged; `limit` of them
+    slide          crop and stride of the windows through which they are seen, see `Task.sliding`
     samples        so many of them (or of the calibration images) are put into the artefact, for its report
     dry_run        read no images and write nothing
     command        how to do it again, for the report
@@ -45,7 +49,9 @@ class CompressRequest:
 
     source: Source
     resize: int | None = None
+    cut_blocks: int | None = None
     keep_image_size: bool = False
+    keep_blocks: bool = False
     keep: str | None = None
     tokens: str | None = None
     weights: str | None = None
@@ -69,6 +75,7 @@ class CompressRequest:
     data: Path | None = None
     dataset: str | None = None
     limit: int | None = None
+    slide: tuple[int, int] | None = None
     samples: int = 4
     limits: Limits = field(default_factory=Limits)
     out: Path | None = None
@@ -94,7 +101,7 @@ class CompressRequest:
     @property
     def by_drop(self) -> bool:
         """Whether the fastest model within `limits.max_drop` is searched for."""
-        amounts = any(each is not None for each in (self.resize, self.keep, self.tokens, self.points, self.recipe))
+        amounts = any(each is not None for each in self._ways)
         said = amounts or self.targets or any(text.startswith("pruning.") for text in self.overrides)
         return self.limits.max_drop is not None and self.data is not None and not said
 
@@ -124,15 +131,22 @@ class CompressRequest:
             raise UsageError("--keep and --tokens both say how much to keep: give one of them")
         if self.searched:
             self._check_search()
-        elif self.time_limit is not None or self.state is not None or self.keep_image_size:
-            given = "--time-limit" if self.time_limit is not None else "--state"
-            given = "--keep-image-size" if self.keep_image_size else given
-            raise UsageError(f"{given} is for a search: it needs a target, such as --target-speedup 1.4")
-        if not (self._says_what_to_keep or self._says_which_images or self._says_weights):
+        else:
+            of_a_search = [
+                ("--time-limit", self.time_limit is not None),
+                ("--state", self.state is not None),
+                ("--keep-image-size", self.keep_image_size),
+                ("--keep-blocks", self.keep_blocks),
+            ]
+            for option, given in of_a_search:
+                if given:
+                    raise UsageError(f"{option} is for a search: it needs a target, such as --target-speedup 1.4")
+        if not (self._says_what_to_keep or self._says_which_size or self._says_weights):
             raise UsageError(
                 "how fast is the model to be?",
                 hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--data`, `--keep 0.6`, "
-                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images), `--int8` (weights) or `--recipe FILE`.",
+                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images), `--cut-blocks COUNT`, `--int8` (weights) "
+                "or `--recipe FILE`.",
             )
         typed = {key for key, _, _ in self._settings()}
         for text in self.overrides:
@@ -144,7 +158,7 @@ class CompressRequest:
         if self.calib is None and self.repair not in (None, "none"):
             raise UsageError("--repair needs --calib, the images to fit it to")
         if self.data is None:
-            for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit")):
+            for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit"), (self.slide, "--slide")):
                 if value is not None:
                     raise UsageError(f"{option} needs --data, the images that it is about")
             self.limits.require(OF_TASKS, "--data, the images to measure accuracy on")
@@ -159,18 +173,24 @@ class CompressRequest:
         return said or any(text.startswith(("pruning.keep=", "pruning.tokens=")) for text in self.overrides)
 
     @property
-    def _says_which_images(self) -> bool:
-        return self.resize is not None or any(text.startswith("pruning.image_size=") for text in self.overrides)
+    def _says_which_size(self) -> bool:
+        said = self.resize is not None or self.cut_blocks is not None
+        return said or any(text.startswith(("pruning.image_size=", "pruning.cut_blocks=")) for text in self.overrides)
+
+    @property
+    def _ways(self) -> tuple[object, ...]:
+        """What says how much to keep, without a target."""
+        return (self.resize, self.cut_blocks, self.keep, self.tokens, self.points, self.recipe)
 
     @property
     def _says_weights(self) -> bool:
         return self.weights == "int8" or "pruning.weights=int8" in self.overrides
 
     def _check_search(self) -> None:
-        ways = (self.resize, self.keep, self.tokens, self.points, self.recipe)
-        if len(self.targets) + sum(each is not None for each in ways) > 1:
+        if len(self.targets) + sum(each is not None for each in self._ways) > 1:
             raise UsageError(
-                "a target settles what to keep: give one, without --resize, --keep, --tokens, --points or --recipe"
+                "a target settles what to keep: give one, without --resize, --cut-blocks, --keep, --tokens, --points "
+                "or --recipe"
             )
         for text in self.overrides:
             if text.startswith("pruning."):
@@ -197,11 +217,12 @@ class CompressRequest:
         if self.tokens is not None:
             settings += [("pruning.tokens", f"[{self.tokens}]", "--tokens"), ("pruning.keep", "null", "--tokens")]
         if not self._says_what_to_keep:
-            alone = "--resize" if self._says_which_images else "--int8"
+            alone = "--resize" if self._says_which_size else "--int8"
             settings.append(("pruning.keep", "null", alone))
         settings += [
             ("pruning.weights", self.weights, "--int8"),
             ("pruning.image_size", self.resize, "--resize"),
+            ("pruning.cut_blocks", self.cut_blocks, "--cut-blocks"),
             ("pruning.points", None if self.points is None else f"[{self.points}]", "--points"),
             ("pruning.importance", self.importance, "--importance"),
             ("pruning.reduction", self.reduction, "--reduction"),
@@ -248,15 +269,29 @@ class CompressRequest:
             return recipe.override([f"calibration.images={ALIGNMENT_IMAGES}"])
         return recipe
 
+    def judging(self, task: str) -> Task[Any, Any]:
+        """The task of this name, as its models are judged. Raises UsageError if they cannot be so."""
+        found = TASKS.get(task)
+        if self.slide is None:
+            return found
+        crop, stride = self.slide
+        return found.sliding((crop, crop), (stride, stride))
+
+    def fitted(self, recipe: Recipe, task: Task[Any, Any]) -> Recipe:
+        """`recipe` with as many calibration images as suit `task`, unless it is said how many."""
+        if task.calibrates is None or self.counts_images:
+            return recipe
+        return recipe.override([f"calibration.images={task.calibrates}"])
+
     def settings(self, model: Backbone, recipe: Recipe, **chosen: str) -> PruneSettings | None:
         """What `recipe`, resolved from this request, means for `model`. Raises UsageError for what does not fit."""
         with self._named("keep", "tokens", "points", "importance", "reduction", "alignment"):
             return recipe_settings(model, recipe, calibrated=self.calib is not None, **chosen)
 
-    def resized(self, model: Backbone, recipe: Recipe) -> Backbone:
-        """`for_images`; its errors name the option."""
-        with self._named("resize"):
-            return for_images(model, recipe)
+    def made_smaller(self, model: Backbone, recipe: Recipe) -> Backbone:
+        """`made_smaller`; its errors name the options."""
+        with self._named("resize", "cut_blocks"):
+            return made_smaller(model, recipe)
 
     @contextmanager
     def _named(self, *names: str) -> Iterator[None]:
@@ -264,7 +299,8 @@ class CompressRequest:
         try:
             yield
         except UsageError as error:
-            typed = " ".join(f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None)
+            given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+            typed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
             raise UsageError(error.what, where=typed or error.where, hint=error.hint) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, fingerprint
 from ssmprune_cli.errors import MAX_MESSAGE, shown
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import Backbone, blocks_left_out
 from ssmprune_cli.pruning import TokenPruner, known_methods
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, Sample, SpeedFacts, TargetFacts
@@ -85,9 +85,9 @@ def _evaluation(request: CompressRequest) -> ImageDataset | None:
     if request.data is None:
         return None
     model = request.source.load()
-    task = TASKS.get(model.task)
+    task = request.judging(model.task)
     request.limits.fit(task)
-    dataset = task.open(request.data, request.dataset)
+    dataset = task.open(request.data, request.dataset, model=model)
     task.check(model, dataset)
     return dataset
 
@@ -103,6 +103,7 @@ def _search(
         budgets=() if request.budget is None else (request.budget,),
         latency_ms=request.target_latency,
         resize=not request.keep_image_size,
+        cut=not request.keep_blocks,
         repair=recipe.pruning.repair,
         repair_images=recipe.calibration.images,
         batch_size=request.batch_size,
@@ -123,7 +124,13 @@ def _search(
         model = make(request, _with_weights(found.recipe, recipe), reference, progress).model
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(
-            model, evaluation, compare=reference, limit=request.limit, device=request.device, progress=done
+            model,
+            evaluation,
+            compare=reference,
+            limit=request.limit,
+            task=request.judging(model.task),
+            device=request.device,
+            progress=done,
         )
         verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
         return all(each.holds for each in verdicts)
@@ -142,12 +149,13 @@ def _planned(request: CompressRequest, recipe: Recipe) -> Report:
     """Tokens per block and multiply-adds: what is known without images."""
     reference = request.source.load()
     dense, weights = figures(reference), weights_sha256(reference)
-    model = request.resized(reference, recipe)
+    model = request.made_smaller(reference, recipe)
     settings = request.settings(model, recipe)
     if settings is not None:
         model.pruner = TokenPruner(settings, model.stages, model.mixers)  # calibrated or not, it costs the same
     report = _report(request.source, model, recipe, dense, {"weights_sha256": weights})
-    warnings = [*request.source.warnings(), *TASKS.get(model.task).remarks, *rounded(settings, recipe.pruning, model)]
+    warnings = [*request.source.warnings(), *reference.notes, *TASKS.get(model.task).remarks]
+    warnings += rounded(settings, recipe.pruning, model)
     if request.calib is not None and settings is not None and recipe.pruning.reduction == "auto":
         warnings.append(
             f"The reduction is chosen on the calibration images, which a dry run does not read: this is for "
@@ -169,15 +177,25 @@ def _compressed(
     source = request.source
     target = resolve_device(request.device)
     reference = source.load().to(target)
-    dense = figures(reference)
+    dense, recipe = figures(reference), request.fitted(recipe, TASKS.get(reference.task))
     made = make(request, recipe, reference, progress)
     model, images, settings = made.model, made.images, made.settings
     remarks = TASKS.get(model.task).remarks
-    warnings = [*source.warnings(), *remarks, *made.warnings, *(() if evaluation is None else evaluation.notes)]
+    warnings = [*source.warnings(), *reference.notes, *remarks, *made.warnings]
+    warnings += () if evaluation is None else evaluation.notes
     result = None
     if evaluation is not None:
         done = progress("Evaluating") if progress else None
-        result = evaluate(model, evaluation, compare=reference, limit=request.limit, device=str(target), progress=done)
+        result = evaluate(
+            model,
+            evaluation,
+            compare=reference,
+            limit=request.limit,
+            task=request.judging(model.task),
+            device=str(target),
+            progress=done,
+        )
+        warnings += evaluation.notes  # what was noticed when they were read
     done = progress("Timing") if progress else None
     speed = speed_facts(reference, model, str(target), request.batch_size, done)
     warnings += _slow(speed)
@@ -185,7 +203,7 @@ def _compressed(
     differs = settings is None or made.drops
     drawn: tuple[Sample, ...] = ()
     files: dict[str, bytes] = {}
-    if chosen and differs and request.samples:
+    if chosen and differs and request.samples and TASKS.get(model.task).shows:
         changed = None if result is None else result.changed
         drawn, files = samples(model, reference, chosen, request.samples, target, changed)
     eight_bits = None
@@ -198,6 +216,7 @@ def _compressed(
                 reference,
                 model,
                 evaluation,
+                task=request.judging(model.task),
                 limit=request.limit,
                 batch_size=speed.batch_size,
                 rounds=speed.rounds,
@@ -229,16 +248,20 @@ def _compressed(
     used: dict[str, Any] = {} if made.repaired is None else {"repair": made.repaired.kind}
     if report.pruning is not None:
         used = report.pruning.model_dump(mode="json")
+    size = {"image_size": recipe.pruning.image_size, "cut_blocks": recipe.pruning.cut_blocks}
     if made.eight_bits is not None and made.eight_bits.chosen:
         used |= {"weights": "int8", "int8": list(made.eight_bits.chosen)}
-    elif recipe.pruning.weights == "int8" and not used and recipe.pruning.image_size is None:
-        used["keep"] = 1.0  # all weights have stayed in float: a recipe says so by keeping all
-    final = recipe.resolved({"image_size": recipe.pruning.image_size, **used}, report.provenance)
+    elif recipe.pruning.weights == "int8":
+        used |= {"weights": "float", "int8": None}  # all weights have stayed in float
+        if report.pruning is None and not any(size.values()):
+            used["keep"] = 1.0  # a recipe says so by keeping all
+    final = recipe.resolved({**size, **used}, report.provenance)
     if request.command:
         command = shown(request.command, MAX_MESSAGE)
         report = report.model_copy(update={"provenance": {**report.provenance, "command": command}})
     contents: dict[str, bytes | str] = {
         "recipe.yaml": final.to_yaml(),
+        **TASKS.get(model.task).files(reference),
         **files,
         **report_files(report, files),
     }
@@ -250,10 +273,11 @@ def _compressed(
 
 
 def _judged_on(request: CompressRequest, task: str) -> dict[str, str]:
-    """The kind of the images that both models are judged on, if they are."""
+    """The kind of the images that both models are judged on, if they are, and what windows they are seen through."""
     if request.data is None:
         return {}
-    return {"evaluation_dataset": request.dataset or TASKS.get(task).kind(request.data)}
+    windows = {} if request.slide is None else {"evaluation_slide": ",".join(map(str, request.slide))}
+    return {"evaluation_dataset": request.dataset or TASKS.get(task).kind(request.data), **windows}
 
 
 def _targeted(report: Report, request: CompressRequest) -> Report:
@@ -321,6 +345,7 @@ def _report(source: Source, model: Backbone, recipe: Recipe, dense: Figures, pro
         task=model.task,
         image_size=model.image_size,
         resized_from=model.config.resized_from,
+        blocks_left_out=tuple(block + 1 for block in blocks_left_out(model)),
         parameters=model.parameter_count,
         pruning=pruning_facts(pruner, recipe.pruning.keep) if isinstance(pruner, TokenPruner) else None,
         dense=dense,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ssmprune_cli.data import ImageDataset
@@ -13,7 +12,7 @@ from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone, set_layer
 from ssmprune_cli.report import SavingFacts
 from ssmprune_cli.statistics import ratio_of_medians
-from ssmprune_cli.tasks import TASKS
+from ssmprune_cli.tasks import Task
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.measure import interleaved_speeds
 
@@ -26,6 +25,7 @@ def savings(
     model: Backbone,
     dataset: ImageDataset | None,
     *,
+    task: Task[Any, Any],
     limit: int | None,
     batch_size: int,
     rounds: int,
@@ -34,8 +34,8 @@ def savings(
     """Of `dense` and of `model`, which is made of it and in eight bits; and if it drops tokens, of the models with one
     of both: with its weights in float again, and without its pruner.
 
-    All are timed in turns on a batch of images of their size, and judged on `dataset`, if there is one. Beside these
-    facts a warning, if weights in eight bits make the model slower.
+    All are timed in turns on a batch of images of their size, and judged on `dataset` as `task` does, if there is
+    one. Beside these facts a warning, if weights in eight bits make the model slower.
     """
     models: dict[tuple[Tokens, Weights], Backbone] = {("all", "float"): dense}
     models["pruned" if model.pruner is not None else "all", "int8"] = model
@@ -48,15 +48,14 @@ def savings(
         unpruned._modules = {**model._modules, "pruner": None}
         models |= {("pruned", "float"): in_float, ("all", "int8"): unpruned}
     target = next(model.parameters()).device
-    images = [torch.zeros(batch_size, 3, *each.image_size, device=target) for each in models.values()]
+    images = [each.example(batch_size) for each in models.values()]
     sessions = [prepare(each, device=target) for each in models.values()]
     speeds = interleaved_speeds(sessions, images, rounds)
-    task = TASKS.get(model.task)
     found = []
     for ((tokens, weights), each), speed in zip(models.items(), speeds, strict=True):
         score = None
         if dataset is not None:
-            score = task.estimate(evaluate(each, dataset, limit=limit, device=device).score).value
+            score = task.estimate(evaluate(each, dataset, limit=limit, task=task, device=device).score).value
         size = stored_bytes(each)
         found.append(SavingFacts(tokens=tokens, weights=weights, bytes=size, median_ms=speed.median_ms, score=score))
     times = {key: speed.rounds_ms for key, speed in zip(models, speeds, strict=True)}

@@ -1,26 +1,29 @@
-"""What a recipe means for a model: its image size, and the settings of its pruner."""
+"""What a recipe means for a model: its size, and the settings of its pruner."""
 
 from __future__ import annotations
 
 import math
 
 from ssmprune_cli.errors import UsageError, listing
-from ssmprune_cli.models import Backbone, resize, sides
+from ssmprune_cli.models import Backbone, Size, sides, smaller
 from ssmprune_cli.pruning import DEFAULT_REDUCTION, REDUCTIONS, PruneSchedule, PruneSettings, choose_alignment
 from ssmprune_cli.recipe import Pruning, Recipe
 
 
-def for_images(model: Backbone, recipe: Recipe) -> Backbone:
-    """The dense `model`, or for smaller images the resized one. UsageError if those of `recipe` are not smaller."""
+def made_smaller(model: Backbone, recipe: Recipe) -> Backbone:
+    """The dense `model`, or the smaller one that `recipe` says. UsageError if there is none of that size."""
     side = recipe.pruning.image_size
-    if side is None:
-        return model
-    if side >= model.image_size[0]:
+    if side is not None and side >= model.image_size[0]:
         raise UsageError(
             f"the model takes images of {model.image_size[0]} pixels, so {side} is no smaller side",
             hint=f"Possible sides: {listing(sides(model), limit=20) or 'none'}.",
         )
-    return resize(model, side)
+    return smaller(model, recipe_size(recipe))
+
+
+def recipe_size(recipe: Recipe) -> Size:
+    """Of the model that tokens are dropped from."""
+    return Size(recipe.pruning.image_size, recipe.pruning.cut_blocks or 0)
 
 
 def recipe_settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Hints, ImageConfig
+from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Hints, ImageConfig, Segmenter
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
+from ssmprune_cli.workflows.finetune.container import mm_container
 
-_IMAGES = [field.name for field in fields(ImageConfig) if field.name != "resized_from"]  # which no new model is
+_MADE_SMALLER = ("resized_from", "cut_from")  # which no new model is
+_IMAGES = [field.name for field in fields(ImageConfig) if field.name not in _MADE_SMALLER]
 _GRID = {"image_size", "stride"}  # settings that change how many tokens there are, and no weight but their positions
 
 
@@ -30,7 +33,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
     of the model's `name` would be read as another configuration (see `write_checkpoint`).
     """
     known = FAMILIES.get(family)
-    names = [field.name for field in fields(known.config_class) if field.name not in ("resized_from", "resized")]
+    names = [field.name for field in fields(known.config_class) if field.name not in (*_MADE_SMALLER, "resized")]
     default, values = known.config_class(), dict[str, Any]()
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -58,7 +61,7 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
         raise UsageError(f"the settings of {family} are not valid: {'; '.join(faults)}") from error
     torch.manual_seed(seed)
     model = known.build(config)
-    if isinstance(model, DenseModel):  # of which no checkpoint is written
+    if isinstance(model, DenseModel):  # whose file says what its weights do not: see `check_container`
         return model
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     images = {name: getattr(config, name) for name in _IMAGES}
@@ -80,15 +83,39 @@ def build(family: str, overrides: Sequence[str], *, name: str, seed: int) -> Bac
 
 def _settings(config: Any) -> dict[str, Any]:
     """Those of a configuration that a new model may have."""
-    return {field.name: getattr(config, field.name) for field in fields(config) if field.name != "resized_from"}
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _MADE_SMALLER}
 
 
-def check_container(model: Backbone) -> None:
-    """Raises UsageError for a model that `write_checkpoint` has no container for."""
-    if isinstance(model, DenseModel):
+def check_container(model: Backbone, name: str) -> None:
+    """Raises UsageError for a model that would not be read back as it is from what `write_checkpoint` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        write_checkpoint(path, model, name=name, epoch=0)
+        try:
+            read = checkpoint.load(path)
+        except CheckpointError as error:
+            raise UsageError(f"the file could not be read again: {error.what}", where="--checkpoint") from error
+    different = _different(model.config, read.config)
+    if different:
         raise UsageError(
-            f"no checkpoint of a {model.family} is written", where="--checkpoint", hint="The folder `last` holds it."
+            f"the file would be read with another {', '.join(different)}",
+            where="--checkpoint",
+            hint="The folder `last` holds every setting; a file holds those that published ones do.",
         )
+
+
+def _different(config: Any, other: Any, outer: str = "") -> list[str]:
+    """Names of the settings in which two configurations differ."""
+    if type(config) is not type(other):
+        return [outer.rstrip(".") or "family"]
+    found = []
+    for each in fields(config):
+        own, theirs = getattr(config, each.name), getattr(other, each.name)
+        if is_dataclass(own):
+            found += _different(own, theirs, f"{outer}{each.name}.")
+        elif own != theirs:
+            found.append(f"{outer}{each.name}")
+    return found
 
 
 def start_from(model: Backbone, path: Path, reading: Reading = NOTHING_SAID) -> None:
@@ -113,22 +140,19 @@ def start_from(model: Backbone, path: Path, reading: Reading = NOTHING_SAID) -> 
 
 
 def write_checkpoint(path: Path, model: Backbone, *, name: str, epoch: int) -> None:
-    """Write `model` in the container of the Vim authors, weights in float16, through a temporary file.
+    """Write `model` in the container of the Vim authors, a segmenter in mmsegmentation's, weights in float16, through a
+    temporary file.
 
     `name` becomes `args.model`, from which a loader tells layouts with equal keys apart. Raises CheckpointError.
     """
-    container = {
-        "model": {
-            key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()
-        },
-        "epoch": epoch,
-        "args": argparse.Namespace(
-            model=name,
-            input_size=model.image_size[0],
-            nb_classes=model.num_classes,
-            **{name: getattr(model.config, name) for name in _IMAGES},
-        ),
-    }
+    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    container: dict[str, Any]
+    if isinstance(model, Segmenter):
+        container = mm_container(model, state)
+    else:
+        stated = {name: getattr(model.config, name) for name in _IMAGES}
+        size = {"input_size": model.image_size[0], "nb_classes": model.num_classes}
+        container = {"model": state, "epoch": epoch, "args": argparse.Namespace(model=name, **size, **stated)}
     content = io.BytesIO()  # saved in memory first: torch.save to a path would put that path's name into the bytes
     torch.save(container, content)
     temporary = path.with_name(path.name + ".tmp")

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 
 FUSED = ("mamba_inner", "mamba_blocks", "routed_scans")
 _COPY_BYTES = 2**26  # copied to measure bandwidth: more than caches hold
+_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,15 @@ def floor(session: Session, images: Tensor, rounds: int = 5) -> Floor:
             session.observed(images)
         # of a small model the calls of single ops take longer than a fused op in all
         seconds = min(_least_of_all(each, images, rounds) for each in (found, joined))
-        source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=images.device)
-        target = torch.zeros_like(source)
-        per_byte = _least(lambda: target.copy_(source), images, rounds) / (2 * _COPY_BYTES)
-    return Floor(1e3 * seconds, 1e3 * per_byte * joined.bytes)
+    return Floor(1e3 * seconds, 1e3 * _seconds_a_byte(images.device) * joined.bytes)
+
+
+@cache
+def _seconds_a_byte(device: torch.device) -> float:
+    """Of reading or writing it, in a copy that no cache holds: it tells of the machine alone."""
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return _least(lambda: target.copy_(source), source, _COPIES) / (2 * _COPY_BYTES)
 
 
 def _least_of_all(found: Arithmetic, images: Tensor, rounds: int) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
+from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError
 from ssmprune_cli.kernels import FORMULAS
@@ -34,7 +35,7 @@ _FREE = (
     "rsub scatter scatter_add searchsorted select sigmoid silu sin slice softmax softplus sort split "
     "split_with_sizes sqrt square squeeze stack std sub sum t tanh tile to transpose type_as unbind unflatten "
     "unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d view view_as where zeros zeros_like __and__ "
-    "__lshift__ __or__ __rshift__ __xor__"
+    "__lshift__ __or__ __rshift__ __xor__ embedding repeat_interleave"
 )
 _FREE_OPS = frozenset(f"aten::{name}" for name in _FREE.split()) | {"ssmprune::add_rms_norm", "ssmprune::gated_sum"}
 
@@ -76,12 +77,13 @@ def _nothing(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter()
 
 
-def count_flops(model: Backbone) -> FlopCount:
-    """Count the multiply-adds of one image through `model`, its pruner included.
+def count_flops(model: Backbone, images: Tensor | None = None) -> FlopCount:
+    """Count the multiply-adds of one image, or one window of text, through `model`, its pruner included: of its own
+    size, or of `images` (one of them).
 
     Raises SsmpruneError naming every op that is neither counted nor known to be free: never a silent zero.
     """
-    images = torch.zeros(1, 3, *model.image_size, device=next(model.parameters()).device, dtype=model.dtype)
+    images = model.example(1) if images is None else images
     analysis = FlopCountAnalysis(model, images)
     for name in FORMULAS:
         analysis.set_op_handle(name, _handler(name))

@@ -45,7 +45,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def bytes_moved(model: Backbone) -> int:
     """Of one image through `model` op by op, its pruner included."""
-    images = torch.zeros(1, 3, *model.image_size, device=next(model.parameters()).device, dtype=model.dtype)
+    images = model.example(1)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     traffic = _Traffic()

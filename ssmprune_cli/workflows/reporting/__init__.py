@@ -14,7 +14,7 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.reporting.facts import eight_bits, repaired, resizing, verdict, verdicts
+from ssmprune_cli.workflows.reporting.facts import block_by_block, eight_bits, repaired, smaller, verdict, verdicts
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.metadata import card_head, report_head
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
@@ -41,6 +41,7 @@ __all__ = [
     "Entry",
     "Series",
     "Stage",
+    "block_by_block",
     "calibration_facts",
     "card_head",
     "describe",
@@ -53,11 +54,11 @@ __all__ = [
     "repair_facts",
     "repaired",
     "report_files",
-    "resizing",
     "samples",
     "search_label",
     "search_series",
     "sensitivity_series",
+    "smaller",
     "speed_facts",
     "stages",
     "summary",

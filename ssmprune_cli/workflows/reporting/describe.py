@@ -10,7 +10,7 @@ import torch
 
 import ssmprune_cli
 from ssmprune_cli.kernels import active_backend, refused_backends
-from ssmprune_cli.models import FAMILIES, Backbone, before_resizing
+from ssmprune_cli.models import FAMILIES, Backbone, blocks_left_out, dense_config
 from ssmprune_cli.pruning import Calibration, Repaired, TokenPruner
 from ssmprune_cli.report import (
     CalibrationFacts,
@@ -29,19 +29,20 @@ from ssmprune_cli.workflows.profile import Profile, profile, tokens_per_block
 
 
 def describe(model: Backbone) -> Report:
-    """What can be said of `model` without its source: it is compared with itself without its pruner, and for the images
-    that it was made for."""
-    inner, config = model.pruner, before_resizing(model.config)
-    resized = config != model.config
-    pruned = figures(model) if inner is not None or resized or model.eight_bit_kinds else None
+    """What can be said of `model` without its source: it is compared with itself without its pruner, and of the size
+    that it was made of."""
+    inner, config = model.pruner, dense_config(model.config)
+    smaller = config != model.config
+    pruned = figures(model) if inner is not None or smaller or model.eight_bit_kinds else None
     model.pruner = None
-    dense = figures(_of_its_size(model, config) if resized else model)
+    dense = figures(_of_its_size(model, config) if smaller else model)
     model.pruner = inner
     return Report(
         family=model.family,
         task=model.task,
         image_size=model.image_size,
         resized_from=model.config.resized_from,
+        blocks_left_out=tuple(block + 1 for block in blocks_left_out(model)),
         parameters=model.parameter_count,
         pruning=pruning_facts(inner) if isinstance(inner, TokenPruner) else None,
         dense=dense,
@@ -122,10 +123,10 @@ def speed_facts(
     """Both models timed in turns on batches of images of their own size (see `profile`): ten rounds, or fewer where a
     forward pass takes more than 2 s."""
     batch_size = TASKS.get(dense.task).at_once(8, batch_size)
-    images = torch.zeros(batch_size, 3, *dense.image_size, device=resolve_device(device))
+    images = dense.to(resolve_device(device)).eval().example(batch_size)
     start = time.perf_counter()
     with torch.inference_mode():
-        dense.to(images.device).eval()(images)
+        dense(images)
     rounds = timed_rounds(time.perf_counter() - start)
     first, second = profile([dense, pruned], batch_size=batch_size, device=device, rounds=rounds, progress=progress)
     ratio, interval = ratio_of_medians(first.speed.rounds_ms, second.speed.rounds_ms)

@@ -24,7 +24,7 @@ def title(given: str, report: Report) -> str:
     lost = "" if compared is None else f", {task.metric} {100 * task.change(compared).value:+.2f} points"
     saved = saving(report)
     work = f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds"
-    return f"{own}: {', '.join([pace(report), work, *resizing(report)])}{lost}"
+    return f"{own}: {', '.join([pace(report), work, *smaller(report)])}{lost}"
 
 
 def gain(report: Report) -> bool | None:
@@ -53,7 +53,7 @@ def verdict(report: Report) -> str:
         ends = f"95 % interval {1 / high:.2f} to {1 / low:.2f}"
         text = f"{word}: {1 / speed.latency_ratio:.2f} times the dense model's speed ({ends})."
     saved = saving(report)
-    parts = [f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds", *resizing(report)]
+    parts = [f"{100 * abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} multiply-adds", *smaller(report)]
     if compared is not None:
         change = task.change(compared)
         within = ""
@@ -76,9 +76,22 @@ def drawn(report: Report) -> str:
     )
 
 
-def resizing(report: Report) -> list[str]:
-    """Which images the model takes in place of the dense one's, if they are others."""
-    return [] if report.resized_from is None else [f"image {report.resized_from[0]} -> {report.image_size[0]} pixels"]
+def smaller(report: Report) -> list[str]:
+    """In what the model is smaller than the dense one, before any token is dropped: its images, its blocks."""
+    found = []
+    if report.resized_from is not None:
+        found.append(f"image {report.resized_from[0]} -> {report.image_size[0]} pixels")
+    if report.blocks_left_out:
+        count = len(report.dense.tokens_per_block)
+        found.append(f"blocks {count} -> {count - len(report.blocks_left_out)}")
+    return found
+
+
+def block_by_block(report: Report, values: Sequence[int]) -> list[int]:
+    """`values` of the compressed model's blocks at the dense model's; 0 for those that are left out."""
+    own = iter(values)
+    blocks = range(1, len(report.dense.tokens_per_block) + 1)
+    return [0 if block in report.blocks_left_out else next(own) for block in blocks]
 
 
 def pace(report: Report) -> str:
@@ -96,10 +109,17 @@ def pace(report: Report) -> str:
 def savings(report: Report) -> str:
     """What a compression changes beside the answers, and what it does not."""
     text = "The number of parameters and the size of the file do not change."
-    if report.resized_from is not None:
+    if report.blocks_left_out:
+        text = "The blocks that are left out take their parameters with them."
+    elif report.resized_from is not None:
         text = "The parameters do not change, but for position embeddings, which are interpolated."
     if report.eight_bits is not None and report.eight_bits.models:
-        text = "The number of parameters does not change, but those in eight bits take a quarter of the room."
+        room = "those in eight bits take a quarter of the room."
+        text = (
+            f"{text} Of those that stay, {room}"
+            if smaller(report)
+            else f"The number of parameters does not change, but {room}"
+        )
     if report.pruning is not None and report.pruning.repair != "none":
         text += " The repair adds a few of its own."
     if report.speed is None:
@@ -128,7 +148,8 @@ def saving(report: Report) -> float:
 
 def description(report: Report) -> str:
     height, width = report.image_size
-    size = next(iter(resizing(report)), f"{height}x{width} pixels")
+    whole = f"{height}x{width} pixels" if TASKS.get(report.task).shows else f"windows of {width:,} tokens"
+    size = ", ".join(smaller(report)) or whole
     text = f"Family {report.family}, {size}, {report.parameters:,} parameters"
     if report.pruned is not None:
         return f"{text}."
@@ -141,15 +162,18 @@ def description(report: Report) -> str:
 
 def method(report: Report) -> str:
     """Where tokens are dropped, how, and why so."""
-    if report.pruning is None and report.resized_from is not None:
-        return "Smaller images alone make it cheaper: no tokens are dropped."
-    if report.pruning is None and report.eight_bits is not None:
-        return "Weights in eight bits alone make it cheaper: no tokens are dropped."
+    alone = ["smaller images"] if report.resized_from is not None else []
+    alone += ["fewer blocks"] if report.blocks_left_out else []
+    alone += ["weights in eight bits"] if report.eight_bits is not None and report.eight_bits.models else []
+    if report.pruning is None and alone:
+        text = f"{' and '.join(alone).capitalize()} alone make it cheaper: no tokens are dropped."
+        return " ".join([*_left_out(report), text, *_target(report)])
     if report.pruning is None:
         return "No tokens are dropped."
     pruning = report.pruning
     return " ".join(
         [
+            *_left_out(report),
             f"After {joined(pruning.points)} blocks, {joined(pruning.tokens)} patch tokens stay. Importance "
             f"{pruning.importance}, reduction {pruning.reduction}, alignment {pruning.alignment}.",
             *([] if pruning.returning == "left" else [f"A dropped token comes back by {pruning.returning!r}."]),
@@ -157,6 +181,12 @@ def method(report: Report) -> str:
             *_reductions(report),
         ]
     )
+
+
+def _left_out(report: Report) -> list[str]:
+    """Which blocks of the dense model are missing; [] if none are."""
+    numbers = report.blocks_left_out
+    return [f"Blocks of the dense model that are left out: {joined(numbers)}."] if numbers else []
 
 
 _TARGETS = {
@@ -384,6 +414,7 @@ _ORIGINS = {
     "calibration_images": "calibration images",
     "calibration_sha256": "their SHA-256",
     "evaluation_dataset": "kind of the evaluation images",
+    "evaluation_slide": "windows that they are seen through (crop, stride; pixels)",
     "evaluation_sha256": "SHA-256 of the names and labels of the evaluation images",
 }
 

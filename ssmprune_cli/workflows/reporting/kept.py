@@ -87,17 +87,16 @@ def _dense(sequence: TokenSequence, values: Tensor, rest: float) -> Tensor:
 
 
 def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Any]:
-    """Run `model` on normalised `images` (B, 3, H, W): what is left after each prune point, and the outputs.
+    """Run `model` on normalised `images` (B, *input_shape): what is left after each prune point, and the outputs.
 
     Raises UsageError if the model drops no tokens.
     """
     inner = model.pruner
     if inner is None:
         hint = "Give the folder that `ssmprune compress` wrote."
-        if model.config.resized_from is not None:
-            hint = (
-                "It was made for smaller images alone: give `ssmprune compress` a `--keep` below 1 beside `--resize`."
-            )
+        if model.config.resized_from is not None or model.config.cut_from is not None:
+            option = "--cut-blocks" if model.config.resized_from is None else "--resize"
+            hint = f"It was made smaller alone: give `ssmprune compress` a `--keep` below 1 beside `{option}`."
         raise UsageError("this model drops no tokens", hint=hint)
     recorder = _Recorder(inner)
     slot: Backbone = model.encoder if isinstance(model, DenseModel) else model
@@ -127,7 +126,10 @@ def stages(model: Backbone, images: Tensor) -> tuple[list[Stage], Any]:
 
 
 def pixels(images: Tensor, preprocessing: Preprocessing | KeepRatio) -> NDArray[np.uint8]:
-    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first."""
+    """Normalised `images` (B, 3, H, W) as pixels (B, H, W, 3), red first; of clips (B, 3, T, H, W) all frames, one
+    below the other."""
+    if images.ndim == 5:
+        images = images.flatten(2, 3)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     scaled = ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     if preprocessing.channels == "bgr":

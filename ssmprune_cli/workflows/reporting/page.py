@@ -6,10 +6,10 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ssmprune_cli.errors import SsmpruneError
@@ -53,14 +53,19 @@ def _read_entry(folder: Path, name: str) -> Entry:
     return Entry(name, report, images)
 
 
-def page(entries: Sequence[Entry]) -> str:
-    """HTML of one report, or of several with a comparison first."""
+@cache
+def template() -> Template:
+    """Compiled once in a process: that takes longer than to fill it in."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.get_template("page.html.j2")
+    return environment.get_template("page.html.j2")
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """HTML of one report, or of several with a comparison first."""
     named = [(entry.name, entry.report) for entry in entries]
-    return template.render(
+    return template().render(
         entries=entries,
         named=named,
         reports=[report for _, report in named],

@@ -54,7 +54,7 @@ def samples(
             found, outputs = ([], task.answer(pruned, images)) if pruned.pruner is None else stages(pruned, images)
         picture = Image.fromarray(pixels(images, pruned.preprocessing)[0])
         file = f"sample_{number}.png"
-        parts = {file: _small(picture)}
+        parts = {file: _small(picture, frames=pruned.stages[0].frames)}
         drawing = Drawing({}, "")
         if task.draws:
             original = _small(in_colour(dataset.image(index), pruned.preprocessing))
@@ -86,10 +86,10 @@ def samples(
     return tuple(described), files
 
 
-def _small(image: Image.Image) -> Image.Image:
-    """At most SIDE pixels a side, so that a page with all of them stays small."""
+def _small(image: Image.Image, frames: int = 1) -> Image.Image:
+    """At most SIDE pixels a side, so that a page with all of them stays small; of several frames half of that each."""
     image = image.copy()
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((SIDE, SIDE) if frames == 1 else (SIDE // 2, SIDE // 2 * frames))
     return image
 
 

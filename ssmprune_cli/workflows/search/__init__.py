@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.workflows.search.algorithm import Limits
+from ssmprune_cli.workflows.search.trial import Limits
 from ssmprune_cli.workflows.search.workflow import (
     Found,
     Searches,

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.data import ImageDataset, Subset, calibration_images, fingerprint
+from ssmprune_cli.data import ImageDataset, Subset, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, judged_rows, repair, restore
+from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, is_repairable, judged_rows, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
 from ssmprune_cli.report import SearchTrial
 from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
-from ssmprune_cli.workflows.search.algorithm import Limits, Search, Trial, split
+from ssmprune_cli.workflows.search.algorithm import Quick, Search, split
+from ssmprune_cli.workflows.search.trial import Limits, Trial
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
     Budget,
@@ -60,8 +61,9 @@ class SearchPlan:
     batch_size  images in a batch that is timed on `device`; None is what suits the task
     methods     those to choose from
     resize      whether smaller images are among the candidates
-    repair      what the result is to be repaired by, on `repair_images` of the images: finalists are judged repaired,
-                and the recipe says so
+    cut         whether fewer blocks are, if a quick repair can refit the head: see `algorithm`
+    repair      what the result is to be repaired by, on `repair_images` of the images: candidates are judged as a quick
+                repair leaves them, finalists as the repair itself does, and the recipe says so
     calibration how many images, and by which seed they are chosen
     state       file that keeps what was found, so that a killed search continues; deleted at the end by the caller
     """
@@ -71,6 +73,7 @@ class SearchPlan:
     budgets: tuple[Budget, ...] = ()
     latency_ms: float | None = None
     resize: bool = True
+    cut: bool = True
     repair: Asked = "none"
     repair_images: int = ENOUGH
     batch_size: int | None = None
@@ -176,27 +179,29 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         raise UsageError("no method of these names both saves work and fits together, so there is nothing to search")
     model = source.load().to(resolve_device(plan.device))
     task = TASKS.get(model.task)
+    if model.stages[0].frames > 1:
+        plan = replace(plan, methods=[method for method in plan.methods if not method.rectangular])
     timed, judged = task.at_once(8, plan.batch_size), task.at_once(plan.calibration.batch_size)
     plan = replace(plan, batch_size=timed, calibration=plan.calibration.model_copy(update={"batch_size": judged}))
-    dataset = calibration_images(plan.calib, plan.calibration.images, plan.calibration.seed)
+    dataset = task.calibration(model, plan.calib, plan.calibration.images, plan.calibration.seed)
     if len(dataset) < MIN_IMAGES:
         raise DataError(
-            f"a search needs at least {MIN_IMAGES} calibration images, and there are {len(dataset)}",
+            f"a search needs at least {MIN_IMAGES} calibration {task.cases}, and there are {len(dataset)}",
             where=str(plan.calib),
         )
     warnings = list(dataset.notes)
     if len(dataset) < plan.calibration.images:
-        warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration images were found.")
+        warnings.append(f"Only {len(dataset)} of {plan.calibration.images} calibration {task.cases} were found.")
     if len(dataset) < FEW_IMAGES:
         warnings.append(
-            f"{len(dataset)} images are few to search on: where they cannot show that something is better, the default "
-            "schedule is kept. 256 are better."
+            f"{len(dataset)} {task.cases} are few to search on: where they cannot show that something is better, the "
+            "default schedule is kept. 256 are better."
         )
     order = list(range(len(dataset)))  # by name, so perhaps by class: the part held back must not be other classes
     random.Random(plan.seed).shuffle(order)
     repairing = None
     if plan.repair != "none":
-        repairing = calibration_images(plan.calib, plan.repair_images, plan.calibration.seed)
+        repairing = task.calibration(model, plan.calib, plan.repair_images, plan.calibration.seed)
         repairing = repairing if len(repairing) >= LEAST else None
     identity = {
         **run_identity(model, plan.device),
@@ -222,8 +227,9 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         calibration=min(_ALIGNED_ON, len(parts[0])),
         batch_size=plan.calibration.batch_size,
         state=state,
-        load=load if plan.resize else None,
+        load=load,
     )
+    warnings += [note for note in dataset.notes if note not in warnings]  # what was noticed when they were read
     clock = Clock(measurements, timed, TimeTable.of(model, plan.device, timed))
     return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
 
@@ -245,7 +251,7 @@ class Searches:
     def repaired(self, variant: Variant) -> Tensor:
         """(n,) divergences of a variant that was repaired, of images that its repair has not seen."""
         assert self.images_to_repair is not None
-        images, sized = self.images_to_repair, self.measurements.at(variant.side)
+        images, sized = self.images_to_repair, self.measurements.at(variant.size)
 
         def prepared(model: Backbone) -> Prepared:
             return Prepared(model, images, self.plan.calibration.batch_size)
@@ -265,8 +271,13 @@ class Searches:
             numbers: list[float] = found.tolist()
             return numbers
 
-        key = f"repaired {self.plan.repair} {variant.side} {json.dumps(variant.settings.to_dict(), sort_keys=True)}"
+        key = f"repaired {self.plan.repair} {variant.size} {json.dumps(variant.settings.to_dict(), sort_keys=True)}"
         return torch.tensor(self.state.get(key, compute), dtype=torch.float64)
+
+    def _quick(self) -> Quick | None:
+        if self.images_to_repair is None or not is_repairable(self.measurements.model):
+            return None
+        return "head" if self.plan.repair == "head" else "head+side"
 
     @property
     def state(self) -> SavedState:
@@ -302,7 +313,10 @@ class Searches:
             self.parts,
             costs=self.costs,
             clock=self.clock,
+            resize=self.plan.resize,
+            cut=self.plan.cut,
             repair=self.repaired if self.images_to_repair is not None else None,
+            quick=self._quick(),
             seed=self.plan.seed,
             limits=limits or self.plan.limits,
             progress=self.progress(f"Searching at {budget.value:.3g} {what}") if self.progress else None,
@@ -337,11 +351,12 @@ class Searches:
 
 
 def _pruning(trial: Trial, repaired: Asked = "none") -> Pruning:
-    settings = trial.settings
+    settings, size = trial.settings, trial.size
     if not settings.schedule.points:
-        return Pruning(image_size=trial.side, repair=repaired)
+        return Pruning(image_size=size.side, cut_blocks=size.cut or None, repair=repaired)
     return Pruning(
-        image_size=trial.side,
+        image_size=size.side,
+        cut_blocks=size.cut or None,
         points=settings.schedule.points,
         tokens=settings.schedule.tokens,
         importance=settings.importance,
@@ -353,9 +368,9 @@ def _pruning(trial: Trial, repaired: Asked = "none") -> Pruning:
 
 def _name(trial: Trial) -> str:
     settings = trial.settings
-    image = "" if trial.side is None else f"{trial.side} pixels"
+    size = str(trial.size)
     if not settings.schedule.points:
-        return image
+        return size
     method = Method(settings.importance, settings.reduction, settings.alignment)
     dropped = f"{method} after {', '.join(map(str, settings.schedule.points))}"
-    return f"{image}, {dropped}" if image else dropped
+    return f"{size}, {dropped}" if size else dropped

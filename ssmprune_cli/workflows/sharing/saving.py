@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ssmprune_cli import __version__, checkpoint
 from ssmprune_cli.errors import CheckpointError, UsageError, listing
 from ssmprune_cli.inference import Session
-from ssmprune_cli.models import FAMILIES, Backbone, before_resizing
+from ssmprune_cli.models import FAMILIES, WHOLE, Backbone, blocks_left_out, dense_config, size_of
 from ssmprune_cli.pruning import TokenPruner
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.workflows.reporting import CARD, card_head
@@ -22,7 +22,7 @@ def save(model: Backbone, folder: Path | str, *, dense: Backbone | None = None, 
     same model; a README.md, the model card; and for a compressed model recipe.yaml, the settings as far as a recipe
     can say them. There is no report: nothing was measured.
 
-    dense      what a resized `model` was made of, so that it can be compressed again from there
+    dense      what a `model` that was resized or cut short was made of, so that it can be compressed again from there
     overwrite  replace an earlier output of ours
 
     All of it is written or nothing. Raises UsageError for what is no model of ours, or has weights beside its family's,
@@ -64,19 +64,20 @@ def _check(model: object, dense: Backbone | None) -> None:
         ) from error
     if broken := checkpoint.non_finite(state):
         raise CheckpointError(f"{len(broken)} weights have values that are not finite: {listing(broken)}")
-    if dense is not None and (model.config.resized_from is None or dense.config != before_resizing(model.config)):
+    if dense is not None and model.eight_bit_kinds:
         raise UsageError(
-            "is not the model that the other one was resized from", where="dense", hint="Leave `dense` out."
+            "is of no use to a model in eight bits: that is final", where="dense", hint="Leave `dense` out."
         )
+    if dense is not None and (dense.config == model.config or dense.config != dense_config(model.config)):
+        raise UsageError("is not the model that the other one was made of", where="dense", hint="Leave `dense` out.")
 
 
 def _recipe(model: Backbone) -> Recipe | str | None:
     """The settings as a recipe, or why a recipe cannot say them. None if nothing was compressed."""
-    pruner, resized = model.pruner, model.config.resized_from is not None
-    values: dict[str, object] = {"image_size": model.image_size[0]} if resized else {}
+    pruner, size, seed = model.pruner, size_of(model), 0
+    values: dict[str, object] = {"image_size": size.side, "cut_blocks": size.cut or None}
     if model.eight_bit_kinds:
         values |= {"weights": "int8", "int8": list(model.eight_bit_kinds)}
-    seed = 0
     if isinstance(pruner, TokenPruner):
         settings, seed = pruner.settings, pruner.settings.seed
         if settings.repair == "side":
@@ -90,7 +91,7 @@ def _recipe(model: Backbone) -> Recipe | str | None:
             "repair": settings.repair,
             "returning": settings.returning,
         }
-    elif not values:
+    elif size == WHOLE and not model.eight_bit_kinds:
         return None
     try:
         return Recipe.model_validate(
@@ -115,6 +116,8 @@ def _card(model: Backbone, recipe: Recipe | str | None) -> str:
         text += f" In eight bits: the weights of {', '.join(model.eight_bit_kinds)}."
     if model.config.resized_from is not None:
         text += f" The dense model takes images of {model.config.resized_from[0]} pixels."
+    if left_out := blocks_left_out(model):
+        text += f" Of the dense model's blocks, these are left out: {', '.join(str(block + 1) for block in left_out)}."
     if isinstance(pruner, TokenPruner):
         settings = pruner.settings
         points, tokens = (", ".join(map(str, each)) for each in (settings.schedule.points, settings.schedule.tokens))

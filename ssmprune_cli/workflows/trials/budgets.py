@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import WHOLE, Backbone, Size
 from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings
 from ssmprune_cli.workflows.trials.candidates import layouts
 from ssmprune_cli.workflows.trials.clock import Clock, TimeTable
@@ -30,7 +30,7 @@ class Budget:
 class Spending(Protocol):
     """Multiply-adds (see Costs) or time (see Clock) of one model's schedules, in a unit of its own."""
 
-    def of(self, method: Method, side: int | None = None) -> Spends: ...
+    def of(self, method: Method, size: Size = WHOLE) -> Spends: ...
 
 
 class Uniform:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ssmprune_cli.interface import Stage
+from ssmprune_cli.models import WHOLE, Size
 from ssmprune_cli.pruning import Method, default_points
 
 
@@ -14,18 +15,18 @@ class Candidate:
     """At point i, the share exp(-level * weights[i]) of the tokens left stays; the level follows from the budget.
 
     Equal weights are the same keep ratio at each point. Without points no tokens are dropped.
-    side  in pixels, of smaller images; None is the model's own
+    size  of the model that they are dropped from
     """
 
     method: Method
     points: tuple[int, ...]
     weights: tuple[float, ...]
-    side: int | None = None
+    size: Size = WHOLE
 
 
-def uniform(method: Method, points: Sequence[int], side: int | None = None) -> Candidate:
+def uniform(method: Method, points: Sequence[int], size: Size = WHOLE) -> Candidate:
     """The same keep ratio at each point."""
-    return Candidate(method, tuple(points), (1.0,) * len(points), side)
+    return Candidate(method, tuple(points), (1.0,) * len(points), size)
 
 
 def layouts(stages: Sequence[Stage], *, rectangular: bool = False) -> list[tuple[int, ...]]:

@@ -29,7 +29,7 @@ from ssmprune_cli.errors import BudgetError, SsmpruneError
 from ssmprune_cli.files import read_bytes
 from ssmprune_cli.interface import Stage
 from ssmprune_cli.kernels import active_backend, cache_folders, cpu_facts
-from ssmprune_cli.models import Backbone
+from ssmprune_cli.models import WHOLE, Backbone, Size
 from ssmprune_cli.pruning import Method, PruneSchedule, PruneSettings
 from ssmprune_cli.statistics import ratio_of_medians
 from ssmprune_cli.workflows.measure import interleaved_speeds, machine
@@ -42,6 +42,7 @@ _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
 _SECONDS = 3.0  # for the rows of one reduction
 _ROUNDS = (4, 15)
 _LONG = 0.25  # seconds of a forward pass: for a plan, a part of the batch that takes so long tells the shares
+_STEP = 32  # of the sides of smaller images: every downsampling of a dense model then halves its grid
 _TURNS = 6  # after so many it is asked whether more are needed
 _NARROW = 0.03  # width of an interval, as a share, that needs no more
 _STEADY = 0.15  # width of an interval, as a share, up to which a row is good enough for other runs
@@ -71,19 +72,22 @@ class Clock:
         self.table = table or TimeTable(None)
         self._models: dict[str, TimeModel] = {}
 
-    def of(self, method: Method, side: int | None = None) -> TimeModel | SmallerModel:
+    def of(self, method: Method, size: Size = WHOLE) -> TimeModel | SmallerModel:
         """Scores and alignments change little of the time: methods with one reduction share a model."""
         if method.reduction not in self._models:
             self._models[method.reduction] = TimeModel(self, method)
         whole = self._models[method.reduction]
-        return whole if side is None else SmallerModel(whole, self, method, side)
+        return whole if size == WHOLE else SmallerModel(whole, self, size)
 
-    def of_side(self, side: int) -> float:
-        """The share of the dense model's time that the model for images of `side` pixels takes, all tokens kept."""
-        if f"side {side}" not in self.table.rows:
-            (timing,) = self.timings([Variant(_nothing(), side)], _SECONDS / 2, plan=True)
-            self.table.add({f"side {side}": timing})
-        return self.table.rows[f"side {side}"]
+    def of_size(self, size: Size) -> float:
+        """The share of the dense model's time that the model of this size takes, all tokens kept."""
+        if size == WHOLE:
+            return 1.0
+        key = f"size {size}"
+        if key not in self.table.rows:
+            (timing,) = self.timings([Variant(_nothing(), size)], _SECONDS / 2, plan=True)
+            self.table.add({key: timing})
+        return self.table.rows[key]
 
     def dense_ms(self) -> float:
         """Milliseconds of a batch of the dense model."""
@@ -99,12 +103,13 @@ class Clock:
     ) -> list[Timing]:
         """Of several variants and the dense model in turn, for about so many seconds; less where all is steady.
 
-        plan  a part of the batch is enough where all of it takes long
+        plan  a part of the batch is enough where all of it takes long; where one image does, a smaller one of a model
+              that takes any size
         """
         sessions: list[nn.Module] = [self.measurements.session]
         images = [self._batch(self.measurements.model)]
         for variant in variants:
-            sized = self.measurements.at(variant.side)
+            sized = self.measurements.at(variant.size)
             dropped = bool(variant.settings.schedule.points)
             sessions.append(sized.session.with_pruner(sized.pruner(variant.settings)) if dropped else sized.session)
             images.append(self._batch(sized.model))
@@ -116,6 +121,10 @@ class Clock:
         if plan and once > _LONG:
             part = max(1, int(self.batch_size * _LONG / once))
             images, once = [each[:part] for each in images], once * part / self.batch_size
+            if once > _LONG and self.measurements.model.any_size:
+                pixels = images[0].numel()
+                images = [_smaller(each, _LONG / once) for each in images]
+                once *= images[0].numel() / pixels
         rounds = max(_ROUNDS[0], min(most, int(seconds / (once * len(sessions)))))
         taken: list[list[float]] = [[] for _ in sessions]
         timings: list[Timing] = []
@@ -130,9 +139,13 @@ class Clock:
         return timings
 
     def _batch(self, model: Backbone) -> Tensor:
-        """Black images: token counts are static, so that what they show makes no difference."""
-        like = next(model.parameters())
-        return torch.zeros(self.batch_size, 3, *model.image_size, device=like.device, dtype=like.dtype)
+        return model.example(self.batch_size)
+
+
+def _smaller(images: Tensor, share: float) -> Tensor:
+    """Images of about this share of the pixels, black as they are."""
+    height, width = (max(_STEP, _STEP * round(side * math.sqrt(share) / _STEP)) for side in images.shape[2:])
+    return images.new_zeros(*images.shape[:2], height, width)
 
 
 def _width(timing: Timing) -> float:
@@ -183,16 +196,21 @@ class TimeModel:
         return max(self._share(schedule), 1e-3)
 
     def _share(self, schedule: PruneSchedule) -> float:
-        patches = schedule.patches_per_block(self._stages)
-        share = 1.0
-        for point, tokens in zip(schedule.points, schedule.tokens, strict=True):
-            if tokens < patches[point - 1]:
-                share += self._point[next(stage.start for stage in self._stages if stage.start < point <= stage.stop)]
-        for stage in self._stages:
-            for tokens in patches[stage.start : stage.stop]:
-                if tokens < stage.num_patches:
-                    share += self._change(stage.start, tokens)
-        return share
+        return 1.0 + self.change(schedule, self._stages)
+
+    def change(self, schedule: PruneSchedule, stages: Sequence[Stage]) -> float:
+        """What `schedule` adds to the share, below 0 where it saves. `stages` are those of the model, or of a smaller
+        one whose schedule it is: with as large a part of their tokens, blocks change as those of the model do."""
+        patches = schedule.patches_per_block(stages)
+        change = 0.0
+        for whole, own in zip(self._stages, stages, strict=True):
+            for point, tokens in zip(schedule.points, schedule.tokens, strict=True):
+                if own.start < point <= own.stop and tokens < patches[point - 1]:
+                    change += self._point[whole.start]
+            for tokens in patches[own.start : own.stop]:
+                if tokens < own.num_patches:
+                    change += self._change(whole.start, round(tokens * whole.num_patches / own.num_patches))
+        return change
 
     def _fit(self, rows: Sequence[_Row], ratios: Mapping[PruneSchedule, float]) -> None:
         self._blocks.clear()
@@ -262,21 +280,15 @@ class TimeModel:
 
 
 class SmallerModel:
-    """The same for images of `side` pixels: the time of that model, and what pruning the same share of tokens saves."""
+    """The same for a model of another `size`: the time of that model, and what pruning the same share of tokens saves
+    in the blocks that are left, in proportion to what they take with images of that size."""
 
-    def __init__(self, whole: TimeModel, clock: Clock, method: Method, side: int) -> None:
-        self._whole, self._clock, self._method, self._side = whole, clock, method, side
-        stages, smaller = clock.measurements.model.stages, clock.measurements.at(side).model.stages
-        self._grids = list(zip(stages, smaller, strict=True))
-        self._share = clock.of_side(side)
+    def __init__(self, whole: TimeModel, clock: Clock, size: Size) -> None:
+        self._whole, self._stages = whole, clock.measurements.at(size).model.stages
+        self._share, self._block = clock.of_size(size), clock.of_size(Size(size.side))
 
     def predict(self, schedule: PruneSchedule) -> float:
-        as_whole, stages = PruneSchedule((), ()), [whole for whole, _ in self._grids]
-        for point, count in zip(schedule.points, schedule.tokens, strict=True):
-            whole, own = next(pair for pair in self._grids if pair[0].start < point <= pair[0].stop)
-            tokens = max(1, round(count * whole.num_patches / own.num_patches))
-            as_whole = as_whole.then(point, tokens, stages, rectangular=self._method.rectangular)
-        return self._share * self._whole.predict(as_whole)
+        return max(self._share + self._block * self._whole.change(schedule, self._stages), 1e-3)
 
     def checked(self, schedule: PruneSchedule) -> float | None:
         """None: without timing every schedule it gets no better."""

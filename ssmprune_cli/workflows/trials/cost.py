@@ -22,6 +22,7 @@ from torch import nn
 
 from ssmprune_cli.errors import BudgetError, UsageError
 from ssmprune_cli.interface import Stage
+from ssmprune_cli.models import WHOLE, Size
 from ssmprune_cli.pruning import REDUCTIONS, Method, PruneSchedule
 from ssmprune_cli.tokens import Dropped, TokenSequence
 from ssmprune_cli.workflows.measure import EveryOp, op_name
@@ -49,14 +50,17 @@ class Costs:
 
     def __init__(self, measurements: Measurements) -> None:
         self._measurements = measurements
-        self._models: dict[int | None, dict[tuple[str, bool], CostModel]] = {}
+        self._models: dict[Size, dict[tuple[str, bool], CostModel]] = {}
 
-    def of(self, method: Method, side: int | None = None) -> CostModel:
-        """Scores cost nothing that is counted, and all ways to align cost the same: they share a model."""
-        known = self._models.setdefault(side, {})
+    def of(self, method: Method, size: Size = WHOLE) -> CostModel:
+        """Scores cost nothing that is counted, and all ways to align cost the same: they share a model. So do models
+        that differ in how many blocks they have: each of them costs the same."""
+        known = self._models.setdefault(size, {})
         key = (method.reduction, method.alignment != "none")
         if key not in known:
-            known[key] = CostModel(self._measurements.at(side), method, list(known.values()))
+            alike = [models for other, models in self._models.items() if other.side == size.side]
+            others = [models[key] for models in alike if key in models] + list(known.values())
+            known[key] = CostModel(self._measurements.at(size), method, others)
         return known[key]
 
 

@@ -16,7 +16,7 @@ from ssmprune_cli.data import Batch, ImageDataset, batches
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.interface import Pruner
-from ssmprune_cli.models import Backbone, resize
+from ssmprune_cli.models import WHOLE, Backbone, Size, smaller
 from ssmprune_cli.pruning import (
     ALIGNMENTS,
     PruneSettings,
@@ -24,6 +24,7 @@ from ssmprune_cli.pruning import (
     TokenPruner,
     calibrate,
     fit_mass,
+    quick_answers,
     restore,
 )
 from ssmprune_cli.tasks import TASKS, Task
@@ -107,10 +108,10 @@ def task_of(session: Session) -> Task[Any, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A pruned model, for images of `side` pixels if that is not None. A schedule without points drops nothing."""
+    """A pruned model, made of one of `size`. A schedule without points drops nothing."""
 
     settings: PruneSettings
-    side: int | None = None
+    size: Size = WHOLE
 
 
 class Distances(NamedTuple):
@@ -126,8 +127,7 @@ class Measurements:
 
     calibration  how many of the images, from the first, alignment is calibrated on
     load         model -> the same images, prepared for it: for `at`
-    dense        what to be near to, as `run` gives it, of a dense model that sees the images larger; by default of
-                 `model`
+    dense        what to be near to, as `run` gives it, of a dense model that is larger; by default of `model`
     Raises DataError, naming the image by its number, if the dense model's logits are not finite or all alike.
     """
 
@@ -149,7 +149,7 @@ class Measurements:
         self._calibration = calibration
         self._batch_size = batch_size
         self._pruners: dict[PruneSettings, TokenPruner] = {}
-        self._sizes: dict[int, Measurements] = {}
+        self._sizes: dict[Size, Measurements] = {}
         self.load = load
         self._prefix = prefix
         restore(model)
@@ -184,24 +184,30 @@ class Measurements:
         """Multiply-adds of the model as it is."""
         return int(self._count(None)["total"])
 
-    def at(self, side: int | None) -> Measurements:
-        """Of the same model for images of `side` pixels; None is its own size. Needs `load`."""
-        if side is None:
+    def at(self, size: Size) -> Measurements:
+        """Of the same model made smaller; for other images that needs `load`."""
+        if size == WHOLE:
             return self
-        if side not in self._sizes:
-            assert self.load is not None
+        if size not in self._sizes:
             restore(self.model)
-            model = resize(self.model, side)
-            self._sizes[side] = Measurements(
+            model = smaller(self.model, size)
+            self._sizes[size] = Measurements(
                 model,
-                partial(self.load, model),
+                partial(self._images_for, model, size),
                 calibration=self._calibration,
                 batch_size=self._batch_size,
                 state=self.state,
                 dense=self.dense,
-                prefix=f"{side} pixels ",
+                prefix=f"{size} ",
             )
-        return self._sizes[side]
+        return self._sizes[size]
+
+    def _images_for(self, model: Backbone, size: Size) -> Images:
+        """Models of one side, whatever their blocks, share the images."""
+        if size.cut:
+            return self.at(replace(size, cut=0)).images
+        assert self.load is not None
+        return self.load(model)
 
     def prune(self, settings: PruneSettings) -> None:
         """Make the model the pruned one, its alignment calibrated."""
@@ -241,13 +247,35 @@ class Measurements:
             session = self.session.with_pruner(self.model.pruner)
             logits = run(session, in_batches(self.images[rows], self._batch_size))
             restore(self.model)
-            if not bool(logits.isfinite().all()):
-                return None
-            dense = self.dense[rows]
-            return [self.task.divergence(dense, logits).tolist(), self.task.soft_divergence(dense, logits).tolist()]
+            return self._distances(self.dense[rows], logits)
 
-        found = self.state.get(f"{self._prefix}distances {part.start}:{part.stop} {_key(settings)}", compute)
-        both = torch.tensor(found or [[math.inf] * len(part)] * 2, dtype=torch.float64)
+        return self._known(f"distances {part.start}:{part.stop} {_key(settings)}", len(part), compute)
+
+    def repaired(self, settings: PruneSettings, part: range, *, side: bool) -> Distances:
+        """As `distances`, once a quick repair on these images has mended what it can (see `quick_answers`); `side` says
+        whether it may have side features."""
+
+        def compute() -> list[list[float]] | None:
+            self.prune(settings)
+            pruner = self.model.pruner
+            assert pruner is None or isinstance(pruner, TokenPruner)
+            restore(self.model)
+            rows = slice(part.start, part.stop)
+            batches, dense = in_batches(self.images[rows], self._batch_size), self.dense[rows]
+            logits = quick_answers(self.model, pruner, batches, self.session.with_pruner, dense, side=side)
+            return self._distances(dense, logits)
+
+        kind = "head+side" if side else "head"
+        return self._known(f"quick {kind} {part.start}:{part.stop} {_key(settings)}", len(part), compute)
+
+    def _distances(self, dense: Tensor, found: Tensor) -> list[list[float]] | None:
+        if not bool(found.isfinite().all()):
+            return None
+        return [self.task.divergence(dense, found).tolist(), self.task.soft_divergence(dense, found).tolist()]
+
+    def _known(self, key: str, count: int, compute: Callable[[], list[list[float]] | None]) -> Distances:
+        found = self.state.get(f"{self._prefix}{key}", compute)
+        both = torch.tensor(found or [[math.inf] * count] * 2, dtype=torch.float64)
         return Distances(both[0], both[1])
 
     def multiply_adds(self, settings: PruneSettings) -> int:

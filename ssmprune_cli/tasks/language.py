@@ -1,0 +1,327 @@
+"""Language: the token that comes next, judged by the share of right first guesses and by perplexity.
+
+Of each window the last tokens are judged, those that are never dropped. The blocks are causal, so their answers are
+what a pruned prefill of the tokens before them gives when these are read one after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssmprune_cli.data import (
+    TOKENIZER,
+    Batch,
+    ImageDataset,
+    Texts,
+    chosen,
+    differing,
+    encoder,
+    open_dataset,
+)
+from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.files import read_bytes
+from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import TextWindow
+from ssmprune_cli.report import Interval, LanguageFacts, ModelLanguage, Report, Sample
+from ssmprune_cli.tasks.confusion import RESAMPLES, interval
+from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.words import gained, in_percent, share
+
+_SEED = 0  # of the bootstrap
+_SAMPLED = 8  # tokens of a window whose logits a distance is computed from: vocabularies are large
+_MOST_NATS = 700.0  # whose exponential is a float
+_MOST_TOKENIZER = 1 << 26
+
+Numbers = NDArray[np.float64]
+
+
+def _drop(score: ModelLanguage, compared: LanguageFacts | None) -> Estimate | None:
+    """Points of right guesses that the pruned model lost."""
+    if compared is None:
+        return None
+    ends = compared.difference_interval
+    return Estimate(-100 * compared.difference, None if ends is None else (-100 * ends[1], -100 * ends[0]))
+
+
+class Answer(NamedTuple):
+    """Of one window, for each token judged: the nats by which it surprised, and the first guess; and the tokens."""
+
+    nats: tuple[float, ...]
+    guesses: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def right(self) -> int:
+        return sum(guess == token for guess, token in zip(self.guesses, self.tokens, strict=True))
+
+
+class Language(Task[ModelLanguage, LanguageFacts]):
+    """A result is an Answer."""
+
+    name = "language"
+    datasets = ("text",)
+    section = "language"
+    quality = "perplexity"
+    parts = ("text", "texts")
+    part_metric = "right"
+    unharmed = "The text is judged as a whole."
+    metric = "next-token accuracy"
+    hub_task = "text-generation"
+    hub_metric = "accuracy"
+    key = "next_token_accuracy"
+    most = 8
+    shows = False
+    cases = "windows of text"
+    limits = (
+        TaskLimit(
+            LimitKind(  # below 0 the model must gain
+                "max_drop",
+                -100.0,
+                100.0,
+                floor=False,
+                words="next-token accuracy fell by {value:.2f} points{within}; --max-drop allows {limit:g}",
+            ),
+            _drop,
+        ),
+    )
+    remarks = (
+        "Of each window of text the last tokens are judged, which are never dropped; `--protect-last` says how many.",
+    )
+
+    def kind(self, path: Path) -> str:
+        return "text"
+
+    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
+        if model is None or not isinstance(opened, Texts):
+            raise UsageError("a text is read by the tokenizer of a model, so give the model too")
+        way: Any = model.preprocessing
+        assert isinstance(way, TextWindow)
+        return opened.windows(encoder(model.folder, way.vocabulary), way)
+
+    def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
+        return differing(chosen(self._divided(open_dataset("text", path, split="train"), model), count, seed), path)
+
+    def files(self, model: Backbone) -> dict[str, bytes]:
+        """The tokenizer, if it has one."""
+        file = None if model.folder is None else model.folder / TOKENIZER
+        if file is None or not file.is_file():
+            return {}
+        return {TOKENIZER: read_bytes(file, _MOST_TOKENIZER, DataError)}
+
+    def check(self, model: Backbone, dataset: ImageDataset) -> None:
+        """The windows must be those of `model`."""
+        for index in range(min(1, len(dataset))):
+            if not isinstance(dataset.target(index), tuple):
+                raise DataError("the data have no text, and the model is for language")
+            dataset.prepared(index, model.preprocessing)  # raises for windows of another model
+
+    def results(self, outputs: Tensor, batch: Batch) -> list[Answer]:
+        scores = outputs.double().log_softmax(dim=1).cpu()  # (B, V, K)
+        judged = scores.shape[2]
+        following = [target[-judged:] for target in batch.targets if isinstance(target, tuple)]
+        tokens = torch.tensor(following)  # (B, K)
+        nats = -scores.gather(1, tokens[:, None])[:, 0]
+        rows = zip(nats.tolist(), scores.argmax(dim=1).tolist(), following, strict=True)
+        return [Answer(tuple(surprise), tuple(guesses), tuple(right)) for surprise, guesses, right in rows]
+
+    def sample(self, outputs: Tensor) -> Tensor:
+        """The logits (B, V, k) of a few of the last tokens, from all over them; the very last one is among them."""
+        count = outputs.shape[2]
+        few = min(count, _SAMPLED)
+        places = [(number + 1) * count // few - 1 for number in range(few)]
+        return outputs[:, :, places].float()
+
+    def score(self, results: Sequence[Answer], model: Backbone, dataset: ImageDataset) -> ModelLanguage:
+        return _score(results, _draws(len(results)))
+
+    def compare(
+        self,
+        pruned: tuple[Sequence[Answer], ModelLanguage],
+        dense: tuple[Sequence[Answer], ModelLanguage],
+        dataset: ImageDataset,
+    ) -> LanguageFacts:
+        own, before = pruned[0], dense[0]
+        draws = _draws(len(own))
+        counts = _counts(own)
+        agree = np.array([_agreeing(*pair) for pair in zip(own, before, strict=True)], dtype=np.float64)
+        gain = _rights(own) - _rights(before)
+        nats = _nats(own) - _nats(before)
+        ratio = math.exp(min(float(nats.sum() / counts.sum()), _MOST_NATS))
+        return LanguageFacts(
+            **pruned[1].model_dump(),
+            count=len(own),
+            dense=dense[1],
+            difference=float(gain.sum() / counts.sum()),
+            difference_interval=_within(gain, counts, draws),
+            perplexity_ratio=ratio,
+            perplexity_ratio_interval=_exponential(_within(nats, counts, draws)),
+            agreement=float(agree.sum() / counts.sum()),
+            agreement_interval=_within(agree, counts, draws),
+        )
+
+    def changed(self, pruned: Sequence[Answer], dense: Sequence[Answer]) -> list[int]:
+        return [number for number, pair in enumerate(zip(pruned, dense, strict=True)) if pair[0].right != pair[1].right]
+
+    def estimate(self, score: ModelLanguage) -> Estimate:
+        return Estimate(score.next_token_accuracy, score.interval)
+
+    def dense(self, compared: LanguageFacts) -> ModelLanguage:
+        return compared.dense
+
+    def pruned(self, compared: LanguageFacts) -> ModelLanguage:
+        return compared
+
+    def change(self, compared: LanguageFacts) -> Estimate:
+        return Estimate(compared.difference, compared.difference_interval)
+
+    def count(self, compared: LanguageFacts) -> int:
+        return compared.count
+
+    def rows(self, compared: LanguageFacts) -> list[Row]:
+        ends = compared.perplexity_ratio_interval
+        return [
+            Row(
+                f"perplexity of {compared.tokens:,} tokens in {compared.count:,} windows (95 % interval)",
+                _perplexity(compared.dense),
+                _perplexity(compared),
+                f"{100 * (compared.perplexity_ratio - 1):+.2f} %",
+                "" if ends is None else in_percent((ends[0] - 1, ends[1] - 1), "{:+.2f}"),
+                better=None if ends is None else gained((1 - ends[1], 1 - ends[0])),
+            ),
+            Row(
+                "next-token accuracy (95 % interval)",
+                share(compared.dense.next_token_accuracy, compared.dense.interval),
+                share(compared.next_token_accuracy, compared.interval),
+                f"{100 * compared.difference:+.2f} points",
+                _ends(compared.difference_interval, "{:+.2f}"),
+                better=gained(compared.difference_interval),
+            ),
+            Row("same first guess (95 % interval)", "-", share(compared.agreement, compared.agreement_interval), ""),
+        ]
+
+    def brief(self, compared: LanguageFacts) -> Row:
+        return Row(
+            f"next-token accuracy on {compared.tokens:,} tokens (%)",
+            f"{100 * compared.dense.next_token_accuracy:.2f}",
+            f"{100 * compared.next_token_accuracy:.2f}",
+            f"{100 * compared.difference:+.2f} points",
+            _ends(compared.difference_interval, "{:+.2f}"),
+        )
+
+    def briefs(self, compared: LanguageFacts) -> list[Row]:
+        change = f"{100 * (compared.perplexity_ratio - 1):+.2f} %"
+        agreement = f"{100 * compared.agreement:.2f}"
+        return [
+            Row("perplexity", f"{compared.dense.perplexity:.3f}", f"{compared.perplexity:.3f}", change),
+            Row("same first guess (%)", "-", agreement, ""),
+        ]
+
+    def table(self, scores: Sequence[ModelLanguage]) -> list[list[str]]:
+        return [
+            ["perplexity", *(f"{one.perplexity:.3f}" for one in scores)],
+            ["  95 % interval", *(_numbers(one.perplexity_interval) for one in scores)],
+            ["next-token accuracy (%)", *(f"{100 * one.next_token_accuracy:.2f}" for one in scores)],
+            ["  95 % interval", *(_ends(one.interval, "{:.2f}") for one in scores)],
+            ["tokens judged", *(f"{one.tokens:,}" for one in scores)],
+        ]
+
+    def columns(self, score: ModelLanguage) -> dict[str, float | None]:
+        low, high = (None, None) if score.interval is None else score.interval
+        return {
+            "next_token_accuracy": score.next_token_accuracy,
+            "next_token_accuracy_low": low,
+            "next_token_accuracy_high": high,
+        }
+
+    def difference(self, compared: LanguageFacts) -> str:
+        ratio = f"Perplexity: {compared.perplexity_ratio:.4f} times the dense model's{self._interval(compared)}"
+        return (
+            f"{ratio}. Next-token accuracy: {100 * compared.difference:+.2f} points"
+            f"{_brackets(_ends(compared.difference_interval, '{:+.2f}'))}. Both models have the same first guess for "
+            f"{100 * compared.agreement:.2f} % of the tokens{_brackets(_ends(compared.agreement_interval, '{:.2f}'))}."
+        )
+
+    def _interval(self, compared: LanguageFacts) -> str:
+        ends = compared.perplexity_ratio_interval
+        if ends is None:
+            return " (one window has no interval)"
+        return f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f}; paired bootstrap over {compared.count:,} windows)"
+
+    def test(self, compared: LanguageFacts) -> str:
+        return f"Perplexity {compared.perplexity_ratio:.4f} times the dense model's{self._interval(compared)}."
+
+    def losses(self, compared: LanguageFacts, count: int) -> list[Loss]:
+        return []
+
+    def answers(self, report: Report, sample: Sample) -> str:
+        return sample.name
+
+
+def _draws(count: int) -> Numbers:
+    """(R, N): how often each of N windows is drawn with replacement, the same for all models; by a fixed seed."""
+    draw = np.random.default_rng(_SEED)
+    return draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+
+
+def _counts(answers: Sequence[Answer]) -> Numbers:
+    return np.array([len(each.tokens) for each in answers], dtype=np.float64)
+
+
+def _rights(answers: Sequence[Answer]) -> Numbers:
+    return np.array([each.right for each in answers], dtype=np.float64)
+
+
+def _nats(answers: Sequence[Answer]) -> Numbers:
+    return np.array([math.fsum(each.nats) for each in answers], dtype=np.float64)
+
+
+def _agreeing(pruned: Answer, dense: Answer) -> int:
+    return sum(one == other for one, other in zip(pruned.guesses, dense.guesses, strict=True))
+
+
+def _within(values: Numbers, counts: Numbers, draws: Numbers) -> Interval | None:
+    """Of the mean of `values` a token: paired, as the values of one window stay together. None of one window."""
+    if len(values) < 2:
+        return None
+    return interval((draws @ values) / (draws @ counts), float(values.sum() / counts.sum()))
+
+
+def _exponential(ends: Interval | None) -> Interval | None:
+    return None if ends is None else (math.exp(min(ends[0], _MOST_NATS)), math.exp(min(ends[1], _MOST_NATS)))
+
+
+def _score(answers: Sequence[Answer], draws: Numbers) -> ModelLanguage:
+    counts, nats, right = _counts(answers), _nats(answers), _rights(answers)
+    mean = float(nats.sum() / counts.sum())
+    return ModelLanguage(
+        tokens=int(counts.sum()),
+        nats=mean,
+        perplexity=math.exp(min(mean, _MOST_NATS)),
+        perplexity_interval=_exponential(_within(nats, counts, draws)),
+        next_token_accuracy=float(right.sum() / counts.sum()),
+        interval=_within(right, counts, draws),
+    )
+
+
+def _perplexity(score: ModelLanguage) -> str:
+    return f"{score.perplexity:.3f}{_brackets(_numbers(score.perplexity_interval))}"
+
+
+def _numbers(ends: Interval | None) -> str:
+    return "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
+
+
+def _ends(ends: Interval | None, form: str) -> str:
+    return "" if ends is None else in_percent(ends, form)
+
+
+def _brackets(text: str) -> str:
+    return text and f" ({text})"
