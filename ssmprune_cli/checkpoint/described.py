@@ -48,8 +48,8 @@ def described(family: str, config: Mapping[str, Any], settings: Mapping[str, Any
 def unfilled(
     family: Family, config: Any, settings: Mapping[str, Any] | None, path: Path, eight_bits: Sequence[str] = ()
 ) -> Backbone:
-    """The backbone on the meta device, with a pruner if there are settings, and the kinds of layers `eight_bits` in eight
-    bits."""
+    """The backbone on the meta device, with a pruner if there are settings, and the kinds of layers `eight_bits` in
+    eight bits."""
     try:
         with torch.device("meta"):
             model = family.build(config)

@@ -146,9 +146,9 @@ def compress(
 
     Options for a backbone of ours: `dense`, `repair`, `returning`, and
 
-    weights      "int8" puts those of linear layers into eight bits: alone without `keep` and `tokens`, else after tokens
-                 are dropped and before a repair. There is no way back from it. Kinds of layers that the calibration
-                 images show to suffer stay in float (see `workflows.eight_bits`); without images none do
+    weights      "int8" puts those of linear layers into eight bits: alone without `keep` and `tokens`, else after
+                 tokens are dropped and before a repair. There is no way back from it. Kinds of layers that the
+                 calibration images show to suffer stay in float (see `workflows.eight_bits`); without images none do
 
     Returns what calibration saw. Raises UsageError for settings, inputs and modules that do not fit, and for a model
     that is to be put into eight bits and is already.
@@ -222,7 +222,7 @@ def _compress(
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `compress` and `accelerate`: a backbone keeps all tokens again, and a user's module computes with its own code.
+    """Undo `compress` and `accelerate`: a backbone keeps all tokens again, a module of your own runs its own code.
 
     Weights in eight bits stay so, with a warning: what was rounded cannot be given back. Raises UsageError for a module
     that is neither compressed nor accelerated.

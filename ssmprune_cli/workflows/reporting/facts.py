@@ -114,12 +114,9 @@ def savings(report: Report) -> str:
     elif report.resized_from is not None:
         text = "The parameters do not change, but for position embeddings, which are interpolated."
     if report.eight_bits is not None and report.eight_bits.models:
-        room = "those in eight bits take a quarter of the room."
-        text = (
-            f"{text} Of those that stay, {room}"
-            if smaller(report)
-            else f"The number of parameters does not change, but {room}"
-        )
+        if not smaller(report):
+            text = "The number of parameters does not change."
+        text += " Those in eight bits take a quarter of the room."
     if report.pruning is not None and report.pruning.repair != "none":
         text += " The repair adds a few of its own."
     if report.speed is None:

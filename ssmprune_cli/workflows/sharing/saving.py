@@ -65,9 +65,7 @@ def _check(model: object, dense: Backbone | None) -> None:
     if broken := checkpoint.non_finite(state):
         raise CheckpointError(f"{len(broken)} weights have values that are not finite: {listing(broken)}")
     if dense is not None and model.eight_bit_kinds:
-        raise UsageError(
-            "is of no use to a model in eight bits: that is final", where="dense", hint="Leave `dense` out."
-        )
+        raise UsageError("is of no use to a model in eight bits", where="dense", hint="Leave `dense` out.")
     if dense is not None and (dense.config == model.config or dense.config != dense_config(model.config)):
         raise UsageError("is not the model that the other one was made of", where="dense", hint="Leave `dense` out.")
 
