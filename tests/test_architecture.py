@@ -164,6 +164,9 @@ OPS_OF_MODELS = {
     "grid_conv2d",
     "add_rms_norm",
     "gated_sum",
+    "EightBit",
+    "eight_bit_linear",
+    "in_eight_bits",
 }
 
 

@@ -19,6 +19,7 @@ from ssmprune_cli.models import EightBitLinear
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
 KINDS = ["in_proj", "x_proj", "out_proj"]
+CHEAP = ("--samples", "0", "--batch-size", "1")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artefact(ssmprune: Run, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("int8") / "model"
-    options = ("--int8", "--keep", "0.6", "--calib", photos, "--samples", "0", "--out", out)
+    options = ("--int8", "--keep", "0.6", "--reduction", "drop", "--calib", photos, *CHEAP, "--out", out)
     done = ssmprune("compress", CHECKPOINT, *options)
     assert done.returncode == 0, done.stderr
     assert "In eight bits: in_proj" in done.stdout and "Pruned, int8" in done.stdout
@@ -59,7 +60,7 @@ def test_the_artefact_has_bytes_and_says_so(artefact: Path) -> None:
 
 def test_its_recipe_gives_the_same_bytes(ssmprune: Run, artefact: Path, photos: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    options = ("--recipe", artefact / "recipe.yaml", "--calib", photos, "--samples", "0", "--out", again)
+    options = ("--recipe", artefact / "recipe.yaml", "--calib", photos, *CHEAP, "--out", again)
     done = ssmprune("compress", CHECKPOINT, *options)
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "config.json"):
@@ -87,24 +88,25 @@ def test_other_commands_take_it_or_refuse_it_by_name(
     assert done.returncode == 2 and "in eight bits" in done.stderr and not (tmp_path / "x.onnx").exists()
 
 
-def test_alone_and_without_images(ssmprune: Run, tmp_path: Path) -> None:
+def test_without_images_beside_fewer_blocks_and_a_limit(ssmprune: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = ssmprune("compress", CHECKPOINT, "--int8", "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
+    options = ("--int8", "--cut-blocks", "1", "--max-latency-ratio", "0.001", *CHEAP)
+    done = ssmprune("compress", CHECKPOINT, *options, "--out", out, "--json")
+    assert done.returncode == 3, done.stderr  # all is written and measured, and the limit is broken
     report = json.loads(done.stdout)
-    assert report["pruning"] is None and report["pruned"]["tokens_per_block"] == report["dense"]["tokens_per_block"]
+    assert report["pruning"] is None and report["blocks_left_out"] == [4] and not report["limits"][0]["holds"]
     assert [(each["tokens"], each["weights"]) for each in report["eight_bits"]["models"]] == [
         ("all", "float"),
         ("all", "int8"),
     ]
     assert any("no layer's harm was measured" in each for each in report["warnings"])
     assert "all kinds are in eight bits" in done.stderr
-    assert any(isinstance(layer, EightBitLinear) for layer in checkpoint.load(out).modules())
-
-
-def test_a_limit_holds_for_it(ssmprune: Run, tmp_path: Path) -> None:
-    done = ssmprune("compress", CHECKPOINT, "--int8", "--max-latency-ratio", "0.001", "--out", tmp_path / "out")
-    assert done.returncode == 3 and "FAIL" in done.stdout
+    assert "Fewer blocks and weights in eight bits alone make it cheaper" in (out / "README.md").read_text()
+    text = (out / "recipe.yaml").read_text()
+    assert "cut_blocks: 1" in text and "weights: int8" in text
+    model = checkpoint.load(out)
+    assert len(model.blocks) == 3 and any(isinstance(layer, EightBitLinear) for layer in model.modules())
+    assert not (out / "dense.safetensors").exists()  # there is no way back
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def test_a_graph_for_each_batch_size_recorded_once_from_its_second_batch_on(reco
 
 def test_a_smaller_batch_is_filled_up_once_and_recorded_when_it_comes_again(recorded: Recorded) -> None:
     model = (
-        Vim(VimConfig(image_size=16, patch_size=8, depth=2, embed_dim=8, num_classes=3)).eval().requires_grad_(False)
+        Vim(VimConfig(image_size=(16, 16), patch_size=8, depth=2, embed_dim=8, num_classes=3))
+        .eval()
+        .requires_grad_(False)
     )
     graphs = CudaGraphSession(model, {})
     for size in (8, 8, 4, 4, 3, 9, 5):

@@ -16,6 +16,7 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import (
     BlockSizes,
     InnerParameters,
+    Weight,
     backends_for,
     mamba_blocks,
     mamba_inner,
@@ -46,6 +47,12 @@ SHAPES = [
 # With gaps, by the next step or by steps of their own; with tokens that only convolutions see; with steps that
 # grow; with frozen tokens beside such, and with sizes too; pooled, with gaps and without.
 MODES = ["plain", "gap", "gap+delta", "context", "size", "frozen", "frozen+size", "pool", "pool+gap"]
+
+
+def in_dtype(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A weight that is in float."""
+    assert isinstance(weight, Tensor)
+    return weight.to(dtype)
 
 
 @dataclass
@@ -89,7 +96,7 @@ class Case:
                 norm.to(dtype),
                 in_proj.to(dtype),
                 out_proj.to(dtype),
-                [InnerParameters(*(value.to(dtype) for value in own)) for own in directions],
+                [InnerParameters(*(in_dtype(value, dtype) for value in own)) for own in directions],
                 parts,
             )
             for (norm, in_proj, out_proj), directions in zip(self.large, self.directions, strict=True)
@@ -262,10 +269,13 @@ def test_packing_loses_nothing(dim: int, sizes: BlockSizes, dtype: torch.dtype, 
     packed = pack_block(large[0], large[1], large[2], own, parts)
     assert packed.shape == (sizes.block(dim),) and packed.dtype == torch.float32
     *found, inner, _ = unpack_block(packed, dim, sizes)
-    assert all(torch.equal(one.to(dtype), other) for one, other in zip(found, large, strict=True))
+    assert all(torch.equal(in_dtype(one, dtype), other) for one, other in zip(found, large, strict=True))
     for row, given_parameters in zip(inner, own, strict=True):
         unpacked = unpack_inner(row, sizes)
-        assert all(torch.equal(one.to(dtype), other) for one, other in zip(unpacked, given_parameters, strict=True))
+        assert all(
+            torch.equal(in_dtype(one, dtype), in_dtype(other, dtype))
+            for one, other in zip(unpacked, given_parameters, strict=True)
+        )
 
 
 def _in_order(lost: dict[str, Tensor]) -> list[Tensor | None]:
