@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ssmprune_cli
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
-from ssmprune_cli.models import Backbone, EightBitLinear, put_in_eight_bits
+from ssmprune_cli.models import Backbone, EightBitLinear, cut_short, put_in_eight_bits
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
@@ -134,6 +134,8 @@ def test_in_python_alone_and_with_pruning(model: Backbone, images: Tensor) -> No
         ssmprune_cli.compress(model, 0.5, weights="int8", calibration=images)
     with pytest.raises(UsageError, match="in eight bits"):
         ssmprune_cli.resize(other, 16)
+    with pytest.raises(UsageError, match="in eight bits"):
+        cut_short(other, 1)
     with pytest.warns(UserWarning, match="cannot be given back"):
         ssmprune_cli.restore(model)
     assert model.pruner is None and torch.equal(model(images[:4]), other(images[:4]))
@@ -161,6 +163,18 @@ def test_folders_hold_it(model: Backbone, images: Tensor, tmp_path: Path) -> Non
     layer = again.get_submodule("layers.0.mixer.in_proj")
     assert isinstance(layer, EightBitLinear) and layer.values.dtype == torch.int8
     assert "in eight bits" in (tmp_path / "a" / "README.md").read_text().lower()
+
+
+def test_a_smaller_model_in_eight_bits_is_saved_and_without_the_dense_one(model: Backbone, tmp_path: Path) -> None:
+    cut = cut_short(model, 1)
+    put_in_eight_bits(cut, cut.layers_of(["in_proj"]))
+    with pytest.raises(UsageError, match="no use to a model in eight bits"):
+        ssmprune_cli.save(cut, tmp_path / "a", dense=model)
+    ssmprune_cli.save(cut, tmp_path / "a")
+    again = ssmprune_cli.load(tmp_path / "a")
+    assert again.eight_bit_kinds == ("in_proj",) and len(again.blocks) == 3
+    text = (tmp_path / "a" / "recipe.yaml").read_text()
+    assert "cut_blocks: 1" in text and "int8: [in_proj]" in text
 
 
 def test_weights_in_eight_bits_take_a_quarter_of_the_room(model: Backbone) -> None:

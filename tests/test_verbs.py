@@ -97,6 +97,13 @@ def test_options_of_the_other_kind_of_model_are_refused(model: Backbone) -> None
         ssmprune_cli.compress(model, 0.5, protect=[0])  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="`repair` is for backbones of ours, and the model is a Linear"):
         ssmprune_cli.compress(torch.nn.Linear(2, 2), 0.5, repair="auto")  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="`weights` is for backbones of ours, and the model is a Linear"):
+        ssmprune_cli.compress(torch.nn.Linear(2, 2), weights="int8")  # type: ignore[call-overload]
+
+
+def test_what_is_neither_compressed_nor_accelerated_is_not_restored() -> None:
+    with pytest.raises(UsageError, match="nothing of this Linear is compressed or accelerated"):
+        ssmprune_cli.restore(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,10 @@ def test_an_option_is_in_the_same_panel_everywhere_and_none_is_left_over() -> No
                 for names, _ in lines if title != ARGUMENTS else ():
                     places.setdefault(names.split()[0].rstrip(","), set()).add(title)
     several = {name: titles for name, titles in places.items() if len(titles) > 1}
-    # What training sets are settings of its recipe.
+    # What training sets are settings of its recipe. Eight bits of a model are ours, those of a file ONNX Runtime's.
     assert several == {
         "--batch-size": {"Device", "Training"},
+        "--int8": {"How much", "Output"},
         "--recipe": {"How much", "Training"},
         "--set": {"How much", "Training"},
     }

@@ -45,23 +45,24 @@ class OnHost(EveryOp):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.ops: list[str] = []
 
     def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         tensors = [each for each in pytree.tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
         if any(each.device.type != "meta" for each in tensors):
-            self.seen.append(str(func))
+            self.ops.append(str(func))
         return result
 
 
 def on_host(model: nn.Module, images: Tensor) -> list[str]:
     with torch.inference_mode():
         model(images)
-        with OnHost() as watched:
+        watched = OnHost()
+        with watched:
             output = model(images)
     assert output.shape == (2, 3)
-    return watched.seen
+    return watched.ops
 
 
 # Every reduction on a Vim; on the other families one that looks back at dropped tokens, and the one that keeps a grid.
