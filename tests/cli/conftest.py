@@ -30,7 +30,9 @@ for each in pkgutil.walk_packages(ssmprune_cli.__path__, "ssmprune_cli."):
     if "__main__" not in each.name and "triton" not in each.name:
         importlib.import_module(each.name)
 template()
-torch.nn.functional.silu(torch.empty(1, device="meta"))  # imports what a pruned model does when it is loaded
+# On the meta device they import, for a second, what the loading of a pruned model does.
+for each in (torch.nn.functional.silu, torch.nn.functional.softplus):
+    each(torch.empty(1, device="meta"))
 
 
 def start(arguments, files, environment, steady):
