@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from ssmprune_cli.cli import output
 from ssmprune_cli.cli.help import INPUT
 from ssmprune_cli.errors import UsageError
+from ssmprune_cli.preprocessing import Reading
 
 if TYPE_CHECKING:
     from ssmprune_cli.workflows.compress import CompressRequest
@@ -32,7 +34,7 @@ ModuleName = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
-_READING = ("weights", "image_size", "crop", "interpolation", "mean", "std")
+_READING = tuple(each.name for each in fields(Reading))
 _EVERYWHERE = (*_READING, "module", "as_json", "batch_size", "device", "backend")
 _METHOD = ("keep", "tokens", "points", "recipe", "overrides", "importance", "reduction", "alignment", "seed")
 COMPRESS = (*_EVERYWHERE, "ckpt", *_METHOD, "calib", "calib_images", "out", "overwrite")

@@ -67,6 +67,7 @@ def compress_module(request: CompressRequest, module: str, progress: Progress | 
     if checkpoint.is_own_module(source.path):
         raise UsageError("is compressed already", where=str(source.path), hint="Give the weights that it was made of.")
     recipe, out = _recipe(request), request.out
+    request.source.check_pinned(recipe.provenance)
     if request.calib is None or out is None:
         raise UsageError(
             "a module of your own is compressed by what it does with images, and there are none",

@@ -42,6 +42,8 @@ class ModuleSource:
             if getattr(self.reading, name) is not None:
                 by = "the output folder says" if name in _OF_IMAGES else "a module of your own says"
                 raise UsageError(f"{by} that itself: leave it out", where=f"--{name.replace('_', '-')}")
+        if of_folder and self.reading.weights != NOTHING_SAID.weights:
+            raise UsageError("an output folder has one set of weights: leave it out", where="--weights")
         resolve_device(self.device)
 
     @property
