@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssmprune_cli.errors import CheckpointError, SsmpruneError, UsageError, listing
+from ssmprune_cli.errors import CheckpointError, SsmpruneError, UsageError, listing, shown
 from ssmprune_cli.models import Backbone
 
 _OPTION = "--module"
@@ -50,10 +50,16 @@ def build(name: str) -> nn.Module:
     return built.eval()
 
 
+def check_name(name: str) -> tuple[str, str]:
+    """The package and the function in "PACKAGE:FUNCTION". UsageError for what is not of this form."""
+    place, _, attribute = name.partition(":")
+    if not all(each.isidentifier() for each in (*place.split("."), *attribute.split("."))):
+        raise UsageError(f"{shown(name)!r} names no function", where=_OPTION, hint=_WANTED)
+    return place, attribute
+
+
 def _function(name: str) -> Any:
-    place, colon, attribute = name.partition(":")
-    if not (colon and attribute and place) or not all(each.isidentifier() for each in place.split(".")):
-        raise UsageError(f"{name!r} names no function", where=_OPTION, hint=_WANTED)
+    place, attribute = check_name(name)
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

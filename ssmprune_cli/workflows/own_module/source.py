@@ -15,7 +15,7 @@ from ssmprune_cli.adapt import Inside, accelerate, put_back
 from ssmprune_cli.errors import CheckpointError, SsmpruneError, UsageError
 from ssmprune_cli.preprocessing import NOTHING_SAID, Preprocessing, Reading
 from ssmprune_cli.workflows.measure import resolve_device
-from ssmprune_cli.workflows.own_module.building import build, fill
+from ssmprune_cli.workflows.own_module.building import build, check_name, fill
 
 _OF_FAMILIES = ("family", "variant", "stride", "length", "protect_last")
 _OF_IMAGES = ("image_size", "crop", "mean", "std", "interpolation")
@@ -37,6 +37,7 @@ class ModuleSource:
 
     def check(self) -> None:
         """Raises UsageError for options that mean nothing here."""
+        check_name(self.module)
         of_folder = checkpoint.is_own_module(self.path)
         for name in _OF_FAMILIES + (_OF_IMAGES if of_folder else ()):
             if getattr(self.reading, name) is not None:
