@@ -145,9 +145,9 @@ def main() -> None:
     models: dict[str, nn.Module] = {"own code": own, "accelerated": copy.deepcopy(own)}
     ssmprune.accelerate(models["accelerated"])
     for keep, reduction in WAYS:
-        model = copy.deepcopy(own)
-        ssmprune.compress(model, keep, points=[1], reduction=reduction, alignment="calibrated", calibration=calibration)
-        models[f"keep {keep:g}, {reduction}"] = model
+        cut = copy.deepcopy(own)
+        ssmprune.compress(cut, keep, points=[1], reduction=reduction, alignment="calibrated", calibration=calibration)
+        models[f"keep {keep:g}, {reduction}"] = cut
     speeds = interleaved_speeds(list(models.values()), images[:TIMED], arguments.rounds)
     first = right(own, images, labels)
     before, fast = speeds[0].median_ms, speeds[1].median_ms

@@ -51,7 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def images(photos: Path) -> torch.Tensor:
     """(6, 3, 16, 16), prepared by hand, in the order of their names."""
     pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(photos.rglob("*.png"))])
-    values = (pixels.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    values = (pixels.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
 
 
