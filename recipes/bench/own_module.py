@@ -1,6 +1,6 @@
 """A classifier as a user has written it, made faster and then cut: accuracy and time. A table of docs/own_modules.md.
 
-    python recipes/bench/own_module.py CIFAR10 [--minutes 3] [--csv benchmarks/results/own_module.csv]
+    python recipes/bench/own_module.py CIFAR10 [--minutes 3.5] [--csv benchmarks/results/own_module.csv]
 
 CIFAR10 has the folders train and val, a folder of images for each class in them. Two Mamba blocks in plain PyTorch,
 with the parameters of mamba_ssm and a loop over the tokens, are trained for so many minutes, by our ops (`accelerate`).
@@ -63,12 +63,12 @@ class Mixer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, 32, 32) to logits of ten classes; 121 tokens, and the mean of them is read."""
+    """Images (B, 3, 32, 32) to logits of ten classes; 256 tokens, and the mean of them is read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 4, stride=3, padding=1)
-        self.places = nn.Parameter(torch.zeros(1, 121, WIDTH))
+        self.stem = nn.Conv2d(3, WIDTH, 4, stride=2, padding=1)
+        self.places = nn.Parameter(torch.zeros(1, 256, WIDTH))
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
         self.mixers = nn.ModuleList(Mixer() for _ in range(2))
         self.head = nn.Linear(WIDTH, 10)
@@ -128,8 +128,8 @@ def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training")
-    parser.add_argument("--images", type=int, default=2000, help="of val, that are judged")
+    parser.add_argument("--minutes", type=float, default=3.5, help="of training")
+    parser.add_argument("--images", type=int, default=1000, help="of val, that are judged")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
