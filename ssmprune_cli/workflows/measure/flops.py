@@ -66,7 +66,8 @@ class FlopCount:
 
 @cache
 def _is_free(func: Any) -> bool:
-    return func.is_view or torch.Tag.pointwise in func.tags or op_name(func).rstrip("_") in _FREE_OPS
+    tagged = torch.Tag.pointwise in func.tags or torch.Tag.inplace_view in func.tags
+    return func.is_view or tagged or op_name(func).rstrip("_") in _FREE_OPS
 
 
 @dataclass
