@@ -42,11 +42,11 @@ def test_files_are_small_and_complete() -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_is_right_on_95_percent_of_the_test_images_and_loses_at_most_one_point_at_44_pixels() -> None:
+def test_checkpoint_is_right_on_95_percent_of_the_test_images_and_loses_at_most_two_points_at_44_pixels() -> None:
     model, images = checkpoint.load(DEMO / "vim_digits.pth"), open_dataset("npz", DEMO / "test.npz")
     dense = evaluate(model, images).score.top1
     assert dense >= 0.95
-    assert evaluate(resize(model, 44), images).score.top1 >= dense - 0.01 - 1e-9  # the limit that demo.sh states
+    assert evaluate(resize(model, 44), images).score.top1 >= dense - 0.02 - 1e-9  # the limit that demo.sh states
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the demo is a script of bash")
@@ -62,7 +62,7 @@ def test_the_readme_shows_commands_of_the_demo(tmp_path: Path) -> None:
     example = readme.split("## A worked example")[1].split("\n## ")[0]
     shown = [line for line in example.splitlines() if line.startswith("$ ")]
     assert len(shown) >= 2 and shown == [line for line in run if line in shown]
-    assert "--max-drop 1" in shown[0]
+    assert "--max-drop 2" in shown[0]
 
 
 @pytest.mark.parametrize("name", ["test", "calib"])
