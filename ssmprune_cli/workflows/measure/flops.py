@@ -7,7 +7,7 @@ B L E each for D, a gate inside it and alignment; a token that is never read out
 no D. Element-wise arithmetic outside of an op is free, and so are interpolations and norms, whether PyTorch has an op
 for them or not: Vim's gate is a product after both scans, and so is D of pooled tokens.
 
-fvcore counts the same by torch.jit.trace, in three times the time or more; tests compare.
+fvcore counts the same by torch.jit.trace, in twice the time or more; tests compare.
 """
 
 from __future__ import annotations
