@@ -131,8 +131,8 @@ class Mixer(Protocol):
     """What pruning and counting need to know of a mixer. An implementation inherits this after nn.Module.
 
     d_model        width of the tokens; `d_inner` that of the scans
-    per_direction  names of its child modules whose work is repeated for every scan direction, the scan itself left out;
-                   together they do the same work for each. What directions share is not among them
+    per_direction  names of its inner modules whose work every scan direction repeats, the scan itself left out, each
+                   one that is called; together they do the same work for each. What directions share is not among them
     """
 
     d_model: int

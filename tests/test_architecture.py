@@ -111,7 +111,7 @@ def test_only_cli_talks_to_the_terminal(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if room(path) in TORCH_FREE], ids=name)
 def test_no_torch_at_import(path: Path) -> None:
-    heavy = {"torch", "fvcore", "numpy", "PIL"}
+    heavy = {"torch", "numpy", "PIL"}
     rooms = {"kernels", "models", "pruning", "checkpoint", "data", "export", "tasks", "workflows", "tokens"}
     for target in top_level_imports(path):
         parts = target.split(".")
@@ -244,21 +244,21 @@ def walk(command, path):
         walk(inner, [*path, name])
 
 walk(root, [])
-print([name for name in ("torch", "numpy", "PIL", "fvcore") if name in sys.modules])
+print([name for name in ("torch", "numpy", "PIL") if name in sys.modules])
 """
     lines = run(code).splitlines()
     assert lines[-1] == "[]"
     assert {"", "compress", "eval", "inspect", "profile", "env", "recipes list"} <= set(lines)
 
 
-@pytest.mark.parametrize("file", ["vim_like.pth", "plainmamba_like_ema.pth", "vmamba_4d_weights.pth"])
-def test_loading_does_not_import_the_compiler(file: str) -> None:
+def test_loading_does_not_import_the_compiler() -> None:
     """It takes two seconds: arithmetic on the meta device imports it."""
-    code = f"""
+    code = """
 import sys
 from pathlib import Path
 import ssmprune_cli
-ssmprune_cli.load(Path("tests/golden/containers/{file}"), image_size=64)
-print("torch._dynamo" in sys.modules)
+for name in ("vim_like.pth", "plainmamba_like_ema.pth", "vmamba_4d_weights.pth"):
+    ssmprune_cli.load(Path("tests/golden/containers", name), image_size=64)
+    print(name, "torch._dynamo" in sys.modules)
 """
-    assert run(code) == "False\n"
+    assert [line.split()[1] for line in run(code).splitlines()] == ["False"] * 3

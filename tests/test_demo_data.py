@@ -1,8 +1,11 @@
-"""The demo's committed files: they are what the script makes, they are small, and test digits stay out of training."""
+"""The demo's committed files: they are what the script makes, they are small, and test digits stay out of training.
+What the demo runs is what the README shows, and its limit holds."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +15,7 @@ import pytest
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import open_dataset
+from ssmprune_cli.models import resize
 from ssmprune_cli.workflows.evaluate import evaluate
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo"
@@ -38,9 +42,27 @@ def test_files_are_small_and_complete() -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_is_right_on_95_percent_of_the_test_images() -> None:
-    model = checkpoint.load(DEMO / "vim_digits.pth")
-    assert evaluate(model, open_dataset("npz", DEMO / "test.npz")).score.top1 >= 0.95
+def test_checkpoint_is_right_on_95_percent_of_the_test_images_and_loses_at_most_two_points_at_44_pixels() -> None:
+    model, images = checkpoint.load(DEMO / "vim_digits.pth"), open_dataset("npz", DEMO / "test.npz")
+    dense = evaluate(model, images).score.top1
+    assert dense >= 0.95
+    assert evaluate(resize(model, 44), images).score.top1 >= dense - 0.02 - 1e-9  # the limit that demo.sh states
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the demo is a script of bash")
+def test_the_readme_shows_commands_of_the_demo(tmp_path: Path) -> None:
+    """In their order; `ssmprune` is a program that does nothing here."""
+    program = tmp_path / "ssmprune"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+    done = subprocess.run(["bash", DEMO / "demo.sh"], env=environment, capture_output=True, text=True, check=True)
+    run = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
+    readme = (DEMO.parents[1] / "README.md").read_text(encoding="utf-8")
+    example = readme.split("## A worked example")[1].split("\n## ")[0]
+    shown = [line for line in example.splitlines() if line.startswith("$ ")]
+    assert len(shown) >= 2 and shown == [line for line in run if line in shown]
+    assert "--max-drop 2" in shown[0]
 
 
 @pytest.mark.parametrize("name", ["test", "calib"])

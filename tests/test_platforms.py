@@ -17,7 +17,7 @@ CHECKPOINT = ROOT / "tests" / "golden" / "containers" / "vim_like.pth"
 # What is imported before is of other people, who know where they run. `os.name` stays: pathlib goes by it.
 PLAY = """
 import importlib, json, os, pathlib, pkgutil, signal, sys
-import accelerate, fvcore.nn, jinja2, numpy, PIL.Image, pydantic, rich.console, rich.table, rich.progress
+import accelerate, jinja2, numpy, PIL.Image, pydantic, rich.console, rich.table, rich.progress
 import multiprocessing.connection, safetensors.torch, torch, torch.distributed, torch.export, torch.utils.data
 import typer, yaml
 

@@ -16,7 +16,7 @@ from ssmprune_cli.adapt.mixers import has_scan
 from ssmprune_cli.adapt.observe import Observed, observe
 from ssmprune_cli.adapt.request import Compressed, Request
 from ssmprune_cli.adapt.shorten import shorten
-from ssmprune_cli.adapt.stream import FILLS, Fill, Located, Stream, Tokenwise, positions_of
+from ssmprune_cli.adapt.stream import FILLS, Fill, Located, Stream, Tokenwise, positions_of, stage_of
 from ssmprune_cli.adapt.swap import anew
 from ssmprune_cli.errors import UsageError, listing
 from ssmprune_cli.interface import Stage
@@ -140,12 +140,10 @@ def protected_places(seen: Observed, protect: Sequence[int] | None) -> tuple[int
 def stages_of(seen: Observed, places: tuple[int, ...]) -> tuple[Stage, ...]:
     """Runs of mixers that see as many tokens."""
     starts = [block for block, length in enumerate(seen.lengths) if not block or length != seen.lengths[block - 1]]
-    stages = []
-    for start, stop in zip(starts, [*starts[1:], len(seen.lengths)], strict=True):
-        length = seen.lengths[start]
-        protected = positions_of(places, length, "protect")
-        stages.append(Stage(start, stop, (1, length - len(protected)), protected))
-    return tuple(stages)
+    return tuple(
+        stage_of(start, stop, seen.lengths[start], places)
+        for start, stop in zip(starts, [*starts[1:], len(seen.lengths)], strict=True)
+    )
 
 
 def fit_fill(

@@ -58,7 +58,7 @@ class _Pass:
 class Stream:
     """The tokens of a user's module, while it runs: what its mixers and token-wise modules are given.
 
-    mixers   in the order in which they are called
+    mixers   in the order in which they are called, and their `names`
     order    names of mixers and token-wise modules, in the order in which they are called
     stages   of the mixers: runs of them that see as many tokens
     protect  positions that may never be dropped, negative ones from the end
@@ -77,6 +77,7 @@ class Stream:
         self.mixers, self.stages, self.protect, self.run = tuple(mixers), stages, protect, run
         self.pruner: Pruner | None = None
         self.fill: Fill = "zero"
+        self.names, self.order = tuple(names), tuple(order)
         self._blocks = {name: block for block, name in enumerate(names)}
         self._order = {name: number for number, name in enumerate(order)}
         self._starts = {stage.start for stage in stages}
@@ -207,3 +208,9 @@ def positions_of(protect: Sequence[int], length: int, where: str) -> tuple[int, 
         if not -length <= place < length:
             raise UsageError(f"position {place} is protected, and there are {length} tokens", where=where)
     return tuple(sorted({place % length for place in protect}))
+
+
+def stage_of(start: int, stop: int, length: int, protected: tuple[int, ...]) -> Stage:
+    """Mixers from `start` to `stop` that see `length` tokens, `protected` ones (negative from the end) among them."""
+    places = positions_of(protected, length, "protect")
+    return Stage(start, stop, (1, length - len(places)), places)

@@ -17,12 +17,13 @@ from torch import Tensor
 from ssmprune_cli.checkpoint.files import CONFIG, DENSE, WEIGHTS, locate, read_json
 from ssmprune_cli.checkpoint.hub import MADE_SMALLER
 from ssmprune_cli.checkpoint.replacing import probe, recover, write_folder
-from ssmprune_cli.errors import CheckpointError
+from ssmprune_cli.errors import CheckpointError, shown
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.pruning import TokenPruner
 
 FORMAT, FORMAT_VERSION = "ssmprune", 1
 EIGHT_BITS = "eight_bits"  # in config.json: the kinds of linear layers whose weights are; not there if there are none
+MODULE_FORMAT = "ssmprune module"  # of a user's own module, see own_module.py
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ def read_config(folder: Path) -> Artefact:
             hint="Give the checkpoint file itself.",
         )
     values = read_json(path)
+    if isinstance(values, dict) and values.get("format") == MODULE_FORMAT:
+        raise CheckpointError(
+            "holds the weights of a module that is none of ours",
+            where=str(folder),
+            hint=f"Give `--module {shown(str(values.get('module')))}`, which it was made with, to compress, eval or "
+            "profile: that runs the code behind the name.",
+        )
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(
             f"is not a {CONFIG} of ssmprune", where=str(path), hint="Give the checkpoint file in the folder itself."
@@ -69,16 +77,17 @@ def is_compressed(path: Path) -> bool:
     """Whether `path` is an artefact folder of a model that drops tokens, was made smaller or is in eight bits. Raises
     CheckpointError if its config.json is damaged."""
     path = locate(path)
-    if not (path / CONFIG).is_file() or not _is_ours(path):
+    if _format(path) != FORMAT:
         return False
     said = read_config(path)
     smaller = any(said.config.get(name) is not None for name in MADE_SMALLER)
     return said.pruning is not None or bool(said.eight_bits) or smaller
 
 
-def _is_ours(folder: Path) -> bool:
-    values = read_json(folder / CONFIG)
-    return isinstance(values, dict) and values.get("format") == FORMAT
+def _format(folder: Path) -> object:
+    """What the config.json of a folder says that it is; None for one without."""
+    values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return values.get("format") if isinstance(values, dict) else None
 
 
 def _state(model: Backbone) -> dict[str, Tensor]:
@@ -103,7 +112,8 @@ def check_writable(folder: Path, *, overwrite: bool = False) -> None:
             "the folder is not empty", where=str(folder), hint="Choose another folder, or give `--overwrite`."
         )
     try:
-        read_config(folder)
+        if _format(folder) != MODULE_FORMAT:
+            read_config(folder)
     except CheckpointError as error:
         raise CheckpointError(
             "the folder holds something else than an output of ssmprune, so it is not overwritten",
@@ -151,6 +161,11 @@ def save(
             if name not in state or not torch.equal(state[name], value)
         }
         files[DENSE] = serialize(others, metadata={"format": "pt"})
+    write(folder, files)
+
+
+def write(folder: Path, files: Mapping[str, bytes | str]) -> None:
+    """Make `folder` a folder of these files, in one step. CheckpointError if it cannot be."""
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
     try:
         write_folder(folder, contents)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import output, values
+from ssmprune_cli.cli import output, own_module, values
 from ssmprune_cli.cli.help import DATA, HOW_MUCH, OUTPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
@@ -43,6 +43,7 @@ from ssmprune_cli.report import Report
 
 @reads_checkpoints
 def command(
+    context: typer.Context,
     ckpt: Annotated[Path, typer.Argument(help="The checkpoint, as its authors published it.")],
     keep: Annotated[
         str | None,
@@ -235,6 +236,7 @@ def command(
     device: DeviceName = "cpu",
     batch_size: TimedBatch = None,
     backend: BackendName = "auto",
+    module: own_module.ModuleName = None,
 ) -> None:
     """Make a checkpoint cheaper by dropping tokens between its blocks, and report what that costs and saves.
 
@@ -243,6 +245,9 @@ def command(
     points, token counts, score, reduction and alignment (those not given) are chosen by the divergence from the dense
     model on the --calib images; the report then says what was tried. With --max-drop, --data and nothing else, the
     fastest model is searched for that provably loses no more.
+
+    With --module it is a module of your own, and tokens are dropped inside its mixers. That needs --calib and how
+    images are prepared, and writes a folder for profile and eval with the same --module.
     """
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
@@ -250,6 +255,8 @@ def command(
     from ssmprune_cli.workflows.source import Source
 
     use_backend(backend)
+    if module is not None:
+        own_module.refuse_others(context, own_module.COMPRESS)
     request = CompressRequest(
         source=Source(ckpt, reading),
         resize=resize,
@@ -289,6 +296,9 @@ def command(
         dry_run=dry_run,
         command=shlex.join(["ssmprune", *sys.argv[1:]]),
     )
+    if module is not None:
+        own_module.compress(request, module, as_json=as_json)
+        return
     with output.task_progress() as progress, output.kept_for_the_next_run(request.state_file):
         result = compress_checkpoint(request, progress)
     for warning in result.warnings:

@@ -12,7 +12,7 @@ from ssmprune_cli.cli import output
 from ssmprune_cli.cli.options import AsJson
 from ssmprune_cli.plugins import family_plugins
 
-PACKAGES = ("torch", "numpy", "fvcore", "safetensors", "mamba-ssm", "causal-conv1d", "triton")
+PACKAGES = ("torch", "numpy", "safetensors", "mamba-ssm", "causal-conv1d", "triton")
 
 
 def command(as_json: AsJson = False) -> None:

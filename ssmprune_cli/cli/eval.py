@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmprune_cli.cli import columns, formats, output
+from ssmprune_cli.cli import columns, formats, output, own_module
 from ssmprune_cli.cli.help import DATA, DEVICE, INPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 @reads_checkpoints
 def command(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="A checkpoint file, an artefact folder or an exported .onnx.")],
     dataset: Annotated[str, dataset_option("Layout of --data")],
     data: Annotated[
@@ -100,6 +101,7 @@ def command(
     precision: PrecisionName = "fp32",
     peer_timeout: PeerTimeout = 600,
     backend: BackendName = "auto",
+    module: own_module.ModuleName = None,
 ) -> None:
     """Measure accuracy: top-1 and top-5 of classifiers, mIoU, aAcc and mAcc of segmenters, AP of boxes and masks of
     detectors, with 95 % intervals.
@@ -108,6 +110,8 @@ def command(
     checkpoint is read hold for both files. Limits are checked after the result is printed; those on drop,
     multiply-adds and latency are against the --compare model. An exported file is run by ONNX Runtime, with our
     kernels where it can.
+
+    With --module: top-1 and top-5 of a classifier of your own; of an output folder, beside the dense one.
     """
     from rich.console import Group
 
@@ -121,6 +125,15 @@ def command(
     from ssmprune_cli.workflows.subject import definition_of, read
     from ssmprune_cli.workflows.write import check_place, write_text
 
+    if module is not None:
+        from ssmprune_cli.workflows.own_module import ModuleSource
+
+        own_module.refuse_others(context, own_module.EVAL)
+        use_backend(backend)
+        source = ModuleSource(path, module, reading, device)
+        result, names = own_module.evaluate(source, data, dataset, limit=limit, batch_size=batch_size)
+        output.emit(_tables(names, result), result.to_dict(), as_json=as_json)
+        return
     form = formats.chosen(form, as_json=as_json)
     limits = Limits(max_drop, min_accuracy, min_miou, max_flops, max_latency_ratio, judge)
     if compare is None:

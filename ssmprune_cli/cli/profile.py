@@ -10,7 +10,7 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from ssmprune_cli.cli import columns, formats, output, values
+from ssmprune_cli.cli import columns, formats, output, own_module, values
 from ssmprune_cli.cli.help import DEVICE, INPUT
 from ssmprune_cli.cli.options import (
     MAX_LENGTH,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 @reads_checkpoints
 def command(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="A checkpoint file, an artefact folder or an exported .onnx.")],
     compare: Annotated[
         Path | None, typer.Option(help="A second model, timed side by side.", rich_help_panel=INPUT)
@@ -66,6 +67,7 @@ def command(
     device: DeviceName = "cpu",
     precision: PrecisionName = "fp32",
     backend: BackendName = "auto",
+    module: own_module.ModuleName = None,
 ) -> None:
     """Count parameters and multiply-adds, and measure latency, where the time goes, throughput and peak memory.
 
@@ -78,6 +80,9 @@ def command(
 
     With --lengths or --image-sizes only a table of these sizes is made, of an output folder beside its dense model; a
     batch is then 1 by default.
+
+    With --module: time and memory of a module of your own, by its own code, by our ops and, of an output folder, with
+    tokens dropped.
     """
     from ssmprune_cli.kernels import use_backend
     from ssmprune_cli.models import Backbone
@@ -85,6 +90,14 @@ def command(
     from ssmprune_cli.workflows.profile import Profile, figures
     from ssmprune_cli.workflows.subject import definition_of, read
 
+    if module is not None:
+        from ssmprune_cli.workflows.own_module import ModuleSource
+
+        own_module.refuse_others(context, own_module.PROFILE)
+        use_backend(backend)
+        source = ModuleSource(path, module, reading, device)
+        own_module.profile(source, batch_size=batch_size, rounds=rounds, as_json=as_json)
+        return
     form = formats.chosen(form, as_json=as_json)
     if lengths is not None and image_sizes is not None:
         raise UsageError("--lengths is for text and --image-sizes for images: give one of them")

@@ -17,7 +17,6 @@ from ssmprune_cli.kernels.cpu import CPU, cache_folders, cpu_facts
 from ssmprune_cli.kernels.inputs import ScanInputs
 from ssmprune_cli.kernels.mamba_cuda import MAMBA_CUDA
 from ssmprune_cli.kernels.ops import (
-    FORMULAS,
     add_rms_norm,
     causal_conv1d,
     conv_flops,
@@ -57,7 +56,6 @@ backend_from_environment()
 
 __all__ = [
     "CPU",
-    "FORMULAS",
     "PLAIN",
     "Backend",
     "BlockSizes",

@@ -55,7 +55,7 @@ class _Batches(Iterable[Tensor]):
             images = part[0] if isinstance(part, tuple | list) and 0 < len(part) <= 2 else part
             if not isinstance(images, Tensor | np.ndarray):
                 raise UsageError(f"calibration images are of type {type(images).__name__}", hint=_WANTED)
-            prepare = _token_numbers if isinstance(self._model.preprocessing, TextWindow) else _prepared
+            prepare = _token_numbers if len(self._model.input_shape) == 1 else _prepared
             yield placed(prepare(torch.as_tensor(images), self._model), like.device, like.dtype)
 
 

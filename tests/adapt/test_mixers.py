@@ -38,6 +38,15 @@ def of_transformers(kind: str, **options: Any) -> nn.Module:
     return mixer
 
 
+def of_jamba() -> nn.Module:
+    library = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = library.JambaConfig(**sizes, mamba_d_state=4, mamba_dt_rank=2, num_hidden_layers=2, vocab_size=10)
+    torch.manual_seed(0)
+    mixer: nn.Module = library.JambaModel(config).layers[0].mamba
+    return mixer
+
+
 MIXERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "by hand": (Mixer, "Mamba"),
     "mambapy": (mambapy, "Mamba"),
@@ -46,6 +55,7 @@ MIXERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "mambapy with norms": (lambda: mambapy(inner_layernorms=True), "Mamba"),
     "transformers Mamba": (lambda: of_transformers("Mamba"), "Mamba"),
     "transformers FalconMamba": (lambda: of_transformers("FalconMamba"), "Mamba"),
+    "transformers Jamba": (of_jamba, "Mamba"),
     "transformers Mamba2": (
         lambda: of_transformers("Mamba2", num_heads=4, head_dim=8, n_groups=2, chunk_size=8),
         "Mamba-2",
@@ -114,6 +124,17 @@ def test_what_mamba_ssm_computes(name: str, module: nn.Module, recogniser: Calla
     with torch.no_grad():
         found = dense(module, recogniser(module), values["input"])
     assert torch.allclose(found, values["output"], atol=2e-6, rtol=1e-5)
+
+
+def test_a_skip_for_each_channel_is_that_of_its_head_repeated() -> None:
+    """mamba_ssm's `D_has_hdim`."""
+    torch.manual_seed(0)
+    module, x = Mamba2(), torch.randn(2, 7, 64)
+    with torch.no_grad():
+        module.D.normal_()
+        expected = dense(module, recognise_mamba2(module), x)
+        module.D = nn.Parameter(module.D.repeat_interleave(16))
+        assert torch.allclose(dense(module, recognise_mamba2(module), x), expected, atol=1e-6, rtol=1e-5)
 
 
 def altered(change: Callable[[Mixer], None]) -> Mixer:

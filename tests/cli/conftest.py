@@ -21,7 +21,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 # and whether to wait for it, which it answers with an exit code, or null while there is none.
 SERVER = """
 import importlib, json, os, pkgutil, signal, sys
-import accelerate, fvcore.nn, jinja2, numpy, PIL.Image, rich.progress, rich.table, rich.text, torch, ssmprune_cli
+import accelerate, jinja2, numpy, PIL.Image, rich.progress, rich.table, rich.text, torch, ssmprune_cli
 from ssmprune_cli.cli.main import main
 from ssmprune_cli.workflows.reporting.page import template
 from tests import steady_clock

@@ -1,9 +1,9 @@
 """The Mamba-2 mixer of mamba_ssm (`Mamba2`) and transformers (`Mamba2Mixer`).
 
-Sources: state-spaces/mamba e9594ce (modules/mamba2.py), transformers 5.24. The scan is Mamba-1's with one A, D and step
-a head, repeated for its channels. Its convolution covers B and C too. The score's y is the scan's output before the
+Sources: state-spaces/mamba e9594ce (modules/mamba2.py), transformers 5.24. A head has one A and one
+step. The convolution covers B and C too. The score's y is the scan's output before the
 gated norm. Letters: B batch, L tokens, d model width, E inner channels, H heads, G groups of heads that share B and C,
-N state, K convolution width.
+P channels of a head, N state, K convolution width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ssmprune_cli.adapt.mixers.base import (
     part_of,
 )
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import causal_conv1d, selective_scan, sparse_conv1d
+from ssmprune_cli.kernels import causal_conv1d, sparse_conv1d, ssd_scan
 from ssmprune_cli.models import channels_last_taps, conv_sources, decay_rates
 from ssmprune_cli.tokens import TokenSequence
 
@@ -72,10 +72,9 @@ class Mamba2Form(Form):
         convolved = self._convolve(module, values, sequence, context)
         u, b, c = convolved.split([self.d_inner, *[self.groups * self.d_state] * 2], dim=-1)
         step = self._steps(raw_step, module.get_parameter("dt_bias")).to(u.dtype)  # (B, L, H)
-        delta = self._by_channel(step)  # (B, L, E)
-        y = self._scans(module, u, delta, b, c, sequence, alignment)
+        y = self._scan(module, u, step, b, c, sequence, alignment)
         mixed: Tensor = module.get_submodule("out_proj")(self._gated_norm(module, y, gate).to(x.dtype))
-        return mixed, ScanStatistics((y,), (delta,) if wanted == "delta" else ())
+        return mixed, ScanStatistics((y,), (self._by_channel(step),) if wanted == "delta" else ())
 
     def null_delta(self, module: nn.Module) -> Tensor:
         bias = module.get_parameter("dt_bias")
@@ -103,42 +102,36 @@ class Mamba2Form(Form):
         """(..., H) to (..., E)."""
         return values.repeat_interleave(self.d_inner // self.heads, dim=-1)
 
-    def _scans(
+    def _scan(
         self,
         module: nn.Module,
         u: Tensor,
-        delta: Tensor,
+        step: Tensor,
         b: Tensor,
         c: Tensor,
         sequence: TokenSequence,
         alignment: ScanAlignment | None,
     ) -> Tensor:
-        """y (B, L, E): one scan for each group of heads."""
+        """y (B, L, E), from `step` (B, L, H)."""
         gap = gap_delta = None
         if alignment is not None:
             gap, gap_delta, _ = alignment.steps(0, sequence.gaps(reverse=False), None)
-        rates = self._by_channel(decay_rates(module.get_parameter("A_log")))[:, None].expand(-1, self.d_state)
-        skips: Tensor = module.get_parameter("D")
-        skips = self._by_channel(skips) if skips.numel() == self.heads else skips
-        outputs = []
-        width = self.d_inner // self.groups
-        for group in range(self.groups):
-            channels = slice(group * width, (group + 1) * width)
-            states = slice(group * self.d_state, (group + 1) * self.d_state)
-            outputs.append(
-                selective_scan(
-                    u[..., channels].contiguous(),
-                    delta[..., channels].contiguous(),
-                    rates[channels].contiguous(),
-                    b[..., states].contiguous(),
-                    c[..., states].contiguous(),
-                    skips[channels].contiguous(),
-                    delta_softplus=False,
-                    gap=gap,
-                    gap_delta=None if gap_delta is None else gap_delta[channels].contiguous(),
-                )
-            )
-        return outputs[0] if self.groups == 1 else torch.cat(outputs, dim=-1)
+        if gap_delta is not None:
+            gap_delta = gap_delta.unflatten(0, (self.heads, -1))[:, 0].contiguous()  # a head's channels share a step
+        skips = module.get_parameter("D")
+        by_head = skips.numel() == self.heads
+        y = ssd_scan(
+            u.unflatten(-1, (self.heads, -1)).contiguous(),  # (B, L, H, P)
+            step.contiguous(),
+            decay_rates(module.get_parameter("A_log")),
+            b.unflatten(-1, (self.groups, self.d_state)).contiguous(),
+            c.unflatten(-1, (self.groups, self.d_state)).contiguous(),
+            skips if by_head else None,
+            dt_softplus=False,
+            gap=gap,
+            gap_delta=gap_delta,
+        ).flatten(2)
+        return y if by_head else y + u * skips.to(y.dtype)
 
     def _gated_norm(self, module: nn.Module, y: Tensor, gate: Tensor) -> Tensor:
         """(B, L, E): the root mean square of each group becomes 1, and the gate is applied before or after."""

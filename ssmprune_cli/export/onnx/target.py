@@ -38,6 +38,7 @@ def _missing() -> str | None:
 
 def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool) -> None:
     import onnx
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
     opset = wanted.opset or _OPSET
     lowered = graph.run_decompositions({**LOWERED, **NODES})
@@ -47,10 +48,14 @@ def _write(graph: ExportedProgram, path: Path, wanted: Wanted, *, inlined: bool)
         output_names=list(wanted.outputs),
         opset_version=opset,
         dynamo=True,
-        optimize=True,
+        optimize=False,
         verbose=False,
     )
     assert program is not None
+    # The exporter says each size anew wherever it is used. Its optimizer tries every rule on every node: the fewer, the
+    # sooner it is done.
+    CommonSubexpressionEliminationPass()(program.model)
+    program.optimize()
     model = program.model_proto
     _tidy(model, opset)
     if inlined:

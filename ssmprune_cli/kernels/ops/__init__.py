@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ssmprune_cli.kernels.ops.blocks import mamba_blocks, mamba_inner
 from ssmprune_cli.kernels.ops.conv import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
-from ssmprune_cli.kernels.ops.library import FORMULAS
 from ssmprune_cli.kernels.ops.linear import linear
 from ssmprune_cli.kernels.ops.linear_int8 import linear_int8
 from ssmprune_cli.kernels.ops.routes import routed_scans
@@ -13,7 +12,6 @@ from ssmprune_cli.kernels.ops.scan import scan_flops, selective_scan
 from ssmprune_cli.kernels.ops.ssd import ssd_flops, ssd_scan
 
 __all__ = [
-    "FORMULAS",
     "add_rms_norm",
     "causal_conv1d",
     "conv_flops",

@@ -38,16 +38,14 @@ def define(
 
 
 Formula = Callable[..., int]
-FORMULAS: dict[str, Formula] = {}  # of each op that counts, by its qualified name
 
 
 def counted(name: str) -> Callable[[Formula], Formula]:
     """Declare the multiply-adds of torch.ops.ssmprune.<name>: of its arguments, with sizes in the place of tensors, and
-    `out_shape`. torch's counter is told twice as many: it counts a multiply-add as two floating-point operations.
+    `out_shape`. torch's registry is told twice as many: it counts a multiply-add as two floating-point operations.
     """
 
     def declare(formula: Formula) -> Formula:
-        FORMULAS[f"ssmprune::{name}"] = formula
         register_flop_formula(getattr(torch.ops.ssmprune, name))(lambda *a, **k: 2 * formula(*a, **k))
         return formula
 

@@ -51,7 +51,7 @@ class RouteProjections(nn.Module):
 class LocalVMambaMixer(VMambaMixer):
     """The mixer of a block; `routes` are its four directions. The rest is as in VMambaMixer."""
 
-    per_direction = ("projections", "multi_scan")
+    per_direction = ("projections", "multi_scan.attn")
 
     def __init__(self, dim: int, *, routes: Sequence[str], **sizes: Any) -> None:
         super().__init__(dim, **sizes)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from ssmprune_cli.workflows.compress.make import Progress
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.run import CompressResult, compress_checkpoint
 from ssmprune_cli.workflows.compress.settings import made_smaller, recipe_settings, recipe_size
 
-__all__ = ["CompressRequest", "CompressResult", "compress_checkpoint", "made_smaller", "recipe_settings", "recipe_size"]
+__all__ = [
+    "CompressRequest",
+    "CompressResult",
+    "Progress",
+    "compress_checkpoint",
+    "made_smaller",
+    "recipe_settings",
+    "recipe_size",
+]

@@ -8,7 +8,7 @@ from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 from ssmprune_cli.workflows.measure.floor import Floor, floor
 from ssmprune_cli.workflows.measure.flops import count_flops
 from ssmprune_cli.workflows.measure.machine import machine, processor
-from ssmprune_cli.workflows.measure.memory import peak_memory
+from ssmprune_cli.workflows.measure.memory import peak_memory, peak_memory_of
 from ssmprune_cli.workflows.measure.precision import in_precision
 from ssmprune_cli.workflows.measure.time import Progress, Speed, interleaved_speeds, quartiles
 from ssmprune_cli.workflows.measure.traffic import bytes_moved
@@ -26,6 +26,7 @@ __all__ = [
     "machine",
     "op_name",
     "peak_memory",
+    "peak_memory_of",
     "processor",
     "quartiles",
     "resolve_device",
