@@ -190,6 +190,8 @@ def test_a_module_that_is_not_for_this_is_one_error(ssmprune: Run, tmp_path: Pat
     ("command", "more", "expected"),
     [
         ("compress", ("--target-speedup", "1.4"), "--target-speedup: does not go with --module"),
+        ("compress", ("--int8",), "--int8: does not go with --module"),
+        ("compress", ("--set", "pruning.weights=int8"), "pruning.weights"),
         ("compress", ("--keep", "0.5", "--family", "vim"), "--family: a module of your own says that itself"),
         ("compress", ("--keep", "0.5", "--set", "pruning.repair=head"), "which is for models of ours"),
         ("compress", ("--keep", "0.5"), "--calib DIR"),

@@ -119,6 +119,7 @@ def _recipe(request: CompressRequest) -> Recipe:
         "model": recipe.model is not None,
         "pruning.image_size": pruning.image_size is not None,
         "pruning.cut_blocks": pruning.cut_blocks is not None,
+        "pruning.weights": pruning.weights != "float",
         "pruning.repair": pruning.repair not in ("auto", "none"),
         "pruning.returning": pruning.returning != "left",
     }
