@@ -73,7 +73,7 @@ def test_both_models_are_judged_on_the_same_images_each_in_its_own_way(
         assert result[part] == pytest.approx(report["accuracy"][part])
     assert result["dense"]["top1"] == pytest.approx(report["accuracy"]["dense"]["top1"])
     done = ssmprune("profile", resized, "--compare", CHECKPOINT, "--rounds", "1", "--batch-size", "1")
-    assert done.returncode == 0 and "48x48 and 64x64 pixels" in done.stdout
+    assert done.returncode == 0 and "48x48 pixels and 64x64 pixels" in done.stdout
 
 
 def test_an_artefact_is_compressed_again_from_the_dense_model(

@@ -76,5 +76,6 @@ def test_a_page_for_a_pull_request_has_no_block(report: Report) -> None:
 @pytest.mark.parametrize("task", TASKS.names())
 def test_every_task_has_its_name_on_hubs(task: str) -> None:
     data = data_of(card_head("family", task, pruned=False))
-    assert data.pipeline_tag == f"{'object' if task == 'detection' else 'image'}-{task}"
+    names = {"detection": "object-detection", "video-classification": task, "language": "text-generation"}
+    assert data.pipeline_tag == names.get(task, f"image-{task}")
     assert data.tags == ["state-space-model", "mamba", "family"]
