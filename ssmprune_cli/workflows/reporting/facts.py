@@ -255,7 +255,8 @@ def eight_bits(report: Report) -> list[str]:
         )
     how = ""
     if found.divergence is not None:
-        how = f"; divergence of each alone, and {found.divergence:.5f} together, in {task.unit}, {found.images:,} {task.cases}"
+        seen = f"{found.images:,} {task.cases}"
+        how = f"; divergence of each alone, and {found.divergence:.5f} together, in {task.unit}, {seen}"
     lines = [f"In eight bits: {said[True] or 'none'}{how}."]
     if said[False]:
         lines.append(f"In float, beside all that is no linear layer of a block: {said[False]}.")
