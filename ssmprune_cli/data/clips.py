@@ -47,7 +47,7 @@ class Clips(ImageFiles):
         notes: Iterable[str] = (),
     ) -> None:
         super().__init__(root, files, labels, class_names, notes)
-        self._short: dict[int, tuple[int, int]] = {}  # by index: how many frames there are, and were asked for
+        self._short: dict[int, dict[int, int]] = {}  # by how many frames were asked for: of each index, how many it has
         self._lock = threading.Lock()
 
     def image(self, index: int) -> Image.Image:
@@ -60,7 +60,7 @@ class Clips(ImageFiles):
         frames, total = _read(self._files[index], lambda total: sampled(total, way.frames, way.segments))
         if total < way.frames:
             with self._lock:
-                self._short[index] = (total, way.frames)
+                self._short.setdefault(way.frames, {})[index] = total
         size = (frames[0].height, frames[0].width)
         try:
             return prepare_clip(frames, way), Frame(size, (way.crop, way.crop))
@@ -84,13 +84,13 @@ class Clips(ImageFiles):
     def notes(self) -> tuple[str, ...]:
         """As elsewhere, and of the clips that were read, which had too few frames."""
         with self._lock:
-            short = sorted(self._short.items())
-        if not short:
-            return self._notes
-        _, wanted = short[0][1]
-        names = listing(f"{self.name(index)} ({total})" for index, (total, _) in short)
-        some = "1 clip has" if len(short) == 1 else f"{len(short)} clips have"
-        return (*self._notes, f"{some} fewer than {wanted} frames, so frames were repeated: {names}.")
+            short = {wanted: sorted(clips.items()) for wanted, clips in sorted(self._short.items())}
+        notes = list(self._notes)
+        for wanted, clips in short.items():
+            names = listing(f"{self.name(index)} ({total})" for index, total in clips)
+            some = "1 clip has" if len(clips) == 1 else f"{len(clips)} clips have"
+            notes.append(f"{some} fewer than {wanted} frames, so frames were repeated: {names}.")
+        return tuple(notes)
 
 
 def sampled(total: int, frames: int, segments: int) -> list[int]:
