@@ -140,13 +140,10 @@ class Subset(ImageDataset):
     def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
         self._dataset = dataset
         self._indices = indices
+        self.clips = dataset.clips
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    @property
-    def clips(self) -> bool:  # type: ignore[override]
-        return self._dataset.clips
 
     def image(self, index: int) -> Image.Image:
         return self._dataset.image(self._indices[index])
