@@ -3,14 +3,13 @@
 Which frames and squares, and how they are scaled, as OpenGVLab/VideoMamba f3427e4 does it (videomamba/video_sm,
 `Kinetics_sparse`): T moments divide a clip evenly; of S segments, segment s begins s + 1 parts of S + 1 of their
 distance later. A clip of fewer frames gives some of them more than once. The frames of a folder are in the order of the
-numbers in their names.
+numbers in their names. (On Something-Something the authors sample otherwise.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset, unprepared
+from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, chosen, unprepared
 from ssmprune_cli.data.files import IMAGE_SUFFIXES, by_number, check_folder, counted, entries, subfolders
 from ssmprune_cli.data.image_file import check_pixels, read_image
 from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_side, to_rgb
@@ -220,10 +219,7 @@ def some_clips(path: Path, count: int, seed: int) -> ImageDataset:
         held = counted(left_out)
         raise DataError(f"has no clips{held and f', only {held}'}", where=str(path))
     root = path if found != [path] else path.parent
-    dataset: ImageDataset = Clips(root, found, labels=None)
-    if count < len(dataset):
-        dataset = Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
-    return dataset
+    return chosen(Clips(root, found, labels=None), count, seed)
 
 
 def listed_clips(files: Sequence[Path]) -> ImageDataset:

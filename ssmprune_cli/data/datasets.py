@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -178,6 +179,13 @@ class Subset(ImageDataset):
     @property
     def notes(self) -> tuple[str, ...]:
         return self._dataset.notes
+
+
+def chosen(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
+    """`count` of them by `seed`, in their order; all if there are no more."""
+    if count >= len(dataset):
+        return dataset
+    return Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
 
 
 class Joined(ImageDataset):
