@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.checkpoint import load
@@ -29,6 +29,7 @@ from ssmprune_cli.pruning import REDUCTIONS, compress, restore
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import published_shapes, shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PARAMETERS = {"tiny": 25_527_160, "small": 49_748_536}  # their paper: 26 M and 50 M
@@ -39,19 +40,7 @@ SMALL = LocalVMambaConfig((16, 16), embed_dim=8, depths=(2, 1), num_classes=3, d
 
 def build(config: LocalVMambaConfig = SMALL, dtype: torch.dtype = torch.float64) -> LocalVMamba:
     torch.manual_seed(0)
-    model = LocalVMamba(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"local_vssm_{size}.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return spread_weights(LocalVMamba(config), dtype)
 
 
 # --- what it computes
@@ -181,7 +170,7 @@ def test_a_session_computes_what_the_model_does(reduction: str) -> None:
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_published_shapes_build_and_are_recognised(size: str) -> None:
-    shapes, variant = published_shapes(size), f"local_vssm_{size}"
+    shapes, variant = published_shapes(f"local_vssm_{size}"), f"local_vssm_{size}"
     with torch.device("meta"):
         model = LocalVMamba(VARIANTS[variant])
     assert shapes_of(model) == shapes
@@ -205,7 +194,7 @@ def test_directions_that_nothing_says_are_asked_for() -> None:
 
 
 def test_the_model_of_the_search_is_refused() -> None:
-    shapes: Shapes = {**published_shapes("tiny"), "layers.0.blocks.0.op.multi_scan.weights": (8, 1, 1, 1)}
+    shapes: Shapes = {**published_shapes("local_vssm_tiny"), "layers.0.blocks.0.op.multi_scan.weights": (8, 1, 1, 1)}
     with pytest.raises(CheckpointError, match="the model that the authors search directions with"):
         LOCALVMAMBA.configure(shapes, Hints())
 
@@ -231,7 +220,7 @@ def test_cutting_takes_the_directions_of_the_blocks_that_go() -> None:
 
 
 def test_inspect_of_a_published_container(tmp_path: Path) -> None:
-    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("tiny").items()}
+    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("local_vssm_tiny").items()}
     torch.save({"state_dict": state}, tmp_path / "local_vssm_tiny.ckpt")
     found = inspect(tmp_path / "local_vssm_tiny.ckpt")
     assert (found.family, found.variant, found.parameters) == ("localvmamba", "local_vssm_tiny", PARAMETERS["tiny"])
@@ -245,7 +234,14 @@ def test_multiply_adds_against_a_formula() -> None:
         scanned = steps * (rank * e + 9 * e * n + e)
         return tokens * (d * 2 * e + 9 * e + projected + e * d) + scanned + 4 * 2 * e * (e // 8)
 
-    count = count_flops(build(dtype=torch.float32))
+    model = build(dtype=torch.float32)
+    count = count_flops(model)
     # Windows of 3 step over 36 places of a grid of 16; over 9 of a grid of 4.
     assert count.per_block == (block(16, 8, 3 * 16 + 36), block(16, 8, 3 * 16 + 36), block(4, 16, 3 * 4 + 9))
     assert count.all_directions == sum(count.per_block) + 16 * 8 * 48 + 4 * 32 * 16 + 16 * 3
+    # One direction: what feeds a scan, the scan and its gate, once each.
+    repeated = (16 * 4 * 16 * 9 + (3 * 16 + 36) * 608 + 256) * 2 + 4 * 4 * 32 * 9 + (3 * 4 + 9) * 1216 + 1024
+    assert count.one_direction == count.all_directions - repeated * 3 // 4
+    compress(model, 0.5, points=[1], reduction="drop", alignment="none")
+    # In front of the second block 8 of 16 tokens stay, and all 20 places of padding around its windows of 3.
+    assert count_flops(model).per_block == (count.per_block[0], block(8, 8, 3 * 8 + 28), block(4, 16, 3 * 4 + 9))
