@@ -26,7 +26,7 @@ from ssmprune_cli.models.localvmamba.mixer import LocalVMambaMixer
 from ssmprune_cli.models.localvmamba.model import LocalVMamba, LocalVMambaConfig
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import REDUCTIONS, compress, restore
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Dropped, TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
 from tests.models.shared import published_shapes, shapes_of, spread_weights
@@ -92,15 +92,23 @@ def visited(direction: str, rows: int, columns: int) -> list[int | None]:
 
 
 def mixed_by_hand(
-    mixer: LocalVMambaMixer, x: Tensor, kept: list[int], grid: tuple[int, int], lost: Tensor | None
+    mixer: LocalVMambaMixer,
+    x: Tensor,
+    kept: list[int],
+    grid: tuple[int, int],
+    lost: Tensor | None,
+    more: list[int],
+    *,
+    scanned: bool,
 ) -> Tensor:
-    """One image: `x` (L, d) of the tokens at the positions `kept`, step by step. A token that is missing lets the state
-    decay for its step in `lost` (4, E); padding is a zero after the convolution, with the step of its bias alone."""
+    """One image, `x` (G, d), step by step: the outputs at `kept`. The convolution sees the tokens at `more` too, the
+    scans do if they are `scanned`, and the gate sees what comes out. A token that is missing lets the state decay for
+    its step in `lost` (4, E); padding is a zero after the convolution, with the step of its bias alone."""
     inner, rank = mixer.d_inner, mixer.dt_projs_weight.shape[2]
     state_size = mixer.A_logs.shape[1]
     u, z = (x @ mixer.in_proj.weight.T).chunk(2, dim=-1)
     image = torch.zeros(inner, grid[0] * grid[1], dtype=x.dtype)
-    image[:, kept] = u.T
+    image[:, kept + more] = u[kept + more].T
     convolved = functional.silu(mixer.conv2d(image.view(1, inner, *grid))).flatten(2)[0].T  # (G, E)
     rates, skips = -mixer.A_logs.exp().unflatten(0, (4, -1)), mixer.Ds.unflatten(0, (4, -1))
     total = torch.zeros(len(kept), inner, dtype=x.dtype)
@@ -109,7 +117,7 @@ def mixed_by_hand(
         state, started = torch.zeros(inner, state_size, dtype=x.dtype), False
         result = torch.zeros_like(total)
         for position in visited(direction, *grid):
-            if position is not None and position not in kept:
+            if position is not None and position not in kept and not (scanned and position in more):
                 if lost is not None and started:
                     state = torch.exp(rates[number] * lost[number][:, None]) * state
                 continue
@@ -118,26 +126,35 @@ def mixed_by_hand(
             ranks, b, c = (mixer.x_proj_weight[number] @ here).split([rank, state_size, state_size])
             delta = functional.softplus(mixer.dt_projs_weight[number] @ ranks + mixer.dt_projs_bias[number])
             state = torch.exp(rates[number] * delta[:, None]) * state + (delta * here)[:, None] * b
-            if position is not None:
+            if position in kept:
                 result[kept.index(position)] = state @ c + skips[number] * here
         mean = functional.layer_norm(result, (inner,), gate.norm.weight, gate.norm.bias).mean(0)
         total += result * gate.channel_select(functional.gelu(gate.global_reduce(mean))).sigmoid()
-    normed: Tensor = mixer.out_norm(total) * functional.silu(z)
+    normed: Tensor = mixer.out_norm(total) * functional.silu(z[kept])
     return normed @ mixer.out_proj.weight.T
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("alignment", ["none", "null"])
 @pytest.mark.parametrize("kept", [list(range(16)), [0, 3, 5, 6, 8, 12, 13], [8]])
-def test_a_mixer_step_by_step(number: int, alignment: str, kept: list[int]) -> None:
+@pytest.mark.parametrize("beside", ["nothing", "context", "frozen"])
+def test_a_mixer_step_by_step(number: int, alignment: str, kept: list[int], beside: str) -> None:
+    """Every second token that is gone stays beside the others, or none."""
     mixer, grid = build().mixers[number], (4, 4)
     assert isinstance(mixer, LocalVMambaMixer)
     x = torch.randn(1, 16, 8, dtype=torch.float64)
     sequence = TokenSequence.dense(x, grid=grid).keep(torch.tensor([kept]))
     lost = mixer.null_delta() if alignment == "null" else None
+    more = [] if beside == "nothing" else [position for position in range(16) if position not in kept][::2]
+    given = {}
+    if more:
+        dropped = Dropped(x[:, more], torch.tensor([more]))
+        sequence = replace(sequence, **{beside: dropped})  # type: ignore[arg-type]
+        given[beside] = dropped.stream
+    aligned = None if lost is None else ScanAlignment(lost)
     with torch.no_grad():
-        found, _ = mixer(sequence.hidden, sequence, grid, None if lost is None else ScanAlignment(lost), "nothing")
-        expected = mixed_by_hand(mixer, sequence.hidden[0], kept, grid, lost)
+        found, _ = mixer(sequence.hidden, sequence, grid, aligned, "nothing", **given)
+        expected = mixed_by_hand(mixer, x[0], kept, grid, lost, more, scanned=beside == "frozen")
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-11)
 
 
