@@ -202,14 +202,6 @@ class Joined(ImageDataset):
         dataset, place = self._places[index]
         return dataset.image(place)
 
-    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
-        dataset, place = self._places[index]
-        return dataset.prepared(place, way)
-
-    def content(self, index: int) -> bytes:
-        dataset, place = self._places[index]
-        return dataset.content(place)
-
     def target(self, index: int) -> Target:
         return None
 
