@@ -154,7 +154,9 @@ def registered(monkeypatch: pytest.MonkeyPatch, *plugins: Plugin) -> Registry[Fa
         ("odd", {"name": "even"}, "another name, 'even'"),
         ("Odd one", {}, "lower-case"),
         ("odd", {"config_class": dict}, "config_class"),
-        ("odd", {"variants": {"vim_tiny": None}}, "variant vim_tiny is another family's"),
+        ("odd", {"variants": None}, "variants are no dict of configurations"),
+        ("odd", {"variants": {"odd_tiny": 3}}, "variants are no dict of configurations"),
+        ("odd", {"variants": FAMILIES.get("vim").variants}, "variant vim_.* is another family's"),
     ],
 )
 def test_a_record_that_does_not_fit_is_left_out(
@@ -183,6 +185,15 @@ def test_an_error_inside_a_package_names_it(monkeypatch: pytest.MonkeyPatch) -> 
         assert not odd.matches({}, Hints())
     with pytest.raises(CheckpointError, match=r"`configure` of the installed package pack 1\.0 failed: KeyError"):
         odd.configure({}, Hints())
+
+
+def test_a_package_cannot_change_what_the_families_after_it_are_asked_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def takes(shapes: dict[str, object], _: Hints) -> bool:
+        return bool(shapes.pop("head.weight"))
+
+    odd = registered(monkeypatch, Plugin("odd", "pack 1.0", lambda: record(matches=takes))).get("odd")
+    shapes = {"head.weight": (1000, 192)}
+    assert odd.matches(shapes, Hints()) and "head.weight" in shapes
 
 
 def test_nothing_is_imported_to_list_names(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ssmprune_cli.data.ade20k import is_ade20k, open_ade20k
-from ssmprune_cli.data.calibration import calibration_images, chosen, differing, fingerprint, listed_images, some_images
+from ssmprune_cli.data.calibration import calibration_images, differing, fingerprint, listed_images, some_images
 from ssmprune_cli.data.cifar import open_cifar10, open_cifar100
 from ssmprune_cli.data.clips import listed_clips, sampled
 from ssmprune_cli.data.coco import Annotation, Objects, open_coco
-from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target, unprepared
+from ssmprune_cli.data.datasets import ImageDataset, Joined, Split, Subset, Target, chosen, unprepared
 from ssmprune_cli.data.imagefolder import open_imagefolder
 from ssmprune_cli.data.imagenet import open_imagenet
 from ssmprune_cli.data.kinetics import open_kinetics

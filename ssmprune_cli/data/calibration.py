@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssmprune_cli.data.clips import some_clips
-from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset
+from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, chosen
 from ssmprune_cli.data.files import check_folder, counted, find_images
 from ssmprune_cli.data.npz import NpzImages
 from ssmprune_cli.errors import DataError
@@ -28,13 +27,6 @@ def calibration_images(path: Path, count: int, seed: int, *, clips: bool = False
     the chosen cannot be read, or they all have the same pixels, from which nothing can be learned.
     """
     return differing(some_clips(path, count, seed) if clips else some_images(path, count, seed), path)
-
-
-def chosen(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
-    """`count` of them by `seed`, in their order; all if there are no more."""
-    if count >= len(dataset):
-        return dataset
-    return Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
 
 
 def differing(dataset: ImageDataset, path: Path) -> ImageDataset:

@@ -3,14 +3,13 @@
 Which frames and squares, and how they are scaled, as OpenGVLab/VideoMamba f3427e4 does it (videomamba/video_sm,
 `Kinetics_sparse`): T moments divide a clip evenly; of S segments, segment s begins s + 1 parts of S + 1 of their
 distance later. A clip of fewer frames gives some of them more than once. The frames of a folder are in the order of the
-numbers in their names.
+numbers in their names. (On Something-Something the authors sample otherwise.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, Subset, unprepared
+from ssmprune_cli.data.datasets import ImageDataset, ImageFiles, chosen, unprepared
 from ssmprune_cli.data.files import IMAGE_SUFFIXES, by_number, check_folder, counted, entries, subfolders
 from ssmprune_cli.data.image_file import check_pixels, read_image
 from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_side, to_rgb
@@ -47,7 +46,7 @@ class Clips(ImageFiles):
         notes: Iterable[str] = (),
     ) -> None:
         super().__init__(root, files, labels, class_names, notes)
-        self._short: dict[int, tuple[int, int]] = {}  # by index: how many frames there are, and were asked for
+        self._short: dict[int, dict[int, int]] = {}  # by how many frames were asked for: of each index, how many it has
         self._lock = threading.Lock()
 
     def image(self, index: int) -> Image.Image:
@@ -60,7 +59,7 @@ class Clips(ImageFiles):
         frames, total = _read(self._files[index], lambda total: sampled(total, way.frames, way.segments))
         if total < way.frames:
             with self._lock:
-                self._short[index] = (total, way.frames)
+                self._short.setdefault(way.frames, {})[index] = total
         size = (frames[0].height, frames[0].width)
         try:
             return prepare_clip(frames, way), Frame(size, (way.crop, way.crop))
@@ -84,13 +83,13 @@ class Clips(ImageFiles):
     def notes(self) -> tuple[str, ...]:
         """As elsewhere, and of the clips that were read, which had too few frames."""
         with self._lock:
-            short = sorted(self._short.items())
-        if not short:
-            return self._notes
-        _, wanted = short[0][1]
-        names = listing(f"{self.name(index)} ({total})" for index, (total, _) in short)
-        some = "1 clip has" if len(short) == 1 else f"{len(short)} clips have"
-        return (*self._notes, f"{some} fewer than {wanted} frames, so frames were repeated: {names}.")
+            short = {wanted: sorted(clips.items()) for wanted, clips in sorted(self._short.items())}
+        notes = list(self._notes)
+        for wanted, clips in short.items():
+            names = listing(f"{self.name(index)} ({total})" for index, total in clips)
+            some = "1 clip has" if len(clips) == 1 else f"{len(clips)} clips have"
+            notes.append(f"{some} fewer than {wanted} frames, so frames were repeated: {names}.")
+        return tuple(notes)
 
 
 def sampled(total: int, frames: int, segments: int) -> list[int]:
@@ -220,10 +219,7 @@ def some_clips(path: Path, count: int, seed: int) -> ImageDataset:
         held = counted(left_out)
         raise DataError(f"has no clips{held and f', only {held}'}", where=str(path))
     root = path if found != [path] else path.parent
-    dataset: ImageDataset = Clips(root, found, labels=None)
-    if count < len(dataset):
-        dataset = Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
-    return dataset
+    return chosen(Clips(root, found, labels=None), count, seed)
 
 
 def listed_clips(files: Sequence[Path]) -> ImageDataset:

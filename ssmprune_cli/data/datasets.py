@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -140,13 +141,10 @@ class Subset(ImageDataset):
     def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
         self._dataset = dataset
         self._indices = indices
+        self.clips = dataset.clips
 
     def __len__(self) -> int:
         return len(self._indices)
-
-    @property
-    def clips(self) -> bool:  # type: ignore[override]
-        return self._dataset.clips
 
     def image(self, index: int) -> Image.Image:
         return self._dataset.image(self._indices[index])
@@ -183,6 +181,13 @@ class Subset(ImageDataset):
         return self._dataset.notes
 
 
+def chosen(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
+    """`count` of them by `seed`, in their order; all if there are no more."""
+    if count >= len(dataset):
+        return dataset
+    return Subset(dataset, sorted(random.Random(seed).sample(range(len(dataset)), count)))
+
+
 class Joined(ImageDataset):
     """The images of several datasets one after the other, without targets."""
 
@@ -196,14 +201,6 @@ class Joined(ImageDataset):
     def image(self, index: int) -> Image.Image:
         dataset, place = self._places[index]
         return dataset.image(place)
-
-    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
-        dataset, place = self._places[index]
-        return dataset.prepared(place, way)
-
-    def content(self, index: int) -> bytes:
-        dataset, place = self._places[index]
-        return dataset.content(place)
 
     def target(self, index: int) -> Target:
         return None

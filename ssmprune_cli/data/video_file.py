@@ -25,6 +25,7 @@ _FORMATS = {
     ".webm": "matroska",
 }
 VIDEO_SUFFIXES = frozenset(_FORMATS)
+_SLACK = 0.5  # seconds by which a whole file may end before the time that it states
 
 
 def read_video(path: Path, choose: Callable[[int], Sequence[int]]) -> tuple[list[Image.Image], int]:
@@ -43,14 +44,11 @@ def read_video(path: Path, choose: Callable[[int], Sequence[int]]) -> tuple[list
     with open_regular(path, DataError) as file:
         try:
             total = _count(av, file, path)
-            if not total:
-                raise ValueError("it has no frames")
             positions = choose(total)
-            file.seek(0)
-            found = _decoded(av, file, path, set(positions))
-            missing = sorted(set(positions).difference(found))
-            if missing:
-                raise ValueError(f"it ends before frame {missing[0] + 1} of {total}")
+            found, decoded = _decoded(av, file, path, set(positions))
+            if decoded != total:  # a cut has left parcels that show nothing: those before it, or without what they need
+                positions, total = choose(decoded), decoded
+                found, _ = _decoded(av, file, path, set(positions))
             return [found[position] for position in positions], total
         except Exception as error:  # of FFmpeg, one class for each kind of damage
             reason = "there is not enough memory" if isinstance(error, MemoryError) else shown(str(error))
@@ -58,28 +56,49 @@ def read_video(path: Path, choose: Callable[[int], Sequence[int]]) -> tuple[list
 
 
 def _open(av: Any, file: Any, path: Path) -> Any:
+    file.seek(0)
     return av.open(file, format=_FORMATS[path.suffix.lower()], metadata_errors="replace")
 
 
 def _count(av: Any, file: Any, path: Path) -> int:
-    """Frames of the video, by its parcels of data: what a header says of their number may be wrong or missing."""
+    """Frames of the video, by its parcels of data: what a header says of their number may be wrong or missing.
+
+    Raises ValueError for none, and for a file that ends before the time that it states.
+    """
     with _open(av, file, path) as container:
         if not container.streams.video:
             raise ValueError("it has sound and no pictures" if container.streams.audio else "it has no pictures")
-        return sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
+        total, end = 0, 0.0
+        for packet in container.demux():
+            if packet.is_corrupt:
+                raise ValueError("a part of it is missing or damaged")
+            if packet.size and packet.stream == container.streams.video[0]:
+                total += 1
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        stated = (container.duration or 0) / av.time_base
+    if not total:
+        raise ValueError("it has no frames")
+    if end < stated - _SLACK:
+        raise ValueError(f"it ends after {end:.1f} of {stated:.1f} seconds")
+    return total
 
 
-def _decoded(av: Any, file: Any, path: Path, positions: set[int]) -> dict[int, Image.Image]:
-    """The frames at `positions`, as far as there are any; what comes after the last of them is not decoded."""
+def _decoded(av: Any, file: Any, path: Path, positions: set[int]) -> tuple[dict[int, Image.Image], int]:
+    """The frames at `positions`, upright, and how many there are in all. ValueError for a damaged one."""
     found: dict[int, Image.Image] = {}
-    last = max(positions)
+    total = 0
     with _open(av, file, path) as container:
         stream = container.streams.video[0]
         check_pixels(stream.codec_context.width, stream.codec_context.height)
-        for position, frame in enumerate(container.decode(stream)):
-            if position in positions:
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise ValueError(f"frame {total + 1} is damaged")
+            if total in positions:
                 check_pixels(frame.width, frame.height)
-                found[position] = frame.to_image()
-            if position == last:
-                break
-    return found
+                image = frame.to_image()
+                found[total] = image.rotate(frame.rotation, expand=True) if frame.rotation else image
+            total += 1
+    if not total:
+        raise ValueError("none of its frames can be decoded")
+    return found, total

@@ -44,8 +44,11 @@ def _problem(name: str, family: Any, families: Registry[Family]) -> str | None:
     config: Any = family.config_class
     if not (isinstance(config, type) and issubclass(config, ImageConfig) and is_dataclass(config)):
         return "its config_class is no dataclass of ImageConfig's kind"
+    variants = family.variants
+    if not (isinstance(variants, dict) and all(isinstance(each, config) for each in variants.values())):
+        return "its variants are no dict of configurations, each of its config_class"
     taken = {variant for _, known in families.items() for variant in known.variants}
-    doubles = sorted(taken.intersection(family.variants))
+    doubles = sorted(taken.intersection(variants))
     return f"the variant {doubles[0]} is another family's" if doubles else None
 
 
@@ -54,7 +57,7 @@ def _guarded(family: Family, plugin: Plugin) -> Family:
 
     def matches(shapes: Shapes, hints: Hints) -> bool:
         try:
-            return bool(family.matches(shapes, hints))
+            return bool(family.matches(dict(shapes), hints))  # its own: the families after it are asked with these
         except Exception as error:
             plugin.warn(f"it cannot tell whether a file is its own ({type(error).__name__}: {error})")
             return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +36,18 @@ def folder_clip(folder: Path, frames: list[Pixels]) -> Path:
     return folder
 
 
-def video(path: Path, count: int, size: tuple[int, int] = (48, 64)) -> Path:
-    """A video whose frame number n is grey of level 20 n."""
+def video(path: Path, count: int, *, top: int | None = None, codec: dict[str, str] | None = None) -> Path:
+    """A video whose frame number n is grey of level 20 n, its upper half of level `top`. An .mp4 says first what it
+    holds."""
     av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+    with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
+        stream = container.add_stream("mpeg4", rate=10, options=codec or {})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         for number in range(count):
-            grey = np.full((*size, 3), 20 * number, np.uint8)
+            grey = np.full((48, 64, 3), 20 * number % 256, np.uint8)
+            if top is not None:
+                grey[:24] = top
             container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -101,6 +106,7 @@ def test_too_few_frames_are_repeated_and_it_is_said(tmp_path: Path) -> None:
     dataset = Clips(tmp_path, [folder_clip(tmp_path / "short", frames_of(2))], [0])
     (batch,) = batches(dataset, WAY, 1)
     assert torch.equal(batch.images[0, :, 0], batch.images[0, :, 1])
+    list(batches(dataset, replace(WAY, frames=2), 1))
     assert dataset.notes == ("1 clip has fewer than 3 frames, so frames were repeated: short (2).",)
 
 
@@ -122,6 +128,66 @@ def test_a_damaged_video_is_an_error_that_names_it(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}: (cannot be read as a video|is empty)"):
             list(batches(some_clips(tmp_path / name, 1, seed=0), WAY, 1))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pictures", "message"),
+    [
+        (".mp4", b"mdat", "a part of it is missing"),
+        (".avi", b"movi", "(a part of it is missing|it ends after)"),
+        (".mkv", b"\x1f\x43\xb6\x75", r"it ends after \d\.\d of 6\.0 seconds"),
+    ],
+)
+def test_a_video_that_was_cut_off_is_not_read_as_a_shorter_one(
+    suffix: str, pictures: bytes, message: str, tmp_path: Path
+) -> None:
+    content = video(tmp_path / f"whole{suffix}", 60).read_bytes()
+    start = content.index(pictures)
+    (tmp_path / f"cut{suffix}").write_bytes(content[: start + (len(content) - start) // 2])
+    with pytest.raises(DataError, match=rf"cut.*: cannot be read as a video: {message}"):
+        list(batches(some_clips(tmp_path / f"cut{suffix}", 1, seed=0), WAY, 1))
+
+
+def test_a_damaged_frame_is_an_error(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", 12)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"mdat") + 60
+    content[place : place + 40] = bytes(value ^ 0x5A for value in content[place : place + 40])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"frame 1 is damaged"):
+        list(batches(some_clips(path, 1, seed=0), WAY, 1))
+
+
+def test_frames_that_a_cut_left_out_of_view_are_not_counted(tmp_path: Path) -> None:
+    """Of a video that was cut without coding it again, not at a key frame: its first frames show nothing."""
+    av = pytest.importorskip("av")
+    whole, cut = video(tmp_path / "whole.mp4", 12, codec={"g": "6", "bf": "2"}), tmp_path / "cut.mkv"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None and packet.pts * packet.time_base >= 0.4:
+                packet.stream = stream
+                container.mux(packet)
+    with av.open(str(cut)) as container:
+        seen = [float(frame.to_ndarray(format="gray").mean()) for frame in container.decode(video=0)]
+        assert len(seen) < 8, "as it is cut, some show nothing"
+    dataset = some_clips(cut, 1, seed=0)
+    (batch,) = batches(dataset, WAY, 1)
+    levels = (batch.images[0].mean(dim=(0, 2, 3)) * 0.5 + 0.5) * 255
+    first = 12 - len(seen)
+    expected = torch.tensor([20.0 * (first + number) for number in sampled(len(seen), 3, 1)])
+    torch.testing.assert_close(levels, expected, rtol=0, atol=6.0)
+
+
+def test_a_video_of_a_turned_telephone_is_upright(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", 2, top=250)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the track, from its coordinates to those of the screen
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    upright = np.asarray(some_clips(path, 1, seed=0).image(0).convert("L")).astype(int)
+    assert upright.shape == (64, 48)
+    assert upright[:, 32:].min() > 200 and upright[:, :16].max() < 60, "what was at the top is on the right"
 
 
 def test_a_playlist_under_another_name_opens_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.checkpoint import load
@@ -28,6 +28,7 @@ from ssmprune_cli.pruning import compress
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import published_shapes, shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PARAMETERS = {"tiny": 6_493_660, "small": 11_273_688, "base": 33_717_136}
@@ -37,19 +38,7 @@ SMALL = EfficientVMambaConfig((32, 32), 16, (2, 1, 1, 1), num_classes=3, d_state
 
 def build(config: EfficientVMambaConfig = SMALL, dtype: torch.dtype = torch.float64) -> EfficientVMamba:
     torch.manual_seed(0)
-    model = EfficientVMamba(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"efficientvmamba_{size}.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return spread_weights(EfficientVMamba(config), dtype)
 
 
 def test_golden_values_of_the_authors_code(golden_file: Callable[[str], Path]) -> None:
@@ -143,7 +132,7 @@ def test_a_keep_ratio_of_one_is_the_dense_model_and_a_session_computes_both() ->
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_published_shapes_build_and_are_recognised(size: str) -> None:
-    shapes, variant = published_shapes(size), f"efficientvmamba_{size}"
+    shapes, variant = published_shapes(f"efficientvmamba_{size}"), f"efficientvmamba_{size}"
     with torch.device("meta"):
         model = EfficientVMamba(VARIANTS[variant])
     assert shapes_of(model) == shapes
@@ -163,7 +152,8 @@ def test_published_shapes_build_and_are_recognised(size: str) -> None:
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
-    shapes: Shapes = {key: shape for key, shape in {**published_shapes("tiny"), **change}.items() if shape is not None}
+    changed = published_shapes("efficientvmamba_tiny") | change
+    shapes: Shapes = {key: shape for key, shape in changed.items() if shape is not None}
     with pytest.raises(CheckpointError, match=message):
         EFFICIENTVMAMBA.configure(shapes, Hints(asked_size=224))
 
@@ -202,7 +192,7 @@ def test_images_of_another_size_are_refused() -> None:
 def test_inspect_of_a_file_with_old_names(tmp_path: Path) -> None:
     renamed = {"patch_embed.0": "patch_embed.proj", "patch_embed.2": "patch_embed.norm", ".op.": ".self_attention."}
     state = {}
-    for key, shape in published_shapes("tiny").items():
+    for key, shape in published_shapes("efficientvmamba_tiny").items():
         for new, old in renamed.items():
             key = key.replace(new, old)
         state[key] = torch.zeros(shape, dtype=torch.int64 if key.endswith("tracked") else torch.float16)

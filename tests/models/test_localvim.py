@@ -18,7 +18,7 @@ from torch.nn import functional
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.inference import prepare
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.interface import ScanAlignment
 from ssmprune_cli.models import FAMILIES, resize
 from ssmprune_cli.models.common.backbone import Hints, Shapes
 from ssmprune_cli.models.mamba.local_mixer import LocalMixer
@@ -29,6 +29,7 @@ from ssmprune_cli.pruning import ALIGNMENTS, REDUCTIONS, compress, restore
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import Recorder, published_shapes, shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = ("tiny", "tiny_middle_cls_token", "small")
@@ -37,39 +38,9 @@ SMALL = LocalVimConfig((16, 16), 4, 4, embed_dim=16, depth=2, num_classes=3, d_s
 MIDDLE = replace(SMALL, class_token="middle", rope=False)
 
 
-class Recorder(nn.Module):
-    """A pruner that drops nothing and keeps every sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sequences: list[TokenSequence] = []
-
-    def wants(self, block: int) -> Wanted:
-        return "y"
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        return None
-
-    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        self.sequences.append(sequence)
-        return sequence
-
-
 def build(config: LocalVimConfig = SMALL, dtype: torch.dtype = torch.float64) -> LocalVim:
     torch.manual_seed(0)
-    model = LocalVim(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"local_vim_{size}.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return spread_weights(LocalVim(config), dtype)
 
 
 # --- what it computes
@@ -259,7 +230,7 @@ def test_a_session_computes_what_the_model_does(reduction: str, alignment: str) 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes_build_and_are_recognised(size: str) -> None:
-    shapes, variant = published_shapes(size), f"local_vim_{size}"
+    shapes, variant = published_shapes(f"local_vim_{size}"), f"local_vim_{size}"
     with torch.device("meta"):
         assert shapes_of(LocalVim(VARIANTS[variant])) == shapes
     for hints in (Hints(), Hints("vim_tiny.pth"), Hints(model_name="videomamba")):
@@ -273,7 +244,7 @@ def test_published_shapes_build_and_are_recognised(size: str) -> None:
 
 def test_directions_that_nothing_says_are_asked_for() -> None:
     with pytest.raises(CheckpointError, match="which directions the scans have") as caught:
-        LOCALVIM.configure(published_shapes("small"), Hints())
+        LOCALVIM.configure(published_shapes("local_vim_small"), Hints())
     assert "`--variant local_vim_small` or `--variant local_vim_small_searched`" in (caught.value.hint or "")
     with torch.device("meta"):
         shapes = shapes_of(LocalVim(SMALL))
@@ -323,21 +294,22 @@ def test_impossible_configurations_are_errors(change: dict[str, Any], message: s
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
-    shapes: Shapes = {key: shape for key, shape in {**published_shapes("tiny"), **change}.items() if shape is not None}
+    changed = published_shapes("local_vim_tiny") | change
+    shapes: Shapes = {key: shape for key, shape in changed.items() if shape is not None}
     with pytest.raises(CheckpointError, match=message):
         LOCALVIM.configure(shapes, Hints())
 
 
 def test_no_stride_is_taken() -> None:
     with pytest.raises(UsageError, match="do not overlap"):
-        LOCALVIM.configure(published_shapes("tiny"), Hints(stride=8))
+        LOCALVIM.configure(published_shapes("local_vim_tiny"), Hints(stride=8))
 
 
 # --- files, resizing and multiply-adds
 
 
 def test_inspect_of_a_published_container(tmp_path: Path) -> None:
-    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("tiny").items()}
+    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("local_vim_tiny").items()}
     torch.save({"state_dict": state}, tmp_path / "local_vim_tiny.ckpt")
     found = inspect(tmp_path / "local_vim_tiny.ckpt")
     assert (found.family, found.variant, found.parameters) == ("localvim", "local_vim_tiny", 7_994_152)
@@ -371,6 +343,7 @@ def test_multiply_adds_against_a_formula() -> None:
     count = count_flops(model)
     assert count.per_block == (block, block)
     assert count.all_directions == 16 * d * 3 * 16 + 2 * block + d * 3
+    assert count.one_direction == count.all_directions - 2 * ((3 * 17 + 37) * branch + gate) * 3 // 4
 
 
 def test_local_vim_is_registered() -> None:

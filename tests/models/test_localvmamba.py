@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.checkpoint import load
@@ -26,9 +26,10 @@ from ssmprune_cli.models.localvmamba.mixer import LocalVMambaMixer
 from ssmprune_cli.models.localvmamba.model import LocalVMamba, LocalVMambaConfig
 from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import REDUCTIONS, compress, restore
-from ssmprune_cli.tokens import TokenSequence
+from ssmprune_cli.tokens import Dropped, TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import published_shapes, shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PARAMETERS = {"tiny": 25_527_160, "small": 49_748_536}  # their paper: 26 M and 50 M
@@ -39,19 +40,7 @@ SMALL = LocalVMambaConfig((16, 16), embed_dim=8, depths=(2, 1), num_classes=3, d
 
 def build(config: LocalVMambaConfig = SMALL, dtype: torch.dtype = torch.float64) -> LocalVMamba:
     torch.manual_seed(0)
-    model = LocalVMamba(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"local_vssm_{size}.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return spread_weights(LocalVMamba(config), dtype)
 
 
 # --- what it computes
@@ -103,15 +92,23 @@ def visited(direction: str, rows: int, columns: int) -> list[int | None]:
 
 
 def mixed_by_hand(
-    mixer: LocalVMambaMixer, x: Tensor, kept: list[int], grid: tuple[int, int], lost: Tensor | None
+    mixer: LocalVMambaMixer,
+    x: Tensor,
+    kept: list[int],
+    grid: tuple[int, int],
+    lost: Tensor | None,
+    more: list[int],
+    *,
+    scanned: bool,
 ) -> Tensor:
-    """One image: `x` (L, d) of the tokens at the positions `kept`, step by step. A token that is missing lets the state
-    decay for its step in `lost` (4, E); padding is a zero after the convolution, with the step of its bias alone."""
+    """One image, `x` (G, d), step by step: the outputs at `kept`. The convolution sees the tokens at `more` too, the
+    scans do if they are `scanned`, and the gate sees what comes out. A token that is missing lets the state decay for
+    its step in `lost` (4, E); padding is a zero after the convolution, with the step of its bias alone."""
     inner, rank = mixer.d_inner, mixer.dt_projs_weight.shape[2]
     state_size = mixer.A_logs.shape[1]
     u, z = (x @ mixer.in_proj.weight.T).chunk(2, dim=-1)
     image = torch.zeros(inner, grid[0] * grid[1], dtype=x.dtype)
-    image[:, kept] = u.T
+    image[:, kept + more] = u[kept + more].T
     convolved = functional.silu(mixer.conv2d(image.view(1, inner, *grid))).flatten(2)[0].T  # (G, E)
     rates, skips = -mixer.A_logs.exp().unflatten(0, (4, -1)), mixer.Ds.unflatten(0, (4, -1))
     total = torch.zeros(len(kept), inner, dtype=x.dtype)
@@ -120,7 +117,7 @@ def mixed_by_hand(
         state, started = torch.zeros(inner, state_size, dtype=x.dtype), False
         result = torch.zeros_like(total)
         for position in visited(direction, *grid):
-            if position is not None and position not in kept:
+            if position is not None and position not in kept and not (scanned and position in more):
                 if lost is not None and started:
                     state = torch.exp(rates[number] * lost[number][:, None]) * state
                 continue
@@ -129,26 +126,35 @@ def mixed_by_hand(
             ranks, b, c = (mixer.x_proj_weight[number] @ here).split([rank, state_size, state_size])
             delta = functional.softplus(mixer.dt_projs_weight[number] @ ranks + mixer.dt_projs_bias[number])
             state = torch.exp(rates[number] * delta[:, None]) * state + (delta * here)[:, None] * b
-            if position is not None:
+            if position in kept:
                 result[kept.index(position)] = state @ c + skips[number] * here
         mean = functional.layer_norm(result, (inner,), gate.norm.weight, gate.norm.bias).mean(0)
         total += result * gate.channel_select(functional.gelu(gate.global_reduce(mean))).sigmoid()
-    normed: Tensor = mixer.out_norm(total) * functional.silu(z)
+    normed: Tensor = mixer.out_norm(total) * functional.silu(z[kept])
     return normed @ mixer.out_proj.weight.T
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("alignment", ["none", "null"])
 @pytest.mark.parametrize("kept", [list(range(16)), [0, 3, 5, 6, 8, 12, 13], [8]])
-def test_a_mixer_step_by_step(number: int, alignment: str, kept: list[int]) -> None:
+@pytest.mark.parametrize("beside", ["nothing", "context", "frozen"])
+def test_a_mixer_step_by_step(number: int, alignment: str, kept: list[int], beside: str) -> None:
+    """Every second token that is gone stays beside the others, or none."""
     mixer, grid = build().mixers[number], (4, 4)
     assert isinstance(mixer, LocalVMambaMixer)
     x = torch.randn(1, 16, 8, dtype=torch.float64)
     sequence = TokenSequence.dense(x, grid=grid).keep(torch.tensor([kept]))
     lost = mixer.null_delta() if alignment == "null" else None
+    more = [] if beside == "nothing" else [position for position in range(16) if position not in kept][::2]
+    given = {}
+    if more:
+        dropped = Dropped(x[:, more], torch.tensor([more]))
+        sequence = replace(sequence, **{beside: dropped})  # type: ignore[arg-type]
+        given[beside] = dropped.stream
+    aligned = None if lost is None else ScanAlignment(lost)
     with torch.no_grad():
-        found, _ = mixer(sequence.hidden, sequence, grid, None if lost is None else ScanAlignment(lost), "nothing")
-        expected = mixed_by_hand(mixer, sequence.hidden[0], kept, grid, lost)
+        found, _ = mixer(sequence.hidden, sequence, grid, aligned, "nothing", **given)
+        expected = mixed_by_hand(mixer, x[0], kept, grid, lost, more, scanned=beside == "frozen")
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-11)
 
 
@@ -181,7 +187,7 @@ def test_a_session_computes_what_the_model_does(reduction: str) -> None:
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_published_shapes_build_and_are_recognised(size: str) -> None:
-    shapes, variant = published_shapes(size), f"local_vssm_{size}"
+    shapes, variant = published_shapes(f"local_vssm_{size}"), f"local_vssm_{size}"
     with torch.device("meta"):
         model = LocalVMamba(VARIANTS[variant])
     assert shapes_of(model) == shapes
@@ -205,7 +211,7 @@ def test_directions_that_nothing_says_are_asked_for() -> None:
 
 
 def test_the_model_of_the_search_is_refused() -> None:
-    shapes: Shapes = {**published_shapes("tiny"), "layers.0.blocks.0.op.multi_scan.weights": (8, 1, 1, 1)}
+    shapes: Shapes = {**published_shapes("local_vssm_tiny"), "layers.0.blocks.0.op.multi_scan.weights": (8, 1, 1, 1)}
     with pytest.raises(CheckpointError, match="the model that the authors search directions with"):
         LOCALVMAMBA.configure(shapes, Hints())
 
@@ -231,7 +237,7 @@ def test_cutting_takes_the_directions_of_the_blocks_that_go() -> None:
 
 
 def test_inspect_of_a_published_container(tmp_path: Path) -> None:
-    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("tiny").items()}
+    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("local_vssm_tiny").items()}
     torch.save({"state_dict": state}, tmp_path / "local_vssm_tiny.ckpt")
     found = inspect(tmp_path / "local_vssm_tiny.ckpt")
     assert (found.family, found.variant, found.parameters) == ("localvmamba", "local_vssm_tiny", PARAMETERS["tiny"])
@@ -245,7 +251,14 @@ def test_multiply_adds_against_a_formula() -> None:
         scanned = steps * (rank * e + 9 * e * n + e)
         return tokens * (d * 2 * e + 9 * e + projected + e * d) + scanned + 4 * 2 * e * (e // 8)
 
-    count = count_flops(build(dtype=torch.float32))
+    model = build(dtype=torch.float32)
+    count = count_flops(model)
     # Windows of 3 step over 36 places of a grid of 16; over 9 of a grid of 4.
     assert count.per_block == (block(16, 8, 3 * 16 + 36), block(16, 8, 3 * 16 + 36), block(4, 16, 3 * 4 + 9))
     assert count.all_directions == sum(count.per_block) + 16 * 8 * 48 + 4 * 32 * 16 + 16 * 3
+    # One direction: what feeds a scan, the scan and its gate, once each.
+    repeated = (16 * 4 * 16 * 9 + (3 * 16 + 36) * 608 + 256) * 2 + 4 * 4 * 32 * 9 + (3 * 4 + 9) * 1216 + 1024
+    assert count.one_direction == count.all_directions - repeated * 3 // 4
+    compress(model, 0.5, points=[1], reduction="drop", alignment="none")
+    # In front of the second block 8 of 16 tokens stay, and all 20 places of padding around its windows of 3.
+    assert count_flops(model).per_block == (count.per_block[0], block(8, 8, 3 * 8 + 28), block(4, 16, 3 * 4 + 9))

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.common.backbone import Hints, Shapes
 from ssmprune_cli.models.mamba.mambar import MAMBA_REG, MambaReg, MambaRegConfig, register_positions
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import Recorder, published_shapes, shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MINI = MambaRegConfig((64, 64), 8, 8, embed_dim=48, depth=4, num_classes=10, num_cls_tokens=6, cls_reduce=2)
@@ -31,39 +30,9 @@ SMALL = replace(MINI, image_size=(24, 24), embed_dim=16, depth=2, num_classes=3,
 SIZES = ("small", "base", "large")
 
 
-class Recorder(nn.Module):
-    """A pruner that drops nothing and keeps every sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sequences: list[TokenSequence] = []
-
-    def wants(self, block: int) -> Wanted:
-        return "y"
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        return None
-
-    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        self.sequences.append(sequence)
-        return sequence
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"mambar_{size}.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
-
-
 def build(config: MambaRegConfig = SMALL, dtype: torch.dtype = torch.float64) -> MambaReg:
     torch.manual_seed(0)
-    model = MambaReg(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
+    return spread_weights(MambaReg(config), dtype)
 
 
 # --- what it computes
@@ -134,7 +103,7 @@ def test_the_head_sees_all_registers_in_order(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes_build_and_are_recognised(size: str) -> None:
-    shapes, variant = published_shapes(size), f"mambar_{size}"
+    shapes, variant = published_shapes(f"mambar_{size}"), f"mambar_{size}"
     with torch.device("meta"):
         assert shapes_of(MambaReg(MAMBA_REG.variants[variant])) == shapes
     for hints in (Hints(), Hints("vim.pth"), Hints("x", f"{variant}_patch16_224")):
@@ -168,7 +137,7 @@ def test_other_image_sizes_are_asked_for(side: int) -> None:
 
 
 def test_a_variant_is_taken_as_published_but_for_its_classes() -> None:
-    shapes: Shapes = {**published_shapes("base"), "head.weight": (7, 2304)}
+    shapes: Shapes = {**published_shapes("mambar_base"), "head.weight": (7, 2304)}
     found = MAMBA_REG.configure(shapes, Hints(variant="mambar_base"))
     assert found == replace(MAMBA_REG.variants["mambar_base"], num_classes=7)
 
@@ -183,7 +152,7 @@ def test_a_variant_is_taken_as_published_but_for_its_classes() -> None:
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
-    shapes = {**published_shapes("small"), "cls_token": (1, 10, 384), "pos_embed_cls": (1, 10, 384), **change}
+    shapes = {**published_shapes("mambar_small"), "cls_token": (1, 10, 384), "pos_embed_cls": (1, 10, 384), **change}
     with pytest.raises(CheckpointError, match=message):
         MAMBA_REG.configure({key: shape for key, shape in shapes.items() if shape is not None}, Hints())
 
@@ -204,7 +173,8 @@ def test_preprocessing_is_the_published_one() -> None:
 
 def test_inspect_of_a_published_container(tmp_path: Path) -> None:
     state = {
-        f"module.{key}": torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("small").items()
+        f"module.{key}": torch.zeros(shape, dtype=torch.float16)
+        for key, shape in published_shapes("mambar_small").items()
     }
     args = argparse.Namespace(model="mambar_small_patch16_224", input_size=224, eval_crop_ratio=1.0)
     torch.save({"model": state, "optimizer": {}, "epoch": 19, "args": args}, tmp_path / "best_checkpoint.pth")

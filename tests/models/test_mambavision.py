@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ssmprune_cli.checkpoint import load
@@ -29,6 +29,7 @@ from ssmprune_cli.pruning import REDUCTIONS, compress
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = {"T": "tiny", "T2": "tiny2", "S": "small", "B": "base", "L": "large", "L2": "large2"}
@@ -39,10 +40,7 @@ SMALL = MambaVisionConfig((64, 64), 8, 8, (1, 1, 3, 2), (1, 1, 4, 8), num_classe
 
 def build(config: MambaVisionConfig = SMALL, dtype: torch.dtype = torch.float64) -> MambaVision:
     torch.manual_seed(0)
-    model = MambaVision(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
+    return spread_weights(MambaVision(config), dtype)
 
 
 def published(size: str) -> dict[str, Any]:
@@ -52,10 +50,6 @@ def published(size: str) -> dict[str, Any]:
 
 def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(shape) for key, shape in published(size)["keys"].items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 # --- what it computes

@@ -25,6 +25,7 @@ from ssmprune_cli.pruning import compress
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import published_shapes, shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = {"t": "tiny", "s": "small", "b": "base"}  # the letters of the fixtures
@@ -35,23 +36,12 @@ SMALL = MedMambaConfig((32, 32), 16, (2, 1), num_classes=3, d_state=4)
 
 def build(config: MedMambaConfig = SMALL, dtype: torch.dtype = torch.float64) -> MedMamba:
     torch.manual_seed(0)
-    model = MedMamba(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
+    model = spread_weights(MedMamba(config), dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.get_buffer("running_mean").normal_(0, 0.3)
             module.get_buffer("running_var").uniform_(0.5, 1.5)
     return model
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"medmamba_{size}.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def test_golden_values_of_the_authors_code(golden_file: Callable[[str], Path]) -> None:
@@ -107,7 +97,7 @@ def test_a_keep_ratio_of_one_is_the_dense_model_and_a_session_computes_both() ->
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_shapes_build_and_are_recognised(size: str) -> None:
-    shapes, variant = published_shapes(size), f"medmamba_{SIZES[size]}"
+    shapes, variant = published_shapes(f"medmamba_{size}"), f"medmamba_{SIZES[size]}"
     with torch.device("meta"):
         model = MedMamba(VARIANTS[variant])
     assert shapes_of(model) == shapes
@@ -127,7 +117,8 @@ def test_published_shapes_build_and_are_recognised(size: str) -> None:
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
-    shapes: Shapes = {key: shape for key, shape in {**published_shapes("t"), **change}.items() if shape is not None}
+    changed = published_shapes("medmamba_t") | change
+    shapes: Shapes = {key: shape for key, shape in changed.items() if shape is not None}
     with pytest.raises(CheckpointError, match=message):
         MEDMAMBA.configure(shapes, Hints(asked_size=224))
 
@@ -166,7 +157,7 @@ def test_images_of_another_size_are_refused() -> None:
 def test_inspect_of_a_file_of_bare_weights(tmp_path: Path) -> None:
     state = {
         key: torch.zeros(shape, dtype=torch.int64 if key.endswith("tracked") else torch.float16)
-        for key, shape in published_shapes("t").items()
+        for key, shape in published_shapes("medmamba_t").items()
     }
     torch.save({**state, "head.weight": torch.zeros(4, 768), "head.bias": torch.zeros(4)}, tmp_path / "MedMambaNet.pth")
     found = inspect(tmp_path / "MedMambaNet.pth")

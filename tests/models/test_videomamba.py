@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, UsageError
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES
 from ssmprune_cli.models.common.backbone import Hints, Shapes
 from ssmprune_cli.models.mamba.videomamba import VIDEOMAMBA, VideoMamba, VideoMambaConfig
 from ssmprune_cli.models.mamba.vim import VIM, Vim, VimConfig
 from ssmprune_cli.preprocessing import Preprocessing, Reading
-from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.finetune.new_model import build as build_new
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import Recorder, published_shapes, shapes_of, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MINI = VideoMambaConfig((64, 64), 8, 8, embed_dim=48, depth=4, num_classes=10)
@@ -37,39 +36,9 @@ FILES = {  # published names, or such as a user may give
 }
 
 
-class Recorder(nn.Module):
-    """A pruner that drops nothing and keeps every sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sequences: list[TokenSequence] = []
-
-    def wants(self, block: int) -> Wanted:
-        return "y"
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        return None
-
-    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        self.sequences.append(sequence)
-        return sequence
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"videomamba_{size}.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
-
-
 def build(config: VideoMambaConfig = SMALL) -> VideoMamba:
     torch.manual_seed(0)
-    model = VideoMamba(config).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
+    return spread_weights(VideoMamba(config), torch.float32)
 
 
 def families(shapes: Shapes, hints: Hints) -> list[str]:
@@ -127,7 +96,7 @@ def test_it_is_a_vim_with_the_class_token_first_and_nothing_halved(change: dict[
 
 @pytest.mark.parametrize("size", FILES)
 def test_published_shapes_build_and_are_recognised_by_the_published_names(size: str) -> None:
-    shapes = published_shapes(size)
+    shapes = published_shapes(f"videomamba_{size}")
     variant = f"videomamba_{size}"
     with torch.device("meta"):
         assert shapes_of(VideoMamba(VIDEOMAMBA.variants[variant])) == shapes
@@ -160,7 +129,7 @@ def test_options_are_found_from_shapes(change: dict[str, Any]) -> None:
 
 
 def test_a_variant_is_taken_as_published_but_for_its_classes() -> None:
-    shapes: Shapes = {**published_shapes("middle"), "head.weight": (7, 576)}
+    shapes: Shapes = {**published_shapes("videomamba_middle"), "head.weight": (7, 576)}
     found = VIDEOMAMBA.configure(shapes, Hints(variant="videomamba_middle", eval_crop_ratio=1.0))
     expected = replace(VIDEOMAMBA.variants["videomamba_middle"], num_classes=7, eval_crop_ratio=1.0)
     assert found == expected
@@ -200,7 +169,7 @@ BOTH, VIDEO, ONLY_VIM = ["vim", "videomamba"], ["videomamba"], ["vim"]
 )
 def test_names_decide_and_nothing_else(filename: str, model_name: str, expected: list[str]) -> None:
     for size in ("tiny", "middle"):  # no Vim of the middle's size is published, but its keys would be the same
-        assert families(published_shapes(size), Hints(filename, model_name)) == expected
+        assert families(published_shapes(f"videomamba_{size}"), Hints(filename, model_name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -214,7 +183,9 @@ def test_keys_that_videomamba_does_not_have_decide(change: dict[str, Any]) -> No
 
 
 def write(path: Path, size: str = "tiny", **container: Any) -> Path:
-    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes(size).items()}
+    state = {
+        key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes(f"videomamba_{size}").items()
+    }
     torch.save({"model": state, **container}, path)
     return path
 

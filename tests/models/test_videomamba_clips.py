@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import ssmprune_cli as ssmprune
 from ssmprune_cli.checkpoint import load
 from ssmprune_cli.errors import CheckpointError, DataError, UsageError
 from ssmprune_cli.inference import prepare
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import FAMILIES, cut_short, resize, sides
 from ssmprune_cli.models.common.backbone import Hints, Shapes
 from ssmprune_cli.models.mamba.videomamba_clips import (
@@ -29,9 +28,9 @@ from ssmprune_cli.models.mamba.videomamba_clips import (
 )
 from ssmprune_cli.preprocessing import ClipPreprocessing
 from ssmprune_cli.pruning import IMPORTANCES, REDUCTIONS, compress, restore
-from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure.flops import count_flops
+from tests.models.shared import Recorder, published_shapes, spread_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PARAMETERS = {"tiny": 7_033_744, "small": 25_568_656, "middle": 73_875_856}  # with 8 frames and 400 classes
@@ -41,37 +40,11 @@ WHOLE = [name for name in REDUCTIONS.names() if not REDUCTIONS.get(name).rectang
 
 def build(config: VideoMambaClipsConfig = SMALL, dtype: torch.dtype = torch.float32) -> VideoMambaClips:
     torch.manual_seed(0)
-    model = VideoMambaClips(config).to(dtype).eval()
-    for parameter in model.parameters():  # what starts at zero or one would hide mistakes
-        nn.init.normal_(parameter, parameter.mean().item(), 0.3)
-    return model
+    return spread_weights(VideoMambaClips(config), dtype)
 
 
 def clips(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    keys = json.loads((GOLDEN / "shapes" / f"clips_videomamba_{size}_f8.json").read_text(encoding="utf-8"))["keys"]
-    return {key: tuple(shape) for key, shape in keys.items()}
-
-
-class Recorder(nn.Module):
-    """A pruner that drops nothing and keeps every sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sequences: list[TokenSequence] = []
-
-    def wants(self, block: int) -> Wanted:
-        return "y"
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        return None
-
-    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        self.sequences.append(sequence)
-        return sequence
 
 
 @pytest.mark.parametrize(("folder", "tubelet"), [("videomamba_clip_mini", 1), ("videomamba_tubelet_mini", 2)])
@@ -178,7 +151,7 @@ def test_calibration_arrays_that_are_no_clips_are_refused(given: Tensor, message
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_published_shapes_build_and_are_recognised(size: str) -> None:
-    shapes, variant = published_shapes(size), f"videomamba_{size}_f8"
+    shapes, variant = published_shapes(f"clips_videomamba_{size}_f8"), f"videomamba_{size}_f8"
     with torch.device("meta"):
         model = VideoMambaClips(VARIANTS[variant])
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == shapes
@@ -192,7 +165,7 @@ def test_published_shapes_build_and_are_recognised(size: str) -> None:
 def test_classes_frames_and_images_of_other_published_files_are_found() -> None:
     """Something-Something at 288 pixels: 174 classes, 16 frames, 18 x 18 patches."""
     shapes: Shapes = {
-        **published_shapes("tiny"),
+        **published_shapes("clips_videomamba_tiny_f8"),
         "head.weight": (174, 192),
         "pos_embed": (1, 1 + 18 * 18, 192),
         "temporal_pos_embedding": (1, 16, 192),
@@ -211,7 +184,7 @@ def test_classes_frames_and_images_of_other_published_files_are_found() -> None:
 )
 def test_files_that_do_not_fit_are_refused(change: dict[str, Any], hints: Hints, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        VIDEOMAMBA_CLIPS.configure({**published_shapes("tiny"), **change}, hints)
+        VIDEOMAMBA_CLIPS.configure({**published_shapes("clips_videomamba_tiny_f8"), **change}, hints)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +202,10 @@ def test_impossible_configurations_are_errors(change: dict[str, Any], message: s
 
 
 def test_inspect_says_frames_tubelet_and_classes(tmp_path: Path) -> None:
-    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in published_shapes("tiny").items()}
+    state = {
+        key: torch.zeros(shape, dtype=torch.float16)
+        for key, shape in published_shapes("clips_videomamba_tiny_f8").items()
+    }
     torch.save({"module": state}, tmp_path / "videomamba_t16_k400_f8_res224.pth")
     found = inspect(tmp_path / "videomamba_t16_k400_f8_res224.pth")
     assert (found.family, found.variant, found.task) == (
@@ -257,6 +233,9 @@ def test_multiply_adds_against_a_formula() -> None:
     d, e, n, tokens = 16, 32, 4, 1 + 2 * 16
     branch = e * 4 + e * (1 + 2 * n) + e + 9 * e * n + e  # convolution, x_proj, dt_proj, scan with D
     block = tokens * (2 * d * e + e * d + 2 * branch)
-    count = count_flops(build())
+    model = build()
+    count = count_flops(model)
     assert count.per_block == (block,) * 3
     assert count.all_directions == 2 * 16 * d * 3 * 2 * 16 + 3 * block + d * 6
+    compress(model, 0.5, points=[1], reduction="drop", alignment="none")  # 16 of 32 patches stay, and the class token
+    assert count_flops(model).per_block == (block, block * 17 // 33, block * 17 // 33)

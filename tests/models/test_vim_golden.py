@@ -13,11 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
-from ssmprune_cli.tokens import TokenSequence
+from tests.models.shared import Recorder
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MINI = sorted(path.name for path in GOLDEN.glob("vim_mini_*"))
@@ -25,24 +24,6 @@ MINI = sorted(path.name for path in GOLDEN.glob("vim_mini_*"))
 # Measured: 1.2e-5 (vim_tiny_real, residual of its last block, values up to 40), below 7e-6 elsewhere. Dropping the
 # division by two moves logits by 0.7, a class token at the wrong place by 2.5.
 TOLERANCE = 1e-4
-
-
-class Recorder(nn.Module):
-    """A pruner that drops nothing and keeps every sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sequences: list[TokenSequence] = []
-
-    def wants(self, block: int) -> Wanted:
-        return "y"
-
-    def alignment(self, block: int) -> ScanAlignment | None:
-        return None
-
-    def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        self.sequences.append(sequence)
-        return sequence
 
 
 def noise(name: str, count: int) -> NDArray[np.float64]:

@@ -56,7 +56,7 @@ class LocalVMambaMixer(VMambaMixer):
     def __init__(self, dim: int, *, routes: Sequence[str], **sizes: Any) -> None:
         super().__init__(dim, **sizes)
         self.routes = tuple(routes)
-        self.projections = RouteProjections()  # type: ignore[assignment]
+        self.projections = RouteProjections()
         self.multi_scan = nn.ModuleDict({"attn": ChannelGate(self.d_inner)})
 
     def scan(self, u: Tensor, own: Tensor | None, flow: Inflow, columns: Visits, wanted: Wanted) -> ScanStatistics:

@@ -36,7 +36,7 @@ class LocalMixer(BranchMixer):
         self.gamma = None
         self.in_proj = nn.Linear(dim, 2 * d_inner, bias=False)
         layers = ("conv1d", "x_proj", "dt_proj")
-        self.per_direction = tuple(f"{layer}_{number}" for number in range(self.directions) for layer in layers)
+        self.per_direction = (*(f"{layer}_{number}" for number in range(self.directions) for layer in layers), "attn")
         for number in range(self.directions):
             self.register_parameter(f"A_log_{number}", nn.Parameter(s4d_real(d_inner, d_state)))
             self.register_parameter(f"D_{number}", nn.Parameter(torch.ones(d_inner)))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmprune_cli.errors import CheckpointError, DataError, UsageError
+from ssmprune_cli.errors import CheckpointError, DataError, UsageError, listing
 from ssmprune_cli.interface import Stage
 from ssmprune_cli.models.common import Family, Hints, ImageConfig, Shapes, no_stride, patch_grid
 from ssmprune_cli.models.mamba.backbone import embedding
@@ -141,7 +141,7 @@ def configure(shapes: Shapes, hints: Hints) -> VideoMambaClipsConfig:
     frames = tubelet * tubelets
     stated = hints.settings.get("num_frames", (frames,))
     if stated != (frames,):
-        raise CheckpointError(f"the file says num_frames {stated[0]}, and its weights are for {frames}")
+        raise CheckpointError(f"the file says num_frames {listing(stated)}, and its weights are for {frames}")
     flat: dict[str, Any] = {**shapes, "patch_embed.proj.weight": (dim, 3, patch, patch)}
     hints_here = replace(hints, stride=patch, variant=None)
     try:

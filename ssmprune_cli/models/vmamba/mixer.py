@@ -75,7 +75,7 @@ class VMambaMixer(nn.Module, Mixer):
         self.gated = gated
         self.in_proj = nn.Linear(dim, 2 * d_inner if gated else d_inner, bias=False)
         self.conv2d = nn.Conv2d(d_inner, d_inner, 3, padding=1, groups=d_inner, bias=conv_bias)
-        self.projections = DirectionProjections()
+        self.projections: nn.Module = DirectionProjections()
         bound = d_inner**-0.5  # nn.Linear's own initialisation, which the authors leave as it is
         self.x_proj_weight = nn.Parameter(
             torch.empty(DIRECTIONS, dt_rank + 2 * d_state, d_inner).uniform_(-bound, bound)
