@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -68,6 +69,23 @@ def test_it_is_what_the_modules_own_code_computes_on_the_kept_tokens(tokenwise: 
     assert kept.shape == (8, 6) and bool((kept.diff(dim=1) > 0).all())
     with torch.no_grad():
         assert close(model(X), dropped_by_hand(classifier(), X, kept, tokenwise))
+
+
+def test_a_norm_before_the_first_mixer_of_a_stage_sees_all_tokens() -> None:
+    model, other = classifier(), classifier()
+    ssmprune.compress(model, 0.5, points=[1], calibration=X, reduction="drop", tokenwise=["layers.*.norm"])
+    ssmprune.compress(other, 0.5, points=[1], calibration=X, reduction="drop")
+    stream_of(model).fill = stream_of(other).fill = "zero"
+    lengths: list[int] = []
+    own, norms = nn.LayerNorm.forward, [layer.get_submodule("norm") for layer in model.layers]
+
+    def watched(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        lengths.extend([x.shape[1]] if self in norms else [])
+        return own(self, x)
+
+    with torch.no_grad(), patch.object(nn.LayerNorm, "forward", watched):
+        assert close(model(X), other(X))  # mixers are given the same
+    assert lengths == [12, 6, 6]
 
 
 def test_the_fill_with_the_least_distance_is_taken_and_the_distances_are_those_of_the_answers() -> None:
@@ -166,6 +184,12 @@ def test_an_exception_in_a_pass_does_no_harm_to_the_next() -> None:
     handle.remove()
     assert torch.equal(model(X), expected)
     assert not stream_of(model)._passes
+    handle = model.get_submodule("layers.2.norm").register_forward_pre_hook(lambda module, inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(X)
+    handle.remove()
+    with pytest.warns(UserWarning, match="called with `offset`, so its own code runs"):  # all tokens are there again
+        mixer_of(model, 0)(torch.randn(1, 12, 16), 1.0)
 
 
 def test_two_threads_do_not_meet() -> None:
@@ -273,9 +297,22 @@ class Mean(nn.Module):
         return x + x.mean(dim=1, keepdim=True)
 
 
-def mixing() -> Classifier:
+class Ahead(nn.Module):
+    """Each token sees the next one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cat((x[:, 1:], torch.zeros_like(x[:, :1])), dim=1)
+
+
+def replaced() -> nn.Module:
+    module = nn.GELU()
+    vars(module)["forward"] = torch.relu
+    return module
+
+
+def mixing(mlp: nn.Module) -> Classifier:
     model = classifier()
-    model.layers[1].mlp = Mean()
+    model.layers[1].mlp = mlp
     return model
 
 
@@ -306,7 +343,14 @@ TOKENS = torch.randn(4, 12, 16)
             {"tokenwise": ["layers.1"]},
             r"tokenwise 'layers\.1': has a mixer inside",
         ),
-        (mixing, {"tokenwise": ["layers.*.mlp"]}, r"layers\.1\.mlp: gives the last token another output when it comes"),
+        (
+            lambda: mixing(Mean()),
+            {"tokenwise": ["layers.*.mlp"]},
+            r"layers\.1\.mlp: gives some of the tokens other outputs when",
+        ),
+        (lambda: mixing(Ahead()), {"tokenwise": ["layers.*.mlp"]}, r"layers\.1\.mlp: gives some of the tokens other"),
+        (classifier, {"tokenwise": ["*.out_proj"]}, r"tokenwise 'layers\.0\.mixer\.out_proj': lies inside a mixer"),
+        (lambda: mixing(replaced()), {"tokenwise": ["layers.*.mlp"]}, "`forward` has been replaced already"),
         (classifier, {"tokenwise": ["*.mlp", "*.mlp.0"]}, "lies inside another module that is named"),
     ],
 )
@@ -316,7 +360,8 @@ def test_what_does_not_fit_is_one_error_and_changes_nothing(
     built = model()
     with pytest.raises(UsageError, match=message):
         ssmprune.compress(built, 0.5, **{"calibration": X, "points": [1], **options})
-    assert not swapped_in(built) and all("forward" not in vars(module) for module in built.modules())
+    stand_ins = [vars(module)["forward"] for module in built.modules() if "forward" in vars(module)]
+    assert not swapped_in(built) and all(each is torch.relu for each in stand_ins)
 
 
 def test_an_error_leaves_an_earlier_compression_as_it_was() -> None:

@@ -27,6 +27,11 @@ class Unrecognised(Exception):
     """Why a module is not of one kind."""
 
 
+def layout_of(x: Tensor) -> Layout:
+    """Of what a token-wise module is given, whose channels come last."""
+    return "tokens" if x.ndim == 3 else "grid"
+
+
 def to_tokens(x: Tensor, layout: Layout) -> tuple[Tensor, Grid | None]:
     """`x` in its layout as tokens (B, L, d), and the grid that they lie on."""
     if layout == "tokens":
