@@ -6,6 +6,7 @@ import copy
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -42,12 +43,8 @@ def ours(model: nn.Module) -> int:
         return original(self, x, offset)
 
     original = Mixer.forward
-    Mixer.forward = watched  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            model(X)
-    finally:
-        Mixer.forward = original  # type: ignore[method-assign]
+    with torch.no_grad(), patch.object(Mixer, "forward", watched):
+        model(X)
     return sum(isinstance(each, Mixer) for each in model.modules()) - len(calls)
 
 
@@ -158,6 +155,13 @@ def test_once_more_is_the_same(model: Classifier, own: Tensor) -> None:
     assert ours(model) == 0
     with pytest.raises(UsageError, match="nothing of this Classifier is compressed or accelerated"):
         ssmprune.restore(model)
+
+
+def test_a_users_attribute_of_the_name_of_ours_is_the_users(model: Classifier, own: Tensor) -> None:
+    model.pruner = nn.Identity()
+    ssmprune.compress(model, 0.5, points=[1], calibration=X)
+    ssmprune.restore(model)
+    assert isinstance(model.pruner, nn.Identity) and torch.equal(model(X), own)
 
 
 def test_what_cannot_be_accelerated_is_named(model: Classifier) -> None:
