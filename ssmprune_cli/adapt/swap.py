@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ssmprune_cli.adapt.mixers import Form, dense
 from ssmprune_cli.errors import UsageError
@@ -83,10 +84,14 @@ class Swapped(StandIn):
         for child, wanted in self.types.items():
             if type(children.get(child)) is not wanted:
                 return f"its {child} has become a {type(children.get(child)).__name__}"
+            if self.__self__.training and isinstance(each := children[child], _DropoutNd) and each.p > 0:
+                return f"its {child} is at work in training"
         for child in self.form.bypassed:
             each = children[child]
             if each is not None and (each._forward_hooks or each._forward_pre_hooks):
                 return f"there is a hook on its {child}"
+            if each is not None and "forward" in vars(each):
+                return f"the `forward` of its {child} has been replaced"
         return None
 
     def _not_ours(self, x: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str | None:
