@@ -103,12 +103,17 @@ class Adapter(nn.Module, ABC):
 
     def observe(self, batch: Any) -> None:
         """Run on a batch, for a pruner that looks on."""
-        self(**batch.inputs) if isinstance(batch.inputs, dict) else self(batch.inputs)
+        batch.given_to(self)
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    def embedded(self, *inputs: Any, **options: Any) -> Tensor:
+        """What `embed` gives. UsageError if it is no (B, L, d)."""
         tokens = self.embed(*inputs, **options)
         if tokens.ndim != 3:
             raise UsageError(f"`embed` gives {tuple(tokens.shape)}, not tokens (B, L, d)", where=type(self).__name__)
+        return tokens
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        tokens = self.embedded(*inputs, **options)
         if self.pruner is None:
             self.length = tokens.shape[1]
         sequence = TokenSequence.dense(tokens, positions_of(self.protect, tokens.shape[1], "protect"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning import divergence, relative_error
+
+R = TypeVar("R")
 
 _AT_ONCE = 16  # samples of one tensor that go through the model together
 _WANTED = (
@@ -34,6 +36,9 @@ class Batch:
         """Of each tensor, without the samples."""
         values = [self.inputs] if isinstance(self.inputs, Tensor) else self.inputs.values()
         return [tuple(each.shape[1:]) for each in values if isinstance(each, Tensor)]
+
+    def given_to(self, call: Callable[..., R]) -> R:
+        return call(**self.inputs) if isinstance(self.inputs, dict) else call(self.inputs)
 
     def first(self) -> Batch:
         """Its first sample, copied: an inference tensor has no part in a gradient."""
@@ -100,11 +105,7 @@ Run = Callable[[Batch], Any]
 
 def caller(model: nn.Module) -> Run:
     """Calls `model` with a batch."""
-
-    def run(batch: Batch) -> Any:
-        return model(**batch.inputs) if isinstance(batch.inputs, dict) else model(batch.inputs)
-
-    return run
+    return lambda batch: batch.given_to(model)
 
 
 def answer_of(output: Any) -> Tensor:

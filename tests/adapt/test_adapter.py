@@ -190,3 +190,23 @@ def test_a_block_that_calls_its_mixer_twice_is_named() -> None:
     model.layers[1] = Both()
     with pytest.raises(UsageError, match=r"layers\.1\.mixer: is called twice in one block"):
         ssmprune.compress(adapted(model), 0.5, points=[1], calibration=X)
+
+
+class Backwards(nn.Module):
+    """Its mixer reads the sequence from its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = Mixer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mixer(x.flip(1)).flip(1)
+        return out
+
+
+def test_a_block_that_flips_its_tokens_is_named_and_nothing_changes() -> None:
+    model = classifier()
+    model.layers[1] = Backwards()
+    with pytest.raises(UsageError, match=r"layers\.1: its mixer has the tokens at other places than the block"):
+        ssmprune.compress(adapted(model), 0.5, points=[1], calibration=X)
+    assert all("forward" not in vars(module) for module in model.modules())
