@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ssmprune_cli as ssmprune
+from ssmprune_cli.adapt import Inside, put_back, stored
 from ssmprune_cli.adapt.stream import Stream
 from ssmprune_cli.adapt.swap import swapped_in
 from ssmprune_cli.errors import UsageError
@@ -163,6 +166,19 @@ def test_a_copy_drops_the_same_tokens(copied: Callable[[nn.Module], nn.Module]) 
     ssmprune.restore(model)
     assert torch.equal(other(X), expected) and not torch.equal(model(X), expected)
     assert other.double()(X.double()).dtype == torch.float64
+
+
+def test_what_is_stored_makes_another_module_drop_the_same_tokens() -> None:
+    model, other = classifier(), classifier()
+    ssmprune.compress(model, 0.5, points=[1], calibration=X, tokenwise=["layers.*.mlp"])
+    inside, tensors = stored(model)
+    put_back(other, Inside.from_dict(json.loads(json.dumps(inside.to_dict()))), tensors)
+    assert torch.equal(other(X), model(X))
+    order = tuple(name.replace("mlp", "ffn") for name in inside.order)
+    missing = replace(inside, order=order, tokenwise={name: "" for name in order if "ffn" in name})
+    with pytest.raises(UsageError, match=r"layers\.0\.ffn: there is no such module, and the compressed one had it"):
+        put_back(other, missing, tensors)
+    assert torch.equal(other(X), model(X))
 
 
 def test_calibration_leaves_modes_and_the_random_state_alone() -> None:
