@@ -34,8 +34,14 @@ class Batch:
 
     def sizes(self) -> list[tuple[int, ...]]:
         """Of each tensor, without the samples."""
-        values = [self.inputs] if isinstance(self.inputs, Tensor) else self.inputs.values()
-        return [tuple(each.shape[1:]) for each in values if isinstance(each, Tensor)]
+        return [tuple(each.shape[1:]) for each in self._tensors()]
+
+    @property
+    def has_nan(self) -> bool:
+        return any(bool(each.isnan().any()) for each in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return _tensors([self.inputs] if isinstance(self.inputs, Tensor) else self.inputs.values())
 
     def given_to(self, call: Callable[..., R]) -> R:
         return call(**self.inputs) if isinstance(self.inputs, dict) else call(self.inputs)
@@ -92,6 +98,8 @@ def as_calls(model: nn.Module, calibration: Any) -> list[Batch]:
         raise UsageError("there are no calibration inputs", hint=_WANTED)
     first = found[0].sizes()
     for each in found:
+        if each.has_nan:
+            raise UsageError("calibration inputs hold a NaN", hint="Leave those samples out.")
         if each.sizes() != first:
             raise UsageError(
                 f"calibration inputs have two sizes: {first} and {each.sizes()}",

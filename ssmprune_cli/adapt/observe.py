@@ -107,13 +107,15 @@ class _Watched(StandIn):
 
 @dataclass
 class _Pulses:
-    """Mixers that answer with zeros, and with a pulse of the size of their input at one token each if `on`.
+    """Mixers that answer with zeros, and with a pulse of the size of their input at one token each if `on`. The mixer
+    called `leaf` answers with noise of `noise` times its input, and `last` is that, to be differentiated by.
 
     `seen` has, of every mixer's input, (L, 4): what is left of each token on four random directions.
     """
 
     on: bool
     leaf: str | None = None
+    noise: float = 0.0
     seen: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     last: Tensor | None = None
@@ -126,11 +128,12 @@ class _Pulses:
         self.seen.append((tokens[0].detach() @ directions).double())
         self.places.append(pulse_place(len(self.places), tokens.shape[1]))
         out = torch.zeros_like(tokens)
+        size = tokens.detach().square().mean().sqrt() + 1e-3
         if self.on:
-            size = tokens.detach().square().mean().sqrt() + 1e-3
             out[0, self.places[-1]] = size * torch.randn(form.d_model, generator=generator).to(tokens)
         if swapped.name == self.leaf:
-            self.last = out = out.detach().requires_grad_()
+            noise = torch.randn(out.shape, generator=generator).to(out)
+            self.last = out = (out + self.noise * size * noise).detach().requires_grad_()
         return from_tokens(out, form.layout, grid)
 
     def refuse(self, name: str, reason: str) -> None:
@@ -215,8 +218,13 @@ def _check_places(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swap
 
 
 def _read(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swapped]) -> tuple[int, ...] | None:
-    """Positions of the last mixer's output on which the answer depends, if they are a few of the tokens."""
-    pulses = _Pulses(on=True, leaf=calls.mixers[-1].name)
+    """Positions of the last mixer's output on which the answer depends, if they are a few of the tokens, and the same
+    ones whatever the tokens say. They are not where the head takes the largest value of all."""
+    found = [_read_once(_Pulses(True, calls.mixers[-1].name, noise), run, sample, swapped) for noise in (0.0, 3.0)]
+    return found[0] if found[0] == found[1] else None
+
+
+def _read_once(pulses: _Pulses, run: Run, sample: Batch, swapped: Sequence[Swapped]) -> tuple[int, ...] | None:
     _place(swapped, pulses)
     with torch.enable_grad():
         answer = answer_of(run(sample))

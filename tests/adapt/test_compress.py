@@ -122,6 +122,22 @@ def test_what_the_head_reads_is_protected(read: int | None, protect: Any, expect
         assert all(bool((kept == place).any(dim=1).all()) for place in expected)
 
 
+class Largest(Classifier):
+    """Its head reads the largest value of each channel: of tokens that are others for every input."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(x.amax(dim=1))
+        return logits
+
+
+def test_a_maximum_over_all_tokens_protects_none() -> None:
+    inputs = torch.randn(2, 128, 8, generator=torch.Generator().manual_seed(0))
+    assert ssmprune.compress(Largest(), 0.5, points=[1], calibration=inputs).protected == ()
+
+
 def test_inputs_of_another_length_keep_the_same_share_and_the_same_end() -> None:
     model = classifier(read=-1)
     ssmprune.compress(model, 0.5, points=[1], calibration=X)
@@ -346,6 +362,7 @@ TOKENS = torch.randn(4, 12, 16)
         (strange, {}, r"layers\.1\.mixer \(Strange\): refused: on random input it computes something else"),
         (classifier, {"calibration": None}, "there are none(.|\n)*Give `calibration=`"),
         (classifier, {"calibration": [X, X[:, :9]]}, r"have two sizes: \[\(12, 8\)\] and \[\(9, 8\)\]"),
+        (classifier, {"calibration": X.where(X < 2, torch.nan)}, "calibration inputs hold a NaN"),
         (classifier, {"calibration": []}, "there are no calibration inputs"),
         (classifier, {"calibration": "photos/"}, "a value of type str holds no calibration inputs"),
         (classifier, {"calibration": X[:, :6]}, r"prune point 1: there are 6 tokens there, too few to drop any"),

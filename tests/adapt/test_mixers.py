@@ -140,7 +140,8 @@ def test_a_skip_for_each_channel_is_that_of_its_head_repeated() -> None:
 def test_decay_rates_may_be_in_float32_beside_weights_in_bfloat16() -> None:
     """As mamba_ssm and transformers keep them."""
     module = of_transformers("Mamba").eval().to(torch.bfloat16)
-    module.A_log, module.D = (nn.Parameter(each.float()) for each in (module.A_log, module.D))
+    for name in ("A_log", "D"):
+        setattr(module, name, nn.Parameter(module.get_parameter(name).float()))
     form = recognise(module).form
     assert form is not None
     x = torch.randn(2, 9, 16).to(torch.bfloat16)
