@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.dropout import _DropoutNd
 
 from ssmprune_cli.adapt.mixers import Form, dense
@@ -96,6 +97,8 @@ class Swapped(StandIn):
 
     def _not_ours(self, x: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str | None:
         """Why the call asks for more than the mixing of tokens; None if it does not."""
+        if forward_ad._current_level >= 0:  # our ops have gradients, and would pass tangents over without a word
+            return "called for a derivative in forward mode"
         dimensions = 3 if self.form.layout == "tokens" else 4
         axis = 1 if self.form.layout == "image" else -1
         if not isinstance(x, Tensor) or x.ndim != dimensions or x.shape[axis] != self.form.d_model:

@@ -106,6 +106,13 @@ def test_training_goes_the_same_way(model: Classifier) -> None:
         assert torch.allclose(one, two, atol=1e-5)
 
 
+def test_derivatives_in_forward_mode_are_those_of_its_own_code(model: Classifier) -> None:
+    ssmprune.accelerate(model.requires_grad_(False))
+    with pytest.warns(UserWarning, match="called for a derivative in forward mode, so its own code runs"):
+        _, found = torch.func.jvp(model, (X,), (X,))
+    assert close(found, torch.func.jvp(classifier(), (X,), (X,))[1])
+
+
 def test_hooks_are_called(model: Classifier, own: Tensor) -> None:
     ssmprune.accelerate(model)
     mixer, seen = mixer_of(model, 0), list[str]()
