@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ssmprune_cli import pruning
+from ssmprune_cli.adapt.adapter import Adapter
 from ssmprune_cli.adapt.mixers import Verdict, has_scan, recognise
 from ssmprune_cli.adapt.swap import Swapped, anew, check_unreplaced, remove, swapped_in
 from ssmprune_cli.errors import UsageError, listing
@@ -129,8 +130,8 @@ def restore(model: nn.Module) -> None:
     Raises UsageError for a module that is neither.
     """
     changed = remove(model)
-    if hasattr(model, "pruner"):
-        pruning.restore(model)  # type: ignore[arg-type]
+    if isinstance(model, Backbone | Adapter):
+        pruning.restore(model)
     elif not changed:
         raise UsageError(
             f"nothing of this {type(model).__name__} is compressed or accelerated",

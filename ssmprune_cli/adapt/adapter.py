@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,12 +103,17 @@ class Adapter(nn.Module, ABC):
 
     def observe(self, batch: Any) -> None:
         """Run on a batch, for a pruner that looks on."""
-        self(**batch.inputs) if isinstance(batch.inputs, dict) else self(batch.inputs)
+        batch.given_to(self)
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
+    def embedded(self, *inputs: Any, **options: Any) -> Tensor:
+        """What `embed` gives. UsageError if it is no (B, L, d)."""
         tokens = self.embed(*inputs, **options)
         if tokens.ndim != 3:
             raise UsageError(f"`embed` gives {tuple(tokens.shape)}, not tokens (B, L, d)", where=type(self).__name__)
+        return tokens
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        tokens = self.embedded(*inputs, **options)
         if self.pruner is None:
             self.length = tokens.shape[1]
         sequence = TokenSequence.dense(tokens, positions_of(self.protect, tokens.shape[1], "protect"))
@@ -115,8 +121,9 @@ class Adapter(nn.Module, ABC):
             pruner = self.pruner
             wanted: Wanted = "nothing" if pruner is None else pruner.wants(number)
             alignment = None if pruner is None or sequence.is_dense else pruner.alignment(number)
-            self._now.begin(_Call(sequence, alignment, wanted))
-            after = self.block(block, sequence.hidden)
+            call = _Call(sequence, alignment, wanted)
+            with self._now.during(call):
+                after = self.block(block, sequence.hidden)
             if after.shape != sequence.hidden.shape:
                 raise UsageError(
                     f"gives {tuple(after.shape)} of tokens {tuple(sequence.hidden.shape)}",
@@ -125,19 +132,18 @@ class Adapter(nn.Module, ABC):
                 )
             sequence = replace(sequence, hidden=after)
             if pruner is not None and wanted != "nothing":
-                sequence = pruner(number, sequence, self._statistics(number, block))
+                sequence = pruner(number, sequence, self._statistics(number, block, call))
         return self.head(sequence.hidden, sequence.positions)
 
-    def _statistics(self, number: int, block: nn.Module) -> ScanStatistics:
+    def _statistics(self, number: int, block: nn.Module, call: _Call) -> ScanStatistics:
         """Of the block that has run. Empty for one without a recognised mixer, of which `compress` asks for none."""
-        said = self._now.statistics()
-        if said is None and swapped_in(block):
+        if call.said is None and swapped_in(block):
             raise UsageError(
                 "its mixer was not called, or took its own path, so nothing tells the score",
                 where=self.names[number],
                 hint='Use `importance="hidden-norm"` and `alignment="none"`, which need none.',
             )
-        return ScanStatistics() if said is None else said
+        return ScanStatistics() if call.said is None else call.said
 
     def install(self) -> None:
         """Let the recognised mixers know which tokens they are given."""
@@ -165,15 +171,28 @@ class _Now:
     def __getstate__(self) -> dict[str, Any]:
         return {"_calls": {}}
 
-    def begin(self, call: _Call) -> None:
+    @contextmanager
+    def during(self, call: _Call) -> Iterator[None]:
         self._calls[threading.get_ident()] = call
-
-    def statistics(self) -> ScanStatistics | None:
-        """What the mixer of the block that ran last has said; None if none was called."""
-        return self._calls[threading.get_ident()].said
+        try:
+            yield
+        finally:
+            self._calls.pop(threading.get_ident(), None)
 
     def mix(self, swapped: Swapped, x: Tensor) -> Tensor:
-        call = self._calls[threading.get_ident()]
+        call = self._calls.get(threading.get_ident())
+        if call is None:
+            raise UsageError(
+                "is called outside of the Adapter's pass, where nothing says which tokens these are",
+                where=swapped.name,
+                hint="Call the Adapter itself, without activation checkpointing, or `restore` it.",
+            )
+        if call.said is not None:
+            raise UsageError(
+                "is called twice in one block, and the tokens of a block go through its mixer once",
+                where=swapped.name,
+                hint="Give each of its calls a module of its own, and list the parts as blocks.",
+            )
         if x.shape[:2] != call.sequence.positions.shape or swapped.form.layout != "tokens":
             raise UsageError(
                 f"is given {tuple(x.shape)}, and its block the tokens {tuple(call.sequence.hidden.shape)}",

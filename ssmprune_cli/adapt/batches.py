@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning import divergence, relative_error
+
+R = TypeVar("R")
 
 _AT_ONCE = 16  # samples of one tensor that go through the model together
 _WANTED = (
@@ -32,8 +34,17 @@ class Batch:
 
     def sizes(self) -> list[tuple[int, ...]]:
         """Of each tensor, without the samples."""
-        values = [self.inputs] if isinstance(self.inputs, Tensor) else self.inputs.values()
-        return [tuple(each.shape[1:]) for each in values if isinstance(each, Tensor)]
+        return [tuple(each.shape[1:]) for each in self._tensors()]
+
+    @property
+    def has_nan(self) -> bool:
+        return any(bool(each.isnan().any()) for each in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return _tensors([self.inputs] if isinstance(self.inputs, Tensor) else self.inputs.values())
+
+    def given_to(self, call: Callable[..., R]) -> R:
+        return call(**self.inputs) if isinstance(self.inputs, dict) else call(self.inputs)
 
     def first(self) -> Batch:
         """Its first sample, copied: an inference tensor has no part in a gradient."""
@@ -87,6 +98,8 @@ def as_calls(model: nn.Module, calibration: Any) -> list[Batch]:
         raise UsageError("there are no calibration inputs", hint=_WANTED)
     first = found[0].sizes()
     for each in found:
+        if each.has_nan:
+            raise UsageError("calibration inputs hold a NaN", hint="Leave those samples out.")
         if each.sizes() != first:
             raise UsageError(
                 f"calibration inputs have two sizes: {first} and {each.sizes()}",
@@ -100,11 +113,7 @@ Run = Callable[[Batch], Any]
 
 def caller(model: nn.Module) -> Run:
     """Calls `model` with a batch."""
-
-    def run(batch: Batch) -> Any:
-        return model(**batch.inputs) if isinstance(batch.inputs, dict) else model(batch.inputs)
-
-    return run
+    return lambda batch: batch.given_to(model)
 
 
 def answer_of(output: Any) -> Tensor:

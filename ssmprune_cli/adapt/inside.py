@@ -17,7 +17,7 @@ from ssmprune_cli.adapt.observe import Observed, observe
 from ssmprune_cli.adapt.request import Compressed, Request
 from ssmprune_cli.adapt.shorten import shorten
 from ssmprune_cli.adapt.stream import FILLS, Fill, Located, Stream, Tokenwise, positions_of, stage_of
-from ssmprune_cli.adapt.swap import anew
+from ssmprune_cli.adapt.swap import anew, check_unreplaced
 from ssmprune_cli.errors import UsageError, listing
 from ssmprune_cli.interface import Stage
 from ssmprune_cli.pruning import TokenPruner, calibrate
@@ -106,10 +106,13 @@ def tokenwise_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, st
             names = listing(sorted({name for name, _ in model.named_children()}), 8)
             raise UsageError("names no module of the model", where=f"tokenwise {pattern!r}", hint=f"It has: {names}.")
         named.update((name, pattern) for name in found if name not in named)
-    inside = [name for name in named if any(name.startswith(f"{other}.") for other in named)]
-    if inside:
-        raise UsageError("lies inside another module that is named", where=f"tokenwise {inside[0]!r}")
+    mixers = [name for name, module in model.named_modules() if has_scan(module)]
+    for what, owners in (("another module that is named", list(named)), ("a mixer", mixers)):
+        inside = [name for name in named if any(name.startswith(f"{owner}.") for owner in owners)]
+        if inside:
+            raise UsageError(f"lies inside {what}", where=f"tokenwise {inside[0]!r}")
     for name in named:
+        check_unreplaced(f"tokenwise {name!r}", model.get_submodule(name))
         if any(map(has_scan, model.get_submodule(name).modules())):
             raise UsageError("has a mixer inside, which sees more than one token", where=f"tokenwise {name!r}")
     return named

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.adapt.batches import Batch, Run, answer_of
-from ssmprune_cli.adapt.mixers import dense, from_tokens, to_tokens
+from ssmprune_cli.adapt.mixers import dense, from_tokens, layout_of, to_tokens
 from ssmprune_cli.adapt.request import LEAST
 from ssmprune_cli.adapt.swap import StandIn, Swapped
 from ssmprune_cli.errors import UsageError
@@ -78,31 +79,43 @@ class _Watched(StandIn):
         super().__init__(module, name)
         self.calls = calls
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.calls.note(self.name)
-        out = self.own(x)
-        last = (slice(None), *[slice(-1, None)] * (x.ndim - 2))
-        same = isinstance(out, Tensor) and out.shape[:-1] == x.shape[:-1]
-        # Products over other numbers of rows may add up in another order.
-        if not same or not torch.allclose(self.own(x[last]), out[last], rtol=1e-3, atol=1e-4 * float(out.abs().max())):
+        out = self.own(*arguments, **options)
+        if len(arguments) != 1 or options or not self._by_tokens(arguments[0], out):
             raise UsageError(
-                "gives the last token another output when it comes alone, so it is not token-wise",
+                "gives some of the tokens other outputs when they come without the rest, so it is not token-wise",
                 where=self.name,
                 hint="Name only modules that see one token at a time, such as MLPs and norms.",
             )
-        assert isinstance(out, Tensor)
         return out
+
+    def _by_tokens(self, x: Any, out: Any) -> bool:
+        """Whether every second token of `x` alone, as (B, K, d), has the output that it has in `out`."""
+        tensors = isinstance(x, Tensor) and isinstance(out, Tensor)
+        if not tensors or x.ndim not in (3, 4) or out.ndim != x.ndim or out.shape[:-1] != x.shape[:-1]:
+            return False
+        tokens, expected = (to_tokens(each, layout_of(x))[0][:, ::2] for each in (x, out))
+        try:
+            alone = self.own(tokens)
+        except Exception:
+            return False
+        # Products over other numbers of rows may add up in another order.
+        tolerance = max(1e-4, 2 * torch.finfo(out.dtype).eps) * float(out.abs().max())
+        return alone.shape == expected.shape and torch.allclose(alone, expected, rtol=0.0, atol=tolerance)
 
 
 @dataclass
 class _Pulses:
-    """Mixers that answer with zeros, and with a pulse of the size of their input at one token each if `on`.
+    """Mixers that answer with zeros, and with a pulse of the size of their input at one token each if `on`. The mixer
+    called `leaf` answers with noise of `noise` times its input, and `last` is that, to be differentiated by.
 
     `seen` has, of every mixer's input, (L, 4): what is left of each token on four random directions.
     """
 
     on: bool
     leaf: str | None = None
+    noise: float = 0.0
     seen: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     last: Tensor | None = None
@@ -115,11 +128,12 @@ class _Pulses:
         self.seen.append((tokens[0].detach() @ directions).double())
         self.places.append(pulse_place(len(self.places), tokens.shape[1]))
         out = torch.zeros_like(tokens)
+        size = tokens.detach().square().mean().sqrt() + 1e-3
         if self.on:
-            size = tokens.detach().square().mean().sqrt() + 1e-3
             out[0, self.places[-1]] = size * torch.randn(form.d_model, generator=generator).to(tokens)
         if swapped.name == self.leaf:
-            self.last = out = out.detach().requires_grad_()
+            noise = torch.randn(out.shape, generator=generator).to(out)
+            self.last = out = (out + self.noise * size * noise).detach().requires_grad_()
         return from_tokens(out, form.layout, grid)
 
     def refuse(self, name: str, reason: str) -> None:
@@ -204,8 +218,13 @@ def _check_places(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swap
 
 
 def _read(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swapped]) -> tuple[int, ...] | None:
-    """Positions of the last mixer's output on which the answer depends, if they are a few of the tokens."""
-    pulses = _Pulses(on=True, leaf=calls.mixers[-1].name)
+    """Positions of the last mixer's output on which the answer depends, if they are a few of the tokens, and the same
+    ones whatever the tokens say. They are not where the head takes the largest value of all."""
+    found = [_read_once(_Pulses(True, calls.mixers[-1].name, noise), run, sample, swapped) for noise in (0.0, 3.0)]
+    return found[0] if found[0] == found[1] else None
+
+
+def _read_once(pulses: _Pulses, run: Run, sample: Batch, swapped: Sequence[Swapped]) -> tuple[int, ...] | None:
     _place(swapped, pulses)
     with torch.enable_grad():
         answer = answer_of(run(sample))

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ssmprune_cli.adapt.accelerating import examine, put
 from ssmprune_cli.adapt.adapter import Adapter
 from ssmprune_cli.adapt.batches import Batch, answer_of, caller, distance
-from ssmprune_cli.adapt.mixers import has_scan
+from ssmprune_cli.adapt.mixers import dense, has_scan
 from ssmprune_cli.adapt.request import Compressed, Request
 from ssmprune_cli.adapt.stream import positions_of
+from ssmprune_cli.adapt.swap import Swapped
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning import IMPORTANCES, TokenPruner, calibrate
 
@@ -27,6 +29,7 @@ def shorten(adapter: Adapter, request: Request, batches: Sequence[Batch]) -> Com
     adapter.pruner = None
     mixers = examine(adapter.model) if any(map(has_scan, adapter.model.modules())) else []
     put(adapter.model, mixers)
+    check_places(adapter, batches[0])
     adapter.install()
     known = adapter.swapped
     blind = next((name for name, each in zip(adapter.names, known, strict=True) if each is None), None)
@@ -62,3 +65,41 @@ def shorten(adapter: Adapter, request: Request, batches: Sequence[Batch]) -> Com
         {"shorter": total / sum(map(len, batches))},
         found,
     )
+
+
+class _Inputs:
+    """The place of mixers whose inputs are noted down. See `swap.Place`."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def mix(self, swapped: Swapped, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return dense(swapped.__self__, swapped.form, x)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Nothing is dropped yet."""
+
+
+@torch.inference_mode()
+def check_places(adapter: Adapter, batch: Batch) -> None:
+    """UsageError for a block whose mixer does not see a token at the place that it has in the block, as in a flipped
+    sequence: the scores and the gaps of its scan would be those of other tokens."""
+    tokens = batch.first().given_to(adapter.embedded)
+    for name, block, mixer in zip(adapter.names, adapter.blocks, adapter.swapped, strict=True):
+        after = adapter.block(block, tokens)
+        if mixer is not None:
+            mixer.place = inputs = _Inputs()
+            other, place = tokens.clone(), tokens.shape[1] // 5
+            other[:, place] = tokens[:, place].roll(1, dims=-1) + 1
+            for each in (tokens, other):
+                adapter.block(block, each)
+            mixer.place = None
+            first, *rest = inputs.seen or [tokens]
+            if len(rest) == 1 and first.shape == tokens.shape and torch.equal(first[:, place], rest[0][:, place]):
+                raise UsageError(
+                    "its mixer has the tokens at other places than the block",
+                    where=name,
+                    hint="`ssmprune_cli.accelerate` makes a mixer over a flipped or permuted sequence faster as it is.",
+                )
+        tokens = after

@@ -104,9 +104,13 @@ def put_back(model: nn.Module, inside: Inside, tensors: Mapping[str, Tensor]) ->
     with anew(model):
         mixers = examine(model)
         kinds = {each.name: each.verdict.form.kind for each in mixers if each.verdict.form is not None}
+        known = {"mixer": {each.name for each in mixers}, "module": {name for name, _ in model.named_modules()}}
+        missing = [
+            name for name in inside.order if name not in known["module" if name in inside.tokenwise else "mixer"]
+        ]
+        if missing:
+            raise UsageError("there is no such module, and the compressed one had it", where=missing[0])
         for name, kind in inside.mixers:
-            if name not in {each.name for each in mixers}:
-                raise UsageError(f"there is no mixer {name} in this module, and the compressed one had it", where=name)
             if kinds.get(name, kind) != kind:
                 raise UsageError(f"is a mixer of {kinds[name]}, and was one of {kind}", where=name)
         if any(each.verdict.form is None for each in mixers):

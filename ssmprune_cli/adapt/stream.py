@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from ssmprune_cli.adapt.mixers import Form, from_tokens, to_tokens
+from ssmprune_cli.adapt.mixers import Form, from_tokens, layout_of, to_tokens
 from ssmprune_cli.adapt.swap import StandIn, Swapped
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.grids import Grid
@@ -92,7 +92,10 @@ class Stream:
 
     def refuse(self, name: str, reason: str) -> None:
         """An own path sees all tokens, so nothing may be missing: it is let through where nothing is dropped yet."""
-        here = self._passes.get(threading.get_ident())
+        thread = threading.get_ident()
+        if self._order[name] == 0:  # a pass that came to no end is over
+            self._passes.pop(thread, None)
+        here = self._passes.get(thread)
         if here is not None and here.kept is not None:
             raise UsageError(f"{reason}, while tokens are dropped", where=name, hint="`restore` the model first.")
 
@@ -100,7 +103,8 @@ class Stream:
         module, form, name = swapped.__self__, swapped.form, swapped.name
         block = self._blocks[name]
         tokens, grid = to_tokens(x, form.layout)
-        here = self._enter(name, tokens, begins=block in self._starts)
+        here = self._enter(name)
+        self._measure(here, name, tokens, begins=block in self._starts)
         sequence = self._sequence(here, tokens, grid, name)
         pruner = self.pruner
         wanted = "nothing" if pruner is None else pruner.wants(block)
@@ -117,18 +121,21 @@ class Stream:
 
     def tokenwise(self, stand_in: Tokenwise, x: Tensor) -> Any:
         """What a token-wise module makes of `x` (B, L, d) or (B, H, W, d), from the tokens that are left."""
-        layout: Literal["tokens", "grid"] = "tokens" if x.ndim == 3 else "grid"
+        layout = layout_of(x)
         tokens, grid = to_tokens(x, layout)
-        here = self._enter(stand_in.name, tokens, begins=False)
-        live = tokens if here.kept is None else gather_tokens(tokens, here.kept.positions)
-        found = self._filled(here, stand_in.pattern, stand_in.own(live), tokens.shape[1])
+        here = self._enter(stand_in.name)
+        if here.shape != tokens.shape[:2]:  # before the first mixer of a stage
+            found = stand_in.own(tokens)
+        else:
+            live = tokens if here.kept is None else gather_tokens(tokens, here.kept.positions)
+            found = self._filled(here, stand_in.pattern, stand_in.own(live), tokens.shape[1])
         self._leave(here, stand_in.name)
         return from_tokens(found, layout, grid)
 
-    def _enter(self, name: str, tokens: Tensor, *, begins: bool) -> _Pass:
+    def _enter(self, name: str) -> _Pass:
         """The pass that goes on with the module `name`. Its first module begins a new one, whatever became of the last.
 
-        Raises UsageError for a call out of turn, and for a length that changed since the stage began.
+        Raises UsageError for a call out of turn.
         """
         number, thread = self._order[name], threading.get_ident()
         if number == 0:
@@ -143,18 +150,21 @@ class Stream:
                 hint="Tokens are dropped along whole passes, each module once and in the order that calibration saw. "
                 "Activation checkpointing, skipped layers and calls of single layers do not fit: `restore` the model.",
             )
+        return here
+
+    def _measure(self, here: _Pass, name: str, tokens: Tensor, *, begins: bool) -> None:
+        """UsageError for a length that changed since the stage began, which it does with the mixer that `begins`."""
         shape = (tokens.shape[0], tokens.shape[1])
         if begins:
             here.shape, here.kept, here.last = shape, None, {}
         elif here.shape != shape:
-            self._passes.pop(thread, None)
+            self._passes.pop(threading.get_ident(), None)
             raise UsageError(
                 f"is given {shape[0]} x {shape[1]} tokens (samples x length), and the mixers before it had "
                 f"{here.shape[0]} x {here.shape[1]}",
                 where=name,
                 hint="The model changes its length inside, and did not in calibration: calibrate on such inputs.",
             )
-        return here
 
     def _leave(self, here: _Pass, name: str) -> None:
         here.next = self._order[name] + 1

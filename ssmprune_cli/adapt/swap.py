@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.dropout import _DropoutNd
 
 from ssmprune_cli.adapt.mixers import Form, dense
 from ssmprune_cli.errors import UsageError
@@ -83,14 +85,20 @@ class Swapped(StandIn):
         for child, wanted in self.types.items():
             if type(children.get(child)) is not wanted:
                 return f"its {child} has become a {type(children.get(child)).__name__}"
+            if self.__self__.training and isinstance(each := children[child], _DropoutNd) and each.p > 0:
+                return f"its {child} is at work in training"
         for child in self.form.bypassed:
             each = children[child]
             if each is not None and (each._forward_hooks or each._forward_pre_hooks):
                 return f"there is a hook on its {child}"
+            if each is not None and "forward" in vars(each):
+                return f"the `forward` of its {child} has been replaced"
         return None
 
     def _not_ours(self, x: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str | None:
         """Why the call asks for more than the mixing of tokens; None if it does not."""
+        if forward_ad._current_level >= 0:  # our ops have gradients, and would pass tangents over without a word
+            return "called for a derivative in forward mode"
         dimensions = 3 if self.form.layout == "tokens" else 4
         axis = 1 if self.form.layout == "image" else -1
         if not isinstance(x, Tensor) or x.ndim != dimensions or x.shape[axis] != self.form.d_model:

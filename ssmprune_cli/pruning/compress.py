@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.pruning.alignment import ALIGNMENTS
-from ssmprune_cli.pruning.calibration import Calibration, Prunable, calibrate
+from ssmprune_cli.pruning.calibration import Calibration, Observable, Prunable, calibrate
 from ssmprune_cli.pruning.divergence import divergence
 from ssmprune_cli.pruning.images import Images, as_batches
 from ssmprune_cli.pruning.mass import Distance, fit_mass
@@ -146,7 +146,7 @@ def _first(batches: Iterable[Tensor], count: int) -> Iterator[Tensor]:
             return
 
 
-def restore(model: Prunable) -> None:
+def restore(model: Observable) -> None:
     """Make `model` dense again. Raises UsageError for a module that is none of our backbones."""
     _check_backbone(model)
     model.pruner = None

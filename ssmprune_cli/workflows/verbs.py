@@ -153,15 +153,15 @@ def compress(
     Returns what calibration saw. Raises UsageError for settings, inputs and modules that do not fit, and for a model
     that is to be put into eight bits and is already.
     """
-    ours = hasattr(model, "pruner") and not isinstance(model, adapt.Adapter)
+    ours = isinstance(model, Backbone)
     refused = {"protect", "tokenwise"} if ours else {"dense", "repair", "returning", "weights"}
     for name in sorted(refused & set(options)):
         raise UsageError(
             f"`{name}` is for {'modules of your own' if ours else 'backbones of ours'}, and the model is a "
             f"{type(model).__name__}"
         )
-    if ours:
-        return _compress_backbone(model, keep, **options)  # type: ignore[arg-type]
+    if isinstance(model, Backbone):
+        return _compress_backbone(model, keep, **options)
     options.setdefault("calibration", None)
     return adapt.compress(model, keep, **options)
 
@@ -201,8 +201,6 @@ def _compress(
         return drops(repair=repair)
     if weights != "int8":
         raise UsageError(f"weights are 'float' or 'int8', not {weights!r}")
-    if not isinstance(model, Backbone):
-        raise UsageError(f"a {type(model).__name__} has no blocks that are known: `compress` takes a backbone")
     refuse_eight_bits(model)
     seen = None if keep is None and tokens is None else drops(repair="none")
     in_float, batches, few = prepare(model), None, None

@@ -6,6 +6,7 @@ import copy
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -42,12 +43,8 @@ def ours(model: nn.Module) -> int:
         return original(self, x, offset)
 
     original = Mixer.forward
-    Mixer.forward = watched  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            model(X)
-    finally:
-        Mixer.forward = original  # type: ignore[method-assign]
+    with torch.no_grad(), patch.object(Mixer, "forward", watched):
+        model(X)
     return sum(isinstance(each, Mixer) for each in model.modules()) - len(calls)
 
 
@@ -109,6 +106,13 @@ def test_training_goes_the_same_way(model: Classifier) -> None:
         assert torch.allclose(one, two, atol=1e-5)
 
 
+def test_derivatives_in_forward_mode_are_those_of_its_own_code(model: Classifier) -> None:
+    ssmprune.accelerate(model.requires_grad_(False))
+    with pytest.warns(UserWarning, match="called for a derivative in forward mode, so its own code runs"):
+        found = torch.func.jvp(model, (X,), (X,))[1]
+    assert close(found, torch.func.jvp(classifier(), (X,), (X,))[1])
+
+
 def test_hooks_are_called(model: Classifier, own: Tensor) -> None:
     ssmprune.accelerate(model)
     mixer, seen = mixer_of(model, 0), list[str]()
@@ -135,6 +139,52 @@ def test_a_layer_that_became_another_is_not_passed_over(model: Classifier) -> No
     assert close(found, other(X))
 
 
+class Dropping(Mixer):
+    """As VMamba's SS2D has it behind its output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, offset: float | None = None) -> Tensor:
+        out: Tensor = self.dropout(super().forward(x, offset))
+        return out
+
+
+def test_dropout_inside_a_mixer_is_at_work_in_training() -> None:
+    model = classifier()
+    model.layers[1].mixer = Dropping().eval()
+    other = copy.deepcopy(model)
+    ssmprune.accelerate(model)
+    assert ours(model) == 3 and close(model(X), other(X))
+    with pytest.warns(UserWarning, match=r"layers\.1\.mixer: its dropout is at work in training, so its own code runs"):
+        found = seeded(model.train())
+    assert close(found, seeded(other.train()))
+
+
+def seeded(model: nn.Module) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        logits: Tensor = model(X)
+    return logits
+
+
+def test_a_layer_whose_forward_was_replaced_is_not_passed_over(model: Classifier) -> None:
+    other = classifier()
+    ssmprune.accelerate(model)
+    for each in (model, other):
+        conv = mixer_of(each, 1).conv1d
+        vars(conv)["forward"] = lambda x, conv=conv: 2 * nn.Conv1d.forward(conv, x)
+    with pytest.warns(UserWarning, match=r"layers\.1\.mixer: the `forward` of its conv1d has been replaced, so"):
+        found = model(X)
+    assert close(found, other(X))
+
+
+def test_autocast_has_no_part_in_the_proof(model: Classifier) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(ssmprune.accelerate(model).accelerated) == 3
+
+
 def test_a_call_with_more_than_tokens_takes_the_own_path_and_says_so_once(model: Classifier) -> None:
     ssmprune.accelerate(model)
     mixer, x = mixer_of(model, 0), torch.randn(1, 5, 16)
@@ -158,6 +208,13 @@ def test_once_more_is_the_same(model: Classifier, own: Tensor) -> None:
     assert ours(model) == 0
     with pytest.raises(UsageError, match="nothing of this Classifier is compressed or accelerated"):
         ssmprune.restore(model)
+
+
+def test_a_users_attribute_of_the_name_of_ours_is_the_users(model: Classifier, own: Tensor) -> None:
+    mine = model.pruner = nn.Identity()
+    ssmprune.compress(model, 0.5, points=[1], calibration=X)
+    ssmprune.restore(model)
+    assert model.pruner is mine and torch.equal(model(X), own)
 
 
 def test_what_cannot_be_accelerated_is_named(model: Classifier) -> None:

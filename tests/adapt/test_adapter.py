@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ssmprune_cli as ssmprune
 from ssmprune_cli.errors import UsageError
@@ -139,3 +140,73 @@ def test_blocks_that_do_not_fit_are_named() -> None:
     model.layers[1] = Longer()
     with pytest.raises(UsageError, match=r"layers\.1: gives \(8, 24, 16\) of tokens \(8, 12, 16\)"):
         adapted(model)(X)
+
+
+class Both(nn.Module):
+    """One mixer, ahead and backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = Mixer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mixer(x) + self.mixer(x.flip(1)).flip(1)
+        return out
+
+
+def test_a_mixer_outside_of_the_pass_is_not_given_the_tokens_of_another_call() -> None:
+    model = adapted()
+    ssmprune.compress(model, 0.5, points=[1], calibration=X)
+    model(X)
+    with pytest.raises(UsageError, match=r"layers\.0\.mixer: is called outside of the Adapter's pass"):
+        model.model(X[:, :6])  # as many as are left in the last block
+    ssmprune.restore(model)
+    assert torch.equal(model.model(X[:, :6]), classifier()(X[:, :6]))
+
+
+def test_a_block_that_is_run_again_in_the_backward_pass_is_named() -> None:
+    """By activation checkpointing: the tokens that it was given are no longer known."""
+    model = classifier()
+    model.layers[1] = Checkpointed(model.layers[1])
+    wrapped = adapted(model)
+    ssmprune.compress(wrapped, 0.5, points=[1], calibration=X)
+    loss = wrapped(X).square().sum()
+    with pytest.raises(UsageError, match=r"layers\.1\.block\.mixer: is called outside of the Adapter's pass"):
+        loss.backward()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.block, x, use_reentrant=False)
+        return out
+
+
+def test_a_block_that_calls_its_mixer_twice_is_named() -> None:
+    model = classifier()
+    model.layers[1] = Both()
+    with pytest.raises(UsageError, match=r"layers\.1\.mixer: is called twice in one block"):
+        ssmprune.compress(adapted(model), 0.5, points=[1], calibration=X)
+
+
+class Backwards(nn.Module):
+    """Its mixer reads the sequence from its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = Mixer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mixer(x.flip(1)).flip(1)
+        return out
+
+
+def test_a_block_that_flips_its_tokens_is_named_and_nothing_changes() -> None:
+    model = classifier()
+    model.layers[1] = Backwards()
+    with pytest.raises(UsageError, match=r"layers\.1: its mixer has the tokens at other places than the block"):
+        ssmprune.compress(adapted(model), 0.5, points=[1], calibration=X)
+    assert all("forward" not in vars(module) for module in model.modules())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ssmprune_cli as ssmprune
+from ssmprune_cli.adapt import Inside, put_back, stored
 from ssmprune_cli.adapt.stream import Stream
 from ssmprune_cli.adapt.swap import swapped_in
 from ssmprune_cli.errors import UsageError
@@ -70,6 +74,23 @@ def test_it_is_what_the_modules_own_code_computes_on_the_kept_tokens(tokenwise: 
         assert close(model(X), dropped_by_hand(classifier(), X, kept, tokenwise))
 
 
+def test_a_norm_before_the_first_mixer_of_a_stage_sees_all_tokens() -> None:
+    model, other = classifier(), classifier()
+    ssmprune.compress(model, 0.5, points=[1], calibration=X, reduction="drop", tokenwise=["layers.*.norm"])
+    ssmprune.compress(other, 0.5, points=[1], calibration=X, reduction="drop")
+    stream_of(model).fill = stream_of(other).fill = "zero"
+    lengths: list[int] = []
+    own, norms = nn.LayerNorm.forward, [layer.get_submodule("norm") for layer in model.layers]
+
+    def watched(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        lengths.extend([x.shape[1]] if self in norms else [])
+        return own(self, x)
+
+    with torch.no_grad(), patch.object(nn.LayerNorm, "forward", watched):
+        assert close(model(X), other(X))  # mixers are given the same
+    assert lengths == [12, 6, 6]
+
+
 def test_the_fill_with_the_least_distance_is_taken_and_the_distances_are_those_of_the_answers() -> None:
     from ssmprune_cli.pruning import divergence
 
@@ -99,6 +120,22 @@ def test_what_the_head_reads_is_protected(read: int | None, protect: Any, expect
     assert done.protected == expected
     for kept in kept_after(model, X):
         assert all(bool((kept == place).any(dim=1).all()) for place in expected)
+
+
+class Largest(Classifier):
+    """Its head reads the largest value of each channel: of tokens that are others for every input."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(x.amax(dim=1))
+        return logits
+
+
+def test_a_maximum_over_all_tokens_protects_none() -> None:
+    inputs = torch.randn(2, 128, 8, generator=torch.Generator().manual_seed(0))
+    assert ssmprune.compress(Largest(), 0.5, points=[1], calibration=inputs).protected == ()
 
 
 def test_inputs_of_another_length_keep_the_same_share_and_the_same_end() -> None:
@@ -147,6 +184,19 @@ def test_a_copy_drops_the_same_tokens(copied: Callable[[nn.Module], nn.Module]) 
     assert other.double()(X.double()).dtype == torch.float64
 
 
+def test_what_is_stored_makes_another_module_drop_the_same_tokens() -> None:
+    model, other = classifier(), classifier()
+    ssmprune.compress(model, 0.5, points=[1], calibration=X, tokenwise=["layers.*.mlp"])
+    inside, tensors = stored(model)
+    put_back(other, Inside.from_dict(json.loads(json.dumps(inside.to_dict()))), tensors)
+    assert torch.equal(other(X), model(X))
+    order = tuple(name.replace("mlp", "ffn") for name in inside.order)
+    missing = replace(inside, order=order, tokenwise={name: "" for name in order if "ffn" in name})
+    with pytest.raises(UsageError, match=r"layers\.0\.ffn: there is no such module, and the compressed one had it"):
+        put_back(other, missing, tensors)
+    assert torch.equal(other(X), model(X))
+
+
 def test_calibration_leaves_modes_and_the_random_state_alone() -> None:
     model = classifier().train()
     model.layers[1].eval()
@@ -166,6 +216,12 @@ def test_an_exception_in_a_pass_does_no_harm_to_the_next() -> None:
     handle.remove()
     assert torch.equal(model(X), expected)
     assert not stream_of(model)._passes
+    handle = model.get_submodule("layers.2.norm").register_forward_pre_hook(lambda module, inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(X)
+    handle.remove()
+    with pytest.warns(UserWarning, match="called with `offset`, so its own code runs"):  # all tokens are there again
+        mixer_of(model, 0)(torch.randn(1, 12, 16), 1.0)
 
 
 def test_two_threads_do_not_meet() -> None:
@@ -273,9 +329,22 @@ class Mean(nn.Module):
         return x + x.mean(dim=1, keepdim=True)
 
 
-def mixing() -> Classifier:
+class Ahead(nn.Module):
+    """Each token sees the next one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cat((x[:, 1:], torch.zeros_like(x[:, :1])), dim=1)
+
+
+def replaced() -> nn.Module:
+    module = nn.GELU()
+    vars(module)["forward"] = torch.relu
+    return module
+
+
+def mixing(mlp: nn.Module) -> Classifier:
     model = classifier()
-    model.layers[1].mlp = Mean()
+    model.layers[1].mlp = mlp
     return model
 
 
@@ -293,6 +362,7 @@ TOKENS = torch.randn(4, 12, 16)
         (strange, {}, r"layers\.1\.mixer \(Strange\): refused: on random input it computes something else"),
         (classifier, {"calibration": None}, "there are none(.|\n)*Give `calibration=`"),
         (classifier, {"calibration": [X, X[:, :9]]}, r"have two sizes: \[\(12, 8\)\] and \[\(9, 8\)\]"),
+        (classifier, {"calibration": X.where(X < 2, torch.nan)}, "calibration inputs hold a NaN"),
         (classifier, {"calibration": []}, "there are no calibration inputs"),
         (classifier, {"calibration": "photos/"}, "a value of type str holds no calibration inputs"),
         (classifier, {"calibration": X[:, :6]}, r"prune point 1: there are 6 tokens there, too few to drop any"),
@@ -306,7 +376,14 @@ TOKENS = torch.randn(4, 12, 16)
             {"tokenwise": ["layers.1"]},
             r"tokenwise 'layers\.1': has a mixer inside",
         ),
-        (mixing, {"tokenwise": ["layers.*.mlp"]}, r"layers\.1\.mlp: gives the last token another output when it comes"),
+        (
+            lambda: mixing(Mean()),
+            {"tokenwise": ["layers.*.mlp"]},
+            r"layers\.1\.mlp: gives some of the tokens other outputs when",
+        ),
+        (lambda: mixing(Ahead()), {"tokenwise": ["layers.*.mlp"]}, r"layers\.1\.mlp: gives some of the tokens other"),
+        (classifier, {"tokenwise": ["*.out_proj"]}, r"tokenwise 'layers\.0\.mixer\.out_proj': lies inside a mixer"),
+        (lambda: mixing(replaced()), {"tokenwise": ["layers.*.mlp"]}, "`forward` has been replaced already"),
         (classifier, {"tokenwise": ["*.mlp", "*.mlp.0"]}, "lies inside another module that is named"),
     ],
 )
@@ -316,7 +393,8 @@ def test_what_does_not_fit_is_one_error_and_changes_nothing(
     built = model()
     with pytest.raises(UsageError, match=message):
         ssmprune.compress(built, 0.5, **{"calibration": X, "points": [1], **options})
-    assert not swapped_in(built) and all("forward" not in vars(module) for module in built.modules())
+    stand_ins = [vars(module)["forward"] for module in built.modules() if "forward" in vars(module)]
+    assert not swapped_in(built) and all(each is torch.relu for each in stand_ins)
 
 
 def test_an_error_leaves_an_earlier_compression_as_it_was() -> None:

@@ -137,6 +137,20 @@ def test_a_skip_for_each_channel_is_that_of_its_head_repeated() -> None:
         assert torch.allclose(dense(module, recognise_mamba2(module), x), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_decay_rates_may_be_in_float32_beside_weights_in_bfloat16() -> None:
+    """As mamba_ssm and transformers keep them."""
+    module = of_transformers("Mamba").eval().to(torch.bfloat16)
+    for name in ("A_log", "D"):
+        setattr(module, name, nn.Parameter(module.get_parameter(name).float()))
+    form = recognise(module).form
+    assert form is not None
+    x = torch.randn(2, 9, 16).to(torch.bfloat16)
+    with torch.no_grad():
+        found, expected = dense(module, form, x), module.float()(x.float())
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
 def altered(change: Callable[[Mixer], None]) -> Mixer:
     module = Mixer()
     change(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from tests.adapt.modules import Block, classifier
@@ -52,6 +53,11 @@ def of_tokens() -> nn.Module:
 
 def flat() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+
+
+def meta() -> nn.Module:
+    with torch.device("meta"):
+        return Pictures()
 
 
 def number() -> int:

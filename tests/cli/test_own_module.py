@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from ssmprune_cli.adapt import compress
 from ssmprune_cli.errors import CheckpointError, UsageError
+from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.own_module import ModuleSource
 from ssmprune_cli.workflows.own_module.building import build
+from ssmprune_cli.workflows.own_module.timing import no_faster
 from tests.cli import own
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -130,6 +132,20 @@ def test_profile_times_all_ways_to_compute_it(
     assert "accelerated" in done.stdout and "compressed" not in done.stdout
 
 
+def test_what_is_no_faster_is_said() -> None:
+    images = torch.zeros(3, 1)
+
+    def said(own: float, fast: float, compressed: float) -> list[str]:
+        times = {"own code": own, "accelerated": fast, "compressed": compressed}
+        return no_faster({name: Speed(each, (each, each), 1.0, 1, (each,)) for name, each in times.items()}, images)
+
+    assert said(3, 2, 1) == []
+    (slow,) = said(1, 2, 1)
+    assert slow.startswith("With a batch of 3 on cpu our ops are no faster than the module's own code")
+    (slow,) = said(3, 2, 2)
+    assert slow.startswith("With a batch of 3 on cpu the compressed module is no faster than the accelerated one")
+
+
 def test_eval_judges_the_compressed_one_beside_the_dense_one(
     ssmprune: Run, compressed: tuple[Path, dict[str, Any]], weights: Path, photos: Path, images: torch.Tensor
 ) -> None:
@@ -162,6 +178,7 @@ def test_a_prefix_that_checkpoints_are_read_without_is_put_back(weights: Path) -
         ("no_such_package.models:build", 2, "No module named 'no_such_package'"),
         ("tests.cli.own:made", 2, "there is no made in tests.cli.own"),
         ("tests.cli.own:constant", 2, "is a value of type int, which is no function"),
+        ("tests.cli.own:meta", 2, "returns a module on the meta device"),
         ("tests.cli.own:number", 2, "returns a value of type int, not an nn.Module"),
         ("tests.cli.own:broken", 1, "the function fails: KeyError: 'config.yaml'"),
         ("tests.cli.own:wider", 1, "of another shape: patches.weight ((16, 3, 4, 4) in the file, (24, 3, 4, 4) in the"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ssmprune_cli.adapt.mixers.base import Form, Layout, Unrecognised, from_tokens, to_tokens
+from ssmprune_cli.adapt.mixers.base import Form, Layout, Unrecognised, from_tokens, layout_of, to_tokens
 from ssmprune_cli.adapt.mixers.keys import DECAY, Seen, mixers_in
 from ssmprune_cli.adapt.mixers.mamba import recognise_mamba
 from ssmprune_cli.adapt.mixers.mamba2 import recognise_mamba2
@@ -71,6 +71,7 @@ __all__ = [
     "dense",
     "from_tokens",
     "has_scan",
+    "layout_of",
     "mixers_in",
     "recognise",
     "to_tokens",

@@ -16,6 +16,7 @@ from torch.nn import functional
 from ssmprune_cli.errors import listing
 from ssmprune_cli.grids import Grid
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
+from ssmprune_cli.models import CentredMixer, MambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
 Layout = Literal["tokens", "grid", "image"]  # of a mixer's input: (B, L, d), (B, H, W, d) or (B, d, H, W)
@@ -25,6 +26,11 @@ M = TypeVar("M", bound=nn.Module)
 
 class Unrecognised(Exception):
     """Why a module is not of one kind."""
+
+
+def layout_of(x: Tensor) -> Layout:
+    """Of what a token-wise module is given, whose channels come last."""
+    return "tokens" if x.ndim == 3 else "grid"
 
 
 def to_tokens(x: Tensor, layout: Layout) -> tuple[Tensor, Grid | None]:
@@ -80,6 +86,28 @@ class Form(ABC):
     @abstractmethod
     def null_delta(self, module: nn.Module) -> Tensor:
         """(directions, E): the step size of a zero token among zero tokens."""
+
+
+class SequenceForm(Form):
+    """That of a module which a mixer of ours over a sequence computes, on a view of its weights."""
+
+    @abstractmethod
+    def view(self, module: nn.Module) -> MambaMixer | CentredMixer:
+        """Our mixer over the weights of `module`, made for one call."""
+
+    def scan(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        wanted: Wanted,
+        context: Tensor | None,
+    ) -> tuple[Tensor, ScanStatistics]:
+        return self.view(module).forward(x, sequence, alignment, wanted, None, context)
+
+    def null_delta(self, module: nn.Module) -> Tensor:
+        return self.view(module).null_delta()
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.adapt.mixers.base import (
     Form,
+    SequenceForm,
     Unrecognised,
     bare,
     bias_of,
@@ -27,9 +28,7 @@ from ssmprune_cli.adapt.mixers.base import (
     part_of,
     rank_of,
 )
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import CausalConv1d, MambaMixer, StepProjection
-from ssmprune_cli.tokens import TokenSequence
 
 NEEDED = (
     *("in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"),
@@ -59,7 +58,7 @@ class _View(MambaMixer):
 
 
 @dataclass(frozen=True)
-class MambaForm(Form):
+class MambaForm(SequenceForm):
     """`splits` are the channels of x_proj: R, N and N; `norms` the names of the norms behind them, if there are any."""
 
     splits: tuple[int, int, int]
@@ -91,20 +90,6 @@ class MambaForm(Form):
             D=module.D,
             out_proj=module.out_proj,
         )
-
-    def scan(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        sequence: TokenSequence,
-        alignment: ScanAlignment | None,
-        wanted: Wanted,
-        context: Tensor | None,
-    ) -> tuple[Tensor, ScanStatistics]:
-        return self.view(module).forward(x, sequence, alignment, wanted, None, context)
-
-    def null_delta(self, module: nn.Module) -> Tensor:
-        return self.view(module).null_delta()
 
 
 def recognise_mamba(module: nn.Module) -> Form:

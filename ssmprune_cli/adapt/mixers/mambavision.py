@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from ssmprune_cli.adapt.mixers.base import (
     Form,
+    SequenceForm,
     Unrecognised,
     bare,
     check_conv,
@@ -22,9 +23,7 @@ from ssmprune_cli.adapt.mixers.base import (
     parameters_of,
     rank_of,
 )
-from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.models import CentredMixer, StepProjection
-from ssmprune_cli.tokens import TokenSequence
 
 NEEDED = (
     *("in_proj.weight", "conv1d_x.weight", "conv1d_z.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"),
@@ -34,7 +33,7 @@ TAPS = 3
 
 
 @dataclass(frozen=True)
-class CentredForm(Form):
+class CentredForm(SequenceForm):
     """`splits` are the channels of x_proj: R, N and N."""
 
     splits: tuple[int, int, int]
@@ -55,20 +54,6 @@ class CentredForm(Form):
             conv1d_x=module.conv1d_x,
             conv1d_z=module.conv1d_z,
         )
-
-    def scan(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        sequence: TokenSequence,
-        alignment: ScanAlignment | None,
-        wanted: Wanted,
-        context: Tensor | None,
-    ) -> tuple[Tensor, ScanStatistics]:
-        return self.view(module).forward(x, sequence, alignment, wanted, None, context)
-
-    def null_delta(self, module: nn.Module) -> Tensor:
-        return self.view(module).null_delta()
 
 
 def recognise_mambavision(module: nn.Module) -> Form:

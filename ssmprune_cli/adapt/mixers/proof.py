@@ -34,7 +34,7 @@ def prove(module: nn.Module, form: Form) -> str | None:
     if device.type == "meta":
         raise CannotRun("its weights are on the meta device: there is nothing to compare with")
     twin = copy.deepcopy(module).eval().requires_grad_(False)
-    twin = twin.float() if next(twin.parameters()).dtype.itemsize < 4 else twin
+    twin = twin.float() if any(each.dtype.itemsize < 4 for each in twin.parameters()) else twin
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def prove(module: nn.Module, form: Form) -> str | None:
     tokens, *rest = SIZES[form.layout]
     like = next(twin.parameters()).new_empty(tokens, *rest, form.d_model)
     x = noise(like).movedim(-1, 1) if form.layout == "image" else noise(like)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
             expected = type(twin).forward(twin, x)
         except Exception as error:

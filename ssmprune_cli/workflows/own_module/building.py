@@ -47,6 +47,12 @@ def build(name: str) -> nn.Module:
         )
     if not any(True for _ in built.parameters()):
         raise UsageError("returns a module without weights", where=f"{_OPTION} {name}")
+    if any(each.is_meta for each in (*built.parameters(), *built.buffers())):
+        raise UsageError(
+            "returns a module on the meta device, into which no weights can be loaded",
+            where=f"{_OPTION} {name}",
+            hint="Let the function build it on the CPU.",
+        )
     return built.eval()
 
 

@@ -20,7 +20,7 @@ from ssmprune_cli.workflows.compress import CompressRequest, Progress
 from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.own_module.profile import tokens_by_mixer
 from ssmprune_cli.workflows.own_module.source import ModuleSource, as_values
-from ssmprune_cli.workflows.own_module.timing import COMPRESSED, FAST, Variants, random_images, variants
+from ssmprune_cli.workflows.own_module.timing import COMPRESSED, Variants, no_faster, random_images, variants
 
 ROUNDS = 10
 
@@ -90,11 +90,7 @@ def compress_module(request: CompressRequest, module: str, progress: Progress | 
     warnings = [*found.warnings, *images.notes]
     if request.counts_images and len(images) < recipe.calibration.images:
         warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration images were found.")
-    if speeds[COMPRESSED].median_ms >= speeds[FAST].median_ms:
-        warnings.append(
-            f"With a batch of {len(timed)} on {timed.device} the compressed module is no faster than the accelerated "
-            "one: gathering tokens takes as long as it saves. Larger images gain more."
-        )
+    warnings += no_faster(speeds, timed)
     return ModuleCompression(
         path=shown(source.path.name),
         kinds=done.kinds,

@@ -13,7 +13,7 @@ from ssmprune_cli.errors import shown
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.workflows.measure import Progress, Speed, peak_memory_of
 from ssmprune_cli.workflows.own_module.source import ModuleSource
-from ssmprune_cli.workflows.own_module.timing import COMPRESSED, random_images, variants
+from ssmprune_cli.workflows.own_module.timing import COMPRESSED, no_faster, random_images, variants
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def profile_module(
         peak_memory_bytes=memory,
         tokens=None if inside is None else tokens_by_mixer(inside),
         fill=None if inside is None else inside.fill,
-        warnings=found.warnings,
+        warnings=(*found.warnings, *no_faster(speeds, images)),
     )
 
 

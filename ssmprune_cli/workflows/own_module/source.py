@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ class ModuleSource:
             raise UsageError("an output folder has one set of weights: leave it out", where="--weights")
         resolve_device(self.device)
 
-    @property
+    @cached_property
     def stored(self) -> checkpoint.OwnModule | None:
-        """What the folder holds; None for a file."""
+        """What the folder holds, read once; None for a file."""
         return checkpoint.read_own_module(self.path) if checkpoint.is_own_module(self.path) else None
 
     def load(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,20 @@ def variants(own: nn.Module, example: Tensor) -> Variants:
         device = next(own.parameters()).device.type
         warnings.append(f"The module's own code does not run on {device}, and is not timed: {failure}")
     return Variants(models, tuple(warnings))
+
+
+def no_faster(speeds: Mapping[str, Speed], images: Tensor) -> list[str]:
+    """What is to be said of `speeds` on a batch of `images`, where one is not what was asked for."""
+    where, notes = f"With a batch of {len(images)} on {images.device}", []
+    fast = speeds[FAST].median_ms
+    if OWN in speeds and fast >= speeds[OWN].median_ms:
+        notes.append(f"{where} our ops are no faster than the module's own code. With more tokens they gain more.")
+    if COMPRESSED in speeds and speeds[COMPRESSED].median_ms >= fast:
+        notes.append(
+            f"{where} the compressed module is no faster than the accelerated one: gathering tokens takes as long as "
+            "it saves. Larger images gain more."
+        )
+    return notes
 
 
 def random_images(model: nn.Module, count: int, side: int) -> Tensor:
