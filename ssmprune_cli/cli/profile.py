@@ -183,15 +183,15 @@ def _scaling(
         title_justify="left",
     )
     table.add_column(unit, justify="right")
-    if unit != "tokens":
-        table.add_column("tokens", justify="right")
+    titles = [*([] if unit == "tokens" else ["tokens"]), "ms", "G multiply-adds", "MiB"]
     for name in found.points:
-        for title in ("ms", "G multiply-adds", "MiB"):
+        for title in titles:
             table.add_column(f"{title}, {name}", justify="right", overflow="fold")
-    for number, (size, tokens) in enumerate(zip(found.sizes, found.tokens, strict=True)):
-        cells = [f"{size:,}", *([] if unit == "tokens" else [f"{tokens:,}"])]
+    for number, size in enumerate(found.sizes):
+        cells = [f"{size:,}"]
         for points in found.points.values():
             point = points[number]
+            cells += [] if unit == "tokens" else [f"{point.tokens:,}"]
             cells += [f"{point.median_ms:.1f}", f"{point.multiply_adds / 1e9:.3f}"]
             cells.append(f"{point.peak_memory_bytes / 2**20:.1f}")
         table.add_row(*cells)
