@@ -156,6 +156,16 @@ def test_what_a_file_states_is_heeded_or_refused(
         load(folder)
 
 
+def test_limits_of_steps_are_refused_as_both_layouts_say_them(tmp_path: Path, published: Published) -> None:
+    folder = published("mamba2_lm_mini", tmp_path / "model")
+    said = json.loads((folder / "config.json").read_text())
+    for name in ("dt_limit", "time_step_limit"):
+        section = {**said["ssm_cfg"], name: [0.0, 0.1]}
+        (folder / "config.json").write_text(json.dumps({**said, "ssm_cfg": section}))
+        with pytest.raises(CheckpointError, match=rf"says {name} \(0\.0, 0\.1\)"):
+            load(folder)
+
+
 def test_groups_are_asked_for_where_nothing_says(tmp_path: Path, published: Published) -> None:
     folder = published("mamba2_lm_mini", tmp_path / "model")
     (folder / "config.json").unlink()
