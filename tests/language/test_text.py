@@ -90,6 +90,20 @@ def test_tokenizer_beside_the_weights_reads_the_text(tmp_path: Path) -> None:
         encoder(tmp_path, 8)
 
 
+def test_a_tokenizer_neither_cuts_nor_fills_a_text(tmp_path: Path) -> None:
+    """As it is saved after training: it would give three tokens of each text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    write_tokenizer(tmp_path, ["?", "one", "two"])
+    file = str(tmp_path / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=3)
+    tokenizer.save(file)
+    encode = encoder(tmp_path, 3)
+    assert encode(b"one two one two one", "a.txt").tolist() == [1, 2, 1, 2, 1]
+    assert encode(b"one", "a.txt").tolist() == [1]
+
+
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
