@@ -55,7 +55,9 @@ def parts(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def windows(path: Path, length: int) -> TextWindows:
-    found: TextWindows = open_dataset("text", path).windows(encoder(None, 256), TextWindow(length, 256))
+    found: TextWindows = open_dataset("text", path).windows(
+        encoder(None, 256), TextWindow(length, 256, CONFIG.protect_last)
+    )
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmprune_cli.data.datasets import ImageDataset, Split
 from ssmprune_cli.data.files import check_folder
 from ssmprune_cli.data.tokenizer import Encode
-from ssmprune_cli.errors import DataError, UsageError, shown
+from ssmprune_cli.errors import DataError, UsageError, listing, shown
 from ssmprune_cli.files import read_bytes
 from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing, TextWindow
 
@@ -45,6 +45,16 @@ class TextWindows(ImageDataset):
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which texts have no window."""
+        read = {number for number, _ in self._places}
+        short = [name for number, (name, _) in enumerate(self._texts) if number not in read]
+        if not short:
+            return ()
+        some, least = f"{len(short)} of {len(self._texts)} texts", self._window.length + 1
+        return (f"{some} are not read, for want of {least:,} tokens: {listing(short)}.",)
+
     def image(self, index: int) -> Image.Image:
         raise UsageError("a text is no image, so there is nothing to draw", where=self.name(index))
 
@@ -55,7 +65,10 @@ class TextWindows(ImageDataset):
 
     def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
         if way != self._window:
-            raise DataError("the text was divided for a model of another vocabulary or length", where=self.name(index))
+            raise DataError(
+                f"the text was divided into {self._window}, and a model takes {way}",
+                hint="Give models that are compared the same `--length` and `--protect-last`.",
+            )
         size = (1, self._window.length)
         return self.ids(index), Frame(size, size)
 

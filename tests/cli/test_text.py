@@ -67,6 +67,8 @@ def test_text_through_every_command(ssmprune: Run, model: Path, text: Path, tmp_
     done = ssmprune("eval", out, *data, "--compare", model, *WINDOWS, "--limit", "12")
     assert "12 windows of text" in done.stdout and "perplexity" in done.stdout
     assert "the last tokens are judged" in done.stderr
+    done = ssmprune("eval", out, *data, "--compare", model, "--length", "48")  # four tokens, where `out` judges eight
+    assert done.returncode == 1 and "the same `--length` and `--protect-last`" in " ".join(done.stderr.split())
     done = ssmprune("eval", out, *data, "--compare", model, *WINDOWS, "--max-drop", "-50")
     assert done.returncode == 3 and "next-token accuracy fell by" in done.stderr
 

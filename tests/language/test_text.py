@@ -25,7 +25,7 @@ VIM = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
 
 
 def windows(path: Path, length: int) -> TextWindows:
-    found: TextWindows = open_dataset("text", path).windows(encoder(None, 256), TextWindow(length, 256))
+    found: TextWindows = open_dataset("text", path).windows(encoder(None, 256), TextWindow(length, 256, judged=2))
     return found
 
 
@@ -40,10 +40,12 @@ def test_windows_follow_one_another_with_the_tokens_after_them(tmp_path: Path) -
         *("a/long.txt[0]", "a/long.txt[4]", "b.txt[0]", "b.txt[4]"),
     ]
     assert found.ids(1).tolist() == [104, 105, 106, 107] and found.target(1) == (105, 106, 107, 108)
-    (batch, *_) = batches(found, TextWindow(4, 256), 3)
+    (batch, *_) = batches(found, TextWindow(4, 256, judged=2), 3)
     assert batch.images.dtype == torch.int64 and batch.images.tolist()[2] == [0, 1, 2, 3]
     assert batch.frames[0] == Frame((1, 4), (1, 4)) and len(batch.names) == 3
     other = windows(tmp_path, 5)
+    assert found.notes == ()
+    assert windows(tmp_path, 9).notes == ("1 of 2 texts are not read, for want of 10 tokens: a/long.txt.",)
     assert fingerprint(found) != fingerprint(other) and fingerprint(found) == fingerprint(windows(tmp_path, 4))
 
 
@@ -61,8 +63,9 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         windows(tmp_path / "short.txt", 4)
     with pytest.raises(UsageError, match="a text is no image"):
         windows(tmp_path / "short.txt", 2).image(0)
-    with pytest.raises(DataError, match="another vocabulary or length"):
-        windows(tmp_path / "short.txt", 2).prepared(0, TextWindow(3, 256))
+    for other in (TextWindow(3, 256, judged=2), TextWindow(2, 50, judged=2), TextWindow(2, 256, judged=1)):
+        with pytest.raises(DataError, match=r"windows of 2 tokens .* a model takes windows of .*\n.*--protect-last"):
+            windows(tmp_path / "short.txt", 2).prepared(0, other)
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:

@@ -133,4 +133,4 @@ class LanguageModel(MambaSequence):
 
     @property
     def preprocessing(self) -> TextWindow:  # type: ignore[override]
-        return TextWindow(self.config.length, self.config.vocab_size)
+        return TextWindow(self.config.length, self.config.vocab_size, self.config.protect_last)
