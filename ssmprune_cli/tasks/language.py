@@ -32,7 +32,7 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import TextWindow
 from ssmprune_cli.report import Interval, LanguageFacts, ModelLanguage, Report, Sample
 from ssmprune_cli.tasks.confusion import RESAMPLES, interval
-from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.task import Estimate, Loss, Row, Task, drop_limit
 from ssmprune_cli.tasks.words import gained, in_percent, share
 
 _SEED = 0  # of the bootstrap
@@ -41,14 +41,6 @@ _MOST_NATS = 700.0  # whose exponential is a float
 _MOST_TOKENIZER = 1 << 26
 
 Numbers = NDArray[np.float64]
-
-
-def _drop(score: ModelLanguage, compared: LanguageFacts | None) -> Estimate | None:
-    """Points of right guesses that the pruned model lost."""
-    if compared is None:
-        return None
-    ends = compared.difference_interval
-    return Estimate(-100 * compared.difference, None if ends is None else (-100 * ends[1], -100 * ends[0]))
 
 
 class Answer(NamedTuple):
@@ -80,18 +72,7 @@ class Language(Task[ModelLanguage, LanguageFacts]):
     most = 8
     shows = False
     cases = "windows of text"
-    limits = (
-        TaskLimit(
-            LimitKind(  # below 0 the model must gain
-                "max_drop",
-                -100.0,
-                100.0,
-                floor=False,
-                words="next-token accuracy fell by {value:.2f} points{within}; --max-drop allows {limit:g}",
-            ),
-            _drop,
-        ),
-    )
+    limits = (drop_limit("next-token accuracy"),)
     remarks = (
         "Of each window of text the last tokens are judged, which are never dropped; `--protect-last` says how many.",
     )
@@ -172,18 +153,6 @@ class Language(Task[ModelLanguage, LanguageFacts]):
 
     def estimate(self, score: ModelLanguage) -> Estimate:
         return Estimate(score.next_token_accuracy, score.interval)
-
-    def dense(self, compared: LanguageFacts) -> ModelLanguage:
-        return compared.dense
-
-    def pruned(self, compared: LanguageFacts) -> ModelLanguage:
-        return compared
-
-    def change(self, compared: LanguageFacts) -> Estimate:
-        return Estimate(compared.difference, compared.difference_interval)
-
-    def count(self, compared: LanguageFacts) -> int:
-        return compared.count
 
     def rows(self, compared: LanguageFacts) -> list[Row]:
         ends = compared.perplexity_ratio_interval

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -32,8 +32,22 @@ from ssmprune_cli.pruning import divergence, soft_divergence
 from ssmprune_cli.recipe import Section
 from ssmprune_cli.report import Interval, Judge, LimitFacts, Report, Sample
 
+
+class Comparison(Protocol):
+    """What a comparison has beside the pruned model's score: see `AccuracyFacts`."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def dense(self) -> Any: ...
+    @property
+    def difference(self) -> float: ...
+    @property
+    def difference_interval(self) -> Interval | None: ...
+
+
 Score = TypeVar("Score", bound=Section)
-Compared = TypeVar("Compared", bound=Section)
+Compared = TypeVar("Compared", bound=Comparison)
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,20 @@ class TaskLimit:
 
     kind: LimitKind
     measure: Callable[[Any, Any], Estimate | None]
+
+
+def drop_limit(metric: str) -> TaskLimit:
+    """How many points of the metric a pruned model may lose; below 0 it must gain."""
+    words = "{value:.2f} points{within}; --max-drop allows {limit:g}"
+    return TaskLimit(LimitKind("max_drop", -100.0, 100.0, floor=False, words=f"{metric} fell by {words}"), _lost)
+
+
+def _lost(score: Any, compared: Comparison | None) -> Estimate | None:
+    if compared is None:
+        return None
+    ends = compared.difference_interval
+    within = None if ends is None else (0 - 100 * ends[1], 0 - 100 * ends[0])  # 0 - 0 has no sign
+    return Estimate(0 - 100 * compared.difference, within)
 
 
 @dataclass(frozen=True)
@@ -301,21 +329,9 @@ class Task(ABC, Generic[Score, Compared]):
     def estimate(self, score: Score) -> Estimate:
         """The metric, as a fraction: the more the better."""
 
-    @abstractmethod
-    def dense(self, compared: Compared) -> Score:
-        """The dense model's score."""
-
-    @abstractmethod
-    def pruned(self, compared: Compared) -> Score:
-        """The pruned model's score."""
-
-    @abstractmethod
     def change(self, compared: Compared) -> Estimate:
         """The metric of the pruned model less that of the dense one."""
-
-    @abstractmethod
-    def count(self, compared: Compared) -> int:
-        """How many images both were judged on."""
+        return Estimate(compared.difference, compared.difference_interval)
 
     @abstractmethod
     def rows(self, compared: Compared) -> list[Row]:

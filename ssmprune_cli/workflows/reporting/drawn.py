@@ -49,7 +49,7 @@ def front_figures(named: Sequence[tuple[str, Report]]) -> list[Figure]:
     if not known or len({report.task for report in reports}) > 1 or not same_images(reports):
         return []
     task = TASKS.get(reports[0].task)
-    compared = [(name, task.estimate(task.dense(each)), task.estimate(task.pruned(each))) for name, _, each in known]
+    compared = [(name, task.estimate(each.dense), task.estimate(each)) for name, _, each in known]
     costs = [
         (
             report.dense.multiply_adds_all_directions / 1e9,
