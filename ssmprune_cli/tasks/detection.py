@@ -32,9 +32,9 @@ from ssmprune_cli.tasks.average_precision import (
     coco_tools,
     draws_of,
     has_outlines,
-    interval,
     listed,
 )
+from ssmprune_cli.tasks.bootstrap import interval
 from ssmprune_cli.tasks.outlined import covered, outlined
 from ssmprune_cli.tasks.painted import differing
 from ssmprune_cli.tasks.task import Drawing, Estimate, Loss, Row, Task, drop_limit

@@ -19,7 +19,8 @@ from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame
 from ssmprune_cli.report import ClassIou, ModelSegmentation, Report, Sample, SegmentationFacts
-from ssmprune_cli.tasks.confusion import RESAMPLES, Counts, counted, interval, resampled, shares
+from ssmprune_cli.tasks.bootstrap import RESAMPLES, interval
+from ssmprune_cli.tasks.confusion import Counts, counted, resampled, shares
 from ssmprune_cli.tasks.painted import differing, painted
 from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit, drop_limit
 from ssmprune_cli.tasks.words import bootstrap, gained, in_percent, losses, share

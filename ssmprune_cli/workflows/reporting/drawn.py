@@ -44,7 +44,7 @@ def front_figures(named: Sequence[tuple[str, Report]]) -> list[Figure]:
     for models made from different files, which have no dense model in common, it is images per second. Reports of
     different tasks, or judged on different images, have no front in common.
     """
-    known = [(name, report, judged(report)) for name, report in named if judged(report) is not None]
+    known = [(name, report, found) for name, report in named if (found := judged(report)) is not None]
     reports = [report for _, report, _ in known]
     if not known or len({report.task for report in reports}) > 1 or not same_images(reports):
         return []

@@ -322,8 +322,8 @@ def same_images(reports: Sequence[Report]) -> bool:
     prints = {report.provenance.get("evaluation_sha256") for report in reports if judged(report) is not None}
     if None not in prints:
         return len(prints) <= 1
-    known = [(TASKS.get(report.task), judged(report)) for report in reports if judged(report) is not None]
-    counts = {compared.count for task, compared in known}
+    known = [(TASKS.get(report.task), found) for report in reports if (found := judged(report)) is not None]
+    counts = {compared.count for _, compared in known}
     dense = {task.estimate(compared.dense).value for task, compared in known}
     return len(counts) <= 1 and not (same_input(reports) and len(dense) > 1)
 
