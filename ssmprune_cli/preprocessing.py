@@ -80,6 +80,15 @@ class TextWindow:
         return f"{told}, of which the last {self.judged:,} are judged"
 
 
+Preparation = Preprocessing | KeepRatio | TextWindow  # what any model expects
+
+
+def of_images(way: Preparation) -> Preprocessing | KeepRatio:
+    """That of a model of images or clips."""
+    assert not isinstance(way, TextWindow)
+    return way
+
+
 @dataclass(frozen=True)
 class Frame:
     """Where one image lies in what a model is given: heights and widths in pixels.

@@ -14,7 +14,7 @@ from ssmprune_cli.data.files import check_folder
 from ssmprune_cli.data.tokenizer import Encode
 from ssmprune_cli.errors import DataError, UsageError, listing, shown
 from ssmprune_cli.files import read_bytes
-from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing, TextWindow
+from ssmprune_cli.preprocessing import Frame, Preparation, TextWindow
 
 _MOST_BYTES = 1 << 28  # of a text
 _SUFFIX = ".txt"
@@ -63,7 +63,7 @@ class TextWindows(ImageDataset):
         number, start = self._places[index]
         return self._texts[number][1][start : start + self._window.length]
 
-    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+    def prepared(self, index: int, way: Preparation) -> tuple[Tensor, Frame]:
         if way != self._window:
             raise DataError(
                 f"the text was divided into {self._window}, and a model takes {way}",
@@ -103,7 +103,7 @@ class Texts:
         return TextWindows(texts, window, str(self._root))
 
 
-def open_text(root: Path, split: Split) -> Texts:
+def open_text(root: Path, split: Split = "val") -> Texts:
     """A text file, or all .txt files below a folder in the order of their paths. Both splits are the same.
 
     Raises DataError for a file that cannot be read, and if there is no text.

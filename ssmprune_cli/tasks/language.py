@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from ssmprune_cli.data import (
     TOKENIZER,
     Batch,
     ImageDataset,
-    Texts,
+    Split,
     chosen,
     differing,
     encoder,
     open_dataset,
+    open_text,
 )
-from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.errors import DataError
 from ssmprune_cli.files import read_bytes
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import TextWindow
@@ -76,15 +77,15 @@ class Language(Task[ModelLanguage, LanguageFacts]):
     def kind(self, path: Path) -> str:
         return "text"
 
-    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
-        if model is None or not isinstance(opened, Texts):
-            raise UsageError("a text is read by the tokenizer of a model, so give the model too")
-        way: Any = model.preprocessing
+    def _opened(self, kind: str, path: Path, split: Split, model: Backbone | None) -> ImageDataset:
+        if model is None:
+            return open_dataset(kind, path)  # which says that it takes a model
+        way = model.preprocessing
         assert isinstance(way, TextWindow)
-        return opened.windows(encoder(model.folder, way.vocabulary), way)
+        return open_text(path, split).windows(encoder(model.folder, way.vocabulary), way)
 
     def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
-        return differing(chosen(self._divided(open_dataset("text", path, split="train"), model), count, seed), path)
+        return differing(chosen(self.open(path, split="train", model=model), count, seed), path)
 
     def files(self, model: Backbone) -> dict[str, bytes]:
         """The tokenizer, if it has one."""

@@ -220,12 +220,11 @@ class Task(ABC, Generic[Score, Compared]):
                 f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
-        return self._divided(open_dataset(kind, path, split=split), model)
+        return self._opened(kind, path, split, model)
 
-    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
-        """What was opened, as a dataset for `model`."""
-        dataset: ImageDataset = opened
-        return dataset
+    def _opened(self, kind: str, path: Path, split: Split, model: Backbone | None) -> ImageDataset:
+        """Of a fitting kind."""
+        return open_dataset(kind, path, split=split)
 
     def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
         """`count` unlabelled inputs for `model` in `path`, chosen by `seed`: see `data.calibration_images`."""

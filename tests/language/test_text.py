@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssmprune_cli.checkpoint import load, save
-from ssmprune_cli.data import Batch, TextWindows, batches, encoder, fingerprint, open_dataset
+from ssmprune_cli.data import Batch, TextWindows, batches, encoder, fingerprint, open_dataset, open_text
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import LanguageModel
 from ssmprune_cli.preprocessing import Frame, TextWindow
@@ -25,8 +25,7 @@ VIM = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
 
 
 def windows(path: Path, length: int) -> TextWindows:
-    found: TextWindows = open_dataset("text", path).windows(encoder(None, 256), TextWindow(length, 256, judged=2))
-    return found
+    return open_text(path).windows(encoder(None, 256), TextWindow(length, 256, judged=2))
 
 
 def test_windows_follow_one_another_with_the_tokens_after_them(tmp_path: Path) -> None:
@@ -52,15 +51,19 @@ def test_windows_follow_one_another_with_the_tokens_after_them(tmp_path: Path) -
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"empty\.txt: is empty"):
-        open_dataset("text", tmp_path / "empty.txt")
+        open_text(tmp_path / "empty.txt")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"has no \.txt files"):
-        open_dataset("text", tmp_path / "folder")
+        open_text(tmp_path / "folder")
     with pytest.raises(DataError, match="does not exist"):
-        open_dataset("text", tmp_path / "nowhere")
+        open_text(tmp_path / "nowhere")
     (tmp_path / "short.txt").write_text("1234")
     with pytest.raises(DataError, match=r"has 4 tokens in a row, and a window takes 4 .*\n.*--length"):
         windows(tmp_path / "short.txt", 4)
+    with pytest.raises(UsageError, match="so give the model too"):
+        open_dataset("text", tmp_path / "short.txt")
+    with pytest.raises(UsageError, match="so give the model too"):
+        TASK.open(tmp_path / "short.txt")
     with pytest.raises(UsageError, match="a text is no image"):
         windows(tmp_path / "short.txt", 2).image(0)
     for other in (TextWindow(3, 256, judged=2), TextWindow(2, 50, judged=2), TextWindow(2, 256, judged=1)):
