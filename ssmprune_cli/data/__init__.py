@@ -20,7 +20,7 @@ from ssmprune_cli.data.npz import open_npz
 from ssmprune_cli.data.preprocess import framed, in_colour, normalised, prepare_image, to_rgb, visible_box
 from ssmprune_cli.data.segfolder import open_segfolder
 from ssmprune_cli.data.text import Texts, TextWindows, open_text
-from ssmprune_cli.data.tokenizer import TOKENIZER, encoder
+from ssmprune_cli.data.tokenizer import TOKENIZER, encoder, read_tokenizer
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.registry import Registry
 
@@ -80,6 +80,7 @@ __all__ = [
     "open_dataset",
     "open_text",
     "prepare_image",
+    "read_tokenizer",
     "sampled",
     "some_images",
     "to_rgb",

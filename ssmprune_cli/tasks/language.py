@@ -25,9 +25,9 @@ from ssmprune_cli.data import (
     encoder,
     open_dataset,
     open_text,
+    read_tokenizer,
 )
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.files import read_bytes
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import TextWindow
 from ssmprune_cli.report import Interval, LanguageFacts, ModelLanguage, Report, Sample
@@ -37,7 +37,6 @@ from ssmprune_cli.tasks.words import gained, in_percent, share
 
 _SAMPLED = 8  # tokens of a window whose logits a distance is computed from: vocabularies are large
 _MOST_NATS = 700.0  # whose exponential is a float
-_MOST_TOKENIZER = 1 << 26
 
 
 class Answer(NamedTuple):
@@ -89,10 +88,8 @@ class Language(Task[ModelLanguage, LanguageFacts]):
 
     def files(self, model: Backbone) -> dict[str, bytes]:
         """The tokenizer, if it has one."""
-        file = None if model.folder is None else model.folder / TOKENIZER
-        if file is None or not file.is_file():
-            return {}
-        return {TOKENIZER: read_bytes(file, _MOST_TOKENIZER, DataError)}
+        content = read_tokenizer(model.folder)
+        return {} if content is None else {TOKENIZER: content}
 
     def check(self, model: Backbone, dataset: ImageDataset) -> None:
         """The windows must be those of `model`."""

@@ -83,6 +83,9 @@ def test_text_through_every_command(ssmprune: Run, model: Path, text: Path, tmp_
     done = ssmprune("profile", out, "--lengths", "64,256", "--rounds", "1", "--format", "csv")
     assert done.stdout.startswith("model,tokens,infer_step_time,") and len(done.stdout.splitlines()) == 5
 
+    done = ssmprune("profile", out, "--rounds", "1")
+    assert "windows of text per second" in done.stdout and "images" not in done.stdout
+
     done = ssmprune("inspect", out, "--json")
     seen = json.loads(done.stdout)
     assert (seen["family"], seen["num_classes"], seen["tokens"], seen["pruning"]["schedule"]["tokens"]) == (
