@@ -179,6 +179,10 @@ def _scaling(
     named = dict(zip(formats.unique(names), models, strict=True))
     with output.progress("Timing") as advance:
         found = scaling(named, sizes, unit=unit, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    done = [point.rounds for point in next(iter(found.points.values()))]
+    fewer = [f"{count} at {size:,}" for size, count in zip(sizes, done, strict=True) if count < rounds]
+    if fewer:
+        output.warn(f"Fewer than {rounds} rounds, which would take long: {', '.join(fewer)}.")
     table = Table(
         title=f"By {'length' if unit == 'tokens' else 'image size'}: batch {found.batch_size}, {found.dtype}, "
         f"{found.device}, {found.threads} threads",
