@@ -66,10 +66,27 @@ class KeepRatio:
 
 @dataclass(frozen=True)
 class TextWindow:
-    """What a language model expects: `length` tokens in a row, numbers below `vocabulary`."""
+    """What a language model expects: `length` tokens in a row, numbers below `vocabulary`.
+
+    judged  last tokens of them, whose next ones the model says
+    """
 
     length: int
     vocabulary: int
+    judged: int
+
+    def __str__(self) -> str:
+        told = f"windows of {self.length:,} tokens out of {self.vocabulary:,}"
+        return f"{told}, of which the last {self.judged:,} are judged"
+
+
+Preparation = Preprocessing | KeepRatio | TextWindow  # what any model expects
+
+
+def of_images(way: Preparation) -> Preprocessing | KeepRatio:
+    """That of a model of images or clips."""
+    assert not isinstance(way, TextWindow)
+    return way
 
 
 @dataclass(frozen=True)

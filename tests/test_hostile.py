@@ -23,6 +23,7 @@ from torch import Tensor
 from ssmprune_cli.checkpoint import load, read, sha256
 from ssmprune_cli.errors import CheckpointError, shown
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.preprocessing import Preprocessing
 
 CONFIG = VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=16, depth=2, num_classes=3)
 ARGS = {"model": "vim_midclstok_div2", "input_size": 32, "eval_crop_ratio": 1.0}
@@ -106,7 +107,9 @@ def test_sharded_checkpoints_and_folders_of_transformers(tmp_path: Path, state: 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vim", **ARGS}))
     assert load(index, family="vim", image_size=32).config.depth == 2
     folder = load(tmp_path)
-    assert folder.preprocessing.resize == 32  # its config.json is read
+    assert (
+        isinstance(folder.preprocessing, Preprocessing) and folder.preprocessing.resize == 32
+    )  # its config.json is read
     assert all(torch.equal(value, state[key]) for key, value in folder.state_dict().items())
     before = sha256(tmp_path)
     save_file({key: state[key] + 1 for key in halves["two.safetensors"]}, tmp_path / "two.safetensors")

@@ -28,7 +28,8 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame, KeepRatio
 from ssmprune_cli.report import ModelSegmentation, SegmentationFacts
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.tasks.confusion import RESAMPLES, counted, interval, resampled, shares
+from ssmprune_cli.tasks.bootstrap import RESAMPLES, interval
+from ssmprune_cli.tasks.confusion import counted, resampled, shares
 from ssmprune_cli.tasks.painted import colours, differing, painted
 from ssmprune_cli.tasks.segmentation import GRID, Segmentation, classes_of, fitting
 from ssmprune_cli.workflows.evaluate import evaluate

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 import ssmprune_cli
 from ssmprune_cli.checkpoint import load
-from ssmprune_cli.data import TextWindows, encoder, open_dataset
+from ssmprune_cli.data import TextWindows, encoder, open_text
 from ssmprune_cli.inference import prepare
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import LanguageModel
@@ -55,8 +55,7 @@ def parts(text: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def windows(path: Path, length: int) -> TextWindows:
-    found: TextWindows = open_dataset("text", path).windows(encoder(None, 256), TextWindow(length, 256))
-    return found
+    return open_text(path).windows(encoder(None, 256), TextWindow(length, 256, CONFIG.protect_last))
 
 
 def train(path: Path, minutes: float) -> LanguageModel:

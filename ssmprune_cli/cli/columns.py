@@ -24,7 +24,7 @@ def of_evaluation(names: Sequence[str], models: Sequence[Backbone], result: Eval
     scores, speeds = [result.score], [result.images_per_second]
     change: dict[str, object] = {}
     if result.comparison is not None and result.dense_images_per_second is not None:
-        scores.append(result.task.dense(result.comparison))
+        scores.append(result.comparison.dense)
         speeds.append(result.dense_images_per_second)
         change = _points(f"{result.task.key}_change", result.task.change(result.comparison))
     return [

@@ -197,7 +197,7 @@ def _tables(names: list[str], result: Evaluation) -> Group:
 
     scores, speeds = [result.score], [result.images_per_second]
     if result.comparison is not None and result.dense_images_per_second is not None:
-        scores.append(result.task.dense(result.comparison))
+        scores.append(result.comparison.dense)
         speeds.append(result.dense_images_per_second)
     cases = result.task.cases
     views = "" if result.views is None else f", {result.views}"

@@ -172,7 +172,7 @@ def _cost(facts: Int8Facts) -> Group:
         table.add_row(f"batch of {each.batch}, ms", before, after, f"{each.speedup:.2f} times as fast")
     judged = facts.accuracy
     if judged is not None and judged.comparison is not None:
-        for row in judged.task.table([judged.task.dense(judged.comparison), judged.score]):
+        for row in judged.task.table([judged.comparison.dense, judged.score]):
             table.add_row(*row, "")
     lines = [f"Same answers in both: {100 * facts.same:.1f} % on {facts.images} images ({facts.shown})."]
     if judged is not None and judged.comparison is not None:

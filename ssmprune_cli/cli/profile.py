@@ -71,9 +71,10 @@ def command(
 ) -> None:
     """Count parameters and multiply-adds, and measure latency, where the time goes, throughput and peak memory.
 
-    Multiply-adds are for one image; one multiply-add counts as one. "All directions" counts every scan; "one direction"
-    counts the scans of a layer once, as the Vim papers do. Timed runs of the two models alternate. The floor is the
-    least time: every matrix product and scan run alone or fused, or their bytes copied, whichever takes longer.
+    Multiply-adds are for one image, clip or window of text; one multiply-add counts as one. "All directions" counts
+    every scan; "one direction" counts the scans of a layer once, as the Vim papers do. Timed runs of the two models
+    alternate. The floor is the least time: every matrix product and scan run alone or fused, or their bytes copied,
+    whichever takes longer.
 
     An exported file is run by ONNX Runtime, with our kernels where it can. What happens inside is not seen: where its
     time goes, its floor and its memory are left out. Counts are those of the model that it says it holds.
@@ -133,7 +134,8 @@ def command(
         return
     with output.progress("Timing") as advance:
         profiles = figures(models, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
-    for remark in dict.fromkeys(each for model in models for each in TASKS.get(definition_of(model).task).remarks):
+    tasks = [TASKS.get(definition_of(model).task) for model in models]
+    for remark in dict.fromkeys(each for task in tasks for each in task.remarks):
         output.warn(remark)
     names = formats.unique(distinct_names(paths))
     opened = [
@@ -149,7 +151,7 @@ def command(
     seen = {name: one for name, one in zip(names, profiles, strict=True) if isinstance(one, Profile)}
     formats.emit(
         Group(
-            _summary(names, profiles, opened),
+            _summary(names, profiles, opened, tasks[0].cases),
             *([_time(seen)] if seen else []),
             *_floors(seen),
             *_sessions(names, profiles),
@@ -177,21 +179,25 @@ def _scaling(
     named = dict(zip(formats.unique(names), models, strict=True))
     with output.progress("Timing") as advance:
         found = scaling(named, sizes, unit=unit, batch_size=batch_size, device=device, rounds=rounds, progress=advance)
+    done = [point.rounds for point in next(iter(found.points.values()))]
+    fewer = [f"{count} at {size:,}" for size, count in zip(sizes, done, strict=True) if count < rounds]
+    if fewer:
+        output.warn(f"Fewer than {rounds} rounds, which would take long: {', '.join(fewer)}.")
     table = Table(
         title=f"By {'length' if unit == 'tokens' else 'image size'}: batch {found.batch_size}, {found.dtype}, "
         f"{found.device}, {found.threads} threads",
         title_justify="left",
     )
     table.add_column(unit, justify="right")
-    if unit != "tokens":
-        table.add_column("tokens", justify="right")
+    titles = [*([] if unit == "tokens" else ["tokens"]), "ms", "G multiply-adds", "MiB"]
     for name in found.points:
-        for title in ("ms", "G multiply-adds", "MiB"):
+        for title in titles:
             table.add_column(f"{title}, {name}", justify="right", overflow="fold")
-    for number, (size, tokens) in enumerate(zip(found.sizes, found.tokens, strict=True)):
-        cells = [f"{size:,}", *([] if unit == "tokens" else [f"{tokens:,}"])]
+    for number, size in enumerate(found.sizes):
+        cells = [f"{size:,}"]
         for points in found.points.values():
             point = points[number]
+            cells += [] if unit == "tokens" else [f"{point.tokens:,}"]
             cells += [f"{point.median_ms:.1f}", f"{point.multiply_adds / 1e9:.3f}"]
             cells.append(f"{point.peak_memory_bytes / 2**20:.1f}")
         table.add_row(*cells)
@@ -202,7 +208,8 @@ def _scaling(
     formats.emit(Group(table, *lines), lambda: columns.of_scaling(found), found.to_dict(), form)
 
 
-def _summary(names: list[str], profiles: list[Figures], opened: list[tuple[int, float]]) -> Group:
+def _summary(names: list[str], profiles: list[Figures], opened: list[tuple[int, float]], cases: str) -> Group:
+    """`cases` are what the models take."""
     from ssmprune_cli.workflows.profile import Profile
 
     first = profiles[0]
@@ -238,7 +245,7 @@ def _summary(names: list[str], profiles: list[Figures], opened: list[tuple[int, 
     add("latency of a batch (ms), median", [p.speed.median_ms for p in profiles], "{:.1f}")
     spread = [f"{p.speed.quartiles_ms[0]:.1f} to {p.speed.quartiles_ms[1]:.1f}" for p in profiles]
     table.add_row("  quartiles", *spread, *([""] if len(profiles) == 2 else []))
-    add("images per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
+    add(f"{cases} per second", [p.speed.images_per_second for p in profiles], "{:.1f}")
     seen = [p for p in profiles if isinstance(p, Profile)]
     if len(seen) == len(profiles):
         add("peak memory (MiB)", [p.peak_memory_bytes / 2**20 for p in seen], "{:.1f}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ssmprune_cli.data.ade20k import is_ade20k, open_ade20k
 from ssmprune_cli.data.calibration import calibration_images, differing, fingerprint, listed_images, some_images
@@ -21,10 +20,11 @@ from ssmprune_cli.data.npz import open_npz
 from ssmprune_cli.data.preprocess import framed, in_colour, normalised, prepare_image, to_rgb, visible_box
 from ssmprune_cli.data.segfolder import open_segfolder
 from ssmprune_cli.data.text import Texts, TextWindows, open_text
-from ssmprune_cli.data.tokenizer import TOKENIZER, encoder
+from ssmprune_cli.data.tokenizer import TOKENIZER, encoder, read_tokenizer
+from ssmprune_cli.errors import UsageError
 from ssmprune_cli.registry import Registry
 
-DATASETS: Registry[Callable[[Path, Split], Any]] = Registry("dataset")
+DATASETS: Registry[Callable[[Path, Split], ImageDataset | Texts]] = Registry("dataset")
 DATASETS.register("imagenet", open_imagenet)
 DATASETS.register("imagefolder", open_imagefolder)
 DATASETS.register("cifar10", open_cifar10)
@@ -37,15 +37,18 @@ DATASETS.register("kinetics", open_kinetics)
 DATASETS.register("text", open_text)
 
 
-def open_dataset(name: str, root: Path, *, split: Split = "val") -> Any:
-    """The images with targets in `root` (a folder, or a file for npz), laid out as the dataset kind `name` says; for
-    text, the `Texts` that a model's tokenizer divides.
+def open_dataset(name: str, root: Path, *, split: Split = "val") -> ImageDataset:
+    """The images with targets in `root` (a folder, or a file for npz), laid out as the dataset kind `name` says.
 
     split  which part of a divided dataset; "val" are the images to evaluate on, whatever the dataset calls them
 
-    Raises UsageError for an unknown kind, DataError for data that is not laid out so.
+    Raises UsageError for an unknown kind, and for text, which a model's tokenizer divides (see `open_text`); DataError
+    for data that is not laid out so.
     """
-    return DATASETS.get(name)(root, split)
+    opened = DATASETS.get(name)(root, split)
+    if isinstance(opened, Texts):
+        raise UsageError("a text is read by the tokenizer of a model, so give the model too", where=str(root))
+    return opened
 
 
 __all__ = [
@@ -75,7 +78,9 @@ __all__ = [
     "listed_images",
     "normalised",
     "open_dataset",
+    "open_text",
     "prepare_image",
+    "read_tokenizer",
     "sampled",
     "some_images",
     "to_rgb",

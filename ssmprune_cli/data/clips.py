@@ -27,7 +27,7 @@ from ssmprune_cli.data.preprocess import center_crop, normalised, resize_short_s
 from ssmprune_cli.data.resize import resize_linear
 from ssmprune_cli.data.video_file import VIDEO_SUFFIXES, read_video
 from ssmprune_cli.errors import DataError, listing
-from ssmprune_cli.preprocessing import ClipPreprocessing, Frame, KeepRatio, Preprocessing, TextWindow
+from ssmprune_cli.preprocessing import ClipPreprocessing, Frame, Preparation
 
 _PIECE = 1 << 20  # bytes of a file that are read at once
 
@@ -54,7 +54,7 @@ class Clips(ImageFiles):
         ((frame,), _) = _read(self._files[index], lambda total: [total // 2])
         return frame
 
-    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+    def prepared(self, index: int, way: Preparation) -> tuple[Tensor, Frame]:
         assert isinstance(way, ClipPreprocessing)
         frames, total = _read(self._files[index], lambda total: sampled(total, way.frames, way.segments))
         if total < way.frames:

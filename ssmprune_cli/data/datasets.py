@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmprune_cli.data.image_file import read_image
 from ssmprune_cli.data.preprocess import prepare_image
 from ssmprune_cli.errors import DataError, shown
-from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing, TextWindow
+from ssmprune_cli.preprocessing import Frame, Preparation, of_images
 
 Split = Literal["train", "val"]
 Target = object
@@ -49,13 +49,12 @@ class ImageDataset(ABC):
     def name(self, index: int) -> str:
         """What to call the image in messages; does not depend on where the dataset lies."""
 
-    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+    def prepared(self, index: int, way: Preparation) -> tuple[Tensor, Frame]:
         """What a model that is prepared for in this `way` takes: (3, H, W) float32, and where the image lies in it; of
         clips (3, T, H, W), or with several views (views, 3, T, H, W)."""
-        assert not isinstance(way, TextWindow)
         image = self.image(index)
         try:
-            return prepare_image(image, way)
+            return prepare_image(image, of_images(way))
         except (ValueError, OSError, MemoryError) as error:
             raise unprepared(error, self.name(index)) from error
 
@@ -155,7 +154,7 @@ class Subset(ImageDataset):
     def name(self, index: int) -> str:
         return self._dataset.name(self._indices[index])
 
-    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+    def prepared(self, index: int, way: Preparation) -> tuple[Tensor, Frame]:
         return self._dataset.prepared(self._indices[index], way)
 
     def content(self, index: int) -> bytes:

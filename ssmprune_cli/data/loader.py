@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmprune_cli.data.datasets import ImageDataset, Target
 from ssmprune_cli.data.image_file import one_image
 from ssmprune_cli.errors import DataError
-from ssmprune_cli.preprocessing import ClipPreprocessing, Frame, KeepRatio, Preprocessing, TextWindow
+from ssmprune_cli.preprocessing import ClipPreprocessing, Frame, Preparation
 
 _AHEAD = 2  # batches read while the model works on one
 
@@ -38,7 +38,7 @@ class _Loaded(NamedTuple):
     name: str
 
 
-def batches(dataset: ImageDataset, way: Preprocessing | KeepRatio | TextWindow, batch_size: int) -> Iterator[Batch]:
+def batches(dataset: ImageDataset, way: Preparation, batch_size: int) -> Iterator[Batch]:
     """The images of `dataset` in order, `batch_size` at a time, or fewer: a batch ends where the size of the prepared
     image changes, and the last one ends with the dataset.
 

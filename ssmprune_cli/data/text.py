@@ -12,9 +12,9 @@ from torch import Tensor
 from ssmprune_cli.data.datasets import ImageDataset, Split
 from ssmprune_cli.data.files import check_folder
 from ssmprune_cli.data.tokenizer import Encode
-from ssmprune_cli.errors import DataError, UsageError, shown
+from ssmprune_cli.errors import DataError, UsageError, listing, shown
 from ssmprune_cli.files import read_bytes
-from ssmprune_cli.preprocessing import Frame, KeepRatio, Preprocessing, TextWindow
+from ssmprune_cli.preprocessing import Frame, Preparation, TextWindow
 
 _MOST_BYTES = 1 << 28  # of a text
 _SUFFIX = ".txt"
@@ -45,6 +45,16 @@ class TextWindows(ImageDataset):
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which texts have no window."""
+        read = {number for number, _ in self._places}
+        short = [name for number, (name, _) in enumerate(self._texts) if number not in read]
+        if not short:
+            return ()
+        some, least = f"{len(short)} of {len(self._texts)} texts", self._window.length + 1
+        return (f"{some} are not read, for want of {least:,} tokens: {listing(short)}.",)
+
     def image(self, index: int) -> Image.Image:
         raise UsageError("a text is no image, so there is nothing to draw", where=self.name(index))
 
@@ -53,9 +63,12 @@ class TextWindows(ImageDataset):
         number, start = self._places[index]
         return self._texts[number][1][start : start + self._window.length]
 
-    def prepared(self, index: int, way: Preprocessing | KeepRatio | TextWindow) -> tuple[Tensor, Frame]:
+    def prepared(self, index: int, way: Preparation) -> tuple[Tensor, Frame]:
         if way != self._window:
-            raise DataError("the text was divided for a model of another vocabulary or length", where=self.name(index))
+            raise DataError(
+                f"the text was divided into {self._window}, and a model takes {way}",
+                hint="Give models that are compared the same `--length` and `--protect-last`.",
+            )
         size = (1, self._window.length)
         return self.ids(index), Frame(size, size)
 
@@ -90,7 +103,7 @@ class Texts:
         return TextWindows(texts, window, str(self._root))
 
 
-def open_text(root: Path, split: Split) -> Texts:
+def open_text(root: Path, split: Split = "val") -> Texts:
     """A text file, or all .txt files below a folder in the order of their paths. Both splits are the same.
 
     Raises DataError for a file that cannot be read, and if there is no text.

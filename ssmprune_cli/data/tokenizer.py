@@ -20,15 +20,21 @@ Encode = Callable[[bytes, str], Tensor]
 """(content of a file, its name) -> (n,) int64. Raises DataError, naming the file, for what is no text."""
 
 
+def read_tokenizer(folder: Path | None) -> bytes | None:
+    """The file in `folder`, None if there is none."""
+    file = None if folder is None else folder / TOKENIZER
+    return read_bytes(file, _MOST_BYTES, DataError) if file is not None and file.is_file() else None
+
+
 def encoder(folder: Path | None, vocabulary: int) -> Encode:
     """That of a model with `vocabulary` rows in its embedding, loaded from `folder`.
 
     Raises DataError for a missing tokenizer, or one that does not fit the vocabulary; UsageError if the package that
     reads it is missing.
     """
-    file = None if folder is None else folder / TOKENIZER
-    if file is not None and file.is_file():
-        return _by_tokenizer(file, vocabulary)
+    content = read_tokenizer(folder)
+    if folder is not None and content is not None:
+        return _by_tokenizer(content, str(folder / TOKENIZER), vocabulary)
     if vocabulary == BYTES:
         return _by_byte
     raise DataError(
@@ -42,7 +48,7 @@ def _by_byte(content: bytes, name: str) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).long() if content else torch.zeros(0).long()
 
 
-def _by_tokenizer(file: Path, vocabulary: int) -> Encode:
+def _by_tokenizer(content: bytes, where: str, vocabulary: int) -> Encode:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -50,16 +56,17 @@ def _by_tokenizer(file: Path, vocabulary: int) -> Encode:
             f"reading {TOKENIZER} takes the package tokenizers", hint="pip install 'ssmprune[text]'"
         ) from error
     try:
-        tokenizer = Tokenizer.from_str(read_bytes(file, _MOST_BYTES, DataError).decode("utf-8"))
-    except DataError:
-        raise
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the package raises Exception itself
-        raise DataError(f"is no tokenizer: {shown(str(error))}", where=str(file)) from error
+        raise DataError(f"is no tokenizer: {shown(str(error))}", where=where) from error
+    # What the file asks for of batches that a model is trained on would cut a text, or lengthen it.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if not 0 <= vocabulary - size < _PADDING:
         raise DataError(
             f"has {size:,} tokens, and the model's vocabulary {vocabulary:,}: it is another model's",
-            where=str(file),
+            where=where,
             hint=f"Put the model's own {TOKENIZER} there.",
         )
 

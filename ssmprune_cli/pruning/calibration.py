@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.interface import Mixers, Pruner, ScanAlignment, ScanStatistics, Stage, Wanted
-from ssmprune_cli.preprocessing import KeepRatio, Preprocessing, TextWindow
+from ssmprune_cli.preprocessing import Preparation
 from ssmprune_cli.pruning.correction import Repaired
 from ssmprune_cli.pruning.importance import IMPORTANCES
 from ssmprune_cli.pruning.pruner import PruneSettings
@@ -47,7 +47,7 @@ class Prunable(Observable, Protocol):
     def input_shape(self) -> tuple[int, ...]: ...
 
     @property
-    def preprocessing(self) -> Preprocessing | KeepRatio | TextWindow: ...
+    def preprocessing(self) -> Preparation: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

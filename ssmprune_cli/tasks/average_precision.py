@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ssmprune_cli.data import Objects
 from ssmprune_cli.errors import UsageError
-from ssmprune_cli.report import AveragePrecision, Interval
+from ssmprune_cli.report import AveragePrecision
 
 Kind = Literal["bbox", "segm"]
 Floats = NDArray[np.float64]
@@ -161,12 +161,6 @@ def draws_of(images: int, detections: int) -> Floats:
     low, high = _DRAWS
     count = min(high, max(low, _WORK // max(10 * detections, 1)))
     return np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=count).astype(np.float64)
-
-
-def interval(values: Floats, estimate: float) -> Interval:
-    """95 % of the draws (Efron's percentiles), and the estimate."""
-    low, high = np.quantile(values, (0.025, 0.975))
-    return min(float(low), estimate), max(float(high), estimate)
 
 
 def has_outlines(targets: Sequence[Objects]) -> bool:

@@ -14,16 +14,8 @@ from ssmprune_cli.errors import DataError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.report import AccuracyFacts, ClassChange, ModelAccuracy, Report, Sample
 from ssmprune_cli.statistics import mcnemar_p_value, paired_interval, wilson_interval
-from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit, drop_limit
 from ssmprune_cli.tasks.words import gained, in_percent, share
-
-
-def _drop(score: ModelAccuracy, compared: AccuracyFacts | None) -> Estimate | None:
-    """Points of top-1 that the pruned model lost."""
-    if compared is None:
-        return None
-    low, high = compared.difference_interval
-    return Estimate(-100 * compared.difference, (-100 * high, -100 * low))
 
 
 def _top1(score: ModelAccuracy, compared: AccuracyFacts | None) -> Estimate:
@@ -47,16 +39,7 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
     hub_metric = "accuracy"
     key = "top1"
     limits = (
-        TaskLimit(
-            LimitKind(  # below 0 the model must gain
-                "max_drop",
-                -100.0,
-                100.0,
-                floor=False,
-                words="top-1 fell by {value:.2f} points{within}; --max-drop allows {limit:g}",
-            ),
-            _drop,
-        ),
+        drop_limit("top-1"),
         TaskLimit(
             LimitKind(
                 "min_accuracy",
@@ -159,18 +142,6 @@ class Classification(Task[ModelAccuracy, AccuracyFacts]):
 
     def estimate(self, score: ModelAccuracy) -> Estimate:
         return Estimate(score.top1, score.interval)
-
-    def dense(self, compared: AccuracyFacts) -> ModelAccuracy:
-        return compared.dense
-
-    def pruned(self, compared: AccuracyFacts) -> ModelAccuracy:
-        return compared
-
-    def change(self, compared: AccuracyFacts) -> Estimate:
-        return Estimate(compared.difference, compared.difference_interval)
-
-    def count(self, compared: AccuracyFacts) -> int:
-        return compared.count
 
     def rows(self, compared: AccuracyFacts) -> list[Row]:
         found = [

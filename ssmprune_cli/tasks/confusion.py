@@ -14,16 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssmprune_cli.data import NOT_JUDGED
-from ssmprune_cli.report import Interval
+from ssmprune_cli.tasks.bootstrap import resamples
 
 Counts = NDArray[np.int64]
 """(3, C) of one image: pixels of each class that answer and mask agree on, that the mask has, and that the answer has;
 only where the mask judges."""
 Shares = NDArray[np.float64]
-
-RESAMPLES = 2000
-_AT_ONCE = 100  # resamples: with 2,000 images and 150 classes that is 2 MB
-_SEED = 0
 
 
 def counted(answer: Tensor, mask: Tensor, classes: int) -> Counts:
@@ -55,22 +51,14 @@ def shares(sums: NDArray[np.int64] | Shares) -> SetShares:
 
 
 def resampled(models: Sequence[NDArray[np.int64]]) -> list[Shares]:
-    """mIoU (R,) of each model, with counts (N, 3, C), on as many images drawn from the N with replacement: the same
-    ones for all models, by a fixed seed (the paired bootstrap, Efron 1979)."""
-    draw, images = np.random.default_rng(_SEED), len(models[0])
+    """mIoU (R,) of each model, with counts (N, 3, C), on as many images drawn from the N: see `resamples`."""
+    images = len(models[0])
     flat = [counts.reshape(images, -1).astype(np.float64) for counts in models]  # (N, 3 C), exact: far below 2^53
     found: list[list[Shares]] = [[] for _ in models]
-    for _ in range(RESAMPLES // _AT_ONCE):
-        times = draw.multinomial(images, np.full(images, 1 / images), size=_AT_ONCE).astype(np.float64)  # (r, N)
+    for times in resamples(images):
         for own, counts, model in zip(found, flat, models, strict=True):
-            own.append(shares((times @ counts).reshape(_AT_ONCE, *model.shape[1:])).miou)
+            own.append(shares((times @ counts).reshape(len(times), *model.shape[1:])).miou)
     return [np.concatenate(own) for own in found]
-
-
-def interval(values: Shares, estimate: float) -> Interval:
-    """The middle 95 % of resampled values, and the estimate itself."""
-    low, high = np.nanquantile(values, (0.025, 0.975))
-    return min(float(low), estimate), max(float(high), estimate)
 
 
 def _over(part: Shares, whole: Shares) -> Shares:

@@ -32,12 +32,12 @@ from ssmprune_cli.tasks.average_precision import (
     coco_tools,
     draws_of,
     has_outlines,
-    interval,
     listed,
 )
+from ssmprune_cli.tasks.bootstrap import interval
 from ssmprune_cli.tasks.outlined import covered, outlined
 from ssmprune_cli.tasks.painted import differing
-from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.task import Drawing, Estimate, Loss, Row, Task, drop_limit
 from ssmprune_cli.tasks.words import bootstrap, gained, in_percent, losses, share
 
 GRID = 8  # rows and columns of places of each level by which models are compared
@@ -51,15 +51,6 @@ class Seen(NamedTuple):
 
     levels: tuple[Tensor, ...]
     detector: Detector
-
-
-def _drop(score: ModelDetection, compared: DetectionFacts | None) -> Estimate | None:
-    """Points of box AP that the pruned model lost."""
-    if compared is None:
-        return None
-    ends = compared.difference_interval
-    within = None if ends is None else (0 - 100 * ends[1], 0 - 100 * ends[0])
-    return Estimate(0 - 100 * compared.difference, within)  # 0 - 0 has no sign
 
 
 class Detection(Task[ModelDetection, DetectionFacts]):
@@ -85,18 +76,7 @@ class Detection(Task[ModelDetection, DetectionFacts]):
         "Multiply-adds, times and images per second are those of the backbone and the feature pyramid. What proposes "
         "boxes and reads them is left out: pruning does not change it, so a whole detector gains less than they say.",
     )
-    limits = (
-        TaskLimit(
-            LimitKind(  # below 0 the model must gain
-                "max_drop",
-                -100.0,
-                100.0,
-                floor=False,
-                words="box AP fell by {value:.2f} points{within}; --max-drop allows {limit:g}",
-            ),
-            _drop,
-        ),
-    )
+    limits = (drop_limit("box AP"),)
 
     def kind(self, path: Path) -> str:
         return "coco"
@@ -232,18 +212,6 @@ class Detection(Task[ModelDetection, DetectionFacts]):
 
     def estimate(self, score: ModelDetection) -> Estimate:
         return Estimate(score.boxes.ap, score.interval)
-
-    def dense(self, compared: DetectionFacts) -> ModelDetection:
-        return compared.dense
-
-    def pruned(self, compared: DetectionFacts) -> ModelDetection:
-        return compared
-
-    def change(self, compared: DetectionFacts) -> Estimate:
-        return Estimate(compared.difference, compared.difference_interval)
-
-    def count(self, compared: DetectionFacts) -> int:
-        return compared.count
 
     def rows(self, compared: DetectionFacts) -> list[Row]:
         dense, ends = compared.dense, compared.difference_interval

@@ -9,46 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ssmprune_cli.data import (
     TOKENIZER,
     Batch,
     ImageDataset,
-    Texts,
+    Split,
     chosen,
     differing,
     encoder,
     open_dataset,
+    open_text,
+    read_tokenizer,
 )
-from ssmprune_cli.errors import DataError, UsageError
-from ssmprune_cli.files import read_bytes
+from ssmprune_cli.errors import DataError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import TextWindow
 from ssmprune_cli.report import Interval, LanguageFacts, ModelLanguage, Report, Sample
-from ssmprune_cli.tasks.confusion import RESAMPLES, interval
-from ssmprune_cli.tasks.task import Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.bootstrap import Floats, interval, resamples
+from ssmprune_cli.tasks.task import Estimate, Loss, Row, Task, drop_limit
 from ssmprune_cli.tasks.words import gained, in_percent, share
 
-_SEED = 0  # of the bootstrap
 _SAMPLED = 8  # tokens of a window whose logits a distance is computed from: vocabularies are large
 _MOST_NATS = 700.0  # whose exponential is a float
-_MOST_TOKENIZER = 1 << 26
-
-Numbers = NDArray[np.float64]
-
-
-def _drop(score: ModelLanguage, compared: LanguageFacts | None) -> Estimate | None:
-    """Points of right guesses that the pruned model lost."""
-    if compared is None:
-        return None
-    ends = compared.difference_interval
-    return Estimate(-100 * compared.difference, None if ends is None else (-100 * ends[1], -100 * ends[0]))
 
 
 class Answer(NamedTuple):
@@ -80,18 +68,7 @@ class Language(Task[ModelLanguage, LanguageFacts]):
     most = 8
     shows = False
     cases = "windows of text"
-    limits = (
-        TaskLimit(
-            LimitKind(  # below 0 the model must gain
-                "max_drop",
-                -100.0,
-                100.0,
-                floor=False,
-                words="next-token accuracy fell by {value:.2f} points{within}; --max-drop allows {limit:g}",
-            ),
-            _drop,
-        ),
-    )
+    limits = (drop_limit("next-token accuracy"),)
     remarks = (
         "Of each window of text the last tokens are judged, which are never dropped; `--protect-last` says how many.",
     )
@@ -99,22 +76,20 @@ class Language(Task[ModelLanguage, LanguageFacts]):
     def kind(self, path: Path) -> str:
         return "text"
 
-    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
-        if model is None or not isinstance(opened, Texts):
-            raise UsageError("a text is read by the tokenizer of a model, so give the model too")
-        way: Any = model.preprocessing
+    def _opened(self, kind: str, path: Path, split: Split, model: Backbone | None) -> ImageDataset:
+        if model is None:
+            return open_dataset(kind, path)  # which says that it takes a model
+        way = model.preprocessing
         assert isinstance(way, TextWindow)
-        return opened.windows(encoder(model.folder, way.vocabulary), way)
+        return open_text(path, split).windows(encoder(model.folder, way.vocabulary), way)
 
     def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
-        return differing(chosen(self._divided(open_dataset("text", path, split="train"), model), count, seed), path)
+        return differing(chosen(self.open(path, split="train", model=model), count, seed), path)
 
     def files(self, model: Backbone) -> dict[str, bytes]:
         """The tokenizer, if it has one."""
-        file = None if model.folder is None else model.folder / TOKENIZER
-        if file is None or not file.is_file():
-            return {}
-        return {TOKENIZER: read_bytes(file, _MOST_TOKENIZER, DataError)}
+        content = read_tokenizer(model.folder)
+        return {} if content is None else {TOKENIZER: content}
 
     def check(self, model: Backbone, dataset: ImageDataset) -> None:
         """The windows must be those of `model`."""
@@ -124,13 +99,14 @@ class Language(Task[ModelLanguage, LanguageFacts]):
             dataset.prepared(index, model.preprocessing)  # raises for windows of another model
 
     def results(self, outputs: Tensor, batch: Batch) -> list[Answer]:
-        scores = outputs.double().log_softmax(dim=1).cpu()  # (B, V, K)
-        judged = scores.shape[2]
+        judged = outputs.shape[2]
         following = [target[-judged:] for target in batch.targets if isinstance(target, tuple)]
-        tokens = torch.tensor(following)  # (B, K)
-        nats = -scores.gather(1, tokens[:, None])[:, 0]
-        rows = zip(nats.tolist(), scores.argmax(dim=1).tolist(), following, strict=True)
-        return [Answer(tuple(surprise), tuple(guesses), tuple(right)) for surprise, guesses, right in rows]
+        answers = []
+        for logits, tokens in zip(outputs, following, strict=True):  # one by one: in float64 (V, K) is large
+            right = torch.tensor(tokens, device=logits.device)[None]  # (1, K)
+            nats = -logits.double().log_softmax(dim=0).gather(0, right)[0]
+            answers.append(Answer(tuple(nats.tolist()), tuple(logits.argmax(dim=0).tolist()), tokens))
+        return answers
 
     def sample(self, outputs: Tensor) -> Tensor:
         """The logits (B, V, k) of a few of the last tokens, from all over them; the very last one is among them."""
@@ -140,7 +116,17 @@ class Language(Task[ModelLanguage, LanguageFacts]):
         return outputs[:, :, places].float()
 
     def score(self, results: Sequence[Answer], model: Backbone, dataset: ImageDataset) -> ModelLanguage:
-        return _score(results, _draws(len(results)))
+        counts, nats, right = _counts(results), _nats(results), _rights(results)
+        nats_interval, interval_of_right = _within(counts, nats, right)
+        mean = float(nats.sum() / counts.sum())
+        return ModelLanguage(
+            tokens=int(counts.sum()),
+            nats=mean,
+            perplexity=math.exp(min(mean, _MOST_NATS)),
+            perplexity_interval=_exponential(nats_interval),
+            next_token_accuracy=float(right.sum() / counts.sum()),
+            interval=interval_of_right,
+        )
 
     def compare(
         self,
@@ -149,22 +135,22 @@ class Language(Task[ModelLanguage, LanguageFacts]):
         dataset: ImageDataset,
     ) -> LanguageFacts:
         own, before = pruned[0], dense[0]
-        draws = _draws(len(own))
         counts = _counts(own)
         agree = np.array([_agreeing(*pair) for pair in zip(own, before, strict=True)], dtype=np.float64)
         gain = _rights(own) - _rights(before)
         nats = _nats(own) - _nats(before)
+        difference_interval, ratio_interval, agreement_interval = _within(counts, gain, nats, agree)
         ratio = math.exp(min(float(nats.sum() / counts.sum()), _MOST_NATS))
         return LanguageFacts(
             **pruned[1].model_dump(),
             count=len(own),
             dense=dense[1],
             difference=float(gain.sum() / counts.sum()),
-            difference_interval=_within(gain, counts, draws),
+            difference_interval=difference_interval,
             perplexity_ratio=ratio,
-            perplexity_ratio_interval=_exponential(_within(nats, counts, draws)),
+            perplexity_ratio_interval=_exponential(ratio_interval),
             agreement=float(agree.sum() / counts.sum()),
-            agreement_interval=_within(agree, counts, draws),
+            agreement_interval=agreement_interval,
         )
 
     def changed(self, pruned: Sequence[Answer], dense: Sequence[Answer]) -> list[int]:
@@ -172,18 +158,6 @@ class Language(Task[ModelLanguage, LanguageFacts]):
 
     def estimate(self, score: ModelLanguage) -> Estimate:
         return Estimate(score.next_token_accuracy, score.interval)
-
-    def dense(self, compared: LanguageFacts) -> ModelLanguage:
-        return compared.dense
-
-    def pruned(self, compared: LanguageFacts) -> ModelLanguage:
-        return compared
-
-    def change(self, compared: LanguageFacts) -> Estimate:
-        return Estimate(compared.difference, compared.difference_interval)
-
-    def count(self, compared: LanguageFacts) -> int:
-        return compared.count
 
     def rows(self, compared: LanguageFacts) -> list[Row]:
         ends = compared.perplexity_ratio_interval
@@ -265,21 +239,15 @@ class Language(Task[ModelLanguage, LanguageFacts]):
         return sample.name
 
 
-def _draws(count: int) -> Numbers:
-    """(R, N): how often each of N windows is drawn with replacement, the same for all models; by a fixed seed."""
-    draw = np.random.default_rng(_SEED)
-    return draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
-
-
-def _counts(answers: Sequence[Answer]) -> Numbers:
+def _counts(answers: Sequence[Answer]) -> Floats:
     return np.array([len(each.tokens) for each in answers], dtype=np.float64)
 
 
-def _rights(answers: Sequence[Answer]) -> Numbers:
+def _rights(answers: Sequence[Answer]) -> Floats:
     return np.array([each.right for each in answers], dtype=np.float64)
 
 
-def _nats(answers: Sequence[Answer]) -> Numbers:
+def _nats(answers: Sequence[Answer]) -> Floats:
     return np.array([math.fsum(each.nats) for each in answers], dtype=np.float64)
 
 
@@ -287,28 +255,18 @@ def _agreeing(pruned: Answer, dense: Answer) -> int:
     return sum(one == other for one, other in zip(pruned.guesses, dense.guesses, strict=True))
 
 
-def _within(values: Numbers, counts: Numbers, draws: Numbers) -> Interval | None:
-    """Of the mean of `values` a token: paired, as the values of one window stay together. None of one window."""
-    if len(values) < 2:
-        return None
-    return interval((draws @ values) / (draws @ counts), float(values.sum() / counts.sum()))
+def _within(counts: Floats, *values: Floats) -> list[Interval | None]:
+    """Of the mean a token of each of `values`: those of one window stay together. None of one window."""
+    if len(counts) < 2:
+        return [None for _ in values]
+    columns = np.stack((counts, *values), axis=1)  # (N, 1 + figures)
+    total, *sums = np.concatenate([times @ columns for times in resamples(len(counts))]).T  # (R,) each
+    pairs = zip(sums, values, strict=True)
+    return [interval(drawn / total, float(own.sum() / counts.sum())) for drawn, own in pairs]
 
 
 def _exponential(ends: Interval | None) -> Interval | None:
     return None if ends is None else (math.exp(min(ends[0], _MOST_NATS)), math.exp(min(ends[1], _MOST_NATS)))
-
-
-def _score(answers: Sequence[Answer], draws: Numbers) -> ModelLanguage:
-    counts, nats, right = _counts(answers), _nats(answers), _rights(answers)
-    mean = float(nats.sum() / counts.sum())
-    return ModelLanguage(
-        tokens=int(counts.sum()),
-        nats=mean,
-        perplexity=math.exp(min(mean, _MOST_NATS)),
-        perplexity_interval=_exponential(_within(nats, counts, draws)),
-        next_token_accuracy=float(right.sum() / counts.sum()),
-        interval=_within(right, counts, draws),
-    )
 
 
 def _perplexity(score: ModelLanguage) -> str:

@@ -19,9 +19,10 @@ from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Frame
 from ssmprune_cli.report import ClassIou, ModelSegmentation, Report, Sample, SegmentationFacts
-from ssmprune_cli.tasks.confusion import RESAMPLES, Counts, counted, interval, resampled, shares
+from ssmprune_cli.tasks.bootstrap import RESAMPLES, interval
+from ssmprune_cli.tasks.confusion import Counts, counted, resampled, shares
 from ssmprune_cli.tasks.painted import differing, painted
-from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit
+from ssmprune_cli.tasks.task import Drawing, Estimate, LimitKind, Loss, Row, Task, TaskLimit, drop_limit
 from ssmprune_cli.tasks.words import bootstrap, gained, in_percent, losses, share
 
 GRID = 32  # rows and columns of pixels of an image by which models are compared
@@ -35,14 +36,6 @@ class Windows:
 
     crop: tuple[int, int]
     stride: tuple[int, int]
-
-
-def _drop(score: ModelSegmentation, compared: SegmentationFacts | None) -> Estimate | None:
-    """Points of mIoU that the pruned model lost."""
-    if compared is None:
-        return None
-    ends = compared.difference_interval
-    return Estimate(-100 * compared.difference, None if ends is None else (-100 * ends[1], -100 * ends[0]))
 
 
 def _miou(score: ModelSegmentation, compared: SegmentationFacts | None) -> Estimate:
@@ -72,16 +65,7 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
     calibrates = 16
     draws = True
     limits = (
-        TaskLimit(
-            LimitKind(  # below 0 the model must gain
-                "max_drop",
-                -100.0,
-                100.0,
-                floor=False,
-                words="mIoU fell by {value:.2f} points{within}; --max-drop allows {limit:g}",
-            ),
-            _drop,
-        ),
+        drop_limit("mIoU"),
         TaskLimit(
             LimitKind(
                 "min_miou",
@@ -215,18 +199,6 @@ class Segmentation(Task[ModelSegmentation, SegmentationFacts]):
 
     def estimate(self, score: ModelSegmentation) -> Estimate:
         return Estimate(score.miou, score.interval)
-
-    def dense(self, compared: SegmentationFacts) -> ModelSegmentation:
-        return compared.dense
-
-    def pruned(self, compared: SegmentationFacts) -> ModelSegmentation:
-        return compared
-
-    def change(self, compared: SegmentationFacts) -> Estimate:
-        return Estimate(compared.difference, compared.difference_interval)
-
-    def count(self, compared: SegmentationFacts) -> int:
-        return compared.count
 
     def rows(self, compared: SegmentationFacts) -> list[Row]:
         dense, ends = compared.dense, compared.difference_interval

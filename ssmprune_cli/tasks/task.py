@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -32,8 +32,22 @@ from ssmprune_cli.pruning import divergence, soft_divergence
 from ssmprune_cli.recipe import Section
 from ssmprune_cli.report import Interval, Judge, LimitFacts, Report, Sample
 
+
+class Comparison(Protocol):
+    """What a comparison has beside the pruned model's score: see `AccuracyFacts`."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def dense(self) -> Any: ...
+    @property
+    def difference(self) -> float: ...
+    @property
+    def difference_interval(self) -> Interval | None: ...
+
+
 Score = TypeVar("Score", bound=Section)
-Compared = TypeVar("Compared", bound=Section)
+Compared = TypeVar("Compared", bound=Comparison)
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,20 @@ class TaskLimit:
 
     kind: LimitKind
     measure: Callable[[Any, Any], Estimate | None]
+
+
+def drop_limit(metric: str) -> TaskLimit:
+    """How many points of the metric a pruned model may lose; below 0 it must gain."""
+    words = "{value:.2f} points{within}; --max-drop allows {limit:g}"
+    return TaskLimit(LimitKind("max_drop", -100.0, 100.0, floor=False, words=f"{metric} fell by {words}"), _lost)
+
+
+def _lost(score: Any, compared: Comparison | None) -> Estimate | None:
+    if compared is None:
+        return None
+    ends = compared.difference_interval
+    within = None if ends is None else (0 - 100 * ends[1], 0 - 100 * ends[0])  # 0 - 0 has no sign
+    return Estimate(0 - 100 * compared.difference, within)
 
 
 @dataclass(frozen=True)
@@ -192,12 +220,11 @@ class Task(ABC, Generic[Score, Compared]):
                 f"there is no dataset {kind!r} for {self.name}, which is what the model is for",
                 hint=f"Fitting kinds are {', '.join(self.datasets)}.",
             )
-        return self._divided(open_dataset(kind, path, split=split), model)
+        return self._opened(kind, path, split, model)
 
-    def _divided(self, opened: Any, model: Backbone | None) -> ImageDataset:
-        """What was opened, as a dataset for `model`."""
-        dataset: ImageDataset = opened
-        return dataset
+    def _opened(self, kind: str, path: Path, split: Split, model: Backbone | None) -> ImageDataset:
+        """Of a fitting kind."""
+        return open_dataset(kind, path, split=split)
 
     def calibration(self, model: Backbone, path: Path, count: int, seed: int) -> ImageDataset:
         """`count` unlabelled inputs for `model` in `path`, chosen by `seed`: see `data.calibration_images`."""
@@ -301,21 +328,9 @@ class Task(ABC, Generic[Score, Compared]):
     def estimate(self, score: Score) -> Estimate:
         """The metric, as a fraction: the more the better."""
 
-    @abstractmethod
-    def dense(self, compared: Compared) -> Score:
-        """The dense model's score."""
-
-    @abstractmethod
-    def pruned(self, compared: Compared) -> Score:
-        """The pruned model's score."""
-
-    @abstractmethod
     def change(self, compared: Compared) -> Estimate:
         """The metric of the pruned model less that of the dense one."""
-
-    @abstractmethod
-    def count(self, compared: Compared) -> int:
-        """How many images both were judged on."""
+        return Estimate(compared.difference, compared.difference_interval)
 
     @abstractmethod
     def rows(self, compared: Compared) -> list[Row]:

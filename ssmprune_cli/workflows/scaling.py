@@ -24,8 +24,12 @@ _LEAST = 3
 
 @dataclass(frozen=True)
 class Point:
-    """One model at one size, of a batch; multiply-adds are of one image or window, all directions."""
+    """One model at one size, of a batch; multiply-adds are of one image or window, all directions.
 
+    tokens  that enter the first block
+    """
+
+    tokens: int
     median_ms: float
     quartiles_ms: tuple[float, float]
     rounds: int
@@ -50,14 +54,12 @@ class Scaling:
     """Of several models at several sizes.
 
     sizes   lengths of windows in tokens, or sides of images in pixels; `unit` says which
-    tokens  that enter the first block
     points  of each model (by name), one for each size
     slopes  of each model
     """
 
     unit: str
     sizes: tuple[int, ...]
-    tokens: tuple[int, ...]
     batch_size: int
     dtype: str
     device: str
@@ -89,12 +91,9 @@ def scaling(
     if len(set(sizes)) < 2 or list(sizes) != sorted(set(sizes)):
         raise UsageError(f"takes two sizes or more in rising order, not {', '.join(map(str, sizes))}", where=unit)
     target = resolve_device(device)
-    tokens: list[int] = []
     points: dict[str, list[Point]] = {name: [] for name in models}
     for number, size in enumerate(sizes):
         sized = {name: _at(model.to(target), size, unit, batch_size) for name, model in models.items()}
-        first, images = next(iter(sized.values()))
-        tokens.append(size if unit == "tokens" else first.num_tokens)
         sessions = [prepare(model, device=target) for model, _ in sized.values()]
         batches = [batch for _, batch in sized.values()]
         turns = _turns(sessions, batches, rounds)
@@ -102,21 +101,21 @@ def scaling(
         for (name, (model, batch)), session, speed in zip(sized.items(), sessions, speeds, strict=True):
             work = count_flops(model, batch[:1]).all_directions
             memory = peak_memory(session, batch)
-            points[name].append(Point(speed.median_ms, speed.quartiles_ms, speed.rounds, work, memory))
-        del sessions, images
+            tokens = _entering(model, batch)
+            points[name].append(Point(tokens, speed.median_ms, speed.quartiles_ms, speed.rounds, work, memory))
+        del sessions
         if progress:
             progress(number + 1, len(sizes))
     dtype = str(next(iter(models.values())).dtype).removeprefix("torch.")
     return Scaling(
         unit=unit,
         sizes=tuple(sizes),
-        tokens=tuple(tokens),
         batch_size=batch_size,
         dtype=dtype,
         device=str(target),
         threads=torch.get_num_threads(),
         points={name: tuple(each) for name, each in points.items()},
-        slopes={name: _slope(tokens, each) for name, each in points.items()},
+        slopes={name: _slope(each) for name, each in points.items()},
     )
 
 
@@ -145,6 +144,18 @@ def _at(model: Backbone, size: int, unit: str, batch_size: int) -> tuple[Backbon
     return other, other.example(batch_size, seed=0)
 
 
+def _entering(model: Backbone, batch: Tensor) -> int:
+    """Tokens of one of `batch` that enter the first block: `num_tokens` is of the model's own size."""
+    seen: list[int] = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].length))
+    try:
+        with torch.inference_mode():
+            model(batch[:1])
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 def _turns(sessions: Sequence[Session], batches: Sequence[Tensor], rounds: int) -> int:
     start = time.perf_counter()
     for session, batch in zip(sessions, batches, strict=True):
@@ -153,7 +164,8 @@ def _turns(sessions: Sequence[Session], batches: Sequence[Tensor], rounds: int) 
     return max(min(_LEAST, rounds), min(rounds, int(_SECONDS / once)))
 
 
-def _slope(tokens: Sequence[int], points: Sequence[Point]) -> Slope:
-    logs = np.polyfit([math.log(count) for count in tokens], [math.log(point.median_ms) for point in points], 1)
-    memory = np.polyfit(np.asarray(tokens, dtype=np.float64), [float(point.peak_memory_bytes) for point in points], 1)
+def _slope(points: Sequence[Point]) -> Slope:
+    tokens = np.array([point.tokens for point in points], dtype=np.float64)
+    logs = np.polyfit(np.log(tokens), [math.log(point.median_ms) for point in points], 1)
+    memory = np.polyfit(tokens, [float(point.peak_memory_bytes) for point in points], 1)
     return Slope(float(logs[0]), float(memory[0]))

@@ -20,6 +20,7 @@ from torch import Tensor
 from ssmprune_cli.data import ImageDataset, batches, in_colour, visible_box
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import of_images
 from ssmprune_cli.tasks import TASKS, Drawing
 from ssmprune_cli.workflows.reporting import Stage, pixels, stages
 
@@ -74,7 +75,7 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     Raises UsageError if the model drops no tokens or `check_shown` does, and DataError if a picture cannot be written.
     """
     check_shown(model)
-    task = TASKS.get(model.task)
+    task, way = TASKS.get(model.task), of_images(model.preprocessing)
     if task.clips:
         raise UsageError(
             f"a {model.family} takes clips, and no pictures of their tokens are drawn",
@@ -86,17 +87,17 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     places: list[tuple[list[Stage], int]] = []  # by image: the stages of its batch, and its place in that
     drawings: list[tuple[Image.Image, Drawing]] = []
     names: list[str] = []
-    for batch in batches(dataset, model.preprocessing, task.at_once(32)):
+    for batch in batches(dataset, way, task.at_once(32)):
         found, outputs = stages(model, batch.images)
         dense = _dense(model, batch.images) if task.draws else None
-        sights += list(pixels(batch.images, model.preprocessing))
+        sights += list(pixels(batch.images, way))
         told += task.told(outputs)
         kept.append(found)
         places += [(found, place) for place in range(len(batch.names))]
         names += batch.names
         if dense is not None:
             for place, frame in enumerate(batch.frames):
-                original = in_colour(dataset.image(len(drawings)), model.preprocessing)
+                original = in_colour(dataset.image(len(drawings)), way)
                 answers = (task.one(each, place) for each in (dense, outputs))
                 drawings.append((original, task.drawn(original, (frame, frame), *answers)))
     overview = out / "overview.png"
@@ -107,7 +108,7 @@ def visualize(model: Backbone, dataset: ImageDataset, out: Path) -> Drawn:
     described: list[dict[str, Any]] = []
     for index, (name, (found, place)) in enumerate(zip(names, places, strict=True)):
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).with_suffix("").as_posix()).strip("_")
-        start, original = out / f"{index + 1:02d}_{plain}", in_colour(dataset.image(index), model.preprocessing)
+        start, original = out / f"{index + 1:02d}_{plain}", in_colour(dataset.image(index), way)
         entry = {"name": name, "stages": _stages(found, place, original, model, start)}
         if drawings:
             drawing = drawings[index][1]
@@ -135,7 +136,7 @@ def _stages(
     found: Sequence[Stage], place: int, original: Image.Image, model: Backbone, name: Path
 ) -> list[dict[str, Any]]:
     """Write the stages of the image at `place` of its batch, in files that start with `name`, and say where."""
-    box = visible_box(original.size, model.preprocessing)
+    box = visible_box(original.size, of_images(model.preprocessing))
     factor = max(1, math.ceil(LEAST / max(original.size)))
     large = np.asarray(original.resize((original.width * factor, original.height * factor), Image.Resampling.NEAREST))
     whole: Box = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)

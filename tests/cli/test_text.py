@@ -13,7 +13,8 @@ import torch
 from ssmprune_cli.models.language.mamba2.model import Mamba2Config, Mamba2LM
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-VIM = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
+CONTAINERS = Path(__file__).parents[1] / "golden" / "containers"
+VIM, UPERNET = CONTAINERS / "vim_like.pth", CONTAINERS / "vmamba_upernet_mmengine.pth"
 WINDOWS = ("--length", "48", "--protect-last", "8")
 
 
@@ -66,18 +67,24 @@ def test_text_through_every_command(ssmprune: Run, model: Path, text: Path, tmp_
     done = ssmprune("eval", out, *data, "--compare", model, *WINDOWS, "--limit", "12")
     assert "12 windows of text" in done.stdout and "perplexity" in done.stdout
     assert "the last tokens are judged" in done.stderr
+    done = ssmprune("eval", out, *data, "--compare", model, "--length", "48")  # four tokens, where `out` judges eight
+    assert done.returncode == 1 and "the same `--length` and `--protect-last`" in " ".join(done.stderr.split())
     done = ssmprune("eval", out, *data, "--compare", model, *WINDOWS, "--max-drop", "-50")
     assert done.returncode == 3 and "next-token accuracy fell by" in done.stderr
 
     done = ssmprune("profile", out, "--lengths", "64,256,1k", "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr
     scaled = json.loads(done.stdout)
-    assert scaled["sizes"] == scaled["tokens"] == [64, 256, 1024] and set(scaled["points"]) == {"out", "dense"}
+    assert scaled["sizes"] == [64, 256, 1024] and set(scaled["points"]) == {"out", "dense"}
+    assert [point["tokens"] for point in scaled["points"]["out"]] == scaled["sizes"]
     for small, dense in zip(scaled["points"]["out"], scaled["points"]["dense"], strict=True):
         assert small["multiply_adds"] < dense["multiply_adds"] and small["peak_memory_bytes"] > 0
     assert set(scaled["slopes"]["dense"]) == {"exponent", "bytes_per_token"}
     done = ssmprune("profile", out, "--lengths", "64,256", "--rounds", "1", "--format", "csv")
     assert done.stdout.startswith("model,tokens,infer_step_time,") and len(done.stdout.splitlines()) == 5
+
+    done = ssmprune("profile", out, "--rounds", "1")
+    assert "windows of text per second" in done.stdout and "images" not in done.stdout
 
     done = ssmprune("inspect", out, "--json")
     seen = json.loads(done.stdout)
@@ -102,9 +109,20 @@ def test_image_sizes_of_a_pruned_classifier(ssmprune: Run, tmp_path: Path) -> No
     done = ssmprune("profile", out, "--image-sizes", "64,128", "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["sizes"] == [64, 128] and found["tokens"][1] > 3 * found["tokens"][0]
     pruned, dense = found["points"]["out"], found["points"]["dense"]
+    assert found["sizes"] == [64, 128] and [point["tokens"] for point in pruned] == [65, 257]
     assert all(one["multiply_adds"] < other["multiply_adds"] for one, other in zip(pruned, dense, strict=True))
+
+
+def test_image_sizes_of_a_dense_model(ssmprune: Run) -> None:
+    """It takes images of any size, and its own is a third one."""
+    done = ssmprune("profile", UPERNET, "--image-sizes", "64,128", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (name,) = found["points"]
+    assert [point["tokens"] for point in found["points"][name]] == [16 * 16, 32 * 32]
+    small, large = (point["peak_memory_bytes"] for point in found["points"][name])
+    assert found["slopes"][name]["bytes_per_token"] == pytest.approx((large - small) / (32 * 32 - 16 * 16))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from ssmprune_cli.data import Annotation, Objects
 from ssmprune_cli.errors import UsageError
 from ssmprune_cli.tasks import average_precision
-from ssmprune_cli.tasks.average_precision import Found, Judgement, coco_tools, draws_of, has_outlines, interval, listed
+from ssmprune_cli.tasks.average_precision import Found, Judgement, coco_tools, draws_of, has_outlines, listed
+from ssmprune_cli.tasks.bootstrap import interval
 
 CATEGORIES = (3, 7, 8, 90)
 SIZE = (200, 300)

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,19 +23,12 @@ from ssmprune_cli.models.language.mamba2.model import Mamba2Config
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.inspect import inspect
 from ssmprune_cli.workflows.measure import count_flops
+from tests.language.conftest import GOLDEN, LENGTH, language_model
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-LENGTH = 40  # of the golden windows
 Published = Callable[[str, Path], Path]
 
 # Sums of float32 in another order than the authors'; the values are of the order of 1.
 ATOL = 1e-5
-
-
-def language_model(path: Path, **options: Any) -> LanguageModel:
-    model = load(path, **options)
-    assert isinstance(model, LanguageModel)
-    return model
 
 
 def test_logits_and_blocks_are_the_authors(golden: tuple[LanguageModel, dict[str, Tensor]]) -> None:
@@ -154,6 +146,16 @@ def test_what_a_file_states_is_heeded_or_refused(
     (folder / "config.json").write_text(json.dumps({**said, **changes}))
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+
+
+def test_limits_of_steps_are_refused_as_both_layouts_say_them(tmp_path: Path, published: Published) -> None:
+    folder = published("mamba2_lm_mini", tmp_path / "model")
+    said = json.loads((folder / "config.json").read_text())
+    for name in ("dt_limit", "time_step_limit"):
+        section = {**said["ssm_cfg"], name: [0.0, 0.1]}
+        (folder / "config.json").write_text(json.dumps({**said, "ssm_cfg": section}))
+        with pytest.raises(CheckpointError, match=rf"says {name} \(0\.0, 0\.1\)"):
+            load(folder)
 
 
 def test_groups_are_asked_for_where_nothing_says(tmp_path: Path, published: Published) -> None:

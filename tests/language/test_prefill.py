@@ -160,6 +160,10 @@ def test_refusals(small: LanguageModel, ids: Ids) -> None:
         generate(small, torch.tensor([[1, 77]]), 1)
     with pytest.raises(DataError, match=r"not torch.int64 \(1, 0\)"):
         generate(small, torch.zeros(1, 0, dtype=torch.int64), 1)
+    state = prefill(small, ids(small, 2, 8))
+    for wrong in (ids(small, 2, 1), ids(small, 3, 1)[:, 0], ids(small, 2, 1)[:, 0].double()):
+        with pytest.raises(DataError, match=r"one token of each of 2 texts"):
+            step(small, wrong, state)
     with pytest.raises(UsageError, match=r"calibration text is torch\.float64"):
         compress(small, keep=0.5, calibration=torch.zeros(2, 8, dtype=torch.float64))
     with pytest.raises(DataError, match="the calibration text has a token 50"):

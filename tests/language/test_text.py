@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssmprune_cli.checkpoint import load, save
-from ssmprune_cli.data import Batch, TextWindows, batches, encoder, fingerprint, open_dataset
+from ssmprune_cli.data import Batch, TextWindows, batches, encoder, fingerprint, open_dataset, open_text
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import LanguageModel
 from ssmprune_cli.preprocessing import Frame, TextWindow
@@ -25,8 +25,7 @@ VIM = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
 
 
 def windows(path: Path, length: int) -> TextWindows:
-    found: TextWindows = open_dataset("text", path).windows(encoder(None, 256), TextWindow(length, 256))
-    return found
+    return open_text(path).windows(encoder(None, 256), TextWindow(length, 256, judged=2))
 
 
 def test_windows_follow_one_another_with_the_tokens_after_them(tmp_path: Path) -> None:
@@ -40,29 +39,36 @@ def test_windows_follow_one_another_with_the_tokens_after_them(tmp_path: Path) -
         *("a/long.txt[0]", "a/long.txt[4]", "b.txt[0]", "b.txt[4]"),
     ]
     assert found.ids(1).tolist() == [104, 105, 106, 107] and found.target(1) == (105, 106, 107, 108)
-    (batch, *_) = batches(found, TextWindow(4, 256), 3)
+    (batch, *_) = batches(found, TextWindow(4, 256, judged=2), 3)
     assert batch.images.dtype == torch.int64 and batch.images.tolist()[2] == [0, 1, 2, 3]
     assert batch.frames[0] == Frame((1, 4), (1, 4)) and len(batch.names) == 3
     other = windows(tmp_path, 5)
+    assert found.notes == ()
+    assert windows(tmp_path, 9).notes == ("1 of 2 texts are not read, for want of 10 tokens: a/long.txt.",)
     assert fingerprint(found) != fingerprint(other) and fingerprint(found) == fingerprint(windows(tmp_path, 4))
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"empty\.txt: is empty"):
-        open_dataset("text", tmp_path / "empty.txt")
+        open_text(tmp_path / "empty.txt")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"has no \.txt files"):
-        open_dataset("text", tmp_path / "folder")
+        open_text(tmp_path / "folder")
     with pytest.raises(DataError, match="does not exist"):
-        open_dataset("text", tmp_path / "nowhere")
+        open_text(tmp_path / "nowhere")
     (tmp_path / "short.txt").write_text("1234")
     with pytest.raises(DataError, match=r"has 4 tokens in a row, and a window takes 4 .*\n.*--length"):
         windows(tmp_path / "short.txt", 4)
+    with pytest.raises(UsageError, match="so give the model too"):
+        open_dataset("text", tmp_path / "short.txt")
+    with pytest.raises(UsageError, match="so give the model too"):
+        TASK.open(tmp_path / "short.txt")
     with pytest.raises(UsageError, match="a text is no image"):
         windows(tmp_path / "short.txt", 2).image(0)
-    with pytest.raises(DataError, match="another vocabulary or length"):
-        windows(tmp_path / "short.txt", 2).prepared(0, TextWindow(3, 256))
+    for other in (TextWindow(3, 256, judged=2), TextWindow(2, 50, judged=2), TextWindow(2, 256, judged=1)):
+        with pytest.raises(DataError, match=r"windows of 2 tokens .* a model takes windows of .*\n.*--protect-last"):
+            windows(tmp_path / "short.txt", 2).prepared(0, other)
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:
@@ -88,6 +94,20 @@ def test_tokenizer_beside_the_weights_reads_the_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"no tokenizer\.json beside the weights, and a vocabulary of 8 is not"):
         encoder(tmp_path, 8)
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_a_text(tmp_path: Path) -> None:
+    """As it is saved after training: it would give three tokens of each text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    write_tokenizer(tmp_path, ["?", "one", "two"])
+    file = str(tmp_path / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=3)
+    tokenizer.save(file)
+    encode = encoder(tmp_path, 3)
+    assert encode(b"one two one two one", "a.txt").tolist() == [1, 2, 1, 2, 1]
+    assert encode(b"one", "a.txt").tolist() == [1]
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from ssmprune_cli.data.preprocess import normalised, preprocess, visible_box
 from ssmprune_cli.errors import CheckpointError, UsageError
 from ssmprune_cli.export import export
 from ssmprune_cli.models import FAMILIES, Backbone, resize, sides
-from ssmprune_cli.preprocessing import Preprocessing, Reading
+from ssmprune_cli.preprocessing import Preprocessing, Reading, of_images
 
 MAMBA = {"image_size": 64, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2, "num_classes": 3, "d_state": 4}
 VMAMBA = {"image_size": 64, "embed_dim": 8, "depths": (2, 1), "num_classes": 3}
@@ -81,10 +81,11 @@ def test_it_sees_the_same_part_of_an_image(name: str) -> None:
     model = build(name)
     for side in (56 if 56 in sides(model) else 48, 32):
         smaller = resize(model, side).preprocessing
-        assert smaller.crop == side
-        before, after = (np.array(visible_box((90, 70), each)) for each in (model.preprocessing, smaller))
+        assert isinstance(smaller, Preprocessing) and smaller.crop == side
+        before, after = (np.array(visible_box((90, 70), of_images(each))) for each in (model.preprocessing, smaller))
         assert np.abs(before - after).max() < 70 / side  # `resize` is a whole number of pixels
-    assert build(name, image_size=32).preprocessing.resize == 32  # while a small model is not cropped at all
+    small = build(name, image_size=32).preprocessing
+    assert isinstance(small, Preprocessing) and small.resize == 32  # while a small model is not cropped at all
 
 
 def test_a_smaller_model_of_a_small_one_sees_a_scaled_image_and_no_crop() -> None:

@@ -21,6 +21,7 @@ from ssmprune_cli.models.vmamba.checkpoint import VMAMBA
 from ssmprune_cli.models.vmamba.layers import DownsampleV1
 from ssmprune_cli.models.vmamba.mixer import VMambaMixer
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
+from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.tokens import TokenSequence
 from ssmprune_cli.workflows.measure.flops import count_flops
 
@@ -172,7 +173,7 @@ def test_a_model_needs_an_output() -> None:
 
 def test_preprocessing_is_the_authors() -> None:
     found = VMamba(replace(V2, image_size=(224, 224))).preprocessing
-    assert (found.resize, found.crop, found.interpolation) == (256, 224, "bicubic")
+    assert found == Preprocessing(256, 224, "bicubic")
     with pytest.raises(UsageError, match="no preprocessing"):
         _ = VMamba(replace(V2, image_size=(32, 48))).preprocessing
 

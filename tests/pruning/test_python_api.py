@@ -16,6 +16,7 @@ import ssmprune_cli
 from ssmprune_cli.data.preprocess import preprocess
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import Preprocessing
 from ssmprune_cli.pruning import TokenPruner, compress, restore
 from ssmprune_cli.pruning.images import as_batches
 from ssmprune_cli.workflows.finetune import build
@@ -72,12 +73,14 @@ def test_a_loader_serves_an_alignment_that_needs_more_than_one_pass(model: Backb
 def test_uint8_images_are_prepared_the_model_s_way(model: Backbone, size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
     pixels[1] = np.linspace(0, 255, size[1], dtype=np.uint8)[None, :, None]  # smooth, too
-    expected = torch.stack([preprocess(Image.fromarray(each), model.preprocessing) for each in pixels])
+    way = model.preprocessing
+    assert isinstance(way, Preprocessing)
+    expected = torch.stack([preprocess(Image.fromarray(each), way) for each in pixels])
     (last,) = as_batches(model, pixels)
     (first,) = as_batches(model, torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
     assert torch.equal(first, last) and first.shape == (3, 3, 16, 16)
     # torch and Pillow round a resized pixel alike but for one step of 255.
-    assert float((first - expected).abs().max()) <= 1.01 / 255 / min(model.preprocessing.std)
+    assert float((first - expected).abs().max()) <= 1.01 / 255 / min(way.std)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ssmprune_cli.preprocessing import (
     Channels,
     Interpolation,
     KeepRatio,
+    Preparation,
     Preprocessing,
     Triple,
 )
@@ -313,7 +314,7 @@ class Backbone(nn.Module, ABC):
         return ()
 
     @property
-    def preprocessing(self) -> Preprocessing:
+    def preprocessing(self) -> Preparation:
         """As the authors evaluate; a model that was resized sees the same part of an image as before. UsageError for
         images that are not square, which they do not define, and where nothing says how much the crop keeps."""
         height, width = self.image_size

@@ -152,7 +152,7 @@ class DenseModel(Backbone):
         return self.encoder.stages
 
     @property
-    def preprocessing(self) -> KeepRatio:  # type: ignore[override]
+    def preprocessing(self) -> KeepRatio:
         return self.config.preprocessing
 
     @property

@@ -43,12 +43,9 @@ class LanguageModel(MambaSequence):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self.after_blocks = ("norm_f",) if config.tied else ("norm_f", "lm_head")
         if not config.tied:
             self.lm_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
-
-    @property
-    def after_blocks(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("norm_f",) if self.config.tied else ("norm_f", "lm_head")
 
     @abstractmethod
     def recurrence(self, mixer: Mixer) -> Recurrence:
@@ -132,5 +129,5 @@ class LanguageModel(MambaSequence):
         return self._last(self.config.length)
 
     @property
-    def preprocessing(self) -> TextWindow:  # type: ignore[override]
-        return TextWindow(self.config.length, self.config.vocab_size)
+    def preprocessing(self) -> TextWindow:
+        return TextWindow(self.config.length, self.config.vocab_size, self.config.protect_last)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ssmprune_cli.errors import UsageError
+from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models.language.backbone import LanguageModel
 from ssmprune_cli.models.language.recurrence import MixerState
 from ssmprune_cli.models.mamba import MambaBlock
@@ -52,7 +52,12 @@ def prefill(model: LanguageModel, ids: Tensor) -> Prefilled:
 
 @torch.inference_mode()
 def step(model: LanguageModel, ids: Tensor, before: Prefilled) -> Prefilled:
-    """Read one more token, `ids` (B,)."""
+    """Read one more token, `ids` (B,). DataError for another shape or dtype."""
+    if ids.shape != before.logits.shape[:1] or ids.dtype != torch.int64:
+        raise DataError(
+            f"a step reads one token of each of {len(before.logits)} texts, (B,) in int64, not {ids.dtype} "
+            f"{tuple(ids.shape)}"
+        )
     hidden, stream = model.embedding(ids)[:, None], None  # (B, 1, d)
     states: list[MixerState] = []
     for layer, state in zip(model.layers, before.states, strict=True):

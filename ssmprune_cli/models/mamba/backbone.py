@@ -90,7 +90,7 @@ class MambaSequence(Backbone):
     tokens: ClassVar[tuple[str, ...]]
     rates: tuple[str, ...] = ("A_log", "A_b_log")
     before_blocks: ClassVar[tuple[str, ...]] = ()
-    after_blocks: ClassVar[tuple[str, ...]]
+    after_blocks: tuple[str, ...]
     layers: nn.ModuleList
     norm_f: nn.LayerNorm | RMSNorm
 
@@ -146,7 +146,7 @@ class MambaBackbone(MambaSequence):
     `embed`, `pool` and `protected`."""
 
     before_blocks: ClassVar[tuple[str, ...]] = ("patch_embed",)
-    after_blocks: ClassVar[tuple[str, ...]] = ("norm_f", "head")
+    after_blocks: tuple[str, ...] = ("norm_f", "head")
     config: MambaConfig
     head: nn.Linear
 

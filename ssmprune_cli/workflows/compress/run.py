@@ -132,7 +132,7 @@ def _search(
             device=request.device,
             progress=done,
         )
-        verdicts = limits.check(result.task, score=result.task.pruned(result.comparison), comparison=result.comparison)
+        verdicts = limits.check(result.task, score=result.comparison, comparison=result.comparison)
         return all(each.holds for each in verdicts)
 
     best, task = fastest(searches, holds), searches.measurements.task
@@ -329,7 +329,7 @@ def _judged(report: Report, limits: Limits) -> Report:
     assert pruned is not None
     verdicts = limits.check(
         task,
-        score=None if compared is None else task.pruned(compared),
+        score=compared,
         comparison=compared,
         flops=pruned.multiply_adds_all_directions / dense.multiply_adds_all_directions,
         latency_ratio=None if speed is None else Estimate(speed.latency_ratio, speed.latency_ratio_interval),

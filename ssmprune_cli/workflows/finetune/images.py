@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ssmprune_cli.data import ImageDataset, unprepared
 from ssmprune_cli.errors import DataError, SsmpruneError, UsageError
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import of_images
 from ssmprune_cli.recipe import Training
 from ssmprune_cli.workflows.finetune.lessons import LESSONS, Lesson, Pupil
 from ssmprune_cli.workflows.processes import Share
@@ -115,7 +116,7 @@ def epoch_parts(
         for step in range(first_step, len(plan))
         for piece in range(settings.accumulate)
     ]
-    pupil = Pupil(model.preprocessing, model.image_size, model.num_classes)
+    pupil = Pupil(of_images(model.preprocessing), model.image_size, model.num_classes)
     parts = _Parts(dataset, LESSONS.get(model.task), pupil, settings, plan, size, (seed, epoch))
     loader = DataLoader(
         parts,

@@ -44,12 +44,12 @@ def front_figures(named: Sequence[tuple[str, Report]]) -> list[Figure]:
     for models made from different files, which have no dense model in common, it is images per second. Reports of
     different tasks, or judged on different images, have no front in common.
     """
-    known = [(name, report, judged(report)) for name, report in named if judged(report) is not None]
+    known = [(name, report, found) for name, report in named if (found := judged(report)) is not None]
     reports = [report for _, report, _ in known]
     if not known or len({report.task for report in reports}) > 1 or not same_images(reports):
         return []
     task = TASKS.get(reports[0].task)
-    compared = [(name, task.estimate(task.dense(each)), task.estimate(task.pruned(each))) for name, _, each in known]
+    compared = [(name, task.estimate(each.dense), task.estimate(each)) for name, _, each in known]
     costs = [
         (
             report.dense.multiply_adds_all_directions / 1e9,

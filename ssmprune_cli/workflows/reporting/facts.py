@@ -283,7 +283,7 @@ def side_by_side(named: Sequence[tuple[str, Report]]) -> tuple[list[str], list[l
         task, compared, speed = TASKS.get(report.task), judged(report), report.speed
         value = change = "-"
         if compared is not None:
-            value = f"{100 * task.estimate(task.pruned(compared)).value:.2f} %"
+            value = f"{100 * task.estimate(compared).value:.2f} %"
             found = task.change(compared)
             change = f"{100 * found.value:+.2f}"
             if found.interval is not None:
@@ -322,9 +322,9 @@ def same_images(reports: Sequence[Report]) -> bool:
     prints = {report.provenance.get("evaluation_sha256") for report in reports if judged(report) is not None}
     if None not in prints:
         return len(prints) <= 1
-    known = [(TASKS.get(report.task), judged(report)) for report in reports if judged(report) is not None]
-    counts = {task.count(compared) for task, compared in known}
-    dense = {task.estimate(task.dense(compared)).value for task, compared in known}
+    known = [(TASKS.get(report.task), found) for report in reports if (found := judged(report)) is not None]
+    counts = {compared.count for _, compared in known}
+    dense = {task.estimate(compared.dense).value for task, compared in known}
     return len(counts) <= 1 and not (same_input(reports) and len(dense) > 1)
 
 

@@ -65,9 +65,9 @@ def _results(report: Report, dataset: tuple[str, str]) -> dict[str, Any] | None:
     compared, task = facts.judged(report), TASKS.get(report.task)
     if compared is None:
         return None
-    images = task.count(compared)
+    images = compared.count
     found = [
-        (task.hub_metric, task.metric, task.estimate(task.pruned(compared))),
+        (task.hub_metric, task.metric, task.estimate(compared)),
         (f"{task.hub_metric}_change", f"{task.metric}, change from the dense model", task.change(compared)),
     ]
     return {

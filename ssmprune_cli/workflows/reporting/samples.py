@@ -12,6 +12,7 @@ from PIL import Image
 from ssmprune_cli.data import ImageDataset, Subset, batches, in_colour
 from ssmprune_cli.errors import shown
 from ssmprune_cli.models import Backbone
+from ssmprune_cli.preprocessing import of_images
 from ssmprune_cli.report import Sample, SampleStage
 from ssmprune_cli.tasks import TASKS, Drawing
 from ssmprune_cli.workflows.evaluate import spread
@@ -43,7 +44,7 @@ def samples(
     first = [changed[place] for place in spread(len(changed), min(len(changed), count // 2))]
     rest = sorted(set(range(len(dataset))).difference(first))
     order = [*first, *(rest[place] for place in spread(len(rest), count - len(first)))]
-    task, described = TASKS.get(pruned.task), []
+    task, described, way = TASKS.get(pruned.task), [], of_images(pruned.preprocessing)
     files: dict[str, bytes] = {}
     for number, index in enumerate(order, start=1):
         chosen = Subset(dataset, [index])
@@ -52,12 +53,12 @@ def samples(
         with torch.inference_mode():
             reference = task.answer(dense, own.images.to(device))
             found, outputs = ([], task.answer(pruned, images)) if pruned.pruner is None else stages(pruned, images)
-        picture = Image.fromarray(pixels(images, pruned.preprocessing)[0])
+        picture = Image.fromarray(pixels(images, way)[0])
         file = f"sample_{number}.png"
         parts = {file: _small(picture, frames=pruned.stages[0].frames)}
         drawing = Drawing({}, "")
         if task.draws:
-            original = _small(in_colour(dataset.image(index), pruned.preprocessing))
+            original = _small(in_colour(dataset.image(index), way))
             drawing = task.drawn(original, (own.frames[0], batch.frames[0]), reference, outputs)
         titles = {title: f"sample_{number}_{title}.png" for title in drawing.pictures}
         parts |= {titles[title]: each for title, each in drawing.pictures.items()}

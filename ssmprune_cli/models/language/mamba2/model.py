@@ -138,7 +138,7 @@ MAMBA2: Family = Family(
         "model_type": frozenset({"mamba2"}),
         "layer": frozenset({"mamba2"}),
         "norm_before_gate": frozenset({False}),
-        "time_step_limit": frozenset({(0.0, float("inf"))}),
+        **dict.fromkeys(("time_step_limit", "dt_limit"), frozenset({(0.0, float("inf"))})),
     },
     text=True,
 )
