@@ -278,3 +278,22 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor], message: str) -> 
     inputs: dict[str, Any] = {name: value.float() for name, value in make((2, 5, 4, 3, 2, 7), "plain")[0].items()}
     with pytest.raises(KernelError, match=message):
         ssd_scan(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_autocast_does_not_reach_into_scans(backend: str) -> None:
+    """Their products, and those of their gradients, would be in bfloat16: 4e-3 off, and so would the state."""
+    use_backend(backend)
+    for scan, inputs in ((ssd_scan, make((1, 70, 2, 3, 1, 4), "plain")[0]), (selective_scan, narrow_scan())):
+        leaves: dict[str, Any] = {name: value.float().requires_grad_() for name, value in inputs.items()}
+        expected = with_gradients(*scan(**leaves, return_state=True), leaves)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = with_gradients(*scan(**leaves, return_state=True), leaves)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+
+
+def narrow_scan() -> dict[str, Tensor]:
+    """Inputs of `selective_scan`."""
+    u, delta, B, C = torch.randn(4, 1, 70, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    return {"u": u, "delta": delta, "A": -torch.ones(4, 4), "B": B, "C": C}
