@@ -55,6 +55,9 @@ def _by_tokenizer(file: Path, vocabulary: int) -> Encode:
         raise
     except Exception as error:  # the package raises Exception itself
         raise DataError(f"is no tokenizer: {shown(str(error))}", where=str(file)) from error
+    # What the file asks for of batches that a model is trained on would cut a text, or lengthen it.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if not 0 <= vocabulary - size < _PADDING:
         raise DataError(
