@@ -73,8 +73,10 @@ class Turns:
             stream = torch.cuda.current_stream(device)
             if self._last is not None:
                 stream.wait_event(self._last)
-            yield
-            self._last = stream.record_event()
+            try:
+                yield
+            finally:  # what a call that failed has started may read and write the same memory
+                self._last = stream.record_event()
 
 
 class CudaGraphSession(Session):

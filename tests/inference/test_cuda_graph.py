@@ -110,6 +110,10 @@ def test_a_stream_waits_for_the_call_before_it(monkeypatch: pytest.MonkeyPatch) 
         with turns.turn(torch.device("cuda")):
             log.append(f"{name} works")
     assert log == ["first works", "first ends", "second waits for the end of first", "second works", "second ends"]
+    with pytest.raises(RuntimeError), turns.turn(torch.device("cuda")):
+        raise RuntimeError("after it has started something")
+    with turns.turn(torch.device("cuda")):  # the lock is free, and the next call waits for what was started
+        assert log[-2:] == ["second ends", "second waits for the end of second"]
 
 
 def test_results_are_not_overwritten_by_the_next_call(recorded: Recorded) -> None:
