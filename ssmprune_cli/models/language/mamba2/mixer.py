@@ -117,7 +117,6 @@ class Mamba2Mixer(nn.Module, Mixer):
             dt_bias=self.dt_bias,
             gap=gap,
             gap_delta=gap_delta,
-            return_state=True,
         )
         if flow.read is not None:
             y = gather_tokens(y.flatten(2), flow.read).unflatten(2, (self.heads, -1))
