@@ -149,6 +149,24 @@ def test_what_cannot_be_recorded_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) 
     assert note == "op by op: a graph could not be recorded (operation not permitted when stream is capturing)"
 
 
+def test_graphs_from_before_a_failure_stay(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: Any, images: Tensor, pool: Any) -> Graph:
+        raise RuntimeError("CUDA out of memory")
+
+    graphs, images = session(), torch.randn(2, 3, 2, 2)
+    for _ in range(2):
+        graphs(images)
+    monkeypatch.setattr(cuda_graph, "capture", refuse)
+    for _ in range(2):
+        graphs(images[:1])
+    assert torch.equal(graphs(images), graphs.definition(images)) and recorded.replays == 2
+    assert graphs.explain().notes == (
+        f"graphs from the second batch of a shape on: 2x3x2x2; at most {MAX_GRAPHS} shapes",
+        "op by op so far: 1 shapes",
+        "op by op: a graph could not be recorded (CUDA out of memory)",
+    )
+
+
 def test_images_that_the_model_does_not_take_do_not_end_recording(recorded: Recorded) -> None:
     graphs = session()
     for _ in range(2):
