@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -285,8 +286,11 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor], message: str) -> 
 def test_autocast_does_not_reach_into_scans(backend: str) -> None:
     """Their products, and those of their gradients, would be in bfloat16: 4e-3 off, and so would the state."""
     use_backend(backend)
-    with_state = partial(selective_scan, return_state=True)
-    for scan, inputs in ((ssd_scan, make((1, 70, 2, 3, 1, 4), "plain")[0]), (with_state, narrow_scan())):
+    scans: list[tuple[Callable[..., tuple[Tensor, Tensor]], dict[str, Tensor]]] = [
+        (ssd_scan, make((1, 70, 2, 3, 1, 4), "plain")[0]),
+        (partial(selective_scan, return_state=True), narrow_scan()),
+    ]
+    for scan, inputs in scans:
         leaves: dict[str, Any] = {name: value.float().requires_grad_() for name, value in inputs.items()}
         expected = with_gradients(*scan(**leaves), leaves)
         with torch.autocast("cpu", torch.bfloat16):
