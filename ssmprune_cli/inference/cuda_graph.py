@@ -73,8 +73,10 @@ class Turns:
             stream = torch.cuda.current_stream(device)
             if self._last is not None:
                 stream.wait_event(self._last)
-            yield
-            self._last = stream.record_event()
+            try:
+                yield
+            finally:  # what a call that failed has started may read and write the same memory
+                self._last = stream.record_event()
 
 
 class CudaGraphSession(Session):
@@ -155,8 +157,9 @@ class CudaGraphSession(Session):
         self._begin()
 
     def notes(self) -> tuple[str, ...]:
-        if self._failed is not None:
-            return (f"op by op: a graph could not be recorded ({self._failed})",)
+        failure = () if self._failed is None else (f"op by op: a graph could not be recorded ({self._failed})",)
+        if failure and not self._graphs:
+            return failure
         shapes = ", ".join("x".join(map(str, shape)) for shape in self._graphs) or "none yet"
         notes = [f"graphs from the second batch of a shape on: {shapes}; at most {MAX_GRAPHS} shapes"]
         if self._filled:
@@ -164,4 +167,4 @@ class CudaGraphSession(Session):
         by_op = len(self._seen - self._filled - set(self._graphs))
         if by_op:
             notes.append(f"op by op so far: {by_op} shapes")
-        return tuple(notes)
+        return (*notes, *failure)

@@ -63,25 +63,20 @@ def to_eight_bits(model: Backbone, batches: Iterable[Tensor] | None, kinds: Sequ
     """
     refuse_eight_bits(model)
     known = model.linear_kinds
-    if kinds is not None:
-        model.layers_of(kinds)
+    left = list(known if kinds is None else dict.fromkeys(kinds))
+    model.layers_of(left)  # refuses those that the model does not have, before anything is measured
     warnings = _slow(model)
     if batches is None:
-        chosen = tuple(known if kinds is None else dict.fromkeys(kinds))
         if kinds is None:
             warnings.append(
                 "No calibration images were given, so no layer's harm was measured: all kinds are in eight bits."
             )
-        put_in_eight_bits(model, model.layers_of(chosen))
-        return EightBits(_table(known, chosen, {}), 0, None, tuple(warnings))
+        put_in_eight_bits(model, model.layers_of(left))
+        return EightBits(_table(known, left, {}), 0, None, tuple(warnings))
     measure = _Measure(model, list(batches))
     alone: dict[str, float] = {}
     for group in _groups(known):
         alone |= dict.fromkeys(group, measure(group))
-    if kinds is not None:
-        left, together = list(dict.fromkeys(kinds)), 0.0
-    else:
-        left = sorted(known, key=lambda kind: alone[kind])
     together = measure(left)
     while kinds is None and left and together > MOST:
         worst = max(left, key=lambda kind: alone[kind])

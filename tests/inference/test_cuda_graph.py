@@ -110,6 +110,10 @@ def test_a_stream_waits_for_the_call_before_it(monkeypatch: pytest.MonkeyPatch) 
         with turns.turn(torch.device("cuda")):
             log.append(f"{name} works")
     assert log == ["first works", "first ends", "second waits for the end of first", "second works", "second ends"]
+    with pytest.raises(RuntimeError), turns.turn(torch.device("cuda")):
+        raise RuntimeError("after it has started something")
+    with turns.turn(torch.device("cuda")):  # the lock is free, and the next call waits for what was started
+        assert log[-2:] == ["second ends", "second waits for the end of second"]
 
 
 def test_results_are_not_overwritten_by_the_next_call(recorded: Recorded) -> None:
@@ -143,6 +147,24 @@ def test_what_cannot_be_recorded_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) 
     assert len(tries) == 1
     (note,) = graphs.explain().notes
     assert note == "op by op: a graph could not be recorded (operation not permitted when stream is capturing)"
+
+
+def test_graphs_from_before_a_failure_stay(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: Any, images: Tensor, pool: Any) -> Graph:
+        raise RuntimeError("CUDA out of memory")
+
+    graphs, images = session(), torch.randn(2, 3, 2, 2)
+    for _ in range(2):
+        graphs(images)
+    monkeypatch.setattr(cuda_graph, "capture", refuse)
+    for _ in range(2):
+        graphs(images[:1])
+    assert torch.equal(graphs(images), graphs.definition(images)) and recorded.replays == 2
+    assert graphs.explain().notes == (
+        f"graphs from the second batch of a shape on: 2x3x2x2; at most {MAX_GRAPHS} shapes",
+        "op by op so far: 1 shapes",
+        "op by op: a graph could not be recorded (CUDA out of memory)",
+    )
 
 
 def test_images_that_the_model_does_not_take_do_not_end_recording(recorded: Recorded) -> None:

@@ -13,8 +13,8 @@ from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
 
 # As further backends, which "auto" never comes to: what is tested of all that are available is tested of them. Each has
 # a library of its own in this process.
-for level in CPU.facts().get("processor_has", ()):
-    if level != CPU.facts()["level"]:
+for level in CPU.library.facts().get("processor_has", ()):
+    if level != CPU.library.facts()["level"]:
         BACKENDS.register(f"cpu at {level}", CpuBackend(level))
 
 

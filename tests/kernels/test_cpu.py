@@ -21,6 +21,7 @@ from ssmprune_cli.kernels.choice import BACKENDS
 from ssmprune_cli.kernels.cpu import backend as cpu_backend
 from ssmprune_cli.kernels.cpu import build
 from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
+from ssmprune_cli.kernels.cpu.library import Library
 from ssmprune_cli.kernels.inputs import (
     BlocksInputs,
     GridConvInputs,
@@ -329,16 +330,18 @@ def test_a_call_inside_of_a_parallel_region_does_not_change_a_bit(levels: int, t
         pytest.skip("the compiler has no OpenMP")
     nested = ctypes.CDLL(str(library))
 
-    class Nested(CpuBackend):
+    class Nested(Library):
         def run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
             assert self.missing() is None
-            assert nested.call(getattr(self._library, name), ctypes.byref(struct), levels) == 0
+            assert nested.call(getattr(self._code, name), ctypes.byref(struct), levels) == 0
 
+    inside = CpuBackend()
+    inside.library = Nested(None, dots=True)
     torch.set_num_threads(1)
     expected = everything(CPU, 37)
     torch.set_num_threads(4)
     try:
-        assert same(everything(Nested(), 37), expected)
+        assert same(everything(inside, 37), expected)
     finally:
         nested.omp_set_max_active_levels(1)
 

@@ -17,13 +17,12 @@ import torch
 from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import selective_scan, use_backend
 from ssmprune_cli.kernels.choice import BACKENDS
-from ssmprune_cli.kernels.cpu import backend as cpu_backend
-from ssmprune_cli.kernels.cpu import build, call
+from ssmprune_cli.kernels.cpu import build, call, library
 from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
 
 ROOT = Path(__file__).parents[2]
-LEVEL = str(CPU.facts().get("level"))
-LIBRARY = "" if CPU._library is None else CPU._library._name
+LEVEL = str(CPU.library.facts().get("level"))
+LIBRARY = "" if CPU.library._code is None else CPU.library._code._name
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler")
 Compiler = Callable[[str], Path]
 
@@ -164,7 +163,7 @@ def test_a_compiler_without_openmp_gives_kernels_for_one_thread(
     log = fake(f'case "$*" in *-fopenmp*) echo unsupported option >&2; exit 1; esac\nexec "{real}" "$@"')
     backend = CpuBackend("baseline")
     assert backend.missing() is None and calls(log) == 2
-    assert backend.facts()["threads"] is False and CPU.facts()["threads"] is True
+    assert backend.library.facts()["threads"] is False and CPU.library.facts()["threads"] is True
     again = CpuBackend("baseline")
     assert again.missing() is None and calls(log) == 2  # kept like any other
     torch.set_num_threads(2)
@@ -182,7 +181,7 @@ def test_a_compiler_without_openmp_gives_kernels_for_one_thread(
 
 def test_where_the_kernels_are_not_built_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(cpu_backend, "levels", lambda: ("baseline",))
+    monkeypatch.setattr(library, "levels", lambda: ("baseline",))
     with pytest.raises(OSError, match="not built on Windows"):
         build.compile_levels(Path())
     assert CpuBackend("baseline").missing() == "the C kernels are not built on Windows"
@@ -203,8 +202,8 @@ def test_apples_compiler_takes_pytorchs_runtime(tmp_path: Path, monkeypatch: pyt
 def test_structs_of_both_sides_are_compared(
     struct: type[ctypes.Structure], change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert CPU.missing() is None and CPU._library is not None
-    call.check_structs(CPU._library)
+    assert CPU.missing() is None and CPU.library._code is not None
+    call.check_structs(CPU.library._code)
     fields = list(struct._fields_)
     if change == "two fields swapped":
         fields[0], fields[1] = fields[1], fields[0]
@@ -215,7 +214,7 @@ def test_structs_of_both_sides_are_compared(
     other = type(struct.__name__, (ctypes.Structure,), {"_fields_": fields})
     monkeypatch.setattr(call, "STRUCTS", tuple(other if each is struct else each for each in call.STRUCTS))
     with pytest.raises(OSError, match=rf"another struct {struct.__name__} "):
-        call.check_structs(CPU._library)
+        call.check_structs(CPU.library._code)
 
 
 V3 = "sse2 avx avx2 bmi2 f16c fma"
@@ -247,29 +246,29 @@ def test_a_level_that_is_asked_for_is_taken_or_refused(monkeypatch: pytest.Monke
     for level in [each for each in build.levels() if CpuBackend(each).missing() is None]:
         monkeypatch.setenv("SSMPRUNE_CPU_LEVEL", level)
         backend = CpuBackend()
-        assert backend.accepts(tokens, 1) and backend.facts()["level"] == level
-        assert backend.has_tiles() == (level == "v4+amx")
+        assert backend.accepts(tokens, 1) and backend.library.facts()["level"] == level
+        assert backend.library.has_tiles() == (level == "v4+amx")
     monkeypatch.setenv("SSMPRUNE_CPU_LEVEL", "")
-    assert CpuBackend().facts()["level"] == LEVEL
-    monkeypatch.setattr(cpu_backend, "levels", lambda: ("v3", "baseline"))
+    assert CpuBackend().library.facts()["level"] == LEVEL
+    monkeypatch.setattr(library, "levels", lambda: ("v3", "baseline"))
     for level, reason in (("v4", "the processor does not have it"), ("avx2", "there is no such level")):
         monkeypatch.setenv("SSMPRUNE_CPU_LEVEL", level)
         refused = CpuBackend()
         assert refused.missing() == f"the C kernels cannot run at level {level!r}: {reason}"
         with pytest.raises(KernelError, match=f"{reason}\nSet SSMPRUNE_CPU_LEVEL to one of v3, baseline"):
             refused.accepts(tokens, 1)
-        assert not refused.accepts(tokens.double(), 1) and refused.facts() == {}
+        assert not refused.accepts(tokens.double(), 1) and refused.library.facts() == {}
 
 
 def test_tiles_that_the_system_does_not_allow_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processor has them, but the system keeps processes from them."""
     backend = BACKENDS.get("cpu at baseline" if LEVEL != "baseline" else "cpu")
     assert isinstance(backend, CpuBackend) and backend.missing() is None
-    monkeypatch.setattr(cpu_backend, "levels", lambda: ("v4+amx", "v4", "v3", "baseline"))
-    monkeypatch.setattr(cpu_backend, "load_library", lambda *_: backend._library)  # without tiles
+    monkeypatch.setattr(library, "levels", lambda: ("v4+amx", "v4", "v3", "baseline"))
+    monkeypatch.setattr(library, "load_library", lambda *_: backend.library._code)  # without tiles
     best = CpuBackend()
-    assert best.facts() == {"level": "v4", "processor_has": ["v4+amx", "v4", "v3", "baseline"], "threads": True}
-    assert not best.has_tiles()
+    assert best.library.facts() == {"level": "v4", "processor_has": ["v4+amx", "v4", "v3", "baseline"], "threads": True}
+    assert not best.library.has_tiles()
     assert "the system does not let level v4+amx" in str(CpuBackend("v4+amx").missing())
 
 
@@ -283,7 +282,7 @@ def test_env_shows_levels() -> None:
         return facts
 
     facts = env("baseline")
-    assert facts["c_kernels"] == {**CPU.facts(), "level": "baseline"} and facts["kernels"]["cpu"] == "available"
+    assert facts["c_kernels"] == {**CPU.library.facts(), "level": "baseline"} and facts["kernels"]["cpu"] == "available"
     facts = env("v9")
     assert facts["c_kernels"] == {}
     assert facts["kernels"]["cpu"] == "the C kernels cannot run at level 'v9': there is no such level"

@@ -15,7 +15,6 @@ from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels import BlockSizes, EightBit, in_eight_bits, linear_int8, pack_linear
 from ssmprune_cli.kernels.backend import REFERENCE, Backend
 from ssmprune_cli.kernels.choice import BACKENDS
-from ssmprune_cli.kernels.cpu import backend as cpu_backend
 from ssmprune_cli.kernels.cpu import build
 from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
 from ssmprune_cli.kernels.inputs import BlocksInputs, LinearInputs
@@ -30,7 +29,7 @@ SHAPES = [(1, 1, 1), (1, 7, 65), (3, 4, 16), (5, 33, 1), (9, 64, 17), (17, 30, 1
 @pytest.fixture(params=BACKENDS_AND_DOTS, ids=str)
 def backend(request: pytest.FixtureRequest) -> CpuBackend:
     level, dots = request.param
-    own = CPU if level == CPU.facts()["level"] and dots else CpuBackend(level, dots=dots)
+    own = CPU if level == CPU.library.facts()["level"] and dots else CpuBackend(level, dots=dots)
     assert own.missing() is None
     return own
 
@@ -225,8 +224,7 @@ def test_blocks_are_packed_without_loss() -> None:
         assert torch.equal(again.view(torch.int32), inputs.parameters[0].view(torch.int32))
 
 
-def test_threads_do_not_change_a_bit(backend: CpuBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_backend, "_WORTH_THREADS", 0)
+def test_threads_do_not_change_a_bit(backend: CpuBackend) -> None:
     x, weight, bias = make(70, 192, 49)
 
     def everything() -> list[Tensor]:

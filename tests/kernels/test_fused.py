@@ -212,7 +212,7 @@ def test_values(backend: str, shape: tuple[int, int, int, BlockSizes], mode: str
         assert max(error(half[0], truth[0]), error(half[2], truth[2])) <= 5e-2 and error(half[1], truth[1]) <= 1.6e-2
 
 
-@pytest.mark.skipif(not CPU.has_tiles(), reason="the processor has no products of bfloat16 matrices")
+@pytest.mark.skipif(not CPU.library.has_tiles(), reason="the processor has no products of bfloat16 matrices")
 @pytest.mark.parametrize("shape", SHAPES[-2:], ids=str)
 def test_float32_made_of_bfloat16_values_is_as_exact(shape: tuple[int, int, int, BlockSizes]) -> None:
     case = Case(*shape, "gap+delta")

@@ -59,7 +59,7 @@ def test_values(backend: str, shape: tuple[int, int, int]) -> None:
     assert torch.equal(split, found(x.float(), weight.float(), bias.float())[None])
 
 
-@pytest.mark.skipif(not CPU.has_tiles(), reason="the processor has no products of bfloat16 matrices")
+@pytest.mark.skipif(not CPU.library.has_tiles(), reason="the processor has no products of bfloat16 matrices")
 @pytest.mark.parametrize("shape", SHAPES[2:6], ids=str)
 def test_three_values_of_bfloat16_are_as_exact_as_float32(shape: tuple[int, int, int]) -> None:
     x, weight, bias = make(*shape)
@@ -85,7 +85,7 @@ def test_nothing_is_lost_in_packing() -> None:
 
 
 def test_it_is_used_where_it_is_faster() -> None:
-    assert CPU.suits_linear(4096, 192, 768) == CPU.has_tiles()
+    assert CPU.suits_linear(4096, 192, 768) == CPU.library.has_tiles()
     assert not CPU.suits_linear(1, 192, 768) and not CPU.suits_linear(4096, 192, 44)
 
 

@@ -120,7 +120,7 @@ class Mamba2Form(Form):
             gap_delta = gap_delta.unflatten(0, (self.heads, -1))[:, 0].contiguous()  # a head's channels share a step
         skips = module.get_parameter("D")
         by_head = skips.numel() == self.heads
-        y = ssd_scan(
+        y, _ = ssd_scan(
             u.unflatten(-1, (self.heads, -1)).contiguous(),  # (B, L, H, P)
             step.contiguous(),
             decay_rates(module.get_parameter("A_log")),
@@ -130,7 +130,8 @@ class Mamba2Form(Form):
             dt_softplus=False,
             gap=gap,
             gap_delta=gap_delta,
-        ).flatten(2)
+        )
+        y = y.flatten(2)
         return y if by_head else y + u * skips.to(y.dtype)
 
     def _gated_norm(self, module: nn.Module, y: Tensor, gate: Tensor) -> Tensor:

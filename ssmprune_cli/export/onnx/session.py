@@ -29,7 +29,7 @@ def library() -> Path:
 
     Raises KernelError where there are none, with the reason: the file works without them.
     """
-    return CPU.library_file()
+    return CPU.library.file()
 
 
 def runtime(path: Path, kernels: Path | None = None) -> Any:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import Backend
-from ssmprune_cli.kernels.cpu.build import LEVELS, TILES, levels, load_library
 from ssmprune_cli.kernels.cpu.call import (
     MOST_YS,
     Blocks,
@@ -28,9 +23,9 @@ from ssmprune_cli.kernels.cpu.call import (
     Routed,
     Scan,
     Sum,
-    check_structs,
     slots_of,
 )
+from ssmprune_cli.kernels.cpu.library import Library
 from ssmprune_cli.kernels.inputs import (
     BlocksInputs,
     Gradients,
@@ -45,7 +40,6 @@ from ssmprune_cli.kernels.pytorch import eager
 
 MAX_INNER = 256  # states or taps, as in csrc/vectors.h
 CHUNK = 16  # tokens between two states that are kept, as in csrc/scan.h
-LEVEL_VARIABLE = "SSMPRUNE_CPU_LEVEL"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Values; a pass over fewer is done before a second thread has started. Exponentials take ten times as long as sums.
 _WORTH_THREADS = 1 << 16
@@ -73,84 +67,22 @@ def channel_groups(batch: int) -> int:
 
 
 class CpuBackend(Backend):
-    """Compiles its library when it is first asked for, unless one came with the installation.
-
-    level  one of build.LEVELS; without, the one that SSMPRUNE_CPU_LEVEL names, or the processor's best
-    dots   whether to multiply bytes by the instruction for them, where the level and the processor have it
-    """
+    """Calls the C code of `library`, which is made of `level` and `dots`."""
 
     name = "cpu"
     skips_reading = True
     fuses = True
 
     def __init__(self, level: str | None = None, *, dots: bool = True) -> None:
-        self._wanted = level
-        self._dots = dots
-        self._library: ctypes.CDLL | None = None
-        self._level: str | None = None
-        self._reason: str | None = None
+        self.library = Library(level, dots=dots)
 
     def missing(self) -> str | None:
-        if self._library is None and self._reason is None:
-            try:
-                self._load()
-            except KernelError as error:
-                self._reason = error.what
-            except OSError as error:
-                self._reason = str(error)
-        return self._reason
-
-    def _load(self) -> None:
-        wanted = self._asked_level()
-        level = wanted or levels()[0]
-        library = load_library(level, check_structs)
-        if level == TILES and not library.tiles_available():
-            if wanted:
-                raise OSError(f"the system does not let level {TILES} use the processor's products of matrices")
-            level = levels()[1]
-        self._library, self._level = library, level
-
-    def _asked_level(self) -> str | None:
-        """Raises KernelError if it is none, or none of this processor's."""
-        level = self._wanted or os.environ.get(LEVEL_VARIABLE) or None
-        if level is not None and level not in levels():
-            reason = "the processor does not have it" if level in LEVELS else "there is no such level"
-            hint = f"Set {LEVEL_VARIABLE} to one of {', '.join(levels())}, or leave it unset."
-            raise KernelError(f"the C kernels cannot run at level {level!r}: {reason}", hint=hint)
-        return level
-
-    def facts(self) -> dict[str, Any]:
-        """The level in use, those that the processor has, and whether there are threads; empty if it is missing."""
-        if self.missing() is not None or self._library is None:
-            return {}
-        threads = bool(self._library.has_threads())
-        return {"level": self._level, "processor_has": list(levels()), "threads": threads}
-
-    def library_file(self) -> Path:
-        """The compiled library, which is one of ops for ONNX Runtime too. Raises KernelError if it is missing."""
-        reason = self.missing()
-        if reason is not None or self._library is None:
-            raise KernelError(f"the C kernels cannot be used: {reason}", hint="See `ssmprune env`.")
-        return Path(self._library._name)
-
-    def has_tiles(self) -> bool:
-        """Whether the processor multiplies matrices of bfloat16 by itself."""
-        return self.missing() is None and self._level == TILES
-
-    def run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
-        """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""
-        if self._library is None:
-            raise KernelError(f"kernel backend 'cpu' cannot be used: {self._reason}", hint="See `ssmprune env`.")
-        status = int(getattr(self._library, name)(ctypes.byref(struct)))
-        if status & 1:
-            raise KernelError(f"memory ran out in {name}", hint="Use a smaller batch.")
-        if status & 2:
-            raise KernelError(outside)
+        return self.library.missing()
 
     def accepts(self, example: Tensor, inner: int) -> bool:
         fits = example.dtype in _DTYPES and example.device.type == "cpu" and inner <= MAX_INNER
         if fits:
-            self._asked_level()  # a level that is asked for and cannot be is no reason to run something else
+            self.library.asked_level()  # a level that is asked for and cannot be is no reason to run something else
         return fits
 
     def kept_states(self, length: int) -> int:
@@ -177,7 +109,7 @@ class CpuBackend(Backend):
         call.set(y=y, **wanted)
         if inputs.read is not None:
             call.set(slots=slots_of(inputs.read, batch, length))
-        self.run("scan_forward", call.struct(Scan))
+        self.library.run("scan_forward", call.struct(Scan))
         return y
 
     def scan_backward(
@@ -204,7 +136,7 @@ class CpuBackend(Backend):
         call.state("dlast", d_last, (batch, channels, state))
         call.values("states", states, (batch, self.kept_states(length), state, channels), torch.float32)
         call.set(**found)
-        self.run("scan_backward", call.struct(Scan))
+        self.library.run("scan_backward", call.struct(Scan))
 
         def total(name: str, like: Tensor | None, dim: int = 0) -> Tensor | None:
             return None if like is None else self._sum(found[name], dim).to(like.dtype)
@@ -228,7 +160,7 @@ class CpuBackend(Backend):
         call = Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS), reverse=reverse)
         call.convolution(x, weight, bias)
         call.set(y=y)
-        self.run("conv_forward", call.struct(Conv))
+        self.library.run("conv_forward", call.struct(Conv))
         return y
 
     def conv_backward(
@@ -241,7 +173,7 @@ class CpuBackend(Backend):
         call.convolution(x, weight, bias)
         call.values("grad", grad, x.shape, x.dtype)
         call.set(dx=d_x, dtaps=d_taps, dbias=d_bias)
-        self.run("conv_backward", call.struct(Conv))
+        self.library.run("conv_backward", call.struct(Conv))
         return d_x, self._sum(d_taps).t().to(weight.dtype), self._sum(d_bias).to(bias.dtype)
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -249,7 +181,7 @@ class CpuBackend(Backend):
         call = Call(threads=_threads(x.numel(), _EXPONENTIALS_WORTH_THREADS))
         call.sparse_convolution(x, context, sources, weight, bias)
         call.set(y=y)
-        self.run("sparse_conv_forward", call.struct(Conv), outside=SOURCE_OUTSIDE)
+        self.library.run("sparse_conv_forward", call.struct(Conv), outside=SOURCE_OUTSIDE)
         return y
 
     def sparse_conv_backward(
@@ -262,7 +194,7 @@ class CpuBackend(Backend):
         call.sparse_convolution(x, context, sources, weight, bias)
         call.values("grad", grad, x.shape, x.dtype)
         call.set(dx=d_x, dcontext=d_context, dtaps=d_taps, dbias=d_bias)
-        self.run("sparse_conv_backward", call.struct(Conv), outside=SOURCE_OUTSIDE)
+        self.library.run("sparse_conv_backward", call.struct(Conv), outside=SOURCE_OUTSIDE)
         return d_x, d_context, self._sum(d_taps).t().to(weight.dtype), self._sum(d_bias).to(bias.dtype)
 
     def grid_conv(self, inputs: GridConvInputs) -> Tensor:
@@ -271,7 +203,7 @@ class CpuBackend(Backend):
         call.grid_convolution(inputs)
         y = torch.empty(x.shape[0], inputs.outputs, x.shape[2], dtype=x.dtype)
         call.set(y=y)
-        self.run("grid_conv_forward", call.struct(Conv), outside=_position(inputs))
+        self.library.run("grid_conv_forward", call.struct(Conv), outside=_position(inputs))
         return y
 
     def grid_conv_backward(self, grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
@@ -283,7 +215,7 @@ class CpuBackend(Backend):
         call.grid_convolution(inputs)
         call.values("grad", grad, (batch, inputs.outputs, channels), x.dtype)
         call.set(dx=d_x, dtaps=d_taps, dbias=d_bias)
-        self.run("grid_conv_backward", call.struct(Conv), outside=_position(inputs))
+        self.library.run("grid_conv_backward", call.struct(Conv), outside=_position(inputs))
         d_weight = self._sum(d_taps).t().view(weight.shape).to(weight.dtype)
         return (d_x, d_weight) if bias is None else (d_x, d_weight, self._sum(d_bias).to(bias.dtype))
 
@@ -306,7 +238,7 @@ class CpuBackend(Backend):
         call.values("weight", weight, hidden.shape[2:], weight.dtype)
         call.values("residual", residual, hidden.shape, torch.float32)
         call.set(stream=stream, normed=normed)
-        self.run("add_rms_norm", call.struct(Norm))
+        self.library.run("add_rms_norm", call.struct(Norm))
         return normed, stream
 
     def add_rms_norm_backward(
@@ -324,7 +256,7 @@ class CpuBackend(Backend):
         call.values("d_stream", d_stream, stream.shape, torch.float32)
         call.values("stream", stream, stream.shape, torch.float32)
         call.set(d_sum=d_sum, d_weight=d_weight)
-        self.run("add_rms_norm_backward", call.struct(NormBack))
+        self.library.run("add_rms_norm_backward", call.struct(NormBack))
         return d_sum, self._sum(d_weight).to(weight.dtype)
 
     def _sum(self, parts: Tensor, dim: int = 0) -> Tensor:
@@ -333,7 +265,7 @@ class CpuBackend(Backend):
         total = torch.empty(*parts.shape[:dim], *parts.shape[dim + 1 :])
         call = Call(outer=outer, count=count, columns=columns, threads=_threads(parts.numel(), _WORTH_THREADS))
         call.set(x=parts, y=total)
-        self.run("sum_parts", call.struct(Sum))
+        self.library.run("sum_parts", call.struct(Sum))
         return total
 
     def gated_sum(self, ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
@@ -344,7 +276,7 @@ class CpuBackend(Backend):
         call.gate(ys, z)
         call.set(out=out)
         call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
-        self.run("gated_sum", call.struct(Gate))
+        self.library.run("gated_sum", call.struct(Gate))
         return out
 
     def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -356,7 +288,7 @@ class CpuBackend(Backend):
         call.values("grad", grad, z.shape, z.dtype)
         call.set(dy=d_y, dz=d_z)
         call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
-        self.run("gated_sum_backward", call.struct(Gate))
+        self.library.run("gated_sum_backward", call.struct(Gate))
         return d_y, d_z
 
     # The fused ops, for inference.
@@ -367,19 +299,19 @@ class CpuBackend(Backend):
         batch, length, channels = inputs.xz.shape
         y = torch.empty(batch, length, channels // 2, dtype=inputs.xz.dtype)
         call.set(y=y)
-        self.run("mamba_inner", call.struct(Inner), outside=_FUSED_OUTSIDE)
+        self.library.run("mamba_inner", call.struct(Inner), outside=_FUSED_OUTSIDE)
         return y
 
     def block_parts(self, dim: int, d_inner: int, dtype: torch.dtype) -> int | None:
         if dtype == torch.bfloat16:
             return 1
-        return FLOAT_PARTS if self.has_tiles() else 0
+        return FLOAT_PARTS if self.library.has_tiles() else 0
 
     def mamba_blocks(self, inputs: BlocksInputs) -> tuple[Tensor, Tensor, Tensor]:
         dtype, sizes = inputs.hidden.dtype, BlockSizes(*inputs.sizes)
-        if sizes.parts == FLOAT_PARTS and not self.has_tiles():
+        if sizes.parts == FLOAT_PARTS and not self.library.has_tiles():
             return super().mamba_blocks(inputs)
-        call = Call(threads=torch.get_num_threads(), tiles=self.has_tiles(), dots=self.has_dots())
+        call = Call(threads=torch.get_num_threads(), tiles=self.library.has_tiles(), dots=self.library.has_dots())
         call.blocks(inputs)
         batch, length, _ = inputs.hidden.shape
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
@@ -387,7 +319,7 @@ class CpuBackend(Backend):
         call.set(out=out, stream=stream)
         if inputs.wants_y:
             call.set(ungated=y)
-        self.run("mamba_blocks", call.struct(Blocks), outside=_FUSED_OUTSIDE)
+        self.library.run("mamba_blocks", call.struct(Blocks), outside=_FUSED_OUTSIDE)
         return out.to(dtype), stream, y.to(dtype)
 
     def routed_scans(self, inputs: RoutedInputs) -> Tensor:
@@ -395,33 +327,34 @@ class CpuBackend(Backend):
         call.routed(inputs)
         y = torch.empty(inputs.u.shape)
         call.set(y=y)
-        self.run("routed_scans", call.struct(Routed), outside="a route visits a token that is not there, or one twice")
+        outside = "a route visits a token that is not there, or one twice"
+        self.library.run("routed_scans", call.struct(Routed), outside=outside)
         return y.to(inputs.u.dtype)
 
     def suits_linear(self, rows: int, inputs: int, outputs: int) -> bool:
         whole = inputs % _TILE == 0 and outputs % _TILE == 0  # others are padded, which has not been shown to pay
-        return whole and rows * inputs * outputs > _PRODUCTS_WORTH_TILES and self.has_tiles()
+        return whole and rows * inputs * outputs > _PRODUCTS_WORTH_TILES and self.library.has_tiles()
 
     def linear(self, inputs: LinearInputs) -> Tensor:
         x = inputs.x
-        if not self.has_tiles():
+        if not self.library.has_tiles():
             return super().linear(inputs)
         call = Call(threads=torch.get_num_threads())
         call.linear(inputs)
         out = torch.empty(*x.shape[:-1], inputs.outputs)
         call.set(out=out)
-        self.run("linear", call.struct(Linear))
+        self.library.run("linear", call.struct(Linear))
         return out
 
     def has_dots(self) -> bool:
-        return self._dots and self.missing() is None and bool(self._library and self._library.byte_products_available())
+        return self.library.has_dots()
 
     def linear_int8(self, inputs: LinearInputs) -> Tensor:
-        call = Call(threads=torch.get_num_threads(), dots=self.has_dots())
+        call = Call(threads=torch.get_num_threads(), dots=self.library.has_dots())
         call.linear(inputs, eight_bits=True)
         out = torch.empty(*inputs.x.shape[:-1], inputs.outputs)
         call.set(out=out)
-        self.run("linear", call.struct(Linear))
+        self.library.run("linear", call.struct(Linear))
         return out
 
 
@@ -430,4 +363,4 @@ CPU = CpuBackend()
 
 def cpu_facts() -> dict[str, Any]:
     """What `ssmprune env` shows of the C kernels."""
-    return CPU.facts()
+    return CPU.library.facts()

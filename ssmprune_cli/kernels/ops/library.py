@@ -23,7 +23,8 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
 ) -> None:
-    """Register `compute` as torch.ops.ssmprune.<name>; its annotations give the schema.
+    """Register `compute` as torch.ops.ssmprune.<name>; its annotations give the schema. Autocast does not reach into
+    it: an op computes in the precision that it states.
 
     fake             the same for shapes only
     backward, setup  as in torch.library.register_autograd
@@ -31,10 +32,20 @@ def define(
     schema = torch.library.infer_schema(compute, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _without_autocast(name, device), f"Autocast{device.upper()}")
     qualified = f"ssmprune::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup, lib=_LIBRARY)
+
+
+def _without_autocast(name: str, device: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.ssmprune, name)(*arguments, **named)
+
+    return call
 
 
 Formula = Callable[..., int]

@@ -5,7 +5,7 @@ Glossary: B batch, L tokens, H heads, P channels of a head, G groups of heads th
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,44 +15,6 @@ from ssmprune_cli.kernels.choice import pick
 from ssmprune_cli.kernels.inputs import SSD_GRADIENTS, SsdInputs
 from ssmprune_cli.kernels.ops.library import Expected, check, check_state, counted, define, state_dtype, tracing
 from ssmprune_cli.kernels.pytorch import SSD_CHUNK
-
-
-@overload
-def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = ...,
-    *,
-    dt_bias: Tensor | None = ...,
-    dt_softplus: bool = ...,
-    shift: Tensor | None = ...,
-    gap: Tensor | None = ...,
-    gap_delta: Tensor | None = ...,
-    initial_state: Tensor | None = ...,
-    return_state: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = ...,
-    *,
-    dt_bias: Tensor | None = ...,
-    dt_softplus: bool = ...,
-    shift: Tensor | None = ...,
-    gap: Tensor | None = ...,
-    gap_delta: Tensor | None = ...,
-    initial_state: Tensor | None = ...,
-    return_state: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
 
 
 def ssd_scan(
@@ -69,8 +31,7 @@ def ssd_scan(
     gap: Tensor | None = None,
     gap_delta: Tensor | None = None,
     initial_state: Tensor | None = None,
-    return_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Mamba-2's scan (Dao and Gu 2024, "Transformers are SSMs"; state-spaces/mamba e9594ce), aligned over gaps.
 
         step_t = softplus(dt_t + dt_bias)
@@ -85,19 +46,18 @@ def ssd_scan(
     gap           (B, L): s_t = gap_t * gap_delta with `gap_delta` (H,), or gap_t * step_t without. Excludes `shift`;
                   no gradient flows to it
     initial_state (B, H, P, N): h before the first token, in float32 at least; zeros without
-    return_state  whether h after the last token is wanted too
 
     Activations (x, dt, B, C, shift) share one dtype; parameters have it too, or float32 beside half precision.
     The state and all arithmetic are in float32 at least.
 
-    Returns y (B, L, H, P) in the dtype of x; with `return_state` a pair of it and the state (B, H, P, N), in float32 at
-    least. Raises KernelError for shapes, dtypes or devices that do not fit.
+    Returns y (B, L, H, P) in the dtype of x, and h after the last token (B, H, P, N), in float32 at least; it is there
+    anyway. Raises KernelError for shapes, dtypes or devices that do not fit.
     """
     gap = None if gap is None else gap.to(state_dtype(x))  # counts of tokens: half precision could not hold them
-    y, state = torch.ops.ssmprune.ssd_scan(
+    both: tuple[Tensor, Tensor] = torch.ops.ssmprune.ssd_scan(
         x, dt, A, B, C, D, dt_bias, dt_softplus, shift, gap, gap_delta, initial_state
     )
-    return (y, state) if return_state else y
+    return both
 
 
 def ssd_flops(

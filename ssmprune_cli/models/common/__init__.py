@@ -18,12 +18,12 @@ from ssmprune_cli.models.common.backbone import (
 from ssmprune_cli.models.common.block import Block, set_drop_path, set_recompute
 from ssmprune_cli.models.common.eight_bit import (
     EightBitLinear,
-    first_outputs,
     linear_kinds,
     make_room_for_eight_bits,
     names_of_kinds,
     put_in_eight_bits,
     set_layer,
+    some_outputs,
 )
 from ssmprune_cli.models.common.gate import GATE_REDUCTION, ChannelGate
 from ssmprune_cli.models.common.geometry import MAX_SIDE, check_side, image_fields, no_stride, settle, square_side
@@ -66,7 +66,6 @@ __all__ = [
     "check_size",
     "count_numbered",
     "decay_rates",
-    "first_outputs",
     "image_fields",
     "inflow",
     "inverse",
@@ -83,6 +82,7 @@ __all__ = [
     "set_layer",
     "set_recompute",
     "settle",
+    "some_outputs",
     "square_side",
     "steps_of",
     "tuples",

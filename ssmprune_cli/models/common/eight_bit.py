@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class EightBitLinear(nn.Module):
     """Stands for a linear layer. For inference: its weight gets no gradient.
 
     values  (outputs, inputs) int8
-    scale   (outputs,) float32: output p's weight is values[p] * scale[p]
+    scale   (outputs,) float32, whatever the model is converted to: output p's weight is values[p] * scale[p]
     bias    (outputs,) or None
     """
 
@@ -49,9 +50,17 @@ class EightBitLinear(nn.Module):
             own.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         return own.train(layer.training)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> EightBitLinear:
+        # A conversion, such as to bfloat16, leaves the scale alone: it would shift all weights of an output alike.
+        exact = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != exact.dtype:
+            self.scale = exact.to(self.scale.device)
+        return self
+
     @property
     def eight_bit(self) -> EightBit:
-        return EightBit(self.values, self.scale.float())
+        return EightBit(self.values, self.scale)
 
     @property
     def weight(self) -> Tensor:
@@ -69,12 +78,12 @@ class EightBitLinear(nn.Module):
 Linear = nn.Linear | EightBitLinear
 
 
-def first_outputs(layer: Linear, x: Tensor, count: int) -> Tensor:
-    """The first `count` outputs of `layer` (..., count)."""
-    bias = None if layer.bias is None else layer.bias[:count]
+def some_outputs(layer: Linear, x: Tensor, which: slice) -> Tensor:
+    """The outputs `which` of `layer` (..., count)."""
+    bias = None if layer.bias is None else layer.bias[which]
     if isinstance(layer, EightBitLinear):
-        return eight_bit_linear(x, EightBit(layer.values[:count], layer.scale[:count].float()), bias)
-    return functional.linear(x, layer.weight[:count], bias)
+        return eight_bit_linear(x, EightBit(layer.values[which], layer.scale[which]), bias)
+    return functional.linear(x, layer.weight[which], bias)
 
 
 # Layers of blocks that are never in eight bits: step sizes go through an exponential, and gates see one row an image.

@@ -20,8 +20,8 @@ from ssmprune_cli.models.common import (
     Inflow,
     channels_last_taps,
     decay_rates,
-    first_outputs,
     inflow,
+    some_outputs,
 )
 from ssmprune_cli.models.mamba.causal_sources import conv_sources
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
@@ -161,7 +161,7 @@ class BranchMixer(nn.Module, Mixer):
 
     def inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
-        return first_outputs(self.in_proj, x, self.d_inner)
+        return some_outputs(self.in_proj, x, slice(self.d_inner))
 
     def project(
         self, flow: Inflow, context: Tensor | None, branch: Branch, *, reverse: bool

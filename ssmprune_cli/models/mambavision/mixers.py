@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ssmprune_cli.interface import Mixer, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import causal_conv1d, sparse_conv1d
-from ssmprune_cli.models.common import channels_last_taps, decay_rates, inflow
+from ssmprune_cli.models.common import channels_last_taps, decay_rates, inflow, some_outputs
 from ssmprune_cli.models.mamba import StepProjection, centred_sources, s4d_real
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -136,7 +136,7 @@ class AttentionMixer(nn.Module, Mixer):
         """As of CentredMixer. Frozen tokens that are pooled, and those of the context, have no part in it."""
         query, key, value = (self._by_head(each) for each in self.qkv(x).chunk(3, dim=-1))  # (B, h, L, d / h) each
         if frozen is not None and not sequence.pooled:
-            more = functional.linear(frozen, self.qkv.weight[self.d_model :], self.qkv.bias[self.d_model :])
+            more = some_outputs(self.qkv, frozen, slice(self.d_model, None))
             keys, values = (self._by_head(each) for each in more.chunk(2, dim=-1))
             key, value = torch.cat((key, keys), dim=2), torch.cat((value, values), dim=2)
         scores = query * (self.d_model // self.heads) ** -0.5 @ key.transpose(-2, -1)  # (B, h, L, M)

@@ -16,9 +16,9 @@ from ssmprune_cli.models.common import (
     Inflow,
     channels_last_taps,
     decay_rates,
-    first_outputs,
     inflow,
     reorder,
+    some_outputs,
     steps_of,
 )
 from ssmprune_cli.models.mamba import s4d_real
@@ -118,7 +118,7 @@ class PlainMambaMixer(nn.Module, Mixer):
 
     def _inner(self, x: Tensor) -> Tensor:
         """The half of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
-        return first_outputs(self.in_proj, x, self.d_inner)
+        return some_outputs(self.in_proj, x, slice(self.d_inner))
 
     def null_delta(self) -> Tensor:
         """(4, E): step size of an empty place among empty places of the grid; the convolution leaves its bias there."""

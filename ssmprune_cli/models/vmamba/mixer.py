@@ -21,9 +21,9 @@ from ssmprune_cli.models.common import (
     Visits,
     channels_last_taps,
     decay_rates,
-    first_outputs,
     inflow,
     reorder,
+    some_outputs,
     steps_of,
     visits,
 )
@@ -133,7 +133,7 @@ class VMambaMixer(nn.Module, Mixer):
 
     def _inner(self, x: Tensor) -> Tensor:
         """The part of the input projection that feeds the scans: (B, M, d) to (B, M, E)."""
-        return first_outputs(self.in_proj, x, self.d_inner)
+        return some_outputs(self.in_proj, x, slice(self.d_inner))
 
     def _convolve(self, x: Tensor, context: Tensor | None, sequence: TokenSequence, grid: tuple[int, int]) -> Tensor:
         """(B, L, E): the input of the scans, from projected tokens x (B, L, E) and those of the context (B, M, E)."""

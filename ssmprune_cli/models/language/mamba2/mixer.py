@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ssmprune_cli.interface import Mixer, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import ssd_scan
-from ssmprune_cli.models.common import Inflow, decay_rates, inflow
+from ssmprune_cli.models.common import Inflow, decay_rates, inflow, some_outputs
 from ssmprune_cli.models.mamba import CausalConv1d, conv_sources
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
@@ -94,11 +94,11 @@ class Mamba2Mixer(nn.Module, Mixer):
         """Of `values` (B, L, C + H), projected: y (B, L, E) and, if wanted, steps (B, L, H); what flowed in; and the
         state (B, H, P, N) after the last token."""
         if frozen is not None:
-            frozen = functional.linear(frozen, self.in_proj.weight[self.d_inner :])  # (B, F, C + H)
+            frozen = some_outputs(self.in_proj, frozen, slice(self.d_inner, None))  # (B, F, C + H)
         flow = inflow(sequence, values, frozen, alignment)
         sources = None
         if context is not None:
-            context = functional.linear(context, self.in_proj.weight[self.d_inner : -self.heads])  # (B, M, C)
+            context = some_outputs(self.in_proj, context, slice(self.d_inner, -self.heads))  # (B, M, C)
             sources = conv_sources(flow.convolved, self.d_conv)[0]
         inner, dt = flow.values.split([self.channels, self.heads], dim=-1)
         seen = self.conv1d(inner.contiguous(), context=context, sources=sources)
@@ -117,7 +117,6 @@ class Mamba2Mixer(nn.Module, Mixer):
             dt_bias=self.dt_bias,
             gap=gap,
             gap_delta=gap_delta,
-            return_state=True,
         )
         if flow.read is not None:
             y = gather_tokens(y.flatten(2), flow.read).unflatten(2, (self.heads, -1))
