@@ -335,8 +335,9 @@ class SavingFacts(Section):
 
 
 class EightBitFacts(Section):
-    """Weights in eight bits. `divergence`: of all that are, together, as in LayerKind; `models`: dense and pruned, with
-    these weights and with those in float. A repair of the pruned model is in both of its forms."""
+    """Weights in eight bits. `divergence`: of all that are, together, as in LayerKind; `models`: with all tokens and
+    pruned, with these weights and with those in float, all of the size of the result. A repair of the pruned model is
+    in both of its forms."""
 
     kinds: tuple[LayerKind, ...]
     images: int
