@@ -121,7 +121,8 @@ def _search(
     limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
 
     def holds(found: Found) -> bool:
-        model = make(request, _with_weights(found.recipe, recipe), reference, progress).model
+        wanted = request.fitted(_with_weights(found.recipe, recipe), TASKS.get(reference.task))
+        model = make(request, wanted, reference, progress).model
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(
             model,
