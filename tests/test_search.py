@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,14 @@ from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.preprocessing import KeepRatio
-from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, choose_alignment, default_points
+from ssmprune_cli.pruning import (
+    REDUCTIONS,
+    PruneSchedule,
+    PruneSettings,
+    choose_alignment,
+    default_points,
+    judged_rows,
+)
 from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergence
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe.sections import CalibrationPlan
@@ -39,7 +47,7 @@ from ssmprune_cli.workflows.search import algorithm
 from ssmprune_cli.workflows.search.algorithm import Search, split
 from ssmprune_cli.workflows.search.sizes import carried
 from ssmprune_cli.workflows.search.trial import Limits
-from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+from ssmprune_cli.workflows.search.workflow import SearchPlan, open_search, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import clock as clocks
@@ -493,6 +501,33 @@ def test_a_search_that_was_cut_off_continues_to_the_same_result(
     assert again.found[0].trace() == whole.found[0].trace()
     assert again.found[0].recipe == whole.found[0].recipe
     assert checkpoint.load(CHECKPOINT).pruner is None
+
+
+@pytest.mark.usefixtures("without_noise")
+def test_a_repair_in_a_search_is_judged_on_images_that_nothing_has_seen(tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8))
+    methods = [Method("clip", "drop", "none")]
+    plan = SearchPlan(path, methods, repair="head", calibration=CalibrationPlan(images=70), resize=False)
+    searches = open_search(Source(CHECKPOINT), plan)
+    variant = Variant(methods[0].settings(PruneSchedule((2,), (20,)), 0))
+    found, parts = searches.repaired(variant), searches.parts
+    assert len(found) == len(parts[1]) == 28 < 70 and searches.unseen is not None
+    images = searches.images_to_repair
+    assert images is not None and len(images) == 70
+    order = list(range(70))
+    random.Random(plan.seed).shuffle(order)
+    held_back = [judged in order[42:] for judged in judged_rows(70).tolist()]
+    assert searches.unseen.tolist() == held_back
+    with pytest.raises(UsageError, match="nothing to search"):
+        open_search(Source(CHECKPOINT), replace(plan, methods=[]))
+
+
+def test_without_tokens_dropped_a_candidate_is_the_same_whatever_its_method(measurements: Measurements) -> None:
+    methods = [Method("clip", "drop", "none"), Method("clip", "context", "none"), Method("l1", "drop", "null")]
+    cut = Search(measurements, methods, Budget("flops", 0.9), split(12), **meters(measurements), cut=True)
+    variants = {cut._variant(uniform(method, (), Size(cut=2))) for method in methods}
+    assert len(variants) == 1 and None not in variants
 
 
 def test_too_few_images(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ class SearchTrial(Section):
     multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
     divergence                    after a quick repair on the images searched on, if candidates got one
     divergence_held_back          of finalists, not repaired
-    divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
+    divergence_repaired           of finalists, if they were repaired, on images that neither it nor the search has seen
     """
 
     kind: Literal["flops", "time"]

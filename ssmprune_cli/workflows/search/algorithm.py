@@ -10,7 +10,8 @@
    of time prune a little harder; what is slower than the dense model is out, whatever the budget is of.
 4. They meet on the images held back. Of those that are clearly better there than the default, by a t test, the best is
    chosen, or else the default: few images find no more than what they can show. If the result is to be repaired, each
-   of them is repaired first, and judged on images that its repair has not seen: the order of methods may change.
+   of them is repaired first, and judged on images that neither its repair nor the search has seen: the order of methods
+   may change.
 
 Candidates are compared by `soft_divergence`, image by image. If the result is to be repaired and there are LEAST search
 images, all of them are compared as a quick repair leaves them. It is fitted to the images it is judged on, each in turn
@@ -66,9 +67,7 @@ from ssmprune_cli.workflows.trials import (
 )
 
 FINALISTS = 6
-_KINDS_MORE = (
-    3  # finalists that are the best of their reduction or way to be smaller, though no better than the first ones
-)
+_KINDS_MORE = 3  # finalists that are the best of their reduction or way to be smaller, but not of all
 _STARTS = 3
 _SIZES = 4  # smaller models of each way from which tokens are dropped too
 _BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller model at first
@@ -86,8 +85,8 @@ class Search:
     budget  a share of the dense multiply-adds or of the dense time
     parts   the images searched on, and those held back
     resize  whether smaller images are candidates, and `cut` whether fewer blocks are; the latter if `quick` is not None
-    repair  variant -> divergences (n,) of images, the same for all, that were held back from its repair; None if it is
-            not to be repaired
+    repair  variant -> divergences (n,) of images, the same for all, that were held back from its repair and from this
+            search; None if it is not to be repaired
     quick   what a quick repair of every candidate may fit; None for none
     """
 
@@ -435,6 +434,8 @@ class Search:
 
     def _variant(self, candidate: Candidate) -> Variant | None:
         """What the candidate is at this budget; None if that is out of its reach, or drops nothing though it should."""
+        if not candidate.points:  # whatever the method, it is the same
+            candidate = uniform(self._methods[0], (), candidate.size)
         if candidate not in self._candidates:
             spends, build = self._spending.of(candidate.method, candidate.size), self._build(candidate)
             schedule: PruneSchedule | None = build(0.0)
