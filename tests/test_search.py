@@ -185,7 +185,7 @@ def test_every_step_of_a_search_is_a_schedule_that_its_reduction_can_have() -> N
         around = [*neighbours(leader, small.stages), *steps._swaps(leader), *steps._resized(leader)]
         assert {each.method for each in around} == others
         for candidate in around:
-            variant = steps._variant(candidate)
+            variant = steps._pool.variant(candidate)
             if variant is not None:
                 stages, schedule = measurements.at(variant.size).model.stages, variant.settings.schedule
                 rectangular = candidate.method.rectangular
@@ -519,6 +519,9 @@ def test_a_repair_in_a_search_is_judged_on_images_that_nothing_has_seen(tmp_path
     random.Random(plan.seed).shuffle(order)
     held_back = [judged in order[42:] for judged in judged_rows(70).tolist()]
     assert searches.unseen.tolist() == held_back
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssmprune_cli.workflows.search.workflow.is_repairable", lambda model: False)
+        assert open_search(Source(CHECKPOINT), plan).images_to_repair is None, "they would be judged for nothing"
     with pytest.raises(UsageError, match="nothing to search"):
         open_search(Source(CHECKPOINT), replace(plan, methods=[]))
 
@@ -526,7 +529,7 @@ def test_a_repair_in_a_search_is_judged_on_images_that_nothing_has_seen(tmp_path
 def test_without_tokens_dropped_a_candidate_is_the_same_whatever_its_method(measurements: Measurements) -> None:
     methods = [Method("clip", "drop", "none"), Method("clip", "context", "none"), Method("l1", "drop", "null")]
     cut = Search(measurements, methods, Budget("flops", 0.9), split(12), **meters(measurements), cut=True)
-    variants = {cut._variant(uniform(method, (), Size(cut=2))) for method in methods}
+    variants = {cut._pool.variant(uniform(method, (), Size(cut=2))) for method in methods}
     assert len(variants) == 1 and None not in variants
 
 

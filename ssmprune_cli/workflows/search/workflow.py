@@ -23,7 +23,8 @@ from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
-from ssmprune_cli.workflows.search.algorithm import Quick, Search, split
+from ssmprune_cli.workflows.search.algorithm import Search, split
+from ssmprune_cli.workflows.search.pool import Quick
 from ssmprune_cli.workflows.search.trial import Limits, Trial
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
