@@ -108,7 +108,7 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         warnings.extend(result.warnings)
         if kind != "auto" and result.kind == "none":
             warnings.append(f"The repair {kind!r} was refused: {result.refused[kind]}.")
-        elif cut and result.kind == "none":
+        if cut and result.kind == "none":
             warnings.append(_NOT_REFITTED)
         return result
 

@@ -331,13 +331,9 @@ class Search:
         timed, limit, harder = self._pool.timed, self._pool.limit, self._pool.harder
         for _ in range(_TIMINGS if timed else 1):
             timings = dict(zip(waiting, self._clock.timings(waiting, _TIMING_SECONDS), strict=True))
-            over = {
-                each: timing for each, timing in timings.items() if self._pool.timed and timing.ratio > self._pool.limit
-            }
+            over = {each: timing for each, timing in timings.items() if timed and timing.ratio > limit}
             kept |= {each: timing for each, timing in timings.items() if each not in over}
-            waiting = [
-                harder for each, timing in over.items() if (harder := self._pool.harder(each, timing)) is not None
-            ]
+            waiting = [more for each, timing in over.items() if (more := harder(each, timing)) is not None]
             if not waiting:
                 break
         if not kept and timed:
