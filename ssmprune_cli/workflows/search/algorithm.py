@@ -73,10 +73,10 @@ class Search:
 
     budget  a share of the dense multiply-adds or of the dense time
     parts   the images searched on, and those held back
-    resize  whether smaller images are candidates, and `cut` whether fewer blocks are; the latter if `quick` is not None
+    sizes   of the smaller models that are candidates
     repair  variant -> divergences (n,) of images, the same for all, that were held back from its repair and from this
             search; None if it is not to be repaired
-    quick   what a quick repair of every candidate may fit; None for none
+    quick   what a quick repair of every candidate may fit, on LEAST search images at least; None for none
     """
 
     def __init__(
@@ -88,8 +88,7 @@ class Search:
         *,
         costs: Costs,
         clock: Clock,
-        resize: bool = False,
-        cut: bool = False,
+        sizes: Sizes | None = None,
         repair: Callable[[Variant], Tensor] | None = None,
         quick: Quick | None = None,
         seed: int = 0,
@@ -114,7 +113,7 @@ class Search:
             limits=self._limits,
             progress=progress,
         )
-        self._sizes = Sizes(measurements.model, resize=resize, cut=cut and self._pool.quick is not None)
+        self._sizes = sizes or Sizes(measurements.model, resize=False, cut=False)
 
     def run(self) -> list[Trial]:
         """Every trial, the chosen one first, then by rising divergence. Raises SsmpruneError if nothing worked."""

@@ -36,7 +36,7 @@ class Pool:
     """Every candidate is solved once for `budget`, and every variant judged once on so many of the images `searched`.
 
     methods  of which the first stands for all where no token is dropped
-    quick    what a quick repair of every candidate may fit; None for none
+    quick    what a quick repair of every candidate may fit, on LEAST search images at least; None for none
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Pool:
         self.limit = budget.value if self.timed else budget.value * measurements.dense_cost
         self.searched = searched
         count = len(searched)
-        self.quick = quick if count >= LEAST else None
-        least = 1 if self.quick is None else LEAST
+        self.quick = quick
+        least = 1 if quick is None else LEAST
         self.rungs = sorted({max(least, count // 4), max(least, count // 2), count})
         self._first, self._seed = methods[0], seed
         self._limits = limits

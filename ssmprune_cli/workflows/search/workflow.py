@@ -25,6 +25,7 @@ from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
 from ssmprune_cli.workflows.search.algorithm import Search, split
 from ssmprune_cli.workflows.search.pool import Quick
+from ssmprune_cli.workflows.search.sizes import Sizes
 from ssmprune_cli.workflows.search.trial import Limits, Trial
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
@@ -282,7 +283,7 @@ class Searches:
         return torch.tensor(self.state.get(key, compute), dtype=torch.float64)[self.unseen]
 
     def _quick(self) -> Quick | None:
-        if self.images_to_repair is None:
+        if self.images_to_repair is None or len(self.parts[0]) < LEAST:
             return None
         return "head" if self.plan.repair == "head" else "head+side"
 
@@ -307,12 +308,15 @@ class Searches:
 
     def find(self, budget: Budget, limits: Limits | None = None) -> Found:
         """The best within `budget`. Raises UsageError if it cannot be met."""
+        cut = self.plan.cut and self._quick() is not None
+        sizes = Sizes(self.measurements.model, resize=self.plan.resize, cut=cut)
+        smallest = [way[-1] for way in sizes.ways if way]
         if budget.kind == "time":
             what = "of the dense model's time"
-            check_time(self.clock, self.plan.methods, budget.value)
+            check_time(self.clock, self.plan.methods, budget.value, smallest)
         else:
             what = "of the dense multiply-adds"
-            check_budget(self.measurements, self.plan.methods, budget.value)
+            check_budget(self.measurements, self.plan.methods, budget.value, smallest)
         trials = Search(
             self.measurements,
             self.plan.methods,
@@ -320,8 +324,7 @@ class Searches:
             self.parts,
             costs=self.costs,
             clock=self.clock,
-            resize=self.plan.resize,
-            cut=self.plan.cut,
+            sizes=sizes,
             repair=self.repaired if self.images_to_repair is not None else None,
             quick=self._quick(),
             seed=self.plan.seed,
