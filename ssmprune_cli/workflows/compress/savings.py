@@ -59,8 +59,8 @@ def savings(
         size = stored_bytes(each)
         found.append(SavingFacts(tokens=tokens, weights=weights, bytes=size, median_ms=speed.median_ms, score=score))
     times = {key: speed.rounds_ms for key, speed in zip(models, speeds, strict=True)}
-    tokens: Tokens = "all" if model.pruner is None else "pruned"
-    ratio, (low, _) = ratio_of_medians(times[tokens, "float"], times[tokens, "int8"])
+    own: Tokens = "all" if model.pruner is None else "pruned"
+    ratio, (low, _) = ratio_of_medians(times[own, "float"], times[own, "int8"])
     warnings = []
     if low > 1:
         text = f"Weights in eight bits make a batch of {batch_size} slower here: {ratio:.2f} times the time."
