@@ -101,6 +101,7 @@ def test_without_images_beside_fewer_blocks_and_a_limit(ssmprune: Run, tmp_path:
     assert any("no layer's harm was measured" in each for each in report["warnings"])
     assert "all kinds are in eight bits" in done.stderr
     assert "Fewer blocks and weights in eight bits alone make it cheaper" in (out / "README.md").read_text()
+    assert "All tokens, int8: " in (out / "report.html").read_text(), "there is no repair here"
     text = (out / "recipe.yaml").read_text()
     assert "cut_blocks: 1" in text and "weights: int8" in text
     model = checkpoint.load(out)
