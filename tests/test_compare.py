@@ -145,3 +145,19 @@ def test_a_recipe_may_ask_for_smaller_images_and_fewer_tokens(dataset: ImageData
             batch_size=5,
             rounds=1,
         )
+
+
+def test_what_compress_would_do_beside_is_said_and_a_recipe_of_nothing_else_is_refused(
+    dataset: ImageDataset, tmp_path: Path
+) -> None:
+    both = Recipe(name="both", pruning=Pruning(weights="int8", keep=0.5, reduction="drop", repair="head"))
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "calib.npz", images=pixels)
+    _, notes = workflow.compare(
+        Source(CHECKPOINT), dataset, [], [], recipes=[both], calib=tmp_path / "calib.npz", batch_size=5, rounds=1
+    )
+    assert "both puts weights into eight bits; here they stay in float." in notes
+    assert "`compress` would repair what both makes; here it is not repaired." in notes
+    only = Recipe(name="only", pruning=Pruning(weights="int8"))
+    with pytest.raises(UsageError, match="'only' only puts weights into eight bits"):
+        workflow.compare(Source(CHECKPOINT), dataset, [], [], recipes=[only], batch_size=5, rounds=1)

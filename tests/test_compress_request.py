@@ -217,6 +217,8 @@ def test_a_run_and_its_dry_run_agree_and_the_verdicts_are_in_the_report(tmp_path
     report = result.report
     assert (report.pruning, report.dense, report.pruned) == (dry.pruning, dry.dense, dry.pruned)
     assert result.out == tmp_path / "out" and result.warnings == report.warnings
+    kind = "8 of the --data images are among the --calib images"
+    assert sum(kind in each for each in report.warnings) == 1
     assert report.accuracy is not None and report.accuracy.count == 8
     assert {each.name: each.holds for each in report.limits} == {
         "max_drop": False,  # eight images cannot show that it lost less than a point

@@ -11,8 +11,10 @@ import pytest
 from ssmprune_cli.errors import BudgetError, DataError
 from ssmprune_cli.pruning import Method
 from ssmprune_cli.recipe import Pruning, Recipe
+from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.compress import CompressRequest, compress_checkpoint
 from ssmprune_cli.workflows.compress.fastest import LADDER, fastest
+from ssmprune_cli.workflows.compress.make import Made, make
 from ssmprune_cli.workflows.limits import Limits as MaxDrop
 from ssmprune_cli.workflows.search import Found, Limits, SearchPlan
 from ssmprune_cli.workflows.source import Source
@@ -68,8 +70,18 @@ def test_another_error_is_not_taken_for_the_end_of_the_ladder() -> None:
 
 
 @pytest.mark.usefixtures("without_noise")
-def test_a_loss_that_nobody_can_keep_gives_the_nearest_model_and_says_so(tmp_path: Path) -> None:
+def test_a_loss_that_nobody_can_keep_gives_the_nearest_model_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody loses less than nothing."""
+    recipes = []
+
+    def noted(request: CompressRequest, recipe: Recipe, *rest: Any) -> Made:
+        recipes.append(recipe)
+        return make(request, recipe, *rest)
+
+    monkeypatch.setattr("ssmprune_cli.workflows.compress.run.make", noted)
+    monkeypatch.setattr(type(TASKS.get("classification")), "calibrates", 9)
     pixels = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(12) % 10)
     request = CompressRequest(
@@ -87,6 +99,8 @@ def test_a_loss_that_nobody_can_keep_gives_the_nearest_model_and_says_so(tmp_pat
         samples=0,
     )
     report = compress_checkpoint(request).report
+    judged, delivered = recipes
+    assert judged == delivered and judged.calibration.images == 9, "what is judged is what is delivered"
     assert report.target is not None and report.target.kind == "max_drop" and not report.target.met
     (limit,) = report.limits
     assert not limit.holds and "--max-drop allows -100" in limit.statement

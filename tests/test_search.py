@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pytest
@@ -28,7 +29,14 @@ from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.models.plainmamba.model import PlainMamba, PlainMambaConfig
 from ssmprune_cli.models.vmamba.model import VMamba, VMambaConfig
 from ssmprune_cli.preprocessing import KeepRatio
-from ssmprune_cli.pruning import REDUCTIONS, PruneSchedule, PruneSettings, choose_alignment, default_points
+from ssmprune_cli.pruning import (
+    REDUCTIONS,
+    PruneSchedule,
+    PruneSettings,
+    choose_alignment,
+    default_points,
+    judged_rows,
+)
 from ssmprune_cli.pruning.divergence import clearly_less, paired, soft_divergence
 from ssmprune_cli.pruning.method import Method, known_methods
 from ssmprune_cli.recipe.sections import CalibrationPlan
@@ -37,9 +45,9 @@ from ssmprune_cli.workflows.measure import Speed
 from ssmprune_cli.workflows.measure.flops import FlopCount, count_flops
 from ssmprune_cli.workflows.search import algorithm
 from ssmprune_cli.workflows.search.algorithm import Search, split
-from ssmprune_cli.workflows.search.sizes import carried
+from ssmprune_cli.workflows.search.sizes import Sizes, carried
 from ssmprune_cli.workflows.search.trial import Limits
-from ssmprune_cli.workflows.search.workflow import SearchPlan, search
+from ssmprune_cli.workflows.search.workflow import SearchPlan, open_search, search
 from ssmprune_cli.workflows.sensitivity import sensitivity
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import clock as clocks
@@ -169,7 +177,7 @@ def test_every_step_of_a_search_is_a_schedule_that_its_reduction_can_have() -> N
         Budget("flops", 0.8),
         split(4),
         **meters(measurements),
-        resize=True,
+        sizes=Sizes(small, resize=True, cut=False),
         limits=Limits(1),
     )
     for points, others in (((1, 2), {merging}), ((2,), {merging, dropping})):
@@ -177,7 +185,7 @@ def test_every_step_of_a_search_is_a_schedule_that_its_reduction_can_have() -> N
         around = [*neighbours(leader, small.stages), *steps._swaps(leader), *steps._resized(leader)]
         assert {each.method for each in around} == others
         for candidate in around:
-            variant = steps._variant(candidate)
+            variant = steps._pool.variant(candidate)
             if variant is not None:
                 stages, schedule = measurements.at(variant.size).model.stages, variant.settings.schedule
                 rectangular = candidate.method.rectangular
@@ -329,7 +337,7 @@ def test_smaller_images_are_candidates_alone_and_with_tokens_dropped(monkeypatch
         Budget("flops", 0.6),
         split(12),
         **meters(measurements),
-        resize=True,
+        sizes=Sizes(model, resize=True, cut=False),
         limits=Limits(14),
         seed=1,
     )
@@ -374,9 +382,9 @@ def test_fewer_blocks_are_candidates_once_a_quick_repair_refits_the_head() -> No
     def searching(**options: Any) -> Search:
         return Search(measurements, methods, Budget("flops", 0.6), split(110), **meters(measurements), **options)
 
-    assert not searching(cut=True)._sizes.cuts, "its old head is at a loss"
-    search_ = searching(cut=True, quick="head+side", limits=Limits(8))
-    assert [size.cut for size in search_._sizes.cuts] == [1, 2]
+    sizes = Sizes(model, resize=False, cut=True)
+    assert [size.cut for size in sizes.cuts] == [1, 2]
+    search_ = searching(sizes=sizes, quick="head+side", limits=Limits(8))
     trials = search_.run()
     best = trials[0]
     assert best.size == Size(cut=2) and not best.settings.schedule.points and best.divergence < 1e-6
@@ -495,11 +503,64 @@ def test_a_search_that_was_cut_off_continues_to_the_same_result(
     assert checkpoint.load(CHECKPOINT).pruner is None
 
 
+@pytest.mark.usefixtures("without_noise")
+def test_a_repair_in_a_search_is_judged_on_images_that_nothing_has_seen(tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8))
+    methods = [Method("clip", "drop", "none")]
+    plan = SearchPlan(path, methods, repair="head", calibration=CalibrationPlan(images=70), resize=False)
+    searches = open_search(Source(CHECKPOINT), plan)
+    variant = Variant(methods[0].settings(PruneSchedule((2,), (20,)), 0))
+    found, parts = searches.repaired(variant), searches.parts
+    assert len(found) == len(parts[1]) == 28 < 70 and searches.unseen is not None
+    images = searches.images_to_repair
+    assert images is not None and len(images) == 70
+    order = list(range(70))
+    random.Random(plan.seed).shuffle(order)
+    held_back = [judged in order[42:] for judged in judged_rows(70).tolist()]
+    assert searches.unseen.tolist() == held_back
+    assert searches._quick() is None, "its old head is at a loss without blocks, and 42 images do not refit it"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssmprune_cli.workflows.search.workflow.is_repairable", lambda model: False)
+        assert open_search(Source(CHECKPOINT), plan).images_to_repair is None, "they would be judged for nothing"
+    with pytest.raises(UsageError, match="nothing to search"):
+        open_search(Source(CHECKPOINT), replace(plan, methods=[]))
+
+
+def test_without_tokens_dropped_a_candidate_is_the_same_whatever_its_method(measurements: Measurements) -> None:
+    methods = [Method("clip", "drop", "none"), Method("clip", "context", "none"), Method("l1", "drop", "null")]
+    cut = Search(measurements, methods, Budget("flops", 0.9), split(12), **meters(measurements))
+    variants = {cut._pool.variant(uniform(method, (), Size(cut=2))) for method in methods}
+    assert len(variants) == 1 and None not in variants
+
+
 def test_too_few_images(tmp_path: Path) -> None:
     path = tmp_path / "few.npz"
     np.savez(path, images=np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
     with pytest.raises(DataError, match="at least 8 calibration images, and there are 3"):
         search(Source(CHECKPOINT), SearchPlan(path, [CALIBRATED], budgets=(Budget("flops", 0.8),)))
+
+
+@pytest.mark.parametrize("kind", ["flops", "time"])
+def test_what_only_a_smaller_image_can_reach_is_reached(
+    calib: Path, kind: Literal["flops", "time"], without_noise: Callable[[Backbone], float]
+) -> None:
+    """One token left after the first block takes 0.3 of the dense multiply-adds, an image of half the side 0.26."""
+    plan = SearchPlan(
+        calib,
+        [Method("clip", "drop", "none")],
+        limits=Limits(4),
+        calibration=CalibrationPlan(images=10),
+    )
+    whole, half = checkpoint.load(CHECKPOINT), resize(checkpoint.load(CHECKPOINT), 32)
+    share = 0.27 if kind == "flops" else 1.01 * without_noise(half) / without_noise(whole)
+    (found,) = search(Source(CHECKPOINT), replace(plan, budgets=(Budget(kind, share),))).found
+    assert found.chosen.size == Size(32) and found.chosen.spent <= share
+    with pytest.raises(UsageError, match="cannot be reached"):
+        search(Source(CHECKPOINT), replace(plan, budgets=(Budget(kind, share),), resize=False))
+    with pytest.raises(UsageError, match="cannot be reached") as raised:
+        search(Source(CHECKPOINT), replace(plan, budgets=(Budget(kind, 0.8 * share),)))
+    assert "the smallest model with all tokens 0." in (raised.value.hint or "")
 
 
 def test_a_target_time_is_met_or_what_can_be_met_is_said(calib: Path) -> None:
@@ -680,8 +741,9 @@ def test_many_sides_are_thinned_and_few_of_them_are_loaded(monkeypatch: pytest.M
 
     measurements = Measurements(small, load(small), calibration=2, load=load)
     methods = [Method("clip", "drop", "none")]
+    sizes = Sizes(small, resize=True, cut=False)
     found = Search(
-        measurements, methods, Budget("flops", 0.6), split(4), **meters(measurements), resize=True, limits=Limits(6)
+        measurements, methods, Budget("flops", 0.6), split(4), **meters(measurements), sizes=sizes, limits=Limits(6)
     )
     assert len(sides(small)) == 16 and len(found._sizes.sides) == 8
     found.run()

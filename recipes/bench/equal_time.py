@@ -15,7 +15,6 @@ import argparse
 import platform
 import statistics
 import sys
-from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import Backbone, Size, cut_short, cuts, resize
+from ssmprune_cli.models import Backbone, Size, cuts, sides, smaller
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, known_methods, paired, prune, repair, restore
 from ssmprune_cli.recipe import CalibrationPlan
 from ssmprune_cli.workflows.compare import Comparison
@@ -72,7 +71,7 @@ class Bench:
             limit=arguments.limit,
             batch_size=64,
             device=arguments.device,
-            rounds=1,
+            rounds=arguments.rounds,
         )
         assert self.comparison.judged, "labelled images are needed"
         judged = self.comparison.images.dataset
@@ -101,30 +100,17 @@ class Bench:
             what = f"{settings.schedule.points} {settings.schedule.tokens}"
             self.rows(model, self.comparison.reference, images, share, batch_size, name, what)
             restore(model)
-        self.comparison.batch_size = batch_size
-        side = self.comparison.side_for(budget, 0)
-        self.comparison.batch_size = 64
-        if side is not None:
-            small = resize(model, side)
-            self.rows(small, prepare(small), self.images(small), share, batch_size, "smaller image", f"{side} pixels")
-        self.cut_short(images, share, batch_size)
+        for name, sizes in (
+            ("smaller image", [Size(side) for side in sides(model)]),
+            ("cut short", [Size(cut=blocks) for blocks in cuts(model)]),
+        ):
+            self.comparison.batch_size = batch_size
+            size = self.comparison.size_for(sizes, budget, 0)
+            self.comparison.batch_size = 64
+            if size is not None:
+                small = smaller(model, size)
+                self.rows(small, prepare(small), self.images(small), share, batch_size, name, str(size))
         self.searched(share, batch_size)
-
-    def cut_short(self, images: Tensor, share: float, batch_size: int) -> None:
-        """The model without its last blocks: as few as bring it within the time."""
-        model, reference = self.comparison.model, self.comparison.reference
-        batch = torch.zeros(batch_size, 3, *model.image_size, device=self.comparison.device)
-
-        def fits(blocks: int) -> bool:
-            both = interleaved_speeds([reference, prepare(cut_short(model, blocks))], batch, self.arguments.rounds)
-            return both[1].median_ms <= share * both[0].median_ms
-
-        possible = cuts(model)
-        place = bisect_left(possible, True, key=fits)
-        if place < len(possible):
-            cut = cut_short(model, possible[place])
-            what = f"{len(cut.mixers)} of {len(model.mixers)} blocks"
-            self.rows(cut, prepare(cut), images, share, batch_size, "cut short", what)
 
     def searched(self, share: float, batch_size: int) -> None:
         plan = SearchPlan(
@@ -167,8 +153,8 @@ class Bench:
         self, session: Session, model: Backbone, share: float, batch_size: int, name: str, repaired: str, what: str
     ) -> None:
         comparison = self.comparison
-        smaller = model.config.resized_from is not None
-        seen = comparison.at(Size(model.image_size[0])).images if smaller else comparison.images
+        resized = model.config.resized_from is not None
+        seen = comparison.at(Size(model.image_size[0])).images if resized else comparison.images
         logits, dense = run(session, (batch.images for batch in seen)), comparison.dense_answers.sample
         nats = divergence(dense, logits)
         right, wanted = (100 * (each.argmax(dim=1) == self.labels).double() for each in (logits, dense))

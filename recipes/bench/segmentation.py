@@ -35,7 +35,7 @@ from ssmprune_cli import checkpoint
 from ssmprune_cli.data import Subset, calibration_images, open_dataset
 from ssmprune_cli.inference import Session
 from ssmprune_cli.kernels import active_backend
-from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Detector, Segmenter, Size
+from ssmprune_cli.models import FAMILIES, Backbone, DenseModel, Detector, Segmenter, Size, sides
 from ssmprune_cli.models.heads import MaskRCNNConfig, UperNet
 from ssmprune_cli.preprocessing import KeepRatio
 from ssmprune_cli.pruning import (
@@ -113,11 +113,11 @@ class Bench:
                 row(f"{keep:g}", str(method), found, model, comparison.reference.with_pruner(model.pruner))
                 work = work or found.multiply_adds
                 restore(model)
-            side = comparison.side_for(Budget("flops", keep), work)
-            if side is not None:
-                small = comparison.at(Size(side))
-                title = f"smaller image, {side} pixels"
-                row(f"{keep:g}", title, comparison.smaller(title, "", Size(side)), small.model, small.session)
+            possible = [Size(side) for side in sides(comparison.model)]
+            size = comparison.size_for(possible, Budget("flops", keep), work)
+            if size is not None:
+                small, title = comparison.at(size), f"smaller image, {size}"
+                row(f"{keep:g}", title, comparison.smaller(title, "", size), small.model, small.session)
 
     def finetuned(self, tables: Tables) -> None:
         """A row for every reduction at one keep ratio, before and after training, and one for the dense model."""

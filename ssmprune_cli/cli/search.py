@@ -91,7 +91,7 @@ def command(
     Image side, blocks, points, token counts, score, reduction and alignment are chosen by the divergence of the
     logits from the dense model's on unlabelled images. A part of them is held back: the uniform default schedule is
     kept unless something is clearly better there. With 64 images or more the finalists are judged as they will be
-    repaired, with 107 or more every candidate is, and fewer blocks are tried. `ssmprune compress --recipe` then makes
+    repaired, with 106 or more every candidate is, and fewer blocks are tried. `ssmprune compress --recipe` then makes
     the model. A run that was killed continues with the same command.
     """
     if times is not None and flops is not None:

@@ -335,8 +335,9 @@ class SavingFacts(Section):
 
 
 class EightBitFacts(Section):
-    """Weights in eight bits. `divergence`: of all that are, together, as in LayerKind; `models`: dense and pruned, with
-    these weights and with those in float. A repair of the pruned model is in both of its forms."""
+    """Weights in eight bits. `divergence`: of all that are, together, as in LayerKind; `models`: with all tokens and
+    pruned, with these weights and with those in float, all of the size of the result. A repair of the pruned model is
+    in both of its forms."""
 
     kinds: tuple[LayerKind, ...]
     images: int
@@ -351,7 +352,7 @@ class SearchTrial(Section):
     multiply_adds, latency_ratio  shares of the dense model's; the time of finalists only, measured
     divergence                    after a quick repair on the images searched on, if candidates got one
     divergence_held_back          of finalists, not repaired
-    divergence_repaired           of finalists, if they were repaired, on images that their repair has not seen
+    divergence_repaired           of finalists, if they were repaired, on images that neither it nor the search has seen
     """
 
     kind: Literal["flops", "time"]

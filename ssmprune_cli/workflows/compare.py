@@ -16,11 +16,12 @@ from torch import Tensor
 from ssmprune_cli.data import Batch, ImageDataset, Subset
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.inference import Session, prepare
-from ssmprune_cli.models import WHOLE, Backbone, Size, cut_short, cuts, sides, smaller
+from ssmprune_cli.models import WHOLE, Backbone, Size, cuts, sides, smaller
 from ssmprune_cli.pruning import (
     DEFAULT_REDUCTION,
     IMPORTANCES,
     REDUCTIONS,
+    Asked,
     Method,
     PruneSettings,
     choose_alignment,
@@ -193,12 +194,22 @@ class Comparison:
         return row
 
     def recipe(self, recipe: Recipe, calibration: ImageDataset | None) -> Row:
-        """The row of what a recipe makes, calibrated on its images where it needs any."""
+        """The row of what a recipe makes, calibrated on its images where it needs any. Weights stay in float, and only
+        a head whose last blocks are gone is repaired. UsageError for a recipe of which nothing is left then."""
+        if recipe.pruning.weights == "int8":
+            if not recipe.pruning.drops_tokens and recipe_size(recipe) == WHOLE:
+                raise UsageError(
+                    f"the recipe {recipe.name!r} only puts weights into eight bits, and models are compared in float",
+                    hint="`ssmprune compress --int8 --data` measures what eight bits change.",
+                )
+            self.notes.append(f"{recipe.name} puts weights into eight bits; here they stay in float.")
+        if calibration is not None and recipe.pruning.repair != "none" and not recipe.pruning.cut_blocks:
+            self.notes.append(f"`compress` would repair what {recipe.name} makes; here it is not repaired.")
         if recipe.pruning.drops_tokens and recipe.pruning.reduction == "auto":
             self.notes.append(f"{recipe.name} leaves its reduction to `compress`; here it is {DEFAULT_REDUCTION!r}.")
         if recipe_size(recipe) == WHOLE:
             settings = recipe_settings(self.model, recipe, calibrated=calibration is not None)
-            assert settings is not None  # else it would name a size
+            assert settings is not None  # else it would name a size, or was refused
             images = None if calibration is None else load_images(self.model, calibration)
             return self.pruned(recipe.name, "", settings, images)
         made_smaller(self.model, recipe)  # raises for a size that is none
@@ -208,10 +219,10 @@ class Comparison:
         self, name: str, budget: str, size: Size, recipe: Recipe | None = None, calibration: ImageDataset | None = None
     ) -> Row:
         """The row of the model of this size, with tokens dropped as `recipe` says, if it says so. The head of one that
-        was cut short is refitted on the calibration images, if there are any."""
+        was cut short is refitted on the calibration images, if there are any, unless `recipe` says not to."""
         variant = self.at(size)
         model, images, dense = variant.model, None, None
-        if calibration is not None:
+        if calibration is not None and (recipe is not None or size.cut):
             dense = run(self.reference, self._calibration(self.model, calibration))
             images = self._calibration(model, calibration)
         settings = None if recipe is None else recipe_settings(model, recipe, calibrated=calibration is not None)
@@ -219,7 +230,7 @@ class Comparison:
             self._prune(variant.session, model, settings, images, dense)
         session = variant.session
         if size.cut:
-            self._refit(name, model, images, dense)
+            self._refit(name, model, images, dense, "auto" if recipe is None else recipe.pruning.repair)
             session = prepare(model) if settings is None else session
         session = session.with_pruner(model.pruner)
         answers, cost = self._answers(session, variant.images, name), count_flops(model).all_directions
@@ -231,58 +242,39 @@ class Comparison:
         if size in self._smaller:
             return self._smaller[size]
         model = smaller(self.model, size)
-        images = EvaluationImages(self.images.dataset, model, None, self.batch_size)
+        images = self.images
+        if size.side is not None:
+            images = EvaluationImages(self.images.dataset, model, None, self.batch_size)
         made = _Smaller(model, prepare(model), images)
         if not size.cut:
             self._smaller[size] = made
         return made
 
-    def side_for(self, budget: Budget, work: float) -> int | None:
-        """The largest smaller side in the time of `budget`, or else with at most `work` multiply-adds; None if there is
-        none.
+    def size_for(self, sizes: Sequence[Size], budget: Budget, work: float) -> Size | None:
+        """The first of `sizes`, the largest first, in the time of `budget`, or else with at most `work` multiply-adds;
+        None if there is none.
 
-        Cost and time fall with the side, so that a few of many sides are enough to look at.
+        Cost and time fall with the size, so that a few of many are enough to look at.
         """
-        possible = sides(self.model)
 
-        def fits(side: int) -> bool:
-            variant = self.at(Size(side))
+        def fits(size: Size) -> bool:
+            variant = self.at(size)
             if budget.kind == "time":
                 return 1 / self._time(variant.session, self._batch(variant.model))[1] <= budget.value
             return count_flops(variant.model).all_directions <= work
 
-        place = bisect_left(possible, True, key=fits)
-        return possible[place] if place < len(possible) else None
+        place = bisect_left(sizes, True, key=fits)
+        return sizes[place] if place < len(sizes) else None
 
-    def cut_short(self, budget: str, blocks: int, calibration: Images | None) -> Row:
-        """The row of the model without its last `blocks` blocks, its head refitted on the images, if there are any."""
-        model, name = cut_short(self.model, blocks), str(Size(cut=blocks))
-        batches = None if calibration is None else in_batches(calibration, self.batch_size)
-        self._refit(name, model, batches, None if batches is None else run(self.reference, batches))
-        session = prepare(model)
-        answers, cost = self._answers(session, self.images, name), count_flops(model).all_directions
-        return self._row(name, budget, model, answers, cost, self._time(session, self._batch(model)), None)
-
-    def _refit(self, name: str, model: Backbone, images: Sequence[Tensor] | None, dense: Tensor | None) -> None:
+    def _refit(
+        self, name: str, model: Backbone, images: Sequence[Tensor] | None, dense: Tensor | None, kind: Asked
+    ) -> None:
         """Fit the head of a model that was cut short to the dense model's answers, if there are images."""
-        kind = "none" if images is None else repair(model, images, dense=dense).kind
-        if kind == "none":
-            why = "that was not clearly better" if images is not None else "there are no calibration images"
+        done = "none" if images is None else repair(model, images, kind=kind, dense=dense).kind
+        if done == "none":
+            why = "that was not clearly better" if kind != "none" else "the recipe says so"
+            why = why if images is not None else "there are no calibration images"
             self.notes.append(f"The head of the model {name} is not refitted: {why}.")
-
-    def blocks_for(self, budget: Budget, work: float) -> int | None:
-        """How few blocks have to be cut for the time of `budget`, or else for at most `work` multiply-adds; None if
-        that cannot be."""
-        possible = cuts(self.model)
-
-        def fits(blocks: int) -> bool:
-            model = cut_short(self.model, blocks)
-            if budget.kind == "time":
-                return 1 / self._time(prepare(model), self._batch(model))[1] <= budget.value
-            return count_flops(model).all_directions <= work
-
-        place = bisect_left(possible, True, key=fits)
-        return possible[place] if place < len(possible) else None
 
     def prune(self, settings: PruneSettings, calibration: Images | None) -> None:
         """Make `model` a variant: `answers`, `cost` and `speed` are of what it is now."""
@@ -441,18 +433,18 @@ def compare(
             work = max((row.multiply_adds for row in rows if row.budget == title), default=0)
         rows += _smaller(comparison, budget, title, work, notes)
         advance()
-        blocks = comparison.blocks_for(budget, work)
-        if blocks is not None:
-            rows.append(comparison.cut_short(title, blocks, calibration))
+        cut = comparison.size_for([Size(cut=blocks) for blocks in cuts(comparison.model)], budget, work)
+        if cut is not None:
+            rows.append(comparison.smaller(str(cut), title, cut, calibration=chosen))
         advance()
     return rows, [*comparison.notes, *notes]
 
 
 def _smaller(comparison: Comparison, budget: Budget, title: str, work: float, notes: list[str]) -> list[Row]:
     """The row of the largest smaller image within `budget`, or that needs at most `work`; none without one."""
-    side = comparison.side_for(budget, work)
-    if side is not None:
-        return [comparison.smaller("smaller image", title, Size(side))]
+    size = comparison.size_for([Size(side) for side in sides(comparison.model)], budget, work)
+    if size is not None:
+        return [comparison.smaller("smaller image", title, size)]
     height, width = comparison.model.image_size
     why = f"half of {height} pixels costs more" if sides(comparison.model) else f"{height} x {width} cannot be resized"
     notes.append(f"There is no smaller image for {title}: {why}.")

@@ -209,9 +209,20 @@ def evaluate(
 def identity(dataset: ImageDataset, limit: int | None) -> str:
     """SHA-256, in hexadecimal, of the names and targets of the images that `evaluate` takes, in order, and of the
     classes' names: it tells datasets apart without reading their images."""
-    indices = range(len(dataset)) if limit is None or limit >= len(dataset) else spread(len(dataset), limit)
+    indices = _taken(dataset, limit)
     facts = [list(dataset.class_names), *([dataset.name(index), dataset.mark(index)] for index in indices)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def shared(dataset: ImageDataset, limit: int | None, others: ImageDataset) -> int:
+    """How many of the images that `evaluate` takes are among `others`. Reads all of both."""
+    known = {others.content(index) for index in range(len(others))}
+    return sum(dataset.content(index) in known for index in _taken(dataset, limit))
+
+
+def _taken(dataset: ImageDataset, limit: int | None) -> Sequence[int]:
+    """Numbers of the images that `evaluate` takes."""
+    return range(len(dataset)) if limit is None or limit >= len(dataset) else spread(len(dataset), limit)
 
 
 def spread(total: int, count: int) -> list[int]:

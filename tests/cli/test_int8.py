@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.models import EightBitLinear
+from ssmprune_cli.models import EightBitLinear, cut_short
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "containers" / "vim_like.pth"
@@ -95,9 +95,13 @@ def test_without_images_beside_fewer_blocks_and_a_limit(ssmprune: Run, tmp_path:
         ("all", "float"),
         ("all", "int8"),
     ]
+    shorter = cut_short(checkpoint.load(CHECKPOINT), 1)  # what fewer blocks save is not told as that of eight bits
+    whole = sum(value.numel() * value.element_size() for value in shorter.state_dict().values())
+    assert report["eight_bits"]["models"][0]["bytes"] == whole
     assert any("no layer's harm was measured" in each for each in report["warnings"])
     assert "all kinds are in eight bits" in done.stderr
     assert "Fewer blocks and weights in eight bits alone make it cheaper" in (out / "README.md").read_text()
+    assert "All tokens, int8: " in (out / "report.html").read_text(), "there is no repair here"
     text = (out / "recipe.yaml").read_text()
     assert "cut_blocks: 1" in text and "weights: int8" in text
     model = checkpoint.load(out)

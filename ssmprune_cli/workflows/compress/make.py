@@ -90,12 +90,11 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         rounded_weights = _to_eight_bits(model, recipe, None)
         warnings += () if rounded_weights is None else rounded_weights.warnings
         return Made(model, settings, None, None, None, (), tuple(warnings), rounded_weights)
-    images = TASKS.get(model.task).calibration(model, request.calib, recipe.calibration.images, recipe.calibration.seed)
-    if len(images) < recipe.calibration.images and request.counts_images:
-        cases = TASKS.get(model.task).cases
-        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration {cases} were found.")
-    warnings += images.notes
     task = TASKS.get(model.task)
+    images = task.calibration(model, request.calib, recipe.calibration.images, recipe.calibration.seed)
+    if len(images) < recipe.calibration.images and request.counts_images:
+        warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration {task.cases} were found.")
+    warnings += images.notes
     batch_size = task.at_once(recipe.calibration.batch_size)
     dense = None  # the logits of the dense model, if it is larger or its weights will not be there
     if model.config != reference.config or recipe.pruning.weights == "int8":
@@ -109,7 +108,7 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         warnings.extend(result.warnings)
         if kind != "auto" and result.kind == "none":
             warnings.append(f"The repair {kind!r} was refused: {result.refused[kind]}.")
-        elif cut and result.kind == "none":
+        if cut and result.kind == "none":
             warnings.append(_NOT_REFITTED)
         return result
 
@@ -128,6 +127,7 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     if settings is None:
         weights = eight_bits()
         result = repaired() if dense is not None else None
+        warnings += images.notes  # what was noticed when they were read
         return Made(model, None, images, None, result, (), tuple(warnings), weights)
     tried: tuple[ReductionTrial, ...] = ()
     if recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):

@@ -20,7 +20,7 @@ from ssmprune_cli.workflows.compress.make import Progress, make
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.savings import savings
 from ssmprune_cli.workflows.compress.settings import rounded
-from ssmprune_cli.workflows.evaluate import evaluate, identity
+from ssmprune_cli.workflows.evaluate import evaluate, identity, shared
 from ssmprune_cli.workflows.identity import weights_sha256
 from ssmprune_cli.workflows.limits import Limits
 from ssmprune_cli.workflows.measure import resolve_device
@@ -121,7 +121,8 @@ def _search(
     limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
 
     def holds(found: Found) -> bool:
-        model = make(request, _with_weights(found.recipe, recipe), reference, progress).model
+        wanted = request.fitted(_with_weights(found.recipe, recipe), TASKS.get(reference.task))
+        model = make(request, wanted, reference, progress).model
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(
             model,
@@ -196,6 +197,8 @@ def _compressed(
             progress=done,
         )
         warnings += evaluation.notes  # what was noticed when they were read
+        if images is not None and made.uses_images:
+            warnings += _seen_before(request, evaluation, images)
     done = progress("Timing") if progress else None
     speed = speed_facts(reference, model, str(target), request.batch_size, done)
     warnings += _slow(speed)
@@ -278,6 +281,21 @@ def _judged_on(request: CompressRequest, task: str) -> dict[str, str]:
         return {}
     windows = {} if request.slide is None else {"evaluation_slide": ",".join(map(str, request.slide))}
     return {"evaluation_dataset": request.dataset or TASKS.get(task).kind(request.data), **windows}
+
+
+def _seen_before(request: CompressRequest, evaluation: ImageDataset, images: ImageDataset) -> list[str]:
+    """A warning if models were made by images that they are judged on. Those of folders apart are taken to differ."""
+    assert request.data is not None and request.calib is not None
+    data, calib = request.data.resolve(), request.calib.resolve()
+    if data != calib and data not in calib.parents and calib not in data.parents:
+        return []
+    count = shared(evaluation, request.limit, images)
+    if not count:
+        return []
+    return [
+        f"{count} of the --data images are among the --calib images, by which the model was made: it is judged too "
+        "kindly. Give others."
+    ]
 
 
 def _targeted(report: Report, request: CompressRequest) -> Report:

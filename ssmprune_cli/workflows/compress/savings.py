@@ -31,22 +31,22 @@ def savings(
     rounds: int,
     device: str,
 ) -> tuple[tuple[SavingFacts, ...], list[str]]:
-    """Of `dense` and of `model`, which is made of it and in eight bits; and if it drops tokens, of the models with one
-    of both: with its weights in float again, and without its pruner.
+    """Of `model`, which is made of `dense` and in eight bits, and of the same with its weights in float; and if it
+    drops tokens, of both without its pruner. All are of its size: where that is the size of `dense`, it is the one
+    with all tokens in float.
 
     All are timed in turns on a batch of images of their size, and judged on `dataset` as `task` does, if there is
     one. Beside these facts a warning, if weights in eight bits make the model slower.
     """
-    models: dict[tuple[Tokens, Weights], Backbone] = {("all", "float"): dense}
-    models["pruned" if model.pruner is not None else "all", "int8"] = model
+    in_float = copy.deepcopy(model)
+    for name in model.layers_of(model.eight_bit_kinds):
+        layer = dense.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        set_layer(in_float, name, copy.deepcopy(layer))
+    whole = dense if model.config == dense.config else _without_pruner(in_float)
+    models: dict[tuple[Tokens, Weights], Backbone] = {("all", "float"): whole, ("all", "int8"): _without_pruner(model)}
     if model.pruner is not None:
-        in_float, unpruned = copy.deepcopy(model), copy.copy(model)
-        for name in model.layers_of(model.eight_bit_kinds):
-            layer = dense.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            set_layer(in_float, name, copy.deepcopy(layer))
-        unpruned._modules = {**model._modules, "pruner": None}
-        models |= {("pruned", "float"): in_float, ("all", "int8"): unpruned}
+        models |= {("pruned", "float"): in_float, ("pruned", "int8"): model}
     target = next(model.parameters()).device
     images = [each.example(batch_size) for each in models.values()]
     sessions = [prepare(each, device=target) for each in models.values()]
@@ -59,13 +59,20 @@ def savings(
         size = stored_bytes(each)
         found.append(SavingFacts(tokens=tokens, weights=weights, bytes=size, median_ms=speed.median_ms, score=score))
     times = {key: speed.rounds_ms for key, speed in zip(models, speeds, strict=True)}
-    tokens = found[1].tokens
-    ratio, (low, _) = ratio_of_medians(times[tokens, "float"], times[tokens, "int8"])
+    own: Tokens = "all" if model.pruner is None else "pruned"
+    ratio, (low, _) = ratio_of_medians(times[own, "float"], times[own, "int8"])
     warnings = []
     if low > 1:
         text = f"Weights in eight bits make a batch of {batch_size} slower here: {ratio:.2f} times the time."
         warnings.append(f"{text} They pay in wide layers.")
-    return tuple(sorted(found, key=lambda each: (each.tokens, each.weights))), warnings
+    return tuple(found), warnings
+
+
+def _without_pruner(model: Backbone) -> Backbone:
+    """The same layers, with all tokens."""
+    unpruned = copy.copy(model)
+    unpruned._modules = {**model._modules, "pruner": None}
+    return unpruned
 
 
 def stored_bytes(model: Backbone) -> int:

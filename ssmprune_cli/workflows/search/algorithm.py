@@ -10,7 +10,8 @@
    of time prune a little harder; what is slower than the dense model is out, whatever the budget is of.
 4. They meet on the images held back. Of those that are clearly better there than the default, by a t test, the best is
    chosen, or else the default: few images find no more than what they can show. If the result is to be repaired, each
-   of them is repaired first, and judged on images that its repair has not seen: the order of methods may change.
+   of them is repaired first, and judged on images that neither its repair nor the search has seen: the order of methods
+   may change.
 
 Candidates are compared by `soft_divergence`, image by image. If the result is to be repaired and there are LEAST search
 images, all of them are compared as a quick repair leaves them. It is fitted to the images it is judged on, each in turn
@@ -22,30 +23,25 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice, zip_longest
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import BudgetError, SsmpruneError
-from ssmprune_cli.interface import Stage
-from ssmprune_cli.models import WHOLE, Size
+from ssmprune_cli.models import Size
 from ssmprune_cli.pruning import (
-    LEAST,
     Method,
-    PruneSchedule,
     PruneSettings,
     choose_alignment,
     clearly_less,
     default_points,
     paired,
 )
+from ssmprune_cli.workflows.search.pool import Pool, Progress, Quick
 from ssmprune_cli.workflows.search.sizes import Sizes, carried
 from ssmprune_cli.workflows.search.trial import Limits, Trial
 from ssmprune_cli.workflows.trials import (
@@ -55,20 +51,15 @@ from ssmprune_cli.workflows.trials import (
     Costs,
     Distances,
     Measurements,
-    Spending,
     Timing,
     Variant,
     layouts,
     neighbours,
-    schedule_at,
-    solve,
     uniform,
 )
 
 FINALISTS = 6
-_KINDS_MORE = (
-    3  # finalists that are the best of their reduction or way to be smaller, though no better than the first ones
-)
+_KINDS_MORE = 3  # finalists that are the best of their reduction or way to be smaller, but not of all
 _STARTS = 3
 _SIZES = 4  # smaller models of each way from which tokens are dropped too
 _BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller model at first
@@ -76,19 +67,16 @@ _TIMINGS = 4  # of finalists that overrun a time, each time pruning harder
 _TIMING_SECONDS = 4.0  # for each of them, all finalists together
 _WIDE = 1.2  # first candidates for each evaluation: three tenths of the evaluations, on a quarter of the images
 
-Progress = Callable[[int, int], None]
-Quick = Literal["head", "head+side"]
-
 
 class Search:
     """One search for the least divergence within a budget.
 
     budget  a share of the dense multiply-adds or of the dense time
     parts   the images searched on, and those held back
-    resize  whether smaller images are candidates, and `cut` whether fewer blocks are; the latter if `quick` is not None
-    repair  variant -> divergences (n,) of images, the same for all, that were held back from its repair; None if it is
-            not to be repaired
-    quick   what a quick repair of every candidate may fit; None for none
+    sizes   of the smaller models that are candidates
+    repair  variant -> divergences (n,) of images, the same for all, that were held back from its repair and from this
+            search; None if it is not to be repaired
+    quick   what a quick repair of every candidate may fit, on LEAST search images at least; None for none
     """
 
     def __init__(
@@ -100,8 +88,7 @@ class Search:
         *,
         costs: Costs,
         clock: Clock,
-        resize: bool = False,
-        cut: bool = False,
+        sizes: Sizes | None = None,
         repair: Callable[[Variant], Tensor] | None = None,
         quick: Quick | None = None,
         seed: int = 0,
@@ -110,24 +97,23 @@ class Search:
     ) -> None:
         self._measurements = measurements
         self._methods = list(methods)
-        self._costs, self._clock, self._repair = costs, clock, repair
-        self._timed = budget.kind == "time"
-        self._spending: Spending = clock if self._timed else costs
-        self._limit = budget.value if self._timed else budget.value * measurements.dense_cost
-        self._searched, self._held_back = parts
-        count = len(self._searched)
-        self._quick = quick if count >= LEAST else None
-        least = 1 if self._quick is None else LEAST
-        self._rungs = sorted({max(least, count // 4), max(least, count // 2), count})
+        self._clock, self._repair = clock, repair
+        self._held_back = parts[1]
         self._seed = seed
         self._limits = limits or Limits()
-        self._progress = progress
-        self._sizes = Sizes(measurements.model, resize=resize, cut=cut and self._quick is not None)
-        self._known: dict[tuple[Variant, int], Distances] = {}  # on so many of the first search images
-        self._candidates: dict[Candidate, Variant | None] = {}
-        self._successor: dict[Variant, Variant] = {}  # to what pruned harder in its place
-        self._done = 0.0
-        self._started = time.monotonic()
+        self._pool = Pool(
+            measurements,
+            self._methods,
+            budget,
+            parts[0],
+            costs=costs,
+            clock=clock,
+            quick=quick,
+            seed=seed,
+            limits=self._limits,
+            progress=progress,
+        )
+        self._sizes = sizes or Sizes(measurements.model, resize=False, cut=False)
 
     def run(self) -> list[Trial]:
         """Every trial, the chosen one first, then by rising divergence. Raises SsmpruneError if nothing worked."""
@@ -141,21 +127,21 @@ class Search:
         method = Method(alignment=choose_alignment("auto", Method().reduction, calibrated=True))
         if method not in self._methods:
             return None
-        variant = self._variant(uniform(method, default_points(self._measurements.model.stages)))
+        variant = self._pool.variant(uniform(method, default_points(self._measurements.model.stages)))
         if variant is not None:
-            self._distances(variant)
+            self._pool.distances(variant)
         return variant
 
     def _start(self) -> list[Candidate]:
         """The best few uniform candidates, the best one first."""
         candidates = list(self._wide())
         keep = max(_STARTS, len(candidates) // 4)
-        lefts = (keep, max(_STARTS, keep // 3))[: len(self._rungs) - 1]
-        for count, left in zip(self._rungs, (*lefts, _STARTS), strict=True):
+        lefts = (keep, max(_STARTS, keep // 3))[: len(self._pool.rungs) - 1]
+        for count, left in zip(self._pool.rungs, (*lefts, _STARTS), strict=True):
             ranked = self._ranked(candidates, count)
             # What a repair makes of few images says least of models without some blocks: none of a kind is left out
             # before all images were seen.
-            best = {_way(each): each for each in reversed(ranked)} if count < self._rungs[-1] else {}
+            best = {_way(each): each for each in reversed(ranked)} if count < self._pool.rungs[-1] else {}
             candidates = [*ranked[:left], *(each for each in best.values() if each not in ranked[:left])]
         return candidates
 
@@ -173,7 +159,7 @@ class Search:
             for method, points in zip(first.values(), ranked, strict=True)
             if points
         )
-        quarter = len(self._searched) / (4 * self._rungs[0])  # of the first part that they are tried on
+        quarter = len(self._pool.searched) / (4 * self._pool.rungs[0])  # of the first part that they are tried on
         left = round(_WIDE * self._limits.evaluations * min(1.0, quarter))
         found: dict[tuple[str, str], int] = {}
         ways = [self._smaller(list(first.values()), way) for way in self._sizes.ways]
@@ -182,10 +168,10 @@ class Search:
         yield from smaller
         left -= len(smaller)
         for candidate in every:
-            if found and self._spent():
+            if found and self._pool.spent():
                 return
             key = (candidate.method.reduction, candidate.method.importance)
-            if left and found.get(key, 0) < 3 and self._variant(candidate) is not None:
+            if left and found.get(key, 0) < 3 and self._pool.variant(candidate) is not None:
                 found[key] = found.get(key, 0) + 1
                 left -= 1
                 yield candidate
@@ -193,27 +179,27 @@ class Search:
     def _smaller(self, methods: Sequence[Method], way: Sequence[Size]) -> Iterator[Candidate]:
         """Of `way`, the largest model within the budget; larger ones with tokens dropped, the nearest to it first."""
         alone = [uniform(methods[0], (), size) for size in way]
-        fitting = bisect_left(alone, True, key=lambda each: self._variant(each) is not None)
+        fitting = bisect_left(alone, True, key=lambda each: self._pool.variant(each) is not None)
         yield from alone[fitting : fitting + 1]
         larger = way[max(0, fitting - _SIZES) : fitting][::-1]
         usual = [method for method in methods if method.reduction in _BESIDE and method.importance != "random"]
         for layout in (0, 4, 5):
             for size in larger:
-                places = layouts(self._stages(size))
+                places = layouts(self._pool.stages(size))
                 for method in usual if layout < len(places) else []:
                     candidate = uniform(method, places[layout], size)
-                    if self._variant(candidate) is not None:
+                    if self._pool.variant(candidate) is not None:
                         yield candidate
 
     def _ranked(self, candidates: Iterable[Candidate], count: int) -> list[Candidate]:
         """By their distance on the first `count` search images, the best one first."""
         scored: list[tuple[float, Candidate]] = []
         for candidate in candidates:
-            if self._spent() and scored:
+            if self._pool.spent() and scored:
                 break
-            variant = self._variant(candidate)
+            variant = self._pool.variant(candidate)
             if variant is not None:
-                scored.append((float(self._distances(variant, count).soft.mean()), candidate))
+                scored.append((float(self._pool.distances(variant, count).soft.mean()), candidate))
         scored.sort(key=lambda pair: pair[0])
         return [candidate for value, candidate in scored if math.isfinite(value)]
 
@@ -222,10 +208,10 @@ class Search:
         improved = True
         while improved:
             improved = False
-            around = [*neighbours(leader, self._stages(leader.size)), *self._swaps(leader), *self._resized(leader)]
+            around = [*neighbours(leader, self._pool.stages(leader.size)), *self._swaps(leader), *self._resized(leader)]
             choice.shuffle(around)
             for candidate in around:
-                if self._spent():
+                if self._pool.spent():
                     return
                 if self._better(candidate, leader):
                     leader, improved = candidate, True
@@ -237,7 +223,7 @@ class Search:
         if not candidate.points:
             return
         method = candidate.method
-        at_ends = {stage.start for stage in self._stages(candidate.size)} & set(candidate.points)
+        at_ends = {stage.start for stage in self._pool.stages(candidate.size)} & set(candidate.points)
         for other in self._methods:
             if at_ends and not other.rectangular:
                 continue
@@ -249,28 +235,25 @@ class Search:
     def _resized(self, candidate: Candidate) -> Iterator[Candidate]:
         """The same of the next larger and smaller sizes; from larger ones it has to drop tokens, if it did not."""
         for size in self._sizes.beside(candidate.size):
-            stages = self._stages(size)
-            yield carried(candidate, size, self._stages(candidate.size), stages)
+            stages = self._pool.stages(size)
+            yield carried(candidate, size, self._pool.stages(candidate.size), stages)
             if not candidate.points:
                 for points in layouts(stages, rectangular=candidate.method.rectangular):
                     yield uniform(candidate.method, points, size)
 
-    def _stages(self, size: Size) -> Sequence[Stage]:
-        return self._measurements.at(size).model.stages
-
     def _better(self, candidate: Candidate, leader: Candidate) -> bool:
         """Whether `candidate` is better than `leader` on the search images by more than the error of the difference."""
-        found, known = self._variant(candidate), self._variant(leader)
+        found, known = self._pool.variant(candidate), self._pool.variant(leader)
         if found is None or known is None or found == known:
             return False
-        for count in self._rungs:
-            mean, error = paired(self._distances(found, count).soft, self._distances(known, count).soft)
+        for count in self._pool.rungs:
+            mean, error = paired(self._pool.distances(found, count).soft, self._pool.distances(known, count).soft)
             if mean > error or not math.isfinite(mean):
                 return False
         return mean < -error
 
     def _choose(self, default: Variant | None) -> list[Trial]:
-        whole = {each: found for (each, count), found in self._known.items() if count == len(self._searched)}
+        whole = self._pool.known
         ranked = sorted(whole, key=lambda each: float(whole[each].soft.mean()))
         ranked = [each for each in ranked if bool(whole[each].soft.isfinite().all())]
         finalists = list(self._finalists(ranked))
@@ -283,9 +266,9 @@ class Search:
             finalists.append(default)
         timings = self._in_time(finalists)
         finalists = list(timings)
-        default = default if default is None else self._successor.get(default, default)
-        whole |= {each: self._distances(each) for each in finalists}
-        held_back = {each: self._measured(each, self._held_back) for each in finalists}
+        default = default if default is None else self._pool.successor(default)
+        whole |= {each: self._pool.distances(each) for each in finalists}
+        held_back = {each: self._pool.measured(each, self._held_back) for each in finalists}
         repaired = {} if self._repair is None else {each: self._repair(each) for each in finalists}
 
         def over_all(variant: Variant) -> float:
@@ -327,20 +310,14 @@ class Search:
             reduction = variant.settings.reduction if variant.settings.schedule.points else ""
             kind = (reduction, variant.size.side is not None, variant.size.cut > 0)
             # Counting multiply-adds takes as long as trying a few images: only of what would be a finalist.
-            if (count < FINALISTS or kind not in kinds) and (self._timed or self._affordable(variant)):
+            if (count < FINALISTS or kind not in kinds) and (self._pool.timed or self._affordable(variant)):
                 kinds.add(kind)
                 count += 1
                 yield variant
 
     def _affordable(self, variant: Variant) -> bool:
         """Whether `count_flops` agrees with the cost model that a budget of multiply-adds is met."""
-        return self._multiply_adds(variant) <= self._limit * (1 + 1e-6)
-
-    def _multiply_adds(self, variant: Variant) -> int:
-        return self._measurements.at(variant.size).multiply_adds(variant.settings)
-
-    def _measured(self, variant: Variant, part: range) -> Distances:
-        return self._measurements.at(variant.size).distances(variant.settings, part)
+        return self._pool.multiply_adds(variant) <= self._pool.limit * (1 + 1e-6)
 
     def _in_time(self, finalists: Sequence[Variant]) -> dict[Variant, Timing]:
         """The finalists that are within the budget and not slower than the dense model, by the clock.
@@ -350,14 +327,15 @@ class Search:
         """
         kept: dict[Variant, Timing] = {}
         waiting = list(dict.fromkeys(finalists))
-        for _ in range(_TIMINGS if self._timed else 1):
+        timed, limit, harder = self._pool.timed, self._pool.limit, self._pool.harder
+        for _ in range(_TIMINGS if timed else 1):
             timings = dict(zip(waiting, self._clock.timings(waiting, _TIMING_SECONDS), strict=True))
-            over = {each: timing for each, timing in timings.items() if self._timed and timing.ratio > self._limit}
+            over = {each: timing for each, timing in timings.items() if timed and timing.ratio > limit}
             kept |= {each: timing for each, timing in timings.items() if each not in over}
-            waiting = [harder for each, timing in over.items() if (harder := self._harder(each, timing)) is not None]
+            waiting = [more for each, timing in over.items() if (more := harder(each, timing)) is not None]
             if not waiting:
                 break
-        if not kept and self._timed:
+        if not kept and timed:
             kept = dict([min(over.items(), key=lambda pair: pair[1].ratio)])
         faster = {each: timing for each, timing in kept.items() if timing.ratio < 1}
         faster = faster or {each: timing for each, timing in kept.items() if timing.interval[0] <= 1}
@@ -370,20 +348,6 @@ class Search:
             )
         return faster
 
-    def _harder(self, variant: Variant, timing: Timing) -> Variant | None:
-        """The same candidate with fewer tokens, by as much as it overran the budget; None if there is none."""
-        candidate = next(each for each, solved in self._candidates.items() if solved == variant)
-        model = self._clock.of(candidate.method, candidate.size)
-        limit = model.predict(variant.settings.schedule) * 0.99 * self._limit / timing.ratio
-        schedule = solve(self._build(candidate), model, limit)
-        harder = None if schedule is None else Variant(candidate.method.settings(schedule, self._seed), candidate.size)
-        if harder is None or harder == variant:
-            return None
-        self._candidates[candidate] = harder
-        self._successor = {each: harder if last == variant else last for each, last in self._successor.items()}
-        self._successor[variant] = harder
-        return harder
-
     def _trial(
         self,
         variant: Variant,
@@ -393,12 +357,12 @@ class Search:
         timing: Timing | None,
     ) -> Trial:
         settings = variant.settings
-        predicted = self._spending.of(_method(settings), variant.size).predict(settings.schedule)
-        work = None if self._timed else predicted / self._measurements.dense_cost
+        predicted = self._pool.spending.of(_method(settings), variant.size).predict(settings.schedule)
+        work = None if self._pool.timed else predicted / self._measurements.dense_cost
         spent = predicted if work is None else work
         if held_back is not None:
-            work = self._multiply_adds(variant) / self._measurements.dense_cost
-            spent = timing.ratio if self._timed and timing is not None else work
+            work = self._pool.multiply_adds(variant) / self._measurements.dense_cost
+            spent = timing.ratio if self._pool.timed and timing is not None else work
         return Trial(
             settings,
             spent,
@@ -408,54 +372,6 @@ class Search:
             chosen,
             timing,
             variant.size,
-        )
-
-    def _distances(self, variant: Variant, count: int | None = None) -> Distances:
-        """On the first `count` search images, by default on all."""
-        count = len(self._searched) if count is None else count
-        if (variant, count) not in self._known:
-            self._known[variant, count] = self._compared(variant, count)
-            if self._progress:
-                self._progress(min(round(self._done), self._limits.evaluations), self._limits.evaluations)
-        return self._known[variant, count]
-
-    def _compared(self, variant: Variant, count: int) -> Distances:
-        first = self._searched.start
-        if self._quick is not None:  # a fit to more images is another one: nothing of one to fewer is left
-            self._done += count / len(self._searched)
-            side = self._quick == "head+side"
-            part = range(first, first + count)
-            return self._measurements.at(variant.size).repaired(variant.settings, part, side=side)
-        known = max((tried for each, tried in self._known if each == variant), default=0)
-        if known > count:
-            return Distances(*(each[:count] for each in self._known[variant, known]))
-        self._done += (count - known) / len(self._searched)
-        more = self._measured(variant, range(first + known, first + count))
-        return Distances(*map(torch.cat, zip(self._known[variant, known], more, strict=True))) if known else more
-
-    def _variant(self, candidate: Candidate) -> Variant | None:
-        """What the candidate is at this budget; None if that is out of its reach, or drops nothing though it should."""
-        if candidate not in self._candidates:
-            spends, build = self._spending.of(candidate.method, candidate.size), self._build(candidate)
-            schedule: PruneSchedule | None = build(0.0)
-            if candidate.points:
-                solved = solve(build, spends, self._limit)
-                schedule = None if solved == schedule else solved
-            elif candidate.size == WHOLE or spends.predict(build(0.0)) > self._limit:
-                schedule = None
-            settings = None if schedule is None else candidate.method.settings(schedule, self._seed)
-            self._candidates[candidate] = None if settings is None else Variant(settings, candidate.size)
-        return self._candidates[candidate]
-
-    def _build(self, candidate: Candidate) -> Callable[[float], PruneSchedule]:
-        """Level -> schedule."""
-        rectangular, stages = candidate.method.rectangular, self._stages(candidate.size)
-        return partial(schedule_at, stages, candidate.points, candidate.weights, rectangular=rectangular)
-
-    def _spent(self) -> bool:
-        seconds = self._limits.seconds
-        return self._done >= self._limits.evaluations or (
-            seconds is not None and time.monotonic() - self._started > seconds
         )
 
 

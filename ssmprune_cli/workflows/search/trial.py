@@ -17,7 +17,7 @@ class Trial:
     multiply_adds  share of the dense model's; in a search by time, of finalists only
     divergence     in nats on the search images (all of them), after a quick repair if candidates got one
     held_back      of finalists, in nats on the images held back, not repaired
-    repaired       of finalists, if they were repaired: in nats on images that their repair has not seen
+    repaired       of finalists, if they were repaired: in nats on images that neither that nor the search has seen
     timing         of finalists, beside the dense model
     size           of the model that tokens were dropped from
     """

@@ -23,7 +23,9 @@ from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
-from ssmprune_cli.workflows.search.algorithm import Quick, Search, split
+from ssmprune_cli.workflows.search.algorithm import Search, split
+from ssmprune_cli.workflows.search.pool import Quick
+from ssmprune_cli.workflows.search.sizes import Sizes
 from ssmprune_cli.workflows.search.trial import Limits, Trial
 from ssmprune_cli.workflows.source import Source
 from ssmprune_cli.workflows.trials import (
@@ -175,12 +177,12 @@ def search(source: Source, plan: SearchPlan, progress: Progress | None = None) -
 
 def open_search(source: Source, plan: SearchPlan, progress: Progress | None = None) -> Searches:
     """What is needed to search for one budget after another. Raises as `search`."""
-    if not plan.methods:
-        raise UsageError("no method of these names both saves work and fits together, so there is nothing to search")
     model = source.load().to(resolve_device(plan.device))
     task = TASKS.get(model.task)
     if model.stages[0].frames > 1:
         plan = replace(plan, methods=[method for method in plan.methods if not method.rectangular])
+    if not plan.methods:
+        raise UsageError("no method of these names both saves work and fits the model, so there is nothing to search")
     timed, judged = task.at_once(8, plan.batch_size), task.at_once(plan.calibration.batch_size)
     plan = replace(plan, batch_size=timed, calibration=plan.calibration.model_copy(update={"batch_size": judged}))
     dataset = task.calibration(model, plan.calib, plan.calibration.images, plan.calibration.seed)
@@ -200,7 +202,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     order = list(range(len(dataset)))  # by name, so perhaps by class: the part held back must not be other classes
     random.Random(plan.seed).shuffle(order)
     repairing = None
-    if plan.repair != "none":
+    if plan.repair != "none" and is_repairable(model):
         repairing = task.calibration(model, plan.calib, plan.repair_images, plan.calibration.seed)
         repairing = repairing if len(repairing) >= LEAST else None
     identity = {
@@ -217,6 +219,11 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         warnings.append(f"{plan.state}: continues an earlier run, {state.found} results are known.")
     parts = split(len(dataset))
     mixed = Subset(dataset, order)
+    unseen = None
+    if repairing is not None:
+        searched = {mixed.content(number) for number in parts[0]}
+        rows = judged_rows(len(repairing)).tolist()
+        unseen = torch.tensor([repairing.content(row) not in searched for row in rows])
 
     def load(sized: Backbone) -> Images:
         return load_images(sized, mixed)
@@ -231,7 +238,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     )
     warnings += [note for note in dataset.notes if note not in warnings]  # what was noticed when they were read
     clock = Clock(measurements, timed, TimeTable.of(model, plan.device, timed))
-    return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing)
+    return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing, unseen)
 
 
 @dataclass
@@ -246,11 +253,12 @@ class Searches:
     progress: Progress | None
     warnings: list[str]
     images_to_repair: ImageDataset | None = None
+    unseen: Tensor | None = None  # whether those that a repair is judged on were not searched on
     _wanted: Tensor | None = field(default=None, repr=False)  # the dense model's logits of those
 
     def repaired(self, variant: Variant) -> Tensor:
-        """(n,) divergences of a variant that was repaired, of images that its repair has not seen."""
-        assert self.images_to_repair is not None
+        """(n,) divergences of a repaired variant, of images that neither its repair nor the search has seen."""
+        assert self.images_to_repair is not None and self.unseen is not None
         images, sized = self.images_to_repair, self.measurements.at(variant.size)
 
         def prepared(model: Backbone) -> Prepared:
@@ -272,10 +280,10 @@ class Searches:
             return numbers
 
         key = f"repaired {self.plan.repair} {variant.size} {json.dumps(variant.settings.to_dict(), sort_keys=True)}"
-        return torch.tensor(self.state.get(key, compute), dtype=torch.float64)
+        return torch.tensor(self.state.get(key, compute), dtype=torch.float64)[self.unseen]
 
     def _quick(self) -> Quick | None:
-        if self.images_to_repair is None or not is_repairable(self.measurements.model):
+        if self.images_to_repair is None or len(self.parts[0]) < LEAST:
             return None
         return "head" if self.plan.repair == "head" else "head+side"
 
@@ -300,12 +308,15 @@ class Searches:
 
     def find(self, budget: Budget, limits: Limits | None = None) -> Found:
         """The best within `budget`. Raises UsageError if it cannot be met."""
+        cut = self.plan.cut and self._quick() is not None
+        sizes = Sizes(self.measurements.model, resize=self.plan.resize, cut=cut)
+        smallest = [way[-1] for way in sizes.ways if way]
         if budget.kind == "time":
             what = "of the dense model's time"
-            check_time(self.clock, self.plan.methods, budget.value)
+            check_time(self.clock, self.plan.methods, budget.value, smallest)
         else:
             what = "of the dense multiply-adds"
-            check_budget(self.measurements, self.plan.methods, budget.value)
+            check_budget(self.measurements, self.plan.methods, budget.value, smallest)
         trials = Search(
             self.measurements,
             self.plan.methods,
@@ -313,8 +324,7 @@ class Searches:
             self.parts,
             costs=self.costs,
             clock=self.clock,
-            resize=self.plan.resize,
-            cut=self.plan.cut,
+            sizes=sizes,
             repair=self.repaired if self.images_to_repair is not None else None,
             quick=self._quick(),
             seed=self.plan.seed,

@@ -295,19 +295,25 @@ class SmallerModel:
         return None
 
 
-def check_time(clock: Clock, methods: Sequence[Method], share: float) -> None:
-    """Raises UsageError, saying what can be met, if no schedule of `methods` takes as little as `share` of dense."""
+def check_time(clock: Clock, methods: Sequence[Method], share: float, sizes: Sequence[Size] = ()) -> None:
+    """Raises UsageError, saying what can be met, if no schedule of `methods` takes as little as `share` of dense, and
+    no model of one of these `sizes` does with all tokens."""
     if not 0 < share < 1:
         raise BudgetError(f"a time to search for lies between 0 and 1 of the dense model's, not at {share:g}")
+    smaller = [clock.of_size(size) for size in sizes]
+    if min(smaller, default=math.inf) <= share:
+        return
     stages = clock.measurements.model.stages
     by_reduction = {method.reduction: (method, smallest(stages, method)) for method in methods}.values()
     method, least = min(by_reduction, key=lambda pair: clock.of(pair[0]).predict(pair[1]))
     timing = clock.timing(Variant(method.settings(least, 0)))
     if timing.ratio > share:
+        also = f", the smallest model with all tokens {min(smaller):.2f}" if smaller else ""
         raise BudgetError(
             f"{share:g} of the dense model's time cannot be reached on this device with a batch of {clock.batch_size}",
             hint=f"With one patch token left after each stage's first block a batch takes {timing.ms:.1f} ms, "
-            f"{timing.ratio:.2f} of the dense model's {timing.dense_ms:.1f}; ask for more, or try a larger batch.",
+            f"{timing.ratio:.2f} of the dense model's {timing.dense_ms:.1f}{also}; ask for more, or try a larger "
+            "batch.",
         )
 
 

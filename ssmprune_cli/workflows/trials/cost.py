@@ -313,20 +313,27 @@ def _bisect(build: Callable[[float], PruneSchedule], cost: Spends, budget: float
     return build(high)
 
 
-def check_budget(measurements: Measurements, methods: Sequence[Method], fraction: float) -> None:
-    """Raises UsageError, saying what can be met, if no schedule of `methods` costs as little as `fraction` of dense."""
+def check_budget(
+    measurements: Measurements, methods: Sequence[Method], fraction: float, sizes: Sequence[Size] = ()
+) -> None:
+    """Raises UsageError, saying what can be met, if no schedule of `methods` costs as little as `fraction` of dense,
+    and no model of one of these `sizes` does with all tokens."""
     if not 0 < fraction < 1:
         raise BudgetError(f"a budget lies between 0 and 1 of the dense model's multiply-adds, not at {fraction:g}")
+    smaller = [measurements.at(size).dense_cost / measurements.dense_cost for size in sizes]
+    if min(smaller, default=math.inf) <= fraction:
+        return
     lowest = measurements.dense_cost
     for method in {method.reduction: method for method in methods}.values():
         least = smallest(measurements.model.stages, method)
         lowest = min(lowest, measurements.multiply_adds(method.settings(least, 0)))
         if lowest <= fraction * measurements.dense_cost:
             return
+    also = f", the smallest model with all tokens {min(smaller):.3f}" if smaller else ""
     raise BudgetError(
         f"{fraction:g} of the dense multiply-adds cannot be reached",
         hint=f"One patch token left after the first block of every stage costs "
-        f"{lowest / measurements.dense_cost:.3f} of them; ask for more.",
+        f"{lowest / measurements.dense_cost:.3f} of them{also}; ask for more.",
     )
 
 
