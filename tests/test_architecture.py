@@ -282,3 +282,22 @@ import ssmprune_cli
 print(ssmprune_cli.load({str(tmp_path / "vim")!r}).pruner.settings.repair, "sympy" in sys.modules)
 """
     assert run(code) == "head+side False\n"
+
+
+def test_no_model_needs_it_to_be_built_without_weights() -> None:
+    code = """
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from ssmprune_cli.checkpoint import described
+from ssmprune_cli.checkpoint.described import unfilled
+from ssmprune_cli.models import FAMILIES
+for name, family in FAMILIES.items():
+    unfilled(family, next(iter(family.variants.values())), None, Path())
+    print(name, "sympy" in sys.modules, "torch._dynamo" in sys.modules)
+sizes = {"image_size": [32, 32], "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2, "num_classes": 3}
+model = described("vim", sizes, None, Path("tests/golden/containers/vim_like.pth"))
+print(model.parameter_count, "sympy" in sys.modules)
+"""
+    lines = [line.split()[1:] for line in run(code).splitlines()]
+    assert len(lines) > 10 and lines == [["False", "False"]] * (len(lines) - 1) + [["False"]]
