@@ -140,6 +140,11 @@ class Mixer(Protocol):
     directions: int
     per_direction: tuple[str, ...]
 
+    @property
+    def num_steps(self) -> int:
+        """E: how many step sizes a token has in each direction; d_inner, unless channels share them."""
+        return self.d_inner
+
     def null_delta(self) -> Tensor:
         """(directions, E): the step size of a zero token among zero tokens, from the weights alone."""
         ...

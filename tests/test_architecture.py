@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from ssmprune_cli import checkpoint
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.pruning import Correction, TokenPruner, compress
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ssmprune_cli"
@@ -262,3 +267,37 @@ for name in ("vim_like.pth", "plainmamba_like_ema.pth", "vmamba_4d_weights.pth")
     print(name, "torch._dynamo" in sys.modules)
 """
     assert [line.split()[1] for line in run(code).splitlines()] == ["False"] * 3
+
+
+def test_loading_a_pruned_and_repaired_model_does_not_either(tmp_path: Path) -> None:
+    config = VimConfig(image_size=(32, 32), patch_size=8, stride=8, embed_dim=16, depth=2, d_state=4, num_classes=3)
+    model = Vim(config)
+    compress(model, 0.5, points=[1], alignment="null")
+    assert isinstance(model.pruner, TokenPruner)
+    model.pruner.correct(Correction((torch.zeros(3, 16), torch.zeros(3)), {1: torch.zeros(16, 16)}))
+    checkpoint.save(tmp_path / "vim", model)
+    code = f"""
+import sys
+import ssmprune_cli
+print(ssmprune_cli.load({str(tmp_path / "vim")!r}).pruner.settings.repair, "sympy" in sys.modules)
+"""
+    assert run(code) == "head+side False\n"
+
+
+def test_no_model_needs_it_to_be_built_without_weights() -> None:
+    code = """
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from ssmprune_cli.checkpoint import described
+from ssmprune_cli.checkpoint.described import unfilled
+from ssmprune_cli.models import FAMILIES
+for name, family in FAMILIES.items():
+    unfilled(family, next(iter(family.variants.values())), None, Path())
+    print(name, "sympy" in sys.modules, "torch._dynamo" in sys.modules)
+sizes = {"image_size": [32, 32], "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2, "num_classes": 3}
+model = described("vim", sizes, None, Path("tests/golden/containers/vim_like.pth"))
+print(model.parameter_count, "sympy" in sys.modules)
+"""
+    lines = [line.split()[1:] for line in run(code).splitlines()]
+    assert len(lines) > 10 and lines == [["False", "False"]] * (len(lines) - 1) + [["False"]]

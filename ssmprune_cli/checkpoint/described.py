@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ssmprune_cli import pruning
 from ssmprune_cli.errors import CheckpointError, UsageError, listing
@@ -24,6 +26,7 @@ from ssmprune_cli.models import (
 )
 
 MAX_NUMBER = 1 << 20  # in a configuration; nothing in a model of this kind is wider or longer
+_DRAWN = (Tensor.normal_, Tensor.uniform_, nn.init.normal_)
 _MOST_WEIGHTS = 1 << 14  # tensors of a model that nothing but a description limits
 
 
@@ -38,11 +41,20 @@ def described(family: str, config: Mapping[str, Any], settings: Mapping[str, Any
     count, size = sum(each.numel() for each in model.parameters()), path.stat().st_size
     if count > 2 * size:  # a weight has a byte at least, unless several are one
         raise CheckpointError(f"says that it has {count:,} weights, and has {size:,} bytes", where=str(path))
-    with torch.no_grad():
-        model.to_empty(device="cpu")
-        for each in (*model.parameters(), *model.buffers()):
-            each.zero_()
+    zeros = {name: torch.zeros(each.shape, dtype=each.dtype) for name, each in model.state_dict().items()}
+    model.load_state_dict(zeros, assign=True)
     return model.eval().requires_grad_(False)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """As a context manager: layers leave their weights as they are. Random numbers without memory to hold them would
+    have PyTorch import its compiler, for a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        return (*args, *named.values())[0] if func in _DRAWN else func(*args, **named)
 
 
 def unfilled(
@@ -51,7 +63,7 @@ def unfilled(
     """The backbone on the meta device, with a pruner if there are settings, and the kinds of layers `eight_bits` in
     eight bits."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NothingDrawn():
             model = family.build(config)
             make_room_for_eight_bits(model, model.layers_of(dict.fromkeys(eight_bits)))
             if settings is not None:

@@ -19,6 +19,7 @@ from ssmprune_cli.cli.options import (
     MAX_SIDE,
     AsJson,
     BackendName,
+    DataLimit,
     DeviceName,
     Evaluations,
     KeepBlocks,
@@ -30,6 +31,7 @@ from ssmprune_cli.cli.options import (
     TimeLimit,
     choice_option,
     counts_option,
+    data_option,
     dataset_option,
     importance_option,
     pair,
@@ -190,19 +192,10 @@ def command(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            "--eval-data",
-            help="Images with labels or masks: accuracy before and after, on the same images.",
-            rich_help_panel=DATA,
-        ),
+        Path | None, data_option("Images with labels or masks: accuracy before and after, on the same images.")
     ] = None,
     dataset: Annotated[str | None, dataset_option("Layout of --data")] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Use so many of the --data images, drawn from equal stretches.", rich_help_panel=DATA),
-    ] = None,
+    limit: DataLimit = None,
     samples: Annotated[
         int,
         typer.Option(

@@ -10,7 +10,7 @@ import typer
 from ssmprune_cli.cli import output, values
 from ssmprune_cli.cli.help import DATA, OUTPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop
-from ssmprune_cli.cli.options import AsJson, choice_option, dataset_option, reads_checkpoints
+from ssmprune_cli.cli.options import AsJson, DataLimit, choice_option, data_option, dataset_option, reads_checkpoints
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 
 if TYPE_CHECKING:
@@ -80,19 +80,10 @@ def command(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            "--eval-data",
-            help="Images with labels: accuracy in float32 and in int8, on the same images.",
-            rich_help_panel=DATA,
-        ),
+        Path | None, data_option("Images with labels: accuracy in float32 and in int8, on the same images.")
     ] = None,
     dataset: Annotated[str | None, dataset_option("Layout of --data")] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Use so many of the --data images, drawn from equal stretches.", rich_help_panel=DATA),
-    ] = None,
+    limit: DataLimit = None,
     max_drop: MaxDrop = None,
     judge: JudgeBy = "interval",
     as_json: AsJson = False,

@@ -107,6 +107,17 @@ def choice_option(flag: str, names: tuple[str, ...], help_text: str, panel: str 
     )
 
 
+def data_option(help_text: str) -> Any:
+    """--data, where what is made may be judged on labelled images."""
+    return typer.Option("--data", "--eval-data", help=help_text, rich_help_panel=DATA)
+
+
+DataLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="Use so many of the --data images, drawn from equal stretches.", rich_help_panel=DATA
+    ),
+]
 RepairKind = Annotated[
     Literal["auto", "head", "head+side", "none"] | None,
     choice_option(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -61,6 +62,11 @@ def _error(one: Tensor, other: Tensor) -> float:
 def same_answers(one: Tensor, other: Tensor) -> float:
     """The share of logits (B, classes, ...) that have their largest at the same class."""
     return float((one.argmax(dim=1) == other.argmax(dim=1)).double().mean())
+
+
+def recorded(checks: Sequence[Check], images: str, tolerance: float | None) -> str:
+    """What a file says of its own check: its fact of this name."""
+    return json.dumps({"images": images, "tolerance": tolerance, "runs": [asdict(check) for check in checks]})
 
 
 def judge(checks: Sequence[Check], target: str, path: Path, tolerance: float, agreement: float) -> None:

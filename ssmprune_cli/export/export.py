@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
-from ssmprune_cli.export.check import AGREEMENTS, Check, compared, judge, tolerance_of
+from ssmprune_cli.export.check import AGREEMENTS, Check, compared, judge, recorded, tolerance_of
 from ssmprune_cli.export.facts import facts
 from ssmprune_cli.export.graph import outputs_of, traced
 from ssmprune_cli.export.onnx import ONNX, ONNX_PLAIN
@@ -142,8 +141,7 @@ def export(
             raise SsmpruneError(f"{model.family} cannot be exported to {target}: {first}", where=str(path)) from error
         judge(checks, target, path, tolerance, AGREEMENTS[model.task])
         if chosen.record is not None:
-            told = {"images": used, "tolerance": tolerance, "runs": [asdict(check) for check in checks]}
-            chosen.record(temporary, "check", json.dumps(told))
+            chosen.record(temporary, "check", recorded(checks, used, tolerance))
         temporary.replace(path)
     return Exported(path, target, batch, path.stat().st_size, used, checks, tolerance)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
-from ssmprune_cli.export.check import compared, judge
+from ssmprune_cli.export.check import compared, judge, recorded
 from ssmprune_cli.export.export import TARGETS, Exported, evaluating, quiet
 from ssmprune_cli.export.target import How
 from ssmprune_cli.models import Backbone
@@ -32,12 +32,19 @@ def check_int8(target: str, how: How, *, calibrated: bool) -> None:
 
 
 def quantised(
-    made: Exported, path: Path, how: How, model: Backbone, images: Tensor, calibration: Iterable[Tensor] = ()
+    made: Exported,
+    path: Path,
+    how: How,
+    model: Backbone,
+    images: Tensor,
+    shown: str,
+    calibration: Iterable[Tensor] = (),
 ) -> tuple[Exported, int]:
     """Write the file of `model` that was `made` to `path`, with 8-bit weights and activations in its large products;
     and how many these are.
 
-    images       (N, 3, H, W), normalised, in as many as the largest batch that the file was checked with
+    images       (N, 3, H, W), normalised, in as many as the largest batch that the file was checked with, and
+                 which ones they are, in words
     calibration  batches of normalised images, for "static"
 
     The new file is run as the old one was, and its checks are told: it computes something else by design. Raises
@@ -53,4 +60,5 @@ def quantised(
         sizes = sorted({check.batch for check in made.checks})
         checks = compared(model, target.open(path), images, sizes)
     judge(checks, made.target, path, math.inf, 0.0)
+    target.record(path, "check", recorded(checks, shown, None))  # in the place of that in float
     return replace(made, path=path, size=path.stat().st_size, checks=checks, tolerance=None), products

@@ -38,7 +38,8 @@ class ExportTarget:
     write    (graph of a model in evaluation mode, path, what is wanted) -> writes the file
     open     path -> by the name of each runtime the function from images (B, 3, H, W) to the outputs
              that the file computes
-    record   (path, name, text) -> stores one more fact in the file; None where a file is not touched again
+    record   (path, name, text) -> stores a fact in the file, in the place of one of this name; None where a file is
+             not touched again
     opsets   the least and the most of ONNX's that can be asked for, or None
     dtypes   of the models that it can hold; none is any
     quantise (file, path, how, batches to calibrate on) -> writes the file with its large products in 8-bit integers,

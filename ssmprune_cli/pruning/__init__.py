@@ -66,7 +66,7 @@ def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
             f"the pruning settings are not valid: no token comes back in this model, by {read.returning!r} or otherwise"
         )
         raise CheckpointError(what, where="config.json")
-    pruner = TokenPruner(read, model.stages, model.mixers)
+    pruner = TokenPruner(read, model.stages, model.mixers, unfilled=True)
     if read.repair != "none":
         pruner.correct(_empty(read.repair, pruner, model))
     model.pruner = pruner
@@ -75,7 +75,7 @@ def attach(model: Prunable, settings: Mapping[str, Any]) -> None:
 def _empty(held: Held, pruner: TokenPruner, model: Prunable) -> Correction:
     """A correction of the shapes that a repair of `model` has."""
     layer = model.output_layer
-    head = (torch.empty_like(layer.weight), layer.weight.new_empty(layer.out_features))
+    head = (torch.empty(layer.weight.shape), torch.empty(layer.out_features))
     widths = {point: model.mixers[point - 1].d_model for point in pruner.dropping_points}
     side = {point: torch.empty(layer.in_features, width) for point, width in widths.items()}
     return Correction(head if held.startswith("head") else None, side if held.endswith("side") else {})

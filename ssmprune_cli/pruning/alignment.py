@@ -22,6 +22,7 @@ class AlignmentSource:
 
     stored   (mixer, calibrated values or None) -> what to store with the model: step sizes (directions, E), or a mass
              (); None when nothing is stored
+    shape    mixer -> the shape of that, without computing it
     align    stored values or None -> what the scans of one block do
     needs_calibration  whether it is nothing without calibration images
     needs_sizes        whether it goes by the sizes of merged or pooled tokens
@@ -29,6 +30,7 @@ class AlignmentSource:
 
     stored: Callable[[Mixer, Tensor | None], Tensor] | None
     align: Callable[[Tensor | None], ScanAlignment | None]
+    shape: Callable[[Mixer], tuple[int, ...]] = lambda mixer: (mixer.directions, mixer.num_steps)
     needs_calibration: bool = False
     needs_sizes: bool = False
 
@@ -38,7 +40,7 @@ def _null(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
 
 
 def _calibrated(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
-    # Before calibration (an artefact about to be filled) and in blocks where nothing was dropped: the null step.
+    # Before calibration and in blocks where nothing was dropped: the null step.
     return mixer.null_delta() if calibrated is None else calibrated
 
 
@@ -56,5 +58,5 @@ ALIGNMENTS.register("neighbour", AlignmentSource(None, lambda stored: ScanAlignm
 ALIGNMENTS.register("none", AlignmentSource(None, lambda stored: None))
 ALIGNMENTS.register(
     "mass",
-    AlignmentSource(_mass, lambda stored: ScanAlignment(mass=stored), needs_sizes=True),
+    AlignmentSource(_mass, lambda stored: ScanAlignment(mass=stored), lambda mixer: (), needs_sizes=True),
 )

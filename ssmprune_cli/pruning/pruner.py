@@ -91,6 +91,7 @@ class TokenPruner(nn.Module, Pruner):
     mixers      of the backbone, one a block
     calibrated  for each block what its alignment source stores, or None: mean step sizes of its dropped tokens
                 (directions, E), see `calibration`, or a mass (), see `mass`
+    unfilled    only make room for what is stored: it is loaded next
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class TokenPruner(nn.Module, Pruner):
         stages: Sequence[Stage],
         mixers: Mixers,
         calibrated: Sequence[Tensor | None] | None = None,
+        *,
+        unfilled: bool = False,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -109,8 +112,11 @@ class TokenPruner(nn.Module, Pruner):
         self._alignment = ALIGNMENTS.get(settings.alignment)
         if self._alignment.stored is not None:
             for block in settings.schedule.blocks_after_points(stages):
-                given = calibrated[block] if calibrated else None
-                stored = self._alignment.stored(mixers[block], given).detach().clone()
+                mixer, given = mixers[block], calibrated[block] if calibrated else None
+                if unfilled:  # on the meta device, null_delta would have PyTorch import its compiler, for a second
+                    stored = torch.empty(self._alignment.shape(mixer))
+                else:
+                    stored = self._alignment.stored(mixer, given).detach().clone()
                 self.register_buffer(f"alignment_{block}", stored)
         if settings.returning == "blend":
             for point in self.dropping_points:

@@ -86,10 +86,7 @@ class ExportResult:
     remarks: tuple[str, ...] = ()
     int8: Int8Facts | None = None
     verdicts: tuple[LimitFacts, ...] = ()
-
-    @property
-    def kept(self) -> bool:
-        return all(each.holds for each in self.verdicts)
+    kept: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         found = {**self.exported.to_dict(), "kept": self.kept}
@@ -122,19 +119,22 @@ def run(request: ExportRequest) -> ExportResult:
         elif images is not None:
             shown, name = images, "--check"
         else:
-            shown, name = torch.randn(_CALIBRATED, *model.input_shape), "random"
+            shown, name = model.example(_CALIBRATED, seed=0), "random"
         most = max(each.batch for each in plain.checks)
         parts = () if calibration is None else _filled(calibration, request.batch or 1).split(request.batch or _AT_ONCE)
-        made, products = quantised(plain, temporary, request.int8, model, _filled(shown, most), parts)
+        made, products = quantised(plain, temporary, request.int8, model, _filled(shown, most), name, parts)
         facts = measure(plain, made, products, request.int8, shown, name, judged)
         verdicts = check(facts, request.limits)
-        result = ExportResult(replace(made, path=request.file), int8=facts, verdicts=verdicts)
-        if result.kept:
+        if kept := all(each.holds for each in verdicts):
             record = TARGETS.get(request.target).record
             assert record is not None
-            record(temporary, "int8_cost", json.dumps(facts.to_dict()))
+            told = facts.to_dict()
+            del told["int8_bytes"]  # a file's own size changes with what it says
+            record(temporary, "int8_cost", json.dumps(told))
+            size = temporary.stat().st_size
+            made, facts = replace(made, size=size), replace(facts, int8_bytes=size)
             temporary.replace(request.file)
-        return result
+        return ExportResult(replace(made, path=request.file), kept=kept, int8=facts, verdicts=verdicts)
 
 
 def _export(request: ExportRequest, model: Backbone, path: Path, images: Tensor | None) -> Exported:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmprune_cli.data import ImageDataset, Subset, batches
@@ -107,8 +106,7 @@ def measure(
 
 
 def _times(first: OnnxSession, second: OnnxSession, batch: int) -> Times:
-    images = torch.randn(batch, 3, *definition_of(first).image_size, generator=torch.Generator().manual_seed(0))
-    one, other = interleaved_speeds([first, second], images, _ROUNDS)
+    one, other = interleaved_speeds([first, second], definition_of(first).example(batch, seed=0), _ROUNDS)
     return Times(batch, one.median_ms, other.median_ms)
 
 

@@ -29,7 +29,7 @@ ROOT: Any = typer.main.get_command(app)
 
 def in_int8(made: Exported, path: Path, how: Literal["static", "dynamic"], model: Backbone) -> tuple[Exported, int]:
     images = torch.randn(4, 3, 40, 40)
-    return quantised(made, path, how, model, images, images.split(2) if how == "static" else ())
+    return quantised(made, path, how, model, images, "random", images.split(2) if how == "static" else ())
 
 
 def values(file: Any) -> dict[str, NDArray[Any]]:
@@ -63,6 +63,8 @@ def test_large_products_alone_are_in_integers(
     assert 1e-4 < small.error < 0.3
     session = opened(small.path)
     assert session.computes_in == "int8" and json.loads(session.said["int8"]) == {"how": how, "products": 5}
+    checked = json.loads(session.said["check"])  # its own, and not that of the file in float
+    assert checked["tolerance"] is None and max(each["error"] for each in checked["runs"]) == small.error
 
 
 def test_what_does_not_fit_is_refused(vim_onnx: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +116,8 @@ def test_the_command_tells_what_int8_costs(typed: list[str], tmp_path: Path, cap
     assert facts["products"] == 5 and facts["float32_bytes"] > facts["int8_bytes"] and facts["compared_images"] == 12
     assert 0 <= facts["same_answers"] <= 1 and [each["batch"] for each in facts["times"]] == [1, 8]
     assert facts["accuracy"]["count"] == 12 and {"top1", "float32", "difference_interval"} <= facts["accuracy"].keys()
-    assert json.loads(opened(file).said["int8_cost"])["same_answers"] == facts["same_answers"]
+    assert json.loads(opened(file).said["int8_cost"]) == {k: v for k, v in facts.items() if k != "int8_bytes"}
+    assert told["size"] == facts["int8_bytes"] == file.stat().st_size
     assert [each.name for each in file.parent.iterdir()] == ["model.onnx"]
 
 

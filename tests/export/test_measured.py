@@ -18,13 +18,14 @@ import typer
 from ssmprune_cli.cli.app import app
 from ssmprune_cli.data import open_dataset
 from ssmprune_cli.errors import CheckpointError, SsmpruneError, UsageError
-from ssmprune_cli.export import Exported, opened
+from ssmprune_cli.export import Exported, export, opened
 from ssmprune_cli.kernels import CPU
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 from ssmprune_cli.workflows.evaluate import evaluate
 from ssmprune_cli.workflows.profile import Figures, Profile, figures
 from ssmprune_cli.workflows.subject import exported_file, read
+from tests.export.small import make
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -71,7 +72,7 @@ def test_a_session_of_a_file_answers_as_the_model(vim_onnx: Made) -> None:
     assert ("with our kernels" if CPU.missing() is None else "without our kernels: ") in told
     assert session.definition.image_size == model.image_size
     assert session.definition.pruner.settings == model.pruner.settings  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="takes images of 40 x 40 pixels, and got one of 40 x 48"):
+    with pytest.raises(UsageError, match="takes inputs of 3 x 40 x 40, and got one of 3 x 40 x 48"):
         session(torch.zeros(1, 3, 40, 48))
     with pytest.raises(UsageError, match="cannot be pruned"):
         session.with_pruner(None)
@@ -85,6 +86,16 @@ def test_a_file_for_one_batch_size_gets_whole_batches(vim_onnx: Made, changed: C
     assert figures([session], rounds=1)[0].batch_size == 2
     with pytest.raises(UsageError, match="takes batches of 2 images and no others, and 3 are asked for"):
         figures([session], rounds=1, batch_size=3)
+
+
+def test_a_file_of_a_model_of_clips_is_measured_too(tmp_path: Path) -> None:
+    model = make("videomamba-clips", "drop").eval()
+    session = opened(export(model, tmp_path / "clips.onnx", batch=2).path)
+    clips = torch.randn(3, *model.input_shape)
+    with torch.no_grad():
+        torch.testing.assert_close(session(clips), model(clips), rtol=0, atol=1e-5)
+    file, own = figures([session, model], rounds=1)
+    assert (file.multiply_adds_per_block, file.batch_size) == (own.multiply_adds_per_block, 2)
 
 
 def test_accuracy_is_that_of_the_model(vim_onnx: Made, images: Path) -> None:

@@ -78,10 +78,10 @@ class OnnxSession(Session):
     def compute(self, images: Tensor) -> Tensor:
         assert isinstance(self.definition, Backbone)
         height, width = self.definition.image_size
-        if images.shape[1:] != (3, height, width):
-            rows, columns = images.shape[2:]
+        if tuple(images.shape[1:]) != self.definition.input_shape:
+            taken, given = (" x ".join(map(str, shape)) for shape in (self.definition.input_shape, images.shape[1:]))
             raise UsageError(
-                f"an exported file takes images of {height} x {width} pixels, and got one of {rows} x {columns}",
+                f"an exported file takes inputs of {taken}, and got one of {given}",
                 hint=f"Let a segmenter look through windows: `--slide {height},{2 * height // 3}`."
                 if self.definition.any_size and height == width
                 else None,
@@ -89,7 +89,7 @@ class OnnxSession(Session):
         if self.batch is None:
             return answers(self._run, images)[0]
         missing = -len(images) % self.batch
-        whole = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+        whole = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
         return torch.cat([answers(self._run, part)[0] for part in whole.split(self.batch)])[: len(images)]
 
     def with_pruner(self, pruner: Pruner | None) -> OnnxSession:
@@ -154,9 +154,9 @@ def opened(path: Path) -> OnnxSession:
     if said["format"] != "onnx":
         without = "the file has no nodes for them"
     (images,) = run.get_inputs()
-    size = (3, *definition.image_size)
-    if images.name != INPUT or tuple(images.shape[1:]) != size:
-        what = f"takes {images.name} of {images.shape[1:]}, and says that it takes {INPUT} of {list(size)}"
+    if images.name != INPUT or tuple(images.shape[1:]) != definition.input_shape:
+        wanted = list(definition.input_shape)
+        what = f"takes {images.name} of {images.shape[1:]}, and says that it takes {INPUT} of {wanted}"
         raise CheckpointError(what, where=str(path))
     results = [each.name for each in run.get_outputs()]
     if results != [OUTPUT]:

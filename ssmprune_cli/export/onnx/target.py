@@ -105,7 +105,8 @@ def _record(path: Path, name: str, text: str) -> None:
     import onnx
 
     model = onnx.load(path)
-    model.metadata_props.add(key=name, value=text)
+    facts = {each.key: each.value for each in model.metadata_props} | {name: text}
+    onnx.helper.set_model_props(model, facts)
     onnx.save(model, path)
 
 

@@ -84,7 +84,10 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim: int, grid: tuple[int, int], *, class_token: bool) -> None:
         super().__init__()
         self.class_token = class_token
-        cos, sin = rotary_tables(dim, grid)
+        if torch.empty(0).is_meta:  # arithmetic there would have PyTorch import its compiler, for a second
+            cos, sin = torch.empty(2, grid[0] * grid[1], dim)
+        else:
+            cos, sin = rotary_tables(dim, grid)
         self.register_buffer("freqs_cos", cos)  # (rows * columns, d)
         self.register_buffer("freqs_sin", sin)
 

@@ -135,6 +135,10 @@ class Mamba2Mixer(nn.Module, Mixer):
         by_group = (self.groups, self.d_state)
         return u.unflatten(-1, (self.heads, -1)), b.unflatten(-1, by_group), c.unflatten(-1, by_group), dt
 
+    @property
+    def num_steps(self) -> int:
+        return self.heads
+
     def null_delta(self) -> Tensor:
         """(1, H): the step of a zero token."""
         return functional.softplus(self.dt_bias)[None]
