@@ -94,6 +94,11 @@ class Geometry:
         result: T = self._derived[key]
         return result
 
+    @classmethod
+    def of_gaps(cls, gaps: Tensor) -> Geometry:
+        """Of tokens whose `both_gaps` are known."""
+        return cls({(_GAPS,): gaps})
+
 
 @dataclass(frozen=True)
 class _Joined:
@@ -205,7 +210,7 @@ class TokenSequence:
     def keep(self, index: Tensor, *, others: Fate = "gone") -> TokenSequence:
         """Keep the tokens at `index` (B, K), in that order; `others` says what the rest is still good for.
 
-        This, `merge` and `merge_neighbours` are the only places where tokens are dropped.
+        This, `merge`, `merge_neighbours` and a reduction's `keep_best` are the only places where tokens are dropped.
         """
         fates: dict[str, Dropped | None] = {}
         if others != "gone" or self.restorable:
@@ -446,11 +451,17 @@ class TokenSequence:
             if self.merged is not None:
                 ahead = gaps_by_size(self.sizes())
                 return torch.stack((ahead, torch.cat((ahead[:, 1:], torch.zeros_like(ahead[:, :1])), dim=1)))
-            skipped = (self.positions[:, 1:] - self.positions[:, :-1] - 1).float()  # (B, L-1)
-            zero = skipped.new_zeros(skipped.shape[0], 1)
-            return torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))
+            return position_gaps(self.positions)
 
         return self.geometry.once(_GAPS, compute)
+
+
+def position_gaps(positions: Tensor) -> Tensor:
+    """(2, B, L) float32: how many positions lie between those (B, L) of a token and of the one before it; then likewise
+    in reverse. 0 for the first."""
+    skipped = (positions[:, 1:] - positions[:, :-1] - 1).float()  # (B, L - 1)
+    zero = skipped.new_zeros(skipped.shape[0], 1)
+    return torch.stack((torch.cat((zero, skipped), dim=1), torch.cat((skipped, zero), dim=1)))
 
 
 def _stream(hidden: Tensor, residual: Tensor | None) -> Tensor:

@@ -26,8 +26,12 @@ from ssmprune_cli.kernels.ops import (
     linear_int8,
     mamba_blocks,
     mamba_inner,
+    move_tokens,
+    order_tokens,
+    rank_tokens,
     routed_scans,
     scan_flops,
+    score_tokens,
     selective_scan,
     sparse_conv1d,
     ssd_flops,
@@ -43,7 +47,7 @@ from ssmprune_cli.kernels.packing import (
     pack_linear,
     pack_routes,
 )
-from ssmprune_cli.kernels.plain import PLAIN
+from ssmprune_cli.kernels.plain import PLAIN, PLAIN_PRUNE
 from ssmprune_cli.kernels.pytorch import eight_bit_linear, in_eight_bits
 from ssmprune_cli.kernels.triton import TRITON
 
@@ -57,6 +61,7 @@ backend_from_environment()
 __all__ = [
     "CPU",
     "PLAIN",
+    "PLAIN_PRUNE",
     "Backend",
     "BlockSizes",
     "EightBit",
@@ -79,14 +84,18 @@ __all__ = [
     "linear_int8",
     "mamba_blocks",
     "mamba_inner",
+    "move_tokens",
+    "order_tokens",
     "pack_block",
     "pack_inner",
     "pack_linear",
     "pack_routes",
     "pick",
+    "rank_tokens",
     "refused_backends",
     "routed_scans",
     "scan_flops",
+    "score_tokens",
     "selective_scan",
     "sparse_conv1d",
     "ssd_flops",

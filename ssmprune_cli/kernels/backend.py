@@ -17,6 +17,9 @@ from ssmprune_cli.kernels.inputs import (
     GridConvInputs,
     InnerInputs,
     LinearInputs,
+    Moved,
+    MoveInputs,
+    OrderInputs,
     RoutedInputs,
     ScanInputs,
     SsdInputs,
@@ -26,6 +29,7 @@ from ssmprune_cli.kernels.pytorch import (
     chunked_ssd,
     composed,
     eager,
+    prune,
     reference_scan,
     reference_ssd,
     scan_gradients,
@@ -136,6 +140,18 @@ class Backend(ABC):
     def gated_sum_backward(self, grad: Tensor, ys: Sequence[Tensor], z: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Gradients of each of ys, which are all the same, and of z."""
         return eager.gated_sum_gradients(grad, ys, z, scale)
+
+    def score_tokens(self, ys: Sequence[Tensor], kind: str) -> Tensor:
+        """Scores (B, L) of tokens from their scan outputs."""
+        return prune.score_tokens(ys, kind)
+
+    def order_tokens(self, inputs: OrderInputs) -> Tensor:
+        """Rows of the tokens that stay and, if wanted, of the others, (B, K) or (B, L) int64."""
+        return prune.order_tokens(inputs)
+
+    def move_tokens(self, inputs: MoveInputs) -> Moved:
+        """Kept and dropped tokens, in the order that `order_tokens` gave."""
+        return prune.move_tokens(inputs)
 
     def mamba_inner(self, inputs: InnerInputs) -> Tensor:
         """The inside of a Mamba block, (B, L, E)."""

@@ -136,3 +136,37 @@ class LinearInputs(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     outputs: int
+
+
+class OrderInputs(NamedTuple):
+    """Inputs of the order of tokens at a prune point; shapes as in `ops.prune.order_tokens`."""
+
+    score: Tensor
+    positions: Tensor
+    live: Tensor | None
+    protected: Sequence[int]
+    count: int
+    others: bool
+
+
+class MoveInputs(NamedTuple):
+    """Inputs of the move at a prune point; shapes as in `ops.prune.move_tokens`."""
+
+    hidden: Tensor
+    residual: Tensor | None
+    positions: Tensor
+    order: Tensor
+    count: int
+    older: Tensor | None
+    older_positions: Tensor | None
+
+
+class Moved(NamedTuple):
+    """What such a move gives, see there; without a residual stream in, `residual` has no entries."""
+
+    hidden: Tensor
+    residual: Tensor
+    positions: Tensor
+    gaps: Tensor
+    dropped: Tensor
+    dropped_positions: Tensor

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs, SsdInputs
-from ssmprune_cli.kernels.pytorch import eager, finish, ssd_steps, steps
+from ssmprune_cli.kernels.inputs import GridConvInputs, Moved, MoveInputs, OrderInputs, ScanInputs, SsdInputs
+from ssmprune_cli.kernels.pytorch import eager, finish, prune, ssd_steps, steps
 
 
 def _scan(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +83,22 @@ def _gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
     return eager.gated_sum(ys, z, scale)
 
 
+def _order(*values: Any) -> Tensor:
+    """The op's arguments are those of OrderInputs."""
+    return prune.order_tokens(OrderInputs(*values))
+
+
+def _move(*values: Any) -> Moved:
+    """The op's arguments are those of MoveInputs."""
+    return prune.move_tokens(MoveInputs(*values))
+
+
 _OPS = torch.ops.ssmprune
+PLAIN_PRUNE: dict[Any, Callable[..., Any]] = {
+    _OPS.score_tokens.default: prune.score_tokens,
+    _OPS.order_tokens.default: _order,
+    _OPS.move_tokens.default: _move,
+}
 PLAIN: dict[Any, Callable[..., Any]] = {
     _OPS.selective_scan.default: _scan,
     _OPS.ssd_scan.default: _ssd,
@@ -92,4 +107,5 @@ PLAIN: dict[Any, Callable[..., Any]] = {
     _OPS.grid_conv2d.default: _grid_conv,
     _OPS.add_rms_norm.default: eager.add_rms_norm,
     _OPS.gated_sum.default: _gated_sum,
+    **PLAIN_PRUNE,
 }

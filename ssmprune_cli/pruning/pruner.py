@@ -222,9 +222,8 @@ class TokenPruner(nn.Module, Pruner):
         count = share(count, self._whole[block], int(sequence.length) - protected)
         if count + protected >= sequence.positions.shape[1]:  # a small grid, of which every token stays
             return sequence
-        score = sequence.sizes()  # for a reduction that does not look at it
-        if self.goes_by_score:
-            score = self.score(block, sequence, statistics)
+        # A reduction that does not go by the score looks at none.
+        score = self.score(block, sequence, statistics) if self.goes_by_score else sequence.sizes()
         after = self._reduction.apply(sequence, score, count + protected)
         if self.settings.returning != "left":
             after = replace(after, returning=getattr(self, f"returning_{block + 1}", 1.0))

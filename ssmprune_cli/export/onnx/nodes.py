@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError
-from ssmprune_cli.kernels import ScanInputs
+from ssmprune_cli.kernels import PLAIN_PRUNE, ScanInputs
 
 DOMAIN, VERSION = "ssmprune", 1
 _OPS = torch.ops.ssmprune
@@ -103,4 +103,5 @@ NODES: dict[Any, Callable[..., Any]] = {
     _OPS.grid_conv2d.default: _grid_conv,
     _OPS.add_rms_norm.default: _norm,
     _OPS.gated_sum.default: _gate,
+    **PLAIN_PRUNE,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.kernels.pytorch import composed, eager
+from ssmprune_cli.kernels.pytorch import composed, eager, prune
 from ssmprune_cli.kernels.pytorch.eight_bit import eight_bit_linear, in_eight_bits
 from ssmprune_cli.kernels.pytorch.scan import chunked_scan, finish, reference_scan, scan_gradients, steps
 from ssmprune_cli.kernels.pytorch.ssd import SSD_CHUNK, chunked_ssd, reference_ssd, ssd_gradients, ssd_steps
@@ -16,6 +16,7 @@ __all__ = [
     "eight_bit_linear",
     "finish",
     "in_eight_bits",
+    "prune",
     "reference_scan",
     "reference_ssd",
     "scan_gradients",

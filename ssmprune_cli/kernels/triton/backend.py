@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.backend import Backend, no_states
-from ssmprune_cli.kernels.inputs import Gradients, ScanInputs
+from ssmprune_cli.kernels.inputs import Gradients, Moved, MoveInputs, OrderInputs, ScanInputs
 from ssmprune_cli.kernels.triton.conv_launch import MAX_TAPS, Conv, SparseConv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,6 +200,27 @@ class TritonBackend(Backend):
         if len(ys) > triton_rows.MOST_YS:
             return super().gated_sum_backward(grad, ys, z, scale)
         return triton_rows.gated_sum_backward(grad, ys, z, scale)
+
+    def score_tokens(self, ys: Sequence[Tensor], kind: str) -> Tensor:
+        from ssmprune_cli.kernels.triton import prune
+
+        if len(ys) > prune.MOST_YS:
+            return super().score_tokens(ys, kind)
+        return prune.score_tokens(ys, kind)
+
+    def order_tokens(self, inputs: OrderInputs) -> Tensor:
+        from ssmprune_cli.kernels.triton import prune
+
+        if inputs.score.shape[1] > prune.MOST_TOKENS:
+            return super().order_tokens(inputs)
+        return prune.order_tokens(inputs)
+
+    def move_tokens(self, inputs: MoveInputs) -> Moved:
+        from ssmprune_cli.kernels.triton import prune
+
+        if inputs.residual is not None and inputs.residual.dtype != torch.float32:
+            return super().move_tokens(inputs)
+        return prune.move_tokens(inputs)
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return SparseConv(x, context, sources, weight, bias).forward()

@@ -1,11 +1,9 @@
-"""What an importance score is, and the sum over scan directions that most of them start from."""
+"""What an importance score is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
 from torch import Tensor
 
@@ -24,8 +22,3 @@ class Importance:
 
     score: Score
     needs: Wanted = "y"
-
-
-def scan_output(statistics: ScanStatistics) -> Tensor:
-    """(B, L, E): the scan outputs of all directions, each already at its tokens' own positions, summed."""
-    return reduce(add, statistics.y)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmprune_cli.interface import ScanStatistics
-from ssmprune_cli.pruning.importance.base import scan_output
+from ssmprune_cli.kernels import score_tokens
 from ssmprune_cli.tokens import TokenSequence
 
 
 def clip(sequence: TokenSequence, statistics: ScanStatistics, block: int, seed: int) -> Tensor:
-    return scan_output(statistics).clamp(min=0).mean(dim=-1)
+    return score_tokens(statistics.y, "clip")

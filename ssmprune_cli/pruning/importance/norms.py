@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmprune_cli.interface import ScanStatistics
-from ssmprune_cli.pruning.importance.base import scan_output
+from ssmprune_cli.kernels import score_tokens
 from ssmprune_cli.tokens import TokenSequence
 
 
 def l1(sequence: TokenSequence, statistics: ScanStatistics, block: int, seed: int) -> Tensor:
-    return scan_output(statistics).abs().mean(dim=-1)
+    return score_tokens(statistics.y, "l1")
 
 
 def l2(sequence: TokenSequence, statistics: ScanStatistics, block: int, seed: int) -> Tensor:
-    return scan_output(statistics).square().mean(dim=-1).sqrt()
+    return score_tokens(statistics.y, "l2")

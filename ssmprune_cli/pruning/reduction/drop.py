@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmprune_cli.pruning.reduction.base import Reduction, ascending
+from ssmprune_cli.pruning.reduction.base import Reduction, keep_best
 from ssmprune_cli.tokens import TokenSequence
 
 
 def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    return sequence.keep(ascending(sequence, score, count))
+    return keep_best(sequence, score, count)
 
 
 DROP = Reduction(_apply, aligned=True, shortens=True)

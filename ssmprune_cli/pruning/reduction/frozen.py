@@ -15,27 +15,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ssmprune_cli.pruning.reduction.base import Reduction, ascending
+from ssmprune_cli.pruning.reduction.base import Reduction, keep_best
 from ssmprune_cli.tokens import Dropped, TokenSequence, nearest
 
 
 def _frozen(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    return sequence.keep(ascending(sequence, score, count), others="frozen")
+    return keep_best(sequence, score, count, others="frozen")
 
 
 def _once(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    return sequence.retire().keep(ascending(sequence, score, count), others="frozen")
+    return keep_best(sequence.retire(), score, count, others="frozen")
 
 
 def _pairs(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    kept = replace(sequence, frozen=None).keep(ascending(sequence, score, count), others="frozen")
+    kept = keep_best(replace(sequence, frozen=None), score, count, others="frozen")
     assert kept.frozen is not None
     gone = kept.frozen.join(kept.gone) if kept.restorable else None  # a pair is not what left its two places
     return replace(kept, frozen=_paired(kept.frozen).join(sequence.frozen), gone=gone)
 
 
 def _near(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    kept = sequence.keep(ascending(sequence, score, count), others="frozen")
+    kept = keep_best(sequence, score, count, others="frozen")
     tokens = kept.frozen
     assert tokens is not None
     closest = kept.positions.gather(1, nearest(kept.positions, tokens.positions))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssmprune_cli.pruning.reduction.base import Reduction, ascending
+from ssmprune_cli.pruning.reduction.base import Reduction, keep_best
 from ssmprune_cli.tokens import TokenSequence, gather_tokens
 
 
@@ -31,7 +31,7 @@ def _merge(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
 
 def _hybrid(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
     dropped = (sequence.positions.shape[1] - count) // 2
-    left = sequence.keep(ascending(sequence, score, sequence.positions.shape[1] - dropped))
+    left = keep_best(sequence, score, sequence.positions.shape[1] - dropped)
     return _merge(left, score, count)
 
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ssmprune_cli.pruning.reduction.base import Reduction, ascending
+from ssmprune_cli.pruning.reduction.base import Reduction, keep_best
 from ssmprune_cli.tokens import TokenSequence
 
 
 def _apply(sequence: TokenSequence, score: Tensor, count: int) -> TokenSequence:
-    return replace(sequence.keep(ascending(sequence, score, count), others="frozen"), pooled=True)
+    return replace(keep_best(sequence, score, count, others="frozen"), pooled=True)
 
 
 POOL = Reduction(_apply, aligned=True, shortens=True, sized=True)
