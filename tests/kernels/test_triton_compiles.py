@@ -15,13 +15,14 @@ triton = pytest.importorskip("triton")
 # What the kernels always get as float32, and what has the dtype of the activations; all else is a number or a flag.
 SINGLE = (
     "A D bias gap_delta starts ends totals carries saved recomputed dA dB dC dD dbias dgap_delta inner dweight weight"
-    " residual stream d_stream d_sum d_weight initial last dinitial"
+    " residual stream d_stream d_sum d_weight initial last dinitial kept_residual older dropped gaps"
 )
 TOKENS = (
     "u delta B C z shift gap y grad du ddelta dz dshift x dx context dcontext hidden normed d_normed y0 y1 y2 y3 out"
-    " d_y d_z"
+    " d_y d_z score kept_hidden"
 )
-OTHERS = {"sources": "*i64", "first": "*i32", "following": "*i32"}
+OTHERS = {"table": "*i32", "sources": "*i64", "first": "*i32", "following": "*i32", "live": "*i1"}
+OTHERS |= dict.fromkeys(["positions", "order", "older_positions", "kept_positions", "dropped_positions"], "*i64")
 ONES = [
     "length",
     "channels",
@@ -133,3 +134,41 @@ def test_row_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for dtype, count in (("bf16", 1), ("fp32", 4)):
             sizes = {"BLOCK_R": 8, "BLOCK_E": 256, "ROWS": 64, "COUNT": count, "HAS_RESIDUAL": count > 1}
             compile_for_gpu(kernel, dtype, sizes, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreted(), reason="Triton compiles nothing while it interprets")
+@pytest.mark.parametrize(("dtype", "capability", "whole"), [("bf16", 90, True), ("fp32", 80, False)])
+def test_prune_kernels_compile(
+    dtype: str, capability: int, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from ssmprune_cli.kernels.triton.prune import move_forward, order_forward, score_forward
+
+    flags = dict.fromkeys(("HAS_LIVE", "OTHERS", "HAS_RESIDUAL", "HAS_DROPPED", "HAS_OLDER"), whole)
+    protected = (0, 98) if whole else ()
+    sizes = {"COUNT": 2, "BLOCK_R": 8, "BLOCK_E": 256, "BLOCK": 256, "PROTECTED": protected} | flags
+    for kind in range(4):
+        compile_for_gpu(score_forward, dtype, sizes | {"KIND": kind}, capability)
+    compile_for_gpu(order_forward, dtype, sizes, capability)
+    compile_for_gpu(move_forward, dtype, sizes, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreted(), reason="Triton compiles nothing while it interprets")
+@pytest.mark.parametrize(("dtype", "capability", "dense"), [("bf16", 90, True), ("fp32", 80, False)])
+def test_grid_kernels_compile(
+    dtype: str, capability: int, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from ssmprune_cli.kernels.triton import grid_conv
+
+    sizes = {"WIDTH": 3 if dense else 7, "DENSE": dense, "HAS_BIAS": dense, "BACKWARD": False}
+    sizes |= {"BLOCK_L": grid_conv.BLOCK_L, "BLOCK_E": grid_conv.BLOCK_E}
+    for kernel in (
+        grid_conv.grid_conv_backward_input,
+        grid_conv.grid_conv_backward_weight,
+        grid_conv.grid_conv_forward,
+    ):
+        compile_for_gpu(kernel, dtype, sizes, capability)
+    compile_for_gpu(grid_conv.grid_conv_forward, dtype, sizes | {"BACKWARD": True}, capability)

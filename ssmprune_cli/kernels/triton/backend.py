@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.backend import Backend, no_states
-from ssmprune_cli.kernels.inputs import Gradients, Moved, MoveInputs, OrderInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import Gradients, GridConvInputs, Moved, MoveInputs, OrderInputs, ScanInputs
 from ssmprune_cli.kernels.triton.conv_launch import MAX_TAPS, Conv, SparseConv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -200,6 +200,16 @@ class TritonBackend(Backend):
         if len(ys) > triton_rows.MOST_YS:
             return super().gated_sum_backward(grad, ys, z, scale)
         return triton_rows.gated_sum_backward(grad, ys, z, scale)
+
+    def grid_conv(self, inputs: GridConvInputs) -> Tensor:
+        from ssmprune_cli.kernels.triton.grid_conv import GridConv
+
+        return GridConv(inputs).forward()
+
+    def grid_conv_backward(self, grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
+        from ssmprune_cli.kernels.triton.grid_conv import GridConv
+
+        return GridConv(inputs).backward(grad)
 
     def score_tokens(self, ys: Sequence[Tensor], kind: str) -> Tensor:
         from ssmprune_cli.kernels.triton import prune

@@ -247,8 +247,8 @@ def move_tokens(inputs: MoveInputs) -> Moved:
     hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
     residual = residual if residual is None or residual.stride(2) == 1 else residual.contiguous()
     moved = Moved(
-        torch.empty(batch, count, channels, dtype=hidden.dtype, device=hidden.device),
-        torch.empty((0,) if residual is None else (batch, count, channels), dtype=torch.float32, device=hidden.device),
+        hidden.new_empty(batch, count, channels),
+        hidden.new_empty(0) if residual is None else residual.new_empty(batch, count, channels),
         torch.empty(batch, count, dtype=torch.int64, device=hidden.device),
         torch.empty(2, batch, count, dtype=torch.float32, device=hidden.device),
         torch.empty(batch, ordered - count + others, channels, dtype=torch.float32, device=hidden.device),
