@@ -1,7 +1,7 @@
 """Bytes that gathers, scatters, sorts and sums move: work that multiply-adds do not show.
 
-Every tensor that such an op reads or writes counts once, wherever it lies; what ops of our own gather inside them
-(`ops/`) is part of their time alone.
+Every tensor that such an op reads or writes counts once, wherever it lies. Of our own ops (`ops/`) those that order and
+move tokens at a prune point count; what the others gather inside them is part of their time alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from ssmprune_cli.models import Backbone
 from ssmprune_cli.workflows.measure.every_op import EveryOp, op_name
 
 MOVES = frozenset({"argmax", "argmin", "argsort", "cat", "cumsum", "gather", "index", "index_add", "index_copy"}) | {
-    *("index_put", "index_put_", "index_select", "scatter", "scatter_", "scatter_add", "scatter_add_"),
+    *(
+        "index_put",
+        "index_put_",
+        "index_select",
+        "move_tokens",
+        "order_tokens",
+        "scatter",
+        "scatter_",
+        "scatter_add",
+        "scatter_add_",
+    ),
     *("scatter_reduce", "searchsorted", "sort", "sum", "topk"),
 }
 
