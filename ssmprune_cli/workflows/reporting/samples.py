@@ -11,6 +11,7 @@ from PIL import Image
 
 from ssmprune_cli.data import ImageDataset, Subset, batches, in_colour
 from ssmprune_cli.errors import shown
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import of_images
 from ssmprune_cli.report import Sample, SampleStage
@@ -106,7 +107,7 @@ def _changed(pruned: Backbone, dense: Backbone, dataset: ImageDataset, device: t
     chosen, task, found = Subset(dataset, pool), TASKS.get(pruned.task), []
     with torch.inference_mode():
         for model in (pruned, dense):
-            parts = batches(chosen, model.preprocessing, task.at_once(16))
-            found.append(torch.cat([task.sample(model(batch.images.to(device))) for batch in parts]))
+            session, parts = prepare(model, device=device), batches(chosen, model.preprocessing, task.at_once(16))
+            found.append(torch.cat([task.sample(session(batch.images)) for batch in parts]))
     differs = task.differ(found[1], found[0])
     return [index for index, each in zip(pool, differs.tolist(), strict=True) if each]
