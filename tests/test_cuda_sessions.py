@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, open_dataset
 from ssmprune_cli.inference import cuda_graph
 from ssmprune_cli.inference.cuda_graph import CudaGraphSession, Graph
 from ssmprune_cli.kernels import use_backend
-from ssmprune_cli.pruning.method import Method
+from ssmprune_cli.models import Backbone
 from ssmprune_cli.recipe.sections import Training
 from ssmprune_cli.workflows.compare import compare
 from ssmprune_cli.workflows.evaluate import evaluate
@@ -23,10 +24,9 @@ from ssmprune_cli.workflows.finetune import Data, Job, finetune
 from ssmprune_cli.workflows.finetune.new_model import build
 from ssmprune_cli.workflows.profile import profile
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials.budgets import Budget
 from ssmprune_cli.workflows.trials.measure import Measurements
 
-CHECKPOINT = Path(__file__).parent / "golden" / "containers" / "vim_like.pth"
+SIZES = ["image_size=[16, 16]", "patch_size=4", "stride=4", "embed_dim=8", "depth=2", "num_classes=10"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,42 +53,42 @@ def replayed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> ImageDataset:
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(10))
+    """130 images: three batches of 64 at most."""
+    pixels = np.random.default_rng(0).integers(0, 256, (130, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(130) % 10)
     opened: ImageDataset = open_dataset("npz", tmp_path / "images.npz")
     return opened
 
 
-def test_eval_fills_the_last_batch_up(replayed: list[int], dataset: ImageDataset) -> None:
-    model = Source(CHECKPOINT).load()
-    judged = evaluate(model, dataset, batch_size=4)
-    assert replayed == [4, 4] and judged.count == 10
+@pytest.fixture
+def model() -> Backbone:
+    return build("vim", SIZES, name="vim_small_midclstok_div2", seed=0)
 
 
-def test_profile_times_what_is_replayed(replayed: list[int]) -> None:
-    (found,) = profile([Source(CHECKPOINT).load()], batch_size=3, rounds=2)
+def test_eval_fills_the_last_batch_up(replayed: list[int], dataset: ImageDataset, model: Backbone) -> None:
+    assert evaluate(model, dataset).count == 130
+    assert replayed == [64, 64]  # of three batches the first runs op by op, and the last has two images
+
+
+def test_profile_times_what_is_replayed(replayed: list[int], model: Backbone) -> None:
+    (found,) = profile([model], batch_size=3, rounds=2)
     assert found.session.kind == "cuda_graph" and replayed[:3] == [3] * 3  # the second warm-up, and both rounds
 
 
-def test_compare(replayed: list[int], dataset: ImageDataset) -> None:
-    rows, _ = compare(
-        Source(CHECKPOINT), dataset, [Method("clip", "drop", "none")], [Budget("keep", 0.7)], batch_size=5, rounds=2
-    )
-    assert len(rows) > 1 and len(replayed) >= 2 * len(rows) and set(replayed) == {5}
+def test_compare(replayed: list[int], dataset: ImageDataset, model: Backbone, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "model", model, {})
+    compare(Source(tmp_path / "model"), dataset, [], [], rounds=2)
+    assert replayed[:2] == [64, 64] and len(replayed) > 3  # the answers, then what is timed
 
 
-def test_what_a_search_measures(replayed: list[int]) -> None:
-    images = torch.randn(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    Measurements(Source(CHECKPOINT).load(), images, calibration=4, batch_size=4)
+def test_what_a_search_measures(replayed: list[int], model: Backbone) -> None:
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    Measurements(model, images, calibration=4, batch_size=4)
     assert replayed == [4, 4]
 
 
-def test_the_validation_of_a_training(replayed: list[int], tmp_path: Path) -> None:
-    """130 images in batches of 64: one op by op, one recorded, and two images filled up to it."""
-    pixels = np.random.default_rng(0).integers(0, 256, (130, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "small.npz", images=pixels, labels=np.arange(130) % 2)
-    images = open_dataset("npz", tmp_path / "small.npz")
-    sizes = ["image_size=[16, 16]", "patch_size=8", "stride=8", "embed_dim=8", "depth=1", "num_classes=2"]
-    model = build("vim", sizes, name="vim_small_midclstok_div2", seed=0)
-    finetune(model, Data(images, images), Job(Training(epochs=1, batch_size=65)), tmp_path / "out")
+def test_the_validation_of_a_training(
+    replayed: list[int], dataset: ImageDataset, model: Backbone, tmp_path: Path
+) -> None:
+    finetune(model, Data(dataset, dataset), Job(Training(epochs=1, batch_size=65)), tmp_path / "out")
     assert replayed == [64, 64]
