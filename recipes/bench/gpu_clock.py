@@ -128,10 +128,7 @@ class Clock:
             run()
             torch.cuda.synchronize()
         copies = ("Memcpy", "Memset")
-        return sum(
-            each.device_type == torch.autograd.DeviceType.CUDA and not each.name.startswith(copies)
-            for each in profiler.events()
-        )
+        return sum(each.device_type.name == "CUDA" and not each.name.startswith(copies) for each in profiler.events())
 
     def forget(self) -> None:
         """Free what nobody holds."""

@@ -174,13 +174,14 @@ def families(bench: Bench, makes: dict[str, Make], batches: Sequence[int]) -> Pl
         rows = []
         for way in ("dense", "half, after block 1"):
             model = bench.pruned(make, way)
-            rows.append(
-                [name, way, *speeds(lambda batch, model=model: bench.session(model, bench.images(model, batch)))]
-            )
+            rows.append([name, way, *speeds(partial(of_session, model))])
         return rows
 
+    def of_session(model: Backbone, batch: int) -> Run:
+        return bench.session(model, bench.images(model, batch))
+
     def rival(name: str, of_timm: str) -> list[list[str]]:
-        import timm
+        import timm  # type: ignore[import-not-found, unused-ignore]
 
         model = timm.create_model(of_timm).eval().to(bench.clock.device, bench.dtype)
 

@@ -158,7 +158,7 @@ class Backend(ABC):
         return composed.mamba_inner(self, inputs)
 
     def routed_scans(self, inputs: RoutedInputs) -> Tensor:
-        """The sum of the scans along several routes, (B, L, E)."""
+        """The sum of the scans along several routes, (B, L, E). On GPUs no session asks for it: see docs/kernels.md."""
         return composed.routed_scans(self, inputs)
 
     def block_parts(self, dim: int, d_inner: int, dtype: torch.dtype) -> int | None:
@@ -175,7 +175,8 @@ class Backend(ABC):
         return False
 
     def linear(self, inputs: LinearInputs) -> Tensor:
-        """A linear layer in float32, (..., outputs)."""
+        """A linear layer in float32, (..., outputs). On GPUs this is PyTorch's: cuBLAS is what a kernel would have to
+        beat, and weights there need no other order."""
         return composed.linear(inputs)
 
     def has_dots(self) -> bool:

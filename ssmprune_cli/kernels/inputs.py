@@ -145,7 +145,7 @@ class OrderInputs(NamedTuple):
     positions: Tensor
     live: Tensor | None
     protected: Sequence[int]
-    count: int
+    kept: int
     others: bool
 
 
@@ -156,7 +156,7 @@ class MoveInputs(NamedTuple):
     residual: Tensor | None
     positions: Tensor
     order: Tensor
-    count: int
+    kept: int
     older: Tensor | None
     older_positions: Tensor | None
 

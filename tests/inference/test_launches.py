@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ssmprune_cli.interface import ScanStatistics
-from ssmprune_cli.kernels import use_backend
-from ssmprune_cli.kernels.ops import prune
+from ssmprune_cli.kernels import grid_conv2d, use_backend
+from ssmprune_cli.kernels.ops import conv, prune
 from ssmprune_cli.kernels.triton.backend import TRITON, interpreted
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import PruneSchedule, PruneSettings, TokenPruner
@@ -30,6 +30,7 @@ INSIDE: dict[str, Callable[..., Any]] = {  # our ops as they are computed, so th
     "score_tokens": prune._score,
     "order_tokens": prune._order,
     "move_tokens": prune._move,
+    "grid_conv2d": conv._grid_conv,
 }
 QUIET = ("empty", "new_empty", "empty_like", "promote_types")  # start nothing
 
@@ -47,13 +48,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 class Started(EveryOp):
-    """Notes kernels of PyTorch, too: every op but views and allocations. All are on the device, or the test fails."""
+    """Notes kernels of PyTorch, too: every op but views and allocations. All are on the device, or the test fails.
+
+    Under `no_grad`: inference mode hides copies behind the op `contiguous`.
+    """
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
         self.names = names
 
-    def around(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def around(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func.__name__.split(".")[0]
         if name in INSIDE:
             with self:
@@ -83,7 +87,7 @@ def test_a_prune_point_is_three_kernels(started: list[str], importance: str, red
     """Also the second one, where `context` and `frozen` have older tokens; gaps are known then, and need no kernel."""
     pruner, sequence, statistics = of_stage(importance, reduction, "null" if reduction == "drop" else "none")
     expected = ["score_forward", "order_forward", "move_forward"]
-    with torch.inference_mode(), Started(started):
+    with torch.no_grad(), Started(started):
         after = pruner(0, sequence, statistics)
         after.both_gaps()
         assert started == expected
@@ -99,6 +103,17 @@ def test_a_prune_point_is_three_kernels(started: list[str], importance: str, red
 def test_other_scores_add_kernels_of_their_own(started: list[str], importance: str) -> None:
     pruner, sequence, statistics = of_stage(importance, "drop", "none")
     statistics = ScanStatistics(statistics.y, statistics.y)
-    with torch.inference_mode(), Started(started):
+    with torch.no_grad(), Started(started):
         pruner(0, sequence, statistics)
     assert started[-2:] == ["order_forward", "move_forward"]
+
+
+def test_a_grid_convolution_is_one_kernel_and_a_table_of_places(started: list[str]) -> None:
+    x, weight = torch.empty(2, 6, 8, device="meta"), torch.empty(8, 3, 3, device="meta")
+    with torch.no_grad(), Started(started):
+        assert grid_conv2d(x, weight, None, (2, 3)).shape == x.shape
+        assert started == ["clone", "grid_conv_forward"]  # of the taps, once channels are last
+        started.clear()
+        places = torch.empty(2, 6, device="meta", dtype=torch.int64)
+        grid_conv2d(x, weight, None, (4, 5), places, outputs=3)
+        assert started == ["clone", "full", "arange", "scatter_", "grid_conv_forward"]

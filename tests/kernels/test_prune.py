@@ -51,7 +51,7 @@ def test_scores_against_float64(backend: str, kind: ScoreKind) -> None:
     ):
         ys = [torch.randn(shape).to(DEVICE if backend == "triton" else "cpu", dtype) for _ in range(count)]
         score = score_tokens(ys, kind)
-        expected = BY_HAND[kind](sum(y.double() for y in ys))
+        expected = BY_HAND[kind](torch.stack(ys).double().sum(dim=0))
         assert score.dtype == torch.float32
         torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-6)  # sums of up to 37 in float32
     ys[0][1, 1] = float("nan")
@@ -164,6 +164,10 @@ def test_a_move_by_hand() -> None:
     assert moved.dropped.flatten().tolist() == [33, 7] and moved.dropped_positions.tolist() == [[4, 6]]
 
 
+def of_sines(*tensors: Tensor) -> Tensor:
+    return torch.stack([each.sin().sum() for each in tensors]).sum()
+
+
 @pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=kernels)])
 def test_gradients_of_a_move_are_those_of_plain_indexing(backend: str) -> None:
     use_backend(backend)
@@ -174,11 +178,11 @@ def test_gradients_of_a_move_are_those_of_plain_indexing(backend: str) -> None:
     assert residual is not None and older is not None
     leaves = [each.clone().requires_grad_() for each in (hidden, residual, older)]
     moved = move_tokens(leaves[0], leaves[1], positions, order, count, older=leaves[2], older_positions=places)
-    found = torch.autograd.grad(sum(each.sin().sum() for each in (moved.hidden, moved.residual, moved.dropped)), leaves)
+    found = torch.autograd.grad(of_sines(moved.hidden, moved.residual, moved.dropped), leaves)
     index = order[..., None].expand(-1, -1, 5)
     both = [each.gather(1, index) for each in leaves[:2]]
     dropped = torch.cat((both[0][:, count:] + both[1][:, count:], leaves[2]), dim=1)
-    total = sum(each.sin().sum() for each in (both[0][:, :count], both[1][:, :count], dropped))
+    total = of_sines(both[0][:, :count], both[1][:, :count], dropped)
     for one, other in zip(found, torch.autograd.grad(total, leaves), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     only = torch.autograd.grad(

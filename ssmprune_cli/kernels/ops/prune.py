@@ -123,8 +123,8 @@ def _check_order(inputs: OrderInputs) -> None:
     _check_index("positions", inputs.positions, tuple(shape), inputs.score)
     if inputs.live is not None and (inputs.live.shape != shape or inputs.live.dtype != torch.bool):
         raise KernelError(f"live must be bool of shape {tuple(shape)}")
-    if not 0 <= inputs.count <= shape[1]:
-        raise KernelError(f"{inputs.count} of {shape[1]} tokens cannot stay")
+    if not 0 <= inputs.kept <= shape[1]:
+        raise KernelError(f"{inputs.kept} of {shape[1]} tokens cannot stay")
 
 
 def _check_index(name: str, index: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -143,7 +143,8 @@ def _move(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = MoveInputs(hidden, residual, positions, order, count, older, older_positions)
     _check_move(inputs)
-    return tuple(pick(hidden, 1).move_tokens(inputs))
+    moved = pick(hidden, 1).move_tokens(inputs)
+    return (*moved,)
 
 
 def _check_move(inputs: MoveInputs) -> None:

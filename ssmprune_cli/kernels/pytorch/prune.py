@@ -41,7 +41,7 @@ def rank_tokens(inputs: OrderInputs) -> Tensor:
 
 def order_tokens(inputs: OrderInputs) -> Tensor:
     """(B, K) or (B, L) rows: the K best in their order and, if wanted, the others in theirs."""
-    ranked, count = rank_tokens(inputs), inputs.count
+    ranked, count = rank_tokens(inputs), inputs.kept
     best = ranked[:, :count].sort(dim=1).values
     return torch.cat((best, ranked[:, count:].sort(dim=1).values), dim=1) if inputs.others else best
 

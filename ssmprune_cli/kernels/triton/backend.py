@@ -213,8 +213,9 @@ class TritonBackend(Backend):
 
     def score_tokens(self, ys: Sequence[Tensor], kind: str) -> Tensor:
         from ssmprune_cli.kernels.triton import prune
+        from ssmprune_cli.kernels.triton.rows import MOST_YS
 
-        if len(ys) > prune.MOST_YS:
+        if len(ys) > MOST_YS:
             return super().score_tokens(ys, kind)
         return prune.score_tokens(ys, kind)
 
