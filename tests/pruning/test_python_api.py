@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,8 +62,11 @@ def test_every_form_of_the_same_images_calibrates_the_same(model: Backbone, imag
 
 @pytest.mark.parametrize("entries", [IMPORTANCES, REDUCTIONS, ALIGNMENTS])
 def test_what_a_pruned_model_holds_can_be_pickled(entries: Registry[Any]) -> None:
-    """torch.save of a whole module, and processes that are started anew, pickle it."""
-    assert all(pickle.loads(pickle.dumps(entry)) is not None for _, entry in entries.items())
+    """Some people save the whole module, and processes that are started anew are sent it."""
+    for name, entry in entries.items():
+        file = io.BytesIO()
+        torch.save(entry, file)
+        assert file.tell() > 0, name
 
 
 def test_a_loader_serves_an_alignment_that_needs_more_than_one_pass(model: Backbone, images: Tensor) -> None:
