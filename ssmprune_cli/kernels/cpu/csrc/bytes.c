@@ -24,6 +24,17 @@ INLINE vi rounded(vf x) {
 #endif
 }
 
+INLINE vi larger(vi a, vi b) {
+#if W == 16 && defined(__AVX512F__)
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif W == 8 && defined(__AVX2__)
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    vi above = a > b;
+    return (above & a) | (~above & b);
+#endif
+}
+
 /* The last tile has as many fours as the others: before its own, those that the last but one has are zero here, while the
  * weight's are read again. So nothing of a weight is read beyond its end. */
 static void fill_last_tile(int64_t K, uint8_t *bytes) {
@@ -34,25 +45,37 @@ static void fill_last_tile(int64_t K, uint8_t *bytes) {
     memset(last, 0, (size_t)(64 - own));
 }
 
+/* The bits of the largest of |x| (K), which are in the order of the values: those of what is not finite come last. */
+INLINE uint32_t largest_of(const float *x, int64_t K) {
+    vi most[UNROLL] = {{0}};
+    for (int64_t k = 0; k < K; k += SLAB) {
+        FOR_SLAB(K, k, most[i] = larger((vi)absolute(load(x, k + i * W, lanes, 0)), most[i]))
+    }
+    vi all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    uint32_t bits = 0;
+    for (int i = 0; i < W; i++) bits = (uint32_t)all[i] > bits ? (uint32_t)all[i] : bits;
+    return bits;
+}
+
+/* W values in eight bits, with 128 added. */
+INLINE vb in_bytes(vf x, float factor) { return __builtin_convertvector((vu)rounded(x * factor) + 128, vb); }
+
 void byte_rows(const float *const *x, int64_t count, int64_t K, int dots, uint8_t *bytes, float *scales) {
     for (int64_t r = 0; r < count; r++, bytes += byte_step(K)) {
-        vf most = {0}, rest = {0};
-        for (int64_t k = 0; k < K; k += W) {
-            vf v = load(x[r], k, K - k < W ? (int)(K - k) : W, 0);
-            most = pick(absolute(v) > most, absolute(v), most);
-            rest += v - v; /* not a number beside an infinity too */
-        }
-        float largest = 0, nothing = sum_lanes(rest);
-        for (int i = 0; i < W; i++) largest = most[i] > largest ? most[i] : largest;
-        float scale = largest / 127.0f;
+        union { uint32_t bits; float value; } largest = {largest_of(x[r], K)};
+        int finite = largest.bits < 0x7F800000;
+        float scale = finite ? largest.value / 127.0f : 0;
         if (!(scale >= LEAST_SCALE)) scale = 0;
         float factor = scale > 0 ? 1.0f / scale : 0;
-        scales[r] = scale + nothing;
-        for (int64_t k = 0; k < 4 * quads(K); k += W) {
-            int64_t left = K - k, room = 4 * quads(K) - k;
-            vf v = load(x[r], k, left < W ? (int)(left > 0 ? left : 0) : W, 0) * factor;
-            vb eight = __builtin_convertvector((vu)rounded(v) + 128, vb);
-            memcpy(bytes + k, &eight, room < W ? (size_t)room : W);
+        scales[r] = finite ? scale : __builtin_nanf("");
+        int64_t k = 0;
+        for (; k + W <= K; k += W) {
+            vb eight = in_bytes(load(x[r], k, W, 0), factor);
+            memcpy(bytes + k, &eight, W);
+        }
+        if (k < K) {
+            vb eight = in_bytes(load(x[r], k, (int)(K - k), 0), factor);
+            memcpy(bytes + k, &eight, (size_t)(4 * quads(K) - k));
         }
         if (dots == TILES_OF_BYTES) fill_last_tile(K, bytes);
     }
@@ -98,6 +121,10 @@ INLINE void sums_of_pairs(const uint8_t *bytes, int64_t step, const float *weigh
 /* Outputs from the sums, `at` columns into the panel, whose scales are at `end`. */
 INLINE void write_sums(vi sum[][MOST_VECTORS], const float *scales, const float *end, const float *bias, int64_t at,
                        int64_t columns, int vectors, float *const *out) {
+    if (!bias && columns - at >= vectors * W) { /* what blocks ask for, without a branch for each vector */
+        VECTORS ROWS store(out[r], at + v * W, scaled(sum[r][v], scales[r], end, at + v * W, 0, W), W, 0);
+        return;
+    }
     VECTORS {
         int64_t n = at + v * W, left = columns - n;
         int lanes = left < W ? (int)left : W;

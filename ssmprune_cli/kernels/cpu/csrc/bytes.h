@@ -63,24 +63,20 @@ INLINE vf scaled(vi sum, float token_scale, const float *end, int64_t n, const f
 INLINE void eight_bit(Rows x, const float *weight, const float *bias, Rows out, int64_t start, int64_t stop, int dots,
                       float *room) {
     int64_t K = x.columns, step = byte_step(K), together = byte_together(start, stop, dots);
-    float *scales = room + BYTE_GROUP * step / 4, *at[MOST_ROWS];
+    float *scales = room + BYTE_GROUP * step / 4, *from[BYTE_GROUP], *to[BYTE_GROUP];
     uint8_t *bytes = (uint8_t *)room;
     if (start == stop) return;
     if (dots == TILES_OF_BYTES) tiles_begin(together, byte_depth(K));
     for (int64_t first = start, group = BYTE_GROUP / together * together; first < stop; first += group) {
-        int64_t last = first + group < stop ? first + group : stop;
-        for (int64_t row = first; row < last; row += together) {
-            place(x, row, stop, 0, (int)together, at);
-            byte_rows((const float *const *)at, together, K, dots, bytes + (row - first) * step, scales + row - first);
-        }
+        int64_t count = stop - first < group ? (stop - first + together - 1) / together * together : group;
+        place(x, first, stop, 0, (int)count, from), place(out, first, stop, 0, (int)count, to);
+        byte_rows((const float *const *)from, count, K, dots, bytes, scales);
         for (int64_t n = 0; n < out.columns; n += BYTE_PANEL) {
             const float *panel = weight + n / BYTE_PANEL * byte_panel(K);
             int64_t columns = out.columns - n < BYTE_PANEL ? out.columns - n : BYTE_PANEL;
-            for (int64_t row = first; row < last; row += together) {
-                place(out, row, stop, n, (int)together, at);
-                byte_product(bytes + (row - first) * step, scales + row - first, together, panel, bias ? bias + n : 0, K,
-                             columns, dots, at);
-            }
+            for (int64_t r = 0; r < count; r += together)
+                byte_product(bytes + r * step, scales + r, together, panel, bias ? bias + n : 0, K, columns, dots, to + r);
+            for (int64_t r = 0; r < count; r++) to[r] += BYTE_PANEL;
         }
     }
 }
