@@ -31,7 +31,7 @@ LEVELS = build.levels() if COMPILES else ()
 LEVELS_AND_DOTS = [(level, dots) for level in LEVELS for dots in (Dots.PAIRS, Dots.FOURS)]
 LEVELS_AND_DOTS += [(level, Dots.TILES) for level in LEVELS if level == build.TILES]
 # The code for instructions that this processor may not have, with C in their place: see emulated_amx.h.
-EMULATED = [("16", Dots.FOURS), ("16", Dots.TILES), ("8", Dots.FOURS)] if COMPILES and build.is_x86() else []
+EMULATED = [("16", Dots.FOURS), ("16", Dots.TILES), ("8", Dots.FOURS)] if COMPILES and sys.platform == "linux" else []
 EMULATED_SOURCES = ("amx", "bytes", "byte_tiles", "linear", "blocks", "inner", "scan_forward", "tiles", "threads")
 HEADER = Path(__file__).parent / "emulated_amx.h"
 # Rows, inputs, outputs: tails of each, one of each, and several panels and groups of tokens.
@@ -44,6 +44,15 @@ class Emulated(Library):
     def __init__(self, code: Path, dots: Dots) -> None:
         super().__init__(None, dots=dots)
         self._code, self._level = ctypes.CDLL(str(code)), build.TILES
+
+
+def best_dots(level: str) -> Dots:
+    """What the processor has for products of bytes at a level, as Linux says."""
+    flags = build.processor_flags()
+    if level == build.TILES and "amx_int8" in flags:
+        return Dots.TILES
+    needed = {build.TILES: {"avx512_vnni"}, "v4": {"avx512_vnni"}, "v3": {"avx_vnni", "avx512_vnni"}}
+    return Dots.FOURS if needed.get(level, set()) & flags else Dots.PAIRS
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +81,7 @@ def backend(request: pytest.FixtureRequest, emulated_code: Callable[[str], Path]
         own = CpuBackend(level, dots=dots)
         if level == build.TILES and own.missing() is not None:
             pytest.skip(str(own.missing()))
-        assert own.missing() is None
+        assert own.missing() is None and own.library.dots() is min(dots, best_dots(level))
         yield own
         return
     own = CpuBackend()

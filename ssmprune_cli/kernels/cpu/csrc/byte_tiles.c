@@ -39,6 +39,16 @@ TILED INLINE void sums_of_tiles(const uint8_t *bytes, int64_t above, const float
     if (tall && wide) _tile_stored(3, sums + above * 32 + 16, 128);
 }
 
+/* Outputs from the sums: `columns` of them, at most 32. */
+INLINE void write_tiles(const int32_t *sums, const float *scales, int64_t count, const float *end, const float *bias,
+                        int64_t at, int64_t columns, float *const *out) {
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t v = 0; v < columns; v += W) {
+            int lanes = columns - v < W ? (int)(columns - v) : W;
+            store(out[r], at + v, scaled((vi)load(sums, r * 32 + v, W, 0), scales[r], end, at + v, bias, lanes), lanes, 0);
+        }
+}
+
 /* Not inline: compilers do not know what a tile's load reads, and only at a call is everything in memory. */
 TILED void byte_tile_product(const uint8_t *bytes, const float *scales, int64_t count, const float *panel, const float *bias,
                              int64_t K, int64_t columns, float *const *out) {
@@ -46,15 +56,12 @@ TILED void byte_tile_product(const uint8_t *bytes, const float *scales, int64_t 
     const float *end = panel + BYTE_PANEL * quads(K);
     int64_t above = first_rows(count);
     for (int64_t at = 0; at < columns; at += 32) {
-        int tall = count > above, wide = columns - at > 16;
+        int64_t left = columns - at;
+        int tall = count > above, wide = left > 16;
         if (tall && wide) sums_of_tiles(bytes, above, panel + at, K, 1, 1, sums);
         else sums_of_tiles(bytes, above, panel + at, K, tall, wide, sums);
-        for (int64_t r = 0; r < count; r++)
-            for (int64_t v = 0; v < 32 && at + v < columns; v += W) {
-                int64_t n = at + v, left = columns - n;
-                int lanes = left < W ? (int)left : W;
-                store(out[r], n, scaled((vi)load(sums, r * 32 + v, W, 0), scales[r], end, n, bias, lanes), lanes, 0);
-            }
+        if (left >= 32 && !bias) write_tiles(sums, scales, count, end, 0, at, 32, out);
+        else write_tiles(sums, scales, count, end, bias, at, left < 32 ? left : 32, out);
     }
 }
 #else
