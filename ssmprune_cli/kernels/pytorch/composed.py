@@ -20,6 +20,7 @@ from ssmprune_cli.kernels.packing import (
     unpack_inner,
     unpack_linear,
 )
+from ssmprune_cli.kernels.products import unpack_products
 from ssmprune_cli.kernels.pytorch import eight_bit
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def _scans(backend: Backend, inputs: InnerInputs, x_weights: Sequence[EightBit] 
     ys = []
     for g, packed in enumerate(inputs.parameters):
         own, reverse = unpack_inner(packed, sizes), g == 1
+        if inputs.products is not None:
+            x_weight, dt_weight = unpack_products(inputs.products[g], sizes.d_inner, sizes.d_state, sizes.dt_rank)
+            own = own._replace(x_weight=x_weight, dt_weight=dt_weight)
         if context is None or inputs.sources is None:
             u = backend.conv(x, own.conv_weight, own.conv_bias, reverse)
         else:
