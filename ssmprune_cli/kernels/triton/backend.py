@@ -206,7 +206,8 @@ class TritonBackend(Backend):
         tile = Tile(*_tile(inputs.xz, inputs.channels, inputs.d_state))
         # The fused scan has no groups of tokens, since a group would have to know its first state in both directions.
         # Where they are needed to fill the card, as at batch 1, the scans run one by one.
-        if refused(inputs) or _groups(tile.programs(inputs), inputs.xz.shape[1], inputs.xz.device) > 1:
+        groups = _groups(tile.programs(inputs), inputs.xz.shape[1], inputs.xz.device)
+        if groups > 1 or refused(inputs, interpreted=interpreted()) is not None:
             return super().mamba_inner(inputs)
         return mamba_inner(inputs, tile)
 

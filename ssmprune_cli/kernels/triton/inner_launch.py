@@ -16,12 +16,17 @@ BLOCK_T = 32  # tokens of a tile
 STAGES = 4  # tokens that a scan reads ahead
 
 
-def refused(inputs: InnerInputs) -> str | None:
+def refused(inputs: InnerInputs, *, interpreted: bool) -> str | None:
     """What the two kernels do not compute; None if they do."""
+    if interpreted and inputs.xz.dtype == torch.bfloat16:
+        return "Triton's interpreter takes the bits of bfloat16 for numbers when it multiplies matrices"
     if inputs.cells is not None:
         return "tokens are pooled in cells"
     if inputs.dt_rank > MAX_RANK:
         return f"the step has a rank of {inputs.dt_rank}, above {MAX_RANK}"
+    tokens, _ = tokens_and_steps(inputs.xz.shape[1], None if inputs.sources is None else inputs.sources.shape, None)
+    if tokens * inputs.xz.shape[2] >= 2**31:
+        return "a sequence has more values than 32 bits count"
     return None
 
 

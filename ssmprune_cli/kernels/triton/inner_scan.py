@@ -6,7 +6,7 @@ scan from the left and the backward one from the right at once. Whoever comes fi
 in one order: no atomics, and the same bits each time. A program reads back only what it wrote itself; a barrier stands
 between the halves, since the layout of a load may put a value into another thread than the one that stored it.
 
-Letters as in `ops.blocks`. MODE as in `scan`: 0 nothing, 2 `gap` steps of the token's own size, 3 of `gap_delta`.
+Places within a sequence are in 32 bits: see `inner_launch.refused`. Letters as in `ops.blocks`. MODE as in `scan`: 0 nothing, 2 `gap` steps of the token's own size, 3 of `gap_delta`.
 Inference only; without groups of tokens, for which see `TritonBackend.mamba_inner`.
 """
 
@@ -62,12 +62,12 @@ def advance(h, own, t, channels, state, n, inside, MODE, GAP, HAS_SIZE):
 @triton.jit
 def place(outputs, t, inside, HAS_READ):
     """Where `out` and z have the token t, and which channels of it there are."""
-    out, z, rows, channels, z_l, _ = outputs
+    out, z, rows, channels, z_l, e, _ = outputs
     row = t
     if HAS_READ:
-        row = tl.load(rows + t).to(tl.int64)
-        inside = inside & (row >= 0)
-    return out + row * channels, z + row * z_l, inside
+        row = tl.load(rows + t)
+        inside = e < tl.where(row >= 0, channels, 0)
+    return out + row * channels + e, z + row * z_l + e, inside
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def finish(y, outputs, t, inside, HAS_READ, ADD):
     if ADD:
         y += read(at, mask)
     gate = read(z, mask)
-    tl.store(at, (y * gate * sigmoid(gate) * outputs[5]).to(at.dtype.element_ty), mask=mask)
+    tl.store(at, (y * gate * sigmoid(gate) * outputs[6]).to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def inner_scan(
     batch = tl.program_id(1).to(tl.int64)
     e, n = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
     inside = e < channels
-    outputs = (out + batch * length * channels + e, z + batch * z_b + e, rows + batch * tokens, channels, z_l, scale)
+    outputs = (out + batch * length * channels, z + batch * z_b, rows + batch * tokens, channels, z_l, e, scale)
     left = direction_of(
         u, delta, both, parameters, gap, gap_delta, size, mass, tokens, channels, state, rates_at, e, n, inside, 0,
         MODE, HAS_SIZE,
@@ -134,28 +134,22 @@ def inner_scan(
         )  # fmt: skip
         g = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         half = tokens // 2
-        for i in tl.range(0, half, num_stages=STAGES):
-            t = i.to(tl.int64)
+        for t in tl.range(0, half, num_stages=STAGES):
             h, y = advance(h, left, t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
             leave(y, outputs, t, inside, HAS_READ)
-            t = tokens - 1 - t
-            g, y = advance(g, right, t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
-            leave(y, outputs, t, inside, HAS_READ)
-        for i in range(half, tokens - half):  # both meet at the token in the middle, if there is one
-            t = i.to(tl.int64)
+            g, y = advance(g, right, tokens - 1 - t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
+            leave(y, outputs, tokens - 1 - t, inside, HAS_READ)
+        for t in range(half, tokens - half):  # both meet at the token in the middle, if there is one
             h, y = advance(h, left, t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
             g, y_right = advance(g, right, t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
             finish(y + y_right, outputs, t, inside, HAS_READ, False)
         tl.debug_barrier()
-        for i in tl.range(tokens - half, tokens, num_stages=STAGES):
-            t = i.to(tl.int64)
+        for t in tl.range(tokens - half, tokens, num_stages=STAGES):
             h, y = advance(h, left, t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
             finish(y, outputs, t, inside, HAS_READ, True)
-            t = tokens - 1 - t
-            g, y = advance(g, right, t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
-            finish(y, outputs, t, inside, HAS_READ, True)
+            g, y = advance(g, right, tokens - 1 - t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
+            finish(y, outputs, tokens - 1 - t, inside, HAS_READ, True)
     else:
-        for i in tl.range(0, tokens, num_stages=STAGES):
-            t = i.to(tl.int64)
+        for t in tl.range(0, tokens, num_stages=STAGES):
             h, y = advance(h, left, t, channels, state, n, inside, MODE, GAP, HAS_SIZE)
             finish(y, outputs, t, inside, HAS_READ, False)
