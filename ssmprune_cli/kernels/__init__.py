@@ -44,6 +44,7 @@ from ssmprune_cli.kernels.packing import (
     pack_routes,
 )
 from ssmprune_cli.kernels.plain import PLAIN
+from ssmprune_cli.kernels.products import pack_products
 from ssmprune_cli.kernels.pytorch import eight_bit_linear, in_eight_bits
 from ssmprune_cli.kernels.triton import TRITON
 
@@ -82,6 +83,7 @@ __all__ = [
     "pack_block",
     "pack_inner",
     "pack_linear",
+    "pack_products",
     "pack_routes",
     "pick",
     "refused_backends",

@@ -23,7 +23,7 @@ def padded(columns: int) -> int:
 
 
 def pack_products(directions: Sequence[InnerParameters], dtype: torch.dtype) -> Tensor:
-    """The weights of the products of all directions as `mamba_inner` takes them beside `pack_inner`'s, (G, n) in `dtype`.
+    """The weights of the products of all directions as `mamba_inner` takes them beside `pack_inner`'s: (G, n), `dtype`.
 
     Of each direction the rows of x_weight for the step, (E, R'), those for B and C, (E, N'), and dt_weight, (R', E);
     what pads them is zero.

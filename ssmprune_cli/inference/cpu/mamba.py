@@ -125,9 +125,9 @@ def lost_tokens(
         if not masses:
             lost["gap"] = flow.scanned.both_gaps()[:directions]
         elif flow.size is not None:
-            lost |= {"size": flow.size, "mass": torch.stack(masses)}
+            lost |= {"size": flow.size, "mass": _stacked(masses)}
         if steps:
-            lost["gap_delta"] = torch.stack(steps)
+            lost["gap_delta"] = _stacked(steps)
     cells = flow.cells
     if cells is not None:
         size = cells.size
@@ -140,6 +140,11 @@ def lost_tokens(
     if frozen is not None or sequence.context is not None:
         lost["sources"] = conv_sources(sequence, width)[:directions]
     return lost
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One beside the other; of one a view, which starts nothing on a GPU."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _weight(layer: nn.Linear | EightBitLinear) -> Weight:
@@ -174,6 +179,11 @@ class FusedMambaMixer(MambaMixer):
         """`why`: what stands in the way of computing the whole block in one call."""
         return as_kind(mixer, cls, block=block, journal=journal, why=why)
 
+    @property
+    def products(self) -> Tensor | None:
+        """What `mamba_inner` takes of this name: the C code reads the weights as `packed` has them."""
+        return None
+
     @cached_property
     def packed(self) -> Tensor:
         """The parameters as the op takes them, made when first needed: in blocks of one call they never are."""
@@ -192,7 +202,18 @@ class FusedMambaMixer(MambaMixer):
             self.journal.write(self.block, self.block, BY_OP, "the pruner looks at its scans")
             return super().mix(xz, sequence, alignment, wanted, frozen, context)
         self.journal.write(self.block, self.block, INSIDE, self.why)
-        mixed = mamba_inner(
+        return self.inside(xz, sequence, alignment, frozen, context), ScanStatistics()
+
+    def inside(
+        self,
+        xz: Tensor,
+        sequence: TokenSequence,
+        alignment: ScanAlignment | None,
+        frozen: Tensor | None,
+        context: Tensor | None,
+    ) -> Tensor:
+        """What `mix` gives, in one call."""
+        return mamba_inner(
             xz,
             self.packed,
             self.d_state,
@@ -200,9 +221,9 @@ class FusedMambaMixer(MambaMixer):
             self.splits[0],
             context=_together(frozen, context),
             scale=self.scale,
+            products=self.products,
             **_of_one(lost_tokens(sequence, [alignment], self.directions, self.d_conv)),
         )
-        return mixed, ScanStatistics()
 
 
 class FusedLocalMixer(LocalMixer):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssmprune_cli.kernels.backend import Backend, no_states
 from ssmprune_cli.kernels.inputs import Gradients, InnerInputs, ScanInputs
 from ssmprune_cli.kernels.triton.conv_launch import MAX_TAPS, Conv, SparseConv
-from ssmprune_cli.kernels.triton.inner_launch import Tile, mamba_inner, refused
+from ssmprune_cli.kernels.triton.inner_launch import Tile, mamba_inner, refused, steps_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INNER = 64  # states: what a program keeps in registers
@@ -35,6 +35,7 @@ class TritonBackend(Backend):
     """Imports Triton when it first computes. Nothing waits for the GPU, so CUDA graphs can record it."""
 
     name = "triton"
+    fuses = True  # where it pays: sessions on a GPU time it before they take it
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -206,7 +207,7 @@ class TritonBackend(Backend):
         tile = Tile(*_tile(inputs.xz, inputs.channels, inputs.d_state))
         # The fused scan has no groups of tokens, since a group would have to know its first state in both directions.
         # Where they are needed to fill the card, as at batch 1, the scans run one by one.
-        groups = _groups(tile.programs(inputs), inputs.xz.shape[1], inputs.xz.device)
+        groups = _groups(tile.programs(inputs), steps_of(inputs), inputs.xz.device)
         if groups > 1 or refused(inputs, interpreted=interpreted()) is not None:
             return super().mamba_inner(inputs)
         return mamba_inner(inputs, tile)

@@ -94,8 +94,9 @@ def inner_inputs(
     dt_weight = both_weight + channels * BLOCK_C
     out = (sequence * tokens + t) * channels
     if HAS_READ:
-        if direction == 0:
-            tl.store(rows + batch * tokens + t, row_of(reads + batch * length, t, length, 64).to(tl.int32), mask=exists)
+        row = row_of(reads + batch * length, t, length, 64)
+        mask = t < tl.where(reverse, 0, tokens)  # once is enough
+        tl.store(rows + batch * tokens + t, row.to(tl.int32), mask=mask)
     rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     vectors = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for first in range(0, channels, BLOCK_E):
@@ -104,7 +105,21 @@ def inner_inputs(
         total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32) + read(taps + bias_at + e, inside)[None, :]
         for k in tl.static_range(WIDTH):
             row = met(
-                x, context, sources, x_l, context_l, t, k, tokens, length, others, e, inside, reverse, WIDTH, HAS_SOURCES
+                x,
+                context,
+                sources,
+                x_l,
+                context_l,
+                t,
+                k,
+                tokens,
+                length,
+                others,
+                e,
+                inside,
+                reverse,
+                WIDTH,
+                HAS_SOURCES,
             )
             total += row * read(taps + k * channels + e, inside)[None, :]
         values = tl.where(inside[None, :], total * sigmoid(total), 0.0).to(u.dtype.element_ty)

@@ -24,10 +24,15 @@ def refused(inputs: InnerInputs, *, interpreted: bool) -> str | None:
         return "tokens are pooled in cells"
     if inputs.dt_rank > MAX_RANK:
         return f"the step has a rank of {inputs.dt_rank}, above {MAX_RANK}"
-    tokens, _ = tokens_and_steps(inputs.xz.shape[1], None if inputs.sources is None else inputs.sources.shape, None)
-    if tokens * inputs.xz.shape[2] >= 2**31:
+    if steps_of(inputs) * inputs.xz.shape[2] >= 2**31:
         return "a sequence has more values than 32 bits count"
     return None
+
+
+def steps_of(inputs: InnerInputs) -> int:
+    """Steps of a scan: all tokens that are convolved."""
+    sources = None if inputs.sources is None else inputs.sources.shape
+    return tokens_and_steps(inputs.xz.shape[1], sources, inputs.cells)[1]
 
 
 class Tile(NamedTuple):
@@ -49,7 +54,7 @@ def mamba_inner(inputs: InnerInputs, tile: Tile) -> Tensor:
     (batch, length, width), N = xz.shape, inputs.d_state
     channels, directions = width // 2, len(inputs.parameters)
     sources, context = (None if each is None else each.contiguous() for each in (inputs.sources, inputs.context))
-    tokens, _ = tokens_and_steps(length, None if sources is None else sources.shape, None)
+    tokens = steps_of(inputs)
     parameters, products = inputs.parameters.contiguous(), _products(inputs).contiguous()
     out = torch.empty(batch, length, channels, dtype=xz.dtype, device=xz.device)
     if not out.numel():

@@ -6,8 +6,9 @@ scan from the left and the backward one from the right at once. Whoever comes fi
 in one order: no atomics, and the same bits each time. A program reads back only what it wrote itself; a barrier stands
 between the halves, since the layout of a load may put a value into another thread than the one that stored it.
 
-Places within a sequence are in 32 bits: see `inner_launch.refused`. Letters as in `ops.blocks`. MODE as in `scan`: 0 nothing, 2 `gap` steps of the token's own size, 3 of `gap_delta`.
-Inference only; without groups of tokens, for which see `TritonBackend.mamba_inner`.
+Places within a sequence are in 32 bits: see `inner_launch.refused`. Letters as in `ops.blocks`. MODE as in `scan`:
+0 nothing, 2 `gap` steps of the token's own size, 3 of `gap_delta`. Inference only; without groups of tokens, for which
+see `TritonBackend.mamba_inner`.
 """
 
 # Kernels are compiled by Triton, whose types are not those of Python.
