@@ -281,8 +281,9 @@ def _of_one(lost: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _together(frozen: Tensor | None, context: Tensor | None) -> Tensor | None:
-    both = [each for each in (frozen, context) if each is not None]
-    return torch.cat(both, dim=1) if both else None
+    if frozen is None or context is None:
+        return context if frozen is None else frozen
+    return torch.cat((frozen, context), dim=1)
 
 
 @dataclass(frozen=True)

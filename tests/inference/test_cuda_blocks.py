@@ -1,0 +1,199 @@
+"""Fused blocks in sessions of CUDA graphs, with stand-ins for the GPU and its clock: when they are taken, when not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssmprune_cli.inference import cuda_blocks, cuda_graph
+from ssmprune_cli.inference.cuda_blocks import TOLERANCE, GpuMambaMixer
+from ssmprune_cli.inference.cuda_graph import CudaGraphSession, Graph
+from ssmprune_cli.kernels import use_backend
+from ssmprune_cli.kernels.backend import CHUNKED
+from ssmprune_cli.models.mamba.vim import Vim, VimConfig
+from ssmprune_cli.pruning import compress
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+INSIDE = GpuMambaMixer.inside
+
+
+def record(run: Callable[[Tensor], Tensor], images: Tensor, pool: Any) -> Graph:
+    static, output = images.clone(), run(images).clone()
+    return Graph(static, output, lambda: output.copy_(run(static)))
+
+
+@pytest.fixture(autouse=True)
+def fusing_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A backend of PyTorch's ops that says it fuses, and a list that grows by the blocks that are fused."""
+    monkeypatch.setattr(CHUNKED, "fuses", True, raising=False)
+    monkeypatch.setattr(cuda_graph, "capture", record)
+    use_backend("chunked")
+    fused: list[int] = []
+
+    def inside(mixer: GpuMambaMixer, *inputs: Any) -> Tensor:
+        fused.append(mixer.block)
+        return INSIDE(mixer, *inputs)
+
+    monkeypatch.setattr(GpuMambaMixer, "inside", inside)
+    yield fused
+    use_backend("auto")
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, by_op: float, fused: float) -> None:
+    """What the two ways, which take turns, are said to take."""
+    times = itertools.cycle((by_op, fused))
+    monkeypatch.setattr(cuda_blocks, "seconds", lambda run, device: next(times))
+
+
+def model() -> Vim:
+    torch.manual_seed(0)
+    made = Vim(VimConfig(image_size=(32, 32), patch_size=8, depth=3, embed_dim=16, num_classes=3))
+    for block in made.layers:
+        nn.init.normal_(block.mixer.out_proj.weight)  # so that the logits depend on the blocks
+    return made.eval().requires_grad_(False)
+
+
+def check(session: CudaGraphSession, images: Tensor = IMAGES) -> None:
+    # Both ways sum in float32 in their own order: 1e-5 of logits near 1.
+    torch.testing.assert_close(session(images), session.definition(images), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_that_agree_and_are_faster_are_in_the_graph(
+    monkeypatch: pytest.MonkeyPatch, fusing_backend: list[int]
+) -> None:
+    session = CudaGraphSession(model(), {})
+    assert session.explain().notes[-1] == "fused blocks are tried when a graph is recorded"
+    before = len(session.tensors())
+    check(session)
+    assert not fusing_backend  # the first batch is computed op by op
+    clock(monkeypatch, by_op=3.0, fused=2.0)
+    check(session)
+    fusing_backend.clear()
+    check(session)
+    assert fusing_backend == [0, 1, 2]
+    assert session.explain().notes[-1] == "blocks fused, 1.50 times as fast as op by op: 2x3x32x32"
+    assert len(session.tensors()) == before + 3 * 2  # packed parameters and products of each block
+
+
+def test_blocks_that_are_slower_are_not(monkeypatch: pytest.MonkeyPatch, fusing_backend: list[int]) -> None:
+    """Each shape is judged by itself."""
+    session = CudaGraphSession(model(), {})
+    clock(monkeypatch, by_op=2.0, fused=3.0)
+    for _ in range(2):
+        check(session)
+    clock(monkeypatch, by_op=1.0, fused=1.0)
+    for _ in range(2):
+        check(session, IMAGES.repeat(2, 1, 1, 1))
+    fusing_backend.clear()
+    check(session)
+    assert not fusing_backend
+    check(session, IMAGES.repeat(2, 1, 1, 1))
+    assert fusing_backend == [0, 1, 2]
+    assert session.explain().notes[-2:] == (
+        "blocks not fused, as that takes 1.50 times op by op: 2x3x32x32",
+        "blocks fused, 1.00 times as fast as op by op: 4x3x32x32",
+    )
+
+
+@pytest.mark.parametrize("error", [2 * TOLERANCE[torch.float32], float("nan")])
+def test_a_block_that_differs_ends_it(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(mixer: GpuMambaMixer, *inputs: Any) -> Tensor:
+        mixed = INSIDE(mixer, *inputs)
+        if mixer.block == 1:
+            mixed[0, 0, 0] += error * mixed.abs().amax()
+        return mixed
+
+    monkeypatch.setattr(GpuMambaMixer, "inside", wrong)
+    session = CudaGraphSession(model(), {})
+    clock(monkeypatch, by_op=2.0, fused=1.0)
+    for _ in range(3):
+        check(session)
+    assert session.explain().notes[-1].startswith("no fused blocks: block 2 differs by ")
+
+
+def test_an_error_within_the_tolerance_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(mixer: GpuMambaMixer, *inputs: Any) -> Tensor:
+        return INSIDE(mixer, *inputs) * (1 + TOLERANCE[torch.float32] / 2)
+
+    monkeypatch.setattr(GpuMambaMixer, "inside", rounded)
+    session = CudaGraphSession(model(), {})
+    clock(monkeypatch, by_op=2.0, fused=1.0)
+    for _ in range(2):
+        session(IMAGES)
+    assert session.explain().notes[-1] == "blocks fused, 2.00 times as fast as op by op: 2x3x32x32"
+
+
+def test_kernels_that_do_not_compile_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(mixer: GpuMambaMixer, *inputs: Any) -> Tensor:
+        raise KeyError("out of resource: shared memory\nmore of it")
+
+    monkeypatch.setattr(GpuMambaMixer, "inside", fail)
+    session = CudaGraphSession(model(), {})
+    for _ in range(3):
+        check(session)
+    assert "no fused blocks: 'out of resource: shared memory" in session.explain().notes[-1]
+
+
+def test_without_graphs_they_run_by_themselves(monkeypatch: pytest.MonkeyPatch, fusing_backend: list[int]) -> None:
+    def refuse(run: Any, images: Tensor, pool: Any) -> Graph:
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(cuda_graph, "capture", refuse)
+    for fused, expected in ((1.0, [0, 1, 2]), (3.0, [])):
+        session = CudaGraphSession(model(), {})
+        clock(monkeypatch, by_op=2.0, fused=fused)
+        for _ in range(2):
+            check(session)
+        fusing_backend.clear()
+        check(session)
+        assert fusing_backend == expected
+    assert session.explain().notes == (
+        "op by op: a graph could not be recorded (not permitted)",
+        "blocks not fused, as that takes 1.50 times op by op: 2x3x32x32",
+    )
+
+
+def test_a_pruned_session_is_judged_anew(monkeypatch: pytest.MonkeyPatch, fusing_backend: list[int]) -> None:
+    """Where the pruner looks at the scans, the block is computed op by op."""
+    dense, pruned = model(), model()
+    compress(pruned, 0.5, points=[1], calibration=IMAGES)
+    clock(monkeypatch, by_op=2.0, fused=1.0)
+    session = CudaGraphSession(dense, {})
+    for _ in range(2):
+        check(session)
+    other = session.with_pruner(pruned.pruner)
+    assert other.explain().notes[-1] == "fused blocks are tried when a graph is recorded"
+    for _ in range(2):
+        check(other)
+    fusing_backend.clear()
+    check(other)
+    assert fusing_backend == [1, 2]
+    torch.testing.assert_close(other(IMAGES), pruned(IMAGES), atol=1e-5, rtol=1e-5)
+    assert session.explain().notes[-1] == "blocks fused, 2.00 times as fast as op by op: 2x3x32x32"
+
+
+def test_what_cannot_be_fused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooked = model()
+    hooked.layers[1].mixer.register_forward_hook(lambda *inputs: None)
+    clock(monkeypatch, by_op=2.0, fused=1.0)
+    session = CudaGraphSession(hooked, {})
+    for _ in range(2):
+        check(session)
+    assert session.explain().notes[-1] == "1 blocks are op by op (block 2: a MambaMixer has hooks)"
+    for block in hooked.layers:
+        block.mixer.register_forward_hook(lambda *inputs: None)
+    notes = CudaGraphSession(hooked, {}).explain().notes
+    assert notes[-1] == "no fused blocks: there is no block to fuse (block 1: a MambaMixer has hooks)"
+    monkeypatch.setattr(CHUNKED, "fuses", False)
+    notes = CudaGraphSession(model(), {}).explain().notes
+    assert notes[-1] == "no fused blocks: the kernel backend chunked has no fused blocks"
+
+
+def test_seconds_runs_what_it_times() -> None:
+    runs: list[int] = []
+    assert cuda_blocks.seconds(lambda: runs.append(1), torch.device("cpu")) >= 0 and runs == [1]
