@@ -7,6 +7,7 @@ product on a GPU's matrix units takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ def padded(columns: int) -> int:
 def pack_products(directions: Sequence[InnerParameters], dtype: torch.dtype) -> Tensor:
     """The weights of the products of all directions as `mamba_inner` takes them beside `pack_inner`'s: (G, n), `dtype`.
 
-    Of each direction the rows of x_weight for the step, (E, R'), those for B and C, (E, N'), and dt_weight, (R', E);
-    what pads them is zero.
+    Of each direction x_weight (E, R' + N'), first its outputs for the step, then those for B and C, and dt_weight
+    (R', E); what pads them is zero.
     """
     return torch.stack([_direction(own, dtype) for own in directions])
 
@@ -36,12 +37,24 @@ def products_size(d_inner: int, d_state: int, dt_rank: int) -> int:
     return d_inner * (2 * padded(dt_rank) + padded(2 * d_state))
 
 
-def unpack_products(packed: Tensor, d_inner: int, d_state: int, dt_rank: int) -> tuple[Tensor, Tensor]:
-    """x_weight (R + 2N, E) and dt_weight (E, R) of one direction's row of what `pack_products` gives."""
-    rank, states = padded(dt_rank), padded(2 * d_state)
-    step, both, dt_weight = packed.split([d_inner * rank, d_inner * states, rank * d_inner])
-    rows = (step.view(d_inner, rank)[:, :dt_rank], both.view(d_inner, states)[:, : 2 * d_state])
-    return torch.cat(rows, dim=1).t(), dt_weight.view(rank, d_inner)[:dt_rank].t()
+class Products(NamedTuple):
+    """One direction's weights, as views of what `pack_products` gives."""
+
+    x_weight: Tensor  # (R' + N', E)
+    dt_weight: Tensor  # (E, R)
+
+    def project(self, u: Tensor, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of u (B, S, E) the low-rank step (B, S, R), B and C (B, S, N)."""
+        rank = self.dt_weight.shape[1]
+        rank_values, both = functional.linear(u, self.x_weight).tensor_split([padded(rank)], dim=-1)
+        return rank_values[..., :rank], both[..., :d_state], both[..., d_state : 2 * d_state]
+
+
+def unpack_products(packed: Tensor, d_inner: int, d_state: int, dt_rank: int) -> Products:
+    """Of one direction's row of what `pack_products` gives."""
+    rank, columns = padded(dt_rank), padded(dt_rank) + padded(2 * d_state)
+    x_weight, dt_weight = packed.split([d_inner * columns, rank * d_inner])
+    return Products(x_weight.view(d_inner, columns).t(), dt_weight.view(rank, d_inner)[:dt_rank].t())
 
 
 def _direction(own: InnerParameters, dtype: torch.dtype) -> Tensor:
@@ -50,4 +63,4 @@ def _direction(own: InnerParameters, dtype: torch.dtype) -> Tensor:
     step, both = own.x_weight[:rank].t(), own.x_weight[rank:].t()  # (E, R), (E, 2N)
     parts = [functional.pad(each, (0, padded(each.shape[1]) - each.shape[1])) for each in (step, both)]
     dt_weight = functional.pad(own.dt_weight, (0, padded(rank) - rank)).t()  # (R', E)
-    return torch.cat([each.to(dtype).flatten() for each in (*parts, dt_weight)])
+    return torch.cat([each.to(dtype).flatten() for each in (torch.cat(parts, dim=1), dt_weight)])

@@ -79,6 +79,7 @@ def test_a_smaller_batch_is_filled_up_once_and_recorded_when_it_comes_again(reco
     assert graphs.explain().notes[1:] == (
         "filled up to the next recorded size so far: 3 shapes",
         "op by op so far: 1 shapes",
+        "no fused blocks: the kernel backend chunked has no fused blocks",
     )
 
 

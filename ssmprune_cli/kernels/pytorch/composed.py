@@ -42,9 +42,6 @@ def _scans(backend: Backend, inputs: InnerInputs, x_weights: Sequence[EightBit] 
     ys = []
     for g, packed in enumerate(inputs.parameters):
         own, reverse = unpack_inner(packed, sizes), g == 1
-        if inputs.products is not None:
-            x_weight, dt_weight = unpack_products(inputs.products[g], sizes.d_inner, sizes.d_state, sizes.dt_rank)
-            own = own._replace(x_weight=x_weight, dt_weight=dt_weight)
         if context is None or inputs.sources is None:
             u = backend.conv(x, own.conv_weight, own.conv_bias, reverse)
         else:
@@ -52,9 +49,15 @@ def _scans(backend: Backend, inputs: InnerInputs, x_weights: Sequence[EightBit] 
         convolved = u
         if pool is not None:
             u = (pool @ u.to(pool.dtype)).to(u.dtype)
-        projected = _product(u, x_weights[g] if x_weights else own.x_weight)
-        rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
-        delta = functional.linear(rank_values, own.dt_weight.to(u.dtype))
+        if inputs.products is None:
+            projected = _product(u, x_weights[g] if x_weights else own.x_weight)
+            rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
+            dt_weight = own.dt_weight.to(u.dtype)
+        else:
+            products = unpack_products(inputs.products[g], sizes.d_inner, sizes.d_state, sizes.dt_rank)
+            rank_values, B, C = products.project(u, sizes.d_state)
+            dt_weight = products.dt_weight
+        delta = functional.linear(rank_values, dt_weight)
         gap = growth if inputs.gap is None else inputs.gap[g]
         gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
         if growth is not None:

@@ -90,13 +90,13 @@ def inner_inputs(
     sources += sequence * tokens * WIDTH
     taps = parameters + direction * parameters_g
     step_weight = products + direction * products_g
-    both_weight = step_weight + channels * BLOCK_R
-    dt_weight = both_weight + channels * BLOCK_C
+    both_weight = step_weight + BLOCK_R
+    dt_weight = step_weight + channels * (BLOCK_R + BLOCK_C)
     out = (sequence * tokens + t) * channels
     if HAS_READ:
-        row = row_of(reads + batch * length, t, length, 64)
-        mask = t < tl.where(reverse, 0, tokens)  # once is enough
-        tl.store(rows + batch * tokens + t, row.to(tl.int32), mask=mask)
+        named = row_of(reads + batch * length, t, length, 64)
+        once = t < tl.where(reverse, 0, tokens)
+        tl.store(rows + batch * tokens + t, named.to(tl.int32), mask=once)
     rank = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     vectors = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for first in range(0, channels, BLOCK_E):
@@ -124,9 +124,9 @@ def inner_inputs(
             total += row * read(taps + k * channels + e, inside)[None, :]
         values = tl.where(inside[None, :], total * sigmoid(total), 0.0).to(u.dtype.element_ty)
         tl.store(u + out[:, None] + e[None, :], values, mask=exists[:, None] & inside[None, :])
-        weight = tl.load(step_weight + e[:, None] * BLOCK_R + r[None, :], mask=inside[:, None], other=0.0)
+        weight = tl.load(step_weight + e[:, None] * (BLOCK_R + BLOCK_C) + r[None, :], mask=inside[:, None], other=0.0)
         rank = tl.dot(values, weight, rank, input_precision=PRECISION)
-        weight = tl.load(both_weight + e[:, None] * BLOCK_C + c[None, :], mask=inside[:, None], other=0.0)
+        weight = tl.load(both_weight + e[:, None] * (BLOCK_R + BLOCK_C) + c[None, :], mask=inside[:, None], other=0.0)
         vectors = tl.dot(values, weight, vectors, input_precision=PRECISION)
     at = both + (sequence * tokens + t)[:, None] * columns + c[None, :]
     tl.store(at, vectors, mask=exists[:, None] & (c < columns)[None, :])

@@ -94,7 +94,7 @@ def mamba_inner(inputs: InnerInputs, tile: Tile) -> Tensor:
             HAS_READ=rows is not None,
             BLOCK_R=padded(inputs.dt_rank),
             BLOCK_C=padded(2 * N),
-            **_tile_of_inputs(xz.dtype),
+            **tile_of_inputs(xz.dtype),
         )
         inner_scan[(-(-channels // tile.block_e), batch)](
             u,
@@ -145,7 +145,7 @@ def _mode(inputs: InnerInputs) -> int:
     return 2 if inputs.gap_delta is None else 3
 
 
-def _tile_of_inputs(dtype: torch.dtype) -> dict[str, Any]:
+def tile_of_inputs(dtype: torch.dtype) -> dict[str, Any]:
     """So many channels at a time as leave the sums in registers: see test_triton_compiles.py."""
     single = dtype == torch.float32
     exact = single and not torch.backends.cuda.matmul.allow_tf32  # as PyTorch's own products are
