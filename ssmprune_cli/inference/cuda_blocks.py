@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ssmprune_cli.inference.cpu.mamba import FusedMambaMixer, directions_of, ins
 from ssmprune_cli.inference.explain import Journal
 from ssmprune_cli.inference.session import with_slot
 from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.kernels import pack_products, pick
+from ssmprune_cli.kernels import inner_composed, mamba_inner, pack_products, pick
 from ssmprune_cli.models import Backbone, MambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
@@ -32,35 +33,34 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2**-7, torch.bfloat16: 2**-4}
 ROUNDS = 7  # in which both are timed, one after the other
 
 
-class Agreement:
-    """How far fused blocks are from op by op, while somebody listens."""
+class Trial(NamedTuple):
+    """Of one block: why it is not fused, or its largest error and its largest value."""
+
+    block: int
+    found: str | tuple[Tensor, Tensor]
+
+
+class Trials:
+    """What fused blocks write down while somebody listens."""
 
     def __init__(self) -> None:
-        self._errors: list[tuple[int, Tensor, Tensor]] | None = None
-
-    @property
-    def wanted(self) -> bool:
-        return self._errors is not None
-
-    def note(self, block: int, fused: Tensor, by_op: Tensor) -> None:
-        assert self._errors is not None
-        self._errors.append((block, (fused - by_op).abs().amax(), by_op.abs().amax()))
+        self.kept: list[Trial] | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-        """Inside, the list grows by each fused block's number, largest error and largest value."""
-        errors: list[tuple[int, Tensor, Tensor]] = []
-        self._errors = errors
+    def listening(self) -> Iterator[list[Trial]]:
+        """Inside, the list grows by each block that can be fused."""
+        kept: list[Trial] = []
+        self.kept = kept
         try:
-            yield errors
+            yield kept
         finally:
-            self._errors = None
+            self.kept = None
 
 
 class GpuMambaMixer(FusedMambaMixer):
-    """A mixer whose inside is one call of `mamba_inner`; while its agreement is wanted, op by op beside that."""
+    """A mixer whose inside is one call of `mamba_inner`; in a trial it is computed op by op beside that."""
 
-    agreement: Agreement
+    trials: Trials
 
     @cached_property
     def products(self) -> Tensor:
@@ -76,10 +76,15 @@ class GpuMambaMixer(FusedMambaMixer):
         frozen: Tensor | None,
         context: Tensor | None,
     ) -> tuple[Tensor, ScanStatistics]:
-        if not self.agreement.wanted or wanted not in ("nothing", "tokens"):
+        trials = self.trials.kept
+        if trials is None or wanted not in ("nothing", "tokens"):
             return super().mix(xz, sequence, alignment, wanted, frozen, context)
         mixed, statistics = MambaMixer.mix(self, xz, sequence, alignment, wanted, frozen, context)
-        self.agreement.note(self.block, self.inside(xz, sequence, alignment, frozen, context), mixed)
+        arguments = self.arguments(xz, sequence, alignment, frozen, context)
+        found: str | tuple[Tensor, Tensor] | None = inner_composed(**arguments)
+        if found is None:
+            found = (mamba_inner(**arguments) - mixed).abs().amax(), mixed.abs().amax()
+        trials.append(Trial(self.block, found))
         return mixed, statistics
 
 
@@ -92,7 +97,7 @@ class FusedBlocks:
 
     def __init__(self, definition: Backbone, journal: Journal) -> None:
         self.refused: str | None = None
-        self._agreement = Agreement()
+        self._trials = Trials()
         self._judged: list[str] = []
         reasons: dict[int, str] = {}
         changes: dict[nn.Module, Callable[[nn.Module], nn.Module]] = {}
@@ -119,7 +124,7 @@ class FusedBlocks:
 
     def _fuse(self, number: int, journal: Journal) -> Callable[[nn.Module], nn.Module]:
         def fuse(mixer: nn.Module) -> nn.Module:
-            return as_kind(mixer, GpuMambaMixer, block=number, journal=journal, why="", agreement=self._agreement)
+            return as_kind(mixer, GpuMambaMixer, block=number, journal=journal, why="", trials=self._trials)
 
         return fuse
 
@@ -130,28 +135,36 @@ class FusedBlocks:
         return other
 
     def agree(self, images: Tensor) -> bool:
-        """Whether every block computes with `images` what it does op by op; if not, `refused` says which does not."""
+        """Whether blocks are fused with `images`, and compute what they do op by op; if one does not, `refused` says
+        which."""
         if self.refused is not None:
             return False
-        with self._agreement.listening() as errors:
+        with self._trials.listening() as trials:
             self.model(images)
         tolerance = TOLERANCE[self.model.dtype]
         if self.model.dtype == torch.float32 and images.is_cuda and torch.backends.cuda.matmul.allow_tf32:
             tolerance = TOLERANCE[torch.float16]
-        for block, error, largest in [(block, error.item(), largest.item()) for block, error, largest in errors]:
-            if not error <= tolerance * largest:  # also if one is not a number
-                self.refused = f"block {block + 1} differs by {error:.2g}, of values up to {largest:.2g}"
-                return False
-        return True
+        reasons = [found for _, found in trials if isinstance(found, str)]
+        for block, found in trials:
+            if not isinstance(found, str):
+                error, largest = (each.item() for each in found)
+                if not error <= tolerance * largest:  # also if one is not a number
+                    self.refused = f"block {block + 1} differs by {error:.2g}, of values up to {largest:.2g}"
+                    return False
+        if len(reasons) < len(trials):
+            return True
+        why = reasons[0] if reasons else "the pruner looks at their scans"
+        self._judged.append(f"blocks not fused: {shape_of(images)} ({why})")
+        return False
 
-    def faster(self, by_op: Callable[[], object], fused: Callable[[], object], device: torch.device, what: str) -> bool:
-        """Whether `fused` is no slower than `by_op`; `what` says for `notes` what it is that they compute."""
-        times = [(seconds(by_op, device), seconds(fused, device)) for _ in range(ROUNDS)]
+    def faster(self, by_op: Callable[[], object], fused: Callable[[], object], images: Tensor) -> bool:
+        """Whether `fused` is no slower than `by_op`, which both compute `images`."""
+        times = [(seconds(by_op, images.device), seconds(fused, images.device)) for _ in range(ROUNDS)]
         slow, fast = (median(each) for each in zip(*times, strict=True))
         taken = fast <= slow
         ratio = slow / fast if taken else fast / slow
         result = f"fused, {ratio:.2f} times as fast as" if taken else f"not fused, as that takes {ratio:.2f} times"
-        self._judged.append(f"blocks {result} op by op: {what}")
+        self._judged.append(f"blocks {result} op by op: {shape_of(images)}")
         return taken
 
     def refuse(self, error: BaseException) -> None:
@@ -168,6 +181,10 @@ class FusedBlocks:
         """What they hold beside the definition's tensors."""
         made = (vars(module).get(name) for module in self.model.modules() for name in ("packed", "products"))
         return [tensor for tensor in made if isinstance(tensor, Tensor)]
+
+
+def shape_of(images: Tensor) -> str:
+    return "x".join(map(str, images.shape))
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

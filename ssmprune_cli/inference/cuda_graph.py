@@ -151,16 +151,15 @@ class CudaGraphSession(Session):
 
     def _try_fused(self, fused: FusedBlocks, images: Tensor, graph: Graph | None) -> None:
         """Put one with fused blocks in the place of `graph`, or of what runs without one, where that is right."""
-        what = "x".join(map(str, images.shape))
         try:
             if not fused.agree(images):
                 return
             if graph is None:
                 slow, fast = (lambda: self.definition(images)), (lambda: fused.model(images))
-                self._fused_without_graph = fused.faster(slow, fast, images.device, what)
+                self._fused_without_graph = fused.faster(slow, fast, images)
                 return
             other = capture(fused.model, images, self._pool)
-            if fused.faster(graph.replay, other.replay, images.device, what):
+            if fused.faster(graph.replay, other.replay, images):
                 self._graphs[tuple(images.shape)] = other
         except Exception as error:  # a compiler of kernels raises many kinds, and op by op works
             fused.refuse(error)

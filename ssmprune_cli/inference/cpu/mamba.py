@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -202,28 +203,28 @@ class FusedMambaMixer(MambaMixer):
             self.journal.write(self.block, self.block, BY_OP, "the pruner looks at its scans")
             return super().mix(xz, sequence, alignment, wanted, frozen, context)
         self.journal.write(self.block, self.block, INSIDE, self.why)
-        return self.inside(xz, sequence, alignment, frozen, context), ScanStatistics()
+        return mamba_inner(**self.arguments(xz, sequence, alignment, frozen, context)), ScanStatistics()
 
-    def inside(
+    def arguments(
         self,
         xz: Tensor,
         sequence: TokenSequence,
         alignment: ScanAlignment | None,
         frozen: Tensor | None,
         context: Tensor | None,
-    ) -> Tensor:
-        """What `mix` gives, in one call."""
-        return mamba_inner(
-            xz,
-            self.packed,
-            self.d_state,
-            self.d_conv,
-            self.splits[0],
-            context=_together(frozen, context),
-            scale=self.scale,
-            products=self.products,
+    ) -> dict[str, Any]:
+        """What `mamba_inner` takes, by name."""
+        return {
+            "xz": xz,
+            "parameters": self.packed,
+            "d_state": self.d_state,
+            "d_conv": self.d_conv,
+            "dt_rank": self.splits[0],
+            "context": _together(frozen, context),
+            "scale": self.scale,
+            "products": self.products,
             **_of_one(lost_tokens(sequence, [alignment], self.directions, self.d_conv)),
-        )
+        }
 
 
 class FusedLocalMixer(LocalMixer):

@@ -204,13 +204,16 @@ class TritonBackend(Backend):
         return triton_rows.gated_sum_backward(grad, ys, z, scale)
 
     def mamba_inner(self, inputs: InnerInputs) -> Tensor:
-        tile = Tile(*_tile(inputs.xz, inputs.channels, inputs.d_state))
-        # The fused scan has no groups of tokens, since a group would have to know its first state in both directions.
-        # Where they are needed to fill the card, as at batch 1, the scans run one by one.
-        groups = _groups(tile.programs(inputs), steps_of(inputs), inputs.xz.device)
-        if groups > 1 or refused(inputs, interpreted=interpreted()) is not None:
+        if self.inner_composed(inputs) is not None:
             return super().mamba_inner(inputs)
-        return mamba_inner(inputs, tile)
+        return mamba_inner(inputs, _inner_tile(inputs))
+
+    def inner_composed(self, inputs: InnerInputs) -> str | None:
+        # The fused scan has no groups of tokens, since a group would have to know its first state in both directions.
+        groups = _groups(_inner_tile(inputs).programs(inputs), steps_of(inputs), inputs.xz.device)
+        if groups > 1:
+            return "the scans are split to fill the card"
+        return refused(inputs, interpreted=interpreted())
 
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return SparseConv(x, context, sources, weight, bias).forward()
@@ -315,6 +318,10 @@ def _tile(u: Tensor, channels: int, state: int) -> tuple[int, int]:
     # Single 16-bit values cannot be copied ahead of their use: each thread has pairs of channels.
     tile, block_n = TILE if u.dtype == torch.float32 else 2 * TILE, _power_of_two(state)
     return min(tile // block_n, MAX_BLOCK, _power_of_two(channels)), block_n
+
+
+def _inner_tile(inputs: InnerInputs) -> Tile:
+    return Tile(*_tile(inputs.xz, inputs.channels, inputs.d_state))
 
 
 def _power_of_two(number: int) -> int:
