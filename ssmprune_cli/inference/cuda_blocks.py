@@ -161,7 +161,7 @@ class FusedBlocks:
         """Whether `fused` is no slower than `by_op`, which both compute `images`."""
         times = [(seconds(by_op, images.device), seconds(fused, images.device)) for _ in range(ROUNDS)]
         slow, fast = (median(each) for each in zip(*times, strict=True))
-        taken = fast <= slow
+        taken = bool(fast <= slow)
         ratio = slow / fast if taken else fast / slow
         result = f"fused, {ratio:.2f} times as fast as" if taken else f"not fused, as that takes {ratio:.2f} times"
         self._judged.append(f"blocks {result} op by op: {shape_of(images)}")
