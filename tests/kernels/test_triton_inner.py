@@ -96,7 +96,7 @@ def test_values(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", ["gap+delta", "frozen+size"])
 def test_shapes_at_the_edge(shape: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(Case(*shape, mode, 1), torch.float32, monkeypatch)
+    check(Case(shape[0], shape[1], shape[2], shape[3], mode, 1), torch.float32, monkeypatch)
 
 
 @kernels

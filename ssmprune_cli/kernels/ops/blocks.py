@@ -81,7 +81,7 @@ def mamba_inner(
 
 def inner_composed(xz: Tensor, parameters: Tensor, d_state: int, d_conv: int, dt_rank: int, **lost: Any) -> str | None:
     """Why `mamba_inner` computes these arguments op by op on a backend that `fuses`; None if it does not."""
-    absent = dict.fromkeys(_Lost._fields) | {"scale": 1.0}
+    absent: dict[str, Any] = dict.fromkeys(_Lost._fields) | {"scale": 1.0}
     inputs = InnerInputs(xz, parameters, d_state, d_conv, dt_rank, **(absent | lost))
     return pick(xz, max(d_state, d_conv)).inner_composed(inputs)
 
