@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmprune_cli.inference.copying import as_kind, with_changes
-from ssmprune_cli.inference.cpu.mamba import FusedMambaMixer, directions_of, inside_refused
 from ssmprune_cli.inference.explain import Journal
+from ssmprune_cli.inference.inside import FusedMambaMixer, directions_of, inside_refused
 from ssmprune_cli.inference.session import with_slot
 from ssmprune_cli.interface import Pruner, ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import inner_composed, mamba_inner, pack_products, pick
@@ -65,7 +65,7 @@ class GpuMambaMixer(FusedMambaMixer):
     @cached_property
     def products(self) -> Tensor:
         """The weights of the products in the model's dtype, made once."""
-        return pack_products(directions_of(self), self.in_proj.weight.dtype)
+        return pack_products(directions_of(self), self.x_proj.weight.dtype)
 
     def mix(
         self,
