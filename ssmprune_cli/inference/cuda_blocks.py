@@ -7,6 +7,7 @@ fused; then both models are timed.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,11 +41,14 @@ class Trial(NamedTuple):
     found: str | tuple[Tensor, Tensor]
 
 
-class Trials:
-    """What fused blocks write down while somebody listens."""
+class Trials(threading.local):
+    """What fused blocks write down while somebody listens; each thread has its own: sessions share their blocks."""
 
     def __init__(self) -> None:
         self.kept: list[Trial] | None = None
+
+    def __reduce__(self) -> tuple[type[Trials], tuple[()]]:
+        return Trials, ()  # a copy of a session has some of its own
 
     @contextmanager
     def listening(self) -> Iterator[list[Trial]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -191,6 +193,22 @@ def test_a_pruned_session_is_judged_anew(monkeypatch: pytest.MonkeyPatch, fused:
     assert len(fused) == 2
     torch.testing.assert_close(other(IMAGES), pruned(IMAGES), atol=1e-5, rtol=1e-5)
     assert session.explain().notes[-1] == "blocks fused, 2.00 times as fast as op by op: 2x3x32x32"
+
+
+def test_a_copy_of_a_session_has_trials_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, by_op=2.0, fast=1.0)
+    session = CudaGraphSession(model(), {})
+    blocks = session._fused
+    assert blocks is not None
+    other = copy.deepcopy(blocks)
+    with blocks._trials.listening() as trials, torch.inference_mode():
+        other.model(IMAGES)  # a session that shares nothing is not part of this trial
+        thread = threading.Thread(target=blocks.model, args=(IMAGES,))  # nor is what another thread computes
+        thread.start()
+        thread.join()
+        assert not trials
+        blocks.model(IMAGES)
+    assert [trial.block for trial in trials] == [0, 1, 2] and other.agree(IMAGES)
 
 
 def test_what_cannot_be_fused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
