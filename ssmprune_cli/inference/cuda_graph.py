@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssmprune_cli.inference.behaviour import global_hooks
 from ssmprune_cli.inference.copying import cloned
+from ssmprune_cli.inference.cuda_blocks import FusedBlocks
 from ssmprune_cli.inference.session import Session, refuse_global_hooks
 from ssmprune_cli.interface import Pruner
 from ssmprune_cli.models import Backbone
@@ -81,7 +82,8 @@ class Turns:
 
 class CudaGraphSession(Session):
     """Holds up to MAX_GRAPHS graphs, which share one pool of memory. A shape is recorded when it comes for the second
-    time: the first one shows whether the model takes it. A first batch that is smaller than one that was recorded, such
+    time: the first one shows whether the model takes it. What is recorded has fused blocks if these agree with op by op
+    on that batch and are no slower: see cuda_blocks. A first batch that is smaller than one that was recorded, such
     as the last of a data set, is filled up to that size; its samples do not depend on those beside them. Batches of
     more shapes, and models in which an op cannot be recorded, run op by op, and `explain` says so. One call runs at a
     time."""
@@ -91,9 +93,11 @@ class CudaGraphSession(Session):
 
     def __init__(self, definition: nn.Module, refused: dict[str, str]) -> None:
         super().__init__(definition, refused)
+        self._fused = FusedBlocks(definition, self._journal) if isinstance(definition, Backbone) else None
         self._begin()
 
     def _begin(self) -> None:
+        self._fused_without_graph = False
         self._graphs: dict[tuple[int, ...], Graph] = {}
         self._pool: Any = None
         self._failed: str | None = None
@@ -112,7 +116,8 @@ class CudaGraphSession(Session):
         with self._turns.turn(images.device):
             graph = self._graph(images)
             if graph is None:
-                output: Tensor = self.definition(images)
+                fast = self._fused.model if self._fused is not None and self._fused_without_graph else self.definition
+                output: Tensor = fast(images)
                 self._seen.add(tuple(images.shape))
                 return output
             self._seen.add(tuple(images.shape))
@@ -140,7 +145,24 @@ class CudaGraphSession(Session):
                 self._graphs[shape] = capture(self.definition, images, self._pool)
             except RuntimeError as error:
                 self._failed = str(error).splitlines()[0]
+            if self._fused is not None:
+                self._try_fused(self._fused, images, self._graphs.get(shape))
         return self._graphs.get(shape) or self._larger(shape)
+
+    def _try_fused(self, fused: FusedBlocks, images: Tensor, graph: Graph | None) -> None:
+        """Put one with fused blocks in the place of `graph`, or of what runs without one, where that is right."""
+        try:
+            if not fused.agree(images):
+                return
+            if graph is None:
+                slow, fast = (lambda: self.definition(images)), (lambda: fused.model(images))
+                self._fused_without_graph = fused.faster(slow, fast, images)
+                return
+            other = capture(fused.model, images, self._pool)
+            if fused.faster(graph.replay, other.replay, images):
+                self._graphs[tuple(images.shape)] = other
+        except Exception as error:  # a compiler of kernels raises many kinds, and op by op works
+            fused.refuse(error)
 
     def _larger(self, shape: tuple[int, ...]) -> Graph | None:
         """The smallest graph of more images of this size, of a model whose samples are known to be apart."""
@@ -154,12 +176,17 @@ class CudaGraphSession(Session):
         self.definition(images)
 
     def repruned(self, pruner: Pruner | None) -> None:
+        self._fused = None if self._fused is None else self._fused.with_pruner(pruner)
         self._begin()
 
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *([] if self._fused is None else self._fused.tensors())]
+
     def notes(self) -> tuple[str, ...]:
+        blocks = () if self._fused is None else self._fused.notes()
         failure = () if self._failed is None else (f"op by op: a graph could not be recorded ({self._failed})",)
         if failure and not self._graphs:
-            return failure
+            return (*failure, *blocks)
         shapes = ", ".join("x".join(map(str, shape)) for shape in self._graphs) or "none yet"
         notes = [f"graphs from the second batch of a shape on: {shapes}; at most {MAX_GRAPHS} shapes"]
         if self._filled:
@@ -167,4 +194,4 @@ class CudaGraphSession(Session):
         by_op = len(self._seen - self._filled - set(self._graphs))
         if by_op:
             notes.append(f"op by op so far: {by_op} shapes")
-        return (*notes, *failure)
+        return (*notes, *failure, *blocks)

@@ -22,6 +22,7 @@ from ssmprune_cli.kernels.ops import (
     conv_flops,
     gated_sum,
     grid_conv2d,
+    inner_composed,
     linear,
     linear_int8,
     mamba_blocks,
@@ -48,6 +49,7 @@ from ssmprune_cli.kernels.packing import (
     pack_routes,
 )
 from ssmprune_cli.kernels.plain import PLAIN, PLAIN_PRUNE
+from ssmprune_cli.kernels.products import pack_products
 from ssmprune_cli.kernels.pytorch import eight_bit_linear, in_eight_bits
 from ssmprune_cli.kernels.triton import TRITON
 
@@ -80,6 +82,7 @@ __all__ = [
     "gated_sum",
     "grid_conv2d",
     "in_eight_bits",
+    "inner_composed",
     "linear",
     "linear_int8",
     "mamba_blocks",
@@ -89,6 +92,7 @@ __all__ = [
     "pack_block",
     "pack_inner",
     "pack_linear",
+    "pack_products",
     "pack_routes",
     "pick",
     "rank_tokens",

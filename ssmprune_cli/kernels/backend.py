@@ -157,6 +157,10 @@ class Backend(ABC):
         """The inside of a Mamba block, (B, L, E)."""
         return composed.mamba_inner(self, inputs)
 
+    def inner_composed(self, inputs: InnerInputs) -> str | None:
+        """Why a backend that `fuses` computes `mamba_inner` of these op by op; None if it does not."""
+        return None
+
     def routed_scans(self, inputs: RoutedInputs) -> Tensor:
         """The sum of the scans along several routes, (B, L, E). On GPUs no session asks for it: see docs/kernels.md."""
         return composed.routed_scans(self, inputs)

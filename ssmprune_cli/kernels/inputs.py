@@ -83,6 +83,7 @@ class InnerInputs(NamedTuple):
     size: Tensor | None
     mass: Tensor | None
     scale: float
+    products: Tensor | None = None
 
     @property
     def channels(self) -> int:

@@ -24,8 +24,9 @@ class Size:
     cut: int = 0
 
     def __str__(self) -> str:
-        image = [] if self.side is None else [f"{self.side} pixels"]
-        return ", ".join([*image, *([f"cut short by {self.cut} blocks"] if self.cut else [])])
+        blocks = f"{self.cut} block" if self.cut == 1 else f"{self.cut} blocks"
+        parts = ("" if self.side is None else f"{self.side} pixels", f"cut short by {blocks}" if self.cut else "")
+        return ", ".join(filter(None, parts))
 
 
 WHOLE = Size()

@@ -15,6 +15,12 @@ from torch import Tensor
 from ssmprune_cli.interface import Mixer, ScanAlignment
 from ssmprune_cli.registry import Registry
 
+# What a source is made of has a name: a pruned model can then be pickled.
+
+
+def _shape_of_steps(mixer: Mixer) -> tuple[int, ...]:
+    return mixer.directions, mixer.num_steps
+
 
 @dataclass(frozen=True)
 class AlignmentSource:
@@ -30,7 +36,7 @@ class AlignmentSource:
 
     stored: Callable[[Mixer, Tensor | None], Tensor] | None
     align: Callable[[Tensor | None], ScanAlignment | None]
-    shape: Callable[[Mixer], tuple[int, ...]] = lambda mixer: (mixer.directions, mixer.num_steps)
+    shape: Callable[[Mixer], tuple[int, ...]] = _shape_of_steps
     needs_calibration: bool = False
     needs_sizes: bool = False
 
@@ -51,12 +57,25 @@ def _mass(mixer: Mixer, calibrated: Tensor | None) -> Tensor:
     return torch.tensor(TYPICAL_MASS) if calibrated is None else calibrated
 
 
+def _one_value(mixer: Mixer) -> tuple[int, ...]:
+    return ()
+
+
+def _by_mass(stored: Tensor | None) -> ScanAlignment:
+    return ScanAlignment(mass=stored)
+
+
+def _by_neighbour(stored: Tensor | None) -> ScanAlignment:
+    return ScanAlignment()
+
+
+def _unaligned(stored: Tensor | None) -> None:
+    return None
+
+
 ALIGNMENTS: Registry[AlignmentSource] = Registry("alignment source")
 ALIGNMENTS.register("calibrated", AlignmentSource(_calibrated, ScanAlignment, needs_calibration=True))
 ALIGNMENTS.register("null", AlignmentSource(_null, ScanAlignment))
-ALIGNMENTS.register("neighbour", AlignmentSource(None, lambda stored: ScanAlignment()))
-ALIGNMENTS.register("none", AlignmentSource(None, lambda stored: None))
-ALIGNMENTS.register(
-    "mass",
-    AlignmentSource(_mass, lambda stored: ScanAlignment(mass=stored), lambda mixer: (), needs_sizes=True),
-)
+ALIGNMENTS.register("neighbour", AlignmentSource(None, _by_neighbour))
+ALIGNMENTS.register("none", AlignmentSource(None, _unaligned))
+ALIGNMENTS.register("mass", AlignmentSource(_mass, _by_mass, _one_value, needs_sizes=True))

@@ -160,7 +160,7 @@ def test_compare_at_equal_cost(ssmprune: Run, images: Path, tmp_path: Path) -> N
     assert dense["share"] == other["share"] == 1 and dense["divergence"] == 0 and other["divergence"] is None
     assert (drop["name"], context["name"]) == ("clip/drop/none", "clip/context/none")
     assert smaller["name"] == "smaller image" and smaller["points"] == smaller["tokens"] == []
-    assert cut["name"] == "cut short by 1 blocks" and cut["points"] == []
+    assert cut["name"] == "cut short by 1 block" and cut["points"] == []
     for row, least in ((drop, 0.75), (context, 0.75), (smaller, 0.5), (cut, 0.5)):
         assert least < row["share"] <= 0.8 and row["divergence"] > 0 and row["budget"] == "flops 0.8"
         low, high = row["difference_interval"]

@@ -336,7 +336,7 @@ def test_a_call_inside_of_a_parallel_region_does_not_change_a_bit(levels: int, t
             assert nested.call(getattr(self._code, name), ctypes.byref(struct), levels) == 0
 
     inside = CpuBackend()
-    inside.library = Nested(None, dots=True)
+    inside.library = Nested(None)
     torch.set_num_threads(1)
     expected = everything(CPU, 37)
     torch.set_num_threads(4)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable
+import mmap
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,22 +21,81 @@ from ssmprune_cli.kernels import BlockSizes, EightBit, in_eight_bits, linear_int
 from ssmprune_cli.kernels.backend import REFERENCE, Backend
 from ssmprune_cli.kernels.choice import BACKENDS
 from ssmprune_cli.kernels.cpu import build
-from ssmprune_cli.kernels.cpu.backend import CPU, CpuBackend
+from ssmprune_cli.kernels.cpu.backend import CpuBackend
+from ssmprune_cli.kernels.cpu.library import Dots, Library
 from ssmprune_cli.kernels.inputs import BlocksInputs, LinearInputs
 from ssmprune_cli.kernels.packing import InnerParameters, halves, pack_block, unpack_block, unpack_bytes
 
-LEVELS = build.levels() if build.compiler() is not None else ()
-BACKENDS_AND_DOTS = [(level, dots) for level in LEVELS for dots in (True, False)]
+COMPILES = build.compiler() is not None
+LEVELS = build.levels() if COMPILES else ()
+LEVELS_AND_DOTS = [(level, dots) for level in LEVELS for dots in (Dots.PAIRS, Dots.FOURS)]
+LEVELS_AND_DOTS += [(level, Dots.TILES) for level in LEVELS if level == build.TILES]
+# The code for instructions that this processor may not have, with C in their place: see emulated_amx.h.
+EMULATED = [("16", Dots.FOURS), ("16", Dots.TILES), ("8", Dots.FOURS)] if COMPILES and sys.platform == "linux" else []
+EMULATED_SOURCES = ("amx", "bytes", "byte_tiles", "linear", "blocks", "inner", "scan_forward", "tiles", "threads")
+HEADER = Path(__file__).parent / "emulated_amx.h"
 # Rows, inputs, outputs: tails of each, one of each, and several panels and groups of tokens.
 SHAPES = [(1, 1, 1), (1, 7, 65), (3, 4, 16), (5, 33, 1), (9, 64, 17), (17, 30, 130), (70, 192, 49), (33, 19, 64)]
 
 
-@pytest.fixture(params=BACKENDS_AND_DOTS, ids=str)
-def backend(request: pytest.FixtureRequest) -> CpuBackend:
+class Emulated(Library):
+    """The library at `code` as if it were that of the processor's best level."""
+
+    def __init__(self, code: Path, dots: Dots) -> None:
+        super().__init__(None, dots=dots)
+        self._code, self._level = ctypes.CDLL(str(code)), build.TILES
+
+
+def best_dots(level: str) -> Dots:
+    """What the processor has for products of bytes at a level, as Linux says."""
+    flags = build.processor_flags()
+    if level == build.TILES and "amx_int8" in flags:
+        return Dots.TILES
+    needed = {build.TILES: {"avx512_vnni"}, "v4": {"avx512_vnni"}, "v3": {"avx_vnni", "avx512_vnni"}}
+    return Dots.FOURS if needed.get(level, set()) & flags else Dots.PAIRS
+
+
+@pytest.fixture(scope="session")
+def emulated_code(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What `linear_int8` and `mamba_blocks` need, compiled for vectors of some width, whichever the processor has."""
+    made: dict[str, Path] = {}
+
+    def compiled(width: str) -> Path:
+        if width not in made:
+            made[width] = tmp_path_factory.mktemp("emulated") / f"{width}.so"
+            files = [build.SOURCES / f"{name}.c" for name in EMULATED_SOURCES]
+            flags = ("-O0", *build.FLAGS[1:], f"-DW={width}", f'-DEMULATED_AMX="{HEADER}"', "-fopenmp")
+            subprocess.run([str(build.compiler()), *flags, *map(str, files), "-o", str(made[width])], check=True)
+        return made[width]
+
+    return compiled
+
+
+@pytest.fixture(
+    params=[*LEVELS_AND_DOTS, *((f"emulated {width}", dots) for width, dots in EMULATED)],
+    ids=lambda each: f"{each[0]} {each[1].name}",
+)
+def backend(request: pytest.FixtureRequest, emulated_code: Callable[[str], Path]) -> Iterator[CpuBackend]:
     level, dots = request.param
-    own = CPU if level == CPU.library.facts()["level"] and dots else CpuBackend(level, dots=dots)
-    assert own.missing() is None
-    return own
+    if level in LEVELS:
+        own = CpuBackend(level, dots=dots)
+        if level == build.TILES and own.missing() is not None:
+            pytest.skip(str(own.missing()))
+        assert own.missing() is None and own.library.dots() is min(dots, best_dots(level))
+        yield own
+        return
+    own = CpuBackend()
+    own.library = Emulated(emulated_code(level.split()[1]), dots)
+    assert own.library.dots() is dots
+    code = own.library._code
+    assert code is not None
+    products = ctypes.c_int64.in_dll(code, "emulated_products")
+    products.value = 0
+    yield own
+    fault = ctypes.c_char_p.in_dll(code, "emulated_fault")
+    assert fault.value is None, "the processor would have refused: it must be that " + fault.value.decode()
+    assert (products.value > 0) == (dots is Dots.TILES)
+    assert ctypes.c_int64.in_dll(code, "emulated_open").value == 0  # every thread has released its tiles
 
 
 def make(rows: int, inputs: int, outputs: int) -> tuple[Tensor, EightBit, Tensor]:
@@ -75,6 +139,23 @@ def test_the_largest_sums_there_are(backend: CpuBackend) -> None:
     weight = EightBit(torch.full((70, 2048), 127, dtype=torch.int8), torch.ones(70))
     weight.values[1::2] *= -1
     assert torch.equal(computed(backend, x, weight), by_integers(x, weight, None))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system for a page that nobody may read")
+@pytest.mark.parametrize("shape", [(5, 1, 3), (40, 68, 70), (40, 128, 64)], ids=str)
+def test_nothing_is_read_beyond_a_weight(backend: CpuBackend, shape: tuple[int, int, int]) -> None:
+    """Whose end is that of a page, before one that nobody may read: a process that does ends there."""
+    x, weight, _ = make(*shape)
+    packed = pack_linear(weight)
+    size = packed.numel() * 4
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    everything = torch.frombuffer(memory, dtype=torch.float32)
+    libc, no_access = ctypes.CDLL(None, use_errno=True), 0
+    assert libc.mprotect(ctypes.c_void_p(everything.data_ptr() + pages), mmap.PAGESIZE, no_access) == 0
+    at_the_end = everything[(pages - size) // 4 : pages // 4].copy_(packed)
+    y = backend.linear_int8(LinearInputs(x, at_the_end, None, shape[2]))
+    assert torch.equal(y, by_integers(x, weight, None))
 
 
 def test_tokens_that_are_nothing_or_not_finite(backend: CpuBackend) -> None:

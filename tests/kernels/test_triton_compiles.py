@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ssmprune_cli.kernels.triton.backend import SEGMENT, interpreted
 from ssmprune_cli.kernels.triton.conv_launch import BLOCK, BLOCK_E, BLOCK_L
@@ -15,13 +18,14 @@ triton = pytest.importorskip("triton")
 # What the kernels always get as float32, and what has the dtype of the activations; all else is a number or a flag.
 SINGLE = (
     "A D bias gap_delta starts ends totals carries saved recomputed dA dB dC dD dbias dgap_delta inner dweight weight"
-    " residual stream d_stream d_sum d_weight initial last dinitial kept_residual older dropped gaps"
+    " residual stream d_stream d_sum d_weight initial last dinitial parameters both size mass kept_residual older"
+    " dropped gaps"
 )
 TOKENS = (
     "u delta B C z shift gap y grad du ddelta dz dshift x dx context dcontext hidden normed d_normed y0 y1 y2 y3 out"
-    " d_y d_z score kept_hidden"
+    " d_y d_z products score kept_hidden"
 )
-OTHERS = {"table": "*i32", "sources": "*i64", "first": "*i32", "following": "*i32", "live": "*i1"}
+OTHERS = {"table": "*i32", "sources": "*i64", "first": "*i32", "following": "*i32", "live": "*i1", "reads": "*i64"}
 OTHERS |= dict.fromkeys(["positions", "order", "older_positions", "kept_positions", "dropped_positions"], "*i64")
 ONES = [
     "length",
@@ -38,22 +42,31 @@ ONES = [
 ]  # Triton makes constants of arguments of 1
 
 
-def compile_for_gpu(kernel: Any, dtype: str, constants: dict[str, Any], capability: int) -> None:
+def compile_for_gpu(
+    kernel: Any, dtype: str, constants: dict[str, Any], capability: int, aligned: str = "", **options: int
+) -> Any:
+    """`aligned`: numbers that 16 divides, as Triton then knows of them and of every pointer."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = dict.fromkeys(TOKENS.split(), f"*{dtype}") | dict.fromkeys(SINGLE.split(), "*fp32") | OTHERS
+    if kernel.__name__.startswith("inner"):
+        types["rows"] = "*i32"  # elsewhere a number
     types |= dict.fromkeys(used, "constexpr")
     types |= {"eps": "fp32", "scale": "fp32"}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    by_16 = [name for name, kind in signature.items() if aligned and (kind[0] == "*" or name in aligned.split())]
     source = ASTSource(
         kernel,
-        {name: types.get(name, "i32") for name in kernel.arg_names},
+        signature,
         constexprs={(kernel.arg_names.index(name),): value for name, value in used.items()},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in by_16},
     )
-    options = {"num_warps": 1 if "MODE" in used or "ADJOINT" in used else 4, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    flags = {"num_warps": 1 if "MODE" in used or "ADJOINT" in used else 4, "enable_fp_fusion": True, **options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=flags)
     assert compiled.asm["cubin"]
+    return compiled
 
 
 @pytest.mark.slow
@@ -172,3 +185,39 @@ def test_grid_kernels_compile(
     ):
         compile_for_gpu(kernel, dtype, sizes, capability)
     compile_for_gpu(grid_conv.grid_conv_forward, dtype, sizes | {"BACKWARD": True}, capability)
+
+
+# Channels and strides of every published Vim.
+BY_16 = "channels x_b x_l context_b context_l z_b z_l parameters_g products_g bias_at rates_at columns"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(interpreted(), reason="Triton compiles nothing while it interprets")
+@pytest.mark.parametrize(
+    ("dtype", "rank", "sparse", "mode", "capability"),
+    [("bf16", 32, True, 3, 90), ("fp32", 16, False, 0, 80)],
+)
+def test_the_kernels_inside_a_block_keep_all_in_registers(
+    dtype: str, rank: int, sparse: bool, mode: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They compile, and leave nothing or next to nothing in local memory, which is as slow as any other."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from ssmprune_cli.kernels.triton.inner_inputs import inner_inputs
+    from ssmprune_cli.kernels.triton.inner_launch import STAGES, tile_of_inputs
+    from ssmprune_cli.kernels.triton.inner_scan import inner_scan
+
+    flags = tile_of_inputs({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    options = {name: flags.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    read = dict.fromkeys(("HAS_SOURCES", "HAS_READ", "HAS_SIZE"), sparse)
+    inputs = flags | read | {"WIDTH": 4, "BLOCK_R": rank, "BLOCK_C": 32}
+    compiled = [compile_for_gpu(inner_inputs, dtype, inputs, capability, BY_16, **options)]
+    scan = read | {"MODE": mode, "GAP": True, "TWO": sparse, "STAGES": STAGES, "BLOCK_N": 16}
+    scan["BLOCK_E"] = 64 if sparse else 32
+    compiled.append(compile_for_gpu(inner_scan, dtype, scan, capability, BY_16))
+    for each in compiled:
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(each.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        (stack,) = map(int, re.findall(r"STACK:(\d+)", usage))
+        assert stack <= 32, (each.metadata.name, usage)  # bytes of each thread: eight registers

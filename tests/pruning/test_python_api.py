@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +18,11 @@ from ssmprune_cli.data.preprocess import preprocess
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
 from ssmprune_cli.preprocessing import Preprocessing
-from ssmprune_cli.pruning import TokenPruner, compress, restore
+from ssmprune_cli.pruning import ALIGNMENTS, TokenPruner, compress, restore
 from ssmprune_cli.pruning.images import as_batches
+from ssmprune_cli.pruning.importance import IMPORTANCES
+from ssmprune_cli.pruning.reduction import REDUCTIONS
+from ssmprune_cli.registry import Registry
 from ssmprune_cli.workflows.finetune import build
 
 SETTINGS = ["image_size=[16,16]", "patch_size=4", "stride=4", "embed_dim=16", "depth=4", "num_classes=2"]
@@ -54,6 +58,15 @@ def test_every_form_of_the_same_images_calibrates_the_same(model: Backbone, imag
     assert same(deltas(model, [part.numpy().astype(np.float64) for part in images.split(2)]), expected)
     whole = deltas(model, images)
     assert same(deltas(model, images.numpy()), whole)
+
+
+@pytest.mark.parametrize("entries", [IMPORTANCES, REDUCTIONS, ALIGNMENTS])
+def test_what_a_pruned_model_holds_can_be_pickled(entries: Registry[Any]) -> None:
+    """Some people save the whole module, and processes that are started anew are sent it."""
+    for name, entry in entries.items():
+        file = io.BytesIO()
+        torch.save(entry, file)
+        assert file.tell() > 0, name
 
 
 def test_a_loader_serves_an_alignment_that_needs_more_than_one_pass(model: Backbone, images: Tensor) -> None:

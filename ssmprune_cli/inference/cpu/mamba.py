@@ -6,7 +6,6 @@ G directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 from ssmprune_cli.inference.behaviour import first_unlike
 from ssmprune_cli.inference.copying import as_kind
 from ssmprune_cli.inference.explain import BY_OP, Journal
+from ssmprune_cli.inference.inside import directions_of, inside_refused, lost_tokens, of_one, together, weight_of
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
 from ssmprune_cli.kernels import (
     BlockSizes,
     EightBit,
-    InnerParameters,
-    Weight,
     mamba_blocks,
     mamba_inner,
     pack_block,
@@ -30,24 +28,18 @@ from ssmprune_cli.kernels import (
 )
 from ssmprune_cli.models import (
     BranchMixer,
-    CausalConv1d,
     EightBitLinear,
     LocalMixer,
     MambaBlock,
     MambaMixer,
     MambaSequence,
     RMSNorm,
-    StepProjection,
-    conv_sources,
-    decay_rates,
-    inflow,
     scan_path,
     unit_tokens,
 )
-from ssmprune_cli.tokens import Derivation, TokenSequence
+from ssmprune_cli.tokens import TokenSequence
 
 ONE_CALL = "one call"
-INSIDE = "the inside of each block in one call"
 BRANCHES = "each direction of a block in one call"
 
 
@@ -57,22 +49,6 @@ def sizes_of(mixer: MambaMixer, parts: int) -> BlockSizes:
         eight_bits = 2 if all(isinstance(branch.x_proj, EightBitLinear) for branch in mixer.branches()) else 1
         parts = 0
     return BlockSizes(mixer.d_inner, mixer.d_state, mixer.d_conv, mixer.splits[0], mixer.directions, parts, eight_bits)
-
-
-def inside_refused(mixer: nn.Module, *, whole: bool = False) -> str | None:
-    """Why `mamba_inner`, or with `whole` `mamba_blocks`, cannot stand for the inside of `mixer`; None if it can."""
-    reason = first_unlike((mixer, LocalMixer if isinstance(mixer, LocalMixer) else MambaMixer))
-    if reason is not None or not isinstance(mixer, BranchMixer):
-        return reason
-    if isinstance(mixer, MambaMixer) and mixer.kind == "v1":
-        return "its directions share a convolution"
-    for branch in mixer.branches():
-        x_proj: nn.Module = branch.x_proj
-        projection = EightBitLinear if whole and isinstance(x_proj, EightBitLinear) else nn.Linear
-        reason = first_unlike((branch.conv1d, CausalConv1d), (x_proj, projection), (branch.dt_proj, StepProjection))
-        if reason is not None:
-            return reason
-    return None
 
 
 def _linears_refused(mixer: BranchMixer) -> str | None:
@@ -105,104 +81,6 @@ def block_refused(block: nn.Module) -> str | None:
 def _kind(alignment: ScanAlignment | None) -> tuple[bool, ...]:
     """Alignments of one kind can be in one call."""
     return () if alignment is None else (alignment.gap_delta is None, alignment.mass is None)
-
-
-_ENDS = Derivation[Tensor]("ends of cells")
-
-
-def lost_tokens(
-    sequence: TokenSequence, alignments: Sequence[ScanAlignment | None], directions: int, width: int
-) -> dict[str, Tensor]:
-    """What `sequence` has lost and what goes on feeding its scans, but for the values of those tokens, as
-    `mamba_blocks` takes it for blocks with these `alignments` of one kind."""
-    frozen, lost = sequence.frozen, dict[str, Tensor]()
-    # The rules are those of the small ops. No values: only what is derived from positions is used.
-    nothing = None if frozen is None else frozen.stream[..., :0]
-    flow = inflow(sequence, sequence.hidden[..., :0], nothing, alignments[0])
-    if flow.alignment is not None:
-        steps = [each.gap_delta for each in alignments if each is not None and each.gap_delta is not None]
-        masses = [each.mass.float() for each in alignments if each is not None and each.mass is not None]
-        if not masses:
-            lost["gap"] = flow.scanned.both_gaps()[:directions]
-        elif flow.size is not None:
-            lost |= {"size": flow.size, "mass": torch.stack(masses)}
-        if steps:
-            lost["gap_delta"] = torch.stack(steps)
-    cells = flow.cells
-    if cells is not None:
-        size = cells.size
-        lost |= {"read": cells.live, "cells": sequence.geometry.once(_ENDS, lambda: size.cumsum(dim=1).long())}
-        if "size" not in lost:  # all of a cell is put into the state, and nothing decays for it
-            lost |= {"size": size, "mass": size.new_ones(len(alignments))}
-            lost.setdefault("gap", torch.zeros_like(size).expand(directions, -1, -1))
-    elif flow.read is not None:
-        lost["read"] = flow.read
-    if frozen is not None or sequence.context is not None:
-        lost["sources"] = conv_sources(sequence, width)[:directions]
-    return lost
-
-
-def _weight(layer: nn.Linear | EightBitLinear) -> Weight:
-    return layer.eight_bit if isinstance(layer, EightBitLinear) else layer.weight
-
-
-def directions_of(mixer: BranchMixer) -> list[InnerParameters]:
-    """The parameters of the inside of `mixer`, direction by direction."""
-    return [
-        InnerParameters(
-            branch.conv1d.weight[:, 0],
-            _weight(branch.x_proj),
-            branch.dt_proj.weight,
-            decay_rates(branch.A_log),
-            branch.conv1d.bias,
-            branch.dt_proj.bias,
-            branch.D,
-        )
-        for branch in mixer.branches()
-    ]
-
-
-class FusedMambaMixer(MambaMixer):
-    """A mixer whose inside is one call of `mamba_inner`, where nothing looks at its scans."""
-
-    block: int
-    journal: Journal
-    why: str
-
-    @classmethod
-    def of(cls, mixer: MambaMixer, block: int, journal: Journal, why: str) -> FusedMambaMixer:
-        """`why`: what stands in the way of computing the whole block in one call."""
-        return as_kind(mixer, cls, block=block, journal=journal, why=why)
-
-    @cached_property
-    def packed(self) -> Tensor:
-        """The parameters as the op takes them, made when first needed: in blocks of one call they never are."""
-        return pack_inner(directions_of(self))
-
-    def mix(
-        self,
-        xz: Tensor,
-        sequence: TokenSequence,
-        alignment: ScanAlignment | None,
-        wanted: Wanted,
-        frozen: Tensor | None,
-        context: Tensor | None,
-    ) -> tuple[Tensor, ScanStatistics]:
-        if wanted not in ("nothing", "tokens"):
-            self.journal.write(self.block, self.block, BY_OP, "the pruner looks at its scans")
-            return super().mix(xz, sequence, alignment, wanted, frozen, context)
-        self.journal.write(self.block, self.block, INSIDE, self.why)
-        mixed = mamba_inner(
-            xz,
-            self.packed,
-            self.d_state,
-            self.d_conv,
-            self.splits[0],
-            context=_together(frozen, context),
-            scale=self.scale,
-            **_of_one(lost_tokens(sequence, [alignment], self.directions, self.d_conv)),
-        )
-        return mixed, ScanStatistics()
 
 
 class FusedLocalMixer(LocalMixer):
@@ -246,22 +124,12 @@ class FusedLocalMixer(LocalMixer):
                 self.d_state,
                 self.d_conv,
                 self.splits[0],
-                context=_together(frozen, context),
+                context=together(frozen, context),
                 scale=1.0,
-                **_of_one(lost_tokens(way.sequence, [own], 1, self.d_conv)),
+                **of_one(lost_tokens(way.sequence, [own], 1, self.d_conv)),
             )
             outputs.append(way.home(output))
         return self.merge(outputs, sequence), ScanStatistics()
-
-
-def _of_one(lost: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `lost_tokens` gives for a list of one block, as `mamba_inner` takes it."""
-    return lost | {name: lost[name][0] for name in ("gap_delta", "mass") if name in lost}
-
-
-def _together(frozen: Tensor | None, context: Tensor | None) -> Tensor | None:
-    both = [each for each in (frozen, context) if each is not None]
-    return torch.cat(both, dim=1) if both else None
 
 
 @dataclass(frozen=True)
@@ -318,12 +186,12 @@ def pack_blocks(model: MambaSequence) -> tuple[PackedBlocks | None, dict[int, st
 def _pack(block: MambaBlock, parts: int) -> Tensor:
     mixer: object = block.mixer
     assert isinstance(mixer, MambaMixer)
-    out_proj = _weight(mixer.out_proj)
+    out_proj = weight_of(mixer.out_proj)
     if mixer.gamma is not None and isinstance(out_proj, EightBit):
         out_proj = out_proj._replace(scale=out_proj.scale * mixer.gamma.float())
     elif mixer.gamma is not None and isinstance(out_proj, Tensor):
         out_proj = out_proj * mixer.gamma[:, None]
-    return pack_block(block.norm.weight, _weight(mixer.in_proj), out_proj, directions_of(mixer), parts)
+    return pack_block(block.norm.weight, weight_of(mixer.in_proj), out_proj, directions_of(mixer), parts)
 
 
 def run_features(model: MambaSequence, packed: PackedBlocks, journal: Journal, images: Tensor) -> TokenSequence:
@@ -368,7 +236,7 @@ def _run(
         sequence.residual,
         packed.run(block, stop),
         packed.sizes,
-        context=_together(frozen, context),
+        context=together(frozen, context),
         scale=packed.scale,
         eps=packed.eps,
         wants_y=wanted == "y",

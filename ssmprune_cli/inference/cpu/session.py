@@ -16,13 +16,12 @@ from ssmprune_cli.inference.cpu.linear import (
 )
 from ssmprune_cli.inference.cpu.mamba import (
     FusedLocalMixer,
-    FusedMambaMixer,
     PackedBlocks,
-    inside_refused,
     pack_blocks,
     run_features,
 )
 from ssmprune_cli.inference.cpu.routed import FusedPlainMambaMixer, FusedVMambaMixer, scans_refused
+from ssmprune_cli.inference.inside import FusedMambaMixer, inside_refused
 from ssmprune_cli.inference.session import Session, refuse_global_hooks, with_slot
 from ssmprune_cli.interface import Pruner
 from ssmprune_cli.kernels import pick

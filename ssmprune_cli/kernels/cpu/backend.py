@@ -25,7 +25,7 @@ from ssmprune_cli.kernels.cpu.call import (
     Sum,
     slots_of,
 )
-from ssmprune_cli.kernels.cpu.library import Library
+from ssmprune_cli.kernels.cpu.library import Dots, Library
 from ssmprune_cli.kernels.inputs import (
     BlocksInputs,
     Gradients,
@@ -73,7 +73,7 @@ class CpuBackend(Backend):
     skips_reading = True
     fuses = True
 
-    def __init__(self, level: str | None = None, *, dots: bool = True) -> None:
+    def __init__(self, level: str | None = None, *, dots: Dots | None = None) -> None:
         self.library = Library(level, dots=dots)
 
     def missing(self) -> str | None:
@@ -311,7 +311,7 @@ class CpuBackend(Backend):
         dtype, sizes = inputs.hidden.dtype, BlockSizes(*inputs.sizes)
         if sizes.parts == FLOAT_PARTS and not self.library.has_tiles():
             return super().mamba_blocks(inputs)
-        call = Call(threads=torch.get_num_threads(), tiles=self.library.has_tiles(), dots=self.library.has_dots())
+        call = Call(threads=torch.get_num_threads(), tiles=self.library.has_tiles(), dots=self.library.dots())
         call.blocks(inputs)
         batch, length, _ = inputs.hidden.shape
         out, stream = torch.empty(inputs.hidden.shape), torch.empty(inputs.hidden.shape)
@@ -347,10 +347,10 @@ class CpuBackend(Backend):
         return out
 
     def has_dots(self) -> bool:
-        return self.library.has_dots()
+        return self.library.dots() is not Dots.PAIRS
 
     def linear_int8(self, inputs: LinearInputs) -> Tensor:
-        call = Call(threads=torch.get_num_threads(), dots=self.library.has_dots())
+        call = Call(threads=torch.get_num_threads(), dots=self.library.dots())
         call.linear(inputs, eight_bits=True)
         out = torch.empty(*inputs.x.shape[:-1], inputs.outputs)
         call.set(out=out)

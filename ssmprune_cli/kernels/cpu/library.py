@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,22 @@ from ssmprune_cli.kernels.cpu.call import check_structs
 LEVEL_VARIABLE = "SSMPRUNE_CPU_LEVEL"
 
 
+class Dots(IntEnum):
+    """How products of bytes are made, as in csrc/bytes.h."""
+
+    PAIRS = 0  # of 16 bits: on any processor
+    FOURS = 1  # in one instruction: AVX512-VNNI, AVX-VNNI
+    TILES = 2  # AMX
+
+
 class Library:
     """Compiled when it is first asked for, unless it came with the installation.
 
     level  one of build.LEVELS; without, the one that SSMPRUNE_CPU_LEVEL names, or the processor's best
-    dots   whether to multiply bytes by the instruction for them, where the level and the processor have it
+    dots   the best way to multiply bytes that may be taken, if the processor has it; without, the best of the level
     """
 
-    def __init__(self, level: str | None, *, dots: bool) -> None:
+    def __init__(self, level: str | None, *, dots: Dots | None = None) -> None:
         self._wanted = level
         self._dots = dots
         self._code: ctypes.CDLL | None = None
@@ -76,9 +85,12 @@ class Library:
         """Whether the processor multiplies matrices of bfloat16 by itself."""
         return self.missing() is None and self._level == TILES
 
-    def has_dots(self) -> bool:
-        """Whether it multiplies fours of bytes in one instruction, and may here."""
-        return self._dots and self.missing() is None and bool(self._code and self._code.byte_products_available())
+    def dots(self) -> Dots:
+        """How it multiplies bytes."""
+        if self.missing() is not None or self._code is None:
+            return Dots.PAIRS
+        best_of_level = Dots.TILES if self._level == TILES else Dots.FOURS
+        return Dots(self._code.best_dots(best_of_level if self._dots is None else self._dots))
 
     def run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
         """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""

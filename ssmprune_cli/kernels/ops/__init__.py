@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.kernels.ops.blocks import mamba_blocks, mamba_inner
+from ssmprune_cli.kernels.ops.blocks import inner_composed, mamba_blocks, mamba_inner
 from ssmprune_cli.kernels.ops.conv import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
 from ssmprune_cli.kernels.ops.linear import linear
 from ssmprune_cli.kernels.ops.linear_int8 import linear_int8
@@ -18,6 +18,7 @@ __all__ = [
     "conv_flops",
     "gated_sum",
     "grid_conv2d",
+    "inner_composed",
     "linear",
     "linear_int8",
     "mamba_blocks",

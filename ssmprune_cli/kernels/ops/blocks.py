@@ -18,6 +18,7 @@ from ssmprune_cli.kernels.ops.conv import conv_flops
 from ssmprune_cli.kernels.ops.library import Expected, check, counted, define, refuse_gradients, three
 from ssmprune_cli.kernels.ops.scan import scan_flops
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
+from ssmprune_cli.kernels.products import products_size
 
 _PARTS = {torch.float32: (0, FLOAT_PARTS), torch.bfloat16: (0, 1)}  # that a model in this dtype may have its weights in
 
@@ -38,6 +39,7 @@ def mamba_inner(
     size: Tensor | None = None,
     mass: Tensor | None = None,
     scale: float = 1.0,
+    products: Tensor | None = None,
 ) -> Tensor:
     """The inside of a Mamba block (state-spaces/mamba e9594ce, mamba_inner_ref), of all its scan directions at once.
 
@@ -56,6 +58,8 @@ def mamba_inner(
                       much as it does; D is times its own
     size, mass        (B, S), (): tokens that each step stands for. What it puts into the state is times
                       1 + mass (size - 1), and so is its decay if there is no gap; both or none
+    products          from `pack_products` in the dtype of xz: the weights of `parameters` that matrices are multiplied
+                      with, once more. Without it a backend that multiplies in that dtype converts them at each call
 
     Returns (B, L, E). Has no gradient. Raises KernelError for what does not fit.
     """
@@ -66,9 +70,20 @@ def mamba_inner(
         raise KernelError(f"xz has {width} channels, which are not two halves")
     lost = _Lost(gap, gap_delta, context, sources, read, cells, size, mass)
     lost = _check(xz, sizes, expected, lost, (), sizes.d_inner)
+    if products is not None:
+        shape = (sizes.directions, products_size(sizes.d_inner, d_state, dt_rank))
+        if products.shape != shape or products.dtype != xz.dtype or products.device != xz.device:
+            raise KernelError(f"products must be {xz.dtype} of shape {shape} on {xz.device}")
     refuse_gradients(xz, parameters)
-    result: Tensor = torch.ops.ssmprune.mamba_inner(xz, parameters, d_state, d_conv, dt_rank, *lost, scale)
+    result: Tensor = torch.ops.ssmprune.mamba_inner(xz, parameters, d_state, d_conv, dt_rank, *lost, scale, products)
     return result
+
+
+def inner_composed(xz: Tensor, parameters: Tensor, d_state: int, d_conv: int, dt_rank: int, **lost: Any) -> str | None:
+    """Why `mamba_inner` computes these arguments op by op on a backend that `fuses`; None if it does not."""
+    absent: dict[str, Any] = dict.fromkeys(_Lost._fields) | {"scale": 1.0}
+    inputs = InnerInputs(xz, parameters, d_state, d_conv, dt_rank, **(absent | lost))
+    return pick(xz, max(d_state, d_conv)).inner_composed(inputs)
 
 
 def mamba_blocks(
@@ -196,9 +211,10 @@ def _inner(
     size: Tensor | None,
     mass: Tensor | None,
     scale: float,
+    products: Tensor | None = None,
 ) -> Tensor:
     lost = (gap, gap_delta, context, sources, read, cells, size, mass)
-    inputs = InnerInputs(xz, parameters, d_state, d_conv, dt_rank, *lost, scale)
+    inputs = InnerInputs(xz, parameters, d_state, d_conv, dt_rank, *lost, scale, products)
     return pick(xz, max(d_state, d_conv)).mamba_inner(inputs)
 
 

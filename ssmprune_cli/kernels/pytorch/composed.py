@@ -20,6 +20,7 @@ from ssmprune_cli.kernels.packing import (
     unpack_inner,
     unpack_linear,
 )
+from ssmprune_cli.kernels.products import unpack_products
 from ssmprune_cli.kernels.pytorch import eight_bit
 
 if TYPE_CHECKING:
@@ -48,9 +49,15 @@ def _scans(backend: Backend, inputs: InnerInputs, x_weights: Sequence[EightBit] 
         convolved = u
         if pool is not None:
             u = (pool @ u.to(pool.dtype)).to(u.dtype)
-        projected = _product(u, x_weights[g] if x_weights else own.x_weight)
-        rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
-        delta = functional.linear(rank_values, own.dt_weight.to(u.dtype))
+        if inputs.products is None:
+            projected = _product(u, x_weights[g] if x_weights else own.x_weight)
+            rank_values, B, C = projected.split([inputs.dt_rank, inputs.d_state, inputs.d_state], dim=-1)
+            dt_weight = own.dt_weight.to(u.dtype)
+        else:
+            products = unpack_products(inputs.products[g], sizes.d_inner, sizes.d_state, sizes.dt_rank)
+            rank_values, B, C = products.project(u, sizes.d_state)
+            dt_weight = products.dt_weight
+        delta = functional.linear(rank_values, dt_weight)
         gap = growth if inputs.gap is None else inputs.gap[g]
         gap_delta = None if inputs.gap_delta is None else inputs.gap_delta[g]
         if growth is not None:

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.backend import Backend, no_states
-from ssmprune_cli.kernels.inputs import Gradients, GridConvInputs, Moved, MoveInputs, OrderInputs, ScanInputs
+from ssmprune_cli.kernels.inputs import (
+    Gradients,
+    GridConvInputs,
+    InnerInputs,
+    Moved,
+    MoveInputs,
+    OrderInputs,
+    ScanInputs,
+)
 from ssmprune_cli.kernels.triton.conv_launch import MAX_TAPS, Conv, SparseConv
+from ssmprune_cli.kernels.triton.inner_launch import Tile, mamba_inner, refused, steps_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INNER = 64  # states: what a program keeps in registers
@@ -34,6 +43,7 @@ class TritonBackend(Backend):
     """Imports Triton when it first computes. Nothing waits for the GPU, so CUDA graphs can record it."""
 
     name = "triton"
+    fuses = True  # where it pays: sessions on a GPU time it before they take it
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -233,6 +243,18 @@ class TritonBackend(Backend):
             return super().move_tokens(inputs)
         return prune.move_tokens(inputs)
 
+    def mamba_inner(self, inputs: InnerInputs) -> Tensor:
+        if self.inner_composed(inputs) is not None:
+            return super().mamba_inner(inputs)
+        return mamba_inner(inputs, _inner_tile(inputs))
+
+    def inner_composed(self, inputs: InnerInputs) -> str | None:
+        # The fused scan has no groups of tokens, since a group would have to know its first state in both directions.
+        groups = _groups(_inner_tile(inputs).programs(inputs), steps_of(inputs), inputs.xz.device)
+        if groups > 1:
+            return "the scans are split to fill the card"
+        return refused(inputs, interpreted=interpreted())
+
     def sparse_conv(self, x: Tensor, context: Tensor, sources: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return SparseConv(x, context, sources, weight, bias).forward()
 
@@ -246,12 +268,9 @@ class _Scan:
     """The arguments that the scan's kernels share."""
 
     def __init__(self, inputs: ScanInputs) -> None:
-        # Single 16-bit values cannot be copied ahead of their use: each thread has pairs of channels.
-        tile = TILE if inputs.u.dtype == torch.float32 else 2 * TILE
         self._tensors = {name: _rows(getattr(inputs, name), name) for name in TENSORS.split()}
         (batch, length, channels), state = inputs.u.shape, inputs.A.shape[1]
-        block_n = _power_of_two(state)
-        block_e = min(tile // block_n, MAX_BLOCK, _power_of_two(channels))
+        block_e, block_n = _tile(inputs.u, channels, state)
         blocks = -(-channels // block_e)
         groups = _groups(batch * blocks, length, inputs.u.device)
         group = -(-length // (groups * SEGMENT)) * SEGMENT
@@ -332,6 +351,17 @@ def _mode(inputs: ScanInputs) -> int:
     if inputs.gap is None:
         return 0
     return 2 if inputs.gap_delta is None else 3
+
+
+def _tile(u: Tensor, channels: int, state: int) -> tuple[int, int]:
+    """Channels and states of a program."""
+    # Single 16-bit values cannot be copied ahead of their use: each thread has pairs of channels.
+    tile, block_n = TILE if u.dtype == torch.float32 else 2 * TILE, _power_of_two(state)
+    return min(tile // block_n, MAX_BLOCK, _power_of_two(channels)), block_n
+
+
+def _inner_tile(inputs: InnerInputs) -> Tile:
+    return Tile(*_tile(inputs.xz, inputs.channels, inputs.d_state))
 
 
 def _power_of_two(number: int) -> int:

@@ -124,7 +124,7 @@ int mamba_blocks(const Blocks *a) {
             failed |= pass(a, way, first, count, scratch, size, rows);
 #pragma omp barrier
         }
-        if (way == TILES) tiles_end();
+        if (way == TILES || (way == BYTES && a->dots == TILES_OF_BYTES)) tiles_end();
     }
     free(scratch);
     return failed;

@@ -60,14 +60,14 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
         tile_rows(from, together, E, a->parts, a->rows);
         tile_columns(a->rows, together, p.x_weight, 0, E, 0, padded(a), a->parts, to);
     } else if (way == BYTES) {
-        float *scales = (float *)a->rows + BYTE_TOKENS * quads(E);
-        byte_rows(from, BYTE_TOKENS, E, (uint8_t *)a->rows, scales);
+        float *scales = (float *)a->rows + together * byte_step(E) / 4, *there[MOST_ROWS];
+        byte_rows(from, together, E, (int)a->dots, (uint8_t *)a->rows, scales);
         for (int64_t n = 0; n < projected(a); n += BYTE_PANEL) {
             const float *panel = p.x_weight + n / BYTE_PANEL * byte_panel(E);
             int64_t left = projected(a) - n;
-            float *there[BYTE_TOKENS];
-            for (int r = 0; r < BYTE_TOKENS; r++) there[r] = to[r] + n;
-            byte_product((uint8_t *)a->rows, scales, panel, 0, E, left < BYTE_PANEL ? left : BYTE_PANEL, (int)a->dots, there);
+            for (int64_t r = 0; r < together; r++) there[r] = to[r] + n;
+            byte_product((uint8_t *)a->rows, scales, together, panel, 0, E, left < BYTE_PANEL ? left : BYTE_PANEL,
+                         (int)a->dots, there);
         }
     } else {
         product(way, from, p.x_weight, E, projected(a), to);
@@ -80,7 +80,9 @@ int feed_rows(const Inner *a, int64_t first, int64_t count, float *scratch, int6
     int missing = 0, way = (int)a->way;
     own_share(count * a->steps, &start, &stop);
     int64_t together = way == TILES ? group_size(start, stop) : TILE_ROWS;
-    if (way == TILES && together) tiles_begin(together);
+    if (way == BYTES) together = byte_together(start, stop, (int)a->dots);
+    if (way == TILES && together) tiles_begin(together, 16);
+    if (way == BYTES && a->dots == TILES_OF_BYTES && together) tiles_begin(together, byte_depth(a->channels));
     for (int64_t row = start; row < stop; row += together)
         for (int64_t g = 0; g < a->directions; g++) {
             if (a->half) missing |= feed_tile(a, g, first, row, TILE_ROWS, stop, 1, FLOATS, scratch, size);

@@ -22,6 +22,7 @@ int linear(const Linear *a) {
         float *own = scratch + omp_get_thread_num() * room;
         if (a->eight_bits) {
             eight_bit(x, a->weight, a->bias, out, start, stop, (int)a->dots, own);
+            if (a->dots == TILES_OF_BYTES) tiles_end();
         } else {
             tiled(x, a->weight, a->bias, out, start, stop, a->parts, (uint16_t *)own);
             tiles_end();

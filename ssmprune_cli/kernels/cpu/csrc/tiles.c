@@ -1,47 +1,7 @@
-/* Products of matrices by AMX, which Intel's server processors have. Its registers hold tiles of 16 rows of 64
- * bytes; one instruction multiplies 16 x 32 by 32 x 16 bfloat16 values and adds to 16 x 16 sums in float32. */
 #include "tiles.h"
 
-#if W == 16 && defined(__AVX512F__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#if W == 16 && AMX && !defined(EMULATED_AMX)
 #define TILED __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
-#define REQUEST_PERMISSION 0x1023 /* of arch_prctl, for one part of the processor's state */
-#define TILE_DATA 18
-
-static int ask(void) {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & d >> 24 & 1)) return 0; /* AMX-BF16 and AMX-TILE */
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0;            /* AVX512-BF16 */
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-
-int tiles_available(void) {
-    static int found = -1; /* asking takes a virtual machine longer than many a product */
-    if (found < 0) found = ask();
-    return found;
-}
-
-/* Rows of the first of the two tiles that `count` tokens are in. They share the tokens evenly: a product takes as long as
- * a tile has rows, but less than 13 are no quicker, as four products side by side then wait for their sums. */
-INLINE int64_t first_rows(int64_t count) { return count > 16 ? (count + 1) / 2 : count; }
-
-TILED void tiles_begin(int64_t count) {
-    uint8_t first = (uint8_t)first_rows(count), second = (uint8_t)(count - first);
-    volatile struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } eight = {.palette = 1}; /* volatile: compilers do not know that all of it is read */
-    for (int tile = 0; tile < 8; tile++) {
-        eight.rows[tile] = tile >= 6 ? 16 : tile % 2 ? second : first;
-        eight.row_bytes[tile] = eight.rows[tile] ? 64 : 0;
-    }
-    _tile_loadconfig((const void *)&eight);
-}
-
-TILED void tiles_end(void) { _tile_release(); }
 
 /* The first `count` of 16 values. */
 INLINE __mmask16 some(int64_t count) { return count >= 16 ? 0xFFFF : count > 0 ? (__mmask16)((1 << count) - 1) : 0; }
@@ -149,9 +109,6 @@ void tile_product_in_part(const uint16_t *rows, int64_t count, const float *weig
     for (int64_t r = 0; r < count; r++) memcpy(out[r] + n, block + r * 32, (size_t)columns * sizeof(float));
 }
 #else
-int tiles_available(void) { return 0; }
-void tiles_begin(int64_t count) { (void)count; }
-void tiles_end(void) {}
 void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows) {
     (void)x, (void)count, (void)K, (void)parts, (void)rows;
 }

@@ -1,31 +1,19 @@
-/* Products by the processor's own instructions for bfloat16 matrices (AMX), for which tokens are rounded too.
+/* Products by the processor's own instructions for bfloat16 matrices (amx.h), for which tokens are rounded too. One of them
+ * multiplies 16 x 32 by 32 x 16 values and adds to 16 x 16 sums in float32.
  *
  * Weights lie in tiles of 32 inputs and 16 outputs, (P / 16, K / 32, parts, 16, 16, 2), as packing.pack_block lays them
  * out: inputs k and k + 16 of a tile are together, and both sizes are padded. With three parts, weights and tokens are
  * float32: a value of bfloat16 that is near, one for what is missing, and one for what is missing then. */
 #ifndef SSMPRUNE_TILES_H
 #define SSMPRUNE_TILES_H
-#include "threads.h"
+#include "amx.h"
 
-#define TILE 512     /* values of bfloat16 in a tile, of 32 inputs and 16 outputs or tokens */
-#define MOST_ROWS 32 /* tokens that are together, at most */
-#define GROUPS 4     /* of tokens that pass by a weight's tiles together */
+#define TILE 512 /* values of bfloat16 in a tile, of 32 inputs and 16 outputs or tokens */
+#define GROUPS 4 /* of tokens that pass by a weight's tiles together */
 
 /* Floats that a weight (K, P) in bfloat16 takes the room of, and those until the next 16 outputs. */
 INLINE int64_t tiled_step(int64_t K, int64_t parts) { return (K + 31) / 32 * parts * TILE / 2; }
 INLINE int64_t tiled_size(int64_t K, int64_t P, int64_t parts) { return (P + 15) / 16 * tiled_step(K, parts); }
-
-/* Whether the processor and the system can do it. */
-int tiles_available(void);
-/* Before a thread does it for groups of `count` tokens, and after it did. */
-void tiles_begin(int64_t count);
-void tiles_end(void);
-
-/* Tokens of a group, if those from `start` to `stop` are in as few groups of one size as there can be. */
-INLINE int64_t group_size(int64_t start, int64_t stop) {
-    int64_t groups = (stop - start + MOST_ROWS - 1) / MOST_ROWS;
-    return groups ? (stop - start + groups - 1) / groups : 0;
-}
 
 /* `count` tokens of x[r] (K) as the parts that make them up, (K / 32, parts, MOST_ROWS, 32), with zeros up to whole tiles. */
 void tile_rows(const float *const *x, int64_t count, int64_t K, int64_t parts, uint16_t *rows);
@@ -75,7 +63,7 @@ INLINE void tiled(Rows x, const float *weight, const float *bias, Rows out, int6
     if (!count) return;
     int64_t groups = (stop - start + count - 1) / count, passes = (groups + GROUPS - 1) / GROUPS;
     float *from[MOST_ROWS], *to[GROUPS][MOST_ROWS];
-    tiles_begin(count);
+    tiles_begin(count, 16);
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t first, last;
         share(groups, pass, passes, &first, &last);
