@@ -21,6 +21,7 @@ from ssmprune_cli.tokens import TokenSequence
 
 Layout = Literal["tokens", "grid", "image"]  # of a mixer's input: (B, L, d), (B, H, W, d) or (B, d, H, W)
 Shape = tuple[int, ...]
+SIZES = {"tokens": (2, 11), "grid": (2, 6, 4), "image": (2, 6, 4)}  # of the input of a proof: samples and tokens
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -86,6 +87,10 @@ class Form(ABC):
     @abstractmethod
     def null_delta(self, module: nn.Module) -> Tensor:
         """(directions, E): the step size of a zero token among zero tokens."""
+
+    def input_size(self, module: nn.Module) -> Shape:
+        """Samples and tokens of an input to prove `module` on, which is a copy of the user's and may be told of it."""
+        return SIZES[self.layout]
 
 
 class SequenceForm(Form):

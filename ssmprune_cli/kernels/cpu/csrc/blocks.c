@@ -19,10 +19,13 @@ ARGUMENTS(Blocks,
 DESCRIBE(Blocks)
 
 #define SHARE (1 << 21) /* floats of scratch memory for a thread's samples: more of them read the weights less often */
+#ifndef TOGETHER
+#define TOGETHER 512
+#endif
 #define PANEL 64 /* columns of a weight that lie together: a panel stays in the caches while rows pass by it */
 
-/* Rows `start` ... `stop` of out = x . weight, which has panels of PANEL columns. A panel meets all rows. */
-INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
+/* Rows `start` ... `stop` of out = x . weight, which has panels of PANEL columns. A panel meets all of the rows. */
+INLINE void panels_of_rows(int way, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
     int64_t K = x.columns, words = way == FLOATS ? K : tiled_step(K, 1) / 16; /* of a column */
     int64_t tiles = (stop - start + TILE_ROWS - 1) / TILE_ROWS;
     int64_t ahead = tiles ? (words * PANEL / 16 + tiles - 1) / tiles * 16 : 0; /* of the next panel, asked for by each tile */
@@ -35,6 +38,12 @@ INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start
             if (out.columns - n >= PANEL) product(way, (const float *const *)from, weight, K, PANEL, to);
             else product(way, (const float *const *)from, weight, K, out.columns - n, to);
         }
+}
+
+/* The same of any number of rows, TOGETHER at a time: each panel reads these again, so they have to stay in the caches. */
+INLINE void panels(int way, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
+    for (int64_t row = start; row < stop; row += TOGETHER)
+        panels_of_rows(way, x, weight, out, row, row + TOGETHER < stop ? row + TOGETHER : stop);
 }
 
 static void project(int64_t way, const Inner *a, Rows x, const float *weight, Rows out, int64_t start, int64_t stop) {
