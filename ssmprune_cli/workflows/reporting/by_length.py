@@ -13,7 +13,8 @@ _STEPS = 32  # of a curve: a straight line against a logarithm is bent
 
 def length_plot(found: Scaling) -> str:
     """An SVG of three plots, all axes logarithmic: on them a power is a straight line."""
-    batch = f"a batch of {found.batch_size}, {found.dtype}, {found.device}, {found.threads} threads"
+    threads = f"{found.threads} thread{'s' * (found.threads != 1)}"
+    batch = f"a batch of {found.batch_size}, {found.dtype}, {found.device}, {threads}"
     one = "window" if found.unit == "tokens" else "image"
     time, memory, work = [], [], []
     for name, points in found.points.items():
