@@ -72,7 +72,10 @@ def test_kinds_are_told_by_all_of_the_names() -> None:
         ("0.mixer", "model, model)"),
         ("layers.0.blocks.1.op", "model, model.layers)"),
         ("mixer", "model, model)"),
+        ("enc1.0.op", "model, model.enc1)"),
     ],
 )
 def test_the_sketch_guesses_where_the_blocks_are(name: str, blocks: str) -> None:
-    assert f"MyAdapter({blocks}" in sketch([Seen(name, "Mamba", 16, 4)])
+    text = sketch([Seen(name, "Mamba", 16, 4)])
+    assert f"MyAdapter({blocks}" in text
+    assert max(map(len, text.splitlines())) < 80  # a terminal that breaks a line breaks the program
