@@ -87,9 +87,9 @@ def processor(run: Tables, models: dict[str, Backbone], lengths: list[int], roun
     run.start("processor", "model", "tokens", "us a token", "of these, the system", "pages mapped a token")
     for name in sessions:
         for length in lengths:
-            whole, system, faults = (list(each) for each in zip(*found[name, length], strict=True))
+            whole, system, mapped = (list(each) for each in zip(*found[name, length], strict=True))
             cells = (f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})" for each in (whole, system))
-            run.row(name, f"{length:,}", *cells, f"{statistics.median(faults):.2f}")
+            run.row(name, f"{length:,}", *cells, f"{statistics.median(mapped):.2f}")
 
 
 def main() -> None:

@@ -59,6 +59,12 @@ class Gate(nn.Module):
         return x * factors
 
 
+class GatedMultiScan(MultiScan):
+    def __init__(self, choices: list[str], channels: int) -> None:
+        super().__init__(choices)
+        self.attn = Gate(channels)
+
+
 class MultiMamba(nn.Module):
     """LocalVim's: tokens (B, L, d), a branch and a gate over z for each way; with `middle`, a class token amid them."""
 
@@ -134,8 +140,7 @@ class LocalSS2D(nn.Module):
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, width, bias=False)
         self.dropout = nn.Identity()
-        self.multi_scan = MultiScan(choices)
-        self.multi_scan.attn = Gate(inner)
+        self.multi_scan = GatedMultiScan(choices, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = (x.shape[1], x.shape[2])

@@ -16,7 +16,7 @@ from torch.nn import functional
 from ssmprune_cli.errors import listing
 from ssmprune_cli.grids import Grid
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models import CentredMixer, MambaMixer
+from ssmprune_cli.models import CentredMixer, LocalMixer, MambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
 Layout = Literal["tokens", "grid", "image"]  # of a mixer's input: (B, L, d), (B, H, W, d) or (B, d, H, W)
@@ -97,7 +97,7 @@ class SequenceForm(Form):
     """That of a module which a mixer of ours over a sequence computes, on a view of its weights."""
 
     @abstractmethod
-    def view(self, module: nn.Module) -> MambaMixer | CentredMixer:
+    def view(self, module: nn.Module) -> MambaMixer | LocalMixer | CentredMixer:
         """Our mixer over the weights of `module`, made for one call."""
 
     def scan(

@@ -187,9 +187,9 @@ class LocalForm(SequenceForm):
         _check_routes(module, self.routes)
         grid, middle = _token_size(module), _middle(module)
         if math.prod(grid) + middle != sequence.length:
-            beside = " and a class token" if middle else ""
+            more = " and a class token" if middle else ""
             raise UsageError(
-                f"has a `token_size` of {grid[0]} x {grid[1]}{beside}, and is given {sequence.length} tokens",
+                f"has a `token_size` of {grid[0]} x {grid[1]}{more}, and is given {sequence.length} tokens",
                 where=type(module).__name__,
                 hint="Set `multi_scan.token_size` of each mixer to the grid of the input.",
             )
@@ -200,7 +200,7 @@ class LocalForm(SequenceForm):
     def input_size(self, module: nn.Module) -> Shape:
         """Of a grid that windows do not fill. `module` is a copy, and is told so."""
         samples, *grid = SIZES["grid"]
-        module.multi_scan.token_size = tuple(grid)  # type: ignore[union-attr, assignment]
+        module.multi_scan.token_size = tuple(grid)  # type: ignore[union-attr]
         return (samples, math.prod(grid) + _middle(module))
 
 
