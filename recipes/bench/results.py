@@ -1,4 +1,4 @@
-"""The tables of the documentation, made from benchmarks/results/*.csv.
+"""The tables and plots of the documentation, made from benchmarks/results/*.csv.
 
     python recipes/bench/results.py [PAGE.md ...]
 
@@ -12,7 +12,7 @@ writes what stands between a marker and its end, in README.md and every page und
 
 `columns` (all, if left out) are separated by |, and so are the values that `where` allows a column. Every condition of
 `where` is one more `; where:`. A row is never changed: a figure in a page is a figure in a file. "files" lists the
-files.
+files. Plots go to docs/drawings.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import argparse
 import re
 from pathlib import Path
 
+import lengths
 from tables import Table, read
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = {"lengths": lengths.picture}  # each of the file of its name
 MARKER = re.compile(r"(<!-- (?:table: (.+?)|files) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -77,6 +79,8 @@ def main() -> None:
     for page in parser.parse_args().pages:
         text = page.read_text(encoding="utf-8")
         page.write_text(filled(text), encoding="utf-8")
+    for name, draw in PLOTS.items():
+        (ROOT / "docs" / "drawings" / f"{name}.svg").write_text(draw(RESULTS / f"{name}.csv"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What a user's module does with its mixers: the order of calls, lengths, and whether tokens keep their places.
 
-The passes are dense and small: one sample. In those that look at places, mixers answer with zeros, and with a pulse at
-one token each. What comes into the next mixer must differ most at that token: if it differs elsewhere (a flipped or
-permuted sequence) or not at all (two mixers side by side), one choice of tokens cannot hold for both.
+The passes are dense and small: one sample. In those that look at places, mixers answer with zeros, and those of one
+run that see as many tokens with a pulse at one token each. What comes into the next mixer must differ most at that
+token: if it differs elsewhere (a flipped or permuted sequence) or not at all (two mixers side by side), one choice of
+tokens cannot hold for both.
 """
 
 from __future__ import annotations
@@ -107,13 +108,14 @@ class _Watched(StandIn):
 
 @dataclass
 class _Pulses:
-    """Mixers that answer with zeros, and with a pulse of the size of their input at one token each if `on`. The mixer
-    called `leaf` answers with noise of `noise` times its input, and `last` is that, to be differentiated by.
+    """Mixers that answer with zeros, and those of the numbers `on` with a pulse of the size of their input at one token
+    each. The mixer called `leaf` answers with noise of `noise` times its input, and `last` is that, to be
+    differentiated by.
 
     `seen` has, of every mixer's input, (L, 4): what is left of each token on four random directions.
     """
 
-    on: bool
+    on: range
     leaf: str | None = None
     noise: float = 0.0
     seen: list[Tensor] = field(default_factory=list)
@@ -129,7 +131,7 @@ class _Pulses:
         self.places.append(pulse_place(len(self.places), tokens.shape[1]))
         out = torch.zeros_like(tokens)
         size = tokens.detach().square().mean().sqrt() + 1e-3
-        if self.on:
+        if len(self.places) - 1 in self.on:
             out[0, self.places[-1]] = size * torch.randn(form.d_model, generator=generator).to(tokens)
         if swapped.name == self.leaf:
             noise = torch.randn(out.shape, generator=generator).to(out)
@@ -187,21 +189,18 @@ def _place(swapped: Sequence[Swapped], place: _Calls | _Pulses | None) -> None:
 
 def _check_places(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swapped]) -> None:
     """UsageError for two neighbours, of as many tokens, between which a token does not keep its place."""
-    passes = []
-    for on in (False, True):
-        pulses = _Pulses(on)
-        _place(swapped, pulses)
-        with torch.no_grad():
-            run(sample)
-        passes.append(pulses)
-    quiet, loud = passes
-    for number in range(1, len(calls.mixers)):
-        length = calls.shapes[number][1]
-        if length != calls.shapes[number - 1][1] or length < LEAST:
+    lengths = [shape[1] for shape in calls.shapes]
+    quiet = _pulsed(range(0), run, sample, swapped)
+    loud = quiet
+    for number in range(1, len(lengths)):
+        if lengths[number] != lengths[number - 1] or lengths[number] < LEAST:
             continue
+        if number - 1 not in loud.on:  # a run of its own: pulses of another resolution would come to other places
+            others = [later for later in range(number, len(lengths)) if lengths[later] != lengths[number]]
+            loud = _pulsed(range(number - 1, min(others, default=len(lengths))), run, sample, swapped)
         change = (loud.seen[number] - quiet.seen[number]).norm(dim=1)  # (L,)
         place = loud.places[number - 1]
-        pulsed = set(loud.places[:number])
+        pulsed = set(loud.places[loud.on.start : number])
         other = max((float(value) for at, value in enumerate(change) if at not in pulsed), default=0.0)
         if float(change[place]) > other:
             continue
@@ -217,10 +216,22 @@ def _check_places(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swap
         )
 
 
+def _pulsed(on: range, run: Run, sample: Batch, swapped: Sequence[Swapped]) -> _Pulses:
+    """What the mixers saw in a pass in which those of the numbers `on` gave pulses."""
+    pulses = _Pulses(on)
+    _place(swapped, pulses)
+    with torch.no_grad():
+        run(sample)
+    return pulses
+
+
 def _read(calls: _Calls, run: Run, sample: Batch, swapped: Sequence[Swapped]) -> tuple[int, ...] | None:
     """Positions of the last mixer's output on which the answer depends, if they are a few of the tokens, and the same
     ones whatever the tokens say. They are not where the head takes the largest value of all."""
-    found = [_read_once(_Pulses(True, calls.mixers[-1].name, noise), run, sample, swapped) for noise in (0.0, 3.0)]
+    found = [
+        _read_once(_Pulses(range(len(calls.mixers)), calls.mixers[-1].name, noise), run, sample, swapped)
+        for noise in (0.0, 3.0)
+    ]
     return found[0] if found[0] == found[1] else None
 
 

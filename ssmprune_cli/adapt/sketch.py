@@ -11,8 +11,9 @@ _TEXT = """\
 import ssmprune_cli as ssmprune
 
 model = ...  # your own module, with these weights loaded
-print(ssmprune.accelerate(model))  # which mixers are proven, and faster from now on
-ssmprune.compress(model, keep=0.7, points=[{point}], calibration=inputs)  # tokens are dropped inside the mixers
+print(ssmprune.accelerate(model))  # which mixers are proven, and faster now
+# Tokens are dropped inside the mixers:
+ssmprune.compress(model, keep=0.7, points=[{point}], calibration=inputs)
 
 
 # If a mixer is refused, or blocks are to run on the tokens that are left:
@@ -31,6 +32,6 @@ ssmprune.compress(adapted, keep=0.7, points=[{point}], calibration=inputs)
 
 def sketch(mixers: Sequence[Seen]) -> str:
     """Python for a model with these mixers, of which there is at least one."""
-    numbered = re.match(r"(.*?)\.?\d+(?:\.|$)", mixers[0].name)
-    blocks = "" if numbered is None else re.sub(r"\.(\d+)", r"[\1]", f".{numbered[1]}") if numbered[1] else ""
+    numbered = re.match(r"(?:(.*?)\.)?\d+(?:\.|$)", mixers[0].name)
+    blocks = f".{numbered[1]}" if numbered is not None and numbered[1] else ""
     return _TEXT.format(blocks=blocks, width=mixers[0].width or "d", point=max(1, len(mixers) // 2))

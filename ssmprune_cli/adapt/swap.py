@@ -59,7 +59,8 @@ class Swapped(StandIn):
         super().__init__(module, name)
         self.form, self.warned = form, warned
         self.place: Place | None = None
-        self.types = {child: type(each) for child, each in module.named_children()}
+        children = [child for child, _ in module.named_children()]
+        self.types = {child: type(_below(module, child)) for child in (*children, *form.bypassed)}
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         self.first = parameters[0].name
         self.names = [each.name for each in parameters]
@@ -81,14 +82,14 @@ class Swapped(StandIn):
 
     def _changed(self) -> str | None:
         """What has become of the mixer since it was recognised, so that its own code has to run."""
-        children = self.__self__._modules
         for child, wanted in self.types.items():
-            if type(children.get(child)) is not wanted:
-                return f"its {child} has become a {type(children.get(child)).__name__}"
-            if self.__self__.training and isinstance(each := children[child], _DropoutNd) and each.p > 0:
+            each = _below(self.__self__, child)
+            if type(each) is not wanted:
+                return f"its {child} has become a {type(each).__name__}"
+            if self.__self__.training and isinstance(each, _DropoutNd) and each.p > 0:
                 return f"its {child} is at work in training"
         for child in self.form.bypassed:
-            each = children[child]
+            each = _below(self.__self__, child)
             if each is not None and (each._forward_hooks or each._forward_pre_hooks):
                 return f"there is a hook on its {child}"
             if each is not None and "forward" in vars(each):
@@ -113,6 +114,14 @@ class Swapped(StandIn):
                 continue
             return f"called with `{name}`"
         return None
+
+
+def _below(module: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name inside of `module`, now."""
+    each: nn.Module | None = module
+    for part in name.split("."):
+        each = None if each is None else each._modules.get(part)
+    return each
 
 
 def swapped_in(model: nn.Module) -> list[Swapped]:

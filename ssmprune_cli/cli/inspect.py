@@ -30,7 +30,9 @@ def command(
 
     found = look(path, reading)
     if isinstance(found, ForeignInspection):
-        output.warn("the file is of no known family, so the other commands do not take it; in Python it can be pruned")
+        output.warn(
+            "the file is of no known family: commands take it with --module, your own code; in Python it can be pruned"
+        )
         lines = (facts_table({"mixers": found.lines, "parameters": found.parameters}), f"SHA-256 {found.sha256}")
         output.emit(Group(*lines, Text(found.sketch)), found.to_dict(), as_json=as_json)
         return

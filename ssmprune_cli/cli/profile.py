@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import columns, formats, output, own_module, values
-from ssmprune_cli.cli.help import DEVICE, INPUT
+from ssmprune_cli.cli.help import DEVICE, INPUT, OUTPUT
 from ssmprune_cli.cli.options import (
     MAX_LENGTH,
     MAX_SIDE,
@@ -57,6 +57,12 @@ def command(
             rich_help_panel=INPUT,
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --lengths or --image-sizes: write a plot of them to this .svg.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     form: formats.TableFormat = "table",
     as_json: AsJson = False,
     reading: Reading = NOTHING_SAID,
@@ -80,7 +86,7 @@ def command(
     time goes, its floor and its memory are left out. Counts are those of the model that it says it holds.
 
     With --lengths or --image-sizes only a table of these sizes is made, of an output folder beside its dense model; a
-    batch is then 1 by default.
+    batch is then 1 by default. --plot draws it, with the fitted slopes.
 
     With --module: time and memory of a module of your own, by its own code, by our ops and, of an output folder, with
     tokens dropped.
@@ -90,6 +96,7 @@ def command(
     from ssmprune_cli.tasks import TASKS
     from ssmprune_cli.workflows.profile import Profile, figures
     from ssmprune_cli.workflows.subject import definition_of, read
+    from ssmprune_cli.workflows.write import check_place
 
     if module is not None:
         from ssmprune_cli.workflows.own_module import ModuleSource
@@ -102,9 +109,12 @@ def command(
     form = formats.chosen(form, as_json=as_json)
     if lengths is not None and image_sizes is not None:
         raise UsageError("--lengths is for text and --image-sizes for images: give one of them")
+    asked = lengths or image_sizes
+    check_place(plot, "--plot")
+    if plot is not None and asked is None:
+        raise UsageError("draws --lengths or --image-sizes: give one of them", where="--plot")
     use_backend(backend)
     paths = [path] if compare is None else [path, compare]
-    asked = lengths or image_sizes
     subjects = read(paths, reading, precision, device)
     models = [each.model for each in subjects]
     if asked is not None:
@@ -130,6 +140,7 @@ def command(
             rounds=rounds,
             device=device,
             form=form,
+            plot=plot,
         )
         return
     with output.progress("Timing") as advance:
@@ -173,8 +184,11 @@ def _scaling(
     rounds: int,
     device: str,
     form: str,
+    plot: Path | None,
 ) -> None:
+    from ssmprune_cli.workflows.reporting import length_plot
     from ssmprune_cli.workflows.scaling import scaling
+    from ssmprune_cli.workflows.write import write_text
 
     named = dict(zip(formats.unique(names), models, strict=True))
     with output.progress("Timing") as advance:
@@ -183,6 +197,9 @@ def _scaling(
     fewer = [f"{count} at {size:,}" for size, count in zip(sizes, done, strict=True) if count < rounds]
     if fewer:
         output.warn(f"Fewer than {rounds} rounds, which would take long: {', '.join(fewer)}.")
+    if plot is not None:
+        write_text(plot, length_plot(found))
+        output.note(f"Plot written to {plot}")
     table = Table(
         title=f"By {'length' if unit == 'tokens' else 'image size'}: batch {found.batch_size}, {found.dtype}, "
         f"{found.device}, {found.threads} threads",

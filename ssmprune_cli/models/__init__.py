@@ -8,6 +8,7 @@ from ssmprune_cli.models.common import (
     SMALL_SIDE,
     Backbone,
     Block,
+    ChannelGate,
     EightBitLinear,
     Family,
     Hints,
@@ -50,8 +51,9 @@ from ssmprune_cli.models.language import (
     prefill,
     step,
 )
-from ssmprune_cli.models.localvmamba import LOCALVMAMBA, LocalVMambaMixer
+from ssmprune_cli.models.localvmamba import LOCALVMAMBA, LocalVMambaMixer, RouteProjections
 from ssmprune_cli.models.mamba import (
+    DIRECTION,
     LOCALVIM,
     MAMBA_REG,
     VIDEOMAMBA,
@@ -98,6 +100,7 @@ FAMILIES.register("plainmamba-maskrcnn", PLAINMAMBA_MASK_RCNN)
 FAMILIES.when_read(add_plugins)
 
 __all__ = [
+    "DIRECTION",
     "FAMILIES",
     "MAX_CUT",
     "MAX_LENGTH",
@@ -111,6 +114,7 @@ __all__ = [
     "BranchMixer",
     "CausalConv1d",
     "CentredMixer",
+    "ChannelGate",
     "DenseConfig",
     "DenseModel",
     "Detections",
@@ -134,6 +138,7 @@ __all__ = [
     "PlainMambaMixer",
     "Prefilled",
     "RMSNorm",
+    "RouteProjections",
     "Segmenter",
     "Shapes",
     "Size",

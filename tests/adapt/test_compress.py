@@ -278,6 +278,41 @@ def test_each_stage_of_a_pyramid_begins_with_all_tokens() -> None:
         ssmprune.compress(model, 0.5, calibration=x, protect=[0])
 
 
+class UNet(nn.Module):
+    """As VM-UNet: down, up again, and what was there before the way down is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = (nn.ModuleList(SS2D(8) for _ in range(2)) for _ in range(2))
+        self.middle = nn.ModuleList(SS2D(8) for _ in range(2))
+        self.down, self.up = nn.Conv2d(8, 8, 2, stride=2), nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mixer in self.encoder:
+            x = x + mixer(self.norm(x))
+        y = self.down(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for mixer in self.middle:
+            y = y + mixer(self.norm(y))
+        x = x + self.up(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for mixer in self.decoder:
+            x = x + mixer(self.norm(x))
+        return x
+
+
+def test_a_u_net_has_the_same_tokens_at_the_same_places_on_its_way_up() -> None:
+    """What the middle writes comes to other places of the decoder's grid, and is no flip of it."""
+    torch.manual_seed(0)
+    model, x = UNet().eval(), 0.1 * torch.randn(4, 6, 8, 8)
+    with torch.no_grad():
+        own = model(x)
+    done = ssmprune.compress(model, 0.5, points=[1, 3, 5], calibration=x)
+    assert done.tokens == (48, 24, 12, 6, 48, 24) and done.protected == ()
+    with torch.no_grad():
+        found = model(x)
+    assert found.shape == own.shape and 0 < float((found - own).norm()) < float(own.norm())
+
+
 class Flipped(nn.Module):
     """Each layer reads the sequence the other way round."""
 

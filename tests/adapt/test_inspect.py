@@ -13,6 +13,7 @@ import torch
 from ssmprune_cli.adapt import Seen, mixers_in, sketch
 from ssmprune_cli.errors import UnknownFamilyError
 from ssmprune_cli.workflows.inspect import ForeignInspection, look
+from tests.adapt.local_modules import LocalSS2D, MultiMamba
 from tests.adapt.modules import SS2D, CentredMixer, Mixer, classifier
 
 
@@ -44,13 +45,20 @@ def test_a_file_without_mixers_is_an_error_as_before(tmp_path: Path) -> None:
 def test_kinds_are_told_by_all_of_the_names() -> None:
     strange = Mixer()
     strange.scale = torch.nn.Parameter(torch.ones(1))
-    modules = torch.nn.ModuleDict({"a": SS2D(8), "b": CentredMixer(), "c": strange, "d": SS2D(8, gated=False)})
+    modules = torch.nn.ModuleDict(
+        {
+            **{"a": SS2D(8), "b": CentredMixer(), "c": strange, "d": SS2D(8, gated=False)},
+            **{"e": MultiMamba(["h"] * 11), "f": LocalSS2D(["v", "w2"])},
+        }
+    )
     found = mixers_in({name: tuple(value.shape) for name, value in modules.state_dict().items()})
     assert found == [
         Seen("a", "SS2D", 8, 4),
         Seen("b", "MambaVision", 16, 4),
         Seen("c", None, 16, 4),
         Seen("d", "SS2D", 8, 4),
+        Seen("e", "LocalVim", 16, 4),
+        Seen("f", "LocalVMamba's SS2D", 8, 4),
     ]
     lines = ForeignInspection(tuple(found), 0, "", "").lines
     assert lines["c"] == "of no known kind, 16 channels, 4 states"
@@ -64,7 +72,10 @@ def test_kinds_are_told_by_all_of_the_names() -> None:
         ("0.mixer", "model, model)"),
         ("layers.0.blocks.1.op", "model, model.layers)"),
         ("mixer", "model, model)"),
+        ("enc1.0.op", "model, model.enc1)"),
     ],
 )
 def test_the_sketch_guesses_where_the_blocks_are(name: str, blocks: str) -> None:
-    assert f"MyAdapter({blocks}" in sketch([Seen(name, "Mamba", 16, 4)])
+    text = sketch([Seen(name, "Mamba", 16, 4)])
+    assert f"MyAdapter({blocks}" in text
+    assert max(map(len, text.splitlines())) < 80  # a terminal that breaks a line breaks the program

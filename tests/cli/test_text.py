@@ -106,9 +106,13 @@ def test_image_sizes_of_a_pruned_classifier(ssmprune: Run, tmp_path: Path) -> No
     out = tmp_path / "out"
     done = ssmprune("compress", VIM, "--image-size", "64", "--keep", "0.5", "--reduction", "drop", "--out", out)
     assert done.returncode == 0, done.stderr
-    done = ssmprune("profile", out, "--image-sizes", "64,128", "--rounds", "1", "--json")
-    assert done.returncode == 0, done.stderr
+    options = ("--image-sizes", "64,128", "--rounds", "1", "--plot", tmp_path / "sizes.svg")
+    done = ssmprune("profile", out, *options, "--json")
+    assert done.returncode == 0 and f"Plot written to {tmp_path / 'sizes.svg'}" in done.stderr.replace("\n", "")
     found = json.loads(done.stdout)
+    drawing = (tmp_path / "sizes.svg").read_text()
+    for name, slope in found["slopes"].items():
+        assert f">{name}: tokens^{slope['exponent']:.2f}<" in drawing
     pruned, dense = found["points"]["out"], found["points"]["dense"]
     assert found["sizes"] == [64, 128] and [point["tokens"] for point in pruned] == [65, 257]
     assert all(one["multiply_adds"] < other["multiply_adds"] for one, other in zip(pruned, dense, strict=True))
@@ -148,5 +152,7 @@ def test_models_and_data_of_two_kinds(ssmprune: Run, model: Path, text: Path, tm
     assert done.returncode == 2 and "there is no dataset 'npz' for language" in done.stderr
     done = ssmprune("profile", VIM, "--image-size", "64", "--lengths", "1k,4k")
     assert done.returncode == 2 and "--lengths: is for text, and a vim takes images" in " ".join(done.stderr.split())
+    done = ssmprune("profile", model, "--plot", tmp_path / "plot.svg")
+    assert done.returncode == 2 and "--plot: draws --lengths or --image-sizes" in " ".join(done.stderr.split())
     done = ssmprune("eval", model, "--crop", "0.9", "--dataset", "text", "--data", text)
     assert done.returncode == 2 and "--crop: a Mamba-2 language model takes text" in " ".join(done.stderr.split())

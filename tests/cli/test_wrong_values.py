@@ -240,6 +240,7 @@ def test_names_are_those_of_the_registries() -> None:
         ("sensitivity", "--plot"),
         ("sensitivity", "--state"),
         ("compare", "--plot"),
+        ("profile", "--plot"),
         ("report", "--out"),
         ("visualize", "--out"),
         ("finetune", "--out"),

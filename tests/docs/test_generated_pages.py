@@ -34,6 +34,12 @@ def test_tables_in_pages_are_those_of_the_files(page: Path) -> None:
     assert results.filled(text) == text, "run `python recipes/bench/results.py`"
 
 
+@pytest.mark.parametrize("name", results.PLOTS)
+def test_plots_are_those_of_the_files(name: str) -> None:
+    drawn = (drawings.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert drawn == results.PLOTS[name](results.RESULTS / f"{name}.csv"), "run `python recipes/bench/results.py`"
+
+
 def test_a_page_with_another_figure_is_noticed() -> None:
     page = ROOT / "docs" / "results.md"
     text = page.read_text(encoding="utf-8")

@@ -251,6 +251,24 @@ def test_many_samples_go_through_in_several_rounds() -> None:
     assert error(together[0], case.run("chunked", torch.float32)[0].double()) <= 5e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["plain", "gap+delta", "size"])
+def test_long_sequences_go_through_in_pieces(mode: str, dtype: torch.dtype) -> None:
+    """Of 512 tokens, where no scan comes back from the end: two whole ones and a rest. What goes over from one to the
+    next is in the values, and not one bit depends on who computed which."""
+    case = Case(2, 1100, 12, BlockSizes(37, 7, 4, 2, 1), mode, blocks=2)
+    truth = case.run("reference", torch.float64)
+    for backend in CPUS:
+        torch.set_num_threads(1)
+        alone = case.run(backend, dtype)
+        errors = [error(found, expected) for found, expected in zip(alone, truth, strict=True)]
+        assert max(errors) <= (5e-6 if dtype == torch.float32 else 5e-2), errors  # as in `test_values`
+        torch.set_num_threads(3)
+        assert all(torch.equal(one, other) for one, other in zip(case.run(backend, dtype), alone, strict=True))
+        one = case.run(backend, dtype, sample=1)
+        assert all(torch.equal(each, both[1:2]) for each, both in zip(one, alone, strict=True))
+
+
 @given(
     dim=st.integers(1, 200),
     sizes=st.builds(

@@ -12,6 +12,7 @@ from torch import nn
 
 from ssmprune_cli.adapt.mixers.base import Form, Layout, Unrecognised, from_tokens, layout_of, to_tokens
 from ssmprune_cli.adapt.mixers.keys import DECAY, Seen, mixers_in
+from ssmprune_cli.adapt.mixers.local import recognise_local, recognise_local_grid
 from ssmprune_cli.adapt.mixers.mamba import recognise_mamba
 from ssmprune_cli.adapt.mixers.mamba2 import recognise_mamba2
 from ssmprune_cli.adapt.mixers.mambavision import recognise_mambavision
@@ -22,9 +23,11 @@ from ssmprune_cli.registry import Registry
 KINDS: Registry[Callable[[nn.Module], Form]] = Registry("kind of mixer")
 KINDS.register("Mamba", recognise_mamba)
 KINDS.register("Mamba-2", recognise_mamba2)
+KINDS.register("LocalVMamba's SS2D", recognise_local_grid)  # before SS2D, so that its reason for a refusal is said
 KINDS.register("SS2D", recognise_ss2d)
 KINDS.register("EfficientVMamba's SS2D", recognise_atrous)
 KINDS.register("MambaVision", recognise_mambavision)
+KINDS.register("LocalVim", recognise_local)
 
 
 @dataclass(frozen=True)

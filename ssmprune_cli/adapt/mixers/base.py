@@ -16,11 +16,12 @@ from torch.nn import functional
 from ssmprune_cli.errors import listing
 from ssmprune_cli.grids import Grid
 from ssmprune_cli.interface import ScanAlignment, ScanStatistics, Wanted
-from ssmprune_cli.models import CentredMixer, MambaMixer
+from ssmprune_cli.models import CentredMixer, LocalMixer, MambaMixer
 from ssmprune_cli.tokens import TokenSequence
 
 Layout = Literal["tokens", "grid", "image"]  # of a mixer's input: (B, L, d), (B, H, W, d) or (B, d, H, W)
 Shape = tuple[int, ...]
+SIZES = {"tokens": (2, 11), "grid": (2, 6, 4), "image": (2, 6, 4)}  # of the input of a proof: samples and tokens
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -87,12 +88,16 @@ class Form(ABC):
     def null_delta(self, module: nn.Module) -> Tensor:
         """(directions, E): the step size of a zero token among zero tokens."""
 
+    def input_size(self, module: nn.Module) -> Shape:
+        """Samples and tokens of an input to prove `module` on, which is a copy of the user's and may be told of it."""
+        return SIZES[self.layout]
+
 
 class SequenceForm(Form):
     """That of a module which a mixer of ours over a sequence computes, on a view of its weights."""
 
     @abstractmethod
-    def view(self, module: nn.Module) -> MambaMixer | CentredMixer:
+    def view(self, module: nn.Module) -> MambaMixer | LocalMixer | CentredMixer:
         """Our mixer over the weights of `module`, made for one call."""
 
     def scan(

@@ -6,14 +6,20 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ssmprune_cli.adapt.mixers import mamba, mamba2, mambavision, ss2d
+from ssmprune_cli.adapt.mixers import local, mamba, mamba2, mambavision, ss2d
 
+_ANY = "*"  # for the number of a direction: how many there are is not counted
 _NORMS = [f"{name}.weight" for names in mamba.NORMS for name in names]
 _NAMES: dict[str, tuple[Collection[str], Collection[str]]] = {  # of parameters, those that are needed and possible
     "Mamba": (mamba.NEEDED, (*mamba.BIASES, *_NORMS)),
     "Mamba-2": (mamba2.NEEDED, mamba2.BIASES),
     "SS2D": (ss2d.NEEDED, ss2d.POSSIBLE),
     "MambaVision": (mambavision.NEEDED, ()),
+    "LocalVMamba's SS2D": (local.LOCAL_GRID_NEEDED, ss2d.POSSIBLE),
+    "LocalVim": (
+        (*local.NEEDED, *(local.numbered(name, _ANY) for name in local.BRANCH)),
+        (*local.POSSIBLE, f"conv1d_{_ANY}.bias"),
+    ),
 }
 DECAY = re.compile(r"A(_b)?_logs?(_\w+)?")  # what every selective scan calls the logarithms of its decay rates
 
@@ -49,4 +55,5 @@ def mixers_in(shapes: Mapping[str, tuple[int, ...]]) -> list[Seen]:
 
 
 def _fits(names: set[str], needed: Collection[str], possible: Collection[str]) -> bool:
+    names = {re.sub(r"_\d+(?=\.|$)", f"_{_ANY}", name) for name in names}
     return set(needed) <= names <= {*needed, *possible}

@@ -16,7 +16,6 @@ from ssmprune_cli.adapt.mixers.base import Form, Unrecognised, from_tokens, to_t
 from ssmprune_cli.tokens import TokenSequence
 
 TOLERANCE = 1e-4  # of the largest output: sums in float32, in another order
-SIZES = {"tokens": (2, 11), "grid": (2, 6, 4), "image": (2, 6, 4)}  # of the input: samples and tokens
 STOCK = {"mamba_ssm.modules.mamba_simple.Mamba", "mamba_ssm.modules.mamba2.Mamba2"}
 STOCK_VERSIONS = ("1.1", "1.2", "2.0", "2.1", "2.2", "2.3")  # whose mixers compute what ours do
 
@@ -42,8 +41,7 @@ def prove(module: nn.Module, form: Form) -> str | None:
 
     for parameter in twin.parameters():
         parameter.add_(noise(parameter), alpha=0.1)
-    tokens, *rest = SIZES[form.layout]
-    like = next(twin.parameters()).new_empty(tokens, *rest, form.d_model)
+    like = next(twin.parameters()).new_empty(*form.input_size(twin), form.d_model)
     x = noise(like).movedim(-1, 1) if form.layout == "image" else noise(like)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:

@@ -7,6 +7,7 @@ B batch, L tokens, d model width, E inner channels, N state, R rank of the step 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -50,9 +51,9 @@ class GridForm(Form):
             d_model=self.d_model,
             d_inner=self.d_inner,
             gated=self.gated,
+            **self.parts(module),
             in_proj=_linear(module, "in_proj") if as_tokens else module.in_proj,
             conv2d=module.conv2d,
-            projections=DirectionProjections(),
             **{name: module.get_parameter(name) for name in NEEDED if "." not in name},
             out_norm=bare(
                 nn.LayerNorm,
@@ -66,6 +67,10 @@ class GridForm(Form):
             else norm,
             out_proj=_linear(module, "out_proj") if as_tokens else module.out_proj,
         )
+
+    def parts(self, module: nn.Module) -> dict[str, object]:
+        """What this mixer has and others do not."""
+        return {"projections": DirectionProjections()}
 
     def scan(
         self,
@@ -100,10 +105,17 @@ def recognise_atrous(module: nn.Module) -> Form:
 def _recognise(module: nn.Module, kind: str, mixer: type[VMambaMixer]) -> Form:
     values = parameters_of(module)
     check_names(values, NEEDED, POSSIBLE)
+    return grid_form(module, values, kind, mixer, mixer.directions)
+
+
+def grid_form(
+    module: nn.Module, values: Mapping[str, Tensor], kind: str, mixer: type[VMambaMixer], directions: int
+) -> GridForm:
+    """Of a module with these parameters, whose names have been checked. Raises Unrecognised with the reason."""
     if values["A_logs"].ndim != 2 or values["x_proj_weight"].ndim != 3:
-        raise Unrecognised("A_logs or x_proj_weight has not the shape of four directions")
+        raise Unrecognised("A_logs or x_proj_weight has not the shape of several directions")
     rows, state = values["A_logs"].shape
-    inner = rows // mixer.directions
+    inner = rows // directions
     channels, width = values["in_proj.weight"].shape[:2]
     rank = rank_of(values["x_proj_weight"].shape[1], state)
     taps = values["conv2d.weight"].shape[-1]
@@ -113,11 +125,11 @@ def _recognise(module: nn.Module, kind: str, mixer: type[VMambaMixer]) -> Form:
             "in_proj.weight": (2 * inner if channels == 2 * inner else inner, width),
             "conv2d.weight": (inner, 1, taps, taps),
             "conv2d.bias": (inner,),
-            "x_proj_weight": (mixer.directions, rank + 2 * state, inner),
-            "dt_projs_weight": (mixer.directions, inner, rank),
-            "dt_projs_bias": (mixer.directions, inner),
-            "A_logs": (mixer.directions * inner, state),
-            "Ds": (mixer.directions * inner,),
+            "x_proj_weight": (directions, rank + 2 * state, inner),
+            "dt_projs_weight": (directions, inner, rank),
+            "dt_projs_bias": (directions, inner),
+            "A_logs": (directions * inner, state),
+            "Ds": (directions * inner,),
             "out_norm.weight": (inner,),
             "out_norm.bias": (inner,),
             "out_proj.weight": (width, inner),
@@ -130,4 +142,4 @@ def _recognise(module: nn.Module, kind: str, mixer: type[VMambaMixer]) -> Form:
     check_conv(conv, inner, taps // 2)
     layout: Layout = "image" if getattr(module, "channel_first", False) else "grid"
     bypassed = ("conv2d",) if layout == "grid" else ("in_proj", "conv2d", "out_norm", "out_proj")
-    return GridForm(kind, layout, width, inner, mixer.directions, bypassed, mixer, channels == 2 * inner)
+    return GridForm(kind, layout, width, inner, directions, bypassed, mixer, channels == 2 * inner)

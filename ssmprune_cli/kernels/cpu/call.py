@@ -58,7 +58,7 @@ Inner = _struct(
     "Inner",
     "xz context y ungated parameters gap gap_delta size sources slots cells read rows",
     "batch length channels state width rank directions others xz_b xz_l y_b context_b context_l half threads way parts "
-    "dots tokens steps",
+    "dots tokens steps whole before carry begun",
     "scale mass",
 )
 Routed = _struct(

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ssmprune_cli.models.localvmamba.checkpoint import LOCALVMAMBA
-from ssmprune_cli.models.localvmamba.mixer import LocalVMambaMixer
+from ssmprune_cli.models.localvmamba.mixer import LocalVMambaMixer, RouteProjections
 
-__all__ = ["LOCALVMAMBA", "LocalVMambaMixer"]
+__all__ = ["LOCALVMAMBA", "LocalVMambaMixer", "RouteProjections"]

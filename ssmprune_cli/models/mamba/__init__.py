@@ -7,7 +7,7 @@ from ssmprune_cli.models.mamba.block import MambaBlock, unit_tokens
 from ssmprune_cli.models.mamba.causal_sources import centred_sources, conv_sources
 from ssmprune_cli.models.mamba.directions import Directions, checked_directions, searched, settled_directions
 from ssmprune_cli.models.mamba.local_mixer import LocalMixer
-from ssmprune_cli.models.mamba.local_routes import ScanPath, scan_path
+from ssmprune_cli.models.mamba.local_routes import DIRECTION, ScanPath, scan_path
 from ssmprune_cli.models.mamba.localvim import LOCALVIM
 from ssmprune_cli.models.mamba.mambar import MAMBA_REG
 from ssmprune_cli.models.mamba.mixer import (
@@ -23,6 +23,7 @@ from ssmprune_cli.models.mamba.videomamba_clips import VIDEOMAMBA_CLIPS
 from ssmprune_cli.models.mamba.vim import VIM
 
 __all__ = [
+    "DIRECTION",
     "LOCALVIM",
     "MAMBA_REG",
     "VIDEOMAMBA",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssmprune_cli.report import REPORT, Report
+from ssmprune_cli.workflows.reporting.by_length import length_plot
 from ssmprune_cli.workflows.reporting.describe import (
     calibration_facts,
     describe,
@@ -47,6 +48,7 @@ __all__ = [
     "describe",
     "eight_bits",
     "figures",
+    "length_plot",
     "page",
     "pixels",
     "pruning_facts",

@@ -1,4 +1,4 @@
-"""A plot of a few series as SVG: points, lines through them, error bars. Needs no plotting library.
+"""Plots of a few series as SVG: points, lines through them, error bars. Needs no plotting library.
 
 Series differ in colour and in the shape of their points. The colours are between dark and light: they stand out (a
 contrast of 3 to 1 or more) on a white page and on a dark one.
@@ -25,13 +25,29 @@ _SHAPES = (  # of a point, around (0, 0)
 
 @dataclass(frozen=True)
 class Series:
-    """`points` (x, y); `intervals` (low, high) of y, one a point, or None. Drawn as a `line`, as `marks`, or both."""
+    """`points` (x, y); `intervals` (low, high) of y, one a point, or None. Drawn as a `line`, as `marks`, or both.
+
+    curve  (x, y) that the line goes through in the place of the points, such as a fit
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     intervals: Sequence[tuple[float, float]] | None = None
     line: bool = True
     marks: bool = True
+    curve: Sequence[tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one plot shows. On a logarithmic axis, what is not positive is left out."""
+
+    series: Sequence[Series]
+    title: str
+    x_label: str
+    y_label: str
+    log_x: bool = False
+    log_y: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,7 @@ class Layout:
 
 FILE = Layout(width=620, height=420, left=80, top=50, legend=260, font=12)  # a picture that stands alone
 PART = Layout(width=420, height=260, left=64, top=10, legend=0, font=14)  # of a page that has title and legend
+ROW = Layout(width=520, height=240, left=80, top=50, legend=300, font=12)  # of several in one picture
 
 
 def write_plot(
@@ -61,31 +78,62 @@ def plot(
     series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False, layout: Layout = FILE
 ) -> str:
     """An SVG of `series`. With `log_y`, points that are not positive are left out."""
-    left, top, font = layout.left, layout.top, layout.font
+    return _svg([_drawn(Panel(series, title, x_label, y_label, log_y=log_y), layout)], title, layout)
+
+
+def stacked(panels: Sequence[Panel], *, title: str) -> str:
+    """An SVG of `panels`, one below the other."""
+    return _svg([_drawn(panel, ROW) for panel in panels], title, ROW)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    width: int
+    height: int
+    body: str
+
+
+def _svg(drawings: Sequence[_Drawing], title: str, layout: Layout) -> str:
+    width, height, rows = max(each.width for each in drawings), 0, []
+    for each in drawings:
+        rows.append(each.body if not height else _place(0, height, f"\n{each.body}\n"))
+        height += each.height
+    body = "\n".join(rows)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="{layout.font}" role="img" aria-label={quoteattr(title)}>\n'
+        f'<rect class="paper" width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def _drawn(panel: Panel, layout: Layout) -> _Drawing:
+    series, left, top, font = panel.series, layout.left, layout.top, layout.font
     right, bottom = left + layout.width, top + layout.height
-    shown = [(each, [i for i, (_, y) in enumerate(each.points) if not log_y or y > 0]) for each in series]
-    xs = [each.points[i][0] for each, rows in shown for i in rows]
-    ys = [each.points[i][1] for each, rows in shown for i in rows]
+    shown = [(each, [i for i, point in enumerate(each.points) if _fits(panel, point)]) for each in series]
+    curves = [[point for point in each.curve or () if _fits(panel, point)] for each in series]
+    places = [each.points[i] for each, rows in shown for i in rows] + [point for curve in curves for point in curve]
+    xs, ys = [x for x, _ in places], [y for _, y in places]
     for each, rows in shown:
         for i in rows if each.intervals else ():
-            ys += [end for end in (each.intervals or ())[i] if not log_y or end > 0]
-    at_x, x_ticks = _axis(xs, left, right, log=False)
-    at_y, y_ticks = _axis(ys, bottom, top, log=log_y)
-    parts = [_text((left + right) / 2, bottom + 3.2 * font, x_label, anchor="middle")]
-    parts.append(_text(font + 4, (top + bottom) / 2, y_label, anchor="middle", turn=True))
+            ys += [end for end in (each.intervals or ())[i] if not panel.log_y or end > 0]
+    at_x, x_ticks = _axis(xs, left, right, log=panel.log_x)
+    at_y, y_ticks = _axis(ys, bottom, top, log=panel.log_y)
+    parts = [_text((left + right) / 2, bottom + 3.2 * font, panel.x_label, anchor="middle")]
+    parts.append(_text(font + 4, (top + bottom) / 2, panel.y_label, anchor="middle", turn=True))
     for tick in x_ticks:
         parts.append(_line(at_x(tick), top, at_x(tick), bottom, "#dddddd"))
         parts.append(_text(at_x(tick), bottom + 1.5 * font, f"{tick:g}", anchor="middle"))
     for tick in y_ticks:
         parts.append(_line(left, at_y(tick), right, at_y(tick), "#dddddd"))
         parts.append(_text(left - 6, at_y(tick) + font / 3, f"{tick:g}", anchor="end"))
-    for index, (each, rows) in enumerate(shown):
+    for index, ((each, rows), curve) in enumerate(zip(shown, curves, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
-        places = [(at_x(each.points[i][0]), at_y(each.points[i][1])) for i in rows]
-        if each.line and len(places) > 1:
-            joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        line = curve or [each.points[i] for i in rows]
+        if each.line and len(line) > 1:
+            joined = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
             parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        for i, (x, y) in zip(rows, places, strict=True) if each.marks else ():
+        for i in rows if each.marks else ():
+            x, y = at_x(each.points[i][0]), at_y(each.points[i][1])
             if each.intervals:
                 low, high = (max(end, min(ys)) for end in each.intervals[i])
                 parts.append(_line(x, at_y(low), x, at_y(high), colour))
@@ -96,15 +144,14 @@ def plot(
             parts.append(_place(right + 16, row - 4, mark(index, each)))
             parts.append(_text(right + 28, row, each.name))
     if layout.legend:
-        parts.append(_text(left, 24, title, size=15))
+        parts.append(_text(left, 24, panel.title, size=15))
     width = right + (layout.legend or 16)
     height = max(bottom + 60, top + 18 * len(series) + 20 if layout.legend else 0)
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="{font}" role="img" aria-label={quoteattr(title)}>\n'
-        f'<rect class="paper" width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
-    )
+    return _Drawing(width, height, "\n".join(parts))
+
+
+def _fits(panel: Panel, point: tuple[float, float]) -> bool:
+    return not (panel.log_x and point[0] <= 0) and not (panel.log_y and point[1] <= 0)
 
 
 def mark(index: int, series: Series) -> str:

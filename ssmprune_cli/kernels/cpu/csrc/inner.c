@@ -31,7 +31,8 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
                      float *scratch, int64_t size) {
     int64_t E = a->channels, K = a->width, L = a->length, S = a->steps, stride = padded(a);
     Parameters p = parameters_of(a, g);
-    Conv conv = {.x = a->xz, .context = a->context, .taps = p.taps, .bias = p.conv_bias, .length = L, .channels = E,
+    int64_t before = a->before;
+    Conv conv = {.x = (const float *)a->xz - before * a->xz_l, .context = a->context, .taps = p.taps, .bias = p.conv_bias, .length = before + L, .channels = E,
                  .width = K, .x_b = a->xz_b, .x_l = a->xz_l, .context_b = a->context_b, .context_l = a->context_l,
                  .others = a->others, .reverse = g};
     const float *from[MOST_ROWS];
@@ -52,7 +53,7 @@ INLINE int feed_tile(const Inner *a, int64_t g, int64_t first, int64_t row, int6
         for (int64_t c = 0; c < E; c += SLAB) {
             vf y[UNROLL] = {{0}};
             if (sources) convolve_sources(&conv, b, sources, c, half, y);
-            else convolve(&conv, b, t, c, half, y);
+            else convolve(&conv, b, before + t, c, half, y);
             write_silu(u, t, E, c, 0, y);
         }
     }
@@ -95,7 +96,7 @@ int feed_rows(const Inner *a, int64_t first, int64_t count, float *scratch, int6
 /* The scans of sample b for the channel blocks `from` ... `to`. The first one's outputs take the place of its inputs. */
 static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *u) {
     int64_t E = a->channels, N = a->state, R = a->rank, S = a->steps, stride = padded(a), G = a->directions;
-    int64_t size = a->half ? 2 : 4;
+    int64_t size = a->half ? 2 : 4, row = a->whole ? a->whole : S;
     int failed = 0;
     for (int64_t g = 0; g < G; g++) {
         float *input = u + g * S * E, *own = u + G * S * E + g * S * stride;
@@ -104,16 +105,17 @@ static int scan_all(const Inner *a, int64_t b, int64_t from, int64_t to, float *
                      .B_l = stride, .C = own + R + N, .C_l = stride, .A = p.A, .A_c = 1, .A_n = E, .D = p.D,
                      .bias = p.dt_bias, .y = input, .batch = 1, .length = S, .channels = E, .state = N, .softplus = 1,
                      .reverse = g, .outputs = S, .scale = a->scale, .mass = a->mass, .stay = g < G - 1};
-        if (a->gap) scan.gap = a->gap + (g * a->batch + b) * S, scan.gap_l = 1;
-        if (a->size) scan.size = a->size + b * S;
+        if (a->gap) scan.gap = a->gap + (g * a->batch + b) * row, scan.gap_l = 1;
+        if (a->size) scan.size = a->size + b * row;
         if (a->slots) scan.slots = a->slots + b * S;
         if (a->cells) scan.skip = u + own_at(a) + g * S * E;
         if (a->gap_delta) scan.gap_delta = a->gap_delta + g * E;
+        if (a->carry) scan.last = u + a->carry, scan.initial = a->begun ? scan.last : 0;
         if (g) scan.sum = u;
         if (g == G - 1) {
             scan.z = (const char *)a->xz + (b * a->xz_b + E) * size, scan.z_l = a->xz_l;
             scan.y = (char *)a->y + b * a->y_b * size, scan.half_out = a->half;
-            if (a->ungated) scan.ungated = a->ungated + b * a->length * E;
+            if (a->ungated) scan.ungated = a->ungated + b * (a->whole ? row : a->length) * E;
         }
         failed |= scan_forward_group(&scan, 0, from, to);
     }

@@ -26,6 +26,10 @@ ARGUMENTS(Inner,
     uint16_t *rows; /* room for what tile_rows or byte_rows gives of E channels, if `way` is TILES or BYTES */
     int64_t batch, length, channels, state, width, rank, directions, others, xz_b, xz_l, y_b, context_b, context_l;
     int64_t half, threads, way, parts, dots, tokens, steps;
+    /* Of a piece of sequences of `whole` tokens, in float32 and one direction: `before` rows of xz in front of the first one
+     * are of tokens that the convolution still sees, and the scan's states (N, E) are `carry` floats into the sample's
+     * scratch memory. They come from the piece before, if it has `begun`. gap, size and ungated begin with the piece. */
+    int64_t whole, before, carry, begun;
     double scale, mass;
 );
 
