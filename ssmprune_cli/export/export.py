@@ -65,11 +65,6 @@ def refuse(model: Backbone, target: str) -> None:
     if dtypes and model.dtype not in dtypes:
         known = " or ".join(map(str, dtypes))
         raise UsageError(f"a file of the target {target!r} computes in {known}, and this model is in {model.dtype}")
-    if model.eight_bit_kinds:
-        raise UsageError(
-            f"the weights of {', '.join(model.eight_bit_kinds)} are in eight bits, which no exported file holds yet",
-            hint="Export the same model with weights in float: compress it without `--int8`.",
-        )
     if model.num_classes < 1:
         raise UsageError(f"this {model.family} has no head, so there are no logits to export")
 

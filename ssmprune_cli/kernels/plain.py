@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.inputs import GridConvInputs, ScanInputs, SsdInputs
-from ssmprune_cli.kernels.pytorch import eager, finish, ssd_steps, steps
+from ssmprune_cli.kernels.packing import EightBit
+from ssmprune_cli.kernels.pytorch import eager, eight_bit_linear, finish, ssd_steps, steps
 
 
 def _scan(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +84,10 @@ def _gated_sum(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
     return eager.gated_sum(ys, z, scale)
 
 
+def _eight_bit_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return eight_bit_linear(x, EightBit(values, scale), bias)
+
+
 _OPS = torch.ops.ssmprune
 PLAIN: dict[Any, Callable[..., Any]] = {
     _OPS.selective_scan.default: _scan,
@@ -92,4 +97,5 @@ PLAIN: dict[Any, Callable[..., Any]] = {
     _OPS.grid_conv2d.default: _grid_conv,
     _OPS.add_rms_norm.default: eager.add_rms_norm,
     _OPS.gated_sum.default: _gated_sum,
+    _OPS.eight_bit_linear.default: _eight_bit_linear,
 }
