@@ -16,8 +16,8 @@ from ssmprune_cli.kernels import MOST
 
 MOST_YS = 4  # directions of a gated sum
 _FLOAT, _UINT8 = 1, 2  # numbers of ONNX's types
-# Bytes without a sign, of which this one stands for 0. With signed weights ONNX Runtime adds products in pairs of 16 bits
-# where a processor has no VNNI, and they overflow; without signs its sums are exact on all of them.
+# Of bytes without a sign this one stands for 0. With signed weights ONNX Runtime adds pairs of products in 16 bits where
+# a processor has no VNNI, and they overflow; without signs its sums are exact on every processor.
 _MIDDLE = 128
 
 # `activated` is silu(pre).
@@ -211,7 +211,7 @@ _LINEAR_INT8 = f"""LinearInt8 (x, values, scale) => (y) {{
     own = Add (step, finite)
     scales = Mul (own, scale)
     y = Mul (whole, scales)
-}}"""  # x (..., K), values (P, K) int8, scale (P,); raw, step (..., 1); `finite` is 0, or NaN where a token is not finite
+}}"""  # x (..., K), values (P, K) int8, scale (P,); raw, step (..., 1); `finite` is 0, or NaN
 
 
 def functions(opset: int) -> dict[str, Any]:
@@ -219,7 +219,8 @@ def functions(opset: int) -> dict[str, Any]:
     from onnx import parser
 
     texts = [_scan(*options) for options in product((True, False), ("", "Own", "Given"), (False, True))]
-    texts += [_conv(False), _conv(True), _SPARSE, _LINEAR_INT8, _grid_conv(False), _grid_conv(True), _norm(False), _norm(True)]
+    texts += [_conv(False), _conv(True), _SPARSE, _grid_conv(False), _grid_conv(True), _norm(False), _norm(True)]
+    texts.append(_LINEAR_INT8)
     texts += [_gate(count) for count in range(1, MOST_YS + 1)]
     head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n'
     made = (parser.parse_function(head + text) for text in texts)
