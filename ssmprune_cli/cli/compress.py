@@ -120,8 +120,8 @@ def command(
         typer.Option(
             parser=values.size,
             metavar="SIZE",
-            help="Make the file of weights this small, 5MB: by weights in eight bits, then by fewer blocks. With --keep, "
-            "--tokens or --resize, too.",
+            help="Make the file of weights this small, 5MB: by weights in eight bits, then by fewer blocks. Also with "
+            "--keep, --tokens or --resize.",
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,

@@ -121,7 +121,7 @@ def export(
         return torch.randn(count, *model.input_shape, generator=random).to(device, model.dtype)
 
     shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
-    tolerance = tolerance_of(model.dtype)
+    tolerance = tolerance_of(model.dtype, eight_bits=bool(model.eight_bit_kinds))
     used = "random" if images is None else f"{min(len(images), max(sizes))} given"
     with placed(path) as temporary, evaluating(model), quiet():
         try:

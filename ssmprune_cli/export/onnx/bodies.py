@@ -16,8 +16,8 @@ from ssmprune_cli.kernels import MOST
 
 MOST_YS = 4  # directions of a gated sum
 _FLOAT, _UINT8 = 1, 2  # numbers of ONNX's types
-# Of bytes without a sign this one stands for 0. With signed weights ONNX Runtime adds pairs of products in 16 bits where
-# a processor has no VNNI, and they overflow; without signs its sums are exact on every processor.
+# Of bytes without a sign this one stands for 0. With signed weights ONNX Runtime adds two products at a time in 16 bits
+# where a processor has no VNNI, and they overflow; without signs its sums are exact on every processor.
 _MIDDLE = 128
 
 # `activated` is silu(pre).
@@ -206,12 +206,16 @@ _LINEAR_INT8 = f"""LinearInt8 (x, values, scale) => (y) {{
     zero = Cast <to = {_UINT8}> (middle)
     sums = MatMulInteger (tokens, weight, zero, zero)
     whole = Cast <to = {_FLOAT}> (sums)
+    outputs = Mul (whole, scale)
     step = Where (small, nothing, raw)
-    finite = Sub (raw, raw)
+    total = ReduceSum <keepdims = 1> (sizes, last)
+    finite = Sub (total, total)
     own = Add (step, finite)
-    scales = Mul (own, scale)
-    y = Mul (whole, scales)
-}}"""  # x (..., K), values (P, K) int8, scale (P,); raw, step (..., 1); `finite` is 0, or NaN
+    y = Mul (outputs, own)
+}}"""
+# x (..., K), values (P, K) int8, scale (P,); raw, step (..., 1). `finite` is 0, and NaN of a token that is not finite: the
+# largest of values may pass over one that is NaN. The two scales are not made one: where they are, ONNX Runtime (1.32)
+# takes the products and a bias that follows for one node of its own, which scales the bias as well.
 
 
 def functions(opset: int) -> dict[str, Any]:

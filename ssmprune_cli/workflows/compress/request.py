@@ -36,8 +36,8 @@ class CompressRequest:
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
                    `limits.max_drop`: search for the fastest that loses no more on `data`
-    target_size    bytes of the file of weights, which are met by weights in eight bits, and then by fewer blocks; beside
-                   `keep`, `tokens` and `resize`, which do not change it
+    target_size    bytes of the file of weights, met by weights in eight bits and then by fewer blocks; beside `keep`,
+                   `tokens` and `resize`, which do not change it
     batch_size     that is timed; None is what suits the task
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
