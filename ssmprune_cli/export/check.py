@@ -17,8 +17,8 @@ from ssmprune_cli.export.target import Run
 # Of the largest logit. Another runtime may add in another order; half precision has 8 or 11 bits.
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 _HALF_TOLERANCE = 2e-2
-# After sums in another order a value between two integers of eight bits may become the other one: a step of 1/127 of the
-# largest value of its token, in some of the tokens. Measured of trained models: 6e-3. One wrong layer is far more.
+# After sums in another order a value between two integers may become the other one: in a few tokens, a step of 1/127 of
+# their largest value.
 _EIGHT_BIT_TOLERANCE = 2e-2
 # Of the answers that have to be the same. Of millions of pixels a few have two classes that are as likely.
 AGREEMENTS = {"classification": 1.0, "video-classification": 1.0, "segmentation": 0.999, "detection": 1.0}

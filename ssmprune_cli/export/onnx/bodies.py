@@ -213,9 +213,9 @@ _LINEAR_INT8 = f"""LinearInt8 (x, values, scale) => (y) {{
     own = Add (step, finite)
     y = Mul (outputs, own)
 }}"""
-# x (..., K), values (P, K) int8, scale (P,); raw, step (..., 1). `finite` is 0, and NaN of a token that is not finite: the
-# largest of values may pass over one that is NaN. The two scales are not made one: where they are, ONNX Runtime (1.32)
-# takes the products and a bias that follows for one node of its own, which scales the bias as well.
+# x (..., K), values (P, K) int8, scale (P,); raw, step (..., 1). `finite` is 0, or NaN: a maximum may pass over that.
+# The two scales are not made one: where they are, ONNX Runtime (1.32) makes a node of its own of the products and of a
+# bias that follows, and scales the bias as well.
 
 
 def functions(opset: int) -> dict[str, Any]:

@@ -72,10 +72,10 @@ def _ladder(
     for blocks in range(1 + (0 if request.keep_blocks else len(cuts(whole)))):
         model = smaller(whole, Size(cut=blocks))
         pruning = recipe.pruning.model_copy(update={**weights, "cut_blocks": blocks or None})
-        yield recipe.model_copy(update={"pruning": pruning}), _in_eight_bits(model, kinds)
+        yield recipe.model_copy(update={"pruning": pruning}), bytes_in_eight_bits(model, kinds)
 
 
-def _in_eight_bits(model: Backbone, kinds: tuple[str, ...]) -> int:
+def bytes_in_eight_bits(model: Backbone, kinds: tuple[str, ...]) -> int:
     """Bytes of the weights of `model` with those of these kinds of layers in eight bits."""
     size = checkpoint.weights_size(model)
     for name in model.layers_of(kinds):
