@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
-from ssmprune_cli.export.check import AGREEMENTS, Check, compared, judge, recorded, tolerance_of
+from ssmprune_cli.export.check import Check, agreement_of, compared, judge, recorded, tolerance_of
 from ssmprune_cli.export.facts import facts
 from ssmprune_cli.export.graph import outputs_of, traced
 from ssmprune_cli.export.onnx import ONNX, ONNX_PLAIN
@@ -121,7 +121,8 @@ def export(
         return torch.randn(count, *model.input_shape, generator=random).to(device, model.dtype)
 
     shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
-    tolerance = tolerance_of(model.dtype, eight_bits=bool(model.eight_bit_kinds))
+    rounded = bool(model.eight_bit_kinds)
+    tolerance, agreement = tolerance_of(model.dtype, eight_bits=rounded), agreement_of(model.task, eight_bits=rounded)
     used = "random" if images is None else f"{min(len(images), max(sizes))} given"
     with placed(path) as temporary, evaluating(model), quiet():
         try:
@@ -134,7 +135,7 @@ def export(
         except Exception as error:  # whatever an exporter raises of a model that it cannot take
             first = str(error).strip().partition("\n")[0]
             raise SsmpruneError(f"{model.family} cannot be exported to {target}: {first}", where=str(path)) from error
-        judge(checks, target, path, tolerance, AGREEMENTS[model.task])
+        judge(checks, target, path, tolerance, agreement)
         if chosen.record is not None:
             chosen.record(temporary, "check", recorded(checks, used, tolerance))
         temporary.replace(path)

@@ -147,7 +147,7 @@ def test_a_file_holds_the_bytes_and_answers_as_the_model(vim: tuple[Backbone, Pa
     assert len({each["runtime"] for each in checked["runs"]}) == (2 if CPU.missing() is None else 1)
     wide = sum(each.nbytes for each in held(path))
     whole = sum(each.numel() * 4 for each in model.state_dict().values())
-    assert wide < 0.4 * whole, "the patch embedding, step sizes and norms are in float"
+    assert wide < 0.45 * whole, "the patch embedding, step sizes and norms are in float"
 
 
 @pytest.mark.slow
