@@ -832,7 +832,7 @@ def test_a_search_in_eight_bits_times_and_judges_what_is_delivered(
 
 
 def test_variants_are_pruned_in_float_and_judged_in_eight_bits(model: Backbone) -> None:
-    kinds, images = ("in_proj", "out_proj"), torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    kinds, images = ("in_proj", "out_proj"), torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     asked = Measurements(model, images, calibration=4, int8=kinds)
     settings = Method("clip", "drop", "calibrated").settings(PruneSchedule((2,), (9,)), 0)
     found = asked.distances(settings, range(6))

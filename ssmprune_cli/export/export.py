@@ -121,8 +121,7 @@ def export(
         return torch.randn(count, *model.input_shape, generator=random).to(device, model.dtype)
 
     shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
-    rounded = bool(model.eight_bit_kinds)
-    tolerance, agreement = tolerance_of(model.dtype, eight_bits=rounded), agreement_of(model.task, eight_bits=rounded)
+    tolerance = tolerance_of(model)
     used = "random" if images is None else f"{min(len(images), max(sizes))} given"
     with placed(path) as temporary, evaluating(model), quiet():
         try:
@@ -135,7 +134,7 @@ def export(
         except Exception as error:  # whatever an exporter raises of a model that it cannot take
             first = str(error).strip().partition("\n")[0]
             raise SsmpruneError(f"{model.family} cannot be exported to {target}: {first}", where=str(path)) from error
-        judge(checks, target, path, tolerance, agreement)
+        judge(checks, target, path, tolerance, agreement_of(model))
         if chosen.record is not None:
             chosen.record(temporary, "check", recorded(checks, used, tolerance))
         temporary.replace(path)

@@ -135,7 +135,7 @@ def vim(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, Path]:
 
 def test_a_file_holds_the_bytes_and_answers_as_the_model(vim: tuple[Backbone, Path]) -> None:
     """To a ten-thousandth of the largest logit here, where two blocks leave little room for a value to be rounded the
-    other way; `export` allows deep models 2e-2."""
+    other way; `export` allows deep models 1e-1 where tokens are dropped."""
     model, path = vim
     check_held(path, model)
     session = opened(path)
@@ -143,7 +143,7 @@ def test_a_file_holds_the_bytes_and_answers_as_the_model(vim: tuple[Backbone, Pa
     assert isinstance(session.definition, Backbone) and session.definition.eight_bit_kinds == model.eight_bit_kinds
     assert session.definition.parameter_count == model.parameter_count
     checked = json.loads(session.said["check"])
-    assert checked["tolerance"] == 2e-2 and max(each["error"] for each in checked["runs"]) < 1e-4
+    assert checked["tolerance"] == 1e-1 and max(each["error"] for each in checked["runs"]) < 1e-4
     assert len({each["runtime"] for each in checked["runs"]}) == (2 if CPU.missing() is None else 1)
     wide = sum(each.nbytes for each in held(path))
     whole = sum(each.numel() * 4 for each in model.state_dict().values())
