@@ -122,8 +122,11 @@ def check_held(path: Path, model: Backbone) -> None:
         if isinstance(each, EightBitLinear):
             assert any(one.dtype == np.int8 and np.array_equal(one, each.values.numpy()) for one in there)
             assert any(one.dtype == np.float32 and np.array_equal(one, each.scale.numpy()) for one in there)
-            shapes = (tuple(each.values.shape), tuple(each.values.t().shape))
-            assert not any(one.dtype == np.float32 and one.shape in shapes for one in there)
+            in_float = each.weight.numpy()
+            for one in there:
+                assert one.dtype != np.float32 or not any(
+                    one.shape == way.shape and np.allclose(one, way, rtol=1e-2) for way in (in_float, in_float.T)
+                )
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +153,10 @@ def test_a_file_holds_the_bytes_and_answers_as_the_model(vim: tuple[Backbone, Pa
     assert wide < 0.45 * whole, "the patch embedding, step sizes and norms are in float"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["plainmamba", "vmamba"])
-def test_layers_with_biases_and_parts_of_weights(family: str, tmp_path: Path) -> None:
-    model = make_int8(family, "context" if family == "plainmamba" else "drop")
+def test_a_bias_is_added_to_a_layer_in_eight_bits(tmp_path: Path) -> None:
+    """PlainMamba's layers have them. All in standard operators, which a runtime may make one node of."""
+    model = make_int8("plainmamba", depth=1)
+    assert sum(isinstance(each, EightBitLinear) and each.bias is not None for each in model.modules())
     made = export(model, tmp_path / "plain.onnx", "onnx-plain", batch=2)
     assert made.error < 1e-4 and not onnx.load(made.path).functions
     check_held(made.path, model)
