@@ -80,14 +80,17 @@ def test_other_commands_take_it_or_refuse_it_by_name(ssmprune: Run, artefact: Pa
     assert "in eight bits already" in done.stderr and "Give the checkpoint that it was made of" in done.stderr
 
 
-def test_its_onnx_file_is_made_judged_and_timed(ssmprune: Run, artefact: Path, photos: Path, tmp_path: Path) -> None:
+def test_its_onnx_file_is_made_judged_and_timed(ssmprune: Run, artefact: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     file = tmp_path / "model.onnx"
     done = ssmprune("export", artefact, "--out", file, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["tolerance"] == 1e-1 and max(each["error"] for each in told["checks"]) <= 1e-1
-    judged = ssmprune("eval", file, "--dataset", "imagefolder", "--data", photos, "--json")
+    images = tmp_path / "images.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    np.savez(images, images=pixels, labels=np.arange(10))
+    judged = ssmprune("eval", file, "--dataset", "npz", "--data", images, "--json")
     assert judged.returncode == 0 and json.loads(judged.stdout)["dtype"] == "int8", judged.stderr
     profiled = ssmprune("profile", file, "--rounds", "1", "--batch-size", "1", "--json")
     assert profiled.returncode == 0, profiled.stderr
