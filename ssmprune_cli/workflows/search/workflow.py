@@ -245,7 +245,8 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     def load(sized: Backbone) -> Images:
         return load_images(sized, mixed)
 
-    images, int8 = load(model), ()
+    images = load(model)
+    int8: tuple[str, ...] = ()
     if plan.int8:
         few = in_batches(images[: min(ALIGNMENT_IMAGES, len(parts[0]))], plan.calibration.batch_size)
         rounded = to_eight_bits(copy.deepcopy(model), few)
