@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +27,14 @@ from ssmprune_cli.pruning import (
     repair,
     restore,
 )
-from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
-from ssmprune_cli.report import SearchTrial
+from ssmprune_cli.recipe import CalibrationPlan, Recipe
 from ssmprune_cli.tasks import TASKS, Task
 from ssmprune_cli.workflows.eight_bits import to_eight_bits
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
 from ssmprune_cli.workflows.search.algorithm import Search, split
+from ssmprune_cli.workflows.search.found import Found, pruning_of
 from ssmprune_cli.workflows.search.pool import Quick
 from ssmprune_cli.workflows.search.sizes import Sizes
 from ssmprune_cli.workflows.search.trial import Limits, Trial
@@ -100,38 +100,6 @@ class SearchPlan:
     device: str = "cpu"
     state: Path | None = None
     int8: bool = False
-
-
-@dataclass(frozen=True)
-class Found:
-    """The result for one budget. `trials` has the chosen one first."""
-
-    budget: Budget
-    trials: list[Trial]
-    recipe: Recipe
-
-    @property
-    def chosen(self) -> Trial:
-        return self.trials[0]
-
-    def trace(self) -> list[SearchTrial]:
-        """Everything that was tried on all search images."""
-        return [
-            SearchTrial(
-                kind="time" if self.budget.kind == "time" else "flops",
-                budget=self.budget.value,
-                spent=trial.spent,
-                multiply_adds=trial.multiply_adds,
-                latency_ratio=None if trial.timing is None else trial.timing.ratio,
-                divergence=trial.divergence if trial.divergence < float("inf") else None,
-                divergence_held_back=trial.held_back,
-                divergence_repaired=trial.repaired,
-                recipe=_name(trial),
-                pruning=_pruning(trial, self.recipe.pruning.int8).model_dump(mode="json", exclude_none=True),
-                chosen=trial.chosen,
-            )
-            for trial in self.trials
-        ]
 
 
 @dataclass
@@ -398,37 +366,7 @@ class Searches:
         return Recipe(
             name="searched",
             description=f"found by search for {target}",
-            pruning=_pruning(trial, self.measurements.int8 or None, self.plan.repair),
+            pruning=pruning_of(trial, self.measurements.int8 or None, self.plan.repair),
             calibration=self.plan.calibration.model_copy(update={"images": images}),
             seed=self.plan.seed,
         )
-
-
-def _pruning(trial: Trial, int8: tuple[str, ...] | None, repaired: Asked = "none") -> Pruning:
-    """Of a trial with these kinds of layers in eight bits; None for all weights in float."""
-    settings, size = trial.settings, trial.size
-    weights: Literal["float", "int8"] = "float" if int8 is None else "int8"
-    if not settings.schedule.points:
-        return Pruning(image_size=size.side, cut_blocks=size.cut or None, weights=weights, int8=int8, repair=repaired)
-    return Pruning(
-        image_size=size.side,
-        cut_blocks=size.cut or None,
-        weights=weights,
-        int8=int8,
-        points=settings.schedule.points,
-        tokens=settings.schedule.tokens,
-        importance=settings.importance,
-        reduction=settings.reduction,
-        alignment=settings.alignment,
-        repair=repaired,
-    )
-
-
-def _name(trial: Trial) -> str:
-    settings = trial.settings
-    size = str(trial.size)
-    if not settings.schedule.points:
-        return size or "eight bits alone"
-    method = Method(settings.importance, settings.reduction, settings.alignment)
-    dropped = f"{method} after {', '.join(map(str, settings.schedule.points))}"
-    return f"{size}, {dropped}" if size else dropped
