@@ -16,12 +16,13 @@ _known: dict[object, float] = {}
 
 
 def milliseconds(model: Backbone) -> float:
-    """A fifth of a millisecond, and one for every ten million multiply-adds."""
+    """A fifth of a millisecond, and one for every ten million multiply-adds, or every twenty of a model with weights in
+    eight bits."""
     from ssmprune_cli.workflows.measure import count_flops
 
-    key = (model.family, model.config, getattr(model.pruner, "settings", None))
+    key = (model.family, model.config, getattr(model.pruner, "settings", None), model.eight_bit_kinds)
     if key not in _known:
-        _known[key] = 0.2 + count_flops(model).all_directions / 1e7
+        _known[key] = 0.2 + count_flops(model).all_directions / (2e7 if model.eight_bit_kinds else 1e7)
     return _known[key]
 
 

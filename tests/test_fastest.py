@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,12 +29,13 @@ class Searches:
         self.plan = SearchPlan(Path("calib"), [Method()], limits=Limits(30))
         self.reach = reach
         self.asked: list[tuple[float, int]] = []
+        self.found: Callable[[float], Pruning] = lambda share: Pruning(keep=share)
 
     def find(self, budget: Budget, limits: Limits) -> Found:
         if budget.value < self.reach:
             raise BudgetError("cannot be reached")
         self.asked.append((budget.value, limits.evaluations))
-        return Found(budget, [], Recipe(pruning=Pruning(keep=1.0)))
+        return Found(budget, [], Recipe(pruning=self.found(budget.value)))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,18 @@ def test_the_last_before_the_first_that_fails(holds_from: float, reach: float, c
     assert judged == list(LADDER[: len(judged)]), "from the mildest on, none left out"
     assert sum(value < holds_from for value in judged) <= 1, "none is judged after the first that fails"
     assert {evaluations for _, evaluations in searches.asked} == {10}
+
+
+def test_what_is_quick_enough_for_several_rungs_is_judged_once() -> None:
+    searches, judged = Searches(), list[float]()
+    searches.found = lambda share: Pruning(keep=share if share < 0.8 else 0.9)
+
+    def holds(found: Found) -> bool:
+        judged.append(found.budget.value)
+        return found.budget.value >= 0.7
+
+    assert fastest(cast(Any, searches), holds).budget.value == 0.7
+    assert judged == [0.95, 0.75, 0.7, 0.65]
 
 
 def test_what_nothing_can_reach_is_an_error() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.checkpoint.artefact import check_writable, is_compressed, save
+from ssmprune_cli.checkpoint.artefact import check_writable, is_compressed, save, weights_size
 from ssmprune_cli.checkpoint.described import described
 from ssmprune_cli.checkpoint.files import hub_address, sha256, size
 from ssmprune_cli.checkpoint.hub import Address as HubAddress
@@ -38,4 +38,5 @@ __all__ = [
     "sha256",
     "size",
     "variant_name",
+    "weights_size",
 ]

@@ -164,6 +164,11 @@ def save(
     write(folder, files)
 
 
+def weights_size(model: Backbone) -> int:
+    """Bytes of the file of weights that `save` writes of `model`, with what its pruner holds."""
+    return len(serialize(_state(model), metadata={"format": "pt"}))
+
+
 def write(folder: Path, files: Mapping[str, bytes | str]) -> None:
     """Make `folder` a folder of these files, in one step. CheckpointError if it cannot be."""
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}

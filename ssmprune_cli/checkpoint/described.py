@@ -30,15 +30,22 @@ _DRAWN = (Tensor.normal_, Tensor.uniform_, nn.init.normal_)
 _MOST_WEIGHTS = 1 << 14  # tensors of a model that nothing but a description limits
 
 
-def described(family: str, config: Mapping[str, Any], settings: Mapping[str, Any] | None, path: Path) -> Backbone:
-    """The model of this configuration, all of whose weights are 0, pruned as `settings` say: to count with, and not to
-    ask. `path` is the file that says so, and that holds the weights in a form of its own.
+def described(
+    family: str,
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    path: Path,
+    eight_bits: Sequence[str] = (),
+) -> Backbone:
+    """The model of this configuration, all of whose weights are 0, pruned as `settings` say, and the kinds of layers
+    `eight_bits` in eight bits: to count with, and not to ask. `path` is the file that says so, and that holds the
+    weights in a form of its own.
 
     Raises UsageError for an unknown family, CheckpointError for values that no model has, or none in such a file.
     """
     known = FAMILIES.get(family)
-    model = unfilled(known, configuration(known, dict(config), _MOST_WEIGHTS, str(path)), settings, path)
-    count, size = sum(each.numel() for each in model.parameters()), path.stat().st_size
+    model = unfilled(known, configuration(known, dict(config), _MOST_WEIGHTS, str(path)), settings, path, eight_bits)
+    count, size = model.parameter_count, path.stat().st_size
     if count > 2 * size:  # a weight has a byte at least, unless several are one
         raise CheckpointError(f"says that it has {count:,} weights, and has {size:,} bytes", where=str(path))
     zeros = {name: torch.zeros(each.shape, dtype=each.dtype) for name, each in model.state_dict().items()}

@@ -115,6 +115,16 @@ def command(
             rich_help_panel=HOW_MUCH,
         ),
     ] = None,
+    target_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=values.size,
+            metavar="SIZE",
+            help="Make the file of weights this small, 5MB: by weights in eight bits, then by fewer blocks. Also with "
+            "--keep, --tokens or --resize.",
+            rich_help_panel=HOW_MUCH,
+        ),
+    ] = None,
     points: Annotated[
         str | None,
         counts_option(
@@ -260,6 +270,7 @@ def command(
         target_speedup=target_speedup,
         target_latency=target_latency,
         target_flops=target_flops,
+        target_size=target_size,
         batch_size=batch_size,
         cut_blocks=cut_blocks,
         keep_image_size=keep_image_size,

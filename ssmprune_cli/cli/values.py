@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -89,6 +90,15 @@ def number(
         raise typer.BadParameter(f"must be {kind}, not {shown(str(text))!r}")
 
     return parse
+
+
+def size(text: str) -> int:
+    """Takes a size such as 5MB or 800kB, and gives bytes."""
+    parts = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([kMG])B", text, flags=re.ASCII)
+    found = 0 if parts is None else round(float(parts[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[parts[2]])
+    if found < 1:
+        raise typer.BadParameter(f"must be a size in kB, MB or GB, such as 5MB, not {shown(text)!r}")
+    return found
 
 
 def number_or(word: str, low: int, high: int) -> Callable[[Any], str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.errors import SsmpruneError, UsageError
-from ssmprune_cli.export.check import AGREEMENTS, Check, compared, judge, recorded, tolerance_of
+from ssmprune_cli.export.check import Check, agreement_of, compared, judge, recorded, tolerance_of
 from ssmprune_cli.export.facts import facts
 from ssmprune_cli.export.graph import outputs_of, traced
 from ssmprune_cli.export.onnx import ONNX, ONNX_PLAIN
@@ -65,11 +65,6 @@ def refuse(model: Backbone, target: str) -> None:
     if dtypes and model.dtype not in dtypes:
         known = " or ".join(map(str, dtypes))
         raise UsageError(f"a file of the target {target!r} computes in {known}, and this model is in {model.dtype}")
-    if model.eight_bit_kinds:
-        raise UsageError(
-            f"the weights of {', '.join(model.eight_bit_kinds)} are in eight bits, which no exported file holds yet",
-            hint="Export the same model with weights in float: compress it without `--int8`.",
-        )
     if model.num_classes < 1:
         raise UsageError(f"this {model.family} has no head, so there are no logits to export")
 
@@ -126,7 +121,7 @@ def export(
         return torch.randn(count, *model.input_shape, generator=random).to(device, model.dtype)
 
     shown = noise(max(sizes)) if images is None else _repeated(images.to(device, model.dtype), max(sizes))
-    tolerance = tolerance_of(model.dtype)
+    tolerance = tolerance_of(model)
     used = "random" if images is None else f"{min(len(images), max(sizes))} given"
     with placed(path) as temporary, evaluating(model), quiet():
         try:
@@ -139,7 +134,7 @@ def export(
         except Exception as error:  # whatever an exporter raises of a model that it cannot take
             first = str(error).strip().partition("\n")[0]
             raise SsmpruneError(f"{model.family} cannot be exported to {target}: {first}", where=str(path)) from error
-        judge(checks, target, path, tolerance, AGREEMENTS[model.task])
+        judge(checks, target, path, tolerance, agreement_of(model))
         if chosen.record is not None:
             chosen.record(temporary, "check", recorded(checks, used, tolerance))
         temporary.replace(path)

@@ -34,6 +34,8 @@ def said_of(model: Backbone) -> dict[str, str]:
     }
     with contextlib.suppress(UsageError):
         found["preprocessing"] = json.dumps(asdict(model.preprocessing))
+    if model.eight_bit_kinds:
+        found["eight_bits"] = json.dumps(model.eight_bit_kinds)
     if isinstance(model, Detector):
         found["holds"] = "backbone and feature pyramid"
         found["strides"] = json.dumps(model.strides)

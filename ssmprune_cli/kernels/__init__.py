@@ -20,6 +20,7 @@ from ssmprune_cli.kernels.ops import (
     add_rms_norm,
     causal_conv1d,
     conv_flops,
+    eight_bit_linear,
     gated_sum,
     grid_conv2d,
     inner_composed,
@@ -50,7 +51,7 @@ from ssmprune_cli.kernels.packing import (
 )
 from ssmprune_cli.kernels.plain import PLAIN, PLAIN_PRUNE
 from ssmprune_cli.kernels.products import pack_products
-from ssmprune_cli.kernels.pytorch import eight_bit_linear, in_eight_bits
+from ssmprune_cli.kernels.pytorch import MOST, in_eight_bits
 from ssmprune_cli.kernels.triton import TRITON
 
 BACKENDS.register("triton", TRITON)
@@ -62,6 +63,7 @@ backend_from_environment()
 
 __all__ = [
     "CPU",
+    "MOST",
     "PLAIN",
     "PLAIN_PRUNE",
     "Backend",

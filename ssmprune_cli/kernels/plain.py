@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ssmprune_cli.kernels.inputs import GridConvInputs, Moved, MoveInputs, OrderInputs, ScanInputs, SsdInputs
-from ssmprune_cli.kernels.pytorch import eager, finish, prune, ssd_steps, steps
+from ssmprune_cli.kernels.packing import EightBit
+from ssmprune_cli.kernels.pytorch import eager, eight_bit_linear, finish, prune, ssd_steps, steps
 
 
 def _scan(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,6 +94,10 @@ def _move(*values: Any) -> Moved:
     return prune.move_tokens(MoveInputs(*values))
 
 
+def _eight_bit_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return eight_bit_linear(x, EightBit(values, scale), bias)
+
+
 _OPS = torch.ops.ssmprune
 PLAIN_PRUNE: dict[Any, Callable[..., Any]] = {
     _OPS.score_tokens.default: prune.score_tokens,
@@ -108,4 +113,5 @@ PLAIN: dict[Any, Callable[..., Any]] = {
     _OPS.add_rms_norm.default: eager.add_rms_norm,
     _OPS.gated_sum.default: _gated_sum,
     **PLAIN_PRUNE,
+    _OPS.eight_bit_linear.default: _eight_bit_linear,
 }

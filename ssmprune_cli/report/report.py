@@ -63,11 +63,11 @@ class PruningFacts(Section):
 class TargetFacts(Section):
     """What the user asked a search for: at most `value`, of which `measured` came out; `met` if that is not more.
 
-    kind  "latency_ratio" (of the dense model's time), "latency_ms" (a batch), "multiply_adds" (share of dense) or
-          "max_drop" (the quickest that provably loses at most so many points)
+    kind  "latency_ratio" (of the dense model's time), "latency_ms" (a batch), "multiply_adds" (share of dense),
+          "size_bytes" (of the file of weights) or "max_drop" (the quickest that provably loses at most so many points)
     """
 
-    kind: Literal["latency_ratio", "latency_ms", "multiply_adds", "max_drop"]
+    kind: Literal["latency_ratio", "latency_ms", "multiply_adds", "size_bytes", "max_drop"]
     value: float
     measured: float
     met: bool

@@ -105,6 +105,12 @@ def run(request: ExportRequest) -> ExportResult:
     refuse(model, request.target)
     if request.int8 is not None and model.task == "detection":
         raise UsageError("a detector's file has no answers by which int8 could be judged", where="--int8")
+    if request.int8 is not None and model.eight_bit_kinds:
+        raise UsageError(
+            f"the weights of {', '.join(model.eight_bit_kinds)} are in eight bits already, and so they are in the file",
+            where="--int8",
+            hint="Leave it out.",
+        )
     count = min(max(request.batch or 0, 3), _IMAGES)
     images = None if request.check is None else _images(model, request.check, count, "--check")
     if request.int8 is None:

@@ -67,9 +67,7 @@ def test_its_recipe_gives_the_same_bytes(ssmprune: Run, artefact: Path, photos: 
         assert (again / name).read_bytes() == (artefact / name).read_bytes()
 
 
-def test_other_commands_take_it_or_refuse_it_by_name(
-    ssmprune: Run, artefact: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_other_commands_take_it_or_refuse_it_by_name(ssmprune: Run, artefact: Path, tmp_path: Path) -> None:
     model = checkpoint.load(artefact)
     assert model.eight_bit_kinds == tuple(KINDS) and model.pruner is not None
     assert model.parameter_count == checkpoint.load(CHECKPOINT).parameter_count
@@ -80,8 +78,55 @@ def test_other_commands_take_it_or_refuse_it_by_name(
     done = ssmprune("compress", artefact, "--int8", "--keep", "0.5", "--out", tmp_path / "x")
     assert done.returncode == 1 and not done.stdout
     assert "in eight bits already" in done.stderr and "Give the checkpoint that it was made of" in done.stderr
-    done = ssmprune("export", artefact, "--out", tmp_path / "x.onnx")
-    assert done.returncode == 2 and "in eight bits" in done.stderr and not (tmp_path / "x.onnx").exists()
+
+
+def test_its_onnx_file_is_made_judged_and_timed(ssmprune: Run, artefact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "model.onnx"
+    done = ssmprune("export", artefact, "--out", file, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["tolerance"] == 1e-1 and max(each["error"] for each in told["checks"]) <= 1e-1
+    images = tmp_path / "images.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    np.savez(images, images=pixels, labels=np.arange(10))
+    judged = ssmprune("eval", file, "--dataset", "npz", "--data", images, "--json")
+    assert judged.returncode == 0 and json.loads(judged.stdout)["dtype"] == "int8", judged.stderr
+    profiled = ssmprune("profile", file, "--rounds", "1", "--batch-size", "1", "--json")
+    assert profiled.returncode == 0, profiled.stderr
+    (model,) = json.loads(profiled.stdout)["models"]
+    assert model["dtype"] == "int8" and model["parameters"] == checkpoint.load(artefact).parameter_count
+
+
+def test_a_search_for_a_time_is_of_the_model_in_eight_bits(ssmprune: Run, tmp_path: Path) -> None:
+    """Twelve images are too few for more than a few candidates; what is found follows from its recipe alone."""
+    images, out, again = tmp_path / "images.npz", tmp_path / "out", tmp_path / "again"
+    np.savez(images, images=np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8))
+    few = (
+        "--importance",
+        "clip",
+        "--reduction",
+        "drop",
+        "--evaluations",
+        "4",
+        "--calib",
+        images,
+        "--calib-images",
+        "12",
+    )
+    common = ("compress", CHECKPOINT, *CHEAP, "--calib", images)
+    done = ssmprune(*common, "--int8", "--target-latency-ratio", "0.5", *few, "--out", out, "--json", steady=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (chosen,) = [each for each in report["search"] if each["chosen"]]
+    assert chosen["pruning"]["weights"] == "int8" and chosen["latency_ratio"] <= 0.5
+    assert report["target"]["kind"] == "latency_ratio" and report["eight_bits"]["models"]
+    text = (out / "recipe.yaml").read_text()
+    assert "weights: int8" in text and "int8: [in_proj, x_proj, out_proj]" in text
+    assert "in eight bits" in (out / "README.md").read_text().lower()
+    done = ssmprune(*common, "--recipe", out / "recipe.yaml", "--out", again)
+    assert done.returncode == 0, done.stderr
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_without_images_beside_fewer_blocks_and_a_limit(ssmprune: Run, tmp_path: Path) -> None:

@@ -9,9 +9,16 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import torch
+
 from ssmprune_cli.export.onnx.nodes import DOMAIN, scan_name
+from ssmprune_cli.kernels import MOST
 
 MOST_YS = 4  # directions of a gated sum
+_FLOAT, _UINT8 = 1, 2  # numbers of ONNX's types
+# Of bytes without a sign this one stands for 0. With signed weights ONNX Runtime adds two products at a time in 16 bits
+# where a processor has no VNNI, and they overflow; without signs its sums are exact on every processor.
+_MIDDLE = 128
 
 # `activated` is silu(pre).
 _SILU = "gate = Sigmoid (pre) \n activated = Mul (pre, gate)"
@@ -176,12 +183,48 @@ def _gate(count: int) -> str:
     }}"""
 
 
+_LINEAR_INT8 = f"""LinearInt8 (x, values, scale) => (y) {{
+    last = Constant <value_ints = [-1]> ()
+    sizes = Abs (x)
+    largest = ReduceMax <keepdims = 1> (sizes, last)
+    most = Constant <value_float = {MOST}.0> ()
+    raw = Div (largest, most)
+    least = Constant <value_float = {torch.finfo(torch.float32).tiny}> ()
+    small = Less (raw, least)
+    nothing = Constant <value_float = 0.0> ()
+    turned = Reciprocal (raw)
+    factor = Where (small, nothing, turned)
+    scaled = Mul (x, factor)
+    rounded = Round (scaled)
+    middle = Constant <value_float = {_MIDDLE}.0> ()
+    raised = Add (rounded, middle)
+    tokens = Cast <to = {_UINT8}> (raised)
+    wide = Cast <to = {_FLOAT}> (values)
+    above = Add (wide, middle)
+    bytes = Cast <to = {_UINT8}> (above)
+    weight = Transpose <perm = [1, 0]> (bytes)
+    zero = Cast <to = {_UINT8}> (middle)
+    sums = MatMulInteger (tokens, weight, zero, zero)
+    whole = Cast <to = {_FLOAT}> (sums)
+    outputs = Mul (whole, scale)
+    step = Where (small, nothing, raw)
+    total = ReduceSum <keepdims = 1> (sizes, last)
+    finite = Sub (total, total)
+    own = Add (step, finite)
+    y = Mul (outputs, own)
+}}"""
+# x (..., K), values (P, K) int8, scale (P,); raw, step (..., 1). `finite` is 0, or NaN: a maximum may pass over that.
+# The two scales are not made one: where they are, ONNX Runtime (1.32) makes a node of its own of the products and of a
+# bias that follows, and scales the bias as well.
+
+
 def functions(opset: int) -> dict[str, Any]:
     """By name the `FunctionProto` of every node of ours, of operators of this opset."""
     from onnx import parser
 
     texts = [_scan(*options) for options in product((True, False), ("", "Own", "Given"), (False, True))]
     texts += [_conv(False), _conv(True), _SPARSE, _grid_conv(False), _grid_conv(True), _norm(False), _norm(True)]
+    texts.append(_LINEAR_INT8)
     texts += [_gate(count) for count in range(1, MOST_YS + 1)]
     head = f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n'
     made = (parser.parse_function(head + text) for text in texts)

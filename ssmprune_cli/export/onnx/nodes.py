@@ -96,6 +96,11 @@ def _gate(ys: Sequence[Tensor], z: Tensor, scale: float) -> Tensor:
     return _node(f"GatedSum{len(ys)}", (*ys, z), z.shape, scale=scale)
 
 
+def _eight_bit_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = _node("LinearInt8", (x, values, scale), (*x.shape[:-1], values.shape[0]))
+    return y if bias is None else y + bias
+
+
 NODES: dict[Any, Callable[..., Any]] = {
     _OPS.selective_scan.default: _scan,
     _OPS.causal_conv1d.default: _conv,
@@ -104,4 +109,5 @@ NODES: dict[Any, Callable[..., Any]] = {
     _OPS.add_rms_norm.default: _norm,
     _OPS.gated_sum.default: _gate,
     **PLAIN_PRUNE,
+    _OPS.eight_bit_linear.default: _eight_bit_linear,
 }

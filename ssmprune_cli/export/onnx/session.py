@@ -104,7 +104,7 @@ class OnnxSession(Session):
 
     @property
     def computes_in(self) -> str:
-        return "int8" if "int8" in self.said else super().computes_in
+        return "int8" if "int8" in self.said or "eight_bits" in self.said else super().computes_in
 
     def __repr__(self) -> str:
         return f"OnnxSession({self.said['family']}, {self.computes_in})"
@@ -168,13 +168,16 @@ def _definition(said: Mapping[str, str], path: Path) -> Backbone:
     """The model that a file says it holds. CheckpointError where its facts contradict each other."""
     try:
         config, settings = json.loads(said["configuration"]), None
+        eight_bits = json.loads(said.get("eight_bits", "[]"))
         if "method" in said:
             settings = {**json.loads(said["method"]), "schedule": json.loads(said["schedule"])}
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"what it says of its model is damaged: {shown(str(error))}", where=str(path)) from error
     if not isinstance(config, dict):
         raise CheckpointError("its configuration is damaged", where=str(path))
-    definition = described(said["family"], config, settings, path)
+    if not (isinstance(eight_bits, list) and all(isinstance(each, str) for each in eight_bits)):
+        raise CheckpointError("does not say which of its layers are in eight bits", where=str(path))
+    definition = described(said["family"], config, settings, path, eight_bits)
     own = said_of(definition)
     for name in ("task", "class_names", "preprocessing"):
         if own.get(name) != said.get(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ssmprune_cli.kernels.ops.blocks import inner_composed, mamba_blocks, mamba_inner
 from ssmprune_cli.kernels.ops.conv import causal_conv1d, conv_flops, grid_conv2d, sparse_conv1d
+from ssmprune_cli.kernels.ops.eight_bit_linear import eight_bit_linear
 from ssmprune_cli.kernels.ops.linear import linear
 from ssmprune_cli.kernels.ops.linear_int8 import linear_int8
 from ssmprune_cli.kernels.ops.prune import move_tokens, order_tokens, rank_tokens, score_tokens
@@ -16,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv1d",
     "conv_flops",
+    "eight_bit_linear",
     "gated_sum",
     "grid_conv2d",
     "inner_composed",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ssmprune_cli.kernels.pytorch import composed, eager, prune
-from ssmprune_cli.kernels.pytorch.eight_bit import eight_bit_linear, in_eight_bits
+from ssmprune_cli.kernels.pytorch.eight_bit import MOST, eight_bit_linear, in_eight_bits
 from ssmprune_cli.kernels.pytorch.scan import chunked_scan, finish, reference_scan, scan_gradients, steps
 from ssmprune_cli.kernels.pytorch.ssd import SSD_CHUNK, chunked_ssd, reference_ssd, ssd_gradients, ssd_steps
 
 __all__ = [
+    "MOST",
     "SSD_CHUNK",
     "chunked_scan",
     "chunked_ssd",

@@ -34,6 +34,8 @@ def fastest(searches: Searches, holds: Callable[[Found], bool]) -> Found:
             if best is None:
                 raise
             break
+        if best is not None and rung.recipe.pruning == best.recipe.pruning:  # quick enough for this rung too
+            continue
         if not holds(rung):
             return best or rung
         best = rung

@@ -36,6 +36,8 @@ class CompressRequest:
     target_...     search for what to keep: a share of the dense model's time, how many times as fast, ms a batch of
                    `batch_size`, or a share of the dense multiply-adds. With none of them, and none of the above, but
                    `limits.max_drop`: search for the fastest that loses no more on `data`
+    target_size    bytes of the file of weights, met by weights in eight bits and then by fewer blocks; beside `keep`,
+                   `tokens` and `resize`, which do not change it
     batch_size     that is timed; None is what suits the task
     evaluations, time_limit, state  how long the search goes on, and its file (beside `out` unless typed)
     calib          unlabelled calibration images: a folder, an ImageFolder tree or an .npz
@@ -59,6 +61,7 @@ class CompressRequest:
     target_speedup: float | None = None
     target_latency: float | None = None
     target_flops: float | None = None
+    target_size: int | None = None
     batch_size: int | None = None
     evaluations: int = 200
     time_limit: float | None = None
@@ -102,7 +105,8 @@ class CompressRequest:
     def by_drop(self) -> bool:
         """Whether the fastest model within `limits.max_drop` is searched for."""
         amounts = any(each is not None for each in self._ways)
-        said = amounts or self.targets or any(text.startswith("pruning.") for text in self.overrides)
+        said = amounts or self.targets or self.target_size is not None
+        said = said or any(text.startswith("pruning.") for text in self.overrides)
         return self.limits.max_drop is not None and self.data is not None and not said
 
     @property
@@ -136,17 +140,19 @@ class CompressRequest:
                 ("--time-limit", self.time_limit is not None),
                 ("--state", self.state is not None),
                 ("--keep-image-size", self.keep_image_size),
-                ("--keep-blocks", self.keep_blocks),
+                ("--keep-blocks", self.keep_blocks and self.target_size is None),
             ]
             for option, given in of_a_search:
                 if given:
                     raise UsageError(f"{option} is for a search: it needs a target, such as --target-speedup 1.4")
-        if not (self._says_what_to_keep or self._says_which_size or self._says_weights):
+        if self.target_size is not None:
+            self._check_size()
+        elif not self.asks_beside_size:
             raise UsageError(
                 "how fast is the model to be?",
                 hint="Give `--target-speedup 1.4`, `--max-drop 1` with `--data`, `--keep 0.6`, "
-                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images), `--cut-blocks COUNT`, `--int8` (weights) "
-                "or `--recipe FILE`.",
+                "`--tokens 150,120,90`, `--resize PIXELS` (smaller images), `--cut-blocks COUNT`, `--int8` (weights), "
+                "`--target-size 5MB` or `--recipe FILE`.",
             )
         typed = {key for key, _, _ in self._settings()}
         for text in self.overrides:
@@ -186,6 +192,34 @@ class CompressRequest:
     def _says_weights(self) -> bool:
         return self.weights == "int8" or "pruning.weights=int8" in self.overrides
 
+    @property
+    def asks_beside_size(self) -> bool:
+        """Whether anything else is asked for than a size of the file."""
+        return self._says_what_to_keep or self._says_which_size or self._says_weights
+
+    def _check_size(self) -> None:
+        if self.searched:
+            raise UsageError(
+                "a search settles how much to drop, and a size what the weights are: give one of them",
+                where="--target-size",
+                hint="`--int8` beside a target searches among models a quarter of the size.",
+            )
+        settled = ("pruning.weights=", "pruning.int8=", "pruning.cut_blocks=")
+        for given, option in (
+            (self.cut_blocks is not None, "--cut-blocks"),
+            (self.recipe is not None, "--recipe"),
+            *((text.startswith(settled), f"--set {text}") for text in self.overrides),
+        ):
+            if given:
+                raise UsageError("a size settles which blocks and weights there are: leave it out", where=option)
+        if self.calib is None:
+            raise UsageError(
+                "--target-size needs --calib, the images that show which layers bear eight bits",
+                hint="Give `--calib DIR` with a few dozen of them.",
+            )
+        if self.dry_run:
+            raise UsageError("a size is met by what images show, so it cannot be a dry run")
+
     def _check_search(self) -> None:
         if len(self.targets) + sum(each is not None for each in self._ways) > 1:
             raise UsageError(
@@ -219,8 +253,9 @@ class CompressRequest:
         if not self._says_what_to_keep:
             alone = "--resize" if self._says_which_size else "--int8"
             settings.append(("pruning.keep", "null", alone))
+        by_size = self.target_size is not None and not self.asks_beside_size
         settings += [
-            ("pruning.weights", self.weights, "--int8"),
+            ("pruning.weights", "int8" if by_size else self.weights, "--target-size" if by_size else "--int8"),
             ("pruning.image_size", self.resize, "--resize"),
             ("pruning.cut_blocks", self.cut_blocks, "--cut-blocks"),
             ("pruning.points", None if self.points is None else f"[{self.points}]", "--points"),

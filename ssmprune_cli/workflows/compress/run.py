@@ -16,6 +16,7 @@ from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, Sample, SpeedFacts, TargetFacts
 from ssmprune_cli.tasks import TASKS, Estimate
 from ssmprune_cli.workflows.compress.fastest import fastest
+from ssmprune_cli.workflows.compress.file_size import small_enough
 from ssmprune_cli.workflows.compress.make import Progress, make
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.savings import savings
@@ -74,7 +75,7 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
         return CompressResult(report, out, report.warnings)
     result = _search(request, recipe, evaluation, progress)
     (found,) = result.found
-    report = _compressed(request, _with_weights(found.recipe, recipe), out, evaluation, found, progress)
+    report = _compressed(request, _delivered(found.recipe, recipe), out, evaluation, found, progress)
     result.state.remove()
     return CompressResult(report, out, tuple(dict.fromkeys((*result.warnings, *report.warnings))))
 
@@ -112,6 +113,7 @@ def _search(
         limits=SearchLimits(request.evaluations, request.time_limit),
         device=request.device,
         state=request.state_file,
+        int8=recipe.pruning.weights == "int8",
     )
     if not request.by_drop:
         return search(request.source, plan, progress)
@@ -121,7 +123,7 @@ def _search(
     limits = Limits(max_drop=request.limits.max_drop, judge=request.limits.judge)
 
     def holds(found: Found) -> bool:
-        wanted = request.fitted(_with_weights(found.recipe, recipe), TASKS.get(reference.task))
+        wanted = request.fitted(_delivered(found.recipe, recipe), TASKS.get(reference.task))
         model = make(request, wanted, reference, progress).model
         done = progress(f"Judging {found.budget.value:g} of the time") if progress else None
         result = evaluate(
@@ -140,9 +142,10 @@ def _search(
     return SearchResult([best], *searches.counts, searches.state, task, searches.warnings)
 
 
-def _with_weights(found: Recipe, asked: Recipe) -> Recipe:
-    """What a search `found`, which looks at models in float only, with the weights that are `asked` for."""
-    weights = {"weights": asked.pruning.weights, "int8": asked.pruning.int8}
+def _delivered(found: Recipe, asked: Recipe) -> Recipe:
+    """What a search `found`. Where eight bits were `asked` for, and it left all weights in float, they are measured
+    once more on the model that was found."""
+    weights = {"weights": asked.pruning.weights}
     return found.model_copy(update={"pruning": found.pruning.model_copy(update=weights)})
 
 
@@ -179,7 +182,10 @@ def _compressed(
     target = resolve_device(request.device)
     reference = source.load().to(target)
     dense, recipe = figures(reference), request.fitted(recipe, TASKS.get(reference.task))
-    made = make(request, recipe, reference, progress)
+    if request.target_size is None:
+        made = make(request, recipe, reference, progress)
+    else:
+        recipe, made = small_enough(request, recipe, reference, progress)
     model, images, settings = made.model, made.images, made.settings
     remarks = TASKS.get(model.task).remarks
     warnings = [*source.warnings(), *reference.notes, *remarks, *made.warnings]
@@ -247,7 +253,7 @@ def _compressed(
             "warnings": tuple(dict.fromkeys(warnings)),  # of the same images the same is said
         }
     )
-    report = _targeted(_judged(report, request.limits), request)
+    report = _targeted(_judged(report, request.limits), request, checkpoint.weights_size(model))
     used: dict[str, Any] = {} if made.repaired is None else {"repair": made.repaired.kind}
     if report.pruning is not None:
         used = report.pruning.model_dump(mode="json")
@@ -298,8 +304,8 @@ def _seen_before(request: CompressRequest, evaluation: ImageDataset, images: Ima
     ]
 
 
-def _targeted(report: Report, request: CompressRequest) -> Report:
-    """With what was asked for, if that was a target, and a warning if it is missed."""
+def _targeted(report: Report, request: CompressRequest, size: int) -> Report:
+    """With what was asked for, if that was a target, and a warning if it is missed. `size`: bytes of the weights."""
     speed, pruned = report.speed, report.pruned
     assert speed is not None and pruned is not None
     kind: Literal["latency_ratio", "latency_ms", "multiply_adds"]
@@ -316,6 +322,9 @@ def _targeted(report: Report, request: CompressRequest) -> Report:
     elif request.by_drop:
         verdict = next(each for each in report.limits if each.name == "max_drop")
         target = TargetFacts(kind="max_drop", value=verdict.limit, measured=verdict.value, met=verdict.holds)
+        return report.model_copy(update={"target": target})
+    elif request.target_size is not None:  # met, or nothing was made
+        target = TargetFacts(kind="size_bytes", value=request.target_size, measured=size, met=True)
         return report.model_copy(update={"target": target})
     if value is None:
         return report

@@ -190,12 +190,14 @@ _TARGETS = {
     "latency_ratio": "{:.3g} of the dense model's time",
     "latency_ms": "{:.4g} ms a batch",
     "multiply_adds": "{:.4g} of the dense multiply-adds",
+    "size_bytes": "a file of weights of {:,.0f} bytes",
     "max_drop": "the fastest model that loses at most {:.3g} points",
 }
 _MEASURED = {
     "latency_ratio": "{:.3g} were measured",
     "latency_ms": "{:.4g} were measured",
     "multiply_adds": "it has {:.4g}",
+    "size_bytes": "it has {:,.0f}",
     "max_drop": "{:.2f} were measured",
 }
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ssmprune_cli.workflows.search.found import Found
 from ssmprune_cli.workflows.search.trial import Limits
 from ssmprune_cli.workflows.search.workflow import (
-    Found,
     Searches,
     SearchPlan,
     SearchResult,

@@ -16,14 +16,25 @@ from torch import Tensor
 from ssmprune_cli.data import ImageDataset, Subset, fingerprint
 from ssmprune_cli.errors import DataError, UsageError
 from ssmprune_cli.models import Backbone
-from ssmprune_cli.pruning import ENOUGH, LEAST, Asked, Method, is_repairable, judged_rows, repair, restore
-from ssmprune_cli.recipe import CalibrationPlan, Pruning, Recipe
-from ssmprune_cli.report import SearchTrial
+from ssmprune_cli.pruning import (
+    ALIGNMENT_IMAGES,
+    ENOUGH,
+    LEAST,
+    Asked,
+    Method,
+    is_repairable,
+    judged_rows,
+    repair,
+    restore,
+)
+from ssmprune_cli.recipe import CalibrationPlan, Recipe
 from ssmprune_cli.tasks import TASKS, Task
+from ssmprune_cli.workflows.eight_bits import to_eight_bits
 from ssmprune_cli.workflows.identity import run_identity
 from ssmprune_cli.workflows.measure import machine, resolve_device
 from ssmprune_cli.workflows.reporting import search_label, search_series, write_plot
 from ssmprune_cli.workflows.search.algorithm import Search, split
+from ssmprune_cli.workflows.search.found import Found, pruning_of
 from ssmprune_cli.workflows.search.pool import Quick
 from ssmprune_cli.workflows.search.sizes import Sizes
 from ssmprune_cli.workflows.search.trial import Limits, Trial
@@ -41,7 +52,9 @@ from ssmprune_cli.workflows.trials import (
     Variant,
     check_budget,
     check_time,
+    in_batches,
     load_images,
+    nothing_dropped,
     run,
 )
 from ssmprune_cli.workflows.write import check_folder, check_place, write_text
@@ -68,6 +81,8 @@ class SearchPlan:
                 repair leaves them, finalists as the repair itself does, and the recipe says so
     calibration how many images, and by which seed they are chosen
     state       file that keeps what was found, so that a killed search continues; deleted at the end by the caller
+    int8        all candidates have their weights in eight bits, but for the kinds of layers that the dense model on the
+                search images shows to suffer: what is judged and timed is what is delivered
     """
 
     calib: Path
@@ -84,38 +99,7 @@ class SearchPlan:
     limits: Limits = field(default_factory=Limits)
     device: str = "cpu"
     state: Path | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """The result for one budget. `trials` has the chosen one first."""
-
-    budget: Budget
-    trials: list[Trial]
-    recipe: Recipe
-
-    @property
-    def chosen(self) -> Trial:
-        return self.trials[0]
-
-    def trace(self) -> list[SearchTrial]:
-        """Everything that was tried on all search images."""
-        return [
-            SearchTrial(
-                kind="time" if self.budget.kind == "time" else "flops",
-                budget=self.budget.value,
-                spent=trial.spent,
-                multiply_adds=trial.multiply_adds,
-                latency_ratio=None if trial.timing is None else trial.timing.ratio,
-                divergence=trial.divergence if trial.divergence < float("inf") else None,
-                divergence_held_back=trial.held_back,
-                divergence_repaired=trial.repaired,
-                recipe=_name(trial),
-                pruning=_pruning(trial).model_dump(mode="json", exclude_none=True),
-                chosen=trial.chosen,
-            )
-            for trial in self.trials
-        ]
+    int8: bool = False
 
 
 @dataclass
@@ -213,6 +197,7 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
         "timed_batch_size": timed,
         "machine": machine(plan.device),
         "repair_images": None if repairing is None else fingerprint(repairing),
+        **({"weights": "int8"} if plan.int8 else {}),
     }
     state = SavedState(plan.state, identity)
     if state.found:
@@ -228,16 +213,24 @@ def open_search(source: Source, plan: SearchPlan, progress: Progress | None = No
     def load(sized: Backbone) -> Images:
         return load_images(sized, mixed)
 
+    images = load(model)
+    int8: tuple[str, ...] = ()
+    if plan.int8:
+        few = in_batches(images[: min(ALIGNMENT_IMAGES, len(parts[0]))], plan.calibration.batch_size)
+        rounded = to_eight_bits(copy.deepcopy(model), few)
+        warnings += rounded.warnings
+        int8 = rounded.chosen
     measurements = Measurements(
         model,
-        load(model),
+        images,
         calibration=min(_ALIGNED_ON, len(parts[0])),
         batch_size=plan.calibration.batch_size,
         state=state,
         load=load,
+        int8=int8,
     )
     warnings += [note for note in dataset.notes if note not in warnings]  # what was noticed when they were read
-    clock = Clock(measurements, timed, TimeTable.of(model, plan.device, timed))
+    clock = Clock(measurements, timed, TimeTable.of(model, plan.device, timed, int8))
     return Searches(measurements, plan, parts, Costs(measurements), clock, progress, warnings, repairing, unseen)
 
 
@@ -255,6 +248,7 @@ class Searches:
     images_to_repair: ImageDataset | None = None
     unseen: Tensor | None = None  # whether those that a repair is judged on were not searched on
     _wanted: Tensor | None = field(default=None, repr=False)  # the dense model's logits of those
+    _rounded: Timing | None = field(default=None, repr=False)  # of the model in eight bits with all tokens
 
     def repaired(self, variant: Variant) -> Tensor:
         """(n,) divergences of a repaired variant, of images that neither its repair nor the search has seen."""
@@ -271,10 +265,10 @@ class Searches:
             model = copy.deepcopy(sized.model)  # a repair is left in its pruner, or in its head
             restore(sized.model)
             parts = prepared(model)
-            result = repair(model, parts, kind=self.plan.repair, runner=sized.session.with_pruner, dense=self._wanted)
+            result = repair(model, parts, kind=self.plan.repair, runner=sized.delivered.with_pruner, dense=self._wanted)
             found = result.judged
             if found is None:  # there was nothing to repair
-                logits = run(sized.session.with_pruner(model.pruner), parts)
+                logits = run(sized.delivered.with_pruner(model.pruner), parts)
                 found = self.measurements.task.divergence(self._wanted, logits)[judged_rows(len(logits))]
             numbers: list[float] = found.tolist()
             return numbers
@@ -307,7 +301,12 @@ class Searches:
         return Budget("time", milliseconds / dense_ms)
 
     def find(self, budget: Budget, limits: Limits | None = None) -> Found:
-        """The best within `budget`. Raises UsageError if it cannot be met."""
+        """The best within `budget`. Raises UsageError if it cannot be met.
+
+        Where eight bits alone are quick enough nothing else is looked at: no token is dropped for a time that is met.
+        """
+        if self.measurements.int8 and budget.kind == "time" and self._eight_bits_alone().ratio <= budget.value:
+            return self._found(budget, [self._trial_of_eight_bits()], "of the dense model's time")
         cut = self.plan.cut and self._quick() is not None
         sizes = Sizes(self.measurements.model, resize=self.plan.resize, cut=cut)
         smallest = [way[-1] for way in sizes.ways if way]
@@ -331,8 +330,21 @@ class Searches:
             limits=limits or self.plan.limits,
             progress=self.progress(f"Searching at {budget.value:.3g} {what}") if self.progress else None,
         ).run()
+        return self._found(budget, trials, what)
+
+    def _found(self, budget: Budget, trials: list[Trial], what: str) -> Found:
         self._warn(budget, trials[0].timing)
         return Found(budget, trials, self._recipe(trials[0], f"{budget.value:.4g} {what}"))
+
+    def _eight_bits_alone(self) -> Timing:
+        if self._rounded is None:
+            self._rounded = self.clock.timing(Variant(nothing_dropped()))
+        return self._rounded
+
+    def _trial_of_eight_bits(self) -> Trial:
+        settings, timing = nothing_dropped(), self._eight_bits_alone()
+        searched, held_back = (float(self.measurements.distances(settings, part).nats.mean()) for part in self.parts)
+        return Trial(settings, timing.ratio, 1.0, searched, held_back, chosen=True, timing=timing)
 
     def _warn(self, budget: Budget, timing: Timing | None) -> None:
         assert timing is not None  # the chosen one was timed
@@ -354,33 +366,7 @@ class Searches:
         return Recipe(
             name="searched",
             description=f"found by search for {target}",
-            pruning=_pruning(trial, self.plan.repair),
+            pruning=pruning_of(trial, self.measurements.int8 or None, self.plan.repair),
             calibration=self.plan.calibration.model_copy(update={"images": images}),
             seed=self.plan.seed,
         )
-
-
-def _pruning(trial: Trial, repaired: Asked = "none") -> Pruning:
-    settings, size = trial.settings, trial.size
-    if not settings.schedule.points:
-        return Pruning(image_size=size.side, cut_blocks=size.cut or None, repair=repaired)
-    return Pruning(
-        image_size=size.side,
-        cut_blocks=size.cut or None,
-        points=settings.schedule.points,
-        tokens=settings.schedule.tokens,
-        importance=settings.importance,
-        reduction=settings.reduction,
-        alignment=settings.alignment,
-        repair=repaired,
-    )
-
-
-def _name(trial: Trial) -> str:
-    settings = trial.settings
-    size = str(trial.size)
-    if not settings.schedule.points:
-        return size
-    method = Method(settings.importance, settings.reduction, settings.alignment)
-    dropped = f"{method} after {', '.join(map(str, settings.schedule.points))}"
-    return f"{size}, {dropped}" if size else dropped

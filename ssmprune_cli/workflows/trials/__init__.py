@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssmprune_cli.workflows.trials.budgets import Budget, Spending, Uniform
 from ssmprune_cli.workflows.trials.candidates import Candidate, layouts, neighbours, uniform
-from ssmprune_cli.workflows.trials.clock import Clock, TimeTable, Timing, check_time
+from ssmprune_cli.workflows.trials.clock import Clock, TimeTable, Timing, check_time, nothing_dropped
 from ssmprune_cli.workflows.trials.cost import Costs, Spends, check_budget, schedule_at, solve
 from ssmprune_cli.workflows.trials.measure import (
     Distances,
@@ -42,6 +42,7 @@ __all__ = [
     "layouts",
     "load_images",
     "neighbours",
+    "nothing_dropped",
     "run",
     "sampled",
     "schedule_at",

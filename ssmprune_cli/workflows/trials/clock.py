@@ -6,6 +6,8 @@ tokens of each block, and every point costs what pruning itself takes. So a few 
 about as well as the machine keeps time; what is chosen in the end is timed as a whole.
 
 A smaller whole grid makes later stages cheaper too: from its row goes what the rows of those stages say of them.
+
+Variants in eight bits are timed as such, over the dense model in float: with all tokens they take a share of their own.
 """
 
 from __future__ import annotations
@@ -81,11 +83,11 @@ class Clock:
 
     def of_size(self, size: Size) -> float:
         """The share of the dense model's time that the model of this size takes, all tokens kept."""
-        if size == WHOLE:
+        if size == WHOLE and not self.measurements.int8:
             return 1.0
         key = f"size {size}"
         if key not in self.table.rows:
-            (timing,) = self.timings([Variant(_nothing(), size)], _SECONDS / 2, plan=True)
+            (timing,) = self.timings([Variant(nothing_dropped(), size)], _SECONDS / 2, plan=True)
             self.table.add({key: timing})
         return self.table.rows[key]
 
@@ -111,7 +113,8 @@ class Clock:
         for variant in variants:
             sized = self.measurements.at(variant.size)
             dropped = bool(variant.settings.schedule.points)
-            sessions.append(sized.session.with_pruner(sized.pruner(variant.settings)) if dropped else sized.session)
+            session = sized.delivered
+            sessions.append(session.with_pruner(sized.pruner(variant.settings)) if dropped else session)
             images.append(self._batch(sized.model))
         with torch.inference_mode():
             sessions[0](images[0])
@@ -154,7 +157,7 @@ def _width(timing: Timing) -> float:
     return (high - low) / timing.ratio
 
 
-def _nothing() -> PruneSettings:
+def nothing_dropped() -> PruneSettings:
     """Settings that drop nothing."""
     return Method().settings(PruneSchedule((), ()), 0)
 
@@ -176,6 +179,7 @@ class TimeModel:
         self._clock = clock
         self._method = method
         self._stages = clock.measurements.model.stages
+        self._all = clock.of_size(WHOLE)
         rows, many = self._rows(), self._many_points()
         names = {row.schedule: row.name for row in rows}
         if many is not None:
@@ -196,7 +200,7 @@ class TimeModel:
         return max(self._share(schedule), 1e-3)
 
     def _share(self, schedule: PruneSchedule) -> float:
-        return 1.0 + self.change(schedule, self._stages)
+        return self._all + self.change(schedule, self._stages)
 
     def change(self, schedule: PruneSchedule, stages: Sequence[Stage]) -> float:
         """What `schedule` adds to the share, below 0 where it saves. `stages` are those of the model, or of a smaller
@@ -285,7 +289,7 @@ class SmallerModel:
 
     def __init__(self, whole: TimeModel, clock: Clock, size: Size) -> None:
         self._whole, self._stages = whole, clock.measurements.at(size).model.stages
-        self._share, self._block = clock.of_size(size), clock.of_size(Size(size.side))
+        self._share, self._block = clock.of_size(size), clock.of_size(Size(size.side)) / clock.of_size(WHOLE)
 
     def predict(self, schedule: PruneSchedule) -> float:
         return max(self._share + self._block * self._whole.change(schedule, self._stages), 1e-3)
@@ -330,8 +334,9 @@ class TimeTable:
         self.rows = dict(self._kept)
 
     @classmethod
-    def of(cls, model: Backbone, device: str, batch_size: int) -> TimeTable:
-        """That of this model's shape (not its weights), device and versions, in the user's cache."""
+    def of(cls, model: Backbone, device: str, batch_size: int, int8: Sequence[str] = ()) -> TimeTable:
+        """That of this model's shape (not its weights), device and versions, in the user's cache. `int8` are the kinds
+        of layers that variants have in eight bits."""
         facts: dict[str, Any] = {
             "family": model.family,
             "config": asdict(model.config),
@@ -339,6 +344,7 @@ class TimeTable:
             "device": device,
             "machine": machine(device),
             "batch_size": batch_size,
+            "int8": sorted(int8),
             "threads": torch.get_num_threads(),
             "kernel": active_backend(device),
             "level": cpu_facts().get("level"),

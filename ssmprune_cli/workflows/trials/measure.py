@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from ssmprune_cli.data import Batch, ImageDataset, batches
 from ssmprune_cli.errors import DataError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.interface import Pruner
-from ssmprune_cli.models import WHOLE, Backbone, Size, smaller
+from ssmprune_cli.models import WHOLE, Backbone, Size, put_in_eight_bits, smaller
 from ssmprune_cli.pruning import (
     ALIGNMENTS,
     PruneSettings,
@@ -128,6 +129,8 @@ class Measurements:
     calibration  how many of the images, from the first, alignment is calibrated on
     load         model -> the same images, prepared for it: for `at`
     dense        what to be near to, as `run` gives it, of a dense model that is larger; by default of `model`
+    int8         kinds of linear layers that are in eight bits in every variant, also in one that drops nothing: they
+                 are pruned and calibrated in float, as a recipe does it, and judged and timed with such weights
     Raises DataError, naming the image by its number, if the dense model's logits are not finite or all alike.
     """
 
@@ -141,6 +144,7 @@ class Measurements:
         state: SavedState | None = None,
         load: Callable[[Backbone], Images] | None = None,
         dense: Tensor | None = None,
+        int8: Sequence[str] = (),
         prefix: str = "",
     ) -> None:
         self.model = model.eval()
@@ -152,8 +156,10 @@ class Measurements:
         self._sizes: dict[Size, Measurements] = {}
         self.load = load
         self._prefix = prefix
+        self.int8 = tuple(int8)
         restore(model)
         self.session = prepare(model)  # of the model as it is; pruned ones share its weights
+        self.delivered = self.session if not int8 else prepare(_in_eight_bits(model, int8))  # as variants are run
         self.task = task_of(self.session)
         if dense is not None:
             self.dense = dense
@@ -198,6 +204,7 @@ class Measurements:
                 batch_size=self._batch_size,
                 state=self.state,
                 dense=self.dense,
+                int8=self.int8,
                 prefix=f"{size} ",
             )
         return self._sizes[size]
@@ -244,7 +251,7 @@ class Measurements:
         def compute() -> list[list[float]] | None:
             self.prune(settings)
             rows = slice(part.start, part.stop)
-            session = self.session.with_pruner(self.model.pruner)
+            session = self.delivered.with_pruner(self.model.pruner)
             logits = run(session, in_batches(self.images[rows], self._batch_size))
             restore(self.model)
             return self._distances(self.dense[rows], logits)
@@ -262,7 +269,7 @@ class Measurements:
             restore(self.model)
             rows = slice(part.start, part.stop)
             batches, dense = in_batches(self.images[rows], self._batch_size), self.dense[rows]
-            logits = quick_answers(self.model, pruner, batches, self.session.with_pruner, dense, side=side)
+            logits = quick_answers(self.model, pruner, batches, self.delivered.with_pruner, dense, side=side)
             return self._distances(dense, logits)
 
         kind = "head+side" if side else "head"
@@ -298,6 +305,13 @@ class Measurements:
             return {"total": count.all_directions, "blocks": list(count.per_block)}
 
         return self.state.get(f"{self._prefix}multiply-adds {_key(settings)}", compute)
+
+
+def _in_eight_bits(model: Backbone, kinds: Sequence[str]) -> Backbone:
+    """A copy of `model` with the weights of these kinds of layers in eight bits."""
+    rounded = copy.deepcopy(model)
+    put_in_eight_bits(rounded, rounded.layers_of(kinds))
+    return rounded
 
 
 def _key(settings: PruneSettings | None) -> str:
