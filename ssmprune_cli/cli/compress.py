@@ -22,6 +22,7 @@ from ssmprune_cli.cli.options import (
     DataLimit,
     DeviceName,
     Evaluations,
+    Int8,
     KeepBlocks,
     KeepImageSize,
     RepairKind,
@@ -172,15 +173,7 @@ def command(
     ] = None,
     repair: RepairKind = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
-    int8: Annotated[
-        bool,
-        typer.Option(
-            "--int8",
-            help="Put the weights of linear layers into eight bits, alone or after tokens are dropped: a quarter of "
-            "the size. Layers that the --calib images show to suffer stay in float.",
-            rich_help_panel=HOW_MUCH,
-        ),
-    ] = False,
+    int8: Int8 = False,
     keep_image_size: KeepImageSize = False,
     keep_blocks: KeepBlocks = False,
     evaluations: Evaluations = 200,

@@ -75,6 +75,15 @@ KeepBlocks = Annotated[
     bool,
     typer.Option("--keep-blocks", help="A search tries no models with fewer blocks.", rich_help_panel=SEARCH),
 ]
+Int8 = Annotated[
+    bool,
+    typer.Option(
+        "--int8",
+        help="Put the weights of linear layers into eight bits, alone or after tokens are dropped: a quarter of "
+        "the size. Layers that the --calib images show to suffer stay in float.",
+        rich_help_panel=HOW_MUCH,
+    ),
+]
 TimeLimit = Annotated[
     float | None,
     typer.Option(

@@ -14,6 +14,7 @@ from ssmprune_cli.cli.options import (
     BackendName,
     DeviceName,
     Evaluations,
+    Int8,
     KeepBlocks,
     KeepImageSize,
     RepairKind,
@@ -34,8 +35,7 @@ from ssmprune_cli.preprocessing import NOTHING_SAID, Reading
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssmprune_cli.pruning import PruneSettings
-    from ssmprune_cli.workflows.search import SearchResult
+    from ssmprune_cli.workflows.search import Found, SearchResult
 
 
 @reads_checkpoints
@@ -65,6 +65,7 @@ def command(
     ] = None,
     repair: RepairKind = None,
     seed: Annotated[int, seed_option("Seed of the search and of the choice of images.")] = 0,
+    int8: Int8 = False,
     keep_image_size: KeepImageSize = False,
     keep_blocks: KeepBlocks = False,
     evaluations: Evaluations = 200,
@@ -120,6 +121,7 @@ def command(
         limits=Limits(evaluations, time_limit),
         device=device,
         state=state,
+        int8=int8,
     )
     with output.task_progress() as progress, output.kept_for_the_next_run(state or state_file(out)):
         result = search_to_folder(Source(ckpt, reading), plan, out, overwrite=overwrite, progress=progress)
@@ -146,7 +148,7 @@ def _table(name: str, result: SearchResult) -> Table:
         table.add_column(column, justify="right")
     table.add_column("size; method; prune after blocks; patch tokens left")
     for found in result.found:
-        best, settings = found.chosen, found.chosen.settings
+        best = found.chosen
         table.add_row(
             "-" if best.multiply_adds is None else f"{best.multiply_adds:.4f}",
             "-"
@@ -155,16 +157,15 @@ def _table(name: str, result: SearchResult) -> Table:
             f"{best.divergence:.4f}",
             "-" if best.held_back is None else f"{best.held_back:.4f}",
             str(len(found.trials)),
-            _what(str(best.size), settings),
+            _what(found),
         )
     return table
 
 
-def _what(size: str, settings: PruneSettings) -> str:
-    if not settings.schedule.points:
-        return size
-    method = f"{settings.importance}/{settings.reduction}/{settings.alignment}"
-    schedule = settings.schedule
-    return "; ".join(
-        [*([size] if size else []), method, ", ".join(map(str, schedule.points)), ", ".join(map(str, schedule.tokens))]
-    )
+def _what(found: Found) -> str:
+    size, settings = str(found.chosen.size), found.chosen.settings
+    parts = ([size] if size else []) + (["int8"] if found.recipe.pruning.weights == "int8" else [])
+    if settings.schedule.points:
+        method = f"{settings.importance}/{settings.reduction}/{settings.alignment}"
+        parts += [method, *(", ".join(map(str, each)) for each in (settings.schedule.points, settings.schedule.tokens))]
+    return "; ".join(parts)

@@ -100,6 +100,26 @@ def test_search_writes_a_recipe_a_budget(ssmprune: Run, images: Path, tmp_path: 
     assert done.returncode == 2 and "not empty" in done.stderr
 
 
+def test_a_search_in_eight_bits(ssmprune: Run, images: Path, tmp_path: Path) -> None:
+    few = ("--importance", "clip", "--reduction", "drop", "--alignment", "none", "--evaluations", "3", *SAME_IMAGES)
+    done = ssmprune(
+        "search",
+        CHECKPOINT,
+        "--int8",
+        "--calib",
+        images,
+        "--flops",
+        "0.7",
+        *few,
+        "--out",
+        tmp_path / "front",
+        steady=True,
+    )
+    assert done.returncode == 0 and "int8; " in done.stdout, done.stderr
+    pruning = load_recipe(tmp_path / "front" / "flops_0.7.yaml").pruning
+    assert pruning.weights == "int8" and pruning.int8 is not None and "in_proj" in pruning.int8
+
+
 def test_compress_for_a_time(ssmprune: Run, images: Path, tmp_path: Path) -> None:
     """What was searched for on the steady clock is measured by the machine's in the end, and may be missed."""
     few = ("--importance", "clip", "--reduction", "drop", "--evaluations", "5", "--batch-size", "4", *SAME_IMAGES)
