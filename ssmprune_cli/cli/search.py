@@ -90,10 +90,10 @@ def command(
     """Find the best recipe for each of several budgets: the front of divergence against time or multiply-adds.
 
     Image side, blocks, points, token counts, score, reduction and alignment are chosen by the divergence of the
-    logits from the dense model's on unlabelled images. A part of them is held back: the uniform default schedule is
-    kept unless something is clearly better there. With 64 images or more the finalists are judged as they will be
-    repaired, with 106 or more every candidate is, and fewer blocks are tried. `ssmprune compress --recipe` then makes
-    the model. A run that was killed continues with the same command.
+    logits from the dense model's on unlabelled images. A part of them is held back: what is to stay without a
+    repair takes the place of the uniform default only if it is clearly better there. With 64 images or more the
+    finalists are judged as they will be repaired, with 106 or more every candidate is, and fewer blocks are tried.
+    `ssmprune compress --recipe` then makes the model. A run that was killed continues with the same command.
     """
     if times is not None and flops is not None:
         raise UsageError("--times and --flops are two kinds of budgets: give one of them")

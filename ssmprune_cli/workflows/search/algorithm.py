@@ -10,8 +10,8 @@
    of time prune a little harder; what is slower than the dense model is out, whatever the budget is of.
 4. They meet on the images held back. Of those that are clearly better there than the default, by a t test, the best is
    chosen, or else the default: few images find no more than what they can show. If the result is to be repaired, each
-   of them is repaired first, and judged on images that neither its repair nor the search has seen: the order of methods
-   may change.
+   of them is repaired first, and the best is chosen on images that neither its repair nor the search has seen: the
+   order of methods may change, so finalists are of several kinds.
 
 Candidates are compared by `soft_divergence`, image by image. If the result is to be repaired and there are LEAST search
 images, all of them are compared as a quick repair leaves them. It is fitted to the images it is judged on, each in turn
@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, zip_longest
@@ -60,6 +61,7 @@ from ssmprune_cli.workflows.trials import (
 
 FINALISTS = 6
 _KINDS_MORE = 3  # finalists that are the best of their reduction or way to be smaller, but not of all
+_OF_A_KIND = 3  # finalists of one reduction and way to be smaller, where a repair may change the order
 _STARTS = 3
 _SIZES = 4  # smaller models of each way from which tokens are dropped too
 _BESIDE = ("drop", "context", "local-merge", "pool")  # reductions that are tried beside a smaller model at first
@@ -279,11 +281,8 @@ class Search:
         def is_better(variant: Variant) -> bool:
             if default not in held_back:
                 return True
-            if repaired:
-                ours, theirs = repaired[variant], repaired[default]
-                return variant == default or (
-                    clearly_less(ours.sqrt(), theirs.sqrt()) and bool(ours.mean() < theirs.mean())
-                )
+            if repaired:  # on images that took no part in the search: no finalist is there by luck with them
+                return variant == default or bool(repaired[variant].mean() < repaired[default].mean())
             found, reference = held_back[variant], held_back[default]
             # Roots, so that one image far off does not hide what all others show; the plain mean has to agree.
             less = clearly_less(found.soft.sqrt(), reference.soft.sqrt())
@@ -301,18 +300,18 @@ class Search:
 
     def _finalists(self, ranked: Iterable[Variant]) -> Iterator[Variant]:
         """The best few, and some that are the best of their kind: the order may change once they are repaired."""
-        kinds: set[tuple[str, bool, bool]] = set()
-        count = 0
-        most = FINALISTS if self._repair is None else FINALISTS + _KINDS_MORE
+        kinds: Counter[tuple[str, bool, bool]] = Counter()
+        repaired = self._repair is not None
+        most, of_a_kind = (FINALISTS + _KINDS_MORE, _OF_A_KIND) if repaired else (FINALISTS, FINALISTS)
         for variant in ranked:
-            if count == most:
+            if kinds.total() == most:
                 return
             reduction = variant.settings.reduction if variant.settings.schedule.points else ""
             kind = (reduction, variant.size.side is not None, variant.size.cut > 0)
+            wanted = kinds[kind] < of_a_kind if kinds.total() < FINALISTS else not kinds[kind]
             # Counting multiply-adds takes as long as trying a few images: only of what would be a finalist.
-            if (count < FINALISTS or kind not in kinds) and (self._pool.timed or self._affordable(variant)):
-                kinds.add(kind)
-                count += 1
+            if wanted and (self._pool.timed or self._affordable(variant)):
+                kinds[kind] += 1
                 yield variant
 
     def _affordable(self, variant: Variant) -> bool:
