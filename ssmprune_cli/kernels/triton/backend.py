@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ssmprune_cli.kernels.inputs import (
 )
 from ssmprune_cli.kernels.triton.conv_launch import MAX_TAPS, Conv, SparseConv
 from ssmprune_cli.kernels.triton.inner_launch import Tile, mamba_inner, refused, steps_of
+from ssmprune_cli.kernels.triton.proof import PROOFS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INNER = 64  # states: what a program keeps in registers
@@ -214,7 +216,7 @@ class TritonBackend(Backend):
     def grid_conv(self, inputs: GridConvInputs) -> Tensor:
         from ssmprune_cli.kernels.triton.grid_conv import GridConv
 
-        return GridConv(inputs).forward()
+        return PROOFS.computed("grid_conv", inputs.x, GridConv(inputs).forward, partial(super().grid_conv, inputs))
 
     def grid_conv_backward(self, grad: Tensor, inputs: GridConvInputs) -> tuple[Tensor, ...]:
         from ssmprune_cli.kernels.triton.grid_conv import GridConv
@@ -227,21 +229,24 @@ class TritonBackend(Backend):
 
         if len(ys) > MOST_YS:
             return super().score_tokens(ys, kind)
-        return prune.score_tokens(ys, kind)
+        plain = partial(super().score_tokens, ys, kind)
+        return PROOFS.computed("score_tokens", ys[0], partial(prune.score_tokens, ys, kind), plain)
 
     def order_tokens(self, inputs: OrderInputs) -> Tensor:
         from ssmprune_cli.kernels.triton import prune
 
         if inputs.score.shape[1] > prune.MOST_TOKENS:
             return super().order_tokens(inputs)
-        return prune.order_tokens(inputs)
+        plain = partial(super().order_tokens, inputs)
+        return PROOFS.computed("order_tokens", inputs.score, partial(prune.order_tokens, inputs), plain)
 
     def move_tokens(self, inputs: MoveInputs) -> Moved:
         from ssmprune_cli.kernels.triton import prune
 
         if inputs.residual is not None and inputs.residual.dtype != torch.float32:
             return super().move_tokens(inputs)
-        return prune.move_tokens(inputs)
+        plain = partial(super().move_tokens, inputs)
+        return PROOFS.computed("move_tokens", inputs.hidden, partial(prune.move_tokens, inputs), plain)
 
     def mamba_inner(self, inputs: InnerInputs) -> Tensor:
         if self.inner_composed(inputs) is not None:
