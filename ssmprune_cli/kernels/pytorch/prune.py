@@ -57,7 +57,8 @@ def move_tokens(inputs: MoveInputs) -> Moved:
         if older is not None and older_positions is not None:
             dropped, places = torch.cat((dropped, older), dim=1), torch.cat((places, older_positions), dim=1)
     else:
-        dropped, places = wide(hidden.new_empty(len(hidden), 0, hidden.shape[2])), positions.new_empty(len(hidden), 0)
+        batch = hidden.shape[0]  # len() would be a number for good in an exported graph of any batch
+        dropped, places = wide(hidden.new_empty(batch, 0, hidden.shape[2])), positions.new_empty(batch, 0)
     return Moved(
         gather_tokens(hidden, best),
         hidden.new_empty(0) if residual is None else gather_tokens(residual, best),
