@@ -141,9 +141,9 @@ def other_cases() -> dict[str, tuple[str, dict[str, Tensor], list[Tensor], dict[
     for count in (1, 4):
         inputs = {**{f"y{number}": term for number, term in enumerate(terms[:count])}, "z": x}
         cases[f"sum {count}"] = (f"GatedSum{count}", inputs, [gated_sum(terms[:count], x, 0.5)], {"scale": 0.5})
-    weight = EightBit(torch.randint(-127, 128, (70, E)).to(torch.int8), torch.rand(70) / 127)
-    inputs = {"x": x, "values": weight.values, "scale": weight.scale}
-    cases["eight bits"] = ("LinearInt8", inputs, [eight_bit_linear(x, weight)], {})
+    rounded = EightBit(torch.randint(-127, 128, (70, E)).to(torch.int8), torch.rand(70) / 127)
+    inputs = {"x": x, "values": rounded.values, "scale": rounded.scale}
+    cases["eight bits"] = ("LinearInt8", inputs, [eight_bit_linear(x, rounded)], {})
     return cases
 
 
