@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from torch import Tensor
 
 from ssmprune_cli import checkpoint
 from ssmprune_cli.errors import CheckpointError, KernelError, UsageError
-from ssmprune_cli.export import export, opened
+from ssmprune_cli.export import export, library, opened
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.kernels import CPU, EightBit, eight_bit_linear, in_eight_bits
+from ssmprune_cli.kernels.cpu import build
 from ssmprune_cli.models import Backbone, EightBitLinear, put_in_eight_bits
 from ssmprune_cli.workflows.export import ExportRequest, run
 from tests.export.small import make
@@ -23,6 +28,16 @@ from tests.export.small import make
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 K, P = 64, 96  # inputs and outputs of a layer
+# Tokens, inputs and outputs of layers: tails of each, one of each, and several panels, parts and groups of tokens.
+TAILS = [(1, 1, 1), (3, 4, 16), (5, 33, 1), (9, 64, 17), (17, 30, 130), (70, 192, 49), (135, 19, 64)]
+needs_kernels = pytest.mark.skipif(CPU.missing() is not None, reason="the C kernels are not there")
+# What a layer needs of the library of ops, with C for the instructions of AMX, and nothing for the other ops.
+EMULATED_SOURCES = ("amx", "bytes", "byte_tiles", "onnxruntime", "onnxruntime_linear")
+STAND_INS = "".join(
+    f"void {name}(void) {{}}\n"
+    for name in ("conv_rows", "gate_rows", "grid_conv_item", "scan_forward_group", "sparse_conv_rows")
+)
+HEADER = Path(__file__).parents[1] / "kernels" / "emulated_amx.h"
 
 
 def make_int8(family: str, reduction: str | None = None, **sizes: Any) -> Backbone:
@@ -35,13 +50,21 @@ def make_int8(family: str, reduction: str | None = None, **sizes: Any) -> Backbo
     return model
 
 
-def layer(bias: bool, *, optimised: bool) -> tuple[Any, EightBit, Tensor | None]:
+def layer(
+    bias: bool,
+    *,
+    optimised: bool = True,
+    kernels: Path | None = None,
+    inputs: int = K,
+    outputs: int = P,
+    threads: int = 1,
+) -> tuple[Any, EightBit, Tensor | None]:
     """A file of one layer, its weight and its bias as they are in a model's: constants that a runtime may fold."""
     from ssmprune_cli.export.onnx.bodies import functions
 
     torch.manual_seed(0)
-    integers, scale = in_eight_bits(torch.randn(P, K))
-    weight, add = EightBit(integers.to(torch.int8), scale[:, 0].contiguous()), torch.randn(P)
+    integers, scale = in_eight_bits(torch.randn(outputs, inputs))
+    weight, add = EightBit(integers.to(torch.int8), scale[:, 0].contiguous()), torch.randn(outputs)
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     nodes = [helper.make_node("LinearInt8", ["x", "values", "scale"], ["product"], domain="ssmprune")]
     nodes.append(helper.make_node("Add", ["product", "bias"], ["y"]))
@@ -49,14 +72,16 @@ def layer(bias: bool, *, optimised: bool) -> tuple[Any, EightBit, Tensor | None]
     graph = helper.make_graph(
         nodes if bias else nodes[:1],
         "layer",
-        [helper.make_tensor_value_info("x", float32, ["B", "L", K])],
-        [helper.make_tensor_value_info("y" if bias else "product", float32, [None, None, P])],
+        [helper.make_tensor_value_info("x", float32, ["B", "L", inputs])],
+        [helper.make_tensor_value_info("y" if bias else "product", float32, [None, None, outputs])],
         [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in held.items() if bias or name != "bias"],
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("ssmprune", 1)]
     model = helper.make_model(graph, opset_imports=opsets, functions=[functions(18)["LinearInt8"]], ir_version=8)
     options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels))
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     content = model.SerializeToString()
     opened = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -68,20 +93,85 @@ def layer(bias: bool, *, optimised: bool) -> tuple[Any, EightBit, Tensor | None]
 def test_a_layer_is_the_definition(bias: bool, optimised: bool) -> None:
     """The integers are the same, so what is left is the order of two scales: an ulp or two of the largest output."""
     runtime, weight, add = layer(bias, optimised=optimised)
-    x = torch.randn(3, 7, K) * torch.logspace(-3, 3, 21).view(3, 7, 1)
-    x[0, 0] = 0.0
-    x[0, 1] *= 1e-41  # below the normal floats: a token of zeros
-    x[0, 2] = torch.arange(K) + 0.5  # in steps of 1 every value lies between two integers
-    x[0, 2, 0] = 127.0
+    x = hard_tokens()
     (found,) = runtime.run(None, {"x": x.numpy()})
     expected = eight_bit_linear(x, weight, add)
     for one, other in zip(torch.from_numpy(found).flatten(0, 1), expected.flatten(0, 1), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=3e-7 * float(other.abs().max()))
 
 
+def hard_tokens() -> Tensor:
+    """(3, 7, K) of many sizes."""
+    x = torch.randn(3, 7, K) * torch.logspace(-3, 3, 21).view(3, 7, 1)
+    x[0, 0] = 0.0
+    x[0, 1] *= 1e-41  # below the normal floats: a token of zeros
+    x[0, 2] = torch.arange(K) + 0.5  # in steps of 1 every value lies between two integers
+    x[0, 2, 0] = 127.0
+    return x
+
+
+def check_exact(kernels: Path) -> None:
+    for bias in (False, True):
+        runtime, weight, add = layer(bias, kernels=kernels)
+        x = hard_tokens()
+        (found,) = runtime.run(None, {"x": x.numpy()})
+        assert torch.equal(torch.from_numpy(found), eight_bit_linear(x, weight, add))
+        for tokens, inputs, outputs in TAILS:
+            runtime, weight, add = layer(bias, kernels=kernels, inputs=inputs, outputs=outputs)
+            x = torch.randn(1, tokens, inputs)
+            (found,) = runtime.run(None, {"x": x.numpy()})
+            assert torch.equal(torch.from_numpy(found), eight_bit_linear(x, weight, add)), (tokens, inputs, outputs)
+
+
+@needs_kernels
+def test_our_kernel_of_a_layer_is_exact() -> None:
+    """It takes each step as the definition does. `test_onnx.py` runs it at all levels of the library."""
+    check_exact(library())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or build.compiler() is None, reason="needs a C compiler on Linux")
+def test_our_kernel_by_tiles_is_exact(tmp_path: Path) -> None:
+    path = tmp_path / "emulated.so"
+    sources = [str(build.SOURCES / f"{name}.c") for name in EMULATED_SOURCES]
+    flags = ("-O0", *build.FLAGS[1:], "-DW=16", f'-DEMULATED_AMX="{HEADER}"')
+    command = [str(build.compiler()), *flags, *sources, "-x", "c", "-", "-o", str(path)]
+    subprocess.run(command, input=STAND_INS, text=True, check=True)
+    code = ctypes.CDLL(str(path))  # before: it is closed with the last session, and its counts are gone
+    check_exact(path)
+    assert ctypes.c_char_p.in_dll(code, "emulated_fault").value is None
+    assert ctypes.c_int64.in_dll(code, "emulated_products").value > 0
+    assert ctypes.c_int64.in_dll(code, "emulated_open").value == 0  # each part has released its tiles
+
+
+@needs_kernels
+def test_threads_change_nothing() -> None:
+    x = torch.randn(2, 150, K)
+    one, two = (layer(True, kernels=library(), threads=threads)[0].run(None, {"x": x.numpy()})[0] for threads in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+@needs_kernels
+def test_our_kernel_takes_tokens_of_any_shape_and_none_at_all() -> None:
+    from tests.export.test_onnx import graph_of, session
+
+    torch.manual_seed(0)
+    weight = EightBit(torch.randint(-127, 128, (P, K)).to(torch.int8), torch.rand(P))
+    for shape in ((K,), (5, K), (2, 3, 2, K), (2, 0, K)):
+        x = torch.randn(shape)
+        inputs = {"x": x, "values": weight.values, "scale": weight.scale}
+        run = session(graph_of("LinearInt8", inputs, 1), kernels=True)
+        given = {key: value.numpy() for key, value in inputs.items()}
+        (found,) = run.run(None, given)
+        assert torch.equal(torch.from_numpy(found), eight_bit_linear(x, weight))
+    for name, value in (("x", given["x"][..., 1:]), ("scale", given["scale"][1:])):
+        with pytest.raises(Exception, match="do not fit each other"):
+            run.run(None, {**given, name: value})
+
+
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_kernels)], ids=["function", "kernel"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_token_that_is_not_finite_spoils_itself_alone(bad: float) -> None:
-    runtime, weight, _ = layer(False, optimised=True)
+def test_a_token_that_is_not_finite_spoils_itself_alone(bad: float, kernels: bool) -> None:
+    runtime, weight, _ = layer(False, kernels=library() if kernels else None)
     x = torch.randn(1, 3, K)
     x[0, 1, 5] = bad
     (found,) = runtime.run(None, {"x": x.numpy()})
@@ -160,6 +250,18 @@ def test_a_bias_is_added_to_a_layer_in_eight_bits(tmp_path: Path) -> None:
     made = export(model, tmp_path / "plain.onnx", "onnx-plain", batch=2)
     assert made.error < 1e-4 and not onnx.load(made.path).functions
     check_held(made.path, model)
+
+
+@needs_kernels
+def test_files_with_our_kernels_answer_as_our_sessions(vim: tuple[Backbone, Path], tmp_path: Path) -> None:
+    """Without biases and with them. Between the layers, in float, sums are in another order, no more."""
+    plain = make_int8("plainmamba", depth=1)
+    for model, path in (vim, (plain, export(plain, tmp_path / "model.onnx").path)):
+        file = opened(path)
+        assert any("with our kernels" in note for note in file.notes())
+        images = torch.randn(3, *model.input_shape)
+        expected = prepare(model)(images)
+        torch.testing.assert_close(file(images), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_torch_reads_a_pt2_file(tmp_path: Path) -> None:

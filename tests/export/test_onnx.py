@@ -18,8 +18,10 @@ from torch import Tensor
 from ssmprune_cli.export import Exported, export, library
 from ssmprune_cli.kernels import (
     CPU,
+    EightBit,
     add_rms_norm,
     causal_conv1d,
+    eight_bit_linear,
     gated_sum,
     grid_conv2d,
     selective_scan,
@@ -51,7 +53,8 @@ def graph_of(name: str, inputs: dict[str, Tensor], count: int, **attributes: Any
     """A model of one node of ours."""
     from ssmprune_cli.export.onnx.bodies import functions
 
-    kinds = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64}
+    proto = onnx.TensorProto
+    kinds = {torch.float32: proto.FLOAT, torch.int64: proto.INT64, torch.int8: proto.INT8}
     given = [
         onnx.helper.make_tensor_value_info(key, kinds[value.dtype], [None] * value.ndim)
         for key, value in inputs.items()
@@ -138,6 +141,9 @@ def other_cases() -> dict[str, tuple[str, dict[str, Tensor], list[Tensor], dict[
     for count in (1, 4):
         inputs = {**{f"y{number}": term for number, term in enumerate(terms[:count])}, "z": x}
         cases[f"sum {count}"] = (f"GatedSum{count}", inputs, [gated_sum(terms[:count], x, 0.5)], {"scale": 0.5})
+    rounded = EightBit(torch.randint(-127, 128, (70, E)).to(torch.int8), torch.rand(70) / 127)
+    inputs = {"x": x, "values": rounded.values, "scale": rounded.scale}
+    cases["eight bits"] = ("LinearInt8", inputs, [eight_bit_linear(x, rounded)], {})
     return cases
 
 

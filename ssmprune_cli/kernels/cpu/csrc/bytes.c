@@ -81,6 +81,22 @@ void byte_rows(const float *const *x, int64_t count, int64_t K, int dots, uint8_
     }
 }
 
+void pack_bytes(const int8_t *values, const float *scales, int64_t K, int64_t P, float *weight) {
+    memset(weight, 0, (size_t)byte_size(K, P) * sizeof(float));
+    for (int64_t p = 0; p < P; p++, values += K) {
+        float *panel = weight + p / BYTE_PANEL * byte_panel(K), *end = panel + BYTE_PANEL * quads(K);
+        int8_t *own = (int8_t *)(panel + p % BYTE_PANEL);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < K; k++) {
+            own[k / 4 * BYTE_PANEL * 4 + k % 4] = values[k];
+            sum += values[k];
+        }
+        sum *= 128;
+        end[p % BYTE_PANEL] = scales[p];
+        memcpy(end + BYTE_PANEL + p % BYTE_PANEL, &sum, sizeof sum);
+    }
+}
+
 INLINE int32_t four(const uint8_t *bytes, int64_t k) {
     int32_t word;
     memcpy(&word, bytes + 4 * k, 4);
@@ -207,8 +223,11 @@ static Product *product_of_fours(void) { return 0; }
 static Product *known_product_of_fours(void) {
     static Product *answer;
     static int asked; /* asking takes a virtual machine longer than many a product */
-    if (!asked) answer = product_of_fours(), asked = 1;
-    return answer;
+    if (!__atomic_load_n(&asked, __ATOMIC_ACQUIRE)) { /* by more than one thread, maybe: their answers are the same */
+        __atomic_store_n(&answer, product_of_fours(), __ATOMIC_RELAXED);
+        __atomic_store_n(&asked, 1, __ATOMIC_RELEASE);
+    }
+    return __atomic_load_n(&answer, __ATOMIC_RELAXED);
 }
 
 int best_dots(int most) {

@@ -27,6 +27,9 @@ INLINE int64_t byte_size(int64_t K, int64_t P) { return (P + BYTE_PANEL - 1) / B
 /* Floats of scratch memory for a group of tokens of K channels. */
 INLINE int64_t byte_room(int64_t K) { return BYTE_GROUP * (byte_step(K) / 4 + 1); }
 
+/* A weight of values (P, K) and scales (P) in panels: byte_size floats. */
+void pack_bytes(const int8_t *values, const float *scales, int64_t K, int64_t P, float *weight);
+
 /* The best way to make products that the processor has, but none beyond `most`. */
 int best_dots(int most);
 

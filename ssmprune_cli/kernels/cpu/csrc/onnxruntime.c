@@ -1,89 +1,18 @@
-/* Our ops in ONNX Runtime: the nodes of export/onnx/nodes.py, in float32, by the kernels here and in the runtime's threads.
+/* Our ops in ONNX Runtime: the nodes of export/onnx/nodes.py, by the kernels here and in the runtime's threads.
+ * Values are float32, and a linear layer's weight may be int8.
  *
  * `onnxruntime.SessionOptions.register_custom_ops_library` calls RegisterCustomOps. Letters: B batch, L tokens, E channels,
- * N state size, K taps, M context tokens. */
-#include "onnxruntime.h"
+ * N state size, K taps, M context tokens; of a linear layer K inputs, P outputs. */
+#include "onnxruntime_kernel.h"
+#include "bytes.h"
 #include "conv.h"
 #include "rows.h"
 #include "scan.h"
-#include "threads.h"
 
 #define PARTS 16 /* of a pass over rows: enough for any number of threads to have about the same */
-#define TRY(call)                   \
-    do {                            \
-        OrtStatus *status = (call); \
-        if (status) return status;  \
-    } while (0)
-
-typedef struct { void *data; int64_t size[4]; size_t rank; } Tensor;
-
-struct Kernel;
-typedef struct {
-    OrtCustomOp interface; /* first, so that a pointer to it is one to this */
-    const char *name;
-    size_t inputs, outputs;
-    int whole; /* bits of the inputs that are int64 */
-    int has_D, gap, reverse, count; /* of a scan: see nodes.py, `gap` is 1 for Own, 2 for Given; of a sum: terms */
-    OrtStatus *(*compute)(const struct Kernel *k, OrtKernelContext *context);
-} Op;
-
-typedef struct Kernel {
-    OrtApi api;
-    const Op *op;
-    int64_t grid[2], outputs;
-    float value; /* eps or scale */
-} Kernel;
-
-static OrtStatus *fault(const Kernel *k, const char *message) {
-    return ort_create_status(k->api)(ORT_INVALID_ARGUMENT, message);
-}
-
-static OrtStatus *shape_of(const Kernel *k, const OrtValue *value, Tensor *out) {
-    OrtTensorTypeAndShapeInfo *info;
-    TRY(ort_type_and_shape(k->api)(value, &info));
-    OrtStatus *status = ort_rank(k->api)(info, &out->rank);
-    if (!status && out->rank > 4) status = fault(k, "a tensor has more than four dimensions");
-    if (!status) status = ort_dimensions(k->api)(info, out->size, out->rank);
-    ort_release_type_and_shape(k->api)(info);
-    return status;
-}
-
-/* Input `index`, which must have `rank` sizes; of those that are not -1 these. Kernels read what sizes say. */
-static OrtStatus *input(const Kernel *k, OrtKernelContext *context, size_t index, Tensor *out, size_t rank, int64_t s0,
-                        int64_t s1, int64_t s2) {
-    const OrtValue *value;
-    int64_t wanted[3] = {s0, s1, s2};
-    TRY(ort_input(k->api)(context, index, &value));
-    TRY(shape_of(k, value, out));
-    if (out->rank != rank) return fault(k, "an input has another number of dimensions than its op takes");
-    for (size_t i = 0; i < rank; i++)
-        if (wanted[i] >= 0 && out->size[i] != wanted[i]) return fault(k, "the sizes of the inputs do not fit each other");
-    return ort_data(k->api)((OrtValue *)value, &out->data);
-}
-
-static OrtStatus *output(const Kernel *k, OrtKernelContext *context, size_t index, int64_t B, int64_t L, int64_t E,
-                         void **data) {
-    OrtValue *value;
-    int64_t sizes[3] = {B, L, E};
-    TRY(ort_output(k->api)(context, index, sizes, 3, &value));
-    return ort_data(k->api)(value, data);
-}
-
-/* What the threads do together. */
-typedef struct { const void *arguments; int64_t count, failed; } Work;
 
 INLINE void part_of(const Work *work, size_t item, int64_t *from, int64_t *to) {
     share(work->count, (int64_t)item, PARTS, from, to);
-}
-INLINE void fail(Work *work, int64_t failed) {
-    if (failed) __atomic_fetch_or(&work->failed, failed, __ATOMIC_RELAXED);
-}
-
-static OrtStatus *together(const Kernel *k, OrtKernelContext *context, void (*body)(void *, size_t), int64_t items,
-                           Work *work) {
-    TRY(ort_parallel(k->api)(context, body, (size_t)items, 0, work));
-    if (work->failed & 1) return ort_create_status(k->api)(ORT_FAIL, "memory ran out");
-    return work->failed ? fault(k, "a source or a position lies outside the tokens") : 0;
 }
 
 static void scan_item(void *data, size_t item) {
@@ -266,10 +195,18 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
         status = ort_float(api)(info, "eps", &k->value);
     } else if (k->op->compute == gate) {
         status = ort_float(api)(info, "scale", &k->value);
+    } else if (k->op->compute == linear_int8) {
+        k->dots = best_dots(TILES_OF_BYTES);
+        status = pack_constants(k, info);
     }
     if (status) free(k);
     else *made = k;
     return status;
+}
+
+static void destroy(void *kernel) {
+    free(((Kernel *)kernel)->weight);
+    free(kernel);
 }
 
 static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
@@ -281,7 +218,10 @@ static const char *name(const OrtCustomOp *op) { return ((const Op *)op)->name; 
 static const char *provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
 static size_t inputs(const OrtCustomOp *op) { return ((const Op *)op)->inputs; }
 static size_t outputs(const OrtCustomOp *op) { return ((const Op *)op)->outputs; }
-static int input_type(const OrtCustomOp *op, size_t i) { return ((const Op *)op)->whole >> i & 1 ? ORT_INT64 : ORT_FLOAT; }
+static int input_type(const OrtCustomOp *op, size_t i) {
+    const Op *own = (const Op *)op;
+    return own->whole >> i & 1 ? ORT_INT64 : own->bytes >> i & 1 ? ORT_INT8 : ORT_FLOAT;
+}
 static int output_type(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, ORT_FLOAT; }
 static int zero_of(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, 0; }
 static int zero(const OrtCustomOp *op) { return (void)op, 0; }
@@ -290,7 +230,7 @@ static int last_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
 
 #define INTERFACE                                                                                                        \
     {.version = ORT_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type,         \
-     .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = outputs, .KernelDestroy = free,    \
+     .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = outputs, .KernelDestroy = destroy, \
      .GetInputCharacteristic = zero_of, .GetOutputCharacteristic = zero_of, .GetInputMemoryType = zero_of,               \
      .GetVariadicInputMinArity = zero, .GetVariadicInputHomogeneity = zero, .GetVariadicOutputMinArity = zero,           \
      .GetVariadicOutputHomogeneity = zero, .CreateKernelV2 = create, .KernelComputeV2 = compute,                         \
@@ -314,6 +254,7 @@ static const Op OPS[] = {
     OP("GridConv2dPlaced", 4, 1, .whole = 1 << 3, .compute = grid_conv),
     OP("RmsNorm", 2, 2, .compute = norm),
     OP("AddRmsNorm", 3, 2, .compute = norm),
+    OP("LinearInt8", 3, 1, .bytes = 1 << 1, .compute = linear_int8),
     SUM(1), SUM(2), SUM(3), SUM(4),
 };
 

@@ -24,8 +24,8 @@ typedef struct {
     const char *(*GetVersionString)(void);
 } OrtApiBase;
 
-enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 }; /* codes of a status */
-enum { ORT_FLOAT = 1, ORT_INT64 = 7 };           /* types of elements */
+enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };     /* codes of a status */
+enum { ORT_FLOAT = 1, ORT_INT8 = 3, ORT_INT64 = 7 }; /* types of elements */
 
 /* Places in the table, and their functions. */
 #define ORT(api, place, ...) ((OrtStatus * (*)(__VA_ARGS__))(api)[place])
@@ -43,6 +43,8 @@ enum { ORT_FLOAT = 1, ORT_INT64 = 7 };           /* types of elements */
     ORT(api, 91, OrtKernelContext *context, size_t index, const int64_t *sizes, size_t rank, OrtValue **out)
 #define ort_release_type_and_shape(api) ((void (*)(OrtTensorTypeAndShapeInfo * info))(api)[99])
 #define ort_integers(api) ORT(api, 163, const OrtKernelInfo *info, const char *name, int64_t *out, size_t *count)
+/* An input as a session holds it, if it is the same in every run. */
+#define ort_constant(api) ORT(api, 249, const OrtKernelInfo *info, size_t index, int *is_constant, const OrtValue **out)
 /* Calls body(data, 0 ... count - 1) in the runtime's own threads; `batches` 0 leaves it to the runtime how many at once. */
 #define ort_parallel(api) \
     ORT(api, 274, const OrtKernelContext *context, void (*body)(void *data, size_t item), size_t count, size_t batches, \
