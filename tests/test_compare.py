@@ -147,17 +147,24 @@ def test_a_recipe_may_ask_for_smaller_images_and_fewer_tokens(dataset: ImageData
         )
 
 
-def test_what_compress_would_do_beside_is_said_and_a_recipe_of_nothing_else_is_refused(
-    dataset: ImageDataset, tmp_path: Path
-) -> None:
-    both = Recipe(name="both", pruning=Pruning(weights="int8", keep=0.5, reduction="drop", repair="head"))
+def test_recipes_in_eight_bits(dataset: ImageDataset, tmp_path: Path) -> None:
+    """Alone, with dropped tokens and with fewer blocks, beside the same in float."""
     pixels = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "calib.npz", images=pixels)
-    _, notes = workflow.compare(
-        Source(CHECKPOINT), dataset, [], [], recipes=[both], calib=tmp_path / "calib.npz", batch_size=5, rounds=1
+    drop = Pruning(keep=0.5, reduction="drop", repair="head")
+    recipes = [
+        Recipe(name="only", pruning=Pruning(weights="int8")),
+        Recipe(name="float", pruning=drop),
+        Recipe(name="both", pruning=drop.model_copy(update={"weights": "int8", "int8": ("in_proj", "out_proj")})),
+        Recipe(name="short", pruning=Pruning(weights="int8", cut_blocks=1)),
+    ]
+    rows, notes = workflow.compare(
+        Source(CHECKPOINT), dataset, [], [], recipes=recipes, calib=tmp_path / "calib.npz", batch_size=5, rounds=1
     )
-    assert "both puts weights into eight bits; here they stay in float." in notes
+    found = {row.name: row for row in rows}
+    assert found["vim_like.pth"].divergence == 0 < (found["only"].divergence or 0) < (found["short"].divergence or 0)
+    in_float, both = found["float"], found["both"]
+    assert both.multiply_adds == in_float.multiply_adds and both.tokens == in_float.tokens
+    assert both.divergence != in_float.divergence
+    assert both.divergence == pytest.approx(in_float.divergence, rel=0.2), "bytes change less than dropped tokens"
     assert "`compress` would repair what both makes; here it is not repaired." in notes
-    only = Recipe(name="only", pruning=Pruning(weights="int8"))
-    with pytest.raises(UsageError, match="'only' only puts weights into eight bits"):
-        workflow.compare(Source(CHECKPOINT), dataset, [], [], recipes=[only], batch_size=5, rounds=1)

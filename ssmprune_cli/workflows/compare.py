@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from bisect import bisect_left
@@ -32,6 +33,7 @@ from ssmprune_cli.pruning import (
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.tasks import TASKS
 from ssmprune_cli.workflows.compress import made_smaller, recipe_settings, recipe_size
+from ssmprune_cli.workflows.eight_bits import to_eight_bits
 from ssmprune_cli.workflows.evaluate import spread
 from ssmprune_cli.workflows.measure import count_flops, interleaved_speeds, resolve_device
 from ssmprune_cli.workflows.source import Source
@@ -194,19 +196,14 @@ class Comparison:
         return row
 
     def recipe(self, recipe: Recipe, calibration: ImageDataset | None) -> Row:
-        """The row of what a recipe makes, calibrated on its images where it needs any. Weights stay in float, and only
-        a head whose last blocks are gone is repaired. UsageError for a recipe of which nothing is left then."""
-        if recipe.pruning.weights == "int8":
-            if not recipe.pruning.drops_tokens and recipe_size(recipe) == WHOLE:
-                raise UsageError(
-                    f"the recipe {recipe.name!r} only puts weights into eight bits, and models are compared in float",
-                    hint="`ssmprune compress --int8 --data` measures what eight bits change.",
-                )
-            self.notes.append(f"{recipe.name} puts weights into eight bits; here they stay in float.")
+        """The row of what a recipe makes, calibrated on its images where it needs any. Only a head whose last blocks
+        are gone is repaired."""
         if calibration is not None and recipe.pruning.repair != "none" and not recipe.pruning.cut_blocks:
             self.notes.append(f"`compress` would repair what {recipe.name} makes; here it is not repaired.")
         if recipe.pruning.drops_tokens and recipe.pruning.reduction == "auto":
             self.notes.append(f"{recipe.name} leaves its reduction to `compress`; here it is {DEFAULT_REDUCTION!r}.")
+        if recipe.pruning.weights == "int8":
+            return self._in_eight_bits(recipe, calibration)
         if recipe_size(recipe) == WHOLE:
             settings = recipe_settings(self.model, recipe, calibrated=calibration is not None)
             assert settings is not None  # else it would name a size, or was refused
@@ -214,6 +211,26 @@ class Comparison:
             return self.pruned(recipe.name, "", settings, images)
         made_smaller(self.model, recipe)  # raises for a size that is none
         return self.smaller(recipe.name, "", recipe_size(recipe), recipe, calibration)
+
+    def _in_eight_bits(self, recipe: Recipe, calibration: ImageDataset | None) -> Row:
+        """The row of a recipe whose weights are in eight bits: made as `compress` does, first pruned, then rounded."""
+        model = made_smaller(copy.deepcopy(self.model), recipe)
+        images = dense = None
+        if calibration is not None:
+            images = self._calibration(model, calibration)
+            dense = run(self.reference, self._calibration(self.model, calibration))
+        settings = recipe_settings(model, recipe, calibrated=calibration is not None)
+        if settings is not None:
+            self._prune(prepare(model), model, settings, images, dense)
+        self.notes += to_eight_bits(model, images, recipe.pruning.int8).warnings
+        if recipe.pruning.cut_blocks:
+            self._refit(recipe.name, model, images, dense, recipe.pruning.repair)
+        judged = self.images
+        if recipe_size(recipe) != WHOLE:
+            judged = EvaluationImages(self.images.dataset, model, None, self.batch_size)
+        session, cost = prepare(model), count_flops(model).all_directions
+        answers = self._answers(session, judged, recipe.name)
+        return self._row(recipe.name, "", model, answers, cost, self._time(session, self._batch(model)), settings)
 
     def smaller(
         self, name: str, budget: str, size: Size, recipe: Recipe | None = None, calibration: ImageDataset | None = None
