@@ -162,8 +162,9 @@ def test_recipes_in_eight_bits(dataset: ImageDataset, tmp_path: Path) -> None:
         Source(CHECKPOINT), dataset, [], [], recipes=recipes, calib=tmp_path / "calib.npz", batch_size=5, rounds=1
     )
     found = {row.name: row for row in rows}
-    assert found["vim_like.pth"].divergence == 0 < (found["only"].divergence or 0) < (found["short"].divergence or 0)
-    in_float, both = found["float"], found["both"]
+    assert found["vim_like.pth"].divergence == 0 < (found["only, int8"].divergence or 0)
+    assert (found["only, int8"].divergence or 0) < (found["short, int8"].divergence or 0)
+    in_float, both = found["float"], found["both, int8"]
     assert both.multiply_adds == in_float.multiply_adds and both.tokens == in_float.tokens
     assert both.divergence != in_float.divergence
     assert both.divergence == pytest.approx(in_float.divergence, rel=0.2), "bytes change less than dropped tokens"

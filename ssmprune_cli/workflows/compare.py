@@ -214,6 +214,7 @@ class Comparison:
 
     def _in_eight_bits(self, recipe: Recipe, calibration: ImageDataset | None) -> Row:
         """The row of a recipe whose weights are in eight bits: made as `compress` does, first pruned, then rounded."""
+        name = f"{recipe.name}, int8"
         model = made_smaller(copy.deepcopy(self.model), recipe)
         images = dense = None
         if calibration is not None:
@@ -224,13 +225,13 @@ class Comparison:
             self._prune(prepare(model), model, settings, images, dense)
         self.notes += to_eight_bits(model, images, recipe.pruning.int8).warnings
         if recipe.pruning.cut_blocks:
-            self._refit(recipe.name, model, images, dense, recipe.pruning.repair)
+            self._refit(name, model, images, dense, recipe.pruning.repair)
         judged = self.images
         if recipe_size(recipe) != WHOLE:
             judged = EvaluationImages(self.images.dataset, model, None, self.batch_size)
         session, cost = prepare(model), count_flops(model).all_directions
-        answers = self._answers(session, judged, recipe.name)
-        return self._row(recipe.name, "", model, answers, cost, self._time(session, self._batch(model)), settings)
+        answers = self._answers(session, judged, name)
+        return self._row(name, "", model, answers, cost, self._time(session, self._batch(model)), settings)
 
     def smaller(
         self, name: str, budget: str, size: Size, recipe: Recipe | None = None, calibration: ImageDataset | None = None

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,7 +71,8 @@ def routes_of(module: nn.Module) -> tuple[str, ...]:
 
 def _check_routes(module: nn.Module, routes: tuple[str, ...]) -> None:
     """UsageError if they are other ones than when the mixer was recognised: what was calibrated is for those."""
-    now = tuple(getattr(module, "multi_scan").choices)  # noqa: B009
+    scan: Any = module.multi_scan
+    now = tuple(scan.choices)
     if now != routes:
         raise UsageError(
             f"its scan directions were {listing(routes)} and have become {listing(now)}",
@@ -205,7 +207,8 @@ class LocalForm(SequenceForm):
 
 
 def _token_size(module: nn.Module) -> Grid:
-    rows, columns = getattr(module, "multi_scan").token_size  # noqa: B009
+    scan: Any = module.multi_scan
+    rows, columns = scan.token_size
     return rows, columns
 
 

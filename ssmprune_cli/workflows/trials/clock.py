@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ _FRACTIONS = (0.9, 0.6, 0.3)  # of a stage's tokens; the first shows what it cos
 _FEW_FRACTIONS = (0.9, 0.4)  # of a stage with two or three blocks
 _SECONDS = 3.0  # for the rows of one reduction
 _ROUNDS = (4, 15)
-_LONG = 0.25  # seconds of a forward pass: for a plan, a part of the batch that takes so long tells the shares
+_LONG = 0.12  # seconds of a forward pass: for a plan, a part of the batch that takes so long tells the shares
 _STEP = 32  # of the sides of smaller images: every downsampling of a dense model then halves its grid
 _TURNS = 6  # after so many it is asked whether more are needed
 _NARROW = 0.03  # width of an interval, as a share, that needs no more
@@ -73,6 +72,7 @@ class Clock:
         self.batch_size = batch_size
         self.table = table or TimeTable(None)
         self._models: dict[str, TimeModel] = {}
+        self._once: float | None = None  # seconds of a batch of the dense model, about
 
     def of(self, method: Method, size: Size = WHOLE) -> TimeModel | SmallerModel:
         """Scores and alignments change little of the time: methods with one reduction share a model."""
@@ -116,11 +116,7 @@ class Clock:
             session = sized.delivered
             sessions.append(session.with_pruner(sized.pruner(variant.settings)) if dropped else session)
             images.append(self._batch(sized.model))
-        with torch.inference_mode():
-            sessions[0](images[0])
-            start = time.perf_counter()
-            sessions[0](images[0])
-            once = time.perf_counter() - start
+        once = self._seconds(images[0])
         if plan and once > _LONG:
             part = max(1, int(self.batch_size * _LONG / once))
             images, once = [each[:part] for each in images], once * part / self.batch_size
@@ -140,6 +136,13 @@ class Clock:
                 Timing(*ratio_of_medians(taken[0], times), statistics.median(times), dense_ms) for times in taken[1:]
             ]
         return timings
+
+    def _seconds(self, images: Tensor) -> float:
+        """Of a batch (B, 3, H, W) of the dense model: measured once, as it only says how much there is time for."""
+        if self._once is None:
+            (dense,) = interleaved_speeds([self.measurements.session], [images], 1, warm_up=1)
+            self._once = dense.median_ms / 1e3
+        return self._once
 
     def _batch(self, model: Backbone) -> Tensor:
         return model.example(self.batch_size)
