@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ssmprune_cli.cli import output, own_module, values
-from ssmprune_cli.cli.help import DATA, HOW_MUCH, OUTPUT
+from ssmprune_cli.cli.help import DATA, HOW_MUCH, METHOD, OUTPUT
 from ssmprune_cli.cli.limits import JudgeBy, MaxDrop, MaxFlops, MaxLatencyRatio, MinAccuracy, MinMiou
 from ssmprune_cli.cli.options import (
     MAX_SIDE,
@@ -172,6 +172,16 @@ def command(
         ),
     ] = None,
     repair: RepairKind = None,
+    distill_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="After the repair, train all weights towards the dense model's answers to the --calib images, without "
+            "labels: so many updates of 32 images. They are kept only if they are clearly better on images held back.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     seed: Annotated[int | None, seed_option("Seed of the random score and of the choice of images.")] = None,
     int8: Int8 = False,
     keep_image_size: KeepImageSize = False,
@@ -276,6 +286,7 @@ def command(
         reduction=reduction,
         alignment=alignment,
         repair=repair,
+        distill_steps=distill_steps,
         calib=calib,
         calib_images=calib_images,
         recipe=recipe,
@@ -308,7 +319,15 @@ def command(
 
 def _tables(report: Report) -> Group:
     from ssmprune_cli.tasks import TASKS
-    from ssmprune_cli.workflows.reporting import block_by_block, eight_bits, repaired, smaller, verdict, verdicts
+    from ssmprune_cli.workflows.reporting import (
+        block_by_block,
+        distilled,
+        eight_bits,
+        repaired,
+        smaller,
+        verdict,
+        verdicts,
+    )
 
     dense, pruned, pruning = report.dense, report.pruned, report.pruning
     assert pruned is not None
@@ -365,7 +384,7 @@ def _tables(report: Report) -> Group:
         )
         if pruning.returning != "left":
             notes.append(f"A dropped token comes back by {pruning.returning!r}.")
-    notes += eight_bits(report) + repaired(report)
+    notes += eight_bits(report) + repaired(report) + distilled(report)
     notes += verdicts(report.limits)
     return Group(verdict(report), table, lengths, *notes)
 

@@ -63,6 +63,7 @@ class Pruning(Section):
     repair     after calibration: `head`, a head fitted to the dense model's answers; `head+side`, one that also sees
                the means of the dropped tokens; "auto", the better of the two. None of them unless it is clearly better
                on images that are held back; see `pruning.repair`
+    distill_steps  updates of all weights towards the dense model's answers to the calibration images, after the repair
     weights    "int8": those of linear layers in eight bits, and tokens on the way through them
     int8       which kinds of linear layers, by name, such as `in_proj`; None is what calibration finds harmless
     returning  with what value a dropped token comes back, in dense models and VMamba: `left`, as it left; `nearest`,
@@ -80,6 +81,7 @@ class Pruning(Section):
     reduction: Name = "auto"
     alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
     repair: Literal["auto", "head", "head+side", "none"] = "auto"
+    distill_steps: Annotated[int, Field(ge=0)] = 0
     returning: Literal["left", "nearest", "blend"] = "left"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)

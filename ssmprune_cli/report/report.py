@@ -313,6 +313,26 @@ class RepairFacts(Section):
     seconds: float
 
 
+class DistillationFacts(Section):
+    """A training towards the dense model's answers to the calibration images. Divergences: as of a repair.
+
+    steps               updates
+    images, held_back   unlabelled images in all, and those of them that it was judged on
+    divergence_after    None if an update was not finite; `change_interval` is that of the difference of both
+    kept                whether the trained weights were
+    seconds             that it took
+    """
+
+    steps: int
+    images: int
+    held_back: int
+    divergence_before: float
+    divergence_after: float | None
+    change_interval: Interval | None
+    kept: bool
+    seconds: float
+
+
 class LayerKind(Section):
     """Linear layers of one name. `divergence`: of the model with only these in eight bits from the same model in float,
     on the calibration images; None without any."""
@@ -466,6 +486,7 @@ class Report(Section):
     calibration  what calibration saw, or None without it
     eight_bits   which weights are in eight bits, and what both savings do apart and together
     repair       what a repair did after calibration, or None if none was asked for
+    distillation what a training on the calibration images did after that, or None
     target       what a search was asked for, and what came of it
     reductions   those that were compared, if one was to be chosen
     search       what a search tried, if it chose the settings
@@ -495,6 +516,7 @@ class Report(Section):
     calibration: CalibrationFacts | None = None
     reductions: tuple[ReductionTrial, ...] | None = None
     repair: RepairFacts | None = None
+    distillation: DistillationFacts | None = None
     eight_bits: EightBitFacts | None = None
     search: tuple[SearchTrial, ...] | None = None
     sensitivity: tuple[SensitivityFacts, ...] | None = None

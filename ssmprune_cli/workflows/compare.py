@@ -200,6 +200,8 @@ class Comparison:
         are gone is repaired."""
         if calibration is not None and recipe.pruning.repair != "none" and not recipe.pruning.cut_blocks:
             self.notes.append(f"`compress` would repair what {recipe.name} makes; here it is not repaired.")
+        if recipe.pruning.distill_steps:
+            self.notes.append(f"`compress` would train what {recipe.name} makes; here it is not trained.")
         if recipe.pruning.drops_tokens and recipe.pruning.reduction == "auto":
             self.notes.append(f"{recipe.name} leaves its reduction to `compress`; here it is {DEFAULT_REDUCTION!r}.")
         if recipe.pruning.weights == "int8":

@@ -24,6 +24,7 @@ from ssmprune_cli.pruning import (
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import ReductionTrial
 from ssmprune_cli.tasks import TASKS
+from ssmprune_cli.workflows.compress.distil import Distilled, distil
 from ssmprune_cli.workflows.compress.reductions import CANDIDATES, MOST_IMAGES, MOST_SECONDS, Choice, compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
@@ -46,6 +47,7 @@ class Made:
     settings    of its pruner; None if no tokens are dropped
     images      that it was calibrated on, or None without any
     seen        by calibration
+    distilled   what a training on the images did, if one was asked for
     reductions  those that were compared, if one was to be chosen
     eight_bits  what became of weights that were to be in eight bits
     """
@@ -58,6 +60,7 @@ class Made:
     reductions: tuple[ReductionTrial, ...]
     warnings: tuple[str, ...]
     eight_bits: EightBits | None = None
+    distilled: Distilled | None = None
 
     @property
     def uses_images(self) -> bool:
@@ -87,6 +90,8 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
             warnings.append(text)
             warnings += rounded(settings, recipe.pruning, model)
             prune(model, settings, None)
+        if recipe.pruning.distill_steps:
+            warnings.append("The recipe's distillation was left out: no calibration images were given.")
         rounded_weights = _to_eight_bits(model, recipe, None)
         warnings += () if rounded_weights is None else rounded_weights.warnings
         return Made(model, settings, None, None, None, (), tuple(warnings), rounded_weights)
@@ -124,11 +129,30 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         warnings.extend(() if found is None else found.warnings)
         return found
 
+    def finished(seen: Calibration | None, tried: tuple[ReductionTrial, ...]) -> Made:
+        """Repaired, trained, in eight bits, as far as that is asked for."""
+        weights = result = learnt = None
+        if not recipe.pruning.distill_steps:
+            weights = eight_bits()  # the repair then is of what both have done
+        if settings is not None or dense is not None:
+            result = repaired()
+        if recipe.pruning.distill_steps:
+            learnt = distil(
+                model,
+                images,
+                reference,
+                recipe.pruning.distill_steps,
+                kind="none" if result is None else result.kind,
+                seed=recipe.seed,
+                done=progress and progress("Distilling"),
+            )
+            warnings.extend(_not_kept(learnt))
+            weights = eight_bits()  # bytes do not learn
+        warnings.extend(images.notes)  # what was noticed when they were read
+        return Made(model, settings, images, seen, result, tried, tuple(warnings), weights, learnt)
+
     if settings is None:
-        weights = eight_bits()
-        result = repaired() if dense is not None else None
-        warnings += images.notes  # what was noticed when they were read
-        return Made(model, None, images, None, result, (), tuple(warnings), weights)
+        return finished(None, ())
     tried: tuple[ReductionTrial, ...] = ()
     if recipe.pruning.reduction == "auto" and settings.schedule.shortens(model.stages):
         choices = _compared(request, model, recipe, settings, few, few_dense, progress)
@@ -155,10 +179,16 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         runner=sampled(prepare(model)),
         distance=task.divergence,
     )
-    weights = eight_bits()
-    result = repaired()  # of what both have done
-    warnings += images.notes  # what was noticed when they were read
-    return Made(model, settings, images, seen, result, tried, tuple(warnings), weights)
+    return finished(seen, tried)
+
+
+def _not_kept(learnt: Distilled) -> list[str]:
+    """A warning if the training did not pay."""
+    if learnt.accepted:
+        return []
+    why = "an update was not finite" if learnt.after is None else "it is not clearly better on images held back"
+    hint = "More `--calib-images`, and more steps, teach more."
+    return [f"The distillation of {learnt.steps} steps was not kept: {why}. {hint}"]
 
 
 def _to_eight_bits(model: Backbone, recipe: Recipe, batches: Iterable[Tensor] | None) -> EightBits | None:

@@ -71,6 +71,7 @@ class CompressRequest:
     reduction: str | None = None
     alignment: str | None = None
     repair: str | None = None
+    distill_steps: int | None = None
     calib: Path | None = None
     calib_images: int | None = None
     recipe: str | None = None
@@ -163,6 +164,8 @@ class CompressRequest:
             raise UsageError("--calib-images needs --calib, the images to choose from")
         if self.calib is None and self.repair not in (None, "none"):
             raise UsageError("--repair needs --calib, the images to fit it to")
+        if self.calib is None and self.distill_steps is not None:
+            raise UsageError("--distill-steps needs --calib, the images to learn from")
         if self.data is None:
             for value, option in ((self.dataset, "--dataset"), (self.limit, "--limit"), (self.slide, "--slide")):
                 if value is not None:
@@ -263,6 +266,7 @@ class CompressRequest:
             ("pruning.reduction", self.reduction, "--reduction"),
             ("pruning.alignment", self.alignment, "--alignment"),
             ("pruning.repair", self.repair, "--repair"),
+            ("pruning.distill_steps", self.distill_steps, "--distill-steps"),
             ("calibration.images", self.calib_images, "--calib-images"),
             ("calibration.seed", self.seed, "--seed"),
             ("seed", self.seed, "--seed"),

@@ -15,6 +15,7 @@ from ssmprune_cli.pruning import TokenPruner, known_methods
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, Sample, SpeedFacts, TargetFacts
 from ssmprune_cli.tasks import TASKS, Estimate
+from ssmprune_cli.workflows.compress.distil import check_distillable
 from ssmprune_cli.workflows.compress.fastest import fastest
 from ssmprune_cli.workflows.compress.file_size import small_enough
 from ssmprune_cli.workflows.compress.make import Progress, make
@@ -69,6 +70,8 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
     checkpoint.check_writable(out, overwrite=request.overwrite)
     check_place(request.state, "--state")
     resolve_device(request.device)
+    if recipe.pruning.distill_steps:
+        check_distillable(request.source.load())
     evaluation = _evaluation(request)  # what is wrong with it is said before a search, which may take an hour
     if not request.searched:
         report = _compressed(request, recipe, out, evaluation, None, progress)
@@ -143,10 +146,10 @@ def _search(
 
 
 def _delivered(found: Recipe, asked: Recipe) -> Recipe:
-    """What a search `found`. Where eight bits were `asked` for, and it left all weights in float, they are measured
-    once more on the model that was found."""
-    weights = {"weights": asked.pruning.weights}
-    return found.model_copy(update={"pruning": found.pruning.model_copy(update=weights)})
+    """What a search `found`, to be trained as `asked`. Where eight bits were asked for, and it left all weights in
+    float, they are measured once more on the model that was found."""
+    others = {"weights": asked.pruning.weights, "distill_steps": asked.pruning.distill_steps}
+    return found.model_copy(update={"pruning": found.pruning.model_copy(update=others)})
 
 
 def _planned(request: CompressRequest, recipe: Recipe) -> Report:
@@ -247,6 +250,7 @@ def _compressed(
             "calibration": calibration_facts(made.seen) if made.seen else None,
             "reductions": made.reductions or None,
             "repair": repair_facts(made.repaired) if made.repaired else None,
+            "distillation": made.distilled.facts() if made.distilled else None,
             "eight_bits": eight_bits,
             "search": None if found is None else tuple(found.trace()),
             "samples": drawn,
@@ -254,9 +258,11 @@ def _compressed(
         }
     )
     report = _targeted(_judged(report, request.limits), request, checkpoint.weights_size(model))
-    used: dict[str, Any] = {} if made.repaired is None else {"repair": made.repaired.kind}
-    if report.pruning is not None:
-        used = report.pruning.model_dump(mode="json")
+    used: dict[str, Any] = {} if report.pruning is None else report.pruning.model_dump(mode="json")
+    if made.repaired is not None:  # a training makes the repaired head the model's own
+        used["repair"] = made.repaired.kind
+    if made.distilled is not None and made.distilled.accepted:
+        used["distill_steps"] = made.distilled.steps
     size = {"image_size": recipe.pruning.image_size, "cut_blocks": recipe.pruning.cut_blocks}
     if made.eight_bits is not None and made.eight_bits.chosen:
         used |= {"weights": "int8", "int8": list(made.eight_bits.chosen)}
@@ -277,7 +283,8 @@ def _compressed(
     if made.seen is not None:
         points = [point.to_dict() for point in made.seen.points]
         contents["calibration.json"] = json.dumps({"images": made.seen.images, "points": points}, indent=1) + "\n"
-    checkpoint.save(out, model.cpu(), contents, dense=reference, overwrite=request.overwrite)
+    trained = "distill_steps" in used  # all weights are others than the dense model's
+    checkpoint.save(out, model.cpu(), contents, dense=None if trained else reference, overwrite=request.overwrite)
     return report
 
 

@@ -15,7 +15,15 @@ from ssmprune_cli.workflows.reporting.describe import (
     speed_facts,
     versions,
 )
-from ssmprune_cli.workflows.reporting.facts import block_by_block, eight_bits, repaired, smaller, verdict, verdicts
+from ssmprune_cli.workflows.reporting.facts import (
+    block_by_block,
+    distilled,
+    eight_bits,
+    repaired,
+    smaller,
+    verdict,
+    verdicts,
+)
 from ssmprune_cli.workflows.reporting.kept import Stage, pixels, stages
 from ssmprune_cli.workflows.reporting.metadata import card_head, report_head
 from ssmprune_cli.workflows.reporting.page import Entry, page, read_entries
@@ -46,6 +54,7 @@ __all__ = [
     "calibration_facts",
     "card_head",
     "describe",
+    "distilled",
     "eight_bits",
     "figures",
     "length_plot",

@@ -244,6 +244,23 @@ def repaired(report: Report) -> list[str]:
     return [text, *(f"Refused: {reason}" for reason in refused)]
 
 
+def distilled(report: Report) -> list[str]:
+    """What the training on the calibration images did; [] if none was asked for."""
+    found = report.distillation
+    if found is None:
+        return []
+    within, after = "", "not finite"
+    if found.divergence_after is not None and found.change_interval is not None:
+        after = f"{found.divergence_after:.3f}"
+        within = " (change {:+.3f} to {:+.3f}, 95 %)".format(*found.change_interval)
+    kept = "" if found.kept else "not kept; "
+    return [
+        f"Distillation: {kept}{found.steps:,} steps on {found.images:,} images, divergence "
+        f"{found.divergence_before:.3f} to {after} nats on {found.held_back:,} held-back images{within}, "
+        f"{found.seconds:.0f} s."
+    ]
+
+
 def eight_bits(report: Report) -> list[str]:
     """Which weights are in eight bits, and why not the others; then what both savings do apart and together."""
     found, task = report.eight_bits, TASKS.get(report.task)

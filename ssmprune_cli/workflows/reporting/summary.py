@@ -29,6 +29,7 @@ def _one(entry: Entry) -> str:
     if verdicts:
         lines += [f"**{verdicts[0]}**", "", *(f"- {text}" for text in verdicts[1:]), ""]
     lines += [facts.description(report), facts.method(report), *facts.eight_bits(report), *facts.repaired(report)]
+    lines += facts.distilled(report)
     found = [[row.title, row.dense, row.pruned, row.whole_change] for row in rows(report)]
     if found:
         lines += ["", *_table(["", "dense", report.called, "change"], found)]
