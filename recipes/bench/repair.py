@@ -1,17 +1,19 @@
-"""What a repair gives: divergence and top-1 before and after it, on images that it has not seen.
+"""What a repair gives, and a distillation after it: divergence and top-1 before and after, on images not seen.
 
     python recipes/bench/repair.py CKPT... --data-dir DIR --calib DIR [--dataset imagefolder] [--flops 0.6]
-        [--counts 1024] [--methods clip/drop/calibrated ...] [--limit 1000] [--csv FILE] [--device cuda]
+        [--counts 1024] [--distill-steps 200] [--methods clip/drop/calibrated ...] [--limit 1000] [--csv FILE]
+        [--device cuda]
 
 prints a Markdown table, and with --csv FILE writes it too. Every method is cut uniformly at the default points to the
 same share of the dense multiply-adds; its alignment is calibrated on 64 of the --calib images, and the repair is fitted
-to --counts of them. "nats" is the mean divergence KL(dense || pruned); ± is one standard error of paired differences,
-repaired less not repaired.
+to --counts of them. A distillation goes on from there, on the same images. "nats" is the mean divergence
+KL(dense || pruned); ± is one standard error of paired differences, repaired (and trained) less not repaired.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import platform
 import sys
@@ -21,13 +23,15 @@ import torch
 from torch import Tensor
 
 import ssmprune_cli
-from ssmprune_cli.data import calibration_images, open_dataset
+from ssmprune_cli.data import Subset, calibration_images, open_dataset
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.pruning import ALIGNMENT_IMAGES, Method, divergence, paired, repair, restore
 from ssmprune_cli.workflows.compare import Comparison
+from ssmprune_cli.workflows.compress import distil
 from ssmprune_cli.workflows.measure import machine
 from ssmprune_cli.workflows.source import Source
-from ssmprune_cli.workflows.trials import Budget, Uniform, load_images
+from ssmprune_cli.workflows.trials import Budget, Uniform, load_images, run
 from tables import Tables
 
 METHODS = ("clip/drop/calibrated", "clip/context/calibrated", "clip/local-merge/mass")
@@ -51,8 +55,9 @@ TITLES = (
 
 def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
     """All methods of one checkpoint."""
+    source = Source(path)
     comparison = Comparison(
-        Source(path),
+        source,
         open_dataset(arguments.dataset, arguments.data_dir),
         limit=arguments.limit,
         batch_size=arguments.batch_size,
@@ -62,7 +67,8 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
     assert comparison.judged, "labelled images are needed"
     model, judged = comparison.model, comparison.images.dataset
     labels = torch.tensor([judged.target(index) for index in range(len(judged))])
-    images = load_images(model, calibration_images(arguments.calib, max(arguments.counts), 0))
+    calibration = calibration_images(arguments.calib, max(arguments.counts), 0)
+    images = load_images(model, calibration)
     assert isinstance(images, Tensor), "a classifier's images are of one size"
     mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = images[mixed]  # they come class by class
@@ -72,7 +78,25 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
     def right(logits: Tensor) -> Tensor:
         return 100 * (logits.argmax(dim=1) == labels).double()
 
-    dense = comparison.dense_answers.sample
+    dense, reference = comparison.dense_answers.sample, source.load().to(comparison.device).eval()
+
+    def row(share: float, name: str, count: int, kind: str, before: Tensor, after: Tensor, seconds: float) -> None:
+        nats = [divergence(dense, logits) for logits in (before, after)]
+        points, change = paired(right(after), right(before)), paired(nats[1], nats[0])
+        tables.row(
+            path.stem,
+            f"{share:.3f}",
+            name,
+            str(min(count, len(images))),
+            kind,
+            *(f"{float(right(logits).mean()):.2f}" for logits in (dense, before, after)),
+            "{:+.2f} ± {:.2f}".format(*points),
+            *(f"{float(each.mean()):.4f}" for each in nats),
+            "{:+.4f} ± {:.4f}".format(*change),
+            f"{100 * change[0] / max(float(nats[0].mean()), math.ulp(1.0)):+.1f}",
+            f"{seconds:.1f}",
+        )
+
     for budget in arguments.flops:
         for name in arguments.methods:
             settings = uniform.settings(Method.parse(name), Budget("flops", budget))
@@ -90,21 +114,13 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
                     runner=comparison.reference.with_pruner,
                 )
                 after = comparison.answers(f"{name}, repaired").sample
-                nats = [divergence(dense, logits) for logits in (before, after)]
-                points, change = paired(right(after), right(before)), paired(nats[1], nats[0])
-                tables.row(
-                    path.stem,
-                    f"{share:.3f}",
-                    name,
-                    str(min(count, len(images))),
-                    found.kind,
-                    *(f"{float(right(logits).mean()):.2f}" for logits in (dense, before, after)),
-                    "{:+.2f} ± {:.2f}".format(*points),
-                    *(f"{float(each.mean()):.4f}" for each in nats),
-                    "{:+.4f} ± {:.4f}".format(*change),
-                    f"{100 * change[0] / max(float(nats[0].mean()), math.ulp(1.0)):+.1f}",
-                    f"{found.seconds:.1f}",
-                )
+                row(share, name, count, found.kind, before, after, found.seconds)
+                for steps in arguments.distill_steps:
+                    taught, chosen = copy.deepcopy(model), Subset(calibration, mixed[:count].tolist())
+                    learnt = distil(taught, chosen, reference, steps, kind=found.kind)
+                    after = run(prepare(taught), (batch.images for batch in comparison.images))
+                    kind = f"{found.kind}, {steps} steps" + ("" if learnt.accepted else ", not kept")
+                    row(share, name, count, kind, before, after, found.seconds + learnt.seconds)
             restore(model)
 
 
@@ -117,6 +133,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="judge on so many images, always the same")
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6], help="shares of the dense multiply-adds")
     parser.add_argument("--counts", type=int, nargs="+", default=[1024], help="images that a repair is fitted to")
+    parser.add_argument("--distill-steps", type=int, nargs="+", default=[], help="updates of a training after it")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--kind", default="auto", choices=("auto", "head", "head+side"))
     parser.add_argument("--csv", type=Path, help="write the table beside it: FILE_repair.csv")
