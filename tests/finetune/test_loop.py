@@ -254,6 +254,29 @@ def test_a_signal_saves_and_is_named(number: signal.Signals, images: ImageDatase
     assert (result.interrupted, len(result.epochs)) == (0, 2)
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_epoch_that_cannot_be_written_is_not_lost(
+    epoch: int, images: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models are written when the training is resumed, and are those of one that nothing befell."""
+    save = checkpoint.save
+
+    def fails(folder: Path, *arguments: Any, **options: Any) -> None:
+        if len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) > epoch * 2:
+            raise CheckpointError("cannot be written", where=str(folder))
+        save(folder, *arguments, **options)
+
+    finetune(make_model(), Data(images), Job(SETTINGS), tmp_path / "whole")
+    monkeypatch.setattr(checkpoint, "save", fails)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        finetune(make_model(), Data(images), Job(SETTINGS), tmp_path / "out")
+    monkeypatch.setattr(checkpoint, "save", save)
+    result = finetune(make_model(), Data(images), Job(SETTINGS), tmp_path / "out", resume=True)
+    assert [line["epoch"] for line in result.epochs] == [1, 2] and None not in [line["loss"] for line in result.epochs]
+    last, whole = (checkpoint.load(tmp_path / name / "last") for name in ("out", "whole"))
+    assert torch.equal(weights(last), weights(whole))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
 def test_a_device_that_is_missing_is_refused(images: ImageDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cuda"):

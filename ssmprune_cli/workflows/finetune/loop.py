@@ -58,7 +58,6 @@ class Trainer:
         self.settings, self.seed, self.progress, self.model = settings, seed, Progress(), model
         self._images, self._stop, self._share = images, stop, this_process()
         self._lesson = LESSONS.get(model.task)
-        self.last_loss: float | None = None  # the mean of the last finished epoch
         self.steps = steps_per_epoch(images, settings)
         part_size(settings, self._share)  # raises before anything is done
         target = self.accelerator.device
@@ -129,7 +128,7 @@ class Trainer:
                 yield self._update(parts)
                 if self.accelerator.reduce(torch.tensor(float(self._stop())).to(self.accelerator.device)).item():
                     raise Stopped
-        self.last_loss = progress.loss / progress.counted if progress.counted else None
+        progress.last_loss = progress.loss / progress.counted if progress.counted else None
         progress.epoch, progress.step, progress.loss, progress.counted = progress.epoch + 1, 0, 0.0, 0
 
     def _update(self, parts: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Any]:

@@ -177,14 +177,16 @@ def finetune(
             save()
         total = settings.epochs * trainer.steps
         try:
-            while done.epoch < settings.epochs:
+            while len(done.epochs) < settings.epochs:
                 start = time.perf_counter()
-                for line in trainer.epoch():
-                    record(line)
-                    if progress is not None:
-                        progress(done.epoch * trainer.steps + done.step, total)
-                    if job.save_every and done.step % job.save_every == 0 and done.step < trainer.steps:
-                        save()
+                if done.epoch == len(done.epochs):  # else one is trained, and was not judged or not written
+                    for line in trainer.epoch():
+                        record(line)
+                        if progress is not None:
+                            progress(done.epoch * trainer.steps + done.step, total)
+                        if job.save_every and done.step % job.save_every == 0 and done.step < trainer.steps:
+                            save()
+                    save()  # whatever goes wrong when it is judged and written, it was not trained in vain
                 _end_epoch(trainer, data, job, out, record, start)
                 save()
         except Stopped:
@@ -221,7 +223,7 @@ def _end_epoch(
         judged = evaluate(weights, data.validation, device=str(trainer.accelerator.device))
         metric = task.estimate(judged.score).value
         weights.train(training)
-    line = {"epoch": done.epoch, "loss": trainer.last_loss, task.key: metric, "seconds": time.perf_counter() - start}
+    line = {"epoch": done.epoch, "loss": done.last_loss, task.key: metric, "seconds": time.perf_counter() - start}
     done.epochs.append(line)
     better = metric is not None and (done.best is None or metric > done.best)
     if better and done.epoch >= job.settings.progressive:  # with all tokens that will be dropped

@@ -28,6 +28,7 @@ class Progress:
 
     loss      sum of the losses of this epoch's updates, skipped ones left out
     skipped   updates skipped for a loss or gradient that was not finite, in all; `in_a_row` just now
+    last_loss mean of the last finished epoch's; None if it had no update
     best      highest value of the task's metric, and after which epoch (from 1)
     log_size  bytes of the log that belong to what is done
     epochs    a line of figures for each finished epoch
@@ -39,6 +40,7 @@ class Progress:
     counted: int = 0
     skipped: int = 0
     in_a_row: int = 0
+    last_loss: float | None = None
     best: float | None = None
     best_epoch: int | None = None
     log_size: int = 0
