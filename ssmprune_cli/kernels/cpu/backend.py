@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +19,13 @@ from ssmprune_cli.kernels.cpu.call import (
     Gate,
     Inner,
     Linear,
+    Move,
     Norm,
     NormBack,
+    Order,
     Routed,
     Scan,
+    Score,
     Sum,
     slots_of,
 )
@@ -32,10 +36,14 @@ from ssmprune_cli.kernels.inputs import (
     GridConvInputs,
     InnerInputs,
     LinearInputs,
+    Moved,
+    MoveInputs,
+    OrderInputs,
     RoutedInputs,
     ScanInputs,
 )
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
+from ssmprune_cli.kernels.ops.library import tracing
 from ssmprune_cli.kernels.pytorch import eager
 
 MAX_INNER = 256  # states or taps, as in csrc/vectors.h
@@ -48,12 +56,18 @@ _EXPONENTIALS_WORTH_THREADS = 1 << 13
 _ROWS_OF_SUM, _CHANNELS_OF_SUM = 64, 256
 _TILE = 32  # inputs or outputs of a whole tile, as in csrc/tiles.h
 _PRODUCTS_WORTH_TILES = 1 << 26  # multiply-adds; PyTorch starts its linear layers sooner
+_SCORES = {"clip": 0, "mean": 1, "l1": 2, "l2": 3}  # as in csrc/prune.c
 SOURCE_OUTSIDE = "a source lies outside the tokens and their context"
 _FUSED_OUTSIDE = f"{SOURCE_OUTSIDE}, or a cell without the token that is read"
 
 
 def _threads(values: int, worth: int) -> int:
     return torch.get_num_threads() if values > worth else 1
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The same, with neighbours of its last dimension side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _position(inputs: GridConvInputs) -> str:
@@ -290,6 +304,106 @@ class CpuBackend(Backend):
         call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
         self.library.run("gated_sum_backward", call.struct(Gate))
         return d_y, d_z
+
+    # A prune point. It is met once in a few blocks, and a small batch feels each microsecond of it: structs are filled
+    # from tensors that the ops have seen to fit. Where they look at none, as when a model is traced, PyTorch computes.
+
+    def score_tokens(self, ys: Sequence[Tensor], kind: str) -> Tensor:
+        y = ys[0]
+        if y.dtype != torch.float32 or not y.numel() or len(ys) > MOST_YS or tracing():
+            return super().score_tokens(ys, kind)
+        batch, length, channels = y.shape
+        dense = [each.contiguous() for each in ys]
+        score = y.new_empty(batch, length)
+        pointers = {f"y{number}": each.data_ptr() for number, each in enumerate(dense)}
+        struct = Score(
+            **pointers,
+            score=score.data_ptr(),
+            rows=batch * length,
+            channels=channels,
+            count=len(ys),
+            kind=_SCORES[kind],
+            threads=_threads(y.numel(), _WORTH_THREADS),
+        )
+        self.library.run("score_tokens", struct)
+        return score
+
+    def order_tokens(self, inputs: OrderInputs) -> Tensor:
+        score, positions, live, protected, count, others = inputs
+        if not score.numel() or tracing():
+            return super().order_tokens(inputs)
+        batch, length = score.shape
+        ordered = length if others else count
+        score, positions = score.float().contiguous(), _dense_rows(positions)
+        live = None if live is None else live.contiguous()
+        order = positions.new_empty(batch, ordered)
+        places = (ctypes.c_int64 * len(protected))(*protected)
+        struct = Order(
+            score=score.data_ptr(),
+            positions=positions.data_ptr(),
+            protected=ctypes.addressof(places),
+            live=None if live is None else live.data_ptr(),
+            order=order.data_ptr(),
+            batch=batch,
+            length=length,
+            count=count,
+            ordered=ordered,
+            protections=len(protected),
+            positions_b=positions.stride(0),
+            threads=_threads(batch * length, _EXPONENTIALS_WORTH_THREADS),
+        )
+        self.library.run("order_tokens", struct)
+        return order
+
+    def move_tokens(self, inputs: MoveInputs) -> Moved:
+        hidden, residual, positions, order, count, older, older_positions = inputs
+        exact = hidden.dtype == torch.float32 and (residual is None or residual.dtype == torch.float32)
+        if not exact or not hidden.numel() or tracing():
+            return super().move_tokens(inputs)
+        batch, length, channels = hidden.shape
+        ordered, others = order.shape[1], 0 if older is None else older.shape[1]
+        hidden, positions, order = _dense_rows(hidden), _dense_rows(positions), order.contiguous()
+        residual = None if residual is None else _dense_rows(residual)
+        older = None if older is None else older.contiguous()
+        older_positions = None if older_positions is None else older_positions.contiguous()
+        left = ordered - count + others
+        moved = Moved(
+            hidden.new_empty(batch, count, channels),
+            hidden.new_empty(0) if residual is None else hidden.new_empty(batch, count, channels),
+            positions.new_empty(batch, count),
+            hidden.new_empty(2, batch, count),
+            hidden.new_empty(batch, left, channels),
+            positions.new_empty(batch, left),
+        )
+        kept_hidden, kept_residual, kept_positions, gaps, dropped, dropped_positions = moved
+        struct = Move(
+            hidden=hidden.data_ptr(),
+            residual=None if residual is None else residual.data_ptr(),
+            older=None if older is None else older.data_ptr(),
+            positions=positions.data_ptr(),
+            order=order.data_ptr(),
+            older_positions=None if older_positions is None else older_positions.data_ptr(),
+            kept_hidden=kept_hidden.data_ptr(),
+            kept_residual=kept_residual.data_ptr(),
+            gaps=gaps.data_ptr(),
+            dropped=dropped.data_ptr(),
+            kept_positions=kept_positions.data_ptr(),
+            dropped_positions=dropped_positions.data_ptr(),
+            batch=batch,
+            length=length,
+            channels=channels,
+            count=count,
+            ordered=ordered,
+            others=others,
+            hidden_b=hidden.stride(0),
+            hidden_l=hidden.stride(1),
+            residual_b=0 if residual is None else residual.stride(0),
+            residual_l=0 if residual is None else residual.stride(1),
+            positions_b=positions.stride(0),
+            threads=_threads(batch * (ordered + others) * channels, _WORTH_THREADS),
+        )
+        self.library.run("move_tokens", struct, outside="order names a row that is not there")
+        return moved
 
     # The fused ops, for inference.
 

@@ -25,7 +25,7 @@ from ssmprune_cli.kernels.inputs import (
 )
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes, byte_words, tiled_words
 
-MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
+MOST_YS = 4  # terms of a gated sum or of a score, as in csrc/rows.h and csrc/prune.c
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
@@ -74,7 +74,17 @@ Blocks = _struct(
     "scale eps",
 )
 Linear = _struct("Linear", "x weight bias out", "rows inputs outputs x_l parts eight_bits dots threads")
-STRUCTS = (Scan, Conv, Norm, NormBack, Sum, Gate, Inner, Routed, Blocks, Linear)
+Score = _struct("Score", "y0 y1 y2 y3 score", "rows channels count kind threads")
+Order = _struct(
+    "Order", "score positions protected live order", "batch length count ordered protections positions_b threads"
+)
+Move = _struct(
+    "Move",
+    "hidden residual older positions order older_positions kept_hidden kept_residual gaps dropped kept_positions "
+    "dropped_positions",
+    "batch length channels count ordered others hidden_b hidden_l residual_b residual_l positions_b threads",
+)
+STRUCTS = (Scan, Conv, Norm, NormBack, Sum, Gate, Inner, Routed, Blocks, Linear, Score, Order, Move)
 
 
 def check_structs(library: ctypes.CDLL) -> None:
