@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import Backend
 from ssmprune_cli.kernels.cpu.call import (
     MOST_YS,
@@ -27,6 +28,8 @@ from ssmprune_cli.kernels.cpu.call import (
     Scan,
     Score,
     Sum,
+    dense_rows,
+    fits,
     slots_of,
 )
 from ssmprune_cli.kernels.cpu.library import Dots, Library
@@ -43,7 +46,6 @@ from ssmprune_cli.kernels.inputs import (
     ScanInputs,
 )
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes
-from ssmprune_cli.kernels.ops.library import tracing
 from ssmprune_cli.kernels.pytorch import eager
 
 MAX_INNER = 256  # states or taps, as in csrc/vectors.h
@@ -56,18 +58,13 @@ _EXPONENTIALS_WORTH_THREADS = 1 << 13
 _ROWS_OF_SUM, _CHANNELS_OF_SUM = 64, 256
 _TILE = 32  # inputs or outputs of a whole tile, as in csrc/tiles.h
 _PRODUCTS_WORTH_TILES = 1 << 26  # multiply-adds; PyTorch starts its linear layers sooner
-_SCORES = {"clip": 0, "mean": 1, "l1": 2, "l2": 3}  # as in csrc/prune.c
+_KINDS = {"clip": 0, "mean": 1, "l1": 2, "l2": 3}  # of scores, as in csrc/prune.c
 SOURCE_OUTSIDE = "a source lies outside the tokens and their context"
 _FUSED_OUTSIDE = f"{SOURCE_OUTSIDE}, or a cell without the token that is read"
 
 
 def _threads(values: int, worth: int) -> int:
     return torch.get_num_threads() if values > worth else 1
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    """The same, with neighbours of its last dimension side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _position(inputs: GridConvInputs) -> str:
@@ -305,40 +302,42 @@ class CpuBackend(Backend):
         self.library.run("gated_sum_backward", call.struct(Gate))
         return d_y, d_z
 
-    # A prune point. It is met once in a few blocks, and a small batch feels each microsecond of it: structs are filled
-    # from tensors that the ops have seen to fit. Where they look at none, as when a model is traced, PyTorch computes.
+    # A prune point. A small batch feels each microsecond of it: structs are filled here, without a Call.
 
     def score_tokens(self, ys: Sequence[Tensor], kind: str) -> Tensor:
-        y = ys[0]
-        if y.dtype != torch.float32 or not y.numel() or len(ys) > MOST_YS or tracing():
+        shape = ys[0].shape
+        if ys[0].dtype != torch.float32 or not ys[0].numel() or len(ys) > MOST_YS:
             return super().score_tokens(ys, kind)
-        batch, length, channels = y.shape
-        dense = [each.contiguous() for each in ys]
-        score = y.new_empty(batch, length)
-        pointers = {f"y{number}": each.data_ptr() for number, each in enumerate(dense)}
-        struct = Score(
-            **pointers,
+        for y in ys:
+            fits("ys", y, shape, torch.float32)
+        dense = [y.contiguous() for y in ys]
+        score = torch.empty(shape[:2])
+        arguments = Score(
             score=score.data_ptr(),
-            rows=batch * length,
-            channels=channels,
-            count=len(ys),
-            kind=_SCORES[kind],
-            threads=_threads(y.numel(), _WORTH_THREADS),
+            rows=score.numel(),
+            channels=shape[2],
+            count=len(dense),
+            kind=_KINDS[kind],
+            threads=_threads(dense[0].numel(), _WORTH_THREADS),
+            **{f"y{number}": y.data_ptr() for number, y in enumerate(dense)},
         )
-        self.library.run("score_tokens", struct)
+        self.library.run("score_tokens", arguments)
         return score
 
     def order_tokens(self, inputs: OrderInputs) -> Tensor:
         score, positions, live, protected, count, others = inputs
-        if not score.numel() or tracing():
-            return super().order_tokens(inputs)
-        batch, length = score.shape
-        ordered = length if others else count
-        score, positions = score.float().contiguous(), _dense_rows(positions)
-        live = None if live is None else live.contiguous()
-        order = positions.new_empty(batch, ordered)
+        batch, length = shape = score.shape
+        fits("score", score, shape, score.dtype)
+        fits("positions", positions, shape, torch.int64)
+        if live is not None:
+            fits("live", live, shape, torch.bool)
+            live = live.contiguous()
+        if not 0 <= count <= length:
+            raise KernelError(f"{count} of {length} tokens cannot stay")
+        score, positions = score.float().contiguous(), positions.contiguous()
         places = (ctypes.c_int64 * len(protected))(*protected)
-        struct = Order(
+        order = torch.empty(batch, length if others else count, dtype=torch.int64)
+        arguments = Order(
             score=score.data_ptr(),
             positions=positions.data_ptr(),
             protected=ctypes.addressof(places),
@@ -347,63 +346,62 @@ class CpuBackend(Backend):
             batch=batch,
             length=length,
             count=count,
-            ordered=ordered,
+            ordered=order.shape[1],
             protections=len(protected),
-            positions_b=positions.stride(0),
             threads=_threads(batch * length, _EXPONENTIALS_WORTH_THREADS),
         )
-        self.library.run("order_tokens", struct)
+        self.library.run("order_tokens", arguments)
         return order
 
     def move_tokens(self, inputs: MoveInputs) -> Moved:
         hidden, residual, positions, order, count, older, older_positions = inputs
         exact = hidden.dtype == torch.float32 and (residual is None or residual.dtype == torch.float32)
-        if not exact or not hidden.numel() or tracing():
+        if not exact or not hidden.numel():
             return super().move_tokens(inputs)
         batch, length, channels = hidden.shape
-        ordered, others = order.shape[1], 0 if older is None else older.shape[1]
-        hidden, positions, order = _dense_rows(hidden), _dense_rows(positions), order.contiguous()
-        residual = None if residual is None else _dense_rows(residual)
-        older = None if older is None else older.contiguous()
-        older_positions = None if older_positions is None else older_positions.contiguous()
-        left = ordered - count + others
-        moved = Moved(
-            hidden.new_empty(batch, count, channels),
-            hidden.new_empty(0) if residual is None else hidden.new_empty(batch, count, channels),
-            positions.new_empty(batch, count),
-            hidden.new_empty(2, batch, count),
-            hidden.new_empty(batch, left, channels),
-            positions.new_empty(batch, left),
-        )
-        kept_hidden, kept_residual, kept_positions, gaps, dropped, dropped_positions = moved
-        struct = Move(
+        ordered = order.shape[1]
+        fits("hidden", hidden, (batch, length, channels), torch.float32)
+        fits("positions", positions, (batch, length), torch.int64)
+        fits("order", order, (batch, ordered), torch.int64)
+        if not 0 <= count <= ordered <= length:
+            raise KernelError(f"{count} of {length} tokens cannot stay")
+        hidden, positions, order = dense_rows(hidden), positions.contiguous(), order.contiguous()
+        arguments = Move(
             hidden=hidden.data_ptr(),
-            residual=None if residual is None else residual.data_ptr(),
-            older=None if older is None else older.data_ptr(),
             positions=positions.data_ptr(),
             order=order.data_ptr(),
-            older_positions=None if older_positions is None else older_positions.data_ptr(),
-            kept_hidden=kept_hidden.data_ptr(),
-            kept_residual=kept_residual.data_ptr(),
-            gaps=gaps.data_ptr(),
-            dropped=dropped.data_ptr(),
-            kept_positions=kept_positions.data_ptr(),
-            dropped_positions=dropped_positions.data_ptr(),
             batch=batch,
             length=length,
             channels=channels,
             count=count,
             ordered=ordered,
-            others=others,
             hidden_b=hidden.stride(0),
             hidden_l=hidden.stride(1),
-            residual_b=0 if residual is None else residual.stride(0),
-            residual_l=0 if residual is None else residual.stride(1),
-            positions_b=positions.stride(0),
-            threads=_threads(batch * (ordered + others) * channels, _WORTH_THREADS),
         )
-        self.library.run("move_tokens", struct, outside="order names a row that is not there")
-        return moved
+        left = ordered - count
+        if older is not None and older_positions is not None:
+            left += older.shape[1]
+            fits("older", older, (batch, older.shape[1], channels), torch.float32)
+            fits("older_positions", older_positions, older.shape[:2], torch.int64)
+            older, older_positions = older.contiguous(), older_positions.contiguous()
+            arguments.older, arguments.older_positions = older.data_ptr(), older_positions.data_ptr()
+            arguments.others = older.shape[1]
+        kept_hidden, gaps = torch.empty(batch, count, channels), torch.empty(2, batch, count)
+        kept_positions = torch.empty(batch, count, dtype=torch.int64)
+        dropped, places = torch.empty(batch, left, channels), torch.empty(batch, left, dtype=torch.int64)
+        arguments.kept_hidden, arguments.kept_positions = kept_hidden.data_ptr(), kept_positions.data_ptr()
+        arguments.gaps, arguments.dropped = gaps.data_ptr(), dropped.data_ptr()
+        arguments.dropped_positions = places.data_ptr()
+        kept_residual = torch.empty(0)
+        if residual is not None:
+            fits("residual", residual, (batch, length, channels), torch.float32)
+            residual = dense_rows(residual)
+            kept_residual = torch.empty(batch, count, channels)
+            arguments.residual, arguments.kept_residual = residual.data_ptr(), kept_residual.data_ptr()
+            arguments.residual_b, arguments.residual_l, _ = residual.stride()
+        arguments.threads = _threads(batch * (count + left) * channels, _WORTH_THREADS)
+        self.library.run("move_tokens", arguments, "order names a row that is not there")
+        return Moved(kept_hidden, kept_residual, kept_positions, gaps, dropped, places)
 
     # The fused ops, for inference.
 

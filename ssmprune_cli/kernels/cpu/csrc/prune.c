@@ -43,13 +43,13 @@ int score_tokens(const Score *a) {
     return 0;
 }
 
-/* order (B, ordered), with `ordered` the count or L. Positions of sample b are at positions_b * b: all may share them. */
+/* score, positions, live (B, L); order (B, ordered), with `ordered` the count or L. `live` may be missing. */
 ARGUMENTS(Order,
     const float *score;
     const int64_t *positions, *protected;
     const uint8_t *live;
     int64_t *order;
-    int64_t batch, length, count, ordered, protections, positions_b, threads;
+    int64_t batch, length, count, ordered, protections, threads;
 );
 DESCRIBE(Order)
 
@@ -71,7 +71,7 @@ INLINE int64_t at_least_so_high(const int32_t *key, int64_t length, int32_t thre
 
 static void order_sample(const Order *a, int64_t b, int32_t *key) {
     int64_t L = a->length;
-    const int64_t *positions = a->positions + b * a->positions_b;
+    const int64_t *positions = a->positions + b * L;
     for (int64_t t = 0; t < L; t++) key[t] = key_of(a->score[b * L + t]);
     for (int64_t p = 0; p < a->protections; p++) {
         for (int64_t t = 0; t < L; t++) key[t] = positions[t] == a->protected[p] ? INT32_MAX : key[t];
@@ -109,7 +109,7 @@ ARGUMENTS(Move,
     const int64_t *positions, *order, *older_positions;
     float *kept_hidden, *kept_residual, *gaps, *dropped;
     int64_t *kept_positions, *dropped_positions;
-    int64_t batch, length, channels, count, ordered, others, hidden_b, hidden_l, residual_b, residual_l, positions_b, threads;
+    int64_t batch, length, channels, count, ordered, others, hidden_b, hidden_l, residual_b, residual_l, threads;
 );
 DESCRIBE(Move)
 
@@ -127,7 +127,7 @@ static int move_row(const Move *a, int64_t b, int64_t r) {
     if (row < 0 || row >= a->length) return 1;
     const float *hidden = a->hidden + b * a->hidden_b + row * a->hidden_l;
     const float *residual = a->residual ? a->residual + b * a->residual_b + row * a->residual_l : 0;
-    int64_t position = a->positions[b * a->positions_b + row];
+    int64_t position = a->positions[b * a->length + row];
     if (r < K) {
         memcpy(a->kept_hidden + kept * d, hidden, bytes);
         if (residual) memcpy(a->kept_residual + kept * d, residual, bytes);
