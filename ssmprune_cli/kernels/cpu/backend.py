@@ -400,7 +400,7 @@ class CpuBackend(Backend):
             arguments.residual, arguments.kept_residual = residual.data_ptr(), kept_residual.data_ptr()
             arguments.residual_b, arguments.residual_l, _ = residual.stride()
         arguments.threads = _threads(batch * (count + left) * channels, _WORTH_THREADS)
-        self.library.run("move_tokens", arguments, "order names a row that is not there")
+        self.library.run("move_tokens", arguments, outside="order names a row that is not there")
         return Moved(kept_hidden, kept_residual, kept_positions, gaps, dropped, places)
 
     # The fused ops, for inference.

@@ -57,6 +57,9 @@ class Library:
             if wanted:
                 raise OSError(f"the system does not let level {TILES} use the processor's products of matrices")
             level = levels()[1]
+        self._take(code, level)
+
+    def _take(self, code: ctypes.CDLL, level: str) -> None:
         best_of_level = Dots.TILES if level == TILES else Dots.FOURS
         self._best_dots = Dots(code.best_dots(best_of_level if self._dots is None else self._dots))
         self._code, self._level = code, level
