@@ -158,6 +158,13 @@ class TokenPruner(nn.Module, Pruner):
         self._whole = tuple(stage.num_patches for stage in stages for _ in range(stage.start, stage.stop))
         if schedule.grids:  # what was merged is no longer counted
             self._whole = self._patches
+        # Patches to keep after each block. None for all of them: there is not even a gather then, so that a keep ratio
+        # of 1 is the dense model bit for bit.
+        kept = dict(zip(schedule.points, schedule.tokens, strict=True))
+        counts = (kept.get(block + 1) for block in range(len(self._patches)))
+        self._counts = tuple(
+            None if count == before else count for count, before in zip(counts, self._patches, strict=True)
+        )
 
     def set_mass(self, mass: float) -> None:
         """The mass of every block, for the alignment of this name."""
@@ -173,23 +180,28 @@ class TokenPruner(nn.Module, Pruner):
     @property
     def drops(self) -> bool:
         """Whether any token is dropped, for good or by `mask`."""
-        return any(self._count(point - 1) is not None for point in self.settings.schedule.points)
+        return any(self._counts[point - 1] is not None for point in self.settings.schedule.points)
 
     @property
     def dropping_points(self) -> tuple[int, ...]:
         """The points after which tokens are missing. None for a reduction that leaves whole grids: it loses nothing."""
         points = self.settings.schedule.points
         drops = self.shortens and not self._reduction.rectangular
-        return tuple(point for point in points if drops and self._count(point - 1) is not None)
+        return tuple(point for point in points if drops and self._counts[point - 1] is not None)
 
     @property
     def correction(self) -> Correction:
         """What a repair has left here."""
-        head = None
-        if self.settings.repair.startswith("head"):
-            head = (self.get_buffer("head_weight"), self.get_buffer("head_bias"))
         names = {point: f"side_{point}" for point in self.settings.schedule.points}
-        return Correction(head, {point: self.get_buffer(name) for point, name in names.items() if hasattr(self, name)})
+        side = {point: self.get_buffer(name) for point, name in names.items() if hasattr(self, name)}
+        return Correction(self._head, side)
+
+    @property
+    def _head(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of a repaired head."""
+        if not self.settings.repair.startswith("head"):
+            return None
+        return self.get_buffer("head_weight"), self.get_buffer("head_bias")
 
     def correct(self, correction: Correction) -> None:
         """Hold `correction` from now on, in the place of another one."""
@@ -204,17 +216,16 @@ class TokenPruner(nn.Module, Pruner):
         self.settings = replace(self.settings, repair=correction.held)
 
     def wants(self, block: int) -> Wanted:
-        if self._count(block) is None:
+        if self._counts[block] is None:
             return "nothing"
         return self._importance.needs if self.goes_by_score else "tokens"
 
     def alignment(self, block: int) -> ScanAlignment | None:
-        return self._alignment.align(getattr(self, f"alignment_{block}", None))
+        stored = None if self._alignment.stored is None else getattr(self, f"alignment_{block}", None)
+        return self._alignment.align(stored)
 
     def forward(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> TokenSequence:
-        if block + 1 not in self.settings.schedule.points:
-            return sequence
-        count = self._count(block)
+        count = self._counts[block]
         if count is None:
             return sequence
         protected = len(sequence.protected)
@@ -234,16 +245,7 @@ class TokenPruner(nn.Module, Pruner):
         if projection is not None:
             added = functional.linear(dropped_mean(sequence, after).to(projection.dtype), projection)
             side = added if side is None else side + added
-        return replace(after, readout=Readout(side, self.correction.head))
-
-    def _count(self, block: int) -> int | None:
-        """Patches to keep after `block`. None for all of them: there is not even a gather then, so that a keep ratio of
-        1 is the dense model bit for bit."""
-        schedule = self.settings.schedule
-        if block + 1 not in schedule.points:
-            return None
-        count = schedule.tokens[schedule.points.index(block + 1)]
-        return None if count == self._patches[block] else count
+        return replace(after, readout=Readout(side, self._head))
 
     @torch.no_grad()
     def score(self, block: int, sequence: TokenSequence, statistics: ScanStatistics) -> Tensor:

@@ -27,6 +27,8 @@ from ssmprune_cli.kernels.inputs import (
     GridConvInputs,
     InnerInputs,
     LinearInputs,
+    MoveInputs,
+    OrderInputs,
     RoutedInputs,
     ScanInputs,
 )
@@ -95,6 +97,16 @@ def rows(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Ten
         backend.gated_sum([a, b], c, 0.5),
         *backend.gated_sum_backward(a, [b, c], a, 0.5),
     )
+
+
+def prune_point(backend: Backend, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    normal = Values(7, dtype)
+    a, b, older = normal(2, 19, channels), normal(2, 19, channels), normal(2, 3, channels)
+    positions = torch.arange(0, 38, 2).repeat(2, 1)
+    score = backend.score_tokens([a, b], "l2")
+    order = backend.order_tokens(OrderInputs(score, positions, a[..., 0] > -1, [4], 11, True))
+    moved = backend.move_tokens(MoveInputs(a, b, positions, order, 11, older, positions[:, :3]))
+    return (score, order, *moved)
 
 
 def blocks(
@@ -202,6 +214,7 @@ OPS: tuple[Callable[[Backend, int, torch.dtype], tuple[Tensor | None, ...]], ...
     scan,
     convolutions,
     rows,
+    prune_point,
     routes,
     inner,
     blocks,

@@ -43,7 +43,7 @@ class Emulated(Library):
 
     def __init__(self, code: Path, dots: Dots) -> None:
         super().__init__(None, dots=dots)
-        self._code, self._level = ctypes.CDLL(str(code)), build.TILES
+        self._take(ctypes.CDLL(str(code)), build.TILES)
 
 
 def best_dots(level: str) -> Dots:

@@ -1,4 +1,4 @@
-"""The ops of a prune point: by hand, against float64, and the Triton kernels against PyTorch, row by row.
+"""The ops of a prune point: by hand, against float64, and the kernels in C and Triton against PyTorch, row by row.
 
 `test_under_the_interpreter` runs the tests of Triton in a process of its own, see test_triton.py.
 """
@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssmprune_cli.errors import KernelError
-from ssmprune_cli.kernels import move_tokens, order_tokens, score_tokens, use_backend
-from ssmprune_cli.kernels.inputs import MoveInputs, OrderInputs
+from ssmprune_cli.kernels import backends_for, move_tokens, order_tokens, score_tokens, use_backend
+from ssmprune_cli.kernels.choice import BACKENDS
+from ssmprune_cli.kernels.inputs import Moved, MoveInputs, OrderInputs
 from ssmprune_cli.kernels.ops.prune import ScoreKind
 from ssmprune_cli.kernels.pytorch import prune as truth
 from ssmprune_cli.kernels.triton.backend import TRITON, interpreted
@@ -28,6 +29,8 @@ from ssmprune_cli.kernels.triton.backend import TRITON, interpreted
 ROOT = Path(__file__).parents[2]
 DEVICE = "cpu" if interpreted() else "cuda"
 KINDS: tuple[ScoreKind, ...] = ("clip", "l1", "l2", "mean")
+
+CPUS = [name for name in backends_for(torch.zeros(1)) if name.startswith("cpu")]  # every level: see conftest.py
 
 kernels = pytest.mark.skipif(TRITON.missing() is not None, reason="test_under_the_interpreter runs it")
 
@@ -67,6 +70,34 @@ def test_a_score_of_more_channels_than_a_tile() -> None:
     )
 
 
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 37), (3, 40, 768)], ids=str)
+def test_scores_in_c(backend: str, kind: ScoreKind, shape: tuple[int, int, int]) -> None:
+    """Channels that fill no vector; terms that lie apart in memory; enough values for threads."""
+    for count in (1, 2, 4, 5):
+        ys = [torch.randn(shape[0], shape[2], shape[1]).transpose(1, 2) for _ in range(count)]
+        expected = BY_HAND[kind](torch.stack(ys).double().sum(dim=0))
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(BACKENDS.get(backend).score_tokens(ys, kind))
+        assert torch.equal(*found)
+        # What is rounded are the terms, and a mean of both signs may be far smaller than they are.
+        scale = expected.abs().max() if kind != "mean" else BY_HAND["l1"](torch.stack(ys).double()).sum(dim=0).max()
+        assert (found[0].double() - expected).abs().max() <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_of_what_is_no_number(backend: str, kind: ScoreKind) -> None:
+    ys = [torch.ones(1, 4, 70), torch.zeros(1, 4, 70)]
+    ys[0][0, 0, 69], ys[1][0, 1, 3], ys[1][0, 2, 3] = float("nan"), float("-inf"), float("inf")
+    found, expected = BACKENDS.get(backend).score_tokens(ys, kind), truth.score_tokens(ys, kind)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert BACKENDS.get(backend).score_tokens([torch.ones(2, 0, 3)], kind).shape == (2, 0)
+
+
 # Few values, so that most are equal; both zeros; the smallest and largest; infinities and NaN.
 AWKWARD = st.sampled_from(
     [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.4028234663852886e38, float("inf"), float("-inf"), float("nan")]
@@ -99,6 +130,31 @@ def test_the_order_is_that_of_pytorch(inputs: OrderInputs) -> None:
         live=None if inputs.live is None else inputs.live.to(DEVICE),
     )
     assert torch.equal(TRITON.order_tokens(given_).cpu(), truth.order_tokens(inputs))
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@settings(max_examples=150)
+@given(orders())
+def test_the_order_in_c(backend: str, inputs: OrderInputs) -> None:
+    expected = truth.order_tokens(inputs)
+    found = BACKENDS.get(backend).order_tokens(inputs)
+    assert found.dtype == torch.int64 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_an_order_of_many_tokens_in_c(backend: str, dtype: torch.dtype) -> None:
+    """In several threads, of scores and positions that lie apart in memory; in bfloat16 most have an equal."""
+    torch.set_num_threads(3)
+    score = torch.randn(2051, 8).to(dtype).t()
+    positions = torch.randperm(2 * 2051)[: 8 * 2051 // 4].view(2, 2051).repeat(4, 1).repeat_interleave(2, 1)[:, ::2]
+    live = (torch.rand(2051, 8) < 0.3).t()
+    for count in (0, 1, 700, 2050, 2051):
+        for others in (False, True):
+            inputs = OrderInputs(score, positions, live, [5, 4000], count, others)
+            assert torch.equal(BACKENDS.get(backend).order_tokens(inputs), truth.order_tokens(inputs))
+    empty = OrderInputs(score[:, :0], positions[:, :0], None, [3], 0, True)
+    assert BACKENDS.get(backend).order_tokens(empty).shape == (8, 0)
 
 
 @kernels
@@ -142,10 +198,61 @@ def move_inputs(dtype: torch.dtype, dim: int, *, residual: bool, others: bool, o
 def test_the_move_is_that_of_pytorch_bit_for_bit(dtype: torch.dtype, residual: bool, others: bool, older: int) -> None:
     for dim in (1, 37):
         inputs = move_inputs(dtype, dim, residual=residual, others=others, older=older, device=DEVICE)
-        for name, found, expected in zip(
-            inputs._fields, TRITON.move_tokens(inputs), truth.move_tokens(inputs), strict=False
-        ):
-            assert found.dtype == expected.dtype and torch.equal(found, expected), name
+        same_move(TRITON.move_tokens(inputs), truth.move_tokens(inputs))
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("residual", "others", "older"),
+    [(True, False, 0), (True, False, 2), (True, True, 0), (True, True, 5), (False, True, 1), (False, False, 0)],
+)
+def test_the_move_in_c(backend: str, dtype: torch.dtype, residual: bool, others: bool, older: int) -> None:
+    """bfloat16 is PyTorch's. 9,000 channels are enough for threads."""
+    torch.set_num_threads(3)
+    for dim in (1, 37, 9000):
+        inputs = move_inputs(dtype, dim, residual=residual, others=others, older=older, device="cpu")
+        apart = inputs._replace(
+            hidden=inputs.hidden.transpose(1, 2).contiguous().transpose(1, 2),
+            positions=inputs.positions[:1].expand(3, -1),
+            order=inputs.order.t().contiguous().t(),
+        )
+        for each in (inputs, apart):
+            same_move(BACKENDS.get(backend).move_tokens(each), truth.move_tokens(each))
+
+
+@pytest.mark.parametrize("backend", CPUS)
+def test_a_move_of_all_or_of_none_in_c(backend: str) -> None:
+    inputs = move_inputs(torch.float32, 5, residual=True, others=True, older=2, device="cpu")
+    rows = torch.arange(7).expand(3, -1)
+    whole = inputs._replace(order=rows, kept=7)
+    same_move(BACKENDS.get(backend).move_tokens(whole), truth.move_tokens(whole))
+    moved = BACKENDS.get(backend).move_tokens(inputs._replace(order=rows, kept=0))
+    assert [each.shape[-2:] for each in moved[:4]] == [(0, 5), (0, 5), (3, 0), (3, 0)]
+    assert inputs.residual is not None and inputs.older is not None
+    assert torch.equal(moved.dropped, torch.cat((inputs.residual + inputs.hidden, inputs.older), dim=1))
+    one = inputs._replace(
+        hidden=inputs.hidden[:, :1], residual=None, positions=inputs.positions[:, :1], order=rows[:, :1], kept=1
+    )
+    same_move(BACKENDS.get(backend).move_tokens(one), truth.move_tokens(one))
+    none = one._replace(hidden=inputs.hidden[:, :1, :0], older=None, older_positions=None)
+    same_move(BACKENDS.get(backend).move_tokens(none), truth.move_tokens(none))
+
+
+@pytest.mark.parametrize("backend", CPUS)
+@pytest.mark.parametrize("row", [-1, 7, 1 << 62])
+def test_a_row_outside_is_refused_by_c(backend: str, row: int) -> None:
+    inputs = move_inputs(torch.float32, 5, residual=True, others=True, older=0, device="cpu")
+    for place in (0, 6):
+        order = inputs.order.clone()
+        order[2, place] = row
+        with pytest.raises(KernelError, match="order names a row that is not there"):
+            BACKENDS.get(backend).move_tokens(inputs._replace(order=order))
+
+
+def same_move(found: Moved, expected: Moved) -> None:
+    for name, one, other in zip(found._fields, found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
 def test_a_move_by_hand() -> None:

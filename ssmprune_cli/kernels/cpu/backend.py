@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmprune_cli.errors import KernelError
 from ssmprune_cli.kernels.backend import Backend
 from ssmprune_cli.kernels.cpu.call import (
     MOST_YS,
@@ -18,11 +20,16 @@ from ssmprune_cli.kernels.cpu.call import (
     Gate,
     Inner,
     Linear,
+    Move,
     Norm,
     NormBack,
+    Order,
     Routed,
     Scan,
+    Score,
     Sum,
+    dense_rows,
+    fits,
     slots_of,
 )
 from ssmprune_cli.kernels.cpu.library import Dots, Library
@@ -32,6 +39,9 @@ from ssmprune_cli.kernels.inputs import (
     GridConvInputs,
     InnerInputs,
     LinearInputs,
+    Moved,
+    MoveInputs,
+    OrderInputs,
     RoutedInputs,
     ScanInputs,
 )
@@ -48,6 +58,7 @@ _EXPONENTIALS_WORTH_THREADS = 1 << 13
 _ROWS_OF_SUM, _CHANNELS_OF_SUM = 64, 256
 _TILE = 32  # inputs or outputs of a whole tile, as in csrc/tiles.h
 _PRODUCTS_WORTH_TILES = 1 << 26  # multiply-adds; PyTorch starts its linear layers sooner
+_KINDS = {"clip": 0, "mean": 1, "l1": 2, "l2": 3}  # of scores, as in csrc/prune.c
 SOURCE_OUTSIDE = "a source lies outside the tokens and their context"
 _FUSED_OUTSIDE = f"{SOURCE_OUTSIDE}, or a cell without the token that is read"
 
@@ -290,6 +301,107 @@ class CpuBackend(Backend):
         call.numbers["threads"] = _threads(z.numel(), _EXPONENTIALS_WORTH_THREADS)
         self.library.run("gated_sum_backward", call.struct(Gate))
         return d_y, d_z
+
+    # A prune point. A small batch feels each microsecond of it: structs are filled here, without a Call.
+
+    def score_tokens(self, ys: Sequence[Tensor], kind: str) -> Tensor:
+        shape = ys[0].shape
+        if ys[0].dtype != torch.float32 or not ys[0].numel() or len(ys) > MOST_YS:
+            return super().score_tokens(ys, kind)
+        for y in ys:
+            fits("ys", y, shape, torch.float32)
+        dense = [y.contiguous() for y in ys]
+        score = torch.empty(shape[:2])
+        arguments = Score(
+            score=score.data_ptr(),
+            rows=score.numel(),
+            channels=shape[2],
+            count=len(dense),
+            kind=_KINDS[kind],
+            threads=_threads(dense[0].numel(), _WORTH_THREADS),
+            **{f"y{number}": y.data_ptr() for number, y in enumerate(dense)},
+        )
+        self.library.run("score_tokens", arguments)
+        return score
+
+    def order_tokens(self, inputs: OrderInputs) -> Tensor:
+        score, positions, live, protected, count, others = inputs
+        batch, length = shape = score.shape
+        fits("score", score, shape, score.dtype)
+        fits("positions", positions, shape, torch.int64)
+        if live is not None:
+            fits("live", live, shape, torch.bool)
+            live = live.contiguous()
+        if not 0 <= count <= length:
+            raise KernelError(f"{count} of {length} tokens cannot stay")
+        score, positions = score.float().contiguous(), positions.contiguous()
+        places = (ctypes.c_int64 * len(protected))(*protected)
+        order = torch.empty(batch, length if others else count, dtype=torch.int64)
+        arguments = Order(
+            score=score.data_ptr(),
+            positions=positions.data_ptr(),
+            protected=ctypes.addressof(places),
+            live=None if live is None else live.data_ptr(),
+            order=order.data_ptr(),
+            batch=batch,
+            length=length,
+            count=count,
+            ordered=order.shape[1],
+            protections=len(protected),
+            threads=_threads(batch * length, _EXPONENTIALS_WORTH_THREADS),
+        )
+        self.library.run("order_tokens", arguments)
+        return order
+
+    def move_tokens(self, inputs: MoveInputs) -> Moved:
+        hidden, residual, positions, order, count, older, older_positions = inputs
+        exact = hidden.dtype == torch.float32 and (residual is None or residual.dtype == torch.float32)
+        if not exact or not hidden.numel():
+            return super().move_tokens(inputs)
+        batch, length, channels = hidden.shape
+        ordered = order.shape[1]
+        fits("hidden", hidden, (batch, length, channels), torch.float32)
+        fits("positions", positions, (batch, length), torch.int64)
+        fits("order", order, (batch, ordered), torch.int64)
+        if not 0 <= count <= ordered <= length:
+            raise KernelError(f"{count} of {length} tokens cannot stay")
+        hidden, positions, order = dense_rows(hidden), positions.contiguous(), order.contiguous()
+        arguments = Move(
+            hidden=hidden.data_ptr(),
+            positions=positions.data_ptr(),
+            order=order.data_ptr(),
+            batch=batch,
+            length=length,
+            channels=channels,
+            count=count,
+            ordered=ordered,
+            hidden_b=hidden.stride(0),
+            hidden_l=hidden.stride(1),
+        )
+        left = ordered - count
+        if older is not None and older_positions is not None:
+            left += older.shape[1]
+            fits("older", older, (batch, older.shape[1], channels), torch.float32)
+            fits("older_positions", older_positions, older.shape[:2], torch.int64)
+            older, older_positions = older.contiguous(), older_positions.contiguous()
+            arguments.older, arguments.older_positions = older.data_ptr(), older_positions.data_ptr()
+            arguments.others = older.shape[1]
+        kept_hidden, gaps = torch.empty(batch, count, channels), torch.empty(2, batch, count)
+        kept_positions = torch.empty(batch, count, dtype=torch.int64)
+        dropped, places = torch.empty(batch, left, channels), torch.empty(batch, left, dtype=torch.int64)
+        arguments.kept_hidden, arguments.kept_positions = kept_hidden.data_ptr(), kept_positions.data_ptr()
+        arguments.gaps, arguments.dropped = gaps.data_ptr(), dropped.data_ptr()
+        arguments.dropped_positions = places.data_ptr()
+        kept_residual = torch.empty(0)
+        if residual is not None:
+            fits("residual", residual, (batch, length, channels), torch.float32)
+            residual = dense_rows(residual)
+            kept_residual = torch.empty(batch, count, channels)
+            arguments.residual, arguments.kept_residual = residual.data_ptr(), kept_residual.data_ptr()
+            arguments.residual_b, arguments.residual_l, _ = residual.stride()
+        arguments.threads = _threads(batch * (count + left) * channels, _WORTH_THREADS)
+        self.library.run("move_tokens", arguments, outside="order names a row that is not there")
+        return Moved(kept_hidden, kept_residual, kept_positions, gaps, dropped, places)
 
     # The fused ops, for inference.
 

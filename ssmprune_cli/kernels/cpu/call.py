@@ -25,7 +25,7 @@ from ssmprune_cli.kernels.inputs import (
 )
 from ssmprune_cli.kernels.packing import FLOAT_PARTS, BlockSizes, byte_words, tiled_words
 
-MOST_YS = 4  # terms of a gated sum, as in csrc/rows.c
+MOST_YS = 4  # terms of a gated sum or of a score, as in csrc/rows.h and csrc/prune.c
 
 
 def _struct(name: str, pointers: str, numbers: str, real: str = "") -> type[ctypes.Structure]:
@@ -74,7 +74,15 @@ Blocks = _struct(
     "scale eps",
 )
 Linear = _struct("Linear", "x weight bias out", "rows inputs outputs x_l parts eight_bits dots threads")
-STRUCTS = (Scan, Conv, Norm, NormBack, Sum, Gate, Inner, Routed, Blocks, Linear)
+Score = _struct("Score", "y0 y1 y2 y3 score", "rows channels count kind threads")
+Order = _struct("Order", "score positions protected live order", "batch length count ordered protections threads")
+Move = _struct(
+    "Move",
+    "hidden residual older positions order older_positions kept_hidden kept_residual gaps dropped kept_positions "
+    "dropped_positions",
+    "batch length channels count ordered others hidden_b hidden_l residual_b residual_l threads",
+)
+STRUCTS = (Scan, Conv, Norm, NormBack, Sum, Gate, Inner, Routed, Blocks, Linear, Score, Order, Move)
 
 
 def check_structs(library: ctypes.CDLL) -> None:
@@ -116,27 +124,30 @@ class Call:
     def set(self, **tensors: Tensor) -> None:
         """Pass dense tensors of our own making."""
         for name, tensor in tensors.items():
-            self._alive.append(tensor)
-            self.numbers[name] = tensor.data_ptr()
+            self._pass(name, tensor)
+
+    def _pass(self, name: str, tensor: Tensor) -> None:
+        self._alive.append(tensor)
+        self.numbers[name] = tensor.data_ptr()
 
     def values(self, name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Pass what has this shape and dtype, if it is there."""
         if tensor is not None:
-            _fits(name, tensor, shape, dtype)
-            self.set(**{name: tensor.contiguous()})
+            fits(name, tensor, shape, dtype)
+            self._pass(name, tensor.contiguous())
 
     def floats(self, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
         """Pass what has this shape as float32, if it is there."""
         if tensor is not None:
-            _fits(name, tensor, shape, tensor.dtype if tensor.is_floating_point() else torch.float32)
-            self.set(**{name: tensor.float().contiguous()})
+            fits(name, tensor, shape, tensor.dtype if tensor.is_floating_point() else torch.float32)
+            self._pass(name, tensor.float().contiguous())
 
     def rows(self, name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Pass (B, L, c) with its strides, if it is there: slices of a projection are read in place."""
         if tensor is not None:
-            _fits(name, tensor, shape, dtype)
-            dense = tensor if tensor.stride(2) == 1 else tensor.contiguous()
-            self.set(**{name: dense})
+            fits(name, tensor, shape, dtype)
+            dense = dense_rows(tensor)
+            self._pass(name, dense)
             self.numbers[f"{name}_b"], self.numbers[f"{name}_l"], _ = dense.stride()
 
     def scan(self, inputs: ScanInputs) -> None:
@@ -154,7 +165,7 @@ class Call:
         for name, values in (("D", inputs.D), ("bias", inputs.delta_bias), ("gap_delta", inputs.gap_delta)):
             self.floats(name, values, (channels,))
         self.state("initial", inputs.initial_state, (batch, channels, state))
-        _fits("A", inputs.A, (channels, state), inputs.A.dtype)
+        fits("A", inputs.A, (channels, state), inputs.A.dtype)
         A = inputs.A.float()
         self.set(A=A)
         self.numbers["A_c"], self.numbers["A_n"] = A.stride()
@@ -165,15 +176,15 @@ class Call:
     def state(self, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
         """Pass states (B, E, N) as (B, N, E), if they are there."""
         if tensor is not None:
-            _fits(name, tensor, shape, torch.float32)
-            self.set(**{name: tensor.transpose(1, 2).contiguous()})
+            fits(name, tensor, shape, torch.float32)
+            self._pass(name, tensor.transpose(1, 2).contiguous())
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """With weight (E, K) or (E, K, K)."""
         _dimensions("x", x, 3)
         batch, length, channels = x.shape
         width = weight.shape[-1] if weight.ndim > 1 else 0
-        _fits("weight", weight, (channels, *[width] * (weight.ndim - 1)), weight.dtype)
+        fits("weight", weight, (channels, *[width] * (weight.ndim - 1)), weight.dtype)
         self.rows("x", x, x.shape, x.dtype)
         self.set(taps=weight.float().flatten(1).t().contiguous())  # no copy of what comes from `channels_last_taps`
         self.floats("bias", bias, (channels,))
@@ -238,11 +249,12 @@ class Call:
         if inputs.context is not None:
             _dimensions("context", inputs.context, 3)
             self.floats("context", inputs.context, (batch, inputs.context.shape[1], dim))
-        self.values("parameters", inputs.parameters, (count, sizes.block(dim)), torch.float32)
+        each = sizes.block(dim)
+        self.values("parameters", inputs.parameters, (count, each), torch.float32)
         self.floats("gap_delta", inputs.gap_delta, (count, sizes.directions, sizes.d_inner))
         self.floats("mass", inputs.mass, (count,))
         self._sizes(inputs, batch, length, sizes)
-        self.numbers.update(blocks=count, each=sizes.block(dim), dim=dim, parts=sizes.parts)
+        self.numbers.update(blocks=count, each=each, dim=dim, parts=sizes.parts)
         self.numbers["eight_bits"] = sizes.eight_bits
         self.numbers.update(scale=inputs.scale, eps=inputs.eps)
 
@@ -275,7 +287,7 @@ class Call:
     def linear(self, inputs: LinearInputs, *, eight_bits: bool = False) -> None:
         x = inputs.x.flatten(0, -2) if inputs.x.ndim > 1 else inputs.x[None]
         x = x if x.stride(1) == 1 else x.contiguous()
-        _fits("x", x, x.shape, torch.float32)
+        fits("x", x, x.shape, torch.float32)
         width, outputs = x.shape[1], inputs.outputs
         self.set(x=x)
         words = byte_words(outputs, width) if eight_bits else tiled_words(outputs, width, FLOAT_PARTS)
@@ -304,7 +316,7 @@ class Call:
         if inputs.read is None and tokens != length:
             raise KernelError(f"there are {tokens} tokens, and read does not say which {length} of them are read")
         if inputs.read is not None:
-            _fits("read", inputs.read, (batch, length), torch.int64)
+            fits("read", inputs.read, (batch, length), torch.int64)
             if inputs.sources is None:
                 raise KernelError("read needs sources")
             slots = slots_of(inputs.read, batch, tokens)
@@ -316,6 +328,11 @@ class Call:
 
     def struct(self, kind: type[ctypes.Structure]) -> ctypes.Structure:
         return kind(**self.numbers)
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor` (B, L, c) with neighbouring channels side by side."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
 def slots_of(read: Tensor, batch: int, length: int) -> Tensor:
@@ -335,10 +352,11 @@ def _dimensions(name: str, tensor: Tensor, count: int) -> None:
         raise KernelError(f"{name} has shape {tuple(tensor.shape)}, which are not {count} dimensions")
 
 
-def _fits(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def fits(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise KernelError for a tensor of another shape or dtype, or of another device."""
     if tensor.shape != tuple(shape):
         raise KernelError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
     if tensor.dtype != dtype:
         raise KernelError(f"{name} must be {dtype}, not {tensor.dtype}")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise KernelError(f"{name} is on {tensor.device}, not on the CPU")

@@ -35,6 +35,7 @@ class Library:
         self._dots = dots
         self._code: ctypes.CDLL | None = None
         self._level: str | None = None
+        self._best_dots = Dots.PAIRS
         self._reason: str | None = None
 
     def missing(self) -> str | None:
@@ -56,6 +57,11 @@ class Library:
             if wanted:
                 raise OSError(f"the system does not let level {TILES} use the processor's products of matrices")
             level = levels()[1]
+        self._take(code, level)
+
+    def _take(self, code: ctypes.CDLL, level: str) -> None:
+        best_of_level = Dots.TILES if level == TILES else Dots.FOURS
+        self._best_dots = Dots(code.best_dots(best_of_level if self._dots is None else self._dots))
         self._code, self._level = code, level
 
     def asked_level(self) -> str | None:
@@ -87,10 +93,7 @@ class Library:
 
     def dots(self) -> Dots:
         """How it multiplies bytes."""
-        if self.missing() is not None or self._code is None:
-            return Dots.PAIRS
-        best_of_level = Dots.TILES if self._level == TILES else Dots.FOURS
-        return Dots(self._code.best_dots(best_of_level if self._dots is None else self._dots))
+        return self._best_dots if self.missing() is None else Dots.PAIRS
 
     def run(self, name: str, struct: ctypes.Structure, outside: str = "") -> None:
         """Raises KernelError when memory ran out, or for an index that the kernel refuses: `outside` says which."""
