@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from ssmprune_cli import checkpoint
-from ssmprune_cli.data import open_dataset
-from ssmprune_cli.models import resize
+from ssmprune_cli.data import Subset, calibration_images, open_dataset
+from ssmprune_cli.inference import prepare
+from ssmprune_cli.models import Size, smaller
+from ssmprune_cli.pruning import repair
 from ssmprune_cli.workflows.evaluate import evaluate
+from ssmprune_cli.workflows.trials import Prepared, run
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo"
 
@@ -34,19 +37,25 @@ def script() -> ModuleType:
 
 def test_files_are_small_and_complete() -> None:
     sizes = [(DEMO / name).stat().st_size for name in ("test.npz", "calib.npz", "vim_digits.pth")]
-    assert sum(sizes) <= 3_000_000
+    assert sum(sizes) <= 5_000_000
     with np.load(DEMO / "test.npz") as test, np.load(DEMO / "calib.npz") as calib:
-        assert test["images"].shape == (1000, 48, 48) and test["images"].dtype == np.uint8
+        assert test["images"].shape == (2000, 64, 64) and test["images"].dtype == np.uint8
         assert set(test["labels"].tolist()) == set(range(10))
-        assert calib["images"].shape == (1024, 48, 48) and calib.files == ["images"]  # no labels
+        assert calib["images"].shape == (1024, 64, 64) and calib.files == ["images"]  # no labels
 
 
 @pytest.mark.slow
-def test_checkpoint_is_right_on_95_percent_of_the_test_images_and_loses_at_most_two_points_at_44_pixels() -> None:
+def test_checkpoint_is_right_on_97_percent_and_loses_at_most_a_point_with_fewer_pixels_and_blocks() -> None:
+    """On every second test image, as `demo.sh` makes it smaller and refits its head."""
     model, images = checkpoint.load(DEMO / "vim_digits.pth"), open_dataset("npz", DEMO / "test.npz")
-    dense = evaluate(model, images).score.top1
-    assert dense >= 0.95
-    assert evaluate(resize(model, 44), images).score.top1 >= dense - 0.02 - 1e-9  # the limit that demo.sh states
+    some = Subset(images, range(0, len(images), 2))
+    dense = evaluate(model, some).score.top1
+    assert dense >= 0.97
+    small, calib = smaller(model, Size(60, cut=2)), calibration_images(DEMO / "calib.npz", 1024, 0)
+    answers = run(prepare(model), Prepared(model, calib, 64))
+    repaired = repair(small, Prepared(small, calib, 64), runner=prepare(small).with_pruner, dense=answers)
+    assert repaired.kind == "head"
+    assert evaluate(small, some).score.top1 >= dense - 0.01 - 1e-9  # the limit that demo.sh states
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the demo is a script of bash")
@@ -62,7 +71,7 @@ def test_the_readme_shows_commands_of_the_demo(tmp_path: Path) -> None:
     example = readme.split("## A worked example")[1].split("\n## ")[0]
     shown = [line for line in example.splitlines() if line.startswith("$ ")]
     assert len(shown) >= 2 and shown == [line for line in run if line in shown]
-    assert "--max-drop 2" in shown[0]
+    assert "--max-drop 1" in shown[0]
 
 
 @pytest.mark.parametrize("name", ["test", "calib"])
@@ -104,4 +113,4 @@ def test_digit_leaves_most_of_the_canvas_free(script: ModuleType) -> None:
     """Bright pixels (digits reach 0.8 or more, clutter 0.6 or less) lie within a box of 35 % of the canvas."""
     for image in script.make("test", script.load_pools(), 50)["images"]:
         rows, columns = np.nonzero(image > 0.7 * 255)
-        assert 0 < np.ptp(rows) * np.ptp(columns) <= 0.35 * 48 * 48
+        assert 0 < np.ptp(rows) * np.ptp(columns) <= 0.35 * 64 * 64

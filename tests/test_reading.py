@@ -61,7 +61,11 @@ def ssmprune(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     ("file", "options", "asked"),
     [
         ("benchmarks/vim_tiny_cifar10.pth", {"stride": 2}, r"256 patch .*--image-size 34 --stride 2; --image-size 64"),
-        ("recipes/demo/vim_digits.pth", {"image_size": 48}, r"121 patch .*--image-size 48 --stride 4; --image-size 88"),
+        (
+            "recipes/demo/vim_digits.pth",
+            {"image_size": 64},
+            r"225 patch .*--image-size 64 --stride 4; --image-size 120",
+        ),
     ],
 )
 def test_bare_weights_are_read_as_the_file_or_not_at_all(

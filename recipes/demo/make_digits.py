@@ -20,10 +20,10 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 SEED = 20240911
-SIZE = 48  # side of a canvas, pixels
+SIZE = 64  # side of a canvas, pixels
 LEVELS = 16  # grey levels: few, so that the committed files compress
 TEST_DIGITS = 500
-COUNTS = {"train": 16_000, "test": 1_000, "calib": 1_024}
+COUNTS = {"train": 24_000, "test": 2_000, "calib": 1_024}
 
 Canvas = NDArray[np.float64]
 
@@ -107,7 +107,7 @@ def draw(rng: Generator, pool: Digits, which: int) -> NDArray[np.uint8]:
 
 
 def make(name: str, pools: dict[str, Digits], count: int) -> dict[str, NDArray[Any]]:
-    """The first `count` images of the set "train", "test" or "calib" as {"images" (n, 48, 48) uint8, "labels" (n,)}.
+    """The first `count` images of the set "train", "test" or "calib" as {"images" (n, 64, 64) uint8, "labels" (n,)}.
 
     Every digit of the pool comes equally often. Calibration images come from the training pool and carry no labels.
     """
