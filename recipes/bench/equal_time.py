@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ssmprune_cli
 from ssmprune_cli.data import calibration_images, open_dataset
+from ssmprune_cli.errors import BudgetError
 from ssmprune_cli.inference import Session, prepare
 from ssmprune_cli.kernels import active_backend
 from ssmprune_cli.models import Backbone, Size, cuts, sides, smaller
@@ -123,7 +124,11 @@ class Bench:
             limits=Limits(self.arguments.evaluations),
             device=self.arguments.device,
         )
-        (found,) = search(self.source, plan).found
+        try:
+            (found,) = search(self.source, plan).found
+        except BudgetError as error:
+            print(f"{self.path.name}: a search cannot reach {share:g} of the time: {error}", file=sys.stderr)
+            return
         model = made_smaller(self.source.load(), found.recipe).to(self.comparison.device).eval()
         settings = recipe_settings(model, found.recipe, calibrated=True)
         images = self.images(model)

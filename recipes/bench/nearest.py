@@ -77,7 +77,8 @@ def main() -> None:
         against = (change(own, reduction), change(own, image), points)
         figures = (named(reduction), "none reaches it" if image is None else image["nats"], own["nats"])
         tables.row(checkpoint, batch, share, *figures, *against, own["what"])
-    tables.measured_on(f"from {len(machines)} tables; {machines[0]}")
+    each = " Or: ".join(dict.fromkeys(machines))
+    tables.measured_on(f"from {len(machines)} tables, which say where each was measured. {each}")
 
 
 if __name__ == "__main__":
