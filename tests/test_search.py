@@ -384,7 +384,7 @@ def test_fewer_blocks_are_candidates_once_a_quick_repair_refits_the_head() -> No
         return Search(measurements, methods, Budget("flops", 0.6), split(110), **meters(measurements), **options)
 
     sizes = Sizes(model, resize=False, cut=True)
-    assert [size.cut for size in sizes.cuts] == [1, 2]
+    assert [size.cut for size in sizes.cuts] == [1, 2, 3]
     search_ = searching(sizes=sizes, quick="head+side", limits=Limits(8))
     trials = search_.run()
     best = trials[0]

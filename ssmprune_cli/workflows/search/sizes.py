@@ -10,7 +10,7 @@ from ssmprune_cli.models import WHOLE, Backbone, Size, cuts, sides
 from ssmprune_cli.workflows.trials import Candidate
 
 _MOST_SIDES = 8  # each is a model and its images in memory
-_MOST_CUTS = 8  # each is a model in memory; a third of the blocks stays
+_MOST_CUTS = 8  # each is a model in memory; a quarter of the blocks stays
 
 
 class Sizes:
@@ -22,7 +22,7 @@ class Sizes:
     def __init__(self, model: Backbone, *, resize: bool, cut: bool) -> None:
         self.sides = tuple(Size(side) for side in _thinned(sides(model), _MOST_SIDES)) if resize else ()
         possible = cuts(model) if cut else range(0)
-        self.cuts = tuple(Size(cut=blocks) for blocks in _thinned(possible[: 2 * (len(possible) + 1) // 3], _MOST_CUTS))
+        self.cuts = tuple(Size(cut=blocks) for blocks in _thinned(possible[: 3 * (len(possible) + 1) // 4], _MOST_CUTS))
 
     @property
     def ways(self) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
