@@ -85,7 +85,7 @@ def test_a_full_report_is_valid_and_holds_everything(ssmprune: Run, artefact: Pa
     assert [trial["chosen"] for trial in report["search"]].count(True) == 1
     assert [len(stage["kept"]) for stage in report["samples"][0]["stages"]] == [
         tokens
-        for tokens, before in zip(report["pruning"]["tokens"], [121, *report["pruning"]["tokens"]], strict=False)
+        for tokens, before in zip(report["pruning"]["tokens"], [225, *report["pruning"]["tokens"]], strict=False)
         if tokens < before
     ]
     done = ssmprune("report", artefact, "--json")

@@ -46,7 +46,7 @@ def layouts(stages: Sequence[Stage], *, rectangular: bool = False) -> list[tuple
         tuple(inside[::2]),
         tuple(inside[: max(1, depth // 4)]),
         tuple(inside[depth // 3 :: 2]),
-        (inside[depth // 2],),
+        tuple(inside[depth // 2 : depth // 2 + 1]),
         tuple(p for stage in stages for p in range(stage.start + 1, stage.stop)),
         tuple(stage.start + 1 for stage in stages if stage.stop - stage.start > 1),  # what can save most
     ]
