@@ -63,7 +63,7 @@ def test_the_commands_run_and_a_broken_limit_ends_them_with_3(steps: list[dict[s
     done = run(commands["Compress"], tmp_path)
     assert (done.returncode, unmeasured(done.stderr)) == (0, []), done.stderr
     report = json.loads((tmp_path / "artefact" / "report.json").read_text())
-    assert report["accuracy"]["count"] == 1000
+    assert report["accuracy"]["count"] == 2000
     done = run(commands["Summary"], tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     summary = (tmp_path / "summary.md").read_text()
@@ -76,7 +76,7 @@ def test_the_commands_run_and_a_broken_limit_ends_them_with_3(steps: list[dict[s
     strict = (
         commands["Compress"]["run"]
         .replace("recipes/demo/test.npz", "few.npz")
-        .replace("--max-drop 3", "--max-drop -50 --repair none")
+        .replace("--max-drop 4", "--max-drop -50 --repair none")
     )
     done = run({"run": strict.replace("--out artefact", "--out broken")}, tmp_path)
     assert done.returncode == 3 and "--max-drop allows -50" in done.stderr, done.stderr

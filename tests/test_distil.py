@@ -20,8 +20,8 @@ from ssmprune_cli.models import Backbone, Size, smaller
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
 from ssmprune_cli.pruning import compress, divergence
 from ssmprune_cli.recipe import Pruning, Recipe
-from ssmprune_cli.workflows.compress import distil as distillation
-from ssmprune_cli.workflows.compress.distil import SETTINGS, distil
+from ssmprune_cli.workflows.compress import distillation
+from ssmprune_cli.workflows.compress.distillation import SETTINGS, distil
 from ssmprune_cli.workflows.trials import Prepared, run
 
 CONFIG = VimConfig(image_size=(16, 16), patch_size=4, stride=4, embed_dim=16, depth=4, num_classes=5)

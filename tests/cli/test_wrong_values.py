@@ -82,6 +82,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--reduction": NAME,
     "--alignment": NAME,
     "--repair": NAME,
+    "--distill-steps": FROM_1,
     "--methods": ("", "klip", "clip/drop", "clip/drop/klip", "clip/klip/none", "klip/drop/none", "clip/drop/mass"),
     "--recipe": ("", "klip"),
     "--set": ("", "klip", "klip=1", "pruning.klip=1", "pruning.keep=x", "training.epochs=x", "training.keep=1"),

@@ -24,7 +24,7 @@ from ssmprune_cli.pruning import (
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import ReductionTrial
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.workflows.compress.distil import Distilled, distil
+from ssmprune_cli.workflows.compress.distillation import Distilled, distil
 from ssmprune_cli.workflows.compress.reductions import CANDIDATES, MOST_IMAGES, MOST_SECONDS, Choice, compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded

@@ -15,7 +15,7 @@ from ssmprune_cli.pruning import TokenPruner, known_methods
 from ssmprune_cli.recipe import Recipe
 from ssmprune_cli.report import Figures, Report, Sample, SpeedFacts, TargetFacts
 from ssmprune_cli.tasks import TASKS, Estimate
-from ssmprune_cli.workflows.compress.distil import check_distillable
+from ssmprune_cli.workflows.compress.distillation import check_distillable
 from ssmprune_cli.workflows.compress.fastest import fastest
 from ssmprune_cli.workflows.compress.file_size import small_enough
 from ssmprune_cli.workflows.compress.make import Progress, make
