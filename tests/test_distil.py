@@ -16,9 +16,10 @@ from torch import Tensor
 from ssmprune_cli import checkpoint
 from ssmprune_cli.data import ImageDataset, calibration_images
 from ssmprune_cli.errors import DataError, UsageError
+from ssmprune_cli.inference import prepare
 from ssmprune_cli.models import Backbone, Size, smaller
 from ssmprune_cli.models.mamba.vim import Vim, VimConfig
-from ssmprune_cli.pruning import compress, divergence
+from ssmprune_cli.pruning import Asked, compress, divergence, repair
 from ssmprune_cli.recipe import Pruning, Recipe
 from ssmprune_cli.workflows.compress import distillation
 from ssmprune_cli.workflows.compress.distillation import SETTINGS, distil
@@ -47,8 +48,6 @@ def images(tmp_path: Path) -> ImageDataset:
 
 
 def logits(model: Backbone, images: ImageDataset) -> Tensor:
-    from ssmprune_cli.inference import prepare
-
     return run(prepare(model), Prepared(model, images, 32))
 
 
@@ -60,29 +59,33 @@ def pruned(dense: Backbone) -> Backbone:
 
 @pytest.mark.parametrize("kind", ["none", "auto"])
 @pytest.mark.parametrize("way", ["tokens", "smaller image"])
-def test_it_comes_nearer_to_the_dense_model(images: ImageDataset, kind: str, way: str) -> None:
+def test_it_comes_nearer_to_the_dense_model(images: ImageDataset, kind: Asked, way: str) -> None:
     dense = dense_model()
     model = pruned(dense) if way == "tokens" else smaller(dense, Size(8))
-    wanted, steps = logits(dense, images), []
+    wanted = logits(dense, images)
+    steps: list[tuple[int, int]] = []
     weights = copy.deepcopy(dense.state_dict())
-    found = distil(
-        model, images, dense, 60, kind=kind, done=lambda done, of: steps.append((done, of))  # type: ignore[arg-type]
-    )  # fmt: skip
-    assert found.accepted and found.after is not None and found.change is not None
-    assert found.after < (0.8 if kind == "none" else 0.95) * found.before and found.change[1] < 0
+
+    def done(step: int, of: int) -> None:
+        steps.append((step, of))
+
+    found = distil(model, images, dense, 60, dense=wanted, kind=kind, done=done)
+    assert found.kept and found.divergence_after is not None and found.change_interval is not None
+    assert found.divergence_after < (0.8 if kind == "none" else 0.95) * found.divergence_before
+    assert found.change_interval[1] < 0
     assert (found.images, found.held_back, found.steps) == (200, 40, 60)
     assert steps == [(step, 60) for step in range(1, 61)]
     held = list(range(0, 200, 5))
     far = divergence(wanted[held], logits(model, images)[held])
-    assert float(far.mean()) == pytest.approx(found.after, rel=1e-4), "what is delivered is what was judged"
+    assert float(far.mean()) == pytest.approx(found.divergence_after, rel=1e-4), "what is delivered is what was judged"
     assert all(torch.equal(value, weights[name]) for name, value in dense.state_dict().items())
 
 
 def test_the_same_seed_gives_the_same_weights(images: ImageDataset) -> None:
     dense = dense_model()
-    models = [pruned(dense) for _ in range(3)]
+    models, wanted = [pruned(dense) for _ in range(3)], logits(dense, images)
     for model, seed in zip(models, (0, 0, 1), strict=True):
-        distil(model, images, dense, 30, kind="none", seed=seed)
+        distil(model, images, dense, 30, dense=wanted, kind="none", seed=seed)
     first, again, other = (model.state_dict() for model in models)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
@@ -94,13 +97,10 @@ def test_what_does_not_pay_changes_nothing(images: ImageDataset, rate: float, mo
     monkeypatch.setattr(distillation, "SETTINGS", SETTINGS.model_copy(update={"lr": rate}))
     dense = dense_model()
     model = pruned(dense)
-    from ssmprune_cli.inference import prepare
-    from ssmprune_cli.pruning import repair
-
     repair(model, Prepared(model, images, 32), kind="auto", runner=prepare(model).with_pruner)
     before, answers = copy.deepcopy(model.state_dict()), logits(model, images)
-    found = distil(model, images, dense, 5, kind="auto")
-    assert not found.accepted
+    found = distil(model, images, dense, 5, dense=logits(dense, images), kind="auto")
+    assert not found.kept
     now = model.state_dict()
     assert set(now) == set(before) and all(torch.equal(value, before[name]) for name, value in now.items())
     assert torch.equal(logits(model, images), answers)
@@ -109,10 +109,11 @@ def test_what_does_not_pay_changes_nothing(images: ImageDataset, rate: float, mo
 def test_what_cannot_be_taught(images: ImageDataset, tmp_path: Path) -> None:
     dense = dense_model()
     with pytest.raises(UsageError, match="no token is dropped and the model is no smaller"):
-        distil(copy.deepcopy(dense), images, dense, 5, kind="none")
+        distil(copy.deepcopy(dense), images, dense, 5, dense=logits(dense, images), kind="none")
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 256, (63, 16, 16, 3), dtype=np.uint8))
+    few = calibration_images(tmp_path / "few.npz", 63, 0)
     with pytest.raises(DataError, match="63 images are too few to learn from: it takes 64"):
-        distil(pruned(dense), calibration_images(tmp_path / "few.npz", 63, 0), dense, 5, kind="none")
+        distil(pruned(dense), few, dense, 5, dense=logits(dense, few), kind="none")
 
 
 def ssmprune(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -117,9 +117,10 @@ def rows(path: Path, arguments: argparse.Namespace, tables: Tables) -> None:
                 row(share, name, count, found.kind, before, after, found.seconds)
                 for steps in arguments.distill_steps:
                     taught, chosen = copy.deepcopy(model), Subset(calibration, mixed[:count].tolist())
-                    learnt = distil(taught, chosen, reference, steps, kind=found.kind)
+                    answers = run(prepare(reference), images[:count].split(arguments.batch_size))
+                    learnt = distil(taught, chosen, reference, steps, dense=answers, kind=found.kind)
                     after = run(prepare(taught), (batch.images for batch in comparison.images))
-                    kind = f"{found.kind}, {steps} steps" + ("" if learnt.accepted else ", not kept")
+                    kind = f"{found.kind}, {steps} steps" + ("" if learnt.kept else ", not kept")
                     row(share, name, count, kind, before, after, found.seconds + learnt.seconds)
             restore(model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssmprune_cli.workflows.compress.distillation import Distilled, distil
+from ssmprune_cli.workflows.compress.distillation import distil
 from ssmprune_cli.workflows.compress.make import Progress
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.run import CompressResult, compress_checkpoint
@@ -11,7 +11,6 @@ from ssmprune_cli.workflows.compress.settings import made_smaller, recipe_settin
 __all__ = [
     "CompressRequest",
     "CompressResult",
-    "Distilled",
     "Progress",
     "compress_checkpoint",
     "distil",

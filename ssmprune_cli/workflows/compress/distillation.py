@@ -10,7 +10,6 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,41 +26,9 @@ from ssmprune_cli.workflows.trials import Prepared, run
 
 # One "epoch" is all of the steps. The learning rate is about that of a fine-tuning: the model is nearly right.
 SETTINGS = Training(epochs=1, batch_size=32, lr=3e-4, warmup_epochs=0.1, min_lr=0.0, weight_decay=0.0)
+_AT_ONCE = 8  # images of an update that are in memory together: gradients of parts add up
 _FOLDS = 5  # one of them is held back
 _WHERE = "--distill-steps"
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """What came of it. Divergences are means of KL(dense || pruned) in nats on the images held back.
-
-    steps     of the optimiser, of SETTINGS.batch_size images each
-    images    in all; `held_back` of them had no part in the training
-    after     None if an update was not finite
-    change    95 % interval of `after` - `before`
-    accepted  whether the trained weights were kept
-    """
-
-    steps: int
-    images: int
-    held_back: int
-    before: float
-    after: float | None
-    change: tuple[float, float] | None
-    accepted: bool
-    seconds: float
-
-    def facts(self) -> DistillationFacts:
-        return DistillationFacts(
-            steps=self.steps,
-            images=self.images,
-            held_back=self.held_back,
-            divergence_before=self.before,
-            divergence_after=self.after,
-            change_interval=self.change,
-            kept=self.accepted,
-            seconds=self.seconds,
-        )
 
 
 def check_distillable(model: Backbone) -> None:
@@ -80,14 +47,16 @@ def distil(
     reference: Backbone,
     steps: int,
     *,
+    dense: Tensor,
     kind: Asked,
     seed: int = 0,
     done: Callable[[int, int], None] | None = None,
-) -> Distilled:
+) -> DistillationFacts:
     """Train `model`, in place, for so many steps; it is as it was if that is not clearly better.
 
     images     unlabelled, a part of which is held back
     reference  the dense model, which may be larger: each sees the images as it wants them
+    dense      its logits (images, classes) of them
     kind       what `model` was repaired by. As that repair has seen all images, the training starts from another one,
                fitted without those that are held back
     Raises UsageError for a model that has nothing to learn, DataError for too few images.
@@ -100,42 +69,40 @@ def distil(
         raise DataError(f"{len(images)} images are too few to learn from: it takes {LEAST}", where=_WHERE)
     every = torch.arange(len(images))
     learnt, held = every[every % _FOLDS != 0], every[every % _FOLDS == 0]
-    plain, mirrored = _answers(reference, images)
+    mirrored = (part.flip(-1) for part in Prepared(reference, images, SETTINGS.batch_size))
+    answers = (dense, run(prepare(reference), mirrored))
     judged = Subset(images, held.tolist())
 
     def distances() -> Tensor:
-        return divergence(plain[held], run(prepare(model), Prepared(model, judged, SETTINGS.batch_size)))
+        return divergence(dense[held], run(prepare(model), Prepared(model, judged, SETTINGS.batch_size)))
 
     kept = copy.deepcopy((model.pruner, model.state_dict()))
     if kind != "none":
         parts = Prepared(model, Subset(images, learnt.tolist()), SETTINGS.batch_size)
-        repair(model, parts, kind=kind, runner=prepare(model).with_pruner, dense=plain[learnt])
+        repair(model, parts, kind=kind, runner=prepare(model).with_pruner, dense=dense[learnt])
     before = distances()
+    if not bool(before.isfinite().all()):
+        raise DataError("the pruned model's answers are not finite, so there is nothing to start from", where=_WHERE)
     fold_head(model)
     model.eval()  # statistics of norms stay what many images have made them
-    finite = _train(model, images, (plain, mirrored), learnt, steps, seed, done)
+    finite = _train(model, images, answers, learnt, steps, seed, done)
     after = distances() if finite else torch.full_like(before, math.inf)
     accepted = finite and bool(after.isfinite().all()) and clearly_less(after, before)
     if not accepted:
         model.pruner = kept[0]
         model.load_state_dict(kept[1])
     mean, error = paired(after, before)
-    return Distilled(
-        steps,
-        len(images),
-        len(held),
-        float(before.mean()),
-        float(after.mean()) if math.isfinite(mean) else None,
-        (mean - 1.96 * error, mean + 1.96 * error) if math.isfinite(mean) else None,
-        accepted,
-        time.perf_counter() - start,
+    known = math.isfinite(mean)
+    return DistillationFacts(
+        steps=steps,
+        images=len(images),
+        held_back=len(held),
+        divergence_before=float(before.mean()),
+        divergence_after=float(after.mean()) if known else None,
+        change_interval=(mean - 1.96 * error, mean + 1.96 * error) if known else None,
+        kept=accepted,
+        seconds=time.perf_counter() - start,
     )
-
-
-def _answers(reference: Backbone, images: ImageDataset) -> tuple[Tensor, Tensor]:
-    """The dense model's logits (images, classes) of the images and of their mirror images."""
-    session, parts = prepare(reference), Prepared(reference, images, SETTINGS.batch_size)
-    return run(session, parts), run(session, (part.flip(-1) for part in parts))
 
 
 def _train(
@@ -153,7 +120,7 @@ def _train(
     size, draw = SETTINGS.batch_size, torch.Generator().manual_seed(seed)
     rounds = math.ceil(steps * size / len(learnt))
     order = torch.cat([learnt[torch.randperm(len(learnt), generator=draw)] for _ in range(rounds)])[: steps * size]
-    adam = optimiser(model, SETTINGS)
+    adam, like = optimiser(model, SETTINGS), next(model.parameters())
     parts = batches(Subset(images, order.tolist()), model.preprocessing, size)
     for step, (part, rows) in enumerate(zip(parts, order.split(size), strict=True), start=1):
         for group in adam.param_groups:
@@ -161,15 +128,15 @@ def _train(
         turned = torch.rand(len(rows), generator=draw) < 0.5
         seen = torch.where(turned[:, None, None, None], part.images.flip(-1), part.images)
         wanted = torch.where(turned[:, None], answers[1][rows], answers[0][rows])
-        like = next(model.parameters())
-        loss = functional.kl_div(
-            model(seen.to(like.device, like.dtype)).float().log_softmax(dim=1),
-            wanted.to(like.device, torch.float32).log_softmax(dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
         adam.zero_grad()
-        loss.backward()
+        for few, target in zip(seen.split(_AT_ONCE), wanted.split(_AT_ONCE), strict=True):
+            loss = functional.kl_div(
+                model(few.to(like.device, like.dtype)).float().log_softmax(dim=1),
+                target.to(like.device, torch.float32).log_softmax(dim=1),
+                reduction="sum",
+                log_target=True,
+            )
+            (loss / size).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)
         if not math.isfinite(float(norm)):
             return False

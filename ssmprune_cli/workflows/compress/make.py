@@ -22,9 +22,9 @@ from ssmprune_cli.pruning import (
     repair,
 )
 from ssmprune_cli.recipe import Recipe
-from ssmprune_cli.report import ReductionTrial
+from ssmprune_cli.report import DistillationFacts, ReductionTrial
 from ssmprune_cli.tasks import TASKS
-from ssmprune_cli.workflows.compress.distillation import Distilled, distil
+from ssmprune_cli.workflows.compress.distillation import distil
 from ssmprune_cli.workflows.compress.reductions import CANDIDATES, MOST_IMAGES, MOST_SECONDS, Choice, compare_reductions
 from ssmprune_cli.workflows.compress.request import CompressRequest
 from ssmprune_cli.workflows.compress.settings import rounded
@@ -60,7 +60,7 @@ class Made:
     reductions: tuple[ReductionTrial, ...]
     warnings: tuple[str, ...]
     eight_bits: EightBits | None = None
-    distilled: Distilled | None = None
+    distilled: DistillationFacts | None = None
 
     @property
     def uses_images(self) -> bool:
@@ -82,9 +82,8 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     settings = request.settings(model, recipe)
     warnings = []
     cut, kind = recipe.pruning.cut_blocks is not None, recipe.pruning.repair
-    if cut and (request.calib is None or kind == "none"):
-        warnings.append(_NOT_REFITTED)
     if request.calib is None:
+        warnings += [_NOT_REFITTED] if cut else []
         if settings is not None:
             text = f"Nothing was calibrated: no calibration images were given. Alignment is {settings.alignment!r}."
             warnings.append(text)
@@ -101,8 +100,9 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         warnings.append(f"Only {len(images)} of {recipe.calibration.images} calibration {task.cases} were found.")
     warnings += images.notes
     batch_size = task.at_once(recipe.calibration.batch_size)
-    dense = None  # the logits of the dense model, if it is larger or its weights will not be there
-    if model.config != reference.config or recipe.pruning.weights == "int8":
+    steps = recipe.pruning.distill_steps
+    dense = None  # the logits of the dense model, if it is larger, its weights will not be there, or it is to teach
+    if model.config != reference.config or recipe.pruning.weights == "int8" or steps:
         dense = run(prepare(reference), Prepared(reference, images, batch_size))
 
     def repaired() -> Repaired | None:
@@ -113,8 +113,6 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
         warnings.extend(result.warnings)
         if kind != "auto" and result.kind == "none":
             warnings.append(f"The repair {kind!r} was refused: {result.refused[kind]}.")
-        if cut and result.kind == "none":
-            warnings.append(_NOT_REFITTED)
         return result
 
     # What all but a repair is chosen and calibrated on.
@@ -132,22 +130,26 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     def finished(seen: Calibration | None, tried: tuple[ReductionTrial, ...]) -> Made:
         """Repaired, trained, in eight bits, as far as that is asked for."""
         weights = result = learnt = None
-        if not recipe.pruning.distill_steps:
+        if not steps:
             weights = eight_bits()  # the repair then is of what both have done
         if settings is not None or dense is not None:
             result = repaired()
-        if recipe.pruning.distill_steps:
+        if steps and dense is not None:
             learnt = distil(
                 model,
                 images,
                 reference,
-                recipe.pruning.distill_steps,
+                steps,
+                dense=dense,
                 kind="none" if result is None else result.kind,
                 seed=recipe.seed,
                 done=progress and progress("Distilling"),
             )
             warnings.extend(_not_kept(learnt))
             weights = eight_bits()  # bytes do not learn
+        trained = learnt is not None and learnt.kept
+        if cut and not trained and (result is None or result.kind == "none"):
+            warnings.append(_NOT_REFITTED)
         warnings.extend(images.notes)  # what was noticed when they were read
         return Made(model, settings, images, seen, result, tried, tuple(warnings), weights, learnt)
 
@@ -182,11 +184,15 @@ def make(request: CompressRequest, recipe: Recipe, reference: Backbone, progress
     return finished(seen, tried)
 
 
-def _not_kept(learnt: Distilled) -> list[str]:
+def _not_kept(learnt: DistillationFacts) -> list[str]:
     """A warning if the training did not pay."""
-    if learnt.accepted:
+    if learnt.kept:
         return []
-    why = "an update was not finite" if learnt.after is None else "it is not clearly better on images held back"
+    why = (
+        "an update was not finite"
+        if learnt.divergence_after is None
+        else "it is not clearly better on images held back"
+    )
     hint = "More `--calib-images`, and more steps, teach more."
     return [f"The distillation of {learnt.steps} steps was not kept: {why}. {hint}"]
 

@@ -63,6 +63,8 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
     request.check()
     recipe = request.resolved()
     request.source.check_pinned(recipe.provenance)
+    if recipe.pruning.distill_steps:
+        check_distillable(request.source.load())
     out = request.out
     if request.dry_run or out is None:
         report = _planned(request, recipe)
@@ -70,8 +72,6 @@ def compress_checkpoint(request: CompressRequest, progress: Progress | None = No
     checkpoint.check_writable(out, overwrite=request.overwrite)
     check_place(request.state, "--state")
     resolve_device(request.device)
-    if recipe.pruning.distill_steps:
-        check_distillable(request.source.load())
     evaluation = _evaluation(request)  # what is wrong with it is said before a search, which may take an hour
     if not request.searched:
         report = _compressed(request, recipe, out, evaluation, None, progress)
@@ -250,7 +250,7 @@ def _compressed(
             "calibration": calibration_facts(made.seen) if made.seen else None,
             "reductions": made.reductions or None,
             "repair": repair_facts(made.repaired) if made.repaired else None,
-            "distillation": made.distilled.facts() if made.distilled else None,
+            "distillation": made.distilled,
             "eight_bits": eight_bits,
             "search": None if found is None else tuple(found.trace()),
             "samples": drawn,
@@ -261,8 +261,9 @@ def _compressed(
     used: dict[str, Any] = {} if report.pruning is None else report.pruning.model_dump(mode="json")
     if made.repaired is not None:  # a training makes the repaired head the model's own
         used["repair"] = made.repaired.kind
-    if made.distilled is not None and made.distilled.accepted:
-        used["distill_steps"] = made.distilled.steps
+    trained = made.distilled is not None and made.distilled.kept  # all weights are others than the dense model's
+    if trained:
+        used["distill_steps"] = recipe.pruning.distill_steps
     size = {"image_size": recipe.pruning.image_size, "cut_blocks": recipe.pruning.cut_blocks}
     if made.eight_bits is not None and made.eight_bits.chosen:
         used |= {"weights": "int8", "int8": list(made.eight_bits.chosen)}
@@ -283,7 +284,6 @@ def _compressed(
     if made.seen is not None:
         points = [point.to_dict() for point in made.seen.points]
         contents["calibration.json"] = json.dumps({"images": made.seen.images, "points": points}, indent=1) + "\n"
-    trained = "distill_steps" in used  # all weights are others than the dense model's
     checkpoint.save(out, model.cpu(), contents, dense=None if trained else reference, overwrite=request.overwrite)
     return report
 
