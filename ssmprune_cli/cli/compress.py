@@ -176,6 +176,7 @@ def command(
         int | None,
         typer.Option(
             min=1,
+            max=100_000,
             metavar="N",
             help="After the repair, train all weights towards the dense model's answers to the --calib images, without "
             "labels: so many updates of 32 images. They are kept only if they are clearly better on images held back.",

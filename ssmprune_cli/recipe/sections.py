@@ -81,7 +81,7 @@ class Pruning(Section):
     reduction: Name = "auto"
     alignment: Annotated[Name, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
     repair: Literal["auto", "head", "head+side", "none"] = "auto"
-    distill_steps: Annotated[int, Field(ge=0)] = 0
+    distill_steps: Annotated[int, Field(ge=0, le=100_000)] = 0
     returning: Literal["left", "nearest", "blend"] = "left"
 
     _known = field_validator("importance", "reduction", "alignment")(_check_name)
